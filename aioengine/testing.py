@@ -247,19 +247,23 @@ class Sim:
     def sample(self, work: SequenceWork) -> list[Sampled]:
         """Return the next tokens of a sequence: one, and one for each of its draft that was right."""
         history = list(work.history)
-        found = [Sampled(self.next_token(history))]
+        found = [Sampled(self.choose(work, history))]
         for proposed in work.draft:
             if proposed != found[-1].token:
                 break
             history.append(proposed)
-            found.append(Sampled(self.next_token(history)))
+            found.append(Sampled(self.choose(work, history)))
         if work.params.constraint is not None:
             history.append(found[-1].token)
             forced: list[int] = []
             for _ in range(self.forced_after(history)):
-                forced.append(self.next_token(history + forced))
+                forced.append(self.choose(work, history + forced))
             found[-1] = found[-1]._replace(forced=tuple(forced))
         return found
+
+    def choose(self, work: SequenceWork, history: list[int]) -> int:
+        """Return a sequence's token after ``history``, its tokens up to there."""
+        return self.next_token(history)
 
     def forced_after(self, history: list[int]) -> int:
         """Return how many tokens are forced after these."""

@@ -62,11 +62,6 @@ class BlockManager:
         """The blocks that no sequence references, for checks."""
         return {*self._empty, *self._cached, *self._kept}
 
-    @property
-    def num_cached(self) -> int:
-        """Number of free blocks with cached contents."""
-        return len(self._cached) + len(self._kept)
-
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
@@ -207,10 +202,6 @@ class BlockManager:
                 del self._cached[block]
                 self._kept[block] = None
         return count + unseen if count == len(needed) else min(count, 1) if unseen else count
-
-    def use(self, hashes: Sequence[bytes], now: float) -> None:
-        """Note a use of pinned contents, which are kept longer then."""
-        self.pins.use(hashes, now)
 
     def expire(self, now: float) -> None:
         """End the pins whose time is over."""

@@ -3,22 +3,18 @@
 No I/O, no clock, no torch. Events go in (a request is added or aborted, an adapter is on the CPU or in its
 slot, a load failed, a step finished), each with ``now``. ``schedule(now)`` answers with a batch to run and
 adapter moves to start. The policy only proposes: the core checks every proposal and keeps every invariant.
-
-The file is long because each event has its method here. The parts (batcher, queues, residency, guard) do the
-work.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from math import inf
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict
 
 from aioengine import events
-from aioengine.core.adapters.cpu_cache import least_recently_used
+from aioengine.core.adapters.failures import changed
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing, adapters_shut_out
 from aioengine.core.adapters.residency import Residency
@@ -30,21 +26,14 @@ from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer
 from aioengine.core.prefixes.pins import PrefixPins
 from aioengine.core.queues import RequestQueues
-from aioengine.core.speculation.drafts import Speculation
-from aioengine.core.state import AdapterEntry, Request, Status, label_of, location_name, where_is
+from aioengine.core.state import AdapterEntry, Request, Status, where_is
 from aioengine.core.step_results import StepResults, TokensBefore, token_intervals
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
-from aioengine.errors import (
-    AdapterChanged,
-    AdapterError,
-    DeadlineExceeded,
-    EngineOverloaded,
-    RequestRejected,
-)
+from aioengine.errors import AdapterError, DeadlineExceeded, EngineOverloaded, RequestRejected
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.schedulers.policy import CostsView, Location, PolicyEvent, SchedulerPolicy
+from aioengine.schedulers.policy import CostsView, Location, SchedulerPolicy
 from aioengine.step import LoadedAdapter, StepBatch, StepContents, StepResult
 
 
@@ -77,18 +66,26 @@ class Core:
         repeats: bool = False,
     ) -> None:
         self.limits = limits
-        self.outbox: list[events.Event] = []
-        self.residency = Residency(
-            num_slots=limits.num_slots,
-            cpu_capacity=limits.cpu_capacity,
-            max_loads=limits.max_loads,
-            emit=self._emit,
-            tell=self._tell,
-            slot_bytes=limits.slot_bytes,
-            slot_memory=limits.slot_memory,
-            cpu_max_bytes=limits.cpu_max_bytes,
-            cpu_order=self._cpu_order,
+        self.requests: dict[str, Request] = {}
+        """Requests that are accepted and have not ended."""
+        self.now = 0.0
+        self.step = 0
+        known: dict[str, AdapterEntry] = {}
+        self.guard = PolicyGuard(
+            policy,
+            FCFS,
+            limits,
+            requests=self.requests,
+            adapters=known,
+            timer=timer,
+            processor=processor,
         )
+        self.outbox = self.guard.outbox
+        """The events so far; always the same list."""
+        self.residency = Residency(limits, known, self.guard, self._cpu_order)
+        self.slots = self.residency.slots
+        self.cpu = self.residency.cpu
+        self.placing = Placing(self.residency, self.guard)
         self.blocks = BlockManager(
             limits.num_blocks,
             limits.block_size,
@@ -96,83 +93,30 @@ class Core:
             window=limits.window,
             pins=PrefixPins(limits.max_pinned_blocks, limits.max_pinned_blocks_per_tenant),
         )
-        self.running: dict[int, Request] = {}
-        """The running requests by ``seq``, in order of admission."""
-        self.room = WaitingRoom(
-            limits.max_waiting,
-            limits.max_waiting_per_tenant,
-            limits.max_waiting_per_adapter,
-            max_tokens=limits.max_waiting_tokens,
-            max_tokens_per_tenant=limits.max_waiting_tokens_per_tenant,
-        )
+        self.room = WaitingRoom(limits)
         self.queues = RequestQueues(self.room)
-        self.placing = Placing(self.residency)
-        self.slots = self.residency.slots
-        self.cpu = self.residency.cpu
-        self.by_policy_name = self.residency.by_policy_name
-        self._speculation = None if limits.speculation == "none" else Speculation()
-        self.batcher = Batcher(
-            self.blocks,
-            self.queues,
-            self.running,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            pacer=_pacer(limits),
-            speculation=self._speculation,
-            draft_constrained=limits.draft_constrained,
-            max_model_len=limits.max_model_len,
-            emit=self._emit,
-            tell=self._tell,
-            refuse=self._refuse,
-        )
-        self.requests: dict[str, Request] = {}
-        """Requests that are accepted and have not ended."""
-        self.now = 0.0
-        self.step = 0
-        self.guard = PolicyGuard(
-            policy,
-            FCFS,
-            requests=self.requests,
-            adapters=self.by_policy_name,
-            emit=self._emit,
-            refuse=self._refuse,
-            timer=timer,
-            processor=processor,
-            budget=limits.policy_time_budget,
-            max_overruns=limits.policy_max_overruns,
-        )
+        paced = limits.max_step_seconds is not None
+        pacer = Pacer(limits.max_step_seconds or 0.0, limits.pair_tokens) if paced else None
+        self.batcher = Batcher(self.blocks, self.queues, self.guard, limits, pacer)
+        self.running = self.batcher.running
         self._repeats = repeats
-        self._costs = MeasuredCosts(self.residency.by_policy_name, limits, self.batcher.pacer)
-        self._results = StepResults(
-            advance=self.batcher.advance,
-            speculation=self._speculation,
-            end=self.end,
-            emit=self._emit,
-            note=lambda event: self.outbox.append(event),
-        )
+        self._costs = MeasuredCosts(known, limits, pacer)
+        self._results = StepResults(self.batcher, self.guard, self.end)
         self._view = CoreView(
-            self.residency,
-            self.queues,
-            self.batcher,
-            costs or self._costs,
-            self.guard.refusals,
+            self.residency, self.queues, self.batcher, costs or self._costs, self.guard.refusals
         )
         self._rng = random.Random(limits.seed)
         self._next_seq = 0
-        self._changes = 0
-        """Number of events so far; tokens of running requests do not count."""
         self._arranged_at = -1
-        """Value of ``_changes`` when pinned adapters were last placed."""
+        """Value of ``guard.changes`` when pinned adapters were last placed."""
         self._deadlines: SortedDict[tuple[float, int], Request] = SortedDict()
         self._in_flight: list[Request] = []
         """The requests of the step in flight."""
-        self.contents = StepContents(0, 0, 0, 0, ())
-        """Contents of the last batch."""
-        self._formed_at = -1
-        """Value of ``_changes`` when the last batch had been formed."""
         self._zombies: list[Request] = []
         """Requests that ended while in flight. Their blocks and slots are released when the step comes
         back."""
+        self.contents = StepContents(0, 0, 0, 0, ())
+        """Contents of the last batch."""
 
     # Events in: requests
 
@@ -206,7 +150,7 @@ class Core:
     ) -> None:
         bound = "server" if error.bound is None else error.bound
         adapter = error.adapter or next(iter(adapters), None)
-        self._emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
+        self.guard.emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
 
     def add_request(
         self,
@@ -235,44 +179,43 @@ class Core:
         if ticket is None:
             names = () if adapter is None else (adapter.label,)
             ticket = self.reserve(options.tenant, names, now, len(prompt))
-        seed = params.seed if params.seed is not None else self._rng.getrandbits(63)
+        stops = frozenset(params.stop_token_ids)
         request = Request(
             request_id,
-            prompt,
+            [*prompt, *given],
+            len(prompt),
             params,
+            options,
             adapter=adapter,
+            scale=scale,
             seq=self._next_seq,
             arrival=now,
-            seed=seed,
+            seed=params.seed if params.seed is not None else self._rng.getrandbits(63),
             deadline=deadline,
-            options=options,
-            scale=scale,
-            given=given,
+            stops=stops if params.ignore_eos else stops.union(self.limits.eos_token_ids),
+            most_tokens=min(len(prompt) + params.max_tokens, self.limits.max_model_len),
             cache=self.blocks,
+            ticket=ticket,
         )
-        if not params.ignore_eos:
-            request.stops = request.stops.union(self.limits.eos_token_ids)
-        request.most_tokens = min(request.most_tokens, self.limits.max_model_len)
-        request.ticket = ticket
         ticket.displaced = lambda error, now: self.end(request, "error", now, error)
         self._next_seq += 1
         self.requests[request_id] = request
         self.queues.add(request)
         if deadline is not None:
             self._deadlines[deadline, request.seq] = request
-        self._emit(
+        self.guard.emit(
             events.RequestAdded(
                 time=now,
                 request_id=request_id,
-                adapter=label_of(request),
+                adapter=request.label,
                 prompt_tokens=len(prompt),
                 tenant=options.tenant,
-                location=None if adapter is None else location_name(adapter),
+                location=None if adapter is None else adapter.where,
                 priority=options.priority,
                 deadline=deadline,
             )
         )
-        self._tell("request_added", now, request=request)
+        self.guard.tell("request_added", now, request=request)
         return request
 
     def end(
@@ -295,20 +238,20 @@ class Core:
                 self._zombies.append(request)
             else:
                 self.batcher.release(request)
-        request.status = Status.ENDED
+        request.status, request.decodes = Status.ENDED, False
         if request.deadline is not None:
             del self._deadlines[request.deadline, request.seq]
-        self._tell("request_finished", now, request=request)
+        self.guard.tell("request_finished", now, request=request)
         del self.requests[request.id]
-        request.drop_view()
+        del request.view
         sink, request.sink = request.sink, None
         if sink is not None:
             sink.end(reason, error)
-        self._emit(
+        self.guard.emit(
             events.RequestEnded(
                 time=now,
                 request_id=request.id,
-                adapter=label_of(request),
+                adapter=request.label,
                 reason=reason,
                 error=error,
                 prompt_tokens=request.prompt_len,
@@ -330,28 +273,22 @@ class Core:
         others need. Then it is read again when there is room.
         """
         self.now = max(self.now, now)
-        error = (
-            self.residency.changed(entry, found.digest)
-            or self.residency.refusal(entry, found.bytes_in_slot)
-            or self.cpu.refusal(entry, found.nbytes, self.slots.places_of(found.bytes_in_slot))
-        )
+        error = self.residency.loaded(entry, now, found)
         if error is not None:
-            self.residency.load_refused(entry, now, error)
             self._fail_waiting(entry, now, error)
-        else:
-            self.residency.loaded(entry, now, found)
-            if not entry.scalable:
-                self._fail_scaled(entry, now)
+        elif not entry.scalable:
+            failure = changed(entry, "to a kind that is scaled in another way; try again")
+            self._fail_waiting(entry, now, failure, only_scaled=True)
         return error
 
     def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
         """Note that a read was cancelled because the engine stops; no request is told."""
-        self._changes += 1
+        self.guard.changes += 1
         self.residency.load_cancelled(entry)
 
     def adapter_load_stalled(self, entry: AdapterEntry) -> None:
         """Note that a read makes no progress: it goes on, but another may start in its place."""
-        self._changes += 1
+        self.guard.changes += 1
         self.residency.load_stalled(entry)
 
     def adapter_load_failed(
@@ -362,35 +299,19 @@ class Core:
         self._fail_waiting(entry, now, error)
 
     def adapter_placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
-        if self.residency.placed(entry, now, seconds):
-            self._tell("adapter_placed", now, adapter=entry.name)
+        self.slots.placed(entry, now, seconds)
 
     def adapter_place_failed(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         self.residency.place_failed(entry, now, error)
         self._fail_waiting(entry, now, error)
 
-    def _fail_waiting(self, entry: AdapterEntry, now: float, error: Exception) -> None:
-        """Fail the requests that wait for it."""
+    def _fail_waiting(
+        self, entry: AdapterEntry, now: float, error: Exception, *, only_scaled: bool = False
+    ) -> None:
+        """Fail the requests that wait for it, or those of them that scale it."""
         for request in list(entry.waiting):
-            self.end(request, "error", now, error)
-
-    def _fail_scaled(self, entry: AdapterEntry, now: float) -> None:
-        """Fail the requests that scale an adapter which has become one that a step cannot scale."""
-        error = AdapterChanged(
-            "its files have changed to a kind that is scaled in another way; try again",
-            name=entry.label,
-            path=entry.path,
-            transient=True,
-        )
-        for request in [request for request in entry.waiting if request.scale != 1.0]:
-            self.end(request, "error", now, error)
-
-    def _fail_shut_out(self, now: float) -> None:
-        """Fail the requests for adapters that can never run, because pinned ones leave no slot, or no room in
-        the slots' memory."""
-        if self.residency.pins.count:
-            for entry, error in adapters_shut_out(self.queues.heads.values(), self.slots):
-                self._fail_waiting(entry, now, error)
+            if request.scale != 1.0 or not only_scaled:
+                self.end(request, "error", now, error)
 
     # Scheduling
 
@@ -400,36 +321,63 @@ class Core:
         self.now = now
         self.expire(now)
         self.blocks.expire(now)
-        changed = self._changes != self._arranged_at
-        if changed:
-            self._fail_shut_out(now)
-        self.residency.sweep(
-            now
-        )  # after the calls that end requests: one may be the last of a retired adapter
-        if changed or self.placing.pinned_wait:
+        news = self.guard.changes != self._arranged_at
+        if news and self.residency.names.pinned:
+            for entry, error in adapters_shut_out(self.queues.heads.values(), self.slots):
+                self._fail_waiting(entry, now, error)
+        # After what ends requests: one may be the last of a retired adapter.
+        self.residency.sweep(now)
+        if news or self.placing.pinned_wait:
             self.placing.place_pinned(now)
-            self._arranged_at = self._changes
+            self._arranged_at = self.guard.changes
         self._view.advance(now, self.step)
-        decision = self.guard.decide(self._view, self._changes)
+        decision = self.guard.decide(self._view)
         for request, why in decision.reject:
             self._reject(request, why, now)
         for request in decision.preempt:
             if request.status is Status.RUNNING:
                 self.batcher.preempt(request, now)
             else:
-                self._refuse("preempt_not_running", request.id)
-        for reason, item in self.placing.apply(decision, now):
-            self._refuse(reason, item)
+                self.guard.refuse("preempt_not_running", request.id)
+        self.placing.apply(decision, now)
         batch = self._form_batch(decision.admit)
-        self.guard.carried_out(decision, self._changes)
-        if batch is not None and self._repeats and (until := self._quiet_until()) > now:
-            batch = batch._replace(steps=self.batcher.certain_steps(), until=until)
+        self.guard.carried_out(decision)
+        busy = self.placing.pinned_wait or self.residency.wanted or self._costs.learner is not None
+        if batch is not None and self._repeats and not busy:
+            due, until = self.next_due(), self.guard.quiet_until
+            until = until if due is None else min(due, until)
+            if until > now:  # neither the policy nor the core has anything to decide before
+                batch = batch._replace(steps=self.batcher.certain_steps(), until=until)
         return Step(batch, self.residency.take_moves())
+
+    def _form_batch(self, admit: Sequence[Request]) -> StepBatch | None:
+        ranks, closed = self.slots.ranks(), self.placing.closed
+        if closed:
+            admit = [
+                request for request in admit if request.adapter is None or request.adapter.uid not in closed
+            ]
+        again = self.batcher.form(admit, self.now, ranks)
+        if not self.batcher.formed:
+            return None
+        self.step += 1
+        self._in_flight = self.batcher.formed
+        batch = StepBatch(self.step, self.batcher.sequences, ranks, again)
+        if not again:
+            self.contents = batch.contents()
+        self._note_used(self.now)
+        return batch
+
+    def _note_used(self, now: float) -> None:
+        """Note that a step begins, and uses its slots."""
+        slots = self.slots.slots
+        for index in self.contents.slots:
+            if (entry := slots[index].entry) is not None:
+                slots[index].last_used = entry.last_used = now
 
     def _reject(self, request: Request, reason: str, now: float) -> None:
         """End a request by the policy's decision, if it has never run."""
         if request.status is not Status.WAITING or request.admitted is not None:
-            self._refuse("reject_already_started", request.id)
+            self.guard.refuse("reject_already_started", request.id)
             return
         text = f"request {request.id!r} was rejected: {reason or 'the scheduling policy gives no reason'}"
         self.end(request, "error", now, RequestRejected(f"{text}; try again later", reason=reason))
@@ -446,7 +394,7 @@ class Core:
         keep waiting, and adapters are on disk again. The caller must not report batches or moves that were
         under way."""
         self.now = max(self.now, now)
-        self._changes += 1
+        self.guard.changes += 1
         self.step_lost()
         for request in list(self.running.values()):
             self.end(request, "error", now, error)
@@ -457,10 +405,6 @@ class Core:
         """Return the time when ``schedule`` must be called even if nothing else happens."""
         times = self.next_deadline(), self.placing.next_retry(self.now), self.blocks.pins.next_end
         return min((at for at in times if at is not None), default=None)
-
-    def next_ask(self) -> float:
-        """Return the time before which the policy wants not to be asked unless there is an event."""
-        return self.guard.quiet_until(self._changes)
 
     def next_deadline(self) -> float | None:
         """Return the earliest deadline of a request."""
@@ -476,41 +420,6 @@ class Core:
             self.end(request, "error", now, DeadlineExceeded(late))
 
     # The batch
-
-    def _form_batch(self, admit: Sequence[Request]) -> StepBatch | None:
-        ranks, formed = self.slots.ranks(), None
-        if not admit and self._changes == self._formed_at:
-            formed = self.batcher.form_again(self.now, ranks)
-        again = formed is not None
-        if formed is None:
-            if self.placing.any_closed:
-                admit = [request for request in admit if not self.placing.is_closed(request)]
-            formed = self.batcher.form(admit, self.now, ranks)
-        self._formed_at = self._changes
-        if not formed.sequences:
-            return None
-        self.step += 1
-        self._in_flight = formed.requests
-        batch = StepBatch(self.step, formed.sequences, ranks, again)
-        if not again:
-            self.contents = batch.contents()
-        self._note_used(self.now)
-        return batch
-
-    def _note_used(self, now: float) -> None:
-        """Note that a step begins, and uses its slots."""
-        slots = self.slots.slots
-        for index in self.contents.slots:
-            if (entry := slots[index].entry) is not None:
-                slots[index].last_used = entry.last_used = now
-
-    def _quiet_until(self) -> float:
-        """Return the time until which neither the policy nor the core has anything to decide, unless
-        something happens."""
-        if self.placing.pinned_wait or self.residency.any_wanted or self._costs.learner is not None:
-            return -inf
-        due, until = self.next_due(), self.guard.quiet_until(self._changes)
-        return until if due is None else min(due, until)
 
     def step_finished(
         self, batch: StepBatch, result: StepResult, now: float, *, intervals: bool = True
@@ -530,7 +439,7 @@ class Core:
             self.now = ends[-2]
             self.step += len(ends) - 1
             self._note_used(self.now)
-        before: TokensBefore | None = [] if intervals else None
+        before: TokensBefore | None = TokensBefore(int) if intervals else None
         self._results.take(requests, batch, result, ends, before)
         return [()] * len(ends) if before is None else token_intervals(before, ends)
 
@@ -540,46 +449,16 @@ class Core:
         if learner is not None:
             learner.learn(self.batcher.work_of(batch), seconds)
 
-    # Telling others
-
-    def _emit(self, event: events.Event) -> None:
-        self._changes += 1
-        self.outbox.append(event)
-
-    def _refuse(self, reason: str, item: str) -> None:
-        self.guard.refuse(reason, item)
-        self._emit(events.PolicyRefused(time=self.now, reason=reason, item=item))
-
     def _cpu_order(self, entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:
         """Return the policy's order of eviction from the CPU cache. Adapters that it does not name follow by
         last use. Versions that were never published come first, because the policy does not know them."""
-        unknown: list[AdapterEntry] = []
-        rest: dict[str, AdapterEntry] = {}
-        for entry in least_recently_used(entries):
-            if self.residency.is_known(entry):
-                rest[entry.name] = entry
-            else:
-                unknown.append(entry)
+        entries = sorted(entries, key=lambda entry: entry.last_used)
+        unknown = [entry for entry in entries if not entry.published]
+        rest = {entry.name: entry for entry in entries if entry.published}
         self._view.advance(self.now, self.step)
         named = self.guard.cpu_victims(self._view, list(rest)) if len(rest) > 1 else []
         first = [rest.pop(name) for name in dict.fromkeys(named) if name in rest]
         return [*unknown, *first, *rest.values()]
-
-    def _tell(
-        self,
-        kind: str,
-        now: float,
-        *,
-        request: Request | None = None,
-        adapter: str | None = None,
-        was: str | None = None,
-    ) -> None:
-        self._changes += 1
-        view = None
-        if request is not None:
-            view = request.view
-            adapter = view.adapter
-        self.guard.tell(PolicyEvent(kind, now, view, adapter, was))
 
     def check(self) -> None:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
@@ -598,9 +477,3 @@ class Core:
         self.queues.check()
         for request in self.queues:
             assert request.status is Status.WAITING and not request.blocks
-
-
-def _pacer(limits: CoreLimits) -> Pacer | None:
-    if limits.max_step_seconds is None:
-        return None
-    return Pacer(limits.max_step_seconds, limits.pair_tokens)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from aioengine import events
+from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry, Request, Status
 from aioengine.schedulers.error_text import error_text
 from aioengine.schedulers.overruns import Overruns
@@ -29,23 +30,7 @@ _Call = Literal["schedule", "cpu_victims", "on_event"]
 
 MAX_ITEMS = 4096
 """Maximum number of items in one field of a decision, because the core's checks take time too."""
-
-
 T = TypeVar("T")
-
-
-class Tell(Protocol):
-    """Callback that tells the policy what happened to a request, or to the adapter of this name."""
-
-    def __call__(
-        self,
-        kind: str,
-        now: float,
-        *,
-        request: Request | None = None,
-        adapter: str | None = None,
-        was: str | None = None,
-    ) -> None: ...
 
 
 class Resolved(NamedTuple):
@@ -78,81 +63,74 @@ _EMPTY, _NOTHING = Decision(), Resolved([], [], [], [], [], [], [])
 
 
 class PolicyGuard:
-    """Stands between the core and a policy.
+    """Stands between the core and a policy. Events pass through it, because the policy may decide differently
+    after each.
 
     If a policy raises, or returns something other than a Decision, the safe policy decides that step.
-    ``make_safe`` makes the safe policy when it is first needed. If a policy takes longer than ``budget``
-    seconds ``max_overruns`` times (see :class:`~aioengine.schedulers.overruns.Overruns`), the safe policy
-    replaces it for good. ``timer`` measures the time; without one there is no budget, because the core itself
-    has no clock. ``processor`` measures this thread's processor time; None: as ``timer``. ``requests`` has
-    the requests that have not ended, by id, and ``adapters`` the adapters that the policy knows, by name.
+    ``make_safe`` makes the safe policy when it is first needed. If a policy takes longer than
+    ``limits.policy_time_budget`` seconds ``policy_max_overruns`` times (see
+    :class:`~aioengine.schedulers.overruns.Overruns`), the safe policy replaces it for good. ``timer``
+    measures the time; without one there is no budget, because the core itself has no clock. ``processor``
+    measures this thread's processor time; None: as ``timer``. ``requests`` has the requests that have not
+    ended, by id, and ``adapters`` the adapters that the policy knows, by name.
     """
 
     def __init__(
         self,
         policy: SchedulerPolicy,
         make_safe: Callable[[], SchedulerPolicy],
+        limits: CoreLimits,
         *,
         requests: Mapping[str, Request],
         adapters: Mapping[str, AdapterEntry],
-        emit: Callable[[events.Event], None],
-        refuse: Callable[[str, str], None],
         timer: Callable[[], float] | None,
         processor: Callable[[], float] | None = None,
-        budget: float,
-        max_overruns: int,
     ) -> None:
-        self.policy = policy
-        self.name = type(policy).__name__
         self.seconds = 0.0
         """Seconds that the policy took for the last decision, including nested calls."""
+        self.outbox: list[events.Event] = []
+        self.changes = 0
+        """Number of events so far; tokens of running requests do not count."""
+        self.refusals: list[Refusal] = []
+        """Items of the last decision that were refused."""
         self._make_safe = make_safe
         self._safe: SchedulerPolicy | None = None
         self._requests = requests
         self._adapters = adapters
-        self._emit = emit
-        self._refuse = refuse
         self._timer = timer
         self._processor = timer if processor is None else processor
-        self._budget = budget
-        self._max_overruns = max_overruns
-        self._overruns = Overruns(budget, max_overruns)
-        self._has_failed = False
-        self.refusals: list[Refusal] = []
-        """Items of the last decision that were refused."""
+        self._limits = limits
         self._ask_again: float | None = None
         """``ask_again`` of the decision that is being carried out."""
         self._named: set[str] = set()
         """Requests that this decision preempts or rejects, and adapters that it lets leave their slots."""
+        self._now = 0.0
+        """Time of the last decision."""
         self._quiet_until = -math.inf
-        self._quiet_since = -1
-        """Value of ``changes`` after the last decision that was carried out whole and named a time."""
+        self.change(policy)
 
     def change(self, policy: SchedulerPolicy) -> None:
         """Ask ``policy`` from now on. It is told of nothing that happened before."""
         self.policy = policy
         self.name = type(policy).__name__
-        self._overruns = Overruns(self._budget, self._max_overruns)
+        self._overruns = Overruns(self._limits.policy_time_budget, self._limits.policy_max_overruns)
         self._has_failed = False
         self._ask_again, self._quiet_since = None, -1
+        """The latter: ``changes`` after the last decision that was carried out whole and named a time."""
 
-    def decide(self, view: SchedulerView, changes: int) -> Resolved:
-        """Ask the policy, unless :meth:`is_quiet`. After the decision has been carried out, the core calls
-        :meth:`carried_out`."""
-        self.seconds = 0.0
-        if self.is_quiet(view.now, changes):
+    # Decisions
+
+    def decide(self, view: SchedulerView) -> Resolved:
+        """Ask the policy, unless it wants not to be asked now. After the decision has been carried out, the
+        core calls :meth:`carried_out`."""
+        self.seconds, self._now = 0.0, view.now
+        if view.now < self.quiet_until:
             return _NOTHING
         start = self._times()
-        try:
-            decision = _well_formed(self.policy.schedule(view))
-            self._ask_again = decision.ask_again
-        except BaseException as error:
-            # Nothing is awaited here, so the policy itself raised this CancelledError.
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            self._failed(view.now, "schedule", error)
+        decision = self._ask("schedule", view.now, lambda: _well_formed(self.policy.schedule(view)))
+        self._ask_again = None if decision is None else decision.ask_again
+        if decision is None:
             decision = self._in_its_place().schedule(view)
-            self._ask_again = None
         self.refusals.clear()
         self._measure(view.now, start)
         resolved = _NOTHING if decision is _EMPTY else self._resolve(decision)
@@ -161,51 +139,62 @@ class PolicyGuard:
         self._named.update(entry.name for entry in (*resolved.evict, *resolved.discard))
         return resolved
 
-    def carried_out(self, decision: Resolved, changes: int) -> None:
+    def carried_out(self, decision: Resolved) -> None:
         """Note that the core has done what it could of ``decision``. If that was all of it, and nothing else
-        happened meanwhile, the policy is not asked again before the time that it named.
-
-        ``changes`` counts events, but not the tokens of running requests.
-        """
+        happened meanwhile, the policy is not asked again before the time that it named."""
         if self._ask_again is not None and not self.refusals and decision.is_whole:
-            self._quiet_until, self._quiet_since = self._ask_again, changes
+            self._quiet_until, self._quiet_since = self._ask_again, self.changes
         self._ask_again = None
 
-    def refuse(self, reason: str, item: str) -> None:
-        """Note that an item of the decision was refused; ``item`` is a request's id or an adapter's name."""
-        self.refusals.append(Refusal(item, reason))
+    @property
+    def quiet_until(self) -> float:
+        """The time until which the policy wants not to be asked unless there is an event."""
+        return self._quiet_until if self.changes == self._quiet_since else -math.inf
 
-    def is_quiet(self, now: float, changes: int) -> bool:
-        """Whether the policy wants not to be asked now."""
-        return now < self.quiet_until(changes)
+    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> list[str]:
+        """Ask for the policy's order of eviction; invalid entries are dropped."""
+        start = self._times()
+        names = self._ask(
+            "cpu_victims",
+            view.now,
+            lambda: _strings("cpu_victims", self.policy.cpu_victims(view, candidates)),
+        )
+        self._measure(view.now, start)
+        return names or []
 
-    def quiet_until(self, changes: int) -> float:
-        """Return the time until which the policy wants not to be asked unless there is an event."""
-        return self._quiet_until if changes == self._quiet_since else -math.inf
+    def _ask(self, call: _Call, now: float, question: Callable[[], T]) -> T | None:
+        """Return the policy's answer; None if it has failed."""
+        try:
+            return question()
+        except BaseException as error:
+            # Nothing is awaited here, so the policy itself raised this CancelledError.
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            where = self.name if call == "schedule" else f"{self.name}.{call}"
+            trace = None if self._has_failed else "".join(traceback.format_exception(error))
+            self._has_failed = True
+            text = f"{where}: {error_text(error)}"
+            self.emit(events.PolicyFailed(time=now, error=text, call=call, traceback=trace))
+            return None
 
     def _resolve(self, decision: Decision) -> Resolved:
-        reject: list[tuple[Request, str]] = []
-        for request_id, reason in decision.reject:
-            request = self._requests.get(request_id)
-            if request is None:
-                self._refuse("reject_unknown_request", request_id)
-            else:
-                reject.append((request, reason))
-        place: list[tuple[AdapterEntry, Place]] = []
-        for item in decision.place:
-            entry = self._adapters.get(item.adapter)
-            if entry is None:
-                self._refuse("place_unknown_adapter", item.adapter)
-            else:
-                place.append((entry, item))
+        requests, adapters, known = self._requests, self._adapters, self._known
         return Resolved(
-            self._known(decision.admit, self._requests, "admit_unknown_request"),
-            place,
-            self._known(decision.prefetch, self._adapters, "prefetch_unknown_adapter"),
-            self._known(decision.preempt, self._requests, "preempt_not_running"),
-            reject,
-            self._known(decision.evict, self._adapters, "evict_unknown_adapter"),
-            self._known(decision.discard, self._adapters, "discard_unknown_adapter"),
+            reject=[
+                (request, reason)
+                for request_id, reason in decision.reject
+                for request in known([request_id], requests, "reject_unknown_request")
+            ],
+            place=[
+                (entry, item)
+                for item in decision.place
+                for entry in known([item.adapter], adapters, "place_unknown_adapter")
+            ],
+            admit=known(decision.admit, requests, "admit_unknown_request"),
+            prefetch=known(decision.prefetch, adapters, "prefetch_unknown_adapter"),
+            preempt=known(decision.preempt, requests, "preempt_not_running"),
+            evict=known(decision.evict, adapters, "evict_unknown_adapter"),
+            discard=known(decision.discard, adapters, "discard_unknown_adapter"),
         )
 
     def _known(self, names: Sequence[str], known: Mapping[str, T], otherwise: str) -> list[T]:
@@ -214,35 +203,45 @@ class PolicyGuard:
         for name in names:
             item = known.get(name)
             if item is None:
-                self._refuse(otherwise, name)
+                self.refuse(otherwise, name)
             else:
                 found.append(item)
         return found
 
-    def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> list[str]:
-        """Ask for the policy's order of eviction; invalid entries are dropped."""
-        start = self._times()
-        names: list[str] = []
-        try:
-            names = _strings("cpu_victims", self.policy.cpu_victims(view, candidates))
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            self._failed(view.now, "cpu_victims", error)
-        self._measure(view.now, start)
-        return names
+    # Events
 
-    def tell(self, event: PolicyEvent) -> None:
+    def emit(self, event: events.Event) -> None:
+        """Tell listeners of the engine."""
+        self.changes += 1
+        self.outbox.append(event)
+
+    def say(self, kind: Callable[..., events.Event], entry: AdapterEntry, now: float, **what: Any) -> None:
+        """Tell listeners what happened to a version of an adapter."""
+        self.emit(kind(time=now, adapter=entry.label, version=entry.version, **what))
+
+    def refuse(self, reason: str, item: str) -> None:
+        """Note that an item of the decision was refused; ``item`` is a request's id or an adapter's name."""
+        self.refusals.append(Refusal(item, reason))
+        self.emit(events.PolicyRefused(time=self._now, reason=reason, item=item))
+
+    def tell(
+        self,
+        kind: str,
+        now: float,
+        *,
+        request: Request | None = None,
+        adapter: str | None = None,
+        was: str | None = None,
+    ) -> None:
+        """Tell the policy what happened to a request, or to the adapter of this name."""
+        self.changes += 1
+        view = None if request is None else request.view
+        event = PolicyEvent(kind, now, view, adapter if view is None else view.adapter, was)
         if self._ask_again is not None and not self._is_expected(event):
             self._ask_again = None
         if self._safe is not None and self.policy is not self._safe:
             self._safe.on_event(event)
-        try:
-            self.policy.on_event(event)
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            self._failed(event.now, "on_event", error)
+        self._ask("on_event", now, lambda: self.policy.on_event(event))
 
     def _is_expected(self, event: PolicyEvent) -> bool:
         """Whether the event, which comes while a decision is carried out, is an effect of this decision."""
@@ -253,17 +252,12 @@ class PolicyGuard:
             return entry is None or not entry.waiting
         return event.kind == "request_admitted" or event.adapter in self._named
 
+    # Failures
+
     def _in_its_place(self) -> SchedulerPolicy:
         if self._safe is None:
             self._safe = self._make_safe()
         return self._safe
-
-    def _failed(self, now: float, call: _Call, error: BaseException) -> None:
-        where = self.name if call == "schedule" else f"{self.name}.{call}"
-        text = f"{where}: {error_text(error)}"
-        trace = None if self._has_failed else "".join(traceback.format_exception(error))
-        self._has_failed = True
-        self._emit(events.PolicyFailed(time=now, error=text, call=call, traceback=trace))
 
     def _times(self) -> tuple[float, float]:
         if self._timer is None or self._processor is None:
@@ -278,12 +272,12 @@ class PolicyGuard:
         took, used = end[0] - start[0], end[1] - start[1]
         self.seconds += took
         if self._overruns.add(took, used, end[0]):
-            self._emit(events.PolicyOverran(time=now, seconds=used, budget=self._budget))
+            self.emit(events.PolicyOverran(time=now, seconds=used, budget=self._limits.policy_time_budget))
         complaint = self._overruns.complaint
         if complaint and self.policy is not self._safe:
             self.policy = self._in_its_place()
             self._ask_again = None
-            self._emit(events.PolicyReplaced(time=now, reason=f"{self.name} {complaint}"))
+            self.emit(events.PolicyReplaced(time=now, reason=f"{self.name} {complaint}"))
 
 
 def _well_formed(answer: Any) -> Decision:

@@ -292,7 +292,7 @@ class Allowance:
             return True
         cache, start = request.cache, 0
         if cache is not None:
-            start = len(request.find_cached(cache)) * cache.block_size
+            start = len(request.find_cached()) * cache.block_size
         tokens = min(request.remaining - start, GRAIN)
         each, half = self._costs(request, start)
         return floor.of(tokens) > 0 or tokens * (each + half * tokens) <= self._seconds

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 from math import isfinite, isnan
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from aioengine import events
-from aioengine.core.speculation.drafts import Speculation
-from aioengine.core.state import AdapterEntry, Request, Status, label_of
+from aioengine.core.batcher import Batcher
+from aioengine.core.guard import PolicyGuard
+from aioengine.core.speculation.drafts import learn
+from aioengine.core.state import AdapterEntry, Request, Status
 from aioengine.errors import AdapterInvalid, AioEngineError, RequestInvalid
-from aioengine.request import FinishReason, TokenLogprob
+from aioengine.request import FinishReason
 from aioengine.step import Fault, SequenceWork, StepBatch, StepResult
 
-TokensBefore = list[tuple[AdapterEntry | None, float | None, int]]
-"""For each request: its adapter, the time of the token before those that it has got, and their number."""
+TokensBefore = defaultdict[tuple[AdapterEntry | None, float | None, int], int]
+"""The number of requests by adapter, the time of the token before those that each has got, and their
+number."""
+
+_Intervals = defaultdict[tuple[AdapterEntry | None, float], int]
 
 
 class End(Protocol):
@@ -27,29 +32,28 @@ class End(Protocol):
     ) -> None: ...
 
 
+class _Coming(NamedTuple):
+    """A result that is being taken in."""
+
+    batch: StepBatch
+    result: StepResult
+    ends: Sequence[float]
+    """The end of each of its steps."""
+    longest: float
+    """The longest time between two of them."""
+    before: TokensBefore | None
+    """Filled with what :func:`token_intervals` needs, if that is wanted."""
+    done: list[tuple[float, Request, FinishReason]]
+    """Filled with the requests that end, when, and why."""
+
+
 class StepResults:
-    """Passes tokens on to the requests' sinks, and ends requests that are done.
+    """Passes tokens on to the requests' sinks, and ends requests that are done."""
 
-    Args:
-        advance: Counts a request's tokens as computed.
-        emit: Takes an event after which the policy may decide differently.
-        note: Takes an event that changes nothing for the policy.
-    """
-
-    def __init__(
-        self,
-        *,
-        advance: Callable[[Request, int], None],
-        speculation: Speculation | None,
-        end: End,
-        emit: Callable[[events.Event], None],
-        note: Callable[[events.Event], None],
-    ) -> None:
-        self._advance = advance
-        self._speculation = speculation
+    def __init__(self, batcher: Batcher, guard: PolicyGuard, end: End) -> None:
+        self._batcher = batcher
+        self._guard = guard
         self._end = end
-        self._emit = emit
-        self._note = note
 
     def take(
         self,
@@ -59,109 +63,126 @@ class StepResults:
         ends: Sequence[float],
         before: TokensBefore | None,
     ) -> None:
-        """Take in the result of ``batch``, in which ``requests`` were, in this order.
-
-        Args:
-            ends: The end of each of its steps.
-            before: Filled with what :func:`token_intervals` needs, if that is wanted.
-        """
-        plain, running, advance = result.is_plain, Status.RUNNING, self._advance
-        first_end, now, several = ends[0], ends[-1], len(ends) > 1
+        """Take in the result of ``batch``, in which ``requests`` were, in this order, and whose steps ended
+        at ``ends``. ``before`` is filled with what :func:`token_intervals` needs, if that is wanted."""
         longest = max([after - first for first, after in pairwise(ends)], default=0.0)
-        ended: list[tuple[float, Request, FinishReason]] = []
-        logprobs: Sequence[TokenLogprob] = ()
-        until = 0
-        for index, (request, work, count) in enumerate(
-            zip(requests, batch.sequences, result.counts, strict=True)
-        ):
-            first, until = until, until + count
-            if request.status is not running:
-                continue
-            computed = len(work.tokens)
-            if work.sample:
-                computed += count - 1
-            if work.draft:
-                computed -= len(work.draft)
-                if count or index in result.errors:
-                    self._learn(request, work, count - (index not in result.errors), now)
-            new = result.tokens[first:until]
-            if not plain or not request.is_plain:
-                if not self._take_extras(index, request, work, result, now):
-                    continue
-                if not new:
-                    advance(request, computed)
-                    self._take_error(index, request, result, now)
-                    continue
-                new = [*new, *result.forced.get(index, ())]
-                logprobs = result.logprobs.get(index, ())
-            elif not new:
-                advance(request, computed)
-                continue
-            finish: FinishReason | None = None
-            tokens = request.tokens
-            if len(tokens) + len(new) >= request.most_tokens or not request.stops.isdisjoint(new):
-                new, finish = _until_the_end(request, new)
-                if not new:  # no token was asked for
-                    ended.append((now, request, "length"))
-                    continue
-            tokens += new
-            if (sink := request.sink) is not None:
-                left = sink.push(new, logprobs, is_stop=finish == "stop")
-                if left is not None:
-                    finish = "stop"
-                    del tokens[len(tokens) - len(new) + left :]
-                    new = new[:left]
-            got = len(new)
-            advance(request, computed if got >= count else computed + got - count)
-            time = ends[got - 1] if several else now
-            last, request.last_token = request.last_token, time
-            if last is None:
-                request.first_token = first_end
-                self._note_first(request, first_end)
-            if before is not None:
-                before.append((request.adapter, last, got))
-            gap = longest if last is None else first_end - last
-            if gap < longest:
-                gap = longest
-            worst = request.worst_gap
-            if (worst is None or gap > worst) and (last is not None or got > 1):
-                request.worst_gap = gap
-            if finish is not None:
-                ended.append((time, request, finish))
-            elif not plain:
-                self._take_error(index, request, result, time)
-        if several and len(ended) > 1:
-            ended.sort(key=lambda end: end[0])
-        for time, request, finish in ended:
+        coming = _Coming(batch, result, ends, longest, before, [])
+        tokens, until = result.tokens, 0
+        if result.is_plain and len(ends) == 1 and len(tokens) == len(requests) and all(result.counts):
+            self._take_one_each(coming, requests)
+        else:
+            for index, (request, count) in enumerate(zip(requests, result.counts, strict=True)):
+                first, until = until, until + count
+                if request.status is Status.RUNNING:
+                    self._take_row(coming, index, request, tokens[first:until])
+        if len(ends) > 1:
+            coming.done.sort(key=lambda end: end[0])
+        for time, request, finish in coming.done:
             self._end(request, finish, time)
 
-    def _note_first(self, request: Request, now: float) -> None:
-        self._note(  # not a change for the policy
-            events.FirstToken(
-                time=now,
-                request_id=request.id,
-                adapter=label_of(request),
-                seconds=now - request.arrival,
-            )
-        )
+    def _take_one_each(self, coming: _Coming, requests: Sequence[Request]) -> None:
+        """Take in one token of each request: the same as ``_take_row``, but quick, for nearly all tokens."""
+        now, size, before = coming.ends[-1], self._batcher.blocks.block_size, coming.before
+        common = requests[0].last_token
+        """The time of the last token of nearly all."""
+        adapters: list[AdapterEntry | None] = []
+        for request, token in zip(requests, coming.result.tokens, strict=True):
+            known, last = request.tokens, request.last_token
+            if (
+                not request.decodes
+                or last is None
+                or len(known) + 1 >= request.most_tokens
+                or token in request.stops
+            ):
+                if request.status is Status.RUNNING:
+                    self._take_row(coming, requests.index(request), request, [token])
+                continue
+            known.append(token)
+            if (sink := request.sink) is not None:
+                left = sink.push([token], (), is_stop=False)
+                if left is not None:
+                    coming.done.append((now, request, "stop"))
+                    if left == 0:
+                        known.pop()
+                        request.computed -= 1
+            computed = request.computed + 1
+            if computed % size:
+                request.computed = computed
+            else:
+                self._batcher.advance(request, 1)
+            request.last_token = now
+            if last == common:
+                adapters.append(request.adapter)
+            elif before is not None:
+                before[request.adapter, last, 1] += 1
+            gap, worst = now - last, request.worst_gap
+            if worst is None or gap > worst:
+                request.worst_gap = gap
+        if before is not None:
+            for adapter, rows in groupby(adapters):  # they are sorted by slot
+                before[adapter, common, 1] += len(list(rows))
 
-    def _take_error(self, index: int, request: Request, result: StepResult, now: float) -> None:
+    def _take_row(self, coming: _Coming, index: int, request: Request, new: Sequence[int]) -> None:
+        """Take in the ``new`` tokens of one request: none, one or several."""
+        batch, result, ends, longest, before, done = coming
+        work, error, known = batch.sequences[index], result.errors.get(index), request.tokens
+        now, count = ends[-1], len(new)
+        computed = len(work.tokens) - len(work.draft) + (count - 1 if work.sample else 0)
+        if work.draft and (count or error is not None):
+            right = count - (error is None)
+            learn(request, len(work.draft), right)
+            told = events.TokensProposed(
+                time=now, adapter=request.label, proposed=len(work.draft), accepted=right
+            )
+            self._guard.emit(told)
+        if not request.is_plain and not self._take_extras(index, request, work, result, now):
+            return
+        if not new:
+            self._batcher.advance(request, computed)
+            self._take_error(request, error, now)
+            return
+        if index in result.forced:
+            new = [*new, *result.forced[index]]
+        finish: FinishReason | None = None
+        if len(known) + len(new) >= request.most_tokens or not request.stops.isdisjoint(new):
+            new, finish = _until_the_end(request, new)
+            if not new:  # no token was asked for
+                done.append((now, request, "length"))
+                return
+        known += new
+        if request.sink is not None:
+            left = request.sink.push(new, result.logprobs.get(index, ()), is_stop=finish == "stop")
+            if left is not None:
+                finish = "stop"
+                del known[len(known) - len(new) + left :]
+                new = new[:left]
+        got = len(new)
+        self._batcher.advance(request, min(computed, computed + got - count))
+        time = ends[got - 1] if len(ends) > 1 else now
+        last, request.last_token = request.last_token, time
+        gap = longest
+        if last is None:
+            request.first_token = first = ends[0]
+            seconds = first - request.arrival
+            self._guard.outbox.append(  # not a change for the policy
+                events.FirstToken(time=first, request_id=request.id, adapter=request.label, seconds=seconds)
+            )
+        else:
+            gap = max(longest, ends[0] - last)
+        if before is not None:
+            before[request.adapter, last, got] += 1
+        worst = request.worst_gap
+        if (worst is None or gap > worst) and (last is not None or got > 1):
+            request.worst_gap = gap
+        if finish is not None:
+            done.append((time, request, finish))
+        else:
+            self._take_error(request, error, time)
+
+    def _take_error(self, request: Request, error: tuple[str, Fault] | None, now: float) -> None:
         """End a request that has no further token."""
-        if (error := result.errors.get(index)) is not None:
+        if error is not None:
             self._end(request, "error", now, _sampling_error(request, *error))
-
-    def _learn(self, request: Request, work: SequenceWork, right: int, now: float) -> None:
-        """Learn that the first ``right`` of the proposed tokens were right."""
-        if self._speculation is not None:
-            self._speculation.learn(request, len(work.draft), right)
-            self._emit(
-                events.TokensProposed(
-                    time=now,
-                    adapter=label_of(request),
-                    proposed=len(work.draft),
-                    accepted=right,
-                )
-            )
 
     def _take_extras(
         self, index: int, request: Request, work: SequenceWork, result: StepResult, now: float
@@ -201,19 +222,23 @@ def _until_the_end(request: Request, tokens: Sequence[int]) -> tuple[Sequence[in
 
 def token_intervals(before: TokensBefore, ends: Sequence[float]) -> list[tuple[events.TokenInterval, ...]]:
     """Return for each of the steps that ended at ``ends`` the times between its tokens and those before."""
-    counts: Counter[tuple[AdapterEntry | None, float]] = Counter()
-    for adapter, last, tokens in before:
+    counts: _Intervals = defaultdict(int)
+    for (adapter, last, tokens), rows in before.items():
         if last is not None:
-            counts[adapter, ends[0] - last] += 1
+            counts[adapter, ends[0] - last] += rows
         if len(ends) == 1 and tokens > 1:
-            counts[adapter, 0.0] += tokens - 1
+            counts[adapter, 0.0] += rows * (tokens - 1)
     found = [_intervals(counts)]
     for step, (first, after) in enumerate(pairwise(ends), 1):
-        found.append(_intervals(Counter((adapter, after - first) for adapter, _, n in before if n > step)))
+        later: _Intervals = defaultdict(int)
+        for (adapter, _, tokens), rows in before.items():
+            if tokens > step:
+                later[adapter, after - first] += rows
+        found.append(_intervals(later))
     return found
 
 
-def _intervals(counts: Counter[tuple[AdapterEntry | None, float]]) -> tuple[events.TokenInterval, ...]:
+def _intervals(counts: _Intervals) -> tuple[events.TokenInterval, ...]:
     return tuple(
         [
             events.TokenInterval(None if entry is None else entry.label, seconds, tokens)

@@ -2,13 +2,13 @@
 
 A bound over all tenants is shared fairly. When it is reached, a new request of a tenant with fewer waiting
 requests displaces the newest one of the tenant with the most, so a tenant that fills the queue cannot shut
-the others out. With a single tenant, or none named, new requests are refused. Every change takes constant
-time.
+the others out. With a single tenant, or none named, new requests are refused.
 
 A bound on the tokens of their prompts is shared in equal parts. A tenant may have all of it while nobody else
 waits; when others come, the newest requests of those that have more than their part are displaced. One
-request of each tenant is always accepted, or else a long prompt would never be. Such a change takes
-O(log tenants).
+request of each tenant is always accepted, or else a long prompt would never be.
+
+Every change takes O(log tenants).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
-from sortedcontainers import SortedSet
+from sortedcontainers import SortedDict
 
+from aioengine.core.limits import CoreLimits
 from aioengine.errors import Bound, EngineOverloaded
 
 Tenant = str | None
@@ -42,35 +43,27 @@ class Ticket:
 
 
 class WaitingRoom:
-    """Places for waiting requests: ``max_waiting`` in all, and as many for each tenant and each adapter. A
-    request for a mix counts for each of its adapters.
+    """Places for waiting requests: ``max_waiting`` in all, and as many for each tenant and each adapter as
+    the limits say. A request for a mix counts for each of its adapters.
 
     None is no bound. Preempted requests count in all, but are never displaced, because their callers already
     have the first tokens.
     """
 
-    def __init__(
-        self,
-        max_waiting: int | None,
-        max_per_tenant: int | None = None,
-        max_per_adapter: int | None = None,
-        *,
-        max_tokens: int | None = None,
-        max_tokens_per_tenant: int | None = None,
-    ) -> None:
-        self.max_waiting = max_waiting
-        self.max_per_tenant = max_per_tenant
-        self.max_per_adapter = max_per_adapter
-        self.max_tokens = max_tokens
-        self.max_tokens_per_tenant = max_tokens_per_tenant
+    def __init__(self, limits: CoreLimits) -> None:
+        self.max_waiting = limits.max_waiting
+        self.max_per_tenant = limits.max_waiting_per_tenant
+        self.max_per_adapter = limits.max_waiting_per_adapter
+        self.max_tokens = limits.max_waiting_tokens
+        self.max_tokens_per_tenant = limits.max_waiting_tokens_per_tenant
         self.max_of_tenant: Mapping[str, int] = {}
         """Bounds of single tenants, which take precedence over ``max_per_tenant``; may be replaced at any
         time."""
         self.returned = 0
         """Preempted requests that wait again."""
-        self._all = _Places()
-        self._of_adapter: dict[str, _Places] = {}
-        self._tokens = _Tokens()
+        self._all = _Shares()
+        self._of_adapter: dict[str, _Shares] = {}
+        self._tokens = _Shares()
 
     @property
     def tokens(self) -> int:
@@ -78,7 +71,7 @@ class WaitingRoom:
         return self._tokens.total
 
     def __len__(self) -> int:
-        return len(self._all) + self.returned
+        return self._all.total + self.returned
 
     def enter(self, tenant: Tenant, adapters: Sequence[str], now: float, tokens: int | None = None) -> Ticket:
         """Take a place for a request of ``tenant`` for ``adapters`` (different names; none: the base model).
@@ -98,13 +91,13 @@ class WaitingRoom:
         victims: dict[Ticket, str] = {}
         most = inf if self.max_per_adapter is None else self.max_per_adapter
         for adapter in adapters:
-            places = self._of_adapter.get(adapter, _NO_PLACES)
-            if len(places) - sum(adapter in victim.adapters for victim in victims) >= most:
+            places = self._of_adapter.get(adapter, _NOBODY)
+            if places.total - sum(adapter in victim.adapters for victim in victims) >= most:
                 named = f"max_waiting_per_adapter={most} requests wait for {adapter!r}"
-                victims[_displaced_by(tenant, places, named, "adapter", len(places), adapter)] = named
+                victims[_displaced_by(tenant, places, named, "adapter", places.total, adapter)] = named
         if self.max_waiting is not None and len(self) - len(victims) >= self.max_waiting:
             named = f"{len(self)} requests are waiting and max_waiting={self.max_waiting}"
-            places = _NO_PLACES if victims else self._all
+            places = _NOBODY if victims else self._all
             victims[_displaced_by(tenant, places, named, "server", len(self))] = named
         for victim, named in victims.items():
             text = f"{named}; tenant {victim.tenant!r} has most, so another tenant's took this one's place"
@@ -112,7 +105,7 @@ class WaitingRoom:
         ticket = Ticket(tenant, adapters, self)
         self._all.add(ticket)
         for adapter in adapters if most < inf else ():
-            self._of_adapter.setdefault(adapter, _Places()).add(ticket)
+            self._of_adapter.setdefault(adapter, _Shares()).add(ticket)
         if tokens is not None:
             self._tokens.add(ticket, tokens)
             self._share_tokens(ticket, now)
@@ -131,9 +124,9 @@ class WaitingRoom:
     def check_tokens(self, tenant: Tenant, tokens: int) -> None:
         """Raise EngineOverloaded if the bounds on tokens refuse a prompt of this length, whomever it could
         displace."""
-        has = self._tokens.of(tenant)
-        if has is None:
+        if not self._tokens.count(tenant):
             return
+        has, tenants = self._tokens.of(tenant), self._tokens.tenants
         named = f"prompts of {has} tokens of tenant {tenant!r} are waiting"
         own = self.max_tokens_per_tenant
         if own is not None and has + tokens > own:
@@ -141,9 +134,9 @@ class WaitingRoom:
             count = self._all.count(tenant)
             raise EngineOverloaded(f"{text}; retry later, or raise it", bound="tenant", waiting=count)
         most = self.max_tokens
-        if most is not None and self.tokens + tokens > most and has + tokens > most / len(self._tokens):
+        if most is not None and self.tokens + tokens > most and has + tokens > most / tenants:
             text = f"{named}, and {tokens} more exceed its part of max_waiting_tokens={most}"
-            bound: Bound = "server" if len(self._tokens) == 1 else "tenant"
+            bound: Bound = "server" if tenants == 1 else "tenant"
             count = len(self) if bound == "server" else self._all.count(tenant)
             raise EngineOverloaded(f"{text}; retry later, or raise it", bound=bound, waiting=count)
 
@@ -152,8 +145,11 @@ class WaitingRoom:
         most = self.max_tokens
         if most is None or self.tokens <= most:
             return
-        part = most / len(self._tokens)
-        while self.tokens > most and (victim := self._tokens.to_displace(part, newcomer)) is not None:
+        part = most / self._tokens.tenants
+        while self.tokens > most and self._tokens.largest[0] > part:
+            victim = self._tokens.newest_of_largest()
+            if victim.tenant == newcomer.tenant:
+                break
             text = f"prompts of more than max_waiting_tokens={most} tokens are waiting; tenant "
             text += f"{victim.tenant!r} has more than its part, and another's took this one's place"
             self._displace(victim, text, now)
@@ -166,38 +162,46 @@ class WaitingRoom:
     def leave(self, ticket: Ticket) -> None:
         """Give the ticket's place back, if it has one."""
         self._tokens.remove(ticket)
-        if not self._all.remove(ticket):
-            return
+        self._all.remove(ticket)
         for adapter in ticket.adapters:
-            places = self._of_adapter.get(adapter, _NO_PLACES)
-            if places.remove(ticket) and not places:
+            places = self._of_adapter.get(adapter, _NOBODY)
+            places.remove(ticket)
+            if places is not _NOBODY and not places.total:
                 del self._of_adapter[adapter]
 
     def check(self) -> None:
         """Assert that all counts agree."""
-        for places in (self._all, *self._of_adapter.values()):
-            places.check()
-        assert all(self._of_adapter.values())
+        for shares in (self._all, self._tokens, *self._of_adapter.values()):
+            shares.check()
+        assert all(places.total for places in self._of_adapter.values())
         if self.max_per_adapter is not None:
             named = Counter(adapter for ticket in self._all.tickets() for adapter in ticket.adapters)
-            assert named == {adapter: len(places) for adapter, places in self._of_adapter.items()}
-        self._tokens.check()
+            assert named == {adapter: places.total for adapter, places in self._of_adapter.items()}
 
 
-class _Places:
-    """Tickets under one bound, by tenant; and the tenants by how many they have."""
+class _Shares:
+    """Tickets under one bound, each with what it counts for, by tenant; and the tenants with several tickets
+    by what these count for. Only such a tenant still has a request if one is displaced."""
 
     def __init__(self) -> None:
-        self._of: dict[Tenant, OrderedDict[Ticket, None]] = {}
-        self._having: dict[int, OrderedDict[Tenant, None]] = {}
-        self._most = 0
-        self._size = 0
+        self.total = 0
+        self._of: dict[Tenant, OrderedDict[Ticket, int]] = {}
+        self._sums: dict[Tenant, int] = {}
+        self._several: SortedDict[tuple[int, str], Tenant] | None = None
+        """None until that is asked."""
 
-    def __len__(self) -> int:
-        return self._size
+    @property
+    def tenants(self) -> int:
+        """Number of tenants that have a ticket."""
+        return len(self._of)
 
     def count(self, tenant: Tenant) -> int:
+        """Return the number of a tenant's tickets."""
         return len(self._of.get(tenant, ()))
+
+    def of(self, tenant: Tenant) -> int:
+        """Return what a tenant's tickets count for."""
+        return self._sums.get(tenant, 0)
 
     def has(self, ticket: Ticket) -> bool:
         return ticket in self._of.get(ticket.tenant, ())
@@ -205,120 +209,61 @@ class _Places:
     def tickets(self) -> list[Ticket]:
         return [ticket for own in self._of.values() for ticket in own]
 
-    def add(self, ticket: Ticket) -> None:
-        own = self._of.setdefault(ticket.tenant, OrderedDict())
-        own[ticket] = None
-        self._size += 1
-        self._moved(ticket.tenant, len(own) - 1, len(own))
-        self._most = max(self._most, len(own))
-
-    def remove(self, ticket: Ticket) -> bool:
-        """Remove a ticket; returns whether it was here."""
-        own = self._of.get(ticket.tenant)
-        if own is None or ticket not in own:
-            return False
-        del own[ticket]
-        self._size -= 1
-        if not own:
-            del self._of[ticket.tenant]
-        self._moved(ticket.tenant, len(own) + 1, len(own))
-        if self._most not in self._having:
-            self._most = len(own)  # this was the only tenant with that many
-        return True
-
-    def to_displace(self, tenant: Tenant) -> Ticket | None:
-        """Return the newest ticket of the tenant with the most, if ``tenant`` would still have no more than
-        that tenant."""
-        if self.count(tenant) + 1 >= self._most:
-            return None
-        return next(reversed(self._of[next(reversed(self._having[self._most]))]))
-
-    def _moved(self, tenant: Tenant, before: int, after: int) -> None:
-        if before > 0:
-            del self._having[before][tenant]
-            if not self._having[before]:
-                del self._having[before]
-        if after > 0:
-            self._having.setdefault(after, OrderedDict())[tenant] = None
-
-    def check(self) -> None:
-        assert self._size == sum(map(len, self._of.values()))
-        assert self._most == max(map(len, self._of.values()), default=0)
-        counts = {tenant: count for count, tenants in self._having.items() for tenant in tenants}
-        assert counts == {tenant: len(own) for tenant, own in self._of.items()}
-
-
-_NO_PLACES = _Places()
-
-
-class _Tokens:
-    """Prompt tokens of tickets, by tenant; and the tenants with several tickets by their tokens."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._of: dict[Tenant, OrderedDict[Ticket, int]] = {}
-        self._sums: dict[Tenant, int] = {}
-        self._several: SortedSet[tuple[int, str]] | None = None
-        """(tokens, tenant): those that still have a request if one is displaced. None until that is asked."""
-
-    def __len__(self) -> int:
-        """Number of tenants."""
-        return len(self._of)
-
-    def of(self, tenant: Tenant) -> int | None:
-        """Return a tenant's tokens; None if it has no ticket."""
-        return self._sums.get(tenant)
-
-    def add(self, ticket: Ticket, tokens: int) -> None:
-        own = self._of.setdefault(ticket.tenant, OrderedDict())
-        own[ticket] = tokens
-        self._changed(ticket.tenant, len(own) - 1, tokens)
+    def add(self, ticket: Ticket, weight: int = 1) -> None:
+        self._change(ticket, weight)
 
     def remove(self, ticket: Ticket) -> None:
-        own = self._of.get(ticket.tenant)
-        if own is None or ticket not in own:
-            return
-        tokens = own.pop(ticket)
-        self._changed(ticket.tenant, len(own) + 1, -tokens)
+        """Remove a ticket, if it is here."""
+        if self.has(ticket):
+            self._change(ticket, None)
+
+    @property
+    def largest(self) -> tuple[int, str]:
+        """What the tickets of the tenant with the most count for, and its name."""
+        if self._several is None:
+            self._several = SortedDict(self._having_several())
+        found: tuple[int, str] = self._several.peekitem()[0] if self._several else (0, "")
+        return found
+
+    def newest_of_largest(self) -> Ticket:
+        """Return the newest ticket of that tenant."""
+        assert self._several
+        return next(reversed(self._of[self._several[self.largest]]))
+
+    def _change(self, ticket: Ticket, weight: int | None) -> None:
+        tenant = ticket.tenant
+        own, before = self._of.setdefault(tenant, OrderedDict()), self.of(tenant)
+        if self._several is not None and len(own) > 1:
+            del self._several[before, repr(tenant)]
+        if weight is None:
+            weight = -own.pop(ticket)
+        else:
+            own[ticket] = weight
+        self.total += weight
+        self._sums[tenant] = before + weight
         if not own:
-            del self._of[ticket.tenant], self._sums[ticket.tenant]
+            del self._of[tenant], self._sums[tenant]
+        elif self._several is not None and len(own) > 1:
+            self._several[before + weight, repr(tenant)] = tenant
 
-    def to_displace(self, part: float, newcomer: Ticket) -> Ticket | None:
-        """Return the newest ticket of the tenant with the most tokens, if these are more than ``part`` and it
-        has another ticket."""
-        if self._several is None:
-            self._several = SortedSet(self._having_several())
-        if not self._several or self._several[-1][0] <= part:
-            return None
-        own = self._of[self._several[-1][1] or None]
-        return None if newcomer in own else next(reversed(own))
-
-    def _changed(self, tenant: Tenant, tickets_before: int, tokens: int) -> None:
-        self.total += tokens
-        before = self._sums.get(tenant, 0)
-        self._sums[tenant] = before + tokens
-        if self._several is None:
-            return
-        if tickets_before > 1:
-            self._several.remove((before, tenant or ""))
-        if len(self._of[tenant]) > 1:
-            self._several.add((before + tokens, tenant or ""))
-
-    def _having_several(self) -> list[tuple[int, str]]:
-        return [(self._sums[tenant], tenant or "") for tenant, own in self._of.items() if len(own) > 1]
+    def _having_several(self) -> dict[tuple[int, str], Tenant]:
+        return {(self._sums[who], repr(who)): who for who, own in self._of.items() if len(own) > 1}
 
     def check(self) -> None:
         assert self._sums == {tenant: sum(own.values()) for tenant, own in self._of.items()}
-        assert self.total == sum(self._sums.values())
-        assert self._several is None or list(self._several) == sorted(self._having_several())
+        assert all(self._of.values()) and self.total == sum(self._sums.values())
+        assert self._several is None or dict(self._several) == self._having_several()
+
+
+_NOBODY = _Shares()
 
 
 def _displaced_by(
-    newcomer: Tenant, places: _Places, named: str, bound: Bound, waiting: int, adapter: str | None = None
+    newcomer: Tenant, places: _Shares, named: str, bound: Bound, waiting: int, adapter: str | None = None
 ) -> Ticket:
-    """Choose the ticket that the new request displaces. Raises EngineOverloaded if there is none."""
-    ticket = places.to_displace(newcomer)
-    if ticket is None:
+    """Choose the ticket that the new request displaces: the newest of the tenant with the most, if the
+    newcomer's tenant would still have no more than that tenant. Raises EngineOverloaded if there is none."""
+    if places.count(newcomer) + 1 >= places.largest[0]:
         text = f"{named}; retry later, or raise this bound"
         raise EngineOverloaded(text, bound=bound, waiting=waiting, adapter=adapter)
-    return ticket
+    return places.newest_of_largest()

@@ -227,7 +227,7 @@ class EngineLoop:
         now, due = asyncio.get_running_loop().time(), self.core.next_due()
         seconds = None if due is None else max(due - now, 0.0)
         if self.core.queues:
-            ask = max(self.core.next_ask() - now, POLICY_RETRY_SECONDS)
+            ask = max(self.core.guard.quiet_until - now, POLICY_RETRY_SECONDS)
             seconds = min(ask, inf if seconds is None else seconds)
         await self._woken(seconds)
 
@@ -311,7 +311,8 @@ class EngineLoop:
     def publish(self) -> None:
         """Deliver the events in the core's outbox."""
         while self.core.outbox:
-            batch, self.core.outbox = self.core.outbox, []
+            batch = self.core.outbox[:]
+            self.core.outbox.clear()
             for event in batch:
                 self.listeners(event)
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 from aioengine import events
 from aioengine.core import Core
-from aioengine.core.state import AdapterEntry, location_name
+from aioengine.core.state import AdapterEntry
 from aioengine.info import AdapterInfo, EngineLoad, EngineStats, SlotInfo
 from aioengine.schedulers.policy import Location
 
@@ -105,7 +105,7 @@ class Counters:
             preemptions=core.batcher.preemptions,
             listener_failures=listener_failures,
             slot_memory=arena.size,
-            slot_memory_used=arena.used,
+            slot_memory_used=arena.size - arena.free,
             slot_memory_fragmented=arena.free - arena.largest_hole if _by_bytes(core) else 0,
             memory_unplanned=self.memory_unplanned,
         )
@@ -156,7 +156,7 @@ def adapter_info(entry: AdapterEntry) -> AdapterInfo:
         bytes=entry.nbytes,
         digest=entry.digest,
         labels=entry.labels,
-        location=location_name(entry),
+        location=entry.where,
         slot=entry.slot if entry.location is Location.SLOT else None,
         pinned=entry.pinned,
         running=entry.running,

@@ -15,14 +15,14 @@ SIZES = [rounded(n) for n in (GRANULE, 8 * 2500, 16 * 2500, 64 * 2500)]
 
 
 @pytest.mark.slow
-def test_a_million_random_placements_keep_the_stated_bound() -> None:
+def test_many_random_placements_keep_the_stated_bound() -> None:
     """Adapters of mixed ranks come and go; where one does not fit, less is free than the bound says."""
     rng = random.Random(0)
     draw = rng.random
     arena = Arena(200 * SIZES[1])
     held: list[int] = []
     failed = 0
-    for turn in range(1_000_000):
+    for turn in range(100_000):
         nbytes = SIZES[int(draw() ** 3 * 4)] - int(draw() * 100)
         offset = arena.allocate(nbytes)
         while offset is None:
@@ -34,14 +34,14 @@ def test_a_million_random_placements_keep_the_stated_bound() -> None:
             arena.release(held.pop())
             offset = arena.allocate(nbytes)
         held.append(offset)
-        if turn % 20_000 == 0:
+        if turn % 2_000 == 0:
             arena.check()
             assert sorted(held) == sorted(arena.regions)
     arena.check()
     assert failed > 1000, "or nothing was tight"
     for offset in held:
         arena.release(offset)
-    assert arena.used == 0 and arena.largest_hole == arena.size
+    assert arena.free == arena.largest_hole == arena.size
 
 
 def test_the_smallest_hole_that_has_room_is_taken() -> None:
@@ -67,7 +67,7 @@ def test_what_is_tried_in_a_copy_stays_there() -> None:
     trial = arena.copy()
     trial.release(0)
     trial.allocate(4 * GRANULE)
-    assert arena.used == GRANULE and arena.regions == {0: GRANULE}
+    assert arena.free == 3 * GRANULE and arena.regions == {0: GRANULE}
     arena.check()
     trial.check()
 

@@ -95,7 +95,7 @@ def test_blocks_behind_a_window_are_given_back_once() -> None:
         most = max(most, len(request.held))
     bound = most_blocks(limits.max_model_len, limits.block_size, limits.max_num_batched_tokens, limits.window)
     assert 6 <= most <= bound == 8
-    assert sim.core.blocks.num_free == 14 and sim.core.blocks.num_cached > 8
+    assert sim.core.blocks.num_free == 14
 
 
 def test_a_prompt_behind_whose_window_all_is_cached_takes_only_what_it_sees() -> None:

@@ -256,7 +256,7 @@ def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:
     sim = Sim()
     pinned = sim.register("p")
     sim.core.residency.want(pinned, sim.now)
-    sim.core.residency.pins.pin(pinned, sim.now)
+    sim.core.residency.names.pin(pinned, sim.now)
     for _ in range(3):
         sim.settle()
     assert pinned.location is Location.SLOT

@@ -1,4 +1,10 @@
-"""Random events and random, partly hostile, policies: the invariants hold after every one."""
+"""Random events and random, partly hostile, policies: the invariants hold after every one.
+
+Rows of a step have no tokens (a late constraint), one, or several: drafts that are right or not, forced
+tokens, and several steps at once. Each request gets what one token a step would give it, wherever stop
+strings, ends of sequence, ``max_tokens``, log-probabilities and penalties meet the edges of rows, and
+whatever happens between forming a step and taking it in.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +12,14 @@ import os
 from collections import Counter
 from typing import Literal
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.device_memory import DeviceMemory
 from support.hostile_policies import Hostile
+from support.rows import RowSim
 
 from aioengine.core.adapters.version import LIVES, STATES, Change, WrongChange
 from aioengine.core.state import AdapterEntry, Status
@@ -20,12 +28,17 @@ from aioengine.errors import EngineOverloaded
 from aioengine.request import CachePin
 from aioengine.schedulers import Location, SlotState
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.testing import LIMITS, Sim
+from aioengine.testing import LIMITS
 
 NAMES = ("a", "b", "c", "d")
 MIXES = (("a", "b"), ("b", "c"), ("c", "a", "d"), ("b",), ("c", "d"))
 SIZES = (400, 1000, 2400, 2600)
 MAX_BYTES = 2500
+
+
+def model(history: list[int]) -> int:
+    """Texts that repeat themselves, so that some drafts are right, and end now and then."""
+    return 1 if sum(history) % 41 == 7 else 2 + history[-1] % 5 + len(history) % 4 // 3
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -40,6 +53,8 @@ class CoreMachine(RuleBasedStateMachine):
         speculation=st.sampled_from(["none", "ngram"]),
         window=st.sampled_from([None, None, 1, 5, 8, 13]),
         pinned=st.sampled_from([0, 3, 3, 9]),
+        caching=st.booleans(),
+        repeats=st.booleans(),
     )
     def start(
         self,
@@ -53,6 +68,8 @@ class CoreMachine(RuleBasedStateMachine):
         speculation: Literal["none", "ngram"],
         window: int | None,
         pinned: int,
+        caching: bool,
+        repeats: bool,
     ) -> None:
         self.hostile = hostile
         self.versions: list[AdapterEntry] = []
@@ -61,22 +78,15 @@ class CoreMachine(RuleBasedStateMachine):
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
         limits = limits._replace(max_pinned_blocks=pinned, max_pinned_blocks_per_tenant=5)
         limits = limits._replace(window=window, num_blocks=max(blocks if window is None else blocks // 2, 9))
-        limits = limits._replace(slot_bytes=slot_bytes)
+        limits = limits._replace(slot_bytes=slot_bytes, prefix_caching=caching)
         if slot_memory is not None:
             limits = limits._replace(slot_memory=slot_memory, num_slots=3)
         if bounded == "tokens":
             limits = limits._replace(max_waiting_tokens=60, max_waiting_tokens_per_tenant=50)
         elif bounded == "requests":
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
-        # Texts that repeat themselves, so that some of what is proposed is right.
-        has_memory = limits.window is not None
-        self.sim = Sim(
-            limits,
-            policy,
-            lambda history: 2 + history[-1] % 5 + len(history) % 4 // 3,
-            strict=False,
-            memory=DeviceMemory if has_memory else None,
-        )
+        memory = None if limits.window is None else DeviceMemory
+        self.sim = RowSim(limits, policy, model, strict=False, memory=memory, repeats=repeats)
         self.tickets: list[Ticket] = []
         self.lost: list[Ticket] = []
         for name in NAMES[:2]:
@@ -90,6 +100,10 @@ class CoreMachine(RuleBasedStateMachine):
         tenant=st.sampled_from([None, "x", "x", "x", "y"]),
         constrained=st.sampled_from([False, False, True]),
         pins=st.sampled_from([(), ((8, 0.5),), ((4, 3.0), (13, 0.2)), ((99, 9.0), (1, 1.0))]),
+        stop=st.sampled_from([None, None, (4, 5), (6, 3), (3, 2)]),
+        logprobs=st.sampled_from([None, None, None, 0]),
+        penalty=st.sampled_from([0.0, 0.0, 1.0]),
+        late=st.booleans(),
     )
     def add(
         self,
@@ -100,6 +114,10 @@ class CoreMachine(RuleBasedStateMachine):
         tenant: str | None,
         constrained: bool,
         pins: tuple[tuple[int, float], ...],
+        stop: tuple[int, int] | None,
+        logprobs: int | None,
+        penalty: float,
+        late: bool,
     ) -> None:
         sim = self.sim
         cache_pins = [CachePin(tokens=tokens, seconds=seconds) for tokens, seconds in pins]
@@ -114,7 +132,7 @@ class CoreMachine(RuleBasedStateMachine):
             adapter = sim.mix(*adapter, tenant=tenant)
         due = None if deadline is None else sim.now + deadline
         try:
-            sim.add(
+            request = sim.add(
                 adapter,
                 prompt=prompt,
                 max_tokens=max_tokens,
@@ -122,8 +140,11 @@ class CoreMachine(RuleBasedStateMachine):
                 tenant=tenant,
                 constrained=constrained,
                 scale=scale,
+                logprobs=logprobs,
                 cache_pins=cache_pins,
             )
+            request.params = msgspec.structs.replace(request.params, presence_penalty=penalty)
+            sim.read(request, stop, late=late)
         except EngineOverloaded as error:
             if sim.core.room.max_tokens is not None:
                 self.check_tokens_refusal(error, tenant, len(prompt))
@@ -193,11 +214,11 @@ class CoreMachine(RuleBasedStateMachine):
         self.sim.core.end(requests[which % len(requests)], "abort", self.sim.now)
         self.sim.take_events()
 
-    @rule(seconds=st.sampled_from([0.01, 0.2, 1.0]))
-    def step(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([0.01, 0.2, 1.0]), steps=st.integers(1, 8))
+    def step(self, seconds: float, steps: int) -> None:
         sim = self.sim
         if sim.batch is not None:
-            sim.finish_step()
+            sim.finish_step(steps=steps)
         else:
             batch = sim.schedule()
             if batch is not None:
@@ -296,9 +317,9 @@ class CoreMachine(RuleBasedStateMachine):
     def pin(self, name: str, pinned: bool) -> None:
         entry = self.sim.core.residency.current.get(name)
         if entry is not None and not pinned:
-            self.sim.core.residency.pins.unpin(entry, self.sim.now)
+            self.sim.core.residency.names.unpin(entry, self.sim.now)
         elif entry is not None and self.may_pin(name):
-            self.sim.core.residency.pins.pin(entry, self.sim.now)
+            self.sim.core.residency.names.pin(entry, self.sim.now)
 
     @rule(name=st.sampled_from(NAMES), pin=st.booleans())
     def want(self, name: str, pin: bool) -> None:
@@ -310,6 +331,8 @@ class CoreMachine(RuleBasedStateMachine):
     def holds(self) -> None:
         core = self.sim.core
         core.check()
+        for reader in self.sim.readers.values():
+            self.sim.check_reader(reader)
         reserved = sum(ticket not in self.lost for ticket in self.tickets)
         assert len(core.room) == len(core.queues) + reserved
         if core.room.max_tokens is not None:
@@ -359,6 +382,9 @@ class CoreMachine(RuleBasedStateMachine):
             sim.take_events()
         sim.run(steps=5000, step_seconds=0.1)
         assert len(sim.ended) == sim.count, "every accepted request ends exactly once"
+        for reader in sim.readers.values():
+            sim.check_reader(reader)
+        sim.check_events()
         assert sim.core.blocks.num_free == sim.core.blocks.num_blocks
         assert all(entry.running == 0 for entry in sim.core.residency.entries.values())
 

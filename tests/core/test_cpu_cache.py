@@ -48,7 +48,7 @@ def test_what_arrives_makes_room_for_its_bytes() -> None:
     assert on_cpu(sim) == "abc"
     bring(sim, "d")
     assert on_cpu(sim) == "cd", "a and b were used longest ago"
-    assert sim.core.cpu.used_bytes == 2900
+    assert sim.core.cpu.used.nbytes == 2900
 
 
 def test_the_second_read_reserves_what_the_first_has_shown() -> None:
@@ -59,7 +59,7 @@ def test_the_second_read_reserves_what_the_first_has_shown() -> None:
     sim.core.residency.want(entry_of(sim, "a"), sim.now)
     sim.schedule()
     assert on_cpu(sim) == "a", "b has left before a is read"
-    assert sim.core.cpu.used_bytes == 2000
+    assert sim.core.cpu.used.nbytes == 2000
     sim.core.check()
 
 
@@ -121,7 +121,7 @@ def test_what_does_not_fit_beside_the_pinned_says_so() -> None:
     sim = Sim(BOUNDED)
     have(sim, p=2000, b=1800)
     bring(sim, "p")
-    sim.core.residency.pins.pin(entry_of(sim, "p"), sim.now)
+    sim.core.residency.names.pin(entry_of(sim, "p"), sim.now)
     sim.add("b")
     sim.run()
     (failed,) = sim.of(events.AdapterFailed)
@@ -201,7 +201,7 @@ def test_what_must_stay_is_no_candidate() -> None:
         sim.core.residency.want(entry_of(sim, name), sim.now)
         sim.schedule()
         sim.finish_load()
-    sim.core.residency.pins.pin(entry_of(sim, "pinned"), sim.now)
+    sim.core.residency.names.pin(entry_of(sim, "pinned"), sim.now)
     sim.add("running", max_tokens=40)
     for _ in range(4):
         sim.settle()
@@ -305,7 +305,7 @@ def test_a_pinned_adapter_whose_copy_fails_is_not_copied_again_without_pause() -
     sim = Sim()
     sim.register("p")
     bring(sim, "p")
-    sim.core.residency.pins.pin(entry_of(sim, "p"), sim.now)
+    sim.core.residency.names.pin(entry_of(sim, "p"), sim.now)
     for _ in range(5):
         sim.schedule()
         if sim.copies:

@@ -44,7 +44,7 @@ def test_pinned_and_wanted_adapters_are_read_again_and_others_are_not() -> None:
     pinned, wanted, other = (sim.register(name) for name in ("pinned", "wanted", "other"))
     for entry in (pinned, other):
         residency.want(entry, sim.now)
-    sim.core.residency.pins.pin(pinned, sim.now)
+    sim.core.residency.names.pin(pinned, sim.now)
     sim.settle()
     sim.settle()
     residency.want(wanted, sim.now)

@@ -112,7 +112,7 @@ def test_it_takes_as_many_places_in_the_cpu_cache() -> None:
     for name in ("a", "b", "large"):
         sim.add(name)
         sim.run()
-    assert sim.core.cpu.used == 4 and len(sim.core.cpu.entries) == 2
+    assert sim.core.cpu.used.places == 4 and len(sim.core.cpu.entries) == 2
 
 
 @pytest.mark.parametrize(

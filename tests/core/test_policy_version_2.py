@@ -79,7 +79,7 @@ def test_only_what_nothing_uses_is_discarded() -> None:
     sim = Sim(policy=With(lambda view: Decision(discard=["a", "pinned", "ghost"])))
     for name in ("a", "pinned"):
         sim.register(name)
-    sim.core.residency.pins.pin(sim.core.residency.current["pinned"], sim.now)
+    sim.core.residency.names.pin(sim.core.residency.current["pinned"], sim.now)
     sim.core.residency.want(sim.core.residency.current["pinned"], sim.now)
     request = sim.add("a", max_tokens=3)
     sim.run()
@@ -112,8 +112,9 @@ def test_cached_tokens_are_those_that_admission_finds() -> None:
         ("a", prompt, 8),
     ):
         request = sim.add(adapter, prompt=own, max_tokens=1)
+        view = request.view
         sim.run()
-        assert (seen[request.id], request.cached_tokens, request.view.cached_tokens) == (cached,) * 3
+        assert (seen[request.id], request.cached_tokens, view.cached_tokens) == (cached,) * 3
 
 
 def test_an_adapter_that_comes_back_with_other_contents_shares_nothing_with_before() -> None:

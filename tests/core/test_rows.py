@@ -1,143 +1,22 @@
-"""Rows of any number of tokens give each request what one token a step gives it.
-
-Rows have no tokens (a late constraint), one, or several: drafts that are right or not, forced tokens, and
-several steps at once. They cross stop strings over a row's edge, ends at any token, log-probabilities,
-prefix hits, and requests that are aborted, preempted and replaced between forming and taking in.
-"""
+"""Rows of several steps at once are told as one step after the other."""
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.rows import RowSim
 
 from aioengine import events
-from aioengine.schedulers import Decision, SchedulerView
-from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS
 
 NAMES = (None, "a", "b", "c")
 
 
-class Preempting(FCFS):
-    """FCFS that preempts a running request now and then."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._rng = random.Random(seed)
-
-    def schedule(self, view: SchedulerView) -> Decision:
-        decision = super().schedule(view)
-        running = sorted(request.request_id for request in view.running)
-        if not running or self._rng.random() > 0.1:
-            return decision
-        return decision._replace(preempt=[self._rng.choice(running)])
-
-
 def model(history: list[int]) -> int:
-    """Texts that repeat themselves, so that some drafts are right, and end now and then."""
+    """Texts that repeat themselves and end now and then."""
     return 1 if sum(history) % 41 == 7 else 2 + history[-1] % 5 + len(history) % 4 // 3
-
-
-class RowMachine(RuleBasedStateMachine):
-    @initialize(
-        seed=st.integers(0, 2**32),
-        preempts=st.booleans(),
-        blocks=st.integers(17, 40),
-        caching=st.booleans(),
-        speculation=st.sampled_from(["none", "ngram"]),
-        repeats=st.booleans(),
-    )
-    def start(
-        self, seed: int, preempts: bool, blocks: int, caching: bool, speculation: Any, repeats: bool
-    ) -> None:
-        limits = LIMITS._replace(num_blocks=blocks, prefix_caching=caching, speculation=speculation)
-        policy = Preempting(seed) if preempts else FCFS()
-        self.sim = RowSim(limits, policy, model, repeats=repeats)
-        for name in NAMES[1:]:
-            self.sim.register(str(name))
-
-    @rule(
-        adapter=st.sampled_from(NAMES),
-        prompt=st.lists(st.integers(2, 4), min_size=1, max_size=30),
-        max_tokens=st.sampled_from([1, 2, 5, 12, 20]),
-        constrained=st.sampled_from([False, False, True]),
-        stop=st.sampled_from([None, None, (4, 5), (6, 3), (3, 2)]),
-        logprobs=st.sampled_from([None, None, None, 0]),
-        late=st.booleans(),
-    )
-    def add(
-        self,
-        adapter: str | None,
-        prompt: list[int],
-        max_tokens: int,
-        constrained: bool,
-        stop: tuple[int, int] | None,
-        logprobs: int | None,
-        late: bool,
-    ) -> None:
-        sim = self.sim
-        request = sim.add(
-            adapter, prompt=prompt, max_tokens=max_tokens, constrained=constrained, logprobs=logprobs
-        )
-        sim.read(request, stop, late=late)
-        sim.take_events()
-
-    @precondition(lambda self: self.sim.core.requests)
-    @rule(which=st.integers(0, 100))
-    def abort(self, which: int) -> None:
-        requests = list(self.sim.core.requests.values())
-        self.sim.core.end(requests[which % len(requests)], "abort", self.sim.now)
-        self.sim.take_events()
-
-    @rule(name=st.sampled_from(NAMES[1:]))
-    def replace(self, name: str) -> None:
-        self.sim.register(name)
-
-    @rule(count=st.integers(1, 6), steps=st.integers(1, 8))
-    def step(self, count: int, steps: int) -> None:
-        sim = self.sim
-        for _ in range(count):
-            while sim.loads:
-                sim.finish_load()
-            while sim.copies:
-                sim.finish_copy()
-            if sim.batch is None:
-                sim.schedule()
-            else:
-                sim.now += 0.25
-                sim.finish_step(0.25, steps=steps)
-
-    @invariant()
-    def holds(self) -> None:
-        self.sim.core.check()
-        for reader in self.sim.readers.values():
-            self.sim.check_reader(reader)
-
-    def teardown(self) -> None:
-        sim = self.sim
-        if sim.batch is not None:
-            sim.finish_step()
-        sim.run(steps=2000)
-        for reader in sim.readers.values():
-            sim.check_reader(reader)
-        sim.check_events()
-        assert sim.core.blocks.num_free == sim.core.blocks.num_blocks
-
-
-RowMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("AIOENGINE_FUZZ_RUNS", "100")),  # make fuzz runs more
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-TestRowMachine = RowMachine.TestCase
 
 
 def told(seed: int, steps: int) -> list[Any]:

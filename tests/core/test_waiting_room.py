@@ -210,7 +210,7 @@ def test_a_prompt_longer_than_the_bound_is_accepted_alone() -> None:
 
 
 def test_tokens_that_are_known_later_are_counted_then() -> None:
-    room = WaitingRoom(None, max_tokens_per_tenant=10)
+    room = WaitingRoom(LIMITS._replace(max_waiting_tokens_per_tenant=10))
     first, second = room.enter("a", (), 0.0), room.enter("a", (), 0.0)
     room.weigh(first, 8, 0.0)
     with pytest.raises(EngineOverloaded, match="8 tokens of tenant 'a'"):

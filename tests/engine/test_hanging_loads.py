@@ -12,7 +12,7 @@ from aioengine.adapters import loader as loaders
 from aioengine.adapters.loader import MAX_HANGING_ON_MOUNT, STALL_SECONDS, BaseLoader, Patience
 from aioengine.adapters.read_threads import Progress
 from aioengine.core import Core
-from aioengine.core.adapters.name import LONGEST_SECONDS, MAX_REMEMBERED, NameTable
+from aioengine.core.adapters.name import LONGEST_SECONDS, MAX_REMEMBERED
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.events import Event, RequestEnded
 from aioengine.executors.base import Device, Ended
@@ -21,7 +21,7 @@ from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
-from aioengine.testing import LIMITS
+from aioengine.testing import LIMITS, Sim
 
 MOUNT_OF = {"dead": "/mnt/dead", "other": "/mnt/other"}
 
@@ -213,7 +213,7 @@ def test_a_mount_that_hangs_takes_so_many_threads_and_no_more(monkeypatch: pytes
 
 
 def test_the_pause_after_failures_grows_and_ends() -> None:
-    names = NameTable()
+    names = Sim().core.residency.names
     now, pauses = 0.0, []
 
     def error() -> AdapterInvalid:
@@ -244,7 +244,7 @@ def test_the_pause_after_failures_grows_and_ends() -> None:
 
 
 def test_what_several_say_of_one_failure_counts_once() -> None:
-    names, error = NameTable(), AdapterInvalid("bad", name="x", path="/x")
+    names, error = Sim().core.residency.names, AdapterInvalid("bad", name="x", path="/x")
     for now in (0.0, 0.0, 0.001, 0.4):
         names.fail("x", error, now)
     assert names.failures("x") == 1

@@ -61,7 +61,7 @@ class SizedSim(Sim):
     def turn_out(self, name: str) -> None:
         slot = self.entry(name).slot
         assert slot is not None
-        self.core.residency.evict_slot(self.core.slots.slots[slot], self.now)
+        self.core.slots.evict(self.core.slots.slots[slot], self.now)
         self.take_events()
 
     def entry(self, name: str) -> AdapterEntry:

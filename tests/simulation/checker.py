@@ -202,7 +202,7 @@ class Checker:
         engine: Any = self._engine
         core, stepper = engine._core, engine._loop
         assert not core.residency.entries, "versions of adapters are left"
-        assert not core.cpu.entries and not core.cpu.used_bytes and not self.memory.cpu, (
+        assert not core.cpu.entries and not core.cpu.used.nbytes and not self.memory.cpu, (
             "the CPU cache is not empty"
         )
         assert all(slot.entry is None for slot in core.slots.slots), "slots are taken"

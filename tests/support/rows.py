@@ -8,7 +8,7 @@ from typing import Any
 from aioengine import events
 from aioengine.core.state import Request
 from aioengine.events import EndReason
-from aioengine.request import TokenLogprob
+from aioengine.request import SamplingParams, TokenLogprob
 from aioengine.step import Sampled, SequenceWork
 from aioengine.testing import Sim
 
@@ -77,6 +77,16 @@ class RowSim(Sim):
     def logprob(token: int, position: int) -> TokenLogprob:
         return TokenLogprob(token, -position / 16)
 
+    def choose(self, work: SequenceWork, history: list[int]) -> int:
+        return self.token_after(history, work.prompt_len, work.params)
+
+    def token_after(self, history: list[int], prompt_len: int, params: SamplingParams) -> int:
+        """Return the next token. A penalty is on what was chosen before, and not on the prompt."""
+        token = self.next_token(history)
+        if params.presence_penalty and token != EOS and token in history[prompt_len:]:
+            return 2 + (token + len(history)) % 6
+        return token
+
     def forced_after(self, history: list[int]) -> int:
         return sum(history) * 7 % 8
 
@@ -85,7 +95,7 @@ class RowSim(Sim):
         request = reader.request
         history = request.tokens[: request.prompt_len]
         while True:
-            history.append(self.next_token(history))
+            history.append(self.token_after(history, request.prompt_len, request.params))
             output = history[request.prompt_len :]
             if history[-1] == EOS or (reader.stop is not None and tuple(output[-2:]) == reader.stop):
                 return output, "stop"

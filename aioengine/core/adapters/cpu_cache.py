@@ -18,7 +18,14 @@ takes the place of another one of that tenant's. So they have no more slots, eit
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
+from aioengine import events
+from aioengine.core.adapters.failures import too_large
+from aioengine.core.adapters.moves import DropMove, Move
+from aioengine.core.adapters.version import Change
+from aioengine.core.guard import PolicyGuard
+from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers.policy import Location
@@ -27,8 +34,14 @@ Order = Callable[[Sequence[AdapterEntry]], Sequence[AdapterEntry]]
 """Decides which of several equally evictable adapters is evicted first."""
 
 
-def least_recently_used(entries: Sequence[AdapterEntry]) -> Sequence[AdapterEntry]:
-    return sorted(entries, key=lambda entry: entry.last_used)
+class Share(NamedTuple):
+    """What an adapter counts for in the cache."""
+
+    nbytes: int = 0
+    places: int = 0
+
+
+_NOTHING = Share()
 
 
 def _came_before(one: AdapterEntry, other: AdapterEntry) -> bool:
@@ -38,105 +51,90 @@ def _came_before(one: AdapterEntry, other: AdapterEntry) -> bool:
 
 
 class CpuCache:
-    """Adapters with at most ``capacity`` places, and at most ``max_bytes`` (None: no bound), together."""
+    """Adapters with at most ``cpu_capacity`` places, and at most ``cpu_max_bytes`` (None: no bound),
+    together."""
 
-    def __init__(
-        self,
-        capacity: int,
-        num_slots: int,
-        max_bytes: int | None = None,
-        order: Order = least_recently_used,
-    ) -> None:
-        self.capacity = capacity
-        self.num_slots = num_slots
-        self.max_bytes = max_bytes
+    def __init__(self, limits: CoreLimits, order: Order, moves: list[Move], guard: PolicyGuard) -> None:
+        self.capacity = limits.cpu_capacity
+        self.num_slots = limits.num_slots
+        self.max_bytes = limits.cpu_max_bytes
         self.entries: dict[int, AdapterEntry] = {}
         """Adapters that are resident or being read, by uid."""
-        self.used = 0
-        """Places that these take."""
-        self._places: dict[int, int] = {}
-        """Places that each counts for in ``used``."""
-        self.used_bytes = 0
-        self._counted: dict[int, int] = {}
-        """Bytes that each counts for in ``used_bytes``."""
-        self._largest: int | None = None
-        """The largest of those; None when it must be computed again."""
+        self.used = _NOTHING
+        """What these take together."""
+        self._shares: dict[int, Share] = {}
         self._order = order
+        self._moves = moves
+        self._guard = guard
 
     @property
     def room(self) -> int:
         """Number of adapters of one place that fit without an eviction, each with as many bytes as the
         largest known one."""
-        places = self.capacity - self.used
-        if self.max_bytes is None:
+        places = self.capacity - self.used.places
+        if self.bytes_room is None or not places:
             return places
-        if self._largest is None:
-            self._largest = max(self._counted.values(), default=0)
-        return min(places, self.bytes_room // self._largest) if self._largest > 0 else places
+        largest = max((share.nbytes for share in self._shares.values()), default=0)
+        return min(places, self.bytes_room // largest) if largest > 0 else places
 
     @property
-    def bytes_room(self) -> int:
-        """Bytes that are free. Only meaningful where ``max_bytes`` is not None."""
-        assert self.max_bytes is not None
-        return self.max_bytes - self.used_bytes
+    def bytes_room(self) -> int | None:
+        """Bytes that are free; None where their number is not bounded."""
+        return None if self.max_bytes is None else self.max_bytes - self.used.nbytes
 
     def fits(self, entry: AdapterEntry) -> bool:
         """Whether the adapter can be added now without an eviction."""
-        return not self._lacking(entry, self._reserved(entry)) and self._beyond_own_share(entry) <= 0
+        return self._has_room(self._reserved(entry)) and self._beyond_own_share(entry) <= 0
 
     def add(self, entry: AdapterEntry) -> None:
         assert self.fits(entry) and entry.uid not in self.entries
         self.entries[entry.uid] = entry
-        self._count(entry, self._reserved(entry), self._places_for(entry))
+        self._count(entry, self._reserved(entry))
 
     def resize(self, entry: AdapterEntry) -> bool:
         """Set the adapter's size, now that it is known; returns whether the bounds still hold."""
-        self._count(entry, entry.nbytes, entry.places)
-        return not self._lacking(entry, 0)
+        self._count(entry, Share(entry.nbytes, entry.places))
+        return self._has_room(_NOTHING)
 
     def remove(self, entry: AdapterEntry) -> None:
-        self._count(entry, 0, 0)
-        del self.entries[entry.uid], self._counted[entry.uid], self._places[entry.uid]
-        self._largest = None
+        self._count(entry, _NOTHING)
+        del self.entries[entry.uid], self._shares[entry.uid]
 
-    def pinned_bytes(self, besides: AdapterEntry) -> int:
-        """Return the bytes of the pinned adapters but one."""
-        return sum(e.nbytes for e in self.entries.values() if e.pinned and e is not besides)
+    def evict(self, entry: AdapterEntry, now: float) -> None:
+        """Remove an adapter that has been read, and free its memory."""
+        entry.change(Change.DROP)
+        self.remove(entry)
+        self._moves.append(DropMove(entry))
+        if entry.published:
+            self._guard.tell("adapter_dropped", now, adapter=entry.name)
+        self._guard.say(events.AdapterEvicted, entry, now, level="cpu", slot=None, nbytes=entry.nbytes)
 
-    def pinned_places(self, besides: AdapterEntry) -> int:
-        """Return the places of the pinned adapters but one."""
-        return sum(e.places for e in self.entries.values() if e.pinned and e is not besides)
-
-    def can_ever_hold(self, entry: AdapterEntry, nbytes: int) -> bool:
-        return self.max_bytes is None or nbytes + self.pinned_bytes(entry) <= self.max_bytes
+    def pinned(self, besides: AdapterEntry) -> Share:
+        """Return what the pinned adapters but one take."""
+        pinned = [entry for entry in self.entries.values() if entry.pinned and entry is not besides]
+        return Share(sum(entry.nbytes for entry in pinned), sum(entry.places for entry in pinned))
 
     def refusal(self, entry: AdapterEntry, nbytes: int, places: int) -> AdapterTooLarge | None:
         """Return the reason why the adapter, with so many bytes and places, can never be kept; None if it
         can."""
-        pinned_places = self.pinned_places(entry)
-        if places + pinned_places > self.capacity:
-            beside = f" beside the {pinned_places} of pinned adapters" if pinned_places else ""
-            todo = "raise LoRAConfig.max_cpu_loras" + (" or unpin one" if pinned_places else "")
-            return AdapterTooLarge(
-                f"it takes {places} places in the CPU cache, and max_cpu_loras={self.capacity} has no room "
-                f"for that{beside}; {todo}",
-                name=entry.label,
-                path=entry.path,
-            )
-        if self.can_ever_hold(entry, nbytes):
-            return None
-        pinned = self.pinned_bytes(entry)
-        beside = f" beside the {pinned:,} bytes of pinned adapters" if pinned else ""
-        todo = "raise LoRAConfig.max_cpu_lora_bytes" + (" or unpin one" if pinned else "")
-        return AdapterTooLarge(
-            f"it takes {nbytes:,} bytes of CPU memory, and max_cpu_lora_bytes={self.max_bytes:,} has no room "
-            f"for that{beside}; {todo}",
-            name=entry.label,
-            path=entry.path,
-        )
+        pinned = self.pinned(entry)
+        for unit, where, takes, most, held, setting in (
+            ("places", " in the CPU cache", places, self.capacity, pinned.places, "max_cpu_loras"),
+            ("bytes", " of CPU memory", nbytes, self.max_bytes, pinned.nbytes, "max_cpu_lora_bytes"),
+        ):
+            if most is not None and takes + held > most:
+                beside = f" beside the {held:,} {unit} of pinned adapters" if held else ""
+                todo = f"raise LoRAConfig.{setting}" + (" or unpin one" if held else "")
+                text = f"{takes:,} {unit}{where}, and {setting}={most:,} has no room for that{beside}; {todo}"
+                return too_large(entry, text)
+        return None
 
     def victims(
-        self, newcomer: AdapterEntry, now: float, keep: set[int], offered: Collection[AdapterEntry] = ()
+        self,
+        newcomer: AdapterEntry,
+        now: float,
+        keep: Collection[int],
+        offered: Collection[AdapterEntry] = (),
     ) -> list[AdapterEntry] | None:
         """Return the adapters to evict, in order, so that ``newcomer`` fits; None if it cannot fit now.
 
@@ -149,18 +147,22 @@ class CpuCache:
         admits requests to them. Adapters that earlier requests wait for stay too, unless their tenant has
         more than its share, or they are ``offered``: the policy gives their slots to the newcomer.
         """
-        here = newcomer.uid in self.entries
-        size = 0 if here else self._reserved(newcomer)
+        more = _NOTHING if newcomer.uid in self.entries else self._reserved(newcomer)
         excess = self._beyond_own_share(newcomer)
         since = newcomer.needed_since
         limit = now if since is None else since
         tiers: dict[tuple[bool, ...], list[AdapterEntry]] = {}
         beyond: set[int] | None = None  # found when it is asked for the first time
         for entry in self.entries.values():
-            if entry.running or entry is newcomer or not self._movable(entry):
-                continue
             in_slot = entry.location is Location.SLOT
-            if in_slot and entry.uid in keep:
+            copied = not in_slot and (entry.location is not Location.CPU or entry.slot is not None)
+            if (
+                entry is newcomer
+                or entry.pinned
+                or entry.running
+                or copied
+                or (in_slot and entry.uid in keep)
+            ):
                 continue
             needed = entry.needed_since
             earlier = needed is not None and (
@@ -174,22 +176,21 @@ class CpuCache:
             others = excess > 0 and entry.owner != newcomer.owner
             tier = others, earlier, alive, in_slot, needed is not None
             tiers.setdefault(tier, []).append(entry)
-        all_ = [entry.uid for tier in tiers.values() for entry in tier]
-        most, every = sum(map(self._counted.__getitem__, all_)), sum(map(self._places.__getitem__, all_))
-        if self._lacking(newcomer, size - most, every):
+        if not self._has_room(more, self._sum([entry for tier in tiers.values() for entry in tier])):
             return None
         victims: list[AdapterEntry] = []
-        freed = 0
         for victim in (entry for tier in sorted(tiers) for entry in self._order(tiers[tier])):
-            if excess <= 0 and not self._lacking(newcomer, size, freed):
+            if excess <= 0 and self._has_room(more, self._sum(victims)):
                 return victims
             if excess > 0 and victim.owner != newcomer.owner:
                 return None
-            size -= self._counted[victim.uid]
-            freed += self._places[victim.uid]
-            excess -= self._places[victim.uid]
+            excess -= self._shares[victim.uid].places
             victims.append(victim)
         return victims if excess <= 0 else None
+
+    def _sum(self, entries: Sequence[AdapterEntry]) -> Share:
+        shares = [self._shares[entry.uid] for entry in entries]
+        return Share(sum(share.nbytes for share in shares), sum(share.places for share in shares))
 
     def _beyond_own_share(self, newcomer: AdapterEntry) -> int:
         """Return how many places the owner of ``newcomer`` must give up for it, to have no more than its
@@ -199,7 +200,7 @@ class CpuCache:
         tenants, own = {newcomer.owner.tenant}, 0
         for entry in self.entries.values():
             if entry.owner == newcomer.owner:
-                own += 0 if entry is newcomer else self._places[entry.uid]
+                own += 0 if entry is newcomer else self._shares[entry.uid].places
             elif entry.wanted_by is not None:
                 tenants.add(entry.wanted_by)
         return min(own, own + newcomer.places - self.num_slots // len(tenants))
@@ -209,51 +210,43 @@ class CpuCache:
         the tenant that has waited longest for ``newcomer`` has its share."""
         if newcomer.head is None:
             return set()
-        of_tenant: dict[str | None, list[int]] = {newcomer.wanted_by: []}
+        of_tenant: dict[str | None, list[AdapterEntry]] = {newcomer.wanted_by: []}
         for entry in self.entries.values():
             if entry is not newcomer and (entry.head is not None or entry.running):
-                of_tenant.setdefault(entry.wanted_by, []).append(entry.uid)
-        used = {who: sum(map(self._places.__getitem__, uids)) for who, uids in of_tenant.items()}
+                of_tenant.setdefault(entry.wanted_by, []).append(entry)
+        used = {who: self._sum(entries).places for who, entries in of_tenant.items()}
         share = max(1, self.capacity // len(used))
         if used[newcomer.wanted_by] >= share:
             return set()
-        return {uid for who, uids in of_tenant.items() if used[who] > share for uid in uids}
+        return {entry.uid for who, own in of_tenant.items() if used[who] > share for entry in own}
 
-    def _reserved(self, entry: AdapterEntry) -> int:
-        """Return the bytes to reserve. An adapter that can never fit is read all the same, and fails when its
-        size is known."""
-        return entry.nbytes if self.can_ever_hold(entry, entry.nbytes) else 0
+    def _reserved(self, entry: AdapterEntry) -> Share:
+        """Return what to reserve for an adapter that is to be read. One that can never fit is read all the
+        same, and fails when its size is known."""
+        pinned = self.pinned(entry)
+        nbytes, places = entry.nbytes, entry.places
+        if self.max_bytes is not None and nbytes + pinned.nbytes > self.max_bytes:
+            nbytes = 0
+        return Share(nbytes, places if places + pinned.places <= self.capacity else 1)
 
-    def _places_for(self, entry: AdapterEntry) -> int:
-        """Return the places to reserve, as :meth:`_reserved`."""
-        return entry.places if entry.places + self.pinned_places(entry) <= self.capacity else 1
-
-    def _lacking(self, newcomer: AdapterEntry, nbytes: int, places: int = 0) -> bool:
-        """Whether the cache lacks room for ``newcomer`` after ``nbytes`` more and ``places`` fewer."""
-        more = 0 if newcomer.uid in self.entries else self._places_for(newcomer)
-        if self.used + more - places > self.capacity:
-            return True
-        return self.max_bytes is not None and self.used_bytes + nbytes > self.max_bytes
-
-    def _count(self, entry: AdapterEntry, nbytes: int, places: int) -> None:
-        self.used_bytes += nbytes - self._counted.get(entry.uid, 0)
-        self._counted[entry.uid] = nbytes
-        self.used += places - self._places.get(entry.uid, 0)
-        self._places[entry.uid] = places
-        self._largest = None
-
-    def _movable(self, entry: AdapterEntry) -> bool:
-        if entry.pinned or entry.running:
+    def _has_room(self, more: Share, fewer: Share = _NOTHING) -> bool:
+        """Whether the bounds hold with ``more`` in the cache, and ``fewer`` of what is there."""
+        if self.used.places + more.places - fewer.places > self.capacity:
             return False
-        if entry.location is Location.SLOT:
-            return True
-        return entry.location is Location.CPU and entry.slot is None  # not being copied to a slot
+        return self.max_bytes is None or self.used.nbytes + more.nbytes - fewer.nbytes <= self.max_bytes
+
+    def _count(self, entry: AdapterEntry, share: Share) -> None:
+        before = self._shares.get(entry.uid, _NOTHING)
+        self._shares[entry.uid] = share
+        nbytes, places = self.used
+        self.used = Share(nbytes + share.nbytes - before.nbytes, places + share.places - before.places)
 
     def check(self) -> None:
-        assert self.used == sum(self._places.values()) <= self.capacity
-        assert self.entries.keys() == self._counted.keys() == self._places.keys()
-        assert all(e.location is not Location.DISK for e in self.entries.values())
-        assert self.used_bytes == sum(self._counted.values())
-        assert self.max_bytes is None or self.used_bytes <= self.max_bytes
-        for entry in self.entries.values():
-            assert entry.location is Location.LOADING or self._counted[entry.uid] == entry.nbytes
+        nbytes, places = self.used
+        assert places == sum(share.places for share in self._shares.values()) <= self.capacity
+        assert nbytes == sum(share.nbytes for share in self._shares.values())
+        assert self.max_bytes is None or nbytes <= self.max_bytes
+        assert self.entries.keys() == self._shares.keys()
+        for uid, entry in self.entries.items():
+            assert entry.location is not Location.DISK
+            assert entry.location is Location.LOADING or self._shares[uid].nbytes == entry.nbytes

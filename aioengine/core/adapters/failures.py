@@ -1,9 +1,12 @@
-"""Errors of adapters that are kept."""
+"""Errors of adapters that can not be kept or placed, and errors that are kept."""
 
 from __future__ import annotations
 
 import copy
 from typing import TypeVar
+
+from aioengine.core.state import AdapterEntry
+from aioengine.errors import AdapterChanged, AdapterTooLarge, EngineOverloaded
 
 E = TypeVar("E", bound=BaseException)
 
@@ -21,3 +24,17 @@ def frameless(error: E) -> E:
             cause.__traceback__ = None
             causes += [cause.__cause__, cause.__context__]
     return found
+
+
+def changed(entry: AdapterEntry, why: str) -> AdapterChanged:
+    """Build the error of an adapter whose files have changed."""
+    return AdapterChanged(f"its files have changed {why}", name=entry.label, path=entry.path, transient=True)
+
+
+def too_large(entry: AdapterEntry, why: str) -> AdapterTooLarge:
+    return AdapterTooLarge(f"it takes {why}", name=entry.label, path=entry.path)
+
+
+def shut_out(entry: AdapterEntry, why: str, todo: str) -> EngineOverloaded:
+    """Build the error of an adapter that pinned ones leave no room for."""
+    return EngineOverloaded(f"adapter {entry.label!r} ({entry.path}) {why}; {todo}", bound="pinned")

@@ -2,17 +2,21 @@
 
 Versions come and go (:class:`~aioengine.core.state.AdapterEntry`); a name has at most one that new requests
 use, and one that is prepared. It remembers the number of its last version and its failures when there is no
-version any more.
+version any more. Pins belong to names: the next version of an adapter takes over its predecessor's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 
+from aioengine import events
+from aioengine.core.guard import PolicyGuard
+from aioengine.core.record_views import CoreAdapterView
 from aioengine.core.state import AdapterEntry
-from aioengine.errors import AdapterError, AdapterLoadError
+from aioengine.errors import AdapterError, AdapterLoadError, ConfigError
 from aioengine.info import AdapterInfo
 
 FIRST_SECONDS = 0.5
@@ -22,62 +26,42 @@ MAX_REMEMBERED = 4096
 forgotten, it is tried again at once, and its next version has a higher number than any that was forgotten."""
 
 
+@dataclass(slots=True, eq=False)
 class AdapterName:
     """A name that is registered, that a caller works on, or that is remembered."""
 
-    __slots__ = (
-        "claims",
-        "current",
-        "described",
-        "error",
-        "expected",
-        "failed_at",
-        "failures",
-        "label",
-        "last_version",
-        "loading",
-        "lock",
-        "looked_up",
-        "pin_settled",
-        "prepared",
-        "source",
-        "tried_again_at",
-        "unloads",
-        "users",
-    )
-
-    def __init__(self, label: str, last_version: int) -> None:
-        self.label = label
-        self.current: AdapterEntry | None = None
-        """The version that new requests use."""
-        self.prepared: tuple[AdapterEntry, str | None] | None = None
-        """A version that is published on demand, and the path that it was prepared from."""
-        self.described: AdapterInfo | None = None
-        """Description of the current version, as it was when that was last found idle."""
-        self.last_version = last_version
-        self.expected = ""
-        """The digest of the current version, or of the one that a look-up finds next; "": any."""
-        self.looked_up = False
-        """Whether a look-up finds its folder."""
-        self.source: str | None = None
-        """What is looked up: "hf:..." or a URL; None: the name itself, by the resolver."""
-        # Who works on it
-        self.loading = False
-        """Whether a version is looked up or read for a caller."""
-        self.unloads = 0
-        """Callers that unload it."""
-        self.lock: AbstractAsyncContextManager[object] | None = None
-        """Lock of those who change it; made by the first."""
-        self.users = 0
-        """Callers who hold the lock or wait for it."""
-        self.claims = 0
-        """Callers who are pinning it."""
-        self.pin_settled = False
-        """Whether it stays pinned if they fail: it was pinned before, or one of them has succeeded."""
-        # Its failures in a row
-        self.failures = 0
-        self.error: AdapterError | None = None
-        self.failed_at = self.tried_again_at = 0.0
+    label: str
+    last_version: int
+    current: AdapterEntry | None = None
+    """The version that new requests use."""
+    prepared: tuple[AdapterEntry, str | None] | None = None
+    """A version that is published on demand, and the path that it was prepared from."""
+    described: AdapterInfo | None = None
+    """Description of the current version, as it was when that was last found idle."""
+    expected: str = ""
+    """The digest of the current version, or of the one that a look-up finds next; "": any."""
+    looked_up: bool = False
+    """Whether a look-up finds its folder."""
+    source: str | None = None
+    """What is looked up: "hf:..." or a URL; None: the name itself, by the resolver."""
+    # Who works on it
+    loading: bool = False
+    """Whether a version is looked up or read for a caller."""
+    unloads: int = 0
+    """Callers that unload it."""
+    lock: AbstractAsyncContextManager[object] | None = None
+    """Lock of those who change it; made by the first."""
+    users: int = 0
+    """Callers who hold the lock or wait for it."""
+    claims: int = 0
+    """Callers who are pinning it."""
+    pin_settled: bool = False
+    """Whether it stays pinned if they fail: it was pinned before, or one of them has succeeded."""
+    # Its failures in a row
+    failures: int = 0
+    error: AdapterError | None = None
+    failed_at: float = 0.0
+    tried_again_at: float = 0.0
 
     @property
     def in_use(self) -> bool:
@@ -87,8 +71,6 @@ class AdapterName:
     @property
     def pinned(self) -> bool:
         return self.current is not None and self.current.pinned
-
-    # Versions
 
     def take_prepared(self) -> tuple[AdapterEntry | None, str | None]:
         """Return the prepared version and the path that it was prepared from, and forget it."""
@@ -103,7 +85,12 @@ class AdapterName:
         """Note that no look-up finds its folder."""
         self.looked_up, self.source = False, None
 
-    # Loads and unloads
+    def expect(self, digest: str) -> None:
+        """Refuse any other content, until it is replaced or unloaded."""
+        self.expected = digest
+        self.succeed()  # whatever has failed, it was of other files
+        if self.current is not None:
+            self.current.expected = digest
 
     def check_not_unloaded(self) -> None:
         """Raise AdapterLoadError if it is being unloaded. An unload does not wait for loads, because these
@@ -121,8 +108,6 @@ class AdapterName:
             yield
         finally:
             self.loading = False
-
-    # Failures
 
     def fail(self, error: AdapterError, now: float) -> None:
         """Count a failure. After one a retry may follow at once; from the second in a row on there is a
@@ -152,9 +137,9 @@ class AdapterName:
 
 
 class NameTable:
-    """All names."""
+    """All names, and the versions that policies know, by the names that these have for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_slots: int, known: dict[str, AdapterEntry], guard: PolicyGuard) -> None:
         self._in_use: dict[str, AdapterName] = {}
         self._remembered: dict[str, AdapterName] = {}
         """The one that was in use last is at the end."""
@@ -164,6 +149,14 @@ class NameTable:
         self.current = MappingProxyType(self._current)
         """The current versions by name."""
         self.in_use = MappingProxyType(self._in_use)
+        self.known = known
+        """Versions that requests may wait for or run on, superseded ones included."""
+        self.views: dict[str, CoreAdapterView] = {}
+        """Their views, by the same names."""
+        self.pinned = 0
+        """Number of pinned adapters."""
+        self._num_slots = num_slots
+        self._guard = guard
 
     def find(self, label: str) -> AdapterName | None:
         """Return what is known of a name; None: nothing."""
@@ -188,6 +181,8 @@ class NameTable:
             oldest = self._remembered.pop(next(iter(self._remembered)))
             self._forgotten_version = max(self._forgotten_version, oldest.last_version)
 
+    # Versions
+
     def next_version(self, label: str) -> int:
         """Return a number that no version of this name had."""
         name = self.of(label)
@@ -198,13 +193,26 @@ class NameTable:
     def publish(self, entry: AdapterEntry) -> None:
         """Make a version the current one of its name, which has none."""
         self.of(entry.label).current = self._current[entry.label] = entry
+        self._know(entry, entry.label)
 
-    def withdraw(self, entry: AdapterEntry) -> None:
-        """Note that a version is not the current one of its name any more."""
+    def withdraw(self, entry: AdapterEntry, now: float) -> None:
+        """Note that a version is not the current one of its name any more. Policies call it "name@version"
+        from now on."""
         del self._current[entry.label]
         name = self._in_use[entry.label]
         name.current = None
         self.tidy(name)
+        self.forget(entry)
+        self._know(entry, f"{entry.label}@{entry.version}")
+        self._guard.tell("adapter_retired", now, adapter=entry.name, was=entry.label)
+
+    def forget(self, entry: AdapterEntry) -> None:
+        """Note that policies do not know a version any more."""
+        del self.known[entry.name], self.views[entry.name]
+
+    def _know(self, entry: AdapterEntry, name: str) -> None:
+        entry.name = name
+        self.known[name], self.views[name] = entry, entry.view
 
     # Failures
 
@@ -224,3 +232,57 @@ class NameTable:
         name = self.find(label)
         if name is not None:
             name.check_worth_a_try(now)
+
+    # Pins. The core places a pinned adapter in a slot as soon as one is idle, and never takes it out.
+
+    def claim(self, label: str, *, force: bool) -> None:
+        """Count a name as pinned while it is on its way to a slot, until :meth:`release`.
+
+        Raises ConfigError if that would leave no slot for other adapters; with ``force``, only if this one
+        has no slot either.
+        """
+        others = {other.label for other in self._in_use.values() if other.claims or other.pinned} - {label}
+        if len(others) >= (self._num_slots if force else self._num_slots - 1):
+            todo = "unpin one or raise LoRAConfig.max_loras"
+            if not force:
+                todo = f"one must stay free for other adapters: {todo}, or use force if no others are served"
+            raise ConfigError(
+                f"adapter {label!r} cannot be pinned: {len(others)} of max_loras={self._num_slots} slots are "
+                f"pinned already ({', '.join(sorted(others)) or 'none'}); {todo}"
+            )
+        name = self.of(label)
+        if not name.claims:
+            name.pin_settled = name.pinned
+        name.claims += 1
+
+    def release(self, label: str, now: float, *, failed: bool) -> None:
+        """End a claim. If it has failed, the name is unpinned, unless it was pinned before or other callers
+        have pinned it too."""
+        name = self.of(label)
+        if not failed:
+            name.pin_settled = name.pinned
+        elif name.current is not None and not name.pin_settled and name.claims == 1:
+            self._set_pinned(name.current, False, now)
+        name.claims -= 1
+        self.tidy(name)
+
+    def pin(self, entry: AdapterEntry, now: float) -> None:
+        self._set_pinned(entry, True, now)
+
+    def unpin(self, entry: AdapterEntry, now: float) -> None:
+        """Remove the pin, whoever holds it."""
+        if (name := self.find(entry.label)) is not None:
+            name.pin_settled = False
+        self._set_pinned(entry, False, now)
+
+    def hand_over(self, old: AdapterEntry, new: AdapterEntry, now: float) -> None:
+        """Transfer the pin of ``old`` to ``new``, which replaces it."""
+        if old.pinned:
+            self._set_pinned(old, False, now)
+            self._set_pinned(new, True, now)
+
+    def _set_pinned(self, entry: AdapterEntry, pinned: bool, now: float) -> None:
+        if entry.pinned != pinned:
+            entry.pinned = pinned
+            self.pinned += 1 if pinned else -1
+            self._guard.say(events.AdapterPinned, entry, now, pinned=pinned)

@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 
 from aioengine.core.adapters.arena import find_room
+from aioengine.core.adapters.failures import shut_out, too_large
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.adapters.slots import Slot, SlotTable, may_leave
-from aioengine.core.guard import Resolved
-from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.adapters.slots import Slot, SlotTable
+from aioengine.core.guard import PolicyGuard, Resolved
+from aioengine.core.state import AdapterEntry
 from aioengine.errors import EngineOverloaded
 from aioengine.schedulers.policy import Location, Place
 
@@ -19,58 +20,47 @@ they start before these, because a policy that always has something to read coul
 PIN_RETRY_SECONDS = 1.0
 """Seconds before a pinned adapter is copied again after its copy into a slot failed."""
 
-Refusal = tuple[str, str]
-"""(reason, item) of an item of a decision that would break an invariant."""
-
 
 class Placing:
-    """Turns decisions into the moves of a ``Residency``."""
+    """Turns decisions into the moves of a ``Residency``. Refused items are told to ``guard``."""
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(self, residency: Residency, guard: PolicyGuard) -> None:
         self._residency = residency
         self._slots = residency.slots
-        self._closed: set[int] = set()
-        self._pinned_wait = False
-
-    def is_closed(self, request: Request) -> bool:
-        """Whether its slot admits no requests, because a pinned adapter waits for it."""
-        return request.adapter is not None and request.adapter.uid in self._closed
-
-    @property
-    def pinned_wait(self) -> bool:
+        self._guard = guard
+        self.closed: set[int] = set()
+        """Uids of the adapters whose slots admit no requests, because a pinned adapter waits for them."""
+        self.pinned_wait = False
         """Whether a pinned adapter was in no slot at the last call of :meth:`place_pinned`."""
-        return self._pinned_wait
-
-    @property
-    def any_closed(self) -> bool:
-        return bool(self._closed)
 
     def place_pinned(self, now: float) -> None:
         """Place each pinned adapter as soon as a slot can be had, whether or not the policy asks for it. If
-        no slot is idle, one is closed: it admits no requests until it is idle. Otherwise steady traffic would
-        keep the adapter out for ever. One that other pinned adapters leave no room for fails."""
-        self._closed.clear()
-        self._pinned_wait = False
-        for entry in self._pinned_outside():
-            self._pinned_wait = True
-            room = self._slots.room_beside_pinned()
-            if self._slots.arena.rounded(entry.slot_nbytes) > room:
-                if entry.error is None:
-                    self._residency.pin_refused(entry, now, room)
-            elif now >= _retry_at(entry):
-                keep = self._slots.superseded()
-                if self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is not None:
-                    self._close_for(entry, keep)
-
-    def _close_for(self, entry: AdapterEntry, keep: set[int]) -> None:
-        """Close the slots of the least busy adapters, as many as the bytes of ``entry`` take."""
+        no slot is idle, those of the least busy adapters are closed, as many as its bytes take: they admit no
+        requests until they are idle. Otherwise steady traffic would keep the adapter out for ever. One that
+        other pinned adapters leave no room for fails."""
+        self.closed.clear()
+        outside = self._pinned_outside()
+        self.pinned_wait = bool(outside)
         arena = self._slots.arena
-        victims = (slot.entry for slot in self._slots.victims(keep))
-        idle = sum(arena.rounded(entry.slot_nbytes) for entry in victims if entry is not None)
-        missing = max(arena.rounded(entry.slot_nbytes) - arena.free - idle, 1)
-        while missing > 0 and (busy := self._slots.least_busy(self._closed | keep)) is not None:
-            self._closed.add(busy)
-            missing -= arena.rounded(self._residency.entries[busy].slot_nbytes)
+        for entry in outside:
+            room, size = self._slots.room_beside_pinned(), arena.rounded(entry.slot_nbytes)
+            if size > room:
+                if entry.error is None:
+                    text = f"{entry.slot_nbytes:,} bytes in a slot, and the pinned adapters leave {room:,} "
+                    text += "bytes at a place; unpin one, or raise LoRAConfig.slot_memory"
+                    self._residency.fail(entry, now, too_large(entry, text), "too_large")
+                continue
+            keep = self._slots.superseded()
+            if (
+                now < _retry_at(entry)
+                or self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is None
+            ):
+                continue
+            idle = [slot.entry for slot in self._slots.victims(keep) if slot.entry is not None]
+            missing = max(size - arena.free - sum(arena.rounded(other.slot_nbytes) for other in idle), 1)
+            while missing > 0 and (busy := self._slots.least_busy(self.closed | keep)) is not None:
+                self.closed.add(busy.uid)
+                missing -= arena.rounded(busy.slot_nbytes)
 
     def next_retry(self, now: float) -> float | None:
         """Return when a pinned adapter whose copy has failed may be copied again; None if there is none."""
@@ -78,65 +68,57 @@ class Placing:
 
     def _pinned_outside(self) -> Sequence[AdapterEntry]:
         """Return the pinned adapters that wait for a slot, in the order in which they were read."""
-        if not self._residency.pins.count:
+        if not self._residency.names.pinned:
             return ()
-        return [entry for entry in self._residency.cpu.entries.values() if _waits_for_slot(entry)]
+        cached = self._residency.cpu.entries.values()
+        return [e for e in cached if e.pinned and e.slot is None and e.location is Location.CPU]
 
-    def apply(self, decision: Resolved, now: float) -> list[Refusal]:
+    def apply(self, decision: Resolved, now: float) -> None:
         """Start what can be started of ``place`` and ``prefetch``, in order, but nothing in the places of
-        adapters that the same decision admits requests to. Returns what was refused."""
-        refused: list[Refusal] = []
-        if not self._residency.any_wanted and not decision.moves:
-            return refused  # as in most steps
+        adapters that the same decision admits requests to; and empty the slots of those in ``discard``."""
+        if not self._residency.wanted and not decision.moves:
+            return  # as in most steps
         admitting = {request.adapter.uid for request in decision.admit if request.adapter is not None}
         self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
-        given = _GivenUp(decision.evict, self._slots, admitting, refused)
+        given = _GivenUp(decision.evict, self._slots, admitting, self._guard)
         for entry, place in decision.place:
             reason = self._place(entry, place, now, admitting, given)
             if reason is not None:
-                refused.append((reason, entry.name))
+                self._guard.refuse(reason, entry.name)
         for entry in decision.prefetch:
-            if entry.location is Location.DISK:
-                self._residency.start_load(entry, now, admitting)
+            self._residency.start_load(entry, now, admitting)
         self._residency.start_wanted(now, admitting)
-        refused += self._discard(decision.discard, now, admitting)
-        return refused
-
-    def _discard(self, entries: Sequence[AdapterEntry], now: float, admitting: set[int]) -> list[Refusal]:
-        """Empty the slots of these adapters. Returns those that may not leave; those in no slot are
-        skipped."""
-        refused: list[Refusal] = []
-        for entry in entries:
+        for entry in decision.discard:
             if entry.slot is None:
                 continue
-            slot = self._slots.slots[entry.slot]
-            reason = _not_takable(slot, admitting)
+            reason = _not_takable(self._slots.slot_of(entry), admitting)
             if reason is None:
-                self._residency.evict_slot(slot, now)
+                self._slots.evict(self._slots.slot_of(entry), now)
             else:
-                refused.append((f"discard{reason.removeprefix('place_slot')}", entry.name))
-        return refused
+                self._guard.refuse(f"discard{reason.removeprefix('place_slot')}", entry.name)
 
     def _place(
         self, entry: AdapterEntry, place: Place, now: float, admitting: set[int], given: _GivenUp
     ) -> str | None:
+        """Begin to place an adapter, or to read it. Returns the reason why that may not be."""
         if entry.slot is not None:
             return "place_already_placed"
+        known = place.slot is not None and 0 <= place.slot < len(self._slots.slots)
+        slot = self._slots.slots[place.slot] if known and place.slot is not None else None
         if entry.location is not Location.CPU:
-            if entry.location is Location.DISK:
-                self._residency.start_load(entry, now, admitting, self._offered(place, given))
+            # The adapters whose slots the policy gives to the newcomer may leave the CPU cache, too.
+            # Otherwise each could wait for the other for ever.
+            offered = given.entries if place.slot is None else [slot.entry if slot is not None else None]
+            leaving = [other for other in offered if other is not None and other.slot is not None]
+            self._residency.start_load(entry, now, admitting, leaving)
             return None
-        slot: Slot | None = None
         if place.slot is not None:
-            if not 0 <= place.slot < len(self._slots.slots):
+            if slot is None:
                 return "place_slot_unknown"
-            slot = self._slots.slots[place.slot]
             reason = _not_takable(slot, admitting)
             if reason is not None:
                 return reason
-
-        others = given.others()
-        unwanted = (s for s in others if s.entry is not None and not s.entry.waiting)
+        unwanted = (s for s in given.others() if s.entry is not None and not s.entry.waiting)
         wanted: Iterable[Slot] = ()
         if place.slot is None:  # or the decision counts on nobody else's slot
             wanted = (s for s in given.others() if s.entry is not None and s.entry.waiting)
@@ -155,52 +137,41 @@ class Placing:
         """Begin a copy into ``slot``. None: into a free slot, or else the first of ``given``, ``others`` and
         ``last``. If there is no room for the bytes, more of these slots are emptied, in the same order.
         Returns the reason if the copy cannot begin."""
-        given, others, last = iter(given), iter(others), iter(last)
-        victims = chain(given, others)
-        slot = slot or self._slots.free_slot or next(victims, None) or next(last, None)
+        victims, last = chain(given, others), iter(last)
+        free = (slot for slot in self._slots.slots if slot.entry is None)
+        slot = slot or next(free, None) or next(victims, None) or next(last, None)
         if slot is None:
             return "place_no_slot"
         arena = self._slots.arena
         leaving = [] if slot.offset is None else [slot.offset]
-        by_offset = {s.offset: s for s in self._slots.slots if s.offset is not None}
-
-        def may_move(offset: int) -> bool:
-            return by_offset[offset].idle and may_leave(by_offset[offset], keep)
-
+        by_offset = {other.offset: other for other in self._slots.slots if other.offset is not None}
         first: list[int] = []
         wanted: list[int] = []
         if leaving or not arena.fits(entry.slot_nbytes):
             first = [s.offset for s in dict.fromkeys(victims) if s is not slot and s.offset is not None]
             wanted = [s.offset for s in last if s is not slot and s.offset is not None]
             wanted = [offset for offset in wanted if offset not in first]
-        room = find_room(arena, entry.slot_nbytes, leaving, first, wanted, may_move)
+        room = find_room(
+            arena, entry.slot_nbytes, leaving, first, wanted, lambda at: by_offset[at].may_leave(keep)
+        )
         if room is None:
             return "place_no_room"
         for offset in room.evict:
-            self._residency.evict_slot(by_offset[offset], now)
-        self._residency.start_copy(entry, slot, now, room.move)
+            self._slots.evict(by_offset[offset], now)
+        self._slots.start_copy(entry, slot, now, room.move)
         return None
-
-    def _offered(self, place: Place, given: _GivenUp) -> Collection[AdapterEntry]:
-        """Return the adapters whose slots the policy gives to the newcomer: they may leave the CPU cache,
-        too. Otherwise each could wait for the other for ever."""
-        if place.slot is None:
-            return [entry for entry in given.entries if entry.slot is not None]
-        known = 0 <= place.slot < len(self._slots.slots)
-        entry = self._slots.slots[place.slot].entry if known else None
-        return () if entry is None else (entry,)
 
 
 class _GivenUp:
     """The slots that a decision gives up, in its order. A slot that it may not give up is refused, once."""
 
     def __init__(
-        self, entries: Sequence[AdapterEntry], slots: SlotTable, admitting: set[int], refused: list[Refusal]
+        self, entries: Sequence[AdapterEntry], slots: SlotTable, admitting: set[int], guard: PolicyGuard
     ) -> None:
         self.entries = entries
         self._slots = slots
         self._admitting = admitting
-        self._refused = refused
+        self._guard = guard
         self._told: set[int] = set()
         self._others: list[Slot] | None = None
 
@@ -216,17 +187,13 @@ class _GivenUp:
         for entry in self.entries:
             if entry.slot is None:
                 continue
-            slot = self._slots.slots[entry.slot]
+            slot = self._slots.slot_of(entry)
             reason = _not_takable(slot, self._admitting)
             if reason is None:
                 yield slot
             elif entry.uid not in self._told:
                 self._told.add(entry.uid)
-                self._refused.append((f"evict{reason.removeprefix('place_slot')}", entry.name))
-
-
-def _waits_for_slot(entry: AdapterEntry) -> bool:
-    return entry.pinned and entry.slot is None and entry.location is Location.CPU
+                self._guard.refuse(f"evict{reason.removeprefix('place_slot')}", entry.name)
 
 
 def _retry_at(entry: AdapterEntry) -> float:
@@ -235,14 +202,15 @@ def _retry_at(entry: AdapterEntry) -> float:
     return 0.0 if entry.copy_failed is None else entry.copy_failed + PIN_RETRY_SECONDS
 
 
-def _not_takable(slot: Slot, admitting: set[int]) -> str | None:
+def _not_takable(slot: Slot, admitting: Collection[int]) -> str | None:
+    """Return the reason if a decision may not empty a slot."""
     if slot.entry is None:
         return None
     if slot.loading:
         return "place_slot_loading"
     if slot.entry.running:
         return "place_slot_busy"
-    if slot.entry.pinned:
+    if slot.pinned:
         return "place_slot_pinned"
     return "place_slot_admitted" if slot.entry.uid in admitting else None
 
@@ -253,7 +221,7 @@ def adapters_shut_out(
     """Return the adapters outside the slots that can never get one as long as the pinned adapters stay, and
     the reasons."""
     room = slots.room_beside_pinned()
-    pinned = ", ".join(s.entry.label for s in slots.slots if s.entry is not None and s.entry.pinned)
+    pinned = ", ".join(slot.entry.label for slot in slots.slots if slot.entry is not None and slot.pinned)
     found: list[tuple[AdapterEntry, EngineOverloaded]] = []
     for entry in entries:
         if entry is None or entry.slot is not None or slots.arena.rounded(entry.slot_nbytes) <= room:
@@ -262,7 +230,9 @@ def adapters_shut_out(
         if room > 0:
             where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,} at a place"
             setting = "slot_memory"
-        text = f"adapter {entry.label!r} ({entry.path}) cannot get a slot, because {where} "
-        text += f"({pinned}); unpin one, or raise LoRAConfig.{setting}"
-        found.append((entry, EngineOverloaded(text, bound="pinned")))
+        why, todo = (
+            f"cannot get a slot, because {where} ({pinned})",
+            f"unpin one, or raise LoRAConfig.{setting}",
+        )
+        found.append((entry, shut_out(entry, why, todo)))
     return found

@@ -1,11 +1,11 @@
 """The slot table: which adapter each device slot holds, and the only allowed ways to change that.
 
-    FREE --begin--> LOADING --activate--> READY --release--> FREE
-                       \\--cancel--> FREE
+    FREE --start_copy--> LOADING --placed--> READY --evict--> FREE
+                            \\--cancel--> FREE
 
-A slot is released only while no running request uses it, and written only between ``begin`` and
-``activate``: so nothing ever reads a slot that is being written. A READY slot whose adapter has been
-unloaded or replaced is shown as DRAINING.
+A slot is emptied only while no running request uses it, and written only while it is LOADING: so nothing ever
+reads a slot that is being written. A READY slot whose adapter has been unloaded or replaced is shown as
+DRAINING.
 
 All slots lie in one memory (an :class:`~aioengine.core.adapters.arena.Arena`), of which each slot that is not
 free has a region: as many bytes as its adapter needs or, with slots of one size, as many of these.
@@ -13,28 +13,47 @@ free has a region: as many bytes as its adapter needs or, with slots of one size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
-from aioengine.core.adapters.arena import Arena
+from aioengine import events
+from aioengine.core.adapters.arena import Arena, Window
+from aioengine.core.adapters.moves import CopyMove, Move
 from aioengine.core.adapters.version import Change, State
+from aioengine.core.guard import PolicyGuard
+from aioengine.core.limits import CoreLimits
+from aioengine.core.record_views import CoreSlotView
 from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import SlotState
 
 
+@dataclass(slots=True, eq=False)
 class Slot:
-    __slots__ = ("entry", "index", "last_used", "moving", "name", "offset", "state")
+    index: int
+    entry: AdapterEntry | None = None
+    offset: int | None = None
+    """Offset of its region in the memory, in bytes; None if it is free."""
+    last_used: float = 0.0
+    moving: bool = False
+    """Whether its adapter is being written again at another place."""
+    view: CoreSlotView = field(init=False)
+    """How policies see it."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.entry: AdapterEntry | None = None
-        self.name: str | None = None
-        """Name that the policy has for it."""
-        self.moving = False
-        """Whether its adapter is being written again at another place."""
-        self.offset: int | None = None
-        """Offset of its region in the memory, in bytes; None if it is free."""
-        self.last_used = 0.0
-        self.state = SlotState.FREE
+    def __post_init__(self) -> None:
+        self.view = CoreSlotView(self)
+
+    @property
+    def name(self) -> str | None:
+        """The name that policies have for its adapter."""
+        return None if self.entry is None else self.entry.name
+
+    @property
+    def state(self) -> SlotState:
+        if self.entry is None:
+            return SlotState.FREE
+        if self.loading:
+            return SlotState.LOADING
+        return SlotState.DRAINING if self.entry.retired else SlotState.READY
 
     @property
     def loading(self) -> bool:
@@ -46,79 +65,120 @@ class Slot:
         """Whether it holds an adapter that no running request uses."""
         return self.entry is not None and not self.loading and self.entry.running == 0
 
+    @property
+    def pinned(self) -> bool:
+        return self.entry is not None and self.entry.pinned
+
+    def may_leave(self, keep: Collection[int]) -> bool:
+        """Whether its adapter may be evicted or moved, and is not among those (uids) to keep."""
+        return self.idle and self.entry is not None and not self.pinned and self.entry.uid not in keep
+
 
 class SlotTable:
-    """``num_slots`` slots in ``memory`` bytes, of which an adapter takes what it needs; ``memory`` None:
-    every slot has ``slot_bytes``, and an adapter takes as many slots' memory as it needs."""
+    """``num_slots`` slots in ``slot_memory`` bytes, of which an adapter takes what it needs; without
+    ``slot_memory`` every slot has ``slot_bytes``, and an adapter takes as many slots' memory as it needs."""
 
-    def __init__(self, num_slots: int, slot_bytes: int, memory: int | None = None) -> None:
-        self.slots = [Slot(index) for index in range(num_slots)]
-        self._by_bytes = memory is not None
-        size = max(slot_bytes, 1)
-        self.arena = Arena(num_slots * size, size) if memory is None else Arena(memory)
+    def __init__(self, limits: CoreLimits, moves: list[Move], guard: PolicyGuard) -> None:
+        self.slots = [Slot(index) for index in range(limits.num_slots)]
+        self._by_bytes = limits.slot_memory is not None
+        size = max(limits.slot_bytes, 1)
+        self.arena = (
+            Arena(limits.num_slots * size, size) if limits.slot_memory is None else Arena(limits.slot_memory)
+        )
         """The memory of all slots."""
         self.large: set[int] = set()
         """Uids of the adapters that take more than one slot of one size."""
+        self._moves = moves
+        self._guard = guard
         self._ranks: Sequence[int] | None = None
         """What ``ranks`` returns; None: it is to be made."""
 
-    def begin(self, slot: Slot, entry: AdapterEntry, offset: int | None = None) -> int:
-        """Begin to write ``entry`` into ``slot``, and return its offset. ``offset``: of the hole to use;
-        None: the best one."""
+    # Changes
+
+    def start_copy(self, entry: AdapterEntry, slot: Slot, now: float, window: Window | None = None) -> None:
+        """Begin a copy into a slot that is free or idle. The slots' memory must have room: now, or once the
+        adapters of ``window`` are moved together to its beginning. Each of these is copied again from CPU
+        memory, so its old place may be overwritten."""
+        first = len(self._moves)
+        if slot.entry is not None:
+            self.evict(slot, now)
+        by_offset = {slot.offset: slot for slot in self.slots}
+        moving = [by_offset[at] for at in window.regions] if window is not None else []
+        leaving = [(other, self._empty(other, Change.EVICT)) for other in moving]
+        at = 0 if window is None else window.begin
+        for other, moved in leaving:
+            self.arena.allocate_at(at, moved.slot_nbytes)
+            self._moves.append(self._begin(other, moved, at))
+            self._guard.say(events.AdapterPlacing, moved, now, slot=other.index, moved=True)
+            other.moving = True
+            at += self.arena.regions[at]
+        offset = self.arena.allocate(entry.slot_nbytes)
+        assert offset is not None, "room has not been made"
+        self._moves.insert(first, self._begin(slot, entry, offset))  # before those that are moved
+        self._guard.say(events.AdapterPlacing, entry, now, slot=slot.index)
+
+    def _begin(self, slot: Slot, entry: AdapterEntry, offset: int) -> CopyMove:
+        """Begin to write ``entry`` into a free slot, whose region begins at ``offset``."""
         assert slot.entry is None and entry.slot is None
         entry.change(Change.COPY)
-        if offset is None:
-            offset = self.arena.allocate(entry.slot_nbytes)
-            assert offset is not None, "room has not been made"
-        else:
-            self.arena.allocate_at(offset, entry.slot_nbytes)
-        slot.offset = offset
-        slot.entry, slot.name = entry, entry.name
-        slot.state = SlotState.LOADING
-        entry.slot = slot.index
-        self._ranks = None
-        return offset
+        slot.entry, slot.offset, entry.slot, self._ranks = entry, offset, slot.index, None
+        return CopyMove(entry, slot.index, offset)
 
-    def activate(self, slot: Slot, now: float) -> None:
-        assert slot.entry is not None
-        slot.entry.change(Change.PLACE)
-        slot.moving = False
-        slot.last_used = now
-        slot.state = SlotState.DRAINING if slot.entry.retired else SlotState.READY
-        self._ranks = None
-
-    def retired(self, entry: AdapterEntry) -> None:
-        """Note that an adapter accepts no new requests, and has another name now."""
-        if entry.slot is not None:
-            slot = self.slots[entry.slot]
-            slot.name = entry.name
-            if not slot.loading:
-                slot.state = SlotState.DRAINING
-
-    def cancel(self, slot: Slot) -> None:
-        assert slot.entry is not None
-        slot.entry.change(Change.CANCEL)
-        slot.entry.slot = None
-        slot.entry = None
-        slot.moving = False
-        self._give_back(slot)
-
-    def release(self, slot: Slot) -> AdapterEntry:
-        """Empty an idle slot; its adapter stays in the CPU cache."""
-        assert slot.idle and slot.entry is not None
+    def _empty(self, slot: Slot, change: Change) -> AdapterEntry:
+        """Empty a slot by a change of its adapter, which stays in the CPU cache."""
         entry = slot.entry
-        entry.change(Change.EVICT)
-        entry.slot = None
-        slot.entry = None
-        self._give_back(slot)
+        assert entry is not None and slot.offset is not None and entry.running == 0
+        entry.change(change)
+        self.arena.release(slot.offset)
+        slot.entry, slot.offset, slot.moving, entry.slot = None, None, False, None
+        self._ranks = None
         return entry
 
-    def _give_back(self, slot: Slot) -> None:
-        slot.state, slot.name = SlotState.FREE, None
-        self._ranks = None
-        assert slot.offset is not None
-        self.arena.release(slot.offset)
-        slot.offset = None
+    def placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
+        """Note that a copy is complete."""
+        slot = self.slot_of(entry)
+        entry.change(Change.PLACE)
+        entry.error, entry.slot_seconds = None, seconds
+        moved, slot.moving, self._ranks = slot.moving, False, None
+        if not moved:
+            slot.last_used = entry.last_used = now
+        self._guard.say(
+            events.AdapterPlaced,
+            entry,
+            now,
+            slot=slot.index,
+            rank=entry.rank,
+            nbytes=entry.nbytes,
+            seconds=seconds,
+            moved=moved,
+        )
+        if not moved:
+            self._guard.tell("adapter_placed", now, adapter=entry.name)
+
+    def cancel(self, entry: AdapterEntry, now: float) -> None:
+        """Note that a copy has failed, or is given up."""
+        slot = self.slot_of(entry)
+        moved = slot.moving
+        self._empty(slot, Change.CANCEL)
+        if moved:  # policy and listeners know it as an adapter in a slot
+            self._say_evicted(entry, slot, now)
+
+    def evict(self, slot: Slot, now: float) -> None:
+        """Empty an idle slot; its adapter stays in the CPU cache."""
+        entry = self._empty(slot, Change.EVICT)
+        entry.last_used = max(entry.last_used, slot.last_used)
+        self._say_evicted(entry, slot, now)
+
+    def _say_evicted(self, entry: AdapterEntry, slot: Slot, now: float) -> None:
+        self._guard.say(events.AdapterEvicted, entry, now, level="slot", slot=slot.index, nbytes=entry.nbytes)
+        self._guard.tell("adapter_evicted", now, adapter=entry.name)
+
+    def slot_of(self, entry: AdapterEntry) -> Slot:
+        """Return the slot that holds an adapter, or is being written with it."""
+        assert entry.slot is not None
+        return self.slots[entry.slot]
+
+    # Questions
 
     @property
     def elastic(self) -> bool:
@@ -132,27 +192,24 @@ class SlotTable:
     def room_beside_pinned(self) -> int:
         """Return the bytes of the largest adapter that may still get a slot while pinned adapters stay; 0 if
         these hold every slot. Pinned adapters are not moved."""
-        held = [slot for slot in self.slots if slot.entry is not None and slot.entry.pinned]
+        held = [slot.offset for slot in self.slots if slot.pinned and slot.offset is not None]
         if len(self.slots) == len(held):
             return 0
-        largest = begin = 0
-        for offset in sorted(slot.offset for slot in held if slot.offset is not None):
-            largest = max(largest, offset - begin)
-            begin = offset + self.arena.regions[offset]
-        return max(largest, self.arena.size - begin)
+        beside = self.arena.copy()
+        beside.regions = {offset: self.arena.regions[offset] for offset in held}
+        return beside.largest_hole
 
     def superseded(self) -> set[int]:
         """Return the uids of old versions in slots that accepted requests still wait for."""
-        held = [s.entry for s in self.slots if s.entry is not None]
+        held = [slot.entry for slot in self.slots if slot.entry is not None]
         return {entry.uid for entry in held if entry.retired and entry.waiting}
 
-    def least_busy(self, besides: set[int]) -> int | None:
-        """Return the uid of the adapter with the fewest running requests whose slot a pinned one could
-        have."""
+    def least_busy(self, besides: set[int]) -> AdapterEntry | None:
+        """Return the adapter with the fewest running requests whose slot a pinned one could have."""
         keep = besides | self.superseded()
-        held = [s.entry for s in self.slots if s.entry is not None and not s.loading]
+        held = [slot.entry for slot in self.slots if slot.entry is not None and not slot.loading]
         could = [entry for entry in held if not entry.pinned and entry.uid not in keep]
-        return min(could, key=lambda entry: entry.running).uid if could else None
+        return min(could, key=lambda entry: entry.running, default=None)
 
     def ranks(self) -> Sequence[int]:
         """Return the rank in each usable slot, 0 elsewhere."""
@@ -160,40 +217,26 @@ class SlotTable:
             self._ranks = [0 if s.entry is None or s.loading else s.entry.rank for s in self.slots]
         return self._ranks
 
-    @property
-    def free_slot(self) -> Slot | None:
-        return next((s for s in self.slots if s.entry is None), None)
-
-    def victims(self, keep: set[int]) -> list[Slot]:
+    def victims(self, keep: Collection[int]) -> list[Slot]:
         """Return the idle slots that are not pinned and whose adapter (by uid) is not in ``keep``. Those that
         no request waits for come first; among equals, the least recently used."""
         return sorted(
-            (s for s in self.slots if s.idle and may_leave(s, keep)),
-            key=lambda s: (s.entry is not None and len(s.entry.waiting) > 0, s.last_used),
+            (slot for slot in self.slots if slot.may_leave(keep)),
+            key=lambda slot: (slot.entry is not None and len(slot.entry.waiting) > 0, slot.last_used),
         )
 
     def check(self) -> None:
         known, self._ranks = self._ranks, None
         assert known is None or known == self.ranks()
-        held = [s.entry.uid for s in self.slots if s.entry is not None]
-        assert len(held) == len(set(held)), "an adapter is in two slots"
-        for slot in self.slots:
-            assert (slot.state is SlotState.FREE) == (slot.entry is None)
-            assert slot.name == (None if slot.entry is None else slot.entry.name)
-            assert (slot.state is SlotState.LOADING) == slot.loading
-            if slot.entry is not None:
-                retired = slot.entry.retired and not slot.loading
-                assert (slot.state is SlotState.DRAINING) == retired
-                assert slot.entry.slot == slot.index
-                assert slot.entry.state in (State.COPYING, State.IN_SLOT)
-                assert not (slot.loading and slot.entry.running), "a slot is written while in use"
-            assert (slot.offset is None) == (slot.entry is None)
-            assert slot.loading or not slot.moving
         self.arena.check()
-        taken = {s.offset: self.arena.rounded(s.entry.slot_nbytes) for s in self.slots if s.entry is not None}
+        taken: dict[int | None, int] = {}
+        for slot in self.slots:
+            entry = slot.entry
+            if entry is None:
+                assert slot.offset is None and not slot.moving
+                continue
+            assert entry.slot == slot.index and entry.state in (State.COPYING, State.IN_SLOT)
+            assert not slot.loading or not entry.running, "a slot is written while in use"
+            assert slot.loading or not slot.moving
+            taken[slot.offset] = self.arena.rounded(entry.slot_nbytes)
         assert taken == self.arena.regions, "the memory's regions are not those of the residents"
-
-
-def may_leave(slot: Slot, keep: set[int]) -> bool:
-    """Whether an idle slot may be emptied, or its adapter moved."""
-    return slot.entry is not None and not slot.entry.pinned and slot.entry.uid not in keep

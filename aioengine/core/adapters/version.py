@@ -22,6 +22,7 @@ and nobody needs it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
@@ -90,14 +91,9 @@ LIVES: Mapping[Change, Mapping[Life, Life]] = MappingProxyType(
 """The same of what it is for new requests."""
 
 LOCATIONS: Mapping[State, Location] = MappingProxyType(
-    {
-        State.ON_DISK: Location.DISK,
-        State.LOADING: Location.LOADING,
-        State.STALLED: Location.LOADING,
-        State.ON_CPU: Location.CPU,
-        State.COPYING: Location.CPU,
-        State.IN_SLOT: Location.SLOT,
-    }
+    {State.ON_DISK: Location.DISK, State.IN_SLOT: Location.SLOT}
+    | dict.fromkeys((State.LOADING, State.STALLED), Location.LOADING)
+    | dict.fromkeys((State.ON_CPU, State.COPYING), Location.CPU)
 )
 """How policies see each state."""
 
@@ -107,35 +103,29 @@ class WrongChange(Exception):
     changed."""
 
 
+@dataclass(slots=True, eq=False)
 class Version:
     """The state of an adapter's version. Only :meth:`change` changes it."""
 
-    __slots__ = ("life", "location", "state")
-
-    def __init__(self) -> None:
-        self.state = State.ON_DISK
-        self.life = Life.NEW
-        self.location = Location.DISK
+    state: State = field(init=False, default=State.ON_DISK)
+    life: Life = field(init=False, default=Life.NEW)
+    location: Location = field(init=False, default=Location.DISK)
+    published: bool = field(init=False, default=False)
+    """Whether it is or was the current version; only then policies know it."""
 
     def change(self, what: Change) -> None:
         """Carry out a change. Raises WrongChange, with the reason, if the state does not allow it."""
-        if what in STATES:
-            state = STATES[what].get(self.state)
-            if state is None or self.life is Life.FREED:
-                raise self._wrong(what, STATES[what])
-            self.state, self.location = state, LOCATIONS[state]
-            return
-        life = LIVES[what].get(self.life)
-        if life is None:
-            raise self._wrong(what, LIVES[what])
-        if what is Change.FREE and self.state is not State.ON_DISK:
-            raise WrongChange(f"{what.value}: a version that is {self.state.value} must leave first")
-        self.life = life
-
-    def _wrong(self, what: Change, allowed: Mapping[State, State] | Mapping[Life, Life]) -> WrongChange:
-        where = " or ".join(before.value for before in allowed)
-        now = self.life.value if self.life is Life.FREED or what in LIVES else self.state.value
-        return WrongChange(f"{what.value}: the version is {now}, and must be {where}")
+        life = LIVES[what].get(self.life) if what in LIVES else self.life
+        state = STATES[what].get(self.state) if what in STATES else self.state
+        if life is None or state is None or self.life is Life.FREED:
+            befores = (*STATES.get(what, ()), *LIVES.get(what, ()))
+            allowed = " or ".join(before.value for before in befores)
+            now = self.state.value if life and self.life is not Life.FREED else self.life.value
+            raise WrongChange(f"{what.value}: the version is {now}, and must be {allowed}")
+        if life is Life.FREED and state is not State.ON_DISK:
+            raise WrongChange(f"{what.value}: a version that is {state.value} must leave first")
+        self.life, self.state, self.location = life, state, LOCATIONS[state]
+        self.published = self.published or life is Life.CURRENT
 
     @property
     def stalled(self) -> bool:

@@ -24,7 +24,7 @@ def is_under_way(request: Request, prompts: Sequence[Request], blocks: BlockMana
     before = [other for other in prompts if other.caches and other.remaining <= request.remaining]
     if not before:
         return False
-    last = len(request.find_cached(blocks)) - (-WORTH_WAITING // blocks.block_size) - 1
+    last = len(request.find_cached()) - (-WORTH_WAITING // blocks.block_size) - 1
     hashes = request.hashes
     return last < len(hashes) and any(
         other.committed <= last < len(other.hashes) and other.hashes[last] == hashes[last]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from aioengine.core.speculation.prompt_lookup import PromptLookup
+
 MAX_DEPTH = 16
 """Maximum number of tokens proposed to a request in one step."""
 LONG_MATCH = 8
@@ -44,6 +46,18 @@ class Acceptance:
         kind = match >= LONG_MATCH
         self._right[kind] = self._right[kind] * _REVIVE + _PRIOR * _PRIOR_WEIGHT * (1 - _REVIVE)
         self._trials[kind] = self._trials[kind] * _REVIVE + _PRIOR_WEIGHT * (1 - _REVIVE)
+
+
+class Drafting:
+    """State from which one request's drafts are made; it belongs to the request."""
+
+    __slots__ = ("acceptance", "lookup", "match")
+
+    def __init__(self) -> None:
+        self.acceptance = Acceptance()
+        self.lookup = PromptLookup()
+        self.match = 0
+        """Length of the match that the last draft came from."""
 
 
 class Candidate(NamedTuple):

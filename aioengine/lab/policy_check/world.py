@@ -171,9 +171,9 @@ class World(Sim):
         entry = residency.current.get(name)
         pinned = [e for e in residency.entries.values() if e.pinned or e.pin_when_read]
         if entry is not None and entry.pinned:
-            residency.pins.unpin(entry, self.now)
+            residency.names.unpin(entry, self.now)
         elif entry is not None and len(pinned) + 1 < self._is.limits.num_slots:
-            residency.pins.pin(entry, self.now)
+            residency.names.pin(entry, self.now)
 
     def _state(self) -> str:
         core = self.core
