@@ -262,7 +262,7 @@ BUDGETS = {
     "aioengine/*.py": 3_850,  # aim: 2_400
     "aioengine/adapters": 4_550,  # aim: 3_800
     "aioengine/cli": 5_300,  # aim: 3_200
-    "aioengine/core": 6_300,  # aim: 4_600
+    "aioengine/core": 5_650,  # aim: 4_600
     "aioengine/executors": 2_400,  # aim: 1_900
     "aioengine/fleet": 5_750,  # aim: 4_200
     "aioengine/grammars": 2_150,  # aim: 1_100
@@ -275,7 +275,7 @@ BUDGETS = {
     "kernels": 13_050,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 5_900,  # aim: 4_500
-    "tests": 78_300,  # aim: 52_000
+    "tests": 78_200,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
