@@ -16,8 +16,8 @@ import msgspec
 from msgspec import Meta, inspect
 
 from aioengine.errors import AioEngineError, ConfigError, RequestInvalid
-from aioengine.schedulers.error_text import error_text as error_text
-from aioengine.schedulers.nearest import nearest as _nearest_name
+from aioengine.schedulers.checks import error_text as error_text
+from aioengine.schedulers.checks import nearest as _nearest_name
 
 LARGEST = sys.float_info.max
 

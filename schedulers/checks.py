@@ -1,6 +1,9 @@
-"""Checks of the options of policies and parts."""
+"""Checks of options, and texts for errors."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 def at_least(low: float, unit: str = "", /, **options: float) -> None:
@@ -15,3 +18,20 @@ def finite_weights(**options: float) -> None:
     for name, value in options.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value}: must be >= 0 and finite")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'lru'?)", or "" if no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def error_text(error: BaseException) -> str:
+    """Return the error's type and message. The message is made by the policy's code, so it may raise too."""
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except BaseException as second:  # a CancelledError that nobody has asked for, too
+        if isinstance(second, (KeyboardInterrupt, SystemExit)):
+            raise
+        return f"{name} (its message raises {type(second).__name__})"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
 import msgspec
 
-from aioengine.schedulers.nearest import nearest
-from aioengine.schedulers.policy_file import import_file
+from aioengine.schedulers.checks import nearest
 
 Supply = Mapping[str, Callable[[], Any]]
 """Factories by the name of a constructor's parameter, for values that text cannot express."""
@@ -112,3 +117,50 @@ def options_text(cls: type[Any]) -> str:
 def summary(cls: type[Any]) -> str:
     """Return the first paragraph of its docstring on one line."""
     return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def import_file(path: str, attribute: str) -> Any:
+    """Return the object that the Python file defines under this name; ``path`` is relative to the working
+    directory.
+
+    The file is run once, and again when it has changed. Raises ImportError if there is none or it fails,
+    AttributeError if it does not define the name.
+    """
+    module = _module(Path(path).expanduser().resolve())
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        here = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isclass(value) and value.__module__ == module.__name__
+        ]
+        hint = nearest(attribute, here)
+        raise AttributeError(
+            f"{module.__file__} defines no {attribute!r}{hint}; its classes: {', '.join(here) or 'none'}"
+        ) from None
+
+
+def _module(path: Path) -> ModuleType:
+    # A unique name: two files called policy.py are two modules, and neither hides an installed one.
+    name = f"_aioengine_policy_{blake2b(os.fsencode(path), digest_size=8).hexdigest()}"
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ImportError(f"there is no file {path}: {error.strerror}") from error
+    stamp = (status.st_mtime_ns, status.st_size)
+    known = sys.modules.get(name)
+    if known is not None and getattr(known, "_aioengine_stamp", None) == stamp:
+        return known
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    vars(module)["_aioengine_stamp"] = stamp
+    sys.modules[name] = module  # before it runs, because annotations are looked up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ImportError(f"{path} failed: {type(error).__name__}: {error}") from error
+    return module

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from aioengine.schedulers.checks import nearest
 from aioengine.schedulers.named import (
     Supply,
     build,
@@ -23,7 +24,6 @@ from aioengine.schedulers.named import (
     summary,
     unknown,
 )
-from aioengine.schedulers.nearest import nearest
 from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policy import SchedulerPolicy
@@ -44,101 +44,69 @@ DEFAULT_PARTS = {"order": "fcfs", "replace": "lru", "prefetch": "lookahead", "pr
 
 
 class Kind(NamedTuple):
-    """A kind of class that is found by name. Classes are "module:Class" below ``ROOT``."""
+    """A kind of class that is found by name."""
 
     base: str
+    """"module:Class" below ``ROOT``."""
     group: str
     """The group of entry points."""
-    built_in: Mapping[str, str]
 
 
 KINDS: dict[str, Kind] = {
-    "policy": Kind(
-        "policy:SchedulerPolicy",
-        ROOT,
-        {
-            "fcfs": "policies.fcfs:FCFS",
-            "fair": "policies.fair:Fair",
-            "admission": "policies.admission:Admission",
-        },
-    ),
-    "order": Kind(
-        "parts.base:Ordering",
-        ROOT,
-        {
-            "fcfs": "parts.arrival:Arrival",
-            "vllm": "policies.other_engines:VLLMOrder",
-            "slora": "policies.slora:SLoRA",
-            "vtc": "policies.vtc:VTC",
-            "drr": "policies.drr:DRR",
-            "sjf": "policies.by_key:SJF",
-            "edf": "policies.by_key:EDF",
-            "priority": "policies.by_key:Priority",
-            "lpm": "policies.lpm:LPM",
-            "session": "policies.lpm:Session",
-            "toppings": "policies.toppings:Toppings",
-            "drainer": "policies.other_engines:Drainer",
-            "chameleon": "policies.chameleon:ChameleonOrder",
-        },
-    ),
-    "replace": Kind(
-        "parts.base:Replacement",
-        ROOT,
-        {
-            "lru": "parts.replacement:LRU",
-            "lfu": "parts.replacement:LFU",
-            "gdsf": "parts.replacement:GDSF",
-            "chameleon": "policies.chameleon:ChameleonCache",
-            "belady": "parts.replacement:Belady",
-            "oracle": "parts.replacement:Belady",
-            "discard": "parts.replacement:Discard",
-        },
-    ),
-    "prefetch": Kind(
-        "parts.base:Prefetch",
-        ROOT,
-        {
-            "lookahead": "parts.prefetch:Lookahead",
-            "popular": "parts.prefetch:Popular",
-            "none": "parts.prefetch:NoPrefetch",
-        },
-    ),
-    "preempt": Kind(
-        "parts.base:Preemption",
-        ROOT,
-        {"none": "parts.preemption:NoPreemption", "priority": "parts.preemption:PreemptLower"},
-    ),
-    "router": Kind(
-        "routing.interface:RouterPolicy",
-        "aioengine.routers",
-        {
-            "round_robin": "routing.routers.simple:RoundRobin",
-            "least_loaded": "routing.routers.simple:LeastLoaded",
-            "p2c": "routing.routers.simple:PowerOfTwoChoices",
-            "holder": "routing.routers.simple:Holder",
-            "tiers": "routing.routers.simple:Tiers",
-            "hrw": "routing.routers.simple:Rendezvous",
-            "shuffle": "routing.routers.simple:ShuffleSharding",
-            "prefix": "routing.routers.simple:Prefix",
-            "affinity": "routing.routers.affinity:Affinity",
-        },
-    ),
-    "placement": Kind(
-        "routing.interface:PlacementPolicy",
-        "aioengine.placements",
-        {
-            "none": "routing.placement:NoPlacement",
-            "hrw": "routing.placement:RendezvousPlacement",
-            "demand": "routing.placement:DemandPlacement",
-        },
-    ),
-    "autoscaler": Kind(
-        "routing.autoscaling:ScalingPolicy",
-        "aioengine.autoscalers",
-        {"waiting_work": "routing.autoscaling:WaitingWork"},
-    ),
+    "policy": Kind("policy:SchedulerPolicy", ROOT),
+    "order": Kind("parts.base:Ordering", ROOT),
+    "replace": Kind("parts.base:Replacement", ROOT),
+    "prefetch": Kind("parts.base:Prefetch", ROOT),
+    "preempt": Kind("parts.base:Preemption", ROOT),
+    "router": Kind("routing.interface:RouterPolicy", "aioengine.routers"),
+    "placement": Kind("routing.interface:PlacementPolicy", "aioengine.placements"),
+    "autoscaler": Kind("routing.autoscaling:ScalingPolicy", "aioengine.autoscalers"),
 }
-_NAMES = frozenset(name for kind in KINDS.values() for name in kind.built_in)
+BUILT_IN: dict[tuple[str, str], str] = {
+    ("policy", "fcfs"): "policies.fcfs:FCFS",
+    ("policy", "fair"): "policies.fair:Fair",
+    ("policy", "admission"): "policies.admission:Admission",
+    ("order", "fcfs"): "parts.base:Arrival",
+    ("order", "vllm"): "policies.other_engines:VLLMOrder",
+    ("order", "slora"): "policies.slora:SLoRA",
+    ("order", "vtc"): "policies.vtc:VTC",
+    ("order", "drr"): "policies.drr:DRR",
+    ("order", "sjf"): "policies.by_key:SJF",
+    ("order", "edf"): "policies.by_key:EDF",
+    ("order", "priority"): "policies.by_key:Priority",
+    ("order", "lpm"): "policies.lpm:LPM",
+    ("order", "session"): "policies.lpm:Session",
+    ("order", "toppings"): "policies.toppings:Toppings",
+    ("order", "drainer"): "policies.other_engines:Drainer",
+    ("order", "chameleon"): "policies.chameleon:ChameleonOrder",
+    ("replace", "lru"): "parts.replacement:LRU",
+    ("replace", "lfu"): "parts.replacement:LFU",
+    ("replace", "gdsf"): "parts.replacement:GDSF",
+    ("replace", "chameleon"): "policies.chameleon:ChameleonCache",
+    ("replace", "belady"): "parts.replacement:Belady",
+    ("replace", "oracle"): "parts.replacement:Belady",
+    ("replace", "discard"): "parts.replacement:Discard",
+    ("prefetch", "lookahead"): "parts.prefetch:Lookahead",
+    ("prefetch", "popular"): "parts.prefetch:Popular",
+    ("prefetch", "none"): "parts.prefetch:NoPrefetch",
+    ("preempt", "none"): "parts.preemption:NoPreemption",
+    ("preempt", "priority"): "parts.preemption:PreemptLower",
+    ("router", "round_robin"): "routing.routers.simple:RoundRobin",
+    ("router", "least_loaded"): "routing.routers.simple:LeastLoaded",
+    ("router", "p2c"): "routing.routers.simple:PowerOfTwoChoices",
+    ("router", "holder"): "routing.routers.simple:Holder",
+    ("router", "tiers"): "routing.routers.simple:Tiers",
+    ("router", "hrw"): "routing.routers.simple:Rendezvous",
+    ("router", "shuffle"): "routing.routers.simple:ShuffleSharding",
+    ("router", "prefix"): "routing.routers.simple:Prefix",
+    ("router", "affinity"): "routing.routers.affinity:Affinity",
+    ("placement", "none"): "routing.placement:NoPlacement",
+    ("placement", "hrw"): "routing.placement:RendezvousPlacement",
+    ("placement", "demand"): "routing.placement:DemandPlacement",
+    ("autoscaler", "waiting_work"): "routing.autoscaling:WaitingWork",
+}
+"""Kind and name -> "module:Class" below ``ROOT``."""
+_NAMES = frozenset(name for _, name in BUILT_IN)
 
 
 class PolicyInfo(NamedTuple):
@@ -161,9 +129,8 @@ class PolicyInfo(NamedTuple):
 
 def available(kind: str) -> dict[str, PolicyInfo]:
     """Return what there is of a kind, by name. A package whose entry point cannot be imported is left out."""
-    found = {
-        name: import_class(name, f"{ROOT}.{at}", _base(kind)) for name, at in KINDS[kind].built_in.items()
-    }
+    names = [name for of_kind, name in BUILT_IN if of_kind == kind]
+    found = {name: _classes(name, name, (kind,))[kind] for name in names}
     for point in entry_points(group=KINDS[kind].group):
         try:
             found.setdefault(point.name, import_class(point.name, point.value, _base(kind)))
@@ -304,7 +271,7 @@ def _load(kind: str, spec: str, more: Mapping[str, Any] | None = None, supply: S
 def _classes(what: str, name: str, kinds: Iterable[str]) -> dict[str, type[Any]]:
     """Return the classes of this name by kind; none if the name is not known."""
     kinds = tuple(kinds)  # all of one group
-    built_in = {kind: KINDS[kind].built_in[name] for kind in kinds if name in KINDS[kind].built_in}
+    built_in = {kind: BUILT_IN[kind, name] for kind in kinds if (kind, name) in BUILT_IN}
     if built_in:
         return {kind: import_class(what, f"{ROOT}.{at}", _base(kind)) for kind, at in built_in.items()}
     bases = {kind: _base(kind) for kind in kinds}

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from aioengine import events
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry, Request, Status
-from aioengine.schedulers.error_text import error_text
+from aioengine.schedulers.checks import error_text
 from aioengine.schedulers.overruns import Overruns
 from aioengine.schedulers.policy import (
     Decision,

@@ -14,9 +14,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from heapq import nsmallest
-from itertools import chain
+from itertools import chain, islice
+from math import inf
 from typing import Any
 
+from aioengine.schedulers.policies.fcfs import by_arrival, cold_by_arrival
 from aioengine.schedulers.policy import (
     AdapterView,
     PolicyEvent,
@@ -84,6 +86,26 @@ class Ordering(Part):
         """Yield adapters that requests wait for and that no slot holds, in the order to bring them in."""
         names = (n for n in view.waiting_adapters if n is not None and is_cold(view, n))
         return iter(sorted(names, key=lambda name: self.adapter_key(view, name)))
+
+
+class Arrival(Ordering):
+    """Order of arrival. The cost does not grow with the length of the queues."""
+
+    starvation_bound = "those who arrived before it"
+    source = "first come, first served"
+
+    def key(self, request: RequestView, view: SchedulerView) -> float:
+        return request.arrival
+
+    def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
+        return list(islice(by_arrival(view, names), limit))
+
+    def adapter_key(self, view: SchedulerView, name: str) -> float:
+        oldest = view.adapters[name].oldest_arrival
+        return inf if oldest is None else oldest
+
+    def cold(self, view: SchedulerView) -> Iterator[str]:
+        return cold_by_arrival(view)
 
 
 class Replacement(Part):

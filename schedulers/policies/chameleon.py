@@ -9,8 +9,7 @@ from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
 from aioengine.schedulers.checks import at_least
-from aioengine.schedulers.parts.arrival import Arrival
-from aioengine.schedulers.parts.base import Replacement
+from aioengine.schedulers.parts.base import Arrival, Replacement
 from aioengine.schedulers.parts.replacement import DecayedCounts
 from aioengine.schedulers.policies.fcfs import by_arrival
 from aioengine.schedulers.policy import AdapterView, PolicyEvent, RequestView, SchedulerView, SlotView

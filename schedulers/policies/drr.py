@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heapreplace
 
-from aioengine.schedulers.parts.arrival import Arrival
+from aioengine.schedulers.parts.base import Arrival
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 

@@ -134,18 +134,18 @@ class SlotPlan:
 
     def __init__(self, view: SchedulerView, score: Score, policy: FCFS) -> None:
         self._view, self._score, self._policy = view, score, policy
-        self._memory = view.memory if view.memory.elastic else None  # None: each adapter takes one slot
         policy.no_room.update(item.item for item in view.refused if item.reason == "place_no_room")
         self._cpu_room, self._cpu_bytes_room = view.cpu_room, view.cpu_bytes_room
         self.place, self.evict = list[Place](), list[str]()
         self.closed: dict[str, None] = {}  # adapters whose slots admit no requests, so that others get them
         self.ask_again: float | None = inf
+        self._left: Mapping[str | None, int] = {}
         usable, adapters = (SlotState.READY, SlotState.DRAINING), view.adapters
         held = [(slot, slot.adapter) for slot in view.slots if slot.state in usable]
         self._usable = [(slot, name, adapters[name]) for slot, name in held if name is not None]
         self.closes = view.free_seqs > 0 and any(adapter.waiting for _, _, adapter in self._usable)
         self.free = sum(slot.adapter is None for slot in view.slots)
-        self._free_bytes = 0 if self._memory is None else self._memory.free
+        self._free_bytes = view.memory.free
 
     @property
     def open(self) -> list[str | None]:
@@ -159,14 +159,10 @@ class SlotPlan:
         return max(short, int(self._cpu_room <= 0))
 
     @cached_property
-    def _tokens_left(self) -> Mapping[str | None, int]:
-        return self._view.tokens_left
-
-    @cached_property
     def held(self) -> list[HeldSlot]:
         """The slots that can be given to others, the best first."""
         policy, found, settled = self._policy, list[HeldSlot](), self._view.now - self._policy.stay
-        left = self._tokens_left if self.closes else {}
+        left = self._left = self._view.tokens_left if self.closes else {}
         for slot, name, adapter in self._usable:
             if slot.state is SlotState.READY and not adapter.pinned:
                 first = adapter.oldest_arrival
@@ -182,10 +178,9 @@ class SlotPlan:
     def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
         """Return as many of ``candidates`` as must leave so that an adapter on the CPU has a slot and its
         memory, or one on disk can be read. None if they are too few."""
-        on_disk = adapter.location is Location.DISK
-        if self._memory is None and not on_disk:
+        found, memory, on_disk = list[HeldSlot](), self._view.memory, adapter.location is Location.DISK
+        if not on_disk and not memory.elastic:  # each adapter takes one slot
             return [] if self.free > 0 else list(islice(candidates, 1)) or None
-        found, memory = list[HeldSlot](), self._view.memory
         slots, nbytes, more, lack = 1, 0, 0, self.lack(adapter) if on_disk else 0
         if not on_disk:
             needed = memory.bytes_of(adapter.name)
@@ -207,9 +202,8 @@ class SlotPlan:
             now, self.ask_again = False, None  # idle slots admit requests again once the read has begun
         else:
             self.free += len(found) - 1
-            if self._memory is not None:
-                freed = sum(map(self._memory.bytes_of, names))
-                self._free_bytes += freed - self._memory.bytes_of(adapter.name)
+            bytes_of = self._view.memory.bytes_of
+            self._free_bytes += sum(map(bytes_of, names)) - bytes_of(adapter.name)
             for held in found:
                 self.held.remove(held)
         if now:
@@ -223,7 +217,7 @@ class SlotPlan:
         there."""
         fitting = [
             request
-            for name, tokens in (self._tokens_left.items() if self.closed and limit > 0 else ())
+            for name, tokens in (self._left.items() if self.closed and limit > 0 else ())
             if name in self.closed
             for request in islice(self._view.waiting_for(name), SCAN_LIMIT)
             if request.max_tokens - request.output_tokens <= tokens * within

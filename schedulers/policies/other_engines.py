@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aioengine.schedulers.checks import at_least
-from aioengine.schedulers.parts.arrival import Arrival
+from aioengine.schedulers.parts.base import Arrival
 
 
 class VLLMOrder(Arrival):

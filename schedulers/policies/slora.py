@@ -8,7 +8,7 @@ from itertools import islice, takewhile
 from math import inf
 
 from aioengine.schedulers.checks import at_least
-from aioengine.schedulers.parts.arrival import Arrival
+from aioengine.schedulers.parts.base import Arrival
 from aioengine.schedulers.policies.fcfs import by_arrival
 from aioengine.schedulers.policy import RequestView, SchedulerView
 

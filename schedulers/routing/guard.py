@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from aioengine.schedulers.error_text import error_text
+from aioengine.schedulers.checks import error_text
 from aioengine.schedulers.overruns import Overruns
 from aioengine.schedulers.routing import interface
 from aioengine.schedulers.routing.routers.simple import LeastLoaded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aioengine import events
-from aioengine.schedulers.parts.arrival import Arrival
+from aioengine.schedulers.parts.base import Arrival
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.parts.preemption import NoPreemption
 from aioengine.schedulers.parts.prefetch import Popular

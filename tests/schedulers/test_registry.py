@@ -21,7 +21,7 @@ from aioengine.schedulers import (
     compose,
     load_policy,
 )
-from aioengine.schedulers.parts.arrival import Arrival
+from aioengine.schedulers.parts.base import Arrival
 from aioengine.schedulers.parts.prefetch import Lookahead, NoPrefetch
 from aioengine.schedulers.parts.replacement import GDSF
 from aioengine.schedulers.policies.fcfs import FCFS

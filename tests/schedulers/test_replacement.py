@@ -8,8 +8,7 @@ import pytest
 
 from aioengine import events
 from aioengine.core.state import AdapterEntry
-from aioengine.schedulers.parts.arrival import Arrival
-from aioengine.schedulers.parts.base import Replacement
+from aioengine.schedulers.parts.base import Arrival, Replacement
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.parts.preemption import NoPreemption
 from aioengine.schedulers.parts.prefetch import Lookahead

@@ -83,7 +83,7 @@ class Affinity(RouterPolicy):
         self._order = RendezvousOrder()
         self._found: Sequence[ReplicaView] = ()
         self._index: dict[str, ReplicaView] = {}
-        self._places: dict[str, int] = {}
+        """The replicas of this decision, by id."""
         self._assumed: dict[str, float] = {}
         """Speeds that this decision assumes for replicas that have not measured theirs."""
         self._homes: dict[str, int] = {}
@@ -96,33 +96,29 @@ class Affinity(RouterPolicy):
         found = candidates(request, view)
         if not found:
             return Route()
-        index = self._by_id(found)
+        if found is not self._found:  # a view has another sequence whenever it has other replicas
+            self._found, self._index = found, {replica.replica_id: replica for replica in found}
         self._assumed.clear()
-        queues = list(map(_QUEUE, found))
-        near = _two_shortest(list(index), queues)
+        index, name = self._index, request.adapter
         cached = cached_tokens(request, view)
-        near += [i for i in cached if i in index]
-        name = request.adapter
+        near = {*_two_shortest(found), *cached}
+        homes: Collection[str] = ()
+        holding: Set[str] = frozenset()
         if name is None:
             shares = [(waiting + running + 1) / most for waiting, running, most in map(_REQUESTS, found)]
-            near.append(found[shares.index(min(shares))].replica_id)
-            return _answer(*self._costs(request, {*near}, index, cached, ()), index, cached, "base")
-        adapter = view.adapters.get(name)
-        holding: Set[str] = frozenset() if adapter is None else adapter.holders
-        homes = self._homes_of(name, adapter, view, index)
-        if request.parts and not holding:
-            homes = _with_most(request.parts, view, index) or homes
-        if len(holding) <= MAX_HOLDERS:
-            near += [i for i in holding if i in index]
-        elif len(holding) < len(found):
-            there = [i for i in holding if i in index]
-            near += _two_shortest(there, [queues[self._places[i]] for i in there])
-        costs, loads = self._costs(request, {*homes, *near}, index, cached, homes)
-        route = _answer(costs, loads, index, cached, "spill")
-        best = route.replicas[0]
-        if best in holding:
-            return route._replace(reason="holder")
-        return route._replace(reason="home") if best in homes else route
+            near.add(found[shares.index(min(shares))].replica_id)
+        else:
+            adapter = view.adapters.get(name)
+            holding = frozenset() if adapter is None else adapter.holders
+            homes = self._homes_of(name, adapter, view)
+            if request.parts and not holding:
+                homes = _with_most(request.parts, view, index) or homes
+            near.update(homes)
+            near.update(holding if len(holding) <= MAX_HOLDERS else self._two_of(holding))
+        costs, loads = self._costs(request, near & index.keys(), cached, homes)
+        named = _by_cost(costs, loads, index, cached)
+        reason = "base" if name is None else "holder" if named[0] in holding else "spill"
+        return Route(named, reason="home" if reason == "spill" and named[0] in homes else reason)
 
     def on_event(self, event: RouteEvent) -> None:
         if event.request is None:
@@ -134,17 +130,16 @@ class Affinity(RouterPolicy):
             if start is not None and event.kind == "ended":
                 self._service += SERVICE_MEMORY * (event.now - start - self._service)
 
-    def _by_id(self, found: Sequence[ReplicaView]) -> Mapping[str, ReplicaView]:
-        if found is not self._found:  # a view has another sequence whenever it has other replicas
-            self._found, self._index = found, {replica.replica_id: replica for replica in found}
-            self._places = {replica_id: place for place, replica_id in enumerate(self._index)}
-        return self._index
+    def _two_of(self, holding: Set[str]) -> list[str]:
+        """Return the two of these replicas with the shortest queues; none if all replicas are among them."""
+        if len(holding) >= len(self._found):
+            return []
+        return _two_shortest([self._index[i] for i in holding if i in self._index])
 
     def _costs(
         self,
         request: RouteRequest,
         replicas: Collection[str],
-        index: Mapping[str, ReplicaView],
         cached: Mapping[str, int],
         homes: Collection[str],
     ) -> tuple[dict[str, float], dict[str, float]]:
@@ -154,7 +149,7 @@ class Affinity(RouterPolicy):
         service, adapter = self._service, request.adapter
         costs, loads = {}, {}
         for replica_id in replicas:
-            replica = index[replica_id]
+            replica = self._index[replica_id]
             share = _share(replica)
             # With more running requests each is slower; if the batch is full, some must end first.
             seconds = service * (CROWDING * share if share <= 1.0 else CROWDING + share - 1.0)
@@ -194,28 +189,20 @@ class Affinity(RouterPolicy):
             return slot + disk / 2
         return slot + disk * (1.0 if at_home else self._margin)
 
-    def _homes_of(
-        self, name: str, adapter: AdapterView | None, view: FleetView, index: Mapping[str, ReplicaView]
-    ) -> Collection[str]:
+    def _homes_of(self, name: str, adapter: AdapterView | None, view: FleetView) -> Collection[str]:
         """Return the replicas that should hold the adapter: those of the plan, or as many as it needs, in
         order of hash, first holders and then others."""
-        if adapter is None:
-            return list(islice((i for i in self._order.of(name, view) if i in index), 1))
-        if adapter.target_holders:
+        index, count, holding = self._index, 1, frozenset[str]()
+        if adapter is not None:
             planned = [i for i in adapter.target_holders if i in index]
             if planned:
                 return planned
-        count, holding = self._count(name, adapter, view), adapter.holders
-        if (
-            count == 1 and 0 < len(holding) <= MAX_HOLDERS
-        ):  # the usual case: no order of all replicas is needed
-            there = [i for i in holding if i in index]
-            if there:
-                return there if len(there) == 1 else [self._order.first(name, view, there)]
+            count, holding = self._count(name, adapter, view), frozenset(adapter.holders & index.keys())
+            if count == 1 and 0 < len(holding) <= MAX_HOLDERS:  # usual: no order of all replicas is needed
+                return [self._order.first(name, view, list(holding))]
         order = self._order.of(name, view)
-        homes = list(islice((i for i in order if i in holding and i in index), count)) if holding else []
-        if len(homes) < count:  # otherwise one more copy would be too many
-            homes += islice((i for i in order if i in index and i not in holding), count - len(homes))
+        homes = list(islice((i for i in order if i in holding), count)) if holding else []
+        homes += islice((i for i in order if i in index and i not in holding), count - len(homes))
         return homes
 
     def _count(self, name: str, adapter: AdapterView, view: FleetView) -> int:
@@ -248,25 +235,23 @@ def _share(replica: ReplicaView) -> float:
     return (replica.waiting + replica.running + 1) / replica.max_running
 
 
-def _two_shortest(ids: list[str], queues: list[float]) -> list[str]:
+def _two_shortest(replicas: Sequence[ReplicaView]) -> list[str]:
     """Return the ids of the two replicas with the shortest queues."""
-    if len(ids) < 2:
-        return ids
-    least = min(queues)
-    first = queues.index(least)
-    queues[first] = inf
-    second = queues.index(min(queues))
-    queues[first] = least
-    return [ids[first], ids[second]]
+    queues = list(map(_QUEUE, replicas))
+    chosen = []
+    for _ in queues[:2]:
+        place = queues.index(min(queues))
+        chosen.append(replicas[place].replica_id)
+        queues[place] = inf
+    return chosen
 
 
-def _answer(
+def _by_cost(
     costs: dict[str, float],
     loads: dict[str, float],
     index: Mapping[str, ReplicaView],
     cached: Mapping[str, int],
-    reason: str,
-) -> Route:
+) -> list[str]:
     """Return the replicas by cost. Of those at about the same cost that need no longer load, the ones with
     the most of the prompt cached take turns: the one with the fewest requests is first."""
     # Equal replicas by name, so that the same knowledge gives the same route.
@@ -283,4 +268,4 @@ def _answer(
         best = min(equals, key=lambda i: _share(index[i]))
         order.remove(best)
         order.insert(0, best)
-    return Route(order[:MAX_NAMED], reason=reason)
+    return order[:MAX_NAMED]
