@@ -6,8 +6,6 @@ cache, and which requests to preempt. The engine's core checks every item, refus
 invariant, keeps to the budgets, and carries out the rest. So a policy can be wrong but cannot do harm.
 
 This module, like all of ``aioengine.schedulers``, is pure Python: no torch, no engine, no clock.
-
-The file is long because it is the whole interface, with its documentation.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class CoreView:
     def tokens_left(self) -> dict[str | None, int]:
         left: dict[str | None, int] = {}
         for request in self._batcher.running.values():
-            name = request.view.adapter
+            name = None if request.adapter is None else request.adapter.name
             tokens = request.params.max_tokens + request.prompt_len - len(request.tokens)
             if tokens > left.get(name, -1):
                 left[name] = tokens

@@ -19,10 +19,6 @@ class Windowed(Arrival):
 
     It is for keys that change while a request waits. The cost of a decision grows with the window, and not
     with the queue. Adapters are brought in by arrival.
-
-    Args:
-        window: Most waiting requests that a decision looks at, the oldest first.
-        age: Seconds for which a request may be put off in favour of later ones.
     """
 
     starvation_bound = "age, those who arrived before it, and one longest generation"

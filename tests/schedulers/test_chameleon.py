@@ -204,15 +204,3 @@ def test_the_cache_scores_frequency_recency_and_size() -> None:
     assert scores["a"] == pytest.approx(0.45 * 1.0 + 0.10 * 0.0 + 0.45 / 8)
     assert scores["b"] == pytest.approx(0.45 * 0.5 + 0.10 * 0.5 + 0.45 * 0.5)
     assert scores["c"] == pytest.approx(0.45 * 0.25 + 0.10 * 1.0 + 0.45 * 1.0)
-
-
-def test_options_out_of_range_are_refused() -> None:
-    for option in ("queues", "refresh", "window"):
-        with pytest.raises(ValueError, match=f"{option}=0: must be >= 1"):
-            chameleon(**{option: 0})
-    with pytest.raises(ValueError, match=r"age=-1.*>= 0"):
-        chameleon(age=-1.0)
-    with pytest.raises(ValueError, match=r"output_weight=-1.*>= 0"):
-        ChameleonOrder(output_weight=-1.0)
-    with pytest.raises(ValueError, match=r"recency=-0.1: must be >= 0"):
-        ChameleonCache(recency=-0.1)

@@ -143,8 +143,3 @@ def test_tiny_quanta_and_large_requests_cost_no_time() -> None:
     sim.schedule()
     sim.finish_step()
     assert sum(r.admitted is not None for r in huge) == 1
-
-
-def test_quantum_must_make_sense() -> None:
-    with pytest.raises(ValueError, match="quantum"):
-        DRR(quantum=0)

@@ -106,12 +106,6 @@ def test_slots_in_use_are_not_swapped_back_and_forth() -> None:
     assert loads == 4, "each adapter's waiting requests are served while it is in"
 
 
-def test_max_wait_must_make_sense() -> None:
-    for bad in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="max_wait"):
-            FCFS(max_wait=bad)
-
-
 def test_an_adapter_that_found_only_pieces_of_memory_fits_beside_a_pinned_one_later() -> None:
     limits = LIMITS._replace(num_slots=4, cpu_capacity=6, slot_memory=4 * GRANULE)
     sim = Sim(limits, FCFS())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from aioengine import events
 from aioengine.schedulers.parts.base import Arrival
 from aioengine.schedulers.parts.compose import Composed
@@ -97,12 +95,3 @@ def test_only_the_top_few_are_kept_on_the_cpu() -> None:
     residency = sim.core.residency
     there = {name for name, entry in residency.current.items() if entry.location is not Location.DISK}
     assert there == {"a", "b"}
-
-
-def test_options_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"top=-1: must be >= 0"):
-        Popular(top=-1)
-    with pytest.raises(ValueError, match=r"k=0: must be >= 1"):
-        Popular(k=0)
-    with pytest.raises(ValueError, match="half_life"):
-        Popular(half_life=-2.0)

@@ -247,6 +247,26 @@ def test_files_that_do_not_do(spec: str, message: str, in_folder: Path) -> None:
         load_policy(spec)
 
 
+OUT_OF_RANGE = """
+    fcfs:max_wait=-1 fcfs:max_wait=nan sjf:input_weight=-1 sjf:output_weight=nan sjf:input_weight=inf
+    vtc:input_weight=-1 vtc:output_weight=nan drr:quantum=0 slora:clusters=-1 slora:age=-1
+    lpm:window=0 session:share=0 toppings:age=-1 drainer:tolerance=-1 admission:margin=0
+    chameleon:queues=0 chameleon:refresh=0 chameleon:window=0 chameleon:age=-1
+    chameleon:output_weight=-1 gdsf+chameleon:recency=-1 lfu:half_life=-1 lfu:half_life=nan
+    gdsf:cost=bytes popular:top=-1 popular:k=0 popular:half_life=-2
+"""
+
+
+@pytest.mark.parametrize("spec", OUT_OF_RANGE.split())
+def test_options_out_of_range_are_refused_by_name(spec: str) -> None:
+    """And so are weights of clients that are not positive, which only a table can give."""
+    _, _, option = spec.rpartition(":")
+    with pytest.raises(ValueError, match=option.partition("=")[0] + "="):
+        load_policy(spec)
+    with pytest.raises(ValueError, match="weights: 'a'"):
+        load_policy({"order": {"name": "vtc", "weights": {"a": 0.0}}})
+
+
 @pytest.mark.parametrize("load", [load_policy, load_router])
 @pytest.mark.parametrize(
     ("source", "message"),

@@ -113,10 +113,3 @@ def test_a_request_outside_the_batch_waits_for_its_age_and_one_generation(seqs: 
     assert other.admitted - arrival <= age + before_it + (tokens + 1) * step
     if seqs > 1:
         assert other.admitted - arrival >= age, "put off in favour of the batch's adapter until then"
-
-
-def test_options_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"clusters=-1: must be >= 0"):
-        SLoRA(clusters=-1)
-    with pytest.raises(ValueError, match=r"age=-1.*>= 0 seconds"):
-        SLoRA(age=-1.0)

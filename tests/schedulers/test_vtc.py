@@ -133,19 +133,6 @@ def test_clients_that_are_gone_are_forgotten_in_the_end(monkeypatch: pytest.Monk
     assert order.counter(names[-1]) > 0, "what a newcomer would be lifted to"
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"input_weight": -1.0}, "input_weight"),
-        ({"output_weight": float("nan")}, "output_weight"),
-        ({"weights": {"x": 0.0}}, "weights"),
-    ],
-)
-def test_options_must_make_sense(options: dict[str, object], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        VTC(**options)  # type: ignore[arg-type]
-
-
 def test_output_counts_as_it_is_generated() -> None:
     """Not only when a request ends: a long one that still runs weighs on its client."""
     sim = serial_sim(VTC(), seqs=2)
