@@ -145,7 +145,7 @@ class SlotPlan:
         self._usable = [(slot, name, adapters[name]) for slot, name in held if name is not None]
         self.closes = view.free_seqs > 0 and any(adapter.waiting for _, _, adapter in self._usable)
         self.free = sum(slot.adapter is None for slot in view.slots)
-        self._free_bytes = view.memory.free
+        self._by_bytes, self._free_bytes = view.memory.elastic, view.memory.free
 
     @property
     def open(self) -> list[str | None]:
@@ -178,9 +178,10 @@ class SlotPlan:
     def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
         """Return as many of ``candidates`` as must leave so that an adapter on the CPU has a slot and its
         memory, or one on disk can be read. None if they are too few."""
-        found, memory, on_disk = list[HeldSlot](), self._view.memory, adapter.location is Location.DISK
-        if not on_disk and not memory.elastic:  # each adapter takes one slot
+        on_disk = adapter.location is Location.DISK
+        if not on_disk and not self._by_bytes:  # each adapter takes one slot
             return [] if self.free > 0 else list(islice(candidates, 1)) or None
+        found, memory = list[HeldSlot](), self._view.memory
         slots, nbytes, more, lack = 1, 0, 0, self.lack(adapter) if on_disk else 0
         if not on_disk:
             needed = memory.bytes_of(adapter.name)
@@ -202,8 +203,9 @@ class SlotPlan:
             now, self.ask_again = False, None  # idle slots admit requests again once the read has begun
         else:
             self.free += len(found) - 1
-            bytes_of = self._view.memory.bytes_of
-            self._free_bytes += sum(map(bytes_of, names)) - bytes_of(adapter.name)
+            if self._by_bytes:
+                bytes_of = self._view.memory.bytes_of
+                self._free_bytes += sum(map(bytes_of, names)) - bytes_of(adapter.name)
             for held in found:
                 self.held.remove(held)
         if now:
