@@ -1,7 +1,7 @@
 """Masks of a step's constraints: begun before the forward pass, collected after it.
 
 Constraints are code of the application, and a step is everybody's. So whatever a constraint raises or returns
-ends its own request at most. (``CancelledError``, which is no ``Exception``, would end the step loop.)
+ends its own request at most. (``CancelledError``, which is no ``Exception``, would end the engine loop.)
 """
 
 from __future__ import annotations
