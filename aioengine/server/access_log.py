@@ -102,13 +102,11 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
         }
 
 
-_NOT_LOGGED = frozenset(
-    (
-        *("started", "owner", "identity", "admission", "ended", "queue", "counted", "body_size", "route"),
-        *("so_far", "wanted", "named_in"),
-    )
+_LOGGED = (
+    *("request_id", "method", "path", "status", "tenant", "adapter", "stream", "trace_id", "completion_id"),
+    *("prompt_tokens", "output_tokens", "ttft", "finish_reason", "not_enforced", "error", "param", "reason"),
+    "seconds",
 )
-_LOGGED = tuple(name for name in RequestRecord.__struct_fields__ if name not in _NOT_LOGGED)
 _logged = attrgetter(*_LOGGED)
 
 

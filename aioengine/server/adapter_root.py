@@ -13,7 +13,7 @@ from aioengine.config import LoRAConfig
 class AdapterRoot:
     """A folder, or a URL."""
 
-    def __init__(self, root: str, timeout: float) -> None:
+    def __init__(self, root: str, timeout: float | None) -> None:
         self.timeout = timeout
         self._root = root
         self._folders = None if source_below(root, "", "any") is not None else FilesystemResolver(root)

@@ -182,7 +182,7 @@ class ServerApp:
         # Without the mount point, because routes are matched below it.
         state = {"record": record, "outer": scope}
         inner = {**scope, "app": self, "path": path.rstrip("/") or "/", "root_path": "", "state": state}
-        await self._routes(inner, receive, send)  # type: ignore[arg-type] # a Sender sends
+        await self._routes(inner, receive, send)
 
     def _refused(self, error: Exception, record: RequestRecord, path: str) -> ApiError:
         if isinstance(error, HTTPException):  # of the routes

@@ -58,18 +58,19 @@ class Entrance:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is not None:
             await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            path = scope["path"]
-            if path in ("/health", "/ready"):
-                body = msgspec.json.encode(self._starting)
-                status = 200 if path == "/health" else 503
-                await respond(send, status, [(b"content-type", b"application/json")], body)
-            elif path == "/metrics":  # without a key: it says what the probes say
-                content_type, body = starting_metrics(self._engine_name)
-                await respond(send, 200, [(b"content-type", content_type.encode())], body)
-            else:
-                text = "the engine is still starting: see /ready"
-                error = ApiError(
-                    503, text, type="server_error", code="starting", retry_after=RETRY_AFTER, close=True
-                )
-                await send_error(send, error, path)
+            return
+        if scope["type"] != "http":
+            return
+        path = scope["path"]
+        if path in ("/health", "/ready"):
+            body, status = msgspec.json.encode(self._starting), 200 if path == "/health" else 503
+            await respond(send, status, [(b"content-type", b"application/json")], body)
+        elif path == "/metrics":  # without a key: it says what the probes say
+            content_type, body = starting_metrics(self._engine_name)
+            await respond(send, 200, [(b"content-type", content_type.encode())], body)
+        else:
+            text = "the engine is still starting: see /ready"
+            error = ApiError(
+                503, text, type="server_error", code="starting", retry_after=RETRY_AFTER, close=True
+            )
+            await send_error(send, error, path)

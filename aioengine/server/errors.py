@@ -28,8 +28,6 @@ class ErrorBody(msgspec.Struct):
 
 THREAD_NOT_FOUND = "thread_not_found"
 """Code that makes Anthropic's client send a whole conversation again."""
-
-
 _MESSAGES_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -39,6 +37,15 @@ _MESSAGES_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+_RESPONSES_NAMES = (
+    (re.compile(r"^messages\b.*"), "input"),
+    (re.compile(r"^response_format\b"), "text.format"),
+    (re.compile(r"^reasoning_effort$"), "reasoning.effort"),
+    (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
+)
+"""Fields of a chat -> the same fields in ``/v1/responses``, whose requests are converted to chats."""
+_LONGEST = 2000
+"""Characters of a message."""
 
 
 class FullQueue(NamedTuple):
@@ -79,12 +86,16 @@ class ApiError(Exception):
     ) -> None:
         message = _shortened(message)
         super().__init__(message)
-        self.status = status
+        self.status, self.retry_after = status, retry_after
         self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
-        self.retry_after = retry_after
-        self.retry = retry
-        self.close = close
-        self.challenge = challenge
+        headers = {
+            b"content-type": "application/json",
+            b"retry-after": None if retry_after is None else str(retry_after),
+            b"x-should-retry": None if retry else "false",
+            b"connection": "close" if close else None,
+            b"www-authenticate": challenge,
+        }
+        self.headers = [(name, value.encode()) for name, value in headers.items() if value is not None]
 
     def body_for(self, path: str = "") -> bytes:
         """Return the body in the form of the API that ``path`` belongs to."""
@@ -98,38 +109,14 @@ class ApiError(Exception):
             if detail.code == THREAD_NOT_FOUND:
                 error["details"] = {"error_code": detail.code}
             return msgspec.json.encode({"type": "error", "error": error})
-        return msgspec.json.encode(
-            ErrorBody(_for_responses(detail) if path.startswith("/v1/responses") else detail)
-        )
-
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        headers = {
-            b"content-type": "application/json",
-            b"retry-after": None if self.retry_after is None else str(self.retry_after),
-            b"x-should-retry": None if self.retry else "false",
-            b"connection": "close" if self.close else None,
-            b"www-authenticate": self.challenge,
-        }
-        return [(name, value.encode()) for name, value in headers.items() if value is not None]
-
-
-_RESPONSES_NAMES = (
-    (re.compile(r"^messages\b.*"), "input"),
-    (re.compile(r"^response_format\b"), "text.format"),
-    (re.compile(r"^reasoning_effort$"), "reasoning.effort"),
-    (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
-)
-"""Fields of a chat -> the same fields in ``/v1/responses``, whose requests are converted to chats."""
-
-
-def _for_responses(detail: ErrorDetail) -> ErrorDetail:
-    for pattern, own in _RESPONSES_NAMES:
-        if detail.param is not None and pattern.match(detail.param):
-            param = pattern.sub(own, detail.param)
-            message = detail.message.replace(detail.param, param)
-            return msgspec.structs.replace(detail, message=message, param=param)
-    return detail
+        if path.startswith("/v1/responses") and detail.param is not None:
+            for pattern, own in _RESPONSES_NAMES:
+                if pattern.match(detail.param):
+                    param = pattern.sub(own, detail.param)
+                    message = detail.message.replace(detail.param, param)
+                    detail = msgspec.structs.replace(detail, message=message, param=param)
+                    break
+        return msgspec.json.encode(ErrorBody(detail))
 
 
 class ClientDisconnected(Exception):
@@ -141,17 +128,12 @@ def model_not_found(name: str, param: str = "model") -> ApiError:
 
 
 def invalid(field: str, why: str, code: str = "invalid_value", *, param: str | None = None) -> ApiError:
-    """Return the refusal of a field, by its path in the body; ``param`` is another name of it for
-    programs."""
+    """Return the refusal of a field, by its path in the body; ``param`` is another name for programs."""
     return ApiError(400, f"{field}: {why}", param=param or field, code=code)
 
 
 def unsupported(field: str, why: str) -> ApiError:
     return invalid(field, why, "unsupported_parameter")
-
-
-_LONGEST = 2000
-"""Characters of a message."""
 
 
 def _shortened(text: str) -> str:
@@ -173,15 +155,12 @@ def validation_error(error: msgspec.ValidationError) -> ApiError:
     if field:
         path = f"{path}.{field[1]}"
     param = path.removeprefix(".") or None
-    where = "the body" if param is None else param
     code = "unknown_parameter" if "unknown field" in what else "invalid_value"
-    return ApiError(400, f"{where}: {what}", param=param, code=code)
+    return ApiError(400, f"{param or 'the body'}: {what}", param=param, code=code)
 
 
 _PLACE = re.compile(r"""(?:\b[a-z][a-z0-9+.-]*://|\barn:|(?<![\w./])~?/)[^\s'",;()]+""")
 _NAMED_FIELD = re.compile(r"(\w+)(?:\[[^\]]*\])?(?:=|: )")
-
-
 _OVERLOADED = {
     "server": "the engine is overloaded: as many requests are waiting as it allows",
     "tenant": "too many requests of your tenant (without keys: address) are waiting; others are served",
@@ -189,6 +168,17 @@ _OVERLOADED = {
     "pinned": "pinned adapters leave no room for this adapter; whoever runs the server can unpin one",
 }
 """Messages by the owner of the bound that is reached."""
+_KINDS: dict[type[BaseException], tuple[int, str, str | None]] = {
+    errors.RequestInvalid: (400, "invalid_request_error", "invalid_value"),
+    errors.ConfigError: (400, "invalid_request_error", None),
+    errors.EngineOverloaded: (429, "rate_limit_error", "engine_overloaded"),
+    errors.RequestRejected: (429, "rate_limit_error", "request_rejected"),
+    errors.DeadlineExceeded: (504, "timeout_error", "deadline_exceeded"),
+    errors.EngineDead: (503, "server_error", "unavailable"),
+    errors.EngineStopped: (503, "server_error", "unavailable"),
+    errors.AioEngineError: (500, "server_error", "engine_error"),
+}
+"""Status, type and code of the engine's errors; the first that fits holds."""
 
 
 def to_api_error(
@@ -207,28 +197,6 @@ def to_api_error(
     if settings.reword is not None and isinstance(error, errors.AioEngineError):
         found.detail.message = settings.reword(found.detail.message)
     return found
-
-
-class _Kind(NamedTuple):
-    """How clients see an exception of the engine."""
-
-    status: int
-    type: str
-    code: str | None = None
-    retry: bool = True
-
-
-_KINDS: dict[type[BaseException], _Kind] = {
-    errors.RequestInvalid: _Kind(400, "invalid_request_error", "invalid_value"),
-    errors.ConfigError: _Kind(400, "invalid_request_error"),
-    errors.EngineOverloaded: _Kind(429, "rate_limit_error", "engine_overloaded"),
-    errors.RequestRejected: _Kind(429, "rate_limit_error", "request_rejected"),
-    errors.DeadlineExceeded: _Kind(504, "timeout_error", "deadline_exceeded", retry=False),
-    errors.EngineDead: _Kind(503, "server_error", "unavailable"),
-    errors.EngineStopped: _Kind(503, "server_error", "unavailable"),
-    errors.AioEngineError: _Kind(500, "server_error", "engine_error"),
-}
-"""The first that fits holds."""
 
 
 def _api_error(error: BaseException, retry_after: int) -> ApiError:
@@ -257,31 +225,29 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
             )
         case errors.AdapterError():
             return ApiError(400, _reason(error), param="model", code="adapter_invalid")
-    kind = next((known for type_, known in _KINDS.items() if isinstance(error, type_)), None)
-    if kind is None:
+    known = next((kind for type_, kind in _KINDS.items() if isinstance(error, type_)), None)
+    if known is None:
         logger.error("a request failed unexpectedly", exc_info=error)
         return ApiError(500, "internal error; the server's log says more", type="server_error")
+    status, kind, code = known
     named = _NAMED_FIELD.match(str(error)) if isinstance(error, errors.RequestInvalid) else None
+    message = "the engine has failed" if isinstance(error, errors.EngineDead) else str(error)
+    queue: FullQueue | None = None
+    if isinstance(error, errors.EngineOverloaded) and error.bound is not None:
+        message = f"{_OVERLOADED[error.bound]}; try again later"
+        if error.waiting is not None and (error.bound == "tenant" or error.bound == "adapter"):
+            queue = FullQueue(error.bound, error.waiting, error.adapter)
     found = ApiError(
-        kind.status,
-        "the engine has failed" if isinstance(error, errors.EngineDead) else str(error),
-        type=kind.type,
+        status,
+        message,
+        type=kind,
         param=named[1] if named else None,
-        code=kind.code,
-        retry_after=retry_after if kind.status in (429, 503) else None,
-        retry=kind.retry,
+        code=code,
+        retry_after=retry_after if status in (429, 503) else None,
+        retry=status != 504,
     )
-    if isinstance(error, errors.EngineOverloaded):
-        found.queue = _full_queue(error)
-        if error.bound is not None:
-            found.detail.message = f"{_OVERLOADED[error.bound]}; try again later"
+    found.queue = queue
     return found
-
-
-def _full_queue(error: errors.EngineOverloaded) -> FullQueue | None:
-    if error.waiting is None or (error.bound != "tenant" and error.bound != "adapter"):
-        return None
-    return FullQueue(error.bound, error.waiting, error.adapter)
 
 
 def _reason(error: errors.AdapterError) -> str:

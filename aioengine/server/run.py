@@ -222,32 +222,25 @@ async def serve_until_told(
     that load balancers can move their traffic before requests are refused.
     """
     await signals.drain.wait()
+    loop = asyncio.get_running_loop()
     aborted = asyncio.ensure_future(signals.abort.wait())
-    draining: asyncio.Future[None] | None = None
+    tasks: list[asyncio.Future[Any]] = [aborted]
     try:
         if drain_delay:
             app.leave()
             logger.info("not ready from now on; requests are accepted for another %g s", drain_delay)
             await asyncio.wait({aborted}, timeout=drain_delay)
         draining = asyncio.ensure_future(app.drain())
+        tasks.append(draining)
         await asyncio.sleep(0)
-        return await _drained(app, draining, aborted, grace_seconds)
+        end = loop.time() + grace_seconds
+        while not draining.done() and not aborted.done() and (left := end - loop.time()) > 0:
+            if app.active:
+                logger.info("draining: %d requests are left; they have %.0f s to end", app.active, left)
+            seconds = min(left, DRAIN_LOG_SECONDS)
+            await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            logger.warning("%d requests are cut off", app.active)
+        return draining.done()
     finally:
-        await end_tasks([aborted] if draining is None else [aborted, draining])
-
-
-async def _drained(
-    app: ServerApp, draining: asyncio.Future[None], aborted: asyncio.Future[Any], seconds: float
-) -> bool:
-    """Wait for the open requests, and log from time to time how many are left."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    while not draining.done() and not aborted.done() and (left := end - loop.time()) > 0:
-        if app.active:
-            logger.info("draining: %d requests are left; they have %.0f s to end", app.active, left)
-        await asyncio.wait(
-            {draining, aborted}, timeout=min(left, DRAIN_LOG_SECONDS), return_when=asyncio.FIRST_COMPLETED
-        )
-    if not draining.done():
-        logger.warning("%d requests are cut off", app.active)
-    return draining.done()
+        await end_tasks(tasks)

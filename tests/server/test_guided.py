@@ -145,7 +145,7 @@ async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: S
             "tools[0].function.parameters",
         ),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
-        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice.type"),
         ({"tools": TOOLS, "tool_choice": named("f")}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": allowed("auto", "f")}, "tool_choice"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),

@@ -7,24 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import (
-    IGNORED,
-    MAX_MESSAGES,
-    MAX_PARTS,
-    MAX_TOOLS,
-    FunctionText,
-    Ignored,
-    ModelFields,
-    Positive,
-    Priority,
-    Probability,
-    Salt,
-    Schema,
-    StopStrings,
-    Strict,
-    Temperature,
-    Whole,
-)
+from aioengine.server.openai import api
 
 
 class CacheControl(msgspec.Struct, kw_only=True):
@@ -45,14 +28,14 @@ class Block(msgspec.Struct, kw_only=True):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | Annotated[list[Block], Meta(max_length=MAX_PARTS)] | None = None
+    content: str | Annotated[list[Block], Meta(max_length=api.MAX_PARTS)] | None = None
     cache_control: CacheControl | None = None
 
 
-Content = str | Annotated[list[Block], Meta(max_length=MAX_PARTS)]
+Content = str | Annotated[list[Block], Meta(max_length=api.MAX_PARTS)]
 
 
-class MessageParam(Strict, kw_only=True):
+class MessageParam(api.Strict, kw_only=True):
     role: Literal["user", "assistant", "system"]
     content: Content
 
@@ -60,27 +43,27 @@ class MessageParam(Strict, kw_only=True):
 class MessagesTool(msgspec.Struct, kw_only=True):
     """A function. Anthropic's own tools have another ``type`` and are refused."""
 
-    name: FunctionText
+    name: api.FunctionText
     type: str | None = None
     description: str | None = None
-    input_schema: Schema | None = None
+    input_schema: api.Schema | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
 
 
-class MessagesToolChoice(Strict, kw_only=True):
+class MessagesToolChoice(api.Strict, kw_only=True):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
     """True: at most one call. False: up to 16 calls where a call is required (by default one)."""
 
 
-class OutputFormat(Strict, kw_only=True):
+class OutputFormat(api.Strict, kw_only=True):
     type: Literal["json_schema"]
-    schema: Schema
+    schema: api.Schema
 
 
-class OutputConfig(Strict, kw_only=True):
+class OutputConfig(api.Strict, kw_only=True):
     format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     """Has no effect."""
@@ -99,12 +82,12 @@ class Thread(msgspec.Struct, kw_only=True):
     conversation, because conversations are not kept."""
 
 
-class CountRequest(ModelFields, kw_only=True, forbid_unknown_fields=False):
+class CountRequest(api.ModelFields, kw_only=True, forbid_unknown_fields=False):
     """The fields that determine a prompt. Other fields are ignored."""
 
-    messages: Annotated[list[MessageParam], Meta(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[MessageParam], Meta(min_length=1, max_length=api.MAX_MESSAGES)]
     system: Content | None = None
-    tools: Annotated[list[MessagesTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[MessagesTool], Meta(max_length=api.MAX_TOOLS)] | None = None
     thinking: Thinking | None = None
     tool_choice: MessagesToolChoice | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -112,11 +95,11 @@ class CountRequest(ModelFields, kw_only=True, forbid_unknown_fields=False):
 
 
 class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
-    max_tokens: Positive
-    temperature: Temperature | None = None
-    top_p: Probability | None = None
-    top_k: Whole | None = None
-    stop_sequences: StopStrings | None = None
+    max_tokens: api.Positive
+    temperature: api.Temperature | None = None
+    top_p: api.Probability | None = None
+    top_k: api.Whole | None = None
+    stop_sequences: api.StopStrings | None = None
     stream: bool | None = None
     output_config: OutputConfig | None = None
     """A JSON schema that the answer must conform to."""
@@ -125,9 +108,9 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     """A breakpoint after the last message."""
 
     # vLLM's
-    priority: Priority | None = None
-    cache_salt: Salt | None = None
+    priority: api.Priority | None = None
+    cache_salt: api.Salt | None = None
 
     # Accepted, and without effect on the answer
-    metadata: Ignored = IGNORED
-    service_tier: Ignored = IGNORED
+    metadata: api.Ignored = api.IGNORED
+    service_tier: api.Ignored = api.IGNORED

@@ -14,6 +14,11 @@ from aioengine.server.openai.api import ToolCall, Usage
 from aioengine.server.openai.replies import event, parse_output
 
 _encode = msgspec.json.Encoder().encode
+_BLOCKS: dict[str, dict[str, Any]] = {
+    "text": {"type": "text", "text": ""},
+    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
+}
+"""Blocks before they are filled. Reasoning is not signed, because clients may send back any."""
 
 
 class MessagesReply:
@@ -34,27 +39,32 @@ class MessagesReply:
         *,
         hour_tokens: int = 0,
     ) -> None:
+        self._message: dict[str, Any] = {"id": message_id, "type": "message", "role": "assistant"}
+        self._message["seed"] = seed
+        self._message["model"] = model
         self._hour_tokens = hour_tokens
-        self._id = message_id
-        self._seed = seed
-        self._model = model
         self._parser = parser
         self._stop_sequences = frozenset(stop_sequences)
         self._blocks = 0
         """Number of blocks that have ended."""
-        self._begun = self._called = False
+        self._called = False
         self._open: str | None = None
         """Type of the block that has begun: "text" or "thinking"."""
         self._last: RequestOutput | None = None
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
         text, calls, reasoning = parse_output(self._parser, output.text_delta, output)
-        self._last = output
         told = b""
-        if not self._begun:
-            self._begun = True
+        if self._last is None:
             usage = self._usage(output, 0)
-            told = _event("message_start", message=self._message([], usage))
+            begun: dict[str, Any] = {
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": usage,
+            }
+            told = _event("message_start", message={**self._message, **begun})
+        self._last = output
         for kind, part in (("thinking", reasoning), ("text", text)):
             if part:
                 told += self._begin(kind) + self._delta({"type": f"{kind}_delta", kind: part})
@@ -79,24 +89,12 @@ class MessagesReply:
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         [output] = outputs
         text, calls, reasoning = parse_output(self._parser, output.text, output)
-        content: list[dict[str, Any]] = [{**_THINKING, "thinking": reasoning}] if reasoning else []
-        content += [{"type": "text", "text": text}] if text or not (calls or reasoning) else []
+        content = [{**_BLOCKS["thinking"], "thinking": reasoning}] if reasoning else []
+        content += [{**_BLOCKS["text"], "text": text}] if text or not (calls or reasoning) else []
         content += [_tool_use(call, call.function.arguments.encode()) for call in calls]
-        message = self._message(content, self._usage(output, usage.completion_tokens))
-        return _encode({**message, **self._ending(output, bool(calls))})
-
-    def _message(self, content: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "type": "message",
-            "role": "assistant",
-            "seed": self._seed,
-            "model": self._model,
-            "content": content,
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": usage,
-        }
+        ending = self._ending(output, bool(calls))
+        told = {**self._message, "content": content, **ending}
+        return _encode({**told, "usage": self._usage(output, usage.completion_tokens)})
 
     def _usage(self, output: RequestOutput, output_tokens: int) -> dict[str, Any]:
         """Build the usage. ``input_tokens`` counts the tokens of the prompt that were neither in the cache
@@ -116,13 +114,15 @@ class MessagesReply:
         }
 
     def _ending(self, output: RequestOutput, called: bool) -> dict[str, Any]:
+        reason = "end_turn"
+        sequence: str | int | None = None
         if output.finish_reason == "length":
-            return {"stop_reason": "max_tokens", "stop_sequence": None}
-        if called:
-            return {"stop_reason": "tool_use", "stop_sequence": None}
-        if output.stop_reason in self._stop_sequences:
-            return {"stop_reason": "stop_sequence", "stop_sequence": output.stop_reason}
-        return {"stop_reason": "end_turn", "stop_sequence": None}
+            reason = "max_tokens"
+        elif called:
+            reason = "tool_use"
+        elif output.stop_reason in self._stop_sequences:
+            reason, sequence = "stop_sequence", output.stop_reason
+        return {"stop_reason": reason, "stop_sequence": sequence}
 
     def _start(self, block: dict[str, Any]) -> bytes:
         return _event("content_block_start", index=self._blocks, content_block=block)
@@ -140,17 +140,13 @@ class MessagesReply:
             return b""
         told = self._end()
         self._open = kind
-        return told + self._start({"type": "text", "text": ""} if kind == "text" else _THINKING)
+        return told + self._start(_BLOCKS[kind])
 
     def _end(self) -> bytes:
         if self._open is None:
             return b""
         self._open = None
         return self._stop()
-
-
-_THINKING = {"type": "thinking", "thinking": "", "signature": ""}
-"""A block of reasoning; it is not signed, because clients may send back any."""
 
 
 def _event(kind: str, **fields: Any) -> bytes:

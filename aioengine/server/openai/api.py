@@ -234,24 +234,12 @@ class Tool(Strict, kw_only=True, tag_field="type", tag="function"):
     function: Function
 
 
-class CustomTool(Strict, kw_only=True, tag_field="type", tag="custom"):
-    """Refused, because its input is free text, which the server does not parse."""
-
-    custom: Any = None
-
-
 class FunctionName(msgspec.Struct, kw_only=True):
     name: str
 
 
 class NamedTool(Strict, kw_only=True, tag_field="type", tag="function"):
     function: FunctionName
-
-
-class NamedCustomTool(Strict, kw_only=True, tag_field="type", tag="custom"):
-    """Refused."""
-
-    custom: Any = None
 
 
 class Allowed(Strict, kw_only=True):
@@ -265,7 +253,7 @@ class AllowedTools(Strict, kw_only=True, tag_field="type", tag="allowed_tools"):
     allowed_tools: Allowed
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools | NamedCustomTool
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 
 
 class ChatRequest(GenerationFields, kw_only=True):
@@ -274,7 +262,7 @@ class ChatRequest(GenerationFields, kw_only=True):
     """Takes precedence over ``max_tokens``."""
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     """False: at most one call. True: up to 16 calls where a call is required (by default one)."""

@@ -156,24 +156,13 @@ class ToolPlan(NamedTuple):
 
 
 def plan_tools(
-    tools: Sequence[api.Tool | api.CustomTool] | None,
-    choice: api.ToolChoice | None = None,
-    parallel: bool | None = None,
+    tools: Sequence[api.Tool] | None, choice: api.ToolChoice | None = None, parallel: bool | None = None
 ) -> ToolPlan:
-    """Make the plan. Raises ApiError for custom tools, and if ``choice`` does not fit ``tools``."""
-    functions: list[api.Tool] = []
-    for i, tool in enumerate(tools or ()):
-        if isinstance(tool, api.CustomTool):
-            why = "type 'custom' is not supported; use a function that takes a text"
-            raise invalid(f"tools[{i}]", why, "unsupported_parameter", param=f"tools[{i}].type")
-        functions.append(tool)
-    if not functions:
-        if choice is not None and choice not in ("none", "auto"):
-            raise invalid("tool_choice", "there are no tools to choose from")
-        return ToolPlan([], [])
-    if isinstance(choice, api.NamedCustomTool):
-        raise invalid("tool_choice", "tools of type 'custom' are not supported")
-    if choice == "none":
+    """Make the plan. Raises ApiError if ``choice`` does not fit ``tools``."""
+    functions = list(tools or ())
+    if not functions and choice is not None and choice not in ("none", "auto"):
+        raise invalid("tool_choice", "there are no tools to choose from")
+    if choice == "none" or not functions:
         return ToolPlan([], [])
     plan = ToolPlan(functions, list(range(len(functions))), required=choice == "required", parallel=parallel)
     if isinstance(choice, api.NamedTool):

@@ -10,7 +10,7 @@ from msgspec import Meta
 from aioengine.server.call import Call
 from aioengine.server.errors import invalid
 from aioengine.server.names import adapter_of
-from aioengine.server.openai.api import MAX_MESSAGES, MAX_TOOLS, CustomTool, Message, Strict, TokenId, Tool
+from aioengine.server.openai.api import MAX_MESSAGES, MAX_TOOLS, Message, Strict, TokenId, Tool
 from aioengine.server.openai.chat import to_template, tools_to_template
 from aioengine.server.openai.form import plan_tools
 from aioengine.server.prompts import encode, encode_chat
@@ -26,7 +26,7 @@ class TokenizeRequest(Strict, kw_only=True):
     """For a prompt; true if it is not given. A chat template writes its own."""
     add_generation_prompt: bool | None = None
     """For messages: with the opening of the assistant's next turn; true if it is not given."""
-    tools: Annotated[list[Tool | CustomTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
@@ -59,8 +59,9 @@ class TokenizerInfo(msgspec.Struct):
 async def tokenizer_info(call: Call) -> TokenizerInfo:
     """Special tokens and chat template."""
     tokenizer = call.context.tokenizer
-    special = [tokenizer.special_tokens.get(f"{name}_token") for name in ("bos", "eos", "pad")]
-    return TokenizerInfo(*special, tokenizer.chat_template)
+    names = ("bos_token", "eos_token", "pad_token")
+    special = {name: tokenizer.special_tokens.get(name) for name in names}
+    return TokenizerInfo(**special, chat_template=tokenizer.chat_template)
 
 
 async def tokenize(call: Call, data: TokenizeRequest) -> Tokenized:

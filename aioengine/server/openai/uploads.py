@@ -122,14 +122,9 @@ def _limit(path: str, most: int) -> int | None:
     return {CONFIG: min(most, MAX_CONFIG_BYTES), WEIGHTS: most}.get(name)
 
 
-def _read(file: Any, path: str, most: int) -> bytes:
-    parts, size = [], 0
-    while part := file.read(_PIECE):
-        size += len(part)
-        if size > most:
-            _refuse(f"{path[:200]} has more than {most} bytes", status=413)
-        parts.append(part)
-    return b"".join(parts)
+def _check_size(path: str, size: int, most: int) -> None:
+    if size > most:
+        _refuse(f"{path[:200]} has more than {most} bytes", status=413)
 
 
 class _ZipFile(io.BytesIO):
@@ -149,17 +144,20 @@ def _zipped(body: bytes, most: int) -> Iterator[tuple[str, bytes]]:
         file.most = len(body)
         for info in archive.infolist()[:MAX_MEMBERS]:
             limit = _limit(info.filename, most)
-            if limit is not None and not info.is_dir():
-                if info.compress_type not in _COMPRESSIONS:
-                    raise NotImplementedError("files have to be deflated or stored")
-                with archive.open(info) as member:
-                    yield info.filename, _read(member, info.filename, limit)
+            if limit is None or info.is_dir():
+                continue
+            if info.compress_type not in _COMPRESSIONS:
+                raise NotImplementedError("files have to be deflated or stored")
+            with archive.open(info) as member:
+                data = member.read(limit + 1)
+            _check_size(info.filename, len(data), limit)
+            yield info.filename, data
 
 
 def _tarred(body: bytes, most: int) -> Iterator[tuple[str, bytes]]:
     """Read a tar archive header by header. ``tarfile`` would read headers of any size, in time that grows
     with the square of it, and expand sparse files."""
-    stream = _Bounded(_Gunzip(body) if body[:2] == b"\x1f\x8b" else io.BytesIO(body), most + _BESIDE)
+    stream = _Unpacked(body, most + _BESIDE)
     longer = ""
     for _ in range(MAX_MEMBERS):
         block = stream.exactly(tarfile.BLOCKSIZE)
@@ -176,16 +174,16 @@ def _tarred(body: bytes, most: int) -> Iterator[tuple[str, bytes]]:
             name = data.rstrip(b"\0") if info.type == tarfile.GNUTYPE_LONGNAME else _extended_name(data)
             longer = name.decode("utf-8", "surrogateescape") or longer
             continue
+        limit = None
         if info.type not in _OTHER_HEADERS:
             path, longer = longer or info.name, ""
-            limit = _limit(path, most)
-            if limit is not None and info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                if info.size > limit:
-                    _refuse(f"{path[:200]} has more than {limit} bytes", status=413)
-                yield path, stream.exactly(padded)[: info.size]
-                continue
-        for begin in range(0, padded, _PIECE):
-            stream.exactly(min(_PIECE, padded - begin))
+            limit = _limit(path, most) if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) else None
+        if limit is None:
+            for begin in range(0, padded, _PIECE):
+                stream.exactly(min(_PIECE, padded - begin))
+        else:
+            _check_size(path, info.size, limit)
+            yield path, stream.exactly(padded)[: info.size]
     _refuse(f"the archive has more than {MAX_MEMBERS} members")
 
 
@@ -207,40 +205,34 @@ def _extended_name(data: bytes) -> bytes:
     return name
 
 
-class _Gunzip:
-    """A stream of what one gzip member holds; ``gzip`` would also read all members that follow."""
+class _Unpacked:
+    """A stream of a tar archive, which may be gzipped, that gives at most ``most`` bytes. Of gzip one member
+    is read; ``gzip`` would also read all members that follow."""
 
-    def __init__(self, data: bytes) -> None:
-        self._unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-        self._data = io.BytesIO(data)
-
-    def read(self, size: int) -> bytes:
-        unpacker, parts = self._unpacker, []
-        while size > 0 and not unpacker.eof:
-            data = unpacker.unconsumed_tail or self._data.read(1 << 16)
-            if not data:
-                raise EOFError("it is cut off")
-            parts.append(unpacker.decompress(data, size))
-            size -= len(parts[-1])
-        return b"".join(parts)
-
-
-class _Bounded:
-    """A stream that refuses to give more than ``most`` bytes."""
-
-    def __init__(self, stream: Any, most: int) -> None:
-        self._stream = stream
-        self._left = most
+    def __init__(self, body: bytes, most: int) -> None:
+        self._body, self._left = io.BytesIO(body), most
+        is_gzip = body[:2] == b"\x1f\x8b"
+        self._unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16) if is_gzip else None
 
     def exactly(self, size: int) -> bytes:
         """Read exactly ``size`` bytes. Raises EOFError if there are fewer."""
         self._left -= size
         if self._left < 0:
             _refuse("the archive unpacks to more than is allowed", status=413)
-        data: bytes = self._stream.read(size)
+        data = self._body.read(size) if self._unpacker is None else self._gunzip(self._unpacker, size)
         if len(data) < size:
             raise EOFError("it is cut off")
         return data
+
+    def _gunzip(self, unpacker: Any, size: int) -> bytes:
+        parts: list[bytes] = []
+        while size > 0 and not unpacker.eof:
+            packed = unpacker.unconsumed_tail or self._body.read(1 << 16)
+            if not packed:
+                break
+            parts.append(unpacker.decompress(packed, size))
+            size -= len(parts[-1])
+        return b"".join(parts)
 
 
 def _parts(body: bytes, boundary: str) -> Iterator[tuple[str, bytes]]:
@@ -252,8 +244,7 @@ def _parts(body: bytes, boundary: str) -> Iterator[tuple[str, bytes]]:
             elif event:
                 data += event
             elif name in (CONFIG, WEIGHTS):
-                if name == CONFIG and len(data) > MAX_CONFIG_BYTES:
-                    _refuse(f"{CONFIG} has more than {MAX_CONFIG_BYTES} bytes", status=413)
+                _check_size(name, len(data), MAX_CONFIG_BYTES if name == CONFIG else len(data))
                 yield name, bytes(data)
 
 

@@ -7,26 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import (
-    IGNORED,
-    MAX_MESSAGES,
-    MAX_PARTS,
-    MAX_TOOLS,
-    FunctionText,
-    Ignored,
-    IgnoredFields,
-    Name,
-    Positive,
-    Priority,
-    Probability,
-    Salt,
-    Schema,
-    StreamOptions,
-    Strict,
-    Temperature,
-    Verbosity,
-    Whole,
-)
+from aioengine.server.openai import api
 
 
 class Part(msgspec.Struct, kw_only=True):
@@ -37,7 +18,7 @@ class Part(msgspec.Struct, kw_only=True):
     refusal: str | None = None
 
 
-Content = str | Annotated[list[Part], Meta(max_length=MAX_PARTS)]
+Content = str | Annotated[list[Part], Meta(max_length=api.MAX_PARTS)]
 
 
 class Item(msgspec.Struct, kw_only=True):
@@ -57,9 +38,9 @@ class ResponsesTool(msgspec.Struct, kw_only=True):
     """Only "function". The fields of other tools are ignored, so that the error can say which they are."""
 
     type: str
-    name: FunctionText | None = None
+    name: api.FunctionText | None = None
     description: str | None = None
-    parameters: Schema | None = None
+    parameters: api.Schema | None = None
     strict: bool | None = None
 
 
@@ -69,20 +50,20 @@ class ResponsesToolChoice(msgspec.Struct, kw_only=True):
     type: str
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: Annotated[list[ResponsesToolChoice], Meta(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[ResponsesToolChoice], Meta(max_length=api.MAX_TOOLS)] | None = None
 
 
-class TextFormat(Strict, kw_only=True):
+class TextFormat(api.Strict, kw_only=True):
     type: Literal["text", "json_object", "json_schema"]
-    name: Name | None = None
-    schema: Schema | None = None
+    name: api.Name | None = None
+    schema: api.Schema | None = None
     description: str | None = None
     strict: bool | None = None
 
 
-class TextOptions(Strict, kw_only=True):
+class TextOptions(api.Strict, kw_only=True):
     format: TextFormat | None = None
-    verbosity: Verbosity | None = None
+    verbosity: api.Verbosity | None = None
     """Without effect, as for chats."""
 
 
@@ -91,19 +72,19 @@ class Reasoning(msgspec.Struct, kw_only=True):
     """As ``reasoning_effort`` of a chat: for templates that have this variable."""
 
 
-class ResponsesRequest(IgnoredFields, kw_only=True):
-    input: str | Annotated[list[Item], Meta(min_length=1, max_length=MAX_MESSAGES)]
+class ResponsesRequest(api.IgnoredFields, kw_only=True):
+    input: str | Annotated[list[Item], Meta(min_length=1, max_length=api.MAX_MESSAGES)]
     instructions: str | None = None
     """A system message before the input."""
-    max_output_tokens: Positive | None = None
-    temperature: Temperature | None = None
-    top_p: Probability | None = None
-    tools: Annotated[list[ResponsesTool], Meta(max_length=MAX_TOOLS)] | None = None
+    max_output_tokens: api.Positive | None = None
+    temperature: api.Temperature | None = None
+    top_p: api.Probability | None = None
+    tools: Annotated[list[ResponsesTool], Meta(max_length=api.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: api.StreamOptions | None = None
     metadata: (
         Annotated[
             dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
@@ -114,9 +95,9 @@ class ResponsesRequest(IgnoredFields, kw_only=True):
     """Returned unchanged in the answer."""
 
     # vLLM's
-    top_k: Whole | None = None
-    priority: Priority | None = None
-    cache_salt: Salt | None = None
+    top_k: api.Whole | None = None
+    priority: api.Priority | None = None
+    cache_salt: api.Salt | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     # Refused unless they have their neutral value
@@ -129,6 +110,6 @@ class ResponsesRequest(IgnoredFields, kw_only=True):
     top_logprobs: int | None = None
 
     # Accepted, and without effect on the answer
-    include: Ignored = IGNORED
-    max_tool_calls: Ignored = IGNORED
+    include: api.Ignored = api.IGNORED
+    max_tool_calls: api.Ignored = api.IGNORED
     """Limit for tools that run in the server; there are none, so it has no effect."""

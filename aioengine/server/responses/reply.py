@@ -20,6 +20,30 @@ from aioengine.server.responses.api import ResponsesRequest
 _encode = msgspec.json.Encoder().encode
 
 
+class _Kind(NamedTuple):
+    """A kind of items with a text."""
+
+    type: str
+    prefix: str
+    """Beginning of ids."""
+    part: str
+    """Type of its part."""
+    fields: dict[str, Any]
+    part_fields: dict[str, Any]
+    logprobs: dict[str, Any]
+    """A field of its events."""
+
+    def item(self, text: str, status: str) -> dict[str, Any]:
+        part = {"type": self.part, "text": text, **self.part_fields}
+        id_ = f"{self.prefix}_{uuid.uuid4().hex}"
+        return {"id": id_, "type": self.type, "status": status, **self.fields, "content": [part]}
+
+
+_NONE: dict[str, Any] = {"logprobs": []}
+_MESSAGE = _Kind("message", "msg", "output_text", {"role": "assistant"}, {"annotations": [], **_NONE}, _NONE)
+_REASONING = _Kind("reasoning", "rs", "reasoning_text", {"summary": []}, {}, {})
+
+
 class ResponsesReply:
     """The reply of a response. Events are numbered from 0. Every item is started, filled and ended before the
     next one."""
@@ -31,21 +55,23 @@ class ResponsesReply:
         self._next = 0
         self._items: list[dict[str, Any]] = []
         """Items that have ended."""
-        self._open: dict[str, Any] | None = None
+        self._open: tuple[_Kind, dict[str, Any]] | None = None
         """The message, or the reasoning, that has begun."""
         self._parts: list[str] = []
         """Its text so far."""
         self._ended: str | None = None
         """Why the answer ended."""
-        text = request.text
-        choice = request.tool_choice
+        wanted = request.text.format if request.text and request.text.format else {"type": "text"}
+        choice = "auto" if request.tool_choice is None else request.tool_choice
         # As JSON, which takes less room than what it was decoded to.
-        text_json = _encode({"format": text.format if text and text.format else {"type": "text"}})
-        choice_json, tools_json = _encode("auto" if choice is None else choice), _encode(request.tools or [])
-        self.kept = (
-            len(text_json) + len(choice_json) + len(tools_json) + getsizeof(request.instructions or "")
-        )
+        as_json = {
+            "text": msgspec.Raw(_encode({"format": wanted})),
+            "tool_choice": msgspec.Raw(_encode(choice)),
+            "tools": msgspec.Raw(_encode(request.tools or [])),
+        }
+        self.kept = sum(len(memoryview(raw)) for raw in as_json.values())
         """Bytes of what is kept of the request, because answers repeat it."""
+        self.kept += getsizeof(request.instructions or "")
         self._response: dict[str, Any] = {
             "id": response_id,
             "object": "response",
@@ -65,9 +91,7 @@ class ResponsesReply:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": request.temperature,
-            "text": msgspec.Raw(text_json),
-            "tool_choice": msgspec.Raw(choice_json),
-            "tools": msgspec.Raw(tools_json),
+            **as_json,
             "top_p": request.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -80,10 +104,9 @@ class ResponsesReply:
         if self._next == 0:
             told = self._event("response.created", response=self._response)
             told += self._event("response.in_progress", response=self._response)
-        if reasoning:
-            told += self._text(_REASONING, reasoning)
-        if text:
-            told += self._text(_MESSAGE, text)
+        for kind, part in ((_REASONING, reasoning), (_MESSAGE, text)):
+            if part:
+                told += self._text(kind, part)
         for call in calls:
             told += self._end_text("completed") + self._call(call)
         if output.finished:
@@ -137,89 +160,52 @@ class ResponsesReply:
 
     def _text(self, kind: _Kind, text: str) -> bytes:
         told = b""
-        item = self._open
-        if item is None or item["type"] != kind.type:
+        if self._open is None or self._open[0] is not kind:
             told = self._end_text("completed")
-            item = self._open = kind.item("", "in_progress")
-            [part] = item["content"]
-            bare = {**item, "content": []}
-            told += self._event("response.output_item.added", output_index=len(self._items), item=bare)
-            told += self._of_text("response.content_part.added", item, part=part)
+            item = kind.item("", "in_progress")
+            self._open = kind, item
+            told += self._item_event("response.output_item.added", item={**item, "content": []})
+            told += self._of_text("response.content_part.added", item, part=item["content"][0])
         self._parts.append(text)
         if text:
-            told += self._of_text(f"{kind.event}.delta", item, delta=text, **kind.logprobs)
+            told += self._of_text(f"response.{kind.part}.delta", self._open[1], delta=text, **kind.logprobs)
         return told
 
     def _end_text(self, status: str) -> bytes:
-        item = self._open
-        if item is None:
+        if self._open is None:
             return b""
-        self._open = None
-        kind = _MESSAGE if item["type"] == _MESSAGE.type else _REASONING
+        (kind, item), self._open = self._open, None
         [part] = item["content"]
         item["status"], part["text"] = status, "".join(self._parts)
         self._parts.clear()
-        told = self._of_text(f"{kind.event}.done", item, text=part["text"], **kind.logprobs)
+        told = self._of_text(f"response.{kind.part}.done", item, text=part["text"], **kind.logprobs)
         told += self._of_text("response.content_part.done", item, part=part)
         return told + self._end_item(item)
 
-    def _of_text(self, kind: str, message: dict[str, Any], **fields: Any) -> bytes:
-        return self._event(
-            kind, item_id=message["id"], output_index=len(self._items), content_index=0, **fields
-        )
-
     def _call(self, call: ToolCall) -> bytes:
         item = _call_item(call)
-        where = {"item_id": item["id"], "output_index": len(self._items)}
+        id_, arguments = item["id"], item["arguments"]
         begun = {**item, "arguments": "", "status": "in_progress"}
-        arguments = item["arguments"]
-        told = self._event("response.output_item.added", output_index=len(self._items), item=begun)
-        told += self._event("response.function_call_arguments.delta", **where, delta=arguments)
-        told += self._event("response.function_call_arguments.done", **where, arguments=arguments)
+        told = self._item_event("response.output_item.added", item=begun)
+        told += self._item_event("response.function_call_arguments.delta", item_id=id_, delta=arguments)
+        told += self._item_event("response.function_call_arguments.done", item_id=id_, arguments=arguments)
         return told + self._end_item(item)
 
     def _end_item(self, item: dict[str, Any]) -> bytes:
-        told = self._event("response.output_item.done", output_index=len(self._items), item=item)
+        told = self._item_event("response.output_item.done", item=item)
         self._items.append(item)
         return told
+
+    def _of_text(self, kind: str, item: dict[str, Any], **fields: Any) -> bytes:
+        return self._item_event(kind, item_id=item["id"], content_index=0, **fields)
+
+    def _item_event(self, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, output_index=len(self._items), **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         data = {"type": kind, "sequence_number": self._next, **fields}
         self._next += 1
         return event(_encode(data), kind)
-
-
-class _Kind(NamedTuple):
-    """A kind of items with a text."""
-
-    type: str
-    prefix: str
-    """Beginning of ids."""
-    part: str
-    """Type of its part."""
-    event: str
-    """Beginning of the names of its text's events."""
-    fields: dict[str, Any]
-    part_fields: dict[str, Any]
-    logprobs: dict[str, Any]
-    """A field of its events."""
-
-    def item(self, text: str, status: str) -> dict[str, Any]:
-        part = {"type": self.part, "text": text, **self.part_fields}
-        id_ = f"{self.prefix}_{uuid.uuid4().hex}"
-        return {"id": id_, "type": self.type, "status": status, **self.fields, "content": [part]}
-
-
-_MESSAGE = _Kind(
-    "message",
-    "msg",
-    "output_text",
-    "response.output_text",
-    {"role": "assistant"},
-    {"annotations": [], "logprobs": []},
-    {"logprobs": []},
-)
-_REASONING = _Kind("reasoning", "rs", "reasoning_text", "response.reasoning_text", {"summary": []}, {}, {})
 
 
 def _call_item(call: ToolCall) -> dict[str, Any]:

@@ -7,13 +7,15 @@ sockets are accepted and counted first, and the handshake begins once the client
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any
 
 from aioengine.server.bounds import network_of
 from aioengine.server.transport.protocol import BoundedProtocol
+from aioengine.server.transport.turns import Start
+from aioengine.tasks import end_tasks
 
 REST_SECONDS = 1.0
 """Pause after the system has refused to accept a connection, as it does without free descriptors."""
@@ -23,8 +25,8 @@ class TlsListener:
     """A listening socket for TLS, in the form that uvicorn knows servers: it has ``close`` and
     ``wait_closed``.
 
-    Connections count in the protocol's ``crowd`` from the moment at which they are accepted. One that finds
-    no room is closed, since it could read an answer only after its handshake. Handshakes take turns with the
+    Connections are counted by their protocol from the moment at which they are accepted. One that finds no
+    room is closed, since it could read an answer only after its handshake. Handshakes take turns with the
     requests of all connections, so that many at once do not hold the loop.
 
     Args:
@@ -45,13 +47,11 @@ class TlsListener:
         timeout: float,
         at_once: int,
     ) -> None:
-        self._bound = bound
-        self._context = context
-        self._make = make
-        self._timeout = timeout
-        self._at_once = at_once
+        self._bound, self._context, self._make = bound, context, make
+        self._timeout, self._at_once = timeout, at_once
         self._loop = asyncio.get_running_loop()
-        self._open: set[_Newcomer] = set()
+        self._open: set[asyncio.Task[None]] = set()
+        """Connections before their handshakes and during them."""
         self._rest: asyncio.TimerHandle | None = None
 
     def listen(self, backlog: int) -> None:
@@ -66,13 +66,12 @@ class TlsListener:
             self._rest.cancel()
         if self._bound.fileno() >= 0:
             self._loop.remove_reader(self._bound)
-        for newcomer in list(self._open):
-            newcomer.close()
+        for connection in self._open:
+            connection.cancel()
 
     async def wait_closed(self) -> None:
         """Return once those have ended."""
-        tasks = [newcomer.task for newcomer in self._open if newcomer.task is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(self._open)
 
     def _accept(self) -> None:
         for _ in range(self._at_once):
@@ -89,11 +88,40 @@ class TlsListener:
             protocol = self._make()
             if protocol.enter(network_of(str(address[0]))):
                 accepted.setblocking(False)
-                _Newcomer(accepted, protocol, self._secured, self._open).wait(self._timeout)
+                connection = self._loop.create_task(self._begin(accepted, protocol))
+                self._open.add(connection)
+                connection.add_done_callback(self._open.discard)
             else:
                 accepted.close()
 
-    async def _secured(self, accepted: socket.socket, protocol: BoundedProtocol) -> None:
+    async def _begin(self, accepted: socket.socket, protocol: BoundedProtocol) -> None:
+        """Wait for the client's first bytes and for a turn, and do the handshake."""
+        is_ours, is_secured = True, False  # until the event loop has it
+        try:
+            with contextlib.suppress(OSError):  # a failed handshake, and TimeoutError, are such
+                async with asyncio.timeout(self._timeout):
+                    await self._greeted(accepted)
+                    start = Start(protocol.counted_as or "")
+                    protocol.turns.ask(start)
+                    await start.begun
+                    is_ours = False
+                    await self._secure(accepted, protocol)
+                    is_secured = True
+        finally:
+            if is_ours:
+                accepted.close()
+            if not is_secured:
+                protocol.leave()
+
+    async def _greeted(self, accepted: socket.socket) -> None:
+        came = asyncio.Event()
+        self._loop.add_reader(accepted, came.set)
+        try:
+            await came.wait()
+        finally:
+            self._loop.remove_reader(accepted)
+
+    async def _secure(self, accepted: socket.socket, protocol: BoundedProtocol) -> None:
         # To its end a client may say nothing, too: by itself a loop would wait for that for half a minute.
         await self._loop.connect_accepted_socket(
             lambda: protocol,
@@ -102,70 +130,3 @@ class TlsListener:
             ssl_handshake_timeout=self._timeout,
             ssl_shutdown_timeout=self._timeout,
         )
-
-
-class _Newcomer:
-    """A connection before its handshake and during it; one of ``waiting`` meanwhile."""
-
-    def __init__(
-        self,
-        accepted: socket.socket,
-        protocol: BoundedProtocol,
-        secure: Callable[[socket.socket, BoundedProtocol], Any],
-        waiting: set[_Newcomer],
-    ) -> None:
-        self._socket: socket.socket | None = accepted
-        """None once the event loop has it."""
-        self._protocol = protocol
-        self._secure = secure
-        self._waiting = waiting
-        self._timer: asyncio.TimerHandle | None = None
-        self.loop = asyncio.get_running_loop()
-        self.task: asyncio.Task[None] | None = None
-        """The handshake."""
-        self.has_asked = False
-        self.owner = protocol.counted_as or ""
-
-    @property
-    def is_closing(self) -> bool:
-        return self not in self._waiting
-
-    def wait(self, seconds: float) -> None:
-        """Wait for the client's first bytes; the handshake has to be done within ``seconds``."""
-        assert self._socket is not None
-        self._waiting.add(self)
-        self.loop.add_reader(self._socket, self._greeted)
-        self._timer = self.loop.call_later(seconds, self.close)
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self.loop.remove_reader(self._socket)
-            self._socket.close()
-            self._socket = None
-            self._end(has_failed=True)
-        elif self.task is not None:
-            self.task.cancel()
-
-    def take_turn(self) -> None:
-        """Begin the handshake."""
-        if self._socket is not None:
-            accepted, self._socket = self._socket, None
-            self.task = self.loop.create_task(self._secure(accepted, self._protocol))
-            self.task.add_done_callback(self._ended)
-
-    def _greeted(self) -> None:
-        assert self._socket is not None
-        self.loop.remove_reader(self._socket)
-        self._protocol.turns.ask(self)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        failed = task.cancelled() or task.exception() is not None
-        self._end(has_failed=failed)
-
-    def _end(self, *, has_failed: bool) -> None:
-        """Note that there is a connection now, or that there will be none."""
-        self._waiting.discard(self)
-        if self._timer is not None:
-            self._timer.cancel()
-        if has_failed:
-            self._protocol.leave()

@@ -151,7 +151,7 @@ class Starts:
 
     async def turn(self, owner: str | None, request: Hashable) -> None:
         """Wait for a turn for a choice of ``request``; at once if nobody else waits."""
-        start = _Start(owner or "")
+        start = Start(owner or "")
         self._waiting[request] += 1
         try:
             self._turns.ask(start)
@@ -162,8 +162,8 @@ class Starts:
                 del self._waiting[request]
 
 
-class _Start:
-    """A choice that waits for its turn."""
+class Start:
+    """Something that begins with a turn of its own: then ``begun`` is done."""
 
     has_asked = False
 

@@ -8,35 +8,26 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.openai.api import (
-    IGNORED,
-    Ignored,
-    ModelFields,
-    Positive,
-    Priority,
-    RequestId,
-    Strict,
-    Whole,
-)
+from aioengine.server.openai import api
 
 MAX_INPUTS = 2048
 """Texts in one request; OpenAI's bound."""
 Texts = Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
 
 
-class VectorFields(ModelFields, kw_only=True):
+class VectorFields(api.ModelFields, kw_only=True):
     """Fields that all of them share."""
 
-    truncate_prompt_tokens: Whole | None = None
+    truncate_prompt_tokens: api.Whole | None = None
     """Keep only this many last tokens of each text; -1 keeps as many as the context has room for."""
     add_special_tokens: bool | None = None
     """True if it is not given."""
-    request_id: RequestId | None = None
+    request_id: api.RequestId | None = None
     """End of the answer's id."""
-    priority: Priority | None = None
+    priority: api.Priority | None = None
 
     # Accepted, and without effect on the answer
-    user: Ignored = IGNORED
+    user: api.Ignored = api.IGNORED
 
 
 class InputFields(VectorFields, kw_only=True):
@@ -52,7 +43,7 @@ class PoolingRequest(InputFields, kw_only=True):
 
 
 class EmbeddingRequest(PoolingRequest, kw_only=True):
-    dimensions: Positive | None = None
+    dimensions: api.Positive | None = None
     """Keep only this many numbers of each vector, the first ones."""
     normalize: bool | None = None
     """Whether vectors have length 1; true if it is not given."""
@@ -65,7 +56,7 @@ class ScoreRequest(VectorFields, kw_only=True):
     text_2: str | Texts
 
 
-class Document(Strict, kw_only=True):
+class Document(api.Strict, kw_only=True):
     text: str
 
 
