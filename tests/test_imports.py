@@ -269,7 +269,7 @@ BUDGETS = {
     "aioengine/lab": 11_200,  # aim: 7_500
     "aioengine/model": 12_100,  # aim: 9_000
     "aioengine/runtime": 3_700,  # aim: 2_700
-    "aioengine/server": 9_650,  # aim: 6_300
+    "aioengine/server": 9_450,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
     "kernels": 13_050,  # aim: 10_300
