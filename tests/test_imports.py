@@ -267,7 +267,7 @@ BUDGETS = {
     "aioengine/fleet": 5_750,  # aim: 4_200
     "aioengine/grammars": 2_150,  # aim: 1_100
     "aioengine/lab": 11_200,  # aim: 7_500
-    "aioengine/model": 12_100,  # aim: 9_000
+    "aioengine/model": 12_050,  # aim: 9_000
     "aioengine/runtime": 3_700,  # aim: 2_700
     "aioengine/server": 9_450,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
@@ -275,7 +275,7 @@ BUDGETS = {
     "kernels": 13_050,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 5_800,  # aim: 4_500
-    "tests": 79_050,  # aim: 52_000
+    "tests": 78_100,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

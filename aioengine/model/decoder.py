@@ -192,64 +192,59 @@ class Decoder(Model):
         embedding. To be called before they are packed.
         """
         out = {"model.norm.weight": self.norm}
-        for name, weight, begin, end in self._matrices():
-            if not isinstance(weight, BlockWeight):
-                out[f"{name}.weight"] = weight.rows(begin, end)
+        for layer_number, module, rows, bias in self._matrices():
+            name = self.spec.module_name(layer_number, module)
+            if not isinstance(rows.weight, BlockWeight):
+                out[f"{name}.weight"] = rows.weight.rows(rows.begin, rows.end)
+            if bias is not None:
+                out[f"{name}.bias"] = bias
         for i, layer in enumerate(self.layers):
             prefix = f"model.layers.{i}"
-            for place, name in msgspec.structs.asdict(self.spec.norms).items():
-                if name is not None:
-                    out[f"{prefix}.{name}.weight"] = getattr(layer, place)
+            for place, norm in msgspec.structs.asdict(self.spec.norms).items():
+                if norm is not None:
+                    out[f"{prefix}.{norm}.weight"] = getattr(layer, place)
             if layer.head_norms is not None:
                 out[f"{prefix}.self_attn.q_norm.weight"] = layer.head_norms.q
                 out[f"{prefix}.self_attn.k_norm.weight"] = layer.head_norms.k
             if layer.sinks is not None:
                 out[f"{prefix}.self_attn.sinks"] = layer.sinks
-            for fused, linear in layer.linears.items():
-                if linear.bias is not None:
-                    modules = self.spec.fused(i)[fused]
-                    sizes = [self.spec.linear(module).out_features for module in modules]
-                    for module, bias in zip(modules, torch.split(linear.bias, sizes), strict=True):
-                        out[f"{self.spec.module_name(i, module)}.bias"] = bias
         return out
 
     def block_weights(self) -> dict[str, BlockWeight]:
         """Return the weights that are quantized in the file or while they are loaded, by their Hugging Face
         names."""
-        return {f"{name}.weight": w for name, w, _, _ in self._matrices() if isinstance(w, BlockWeight)}
+        return {
+            f"{self.spec.module_name(layer, module)}.weight": rows.weight
+            for layer, module, rows, _ in self._matrices()
+            if isinstance(rows.weight, BlockWeight)
+        }
 
-    def _matrices(self) -> Iterator[tuple[str, Weight, int, int]]:
-        """Return each matrix by the name of its module: the weight that contains it, and its rows there."""
-        name = self.spec.module_name
-        yield name(NO_LAYER, "embed_tokens"), self.embed_tokens, 0, self.embed_tokens.n
+    def _matrices(self) -> Iterator[tuple[int, str, WeightRows, Tensor | None]]:
+        """Yield (layer, module, weight, bias) of all matrices, a tied head's as the embedding's."""
+        yield NO_LAYER, "embed_tokens", WeightRows(self.embed_tokens, 0, self.embed_tokens.n), None
         if not self.spec.tie_embeddings:
-            yield name(NO_LAYER, "lm_head"), self.head.weight, 0, self.head.weight.n
-        for i, layer in enumerate(self.layers):
-            for fused, linear in layer.linears.items():
-                row, weight = 0, linear.weight
-                for place, module in enumerate(self.spec.fused(i)[fused]):
-                    rows = self.spec.linear(module).out_features
-                    if isinstance(weight, StackedWeight):
-                        yield name(i, module), weight.parts[place], 0, rows
-                    else:
-                        yield name(i, module), weight, row, row + rows
-                    row += rows
+            yield NO_LAYER, "lm_head", WeightRows(self.head.weight, 0, self.head.weight.n), None
+        for i in range(len(self.layers)):
+            yield from self._matrices_of(i)
+
+    def _matrices_of(self, layer: int) -> Iterator[tuple[int, str, WeightRows, Tensor | None]]:
+        for fused, linear in self.layers[layer].linears.items():
+            row, weight = 0, linear.weight
+            for place, module in enumerate(self.spec.fused(layer)[fused]):
+                end = row + self.spec.linear(module).out_features
+                rows = WeightRows(weight, row, end)
+                if isinstance(weight, StackedWeight):
+                    rows = WeightRows(weight.parts[place], 0, end - row)
+                yield layer, module, rows, None if linear.bias is None else linear.bias[row:end]
+                row = end
 
     def base_weight(self, layer: int, module: str) -> tuple[WeightRows, Tensor | None]:
         """Return a weight, of which ``partition.outputs`` and ``inputs`` say what a rank has."""
-        if module in ("embed_tokens", "lm_head"):
+        if layer == NO_LAYER:
             weight = self.embed_tokens if module == "embed_tokens" else self.head.weight
             held = len(range(self.partition.whole.vocab_size)[self.partition.vocabulary])
             return WeightRows(weight, 0, held, turned=module == "embed_tokens"), None
-        for fused, linear in self.layers[layer].linears.items():
-            row = 0
-            for member in self.spec.fused(layer)[fused]:
-                end = row + self.spec.linear(member).out_features
-                if member == module:
-                    bias = None if linear.bias is None else linear.bias[row:end]
-                    return WeightRows(linear.weight, row, end), bias
-                row = end
-        raise KeyError(module)
+        return next((rows, bias) for _, name, rows, bias in self._matrices_of(layer) if name == module)
 
     def linear_weights(self) -> list[Tensor]:
         """Return the plain weights that :meth:`pack` rearranges; the head's may be the embedding's too."""

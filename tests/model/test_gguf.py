@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.gguf import GGUFFile, iter_tensors, read_spec
+from aioengine.model.rope import attention_scaling, inverse_frequencies
 from aioengine.model.spec import ModelSpec, RopeSpec
 from aioengine.model.text.gguf_tokenizer import build_tokenizer, chat_template
 
@@ -164,7 +165,7 @@ def test_rope_scaling(tmp_path: Path, scaling: dict[str, Any], expected: RopeSpe
     assert read_spec(path).rope == expected
 
 
-def test_llama3_rope_is_recovered_from_its_divisors(tmp_path: Path) -> None:
+def test_llama3_rope_is_its_divisors(tmp_path: Path) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     model = tiny_model("llama", head_dim=64, num_attention_heads=1, num_key_value_heads=1)
@@ -181,25 +182,16 @@ def test_llama3_rope_is_recovered_from_its_divisors(tmp_path: Path) -> None:
     metadata = {"llama.rope.freq_base": 500000.0}
     divisors = (plain / scaled).numpy()
     path = write_gguf(
-        tmp_path / "m.gguf",
-        model,
-        "llama",
-        metadata=metadata,
-        tensors={"rope_freqs.weight": divisors},
+        tmp_path / "m.gguf", model, "llama", metadata=metadata, tensors={"rope_freqs.weight": divisors}
     )
-    assert read_spec(path).rope == RopeSpec(
-        type="llama3", theta=500000.0, factor=32.0, original_max_position=8192
-    )
+    rope = read_spec(path).rope
+    torch.testing.assert_close(inverse_frequencies(rope, 64), scaled, rtol=3e-7, atol=0)
+    assert attention_scaling(rope) == 1.0 and read_spec(path).max_position == 256
     assert "rope_freqs.weight" not in read_all(path)
 
-    other = write_gguf(
-        tmp_path / "other.gguf",
-        model,
-        "llama",
-        metadata=metadata,
-        tensors={"rope_freqs.weight": divisors * np.linspace(1, 2, 32, dtype=np.float32)},
-    )
-    with pytest.raises(ConfigError, match="rope_freqs"):
+    wrong = {"rope_freqs.weight": divisors[:5]}
+    other = write_gguf(tmp_path / "other.gguf", model, "llama", metadata=metadata, tensors=wrong)
+    with pytest.raises(ConfigError, match=r"rope_freqs.* has 5 numbers, expected 32"):
         read_spec(other)
 
 

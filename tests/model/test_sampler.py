@@ -366,38 +366,3 @@ def test_penalties_kept_from_step_to_step_are_those_of_the_whole_history(data: s
         assert torch.equal(kept, anew)
         for work in rows:
             work.history.extend(data.draw(ids))  # type: ignore[attr-defined]
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_penalties_on_a_gpu_are_those_on_a_cpu(data: st.DataObject) -> None:
-    """Over steps in which requests come, pause, go, and come back under a name that another had."""
-    vocab = 12
-    ids = st.lists(st.integers(0, vocab - 1), min_size=1, max_size=8)
-    number = st.sampled_from([0.0, 0.5, 1.0, 1.7])
-
-    def request(name: str) -> SequenceWork:
-        values = {f"{kind}_penalty": data.draw(number) for kind in ("presence", "frequency")}
-        params = SamplingParams(repetition_penalty=data.draw(st.sampled_from([0.5, 1.0, 1.3])), **values)
-        prompt = data.draw(ids)
-        return msgspec.structs.replace(row(params, history=prompt, prompt_len=len(prompt)), request_id=name)
-
-    rows = {name: request(name) for name in "abcde"}
-    penalties = Penalties()
-    with FakeCuda() as world:
-        for _ in range(data.draw(st.integers(1, 6))):
-            running = [rows[name] for name in data.draw(st.lists(st.sampled_from("abcde"), unique=True))]
-            scores = torch.randn(len(running), vocab)
-            scores[scores > 1.5] = -math.inf
-            there = scores.to("cuda")
-            world.waits = 0
-            penalties.apply(there, running)
-            assert world.waits == world.staged == 0
-            Penalties().apply(
-                scores, [msgspec.structs.replace(work, history=list(work.history)) for work in running]
-            )
-            assert torch.equal(there.cpu(), scores)
-            for name, work in list(rows.items()):
-                work.history.extend(data.draw(ids))  # type: ignore[attr-defined]
-                if data.draw(st.integers(0, 5)) == 0:
-                    rows[name] = request(name)

@@ -45,7 +45,7 @@ _TOP_LEVEL = {
     "output.weight": "lm_head.weight",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-"""Tensor with the divisors of Llama 3 RoPE for each frequency. It goes into the spec; it is not a
+"""Tensor with a divisor for each frequency, as Llama 3 has them. It goes into the spec; it is not a
 parameter."""
 _SHORT_FACTORS, _LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 """Tensors with those of LongRoPE."""
@@ -345,16 +345,22 @@ def _read_rope(file: GGUFFile, arch: str, head_dim: int) -> RopeSpec:
     old_linear = file.get(f"{arch}.rope.scale_linear", 1.0)
     kind = file.get(f"{prefix}.type", "linear" if old_linear != 1.0 else "none")
     factor = _decimal(file.get(f"{prefix}.factor", old_linear))
-    original = int(file.get(f"{prefix}.original_context_length", file.require(f"{arch}.context_length")))
-    if _ROPE_FACTORS in file.tensors:
-        return _llama3_rope(file, theta, head_dim)
-    if _SHORT_FACTORS in file.tensors:
+    context = int(file.require(f"{arch}.context_length"))
+    original = int(file.get(f"{prefix}.original_context_length", context))
+    divisors = next((name for name in (_ROPE_FACTORS, _SHORT_FACTORS) if name in file.tensors), None)
+    if divisors is not None:
+        values = tuple(map(_decimal, _to_torch(file, _tensor(file, divisors)).tolist()))
+        if len(values) != head_dim // 2:
+            raise ConfigError(
+                f"{file.path}: tensor {divisors!r} has {len(values)} numbers, expected {head_dim // 2}"
+            )
+        long = divisors == _SHORT_FACTORS
         return RopeSpec(
             type="longrope",
             theta=theta,
-            original_max_position=original,
-            attention_factor=_decimal(file.get(f"{prefix}.attn_factor", 1.0)),
-            divisors=tuple(map(_decimal, _to_torch(file, _tensor(file, _SHORT_FACTORS)).tolist())),
+            original_max_position=original if long else context,
+            attention_factor=_decimal(file.get(f"{prefix}.attn_factor", 1.0)) if long else 1.0,
+            divisors=values,
         )
     if kind == "none":
         return RopeSpec(theta=theta)
@@ -378,23 +384,3 @@ def _read_rope(file: GGUFFile, arch: str, head_dim: int) -> RopeSpec:
         f"{file.path}: {prefix}.type={kind!r} is not supported; supported: none, linear, yarn, and "
         f"Llama 3's factors in {_ROPE_FACTORS}"
     )
-
-
-def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> RopeSpec:
-    """Recover Llama 3's scaling from the divisors, which GGUF stores instead of the parameters.
-
-    Every Llama 3.1 to 3.3 model uses low_freq_factor 1, high_freq_factor 4 and an original context
-    of 8192; other divisors are refused rather than approximated.
-    """
-    divisors = _to_torch(file, _tensor(file, _ROPE_FACTORS)).double()
-    factor = round(divisors.max().item(), 3)
-    if divisors.eq(1.0).all():
-        return RopeSpec(theta=theta)
-    wavelen = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2).double() / head_dim)
-    smooth = ((8192 / wavelen - 1.0) / (4.0 - 1.0)).clamp(0.0, 1.0)
-    expected = 1.0 / ((1.0 - smooth) / factor + smooth)
-    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
-        raise ConfigError(
-            f"{file.path}: {_ROPE_FACTORS} are not Llama 3's RoPE divisors, and others are not supported"
-        )
-    return RopeSpec(type="llama3", theta=theta, factor=factor, original_max_position=8192)
