@@ -13,7 +13,6 @@ from aioengine.core.blocks import BlockManager
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
-from aioengine.core.prefixes.under_way import is_under_way
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation.drafts import propose
 from aioengine.core.state import Request, Status
@@ -23,6 +22,8 @@ from aioengine.step import SequenceWork, StepBatch
 
 FIXED_TOKENS = 16.0
 """First guess of a step's fixed cost, in tokens."""
+WORTH_WAITING = 64
+"""Tokens that a request has to be able to share with one under way, so that it waits for them."""
 _row = attrgetter("row")
 _slot = attrgetter("row.slot")
 _remaining = attrgetter("remaining")
@@ -144,7 +145,7 @@ class Batcher:
         for request in self._admissible(admit):
             while prefills and (oldest is None or prefills[0].remaining <= request.remaining):
                 self._compute(prefills.popleft(), allowance, short, work)
-            if prompts and is_under_way(request, prompts, self.blocks):
+            if prompts and _is_under_way(request, prompts):
                 continue
             # Stop at the first that does not fit: it would starve if smaller ones passed it.
             if not allowance.has_room(request, new) or not self._start(request):
@@ -407,3 +408,25 @@ def _fill(request: Request, tokens: int, draft: Sequence[int] = ()) -> None:
     )
     decodes = tokens == 1 and sample and not draft and request.last_token is not None
     request.decodes = decodes and request.is_plain
+
+
+def _is_under_way(request: Request, prompts: Sequence[Request]) -> bool:
+    """Whether ``request``, which waits, would compute what one of ``prompts`` computes before it: the next
+    tokens of its own that are not in the prefix cache yet.
+
+    All choices of a request have the same prompt, for example, and without this each that finds room would
+    compute it in blocks of its own. What has no more tokens left comes first in each step, so waiting for it
+    makes no request slower.
+    """
+    blocks = request.cache
+    if not blocks.prefix_caching or not request.caches or request.unscored:
+        return False
+    before = [other for other in prompts if other.caches and other.remaining <= request.remaining]
+    if not before:
+        return False
+    last = len(request.find_cached()) - (-WORTH_WAITING // blocks.block_size) - 1
+    hashes = request.hashes
+    return last < len(hashes) and any(
+        other.committed <= last < len(other.hashes) and other.hashes[last] == hashes[last]
+        for other in before  # with a window, one may have computed and lost what comes before its end
+    )

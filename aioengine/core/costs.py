@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from statistics import fmean
 from typing import Literal
 
 from aioengine.core.limits import CoreLimits
-from aioengine.core.pacing import Pacer, StepWork
+from aioengine.core.pacing import ADAPTER_TOKENS, Pacer, StepWork
 from aioengine.core.state import AdapterEntry
-
-_ADAPTER_TOKENS = 8
-"""Constant of ``StepWork``: an adapter in a step costs its rank times the sum of this and its tokens."""
 
 
 class MeasuredCosts:
@@ -33,7 +31,7 @@ class MeasuredCosts:
 
     def step(self, tokens: int, ranks: Sequence[int] = (), *, context: int = 0) -> float | None:
         share = tokens / len(ranks) if ranks else 0.0
-        work = StepWork(1, tokens, 0.0, tokens * context, round(sum(ranks) * (share + _ADAPTER_TOKENS)))
+        work = StepWork(1, tokens, 0.0, tokens * context, round(sum(ranks) * (share + ADAPTER_TOKENS)))
         return self._seconds([work])
 
     def prefill(self, tokens: int, rank: int = 0, *, cached: int = 0) -> float | None:
@@ -44,11 +42,10 @@ class MeasuredCosts:
         entry = self._adapters.get(adapter)
         if entry is None:
             return None
-        own = _took(entry, stage)
-        if own is not None:
-            return own
-        known = [took for other in self._adapters.values() if (took := _took(other, stage)) is not None]
-        return fmean(known) if known else None
+        took = attrgetter(f"{stage}_seconds")
+        known = [each for each in map(took, self._adapters.values()) if each is not None]
+        own: float | None = took(entry)
+        return own if own is not None or not known else fmean(known)
 
     def _seconds(self, work: Iterable[StepWork]) -> float | None:
         if self.learner is None:
@@ -62,8 +59,4 @@ def _chunks(tokens: int, rank: int, cached: int, chunk: int) -> Iterable[StepWor
     for start in range(0, tokens, chunk):
         count = min(chunk, tokens - start)
         pairs = count * (cached + start + count / 2)
-        yield StepWork(1, count, pairs, 0, rank * (count + _ADAPTER_TOKENS))
-
-
-def _took(entry: AdapterEntry, stage: Literal["disk", "slot"]) -> float | None:
-    return entry.disk_seconds if stage == "disk" else entry.slot_seconds
+        yield StepWork(1, count, pairs, 0, rank * (count + ADAPTER_TOKENS))

@@ -23,7 +23,7 @@ LEAST_SHARE = 1 / 3
 """Chunks may always take this share of the time of the decodes beside them, however long those take."""
 LEAST_SHARE_ALONE = 1.0
 """The same without decodes: as much time as the step's fixed cost takes."""
-_ADAPTER_TOKENS = 8
+ADAPTER_TOKENS = 8
 """Tokens added per adapter in a step: an adapter costs its rank times (its tokens + this)."""
 _FIRST_TOKENS = 64
 """Tokens in the first step at most; each later step may double the largest so far."""
@@ -90,7 +90,7 @@ class StepWork(NamedTuple):
             if slot >= 0:
                 slots.add(slot)
                 ranks += slot_ranks[slot] * count
-        ranks += sum(slot_ranks[slot] for slot in slots) * _ADAPTER_TOKENS
+        ranks += sum(slot_ranks[slot] for slot in slots) * ADAPTER_TOKENS
         return cls(1, tokens, pairs, decode_pairs, ranks)
 
 
@@ -228,7 +228,7 @@ class Pacer:
         for request in decodes:
             seconds, entry = token + pair * request.computed, request.adapter
             if entry is not None:
-                seconds += rank * entry.rank * (1 if entry.uid in adapters else 1 + _ADAPTER_TOKENS)
+                seconds += rank * entry.rank * (1 if entry.uid in adapters else 1 + ADAPTER_TOKENS)
                 adapters.add(entry.uid)
             costs.append(seconds)
         return costs
@@ -290,9 +290,7 @@ class Allowance:
             return False
         if not self.paced or floor.of(GRAIN):
             return True
-        cache, start = request.cache, 0
-        if cache is not None:
-            start = len(request.find_cached()) * cache.block_size
+        start = len(request.find_cached()) * request.cache.block_size
         tokens = min(request.remaining - start, GRAIN)
         each, half = self._costs(request, start)
         return floor.of(tokens) > 0 or tokens * (each + half * tokens) <= self._seconds

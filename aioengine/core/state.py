@@ -120,14 +120,9 @@ class AdapterEntry(Version):
         self.labels, self.invocation, self.scalable = found.labels, found.invocation, found.scalable
 
     @property
-    def head(self) -> Request | None:
-        """The request that has waited longest for it."""
-        return self.waiting.head
-
-    @property
     def wanted_by(self) -> str | None:
         """The tenant whose request has waited longest for it or, if none waits, ran on it last."""
-        head = self.head
+        head = self.waiting.head
         return self.last_tenant if head is None else head.options.tenant
 
     @property

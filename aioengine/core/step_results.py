@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from math import isfinite, isnan
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from aioengine import events
 from aioengine.core.batcher import Batcher
@@ -24,12 +24,8 @@ number."""
 _Intervals = defaultdict[tuple[AdapterEntry | None, float], int]
 
 
-class End(Protocol):
-    """Ends a request: ``Core.end``."""
-
-    def __call__(
-        self, request: Request, reason: events.EndReason, now: float, error: Exception | None = None
-    ) -> None: ...
+End = Callable[[Request, events.EndReason, float, Exception | None], None]
+"""Ends a request: ``Core.end``."""
 
 
 class _Coming(NamedTuple):
@@ -78,7 +74,7 @@ class StepResults:
         if len(ends) > 1:
             coming.done.sort(key=lambda end: end[0])
         for time, request, finish in coming.done:
-            self._end(request, finish, time)
+            self._end(request, finish, time, None)
 
     def _take_one_each(self, coming: _Coming, requests: Sequence[Request]) -> None:
         """Take in one token of each request: the same as ``_take_row``, but quick, for nearly all tokens."""

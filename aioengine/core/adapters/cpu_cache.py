@@ -47,7 +47,8 @@ _NOTHING = Share()
 def _came_before(one: AdapterEntry, other: AdapterEntry) -> bool:
     """Whether the oldest request for ``one`` came before that for ``other``, of the same time. Otherwise both
     could wait for each other's place."""
-    return one.head is not None and other.head is not None and one.head.seq < other.head.seq
+    first, second = one.waiting.head, other.waiting.head
+    return first is not None and second is not None and first.seq < second.seq
 
 
 class CpuCache:
@@ -208,11 +209,11 @@ class CpuCache:
     def _beyond_their_share(self, newcomer: AdapterEntry) -> set[int]:
         """Return the uids of the adapters of tenants that have more than their share of the places; none if
         the tenant that has waited longest for ``newcomer`` has its share."""
-        if newcomer.head is None:
+        if newcomer.waiting.head is None:
             return set()
         of_tenant: dict[str | None, list[AdapterEntry]] = {newcomer.wanted_by: []}
         for entry in self.entries.values():
-            if entry is not newcomer and (entry.head is not None or entry.running):
+            if entry is not newcomer and (entry.waiting or entry.running):
                 of_tenant.setdefault(entry.wanted_by, []).append(entry)
         used = {who: self._sum(entries).places for who, entries in of_tenant.items()}
         share = max(1, self.capacity // len(used))
