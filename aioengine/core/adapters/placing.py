@@ -80,9 +80,9 @@ class Placing:
             return  # as in most steps
         admitting = {request.adapter.uid for request in decision.admit if request.adapter is not None}
         self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
-        given = _GivenUp(decision.evict, self._slots, admitting, self._guard)
+        told: set[int] = set()
         for entry, place in decision.place:
-            reason = self._place(entry, place, now, admitting, given)
+            reason = self._place(entry, place, decision.evict, now, admitting, told)
             if reason is not None:
                 self._guard.refuse(reason, entry.name)
         for entry in decision.prefetch:
@@ -98,7 +98,13 @@ class Placing:
                 self._guard.refuse(f"discard{reason.removeprefix('place_slot')}", entry.name)
 
     def _place(
-        self, entry: AdapterEntry, place: Place, now: float, admitting: set[int], given: _GivenUp
+        self,
+        entry: AdapterEntry,
+        place: Place,
+        evict: Sequence[AdapterEntry],
+        now: float,
+        admitting: set[int],
+        told: set[int],
     ) -> str | None:
         """Begin to place an adapter, or to read it. Returns the reason why that may not be."""
         if entry.slot is not None:
@@ -108,7 +114,7 @@ class Placing:
         if entry.location is not Location.CPU:
             # The adapters whose slots the policy gives to the newcomer may leave the CPU cache, too.
             # Otherwise each could wait for the other for ever.
-            offered = given.entries if place.slot is None else [slot.entry if slot is not None else None]
+            offered = evict if place.slot is None else [slot.entry if slot is not None else None]
             leaving = [other for other in offered if other is not None and other.slot is not None]
             self._residency.start_load(entry, now, admitting, leaving)
             return None
@@ -118,11 +124,26 @@ class Placing:
             reason = _not_takable(slot, admitting)
             if reason is not None:
                 return reason
-        unwanted = (s for s in given.others() if s.entry is not None and not s.entry.waiting)
-        wanted: Iterable[Slot] = ()
-        if place.slot is None:  # or the decision counts on nobody else's slot
-            wanted = (s for s in given.others() if s.entry is not None and s.entry.waiting)
-        return self._start(entry, slot, given.slots(), unwanted, wanted, admitting, now)
+        others = self._slots.victims(admitting)
+        unwanted = [slot for slot in others if slot.entry is not None and not slot.entry.waiting]
+        # With a slot of its own, the decision counts on nobody else's that requests wait for.
+        wanted = others[len(unwanted) :] if place.slot is None else ()
+        given = self._given_up(evict, admitting, told)
+        return self._start(entry, slot, given, unwanted, wanted, admitting, now)
+
+    def _given_up(self, evict: Sequence[AdapterEntry], admitting: set[int], told: set[int]) -> Iterator[Slot]:
+        """Yield the slots that a decision gives up, in its order, if they may be emptied now: a request may
+        have started in one since the policy decided. The others are refused, once: ``told`` has these."""
+        for entry in evict:
+            if entry.slot is None:
+                continue
+            slot = self._slots.slot_of(entry)
+            reason = _not_takable(slot, admitting)
+            if reason is None:
+                yield slot
+            elif entry.uid not in told:
+                told.add(entry.uid)
+                self._guard.refuse(f"evict{reason.removeprefix('place_slot')}", entry.name)
 
     def _start(
         self,
@@ -160,40 +181,6 @@ class Placing:
             self._slots.evict(by_offset[offset], now)
         self._slots.start_copy(entry, slot, now, room.move)
         return None
-
-
-class _GivenUp:
-    """The slots that a decision gives up, in its order. A slot that it may not give up is refused, once."""
-
-    def __init__(
-        self, entries: Sequence[AdapterEntry], slots: SlotTable, admitting: set[int], guard: PolicyGuard
-    ) -> None:
-        self.entries = entries
-        self._slots = slots
-        self._admitting = admitting
-        self._guard = guard
-        self._told: set[int] = set()
-        self._others: list[Slot] | None = None
-
-    def others(self) -> Iterator[Slot]:
-        """Yield all slots that may be emptied, in the core's order."""
-        if self._others is None:
-            self._others = self._slots.victims(self._admitting)
-        yield from (slot for slot in self._others if slot.idle)
-
-    def slots(self) -> Iterator[Slot]:
-        """Yield the slots that may be emptied now. A request may have started in one since the policy
-        decided."""
-        for entry in self.entries:
-            if entry.slot is None:
-                continue
-            slot = self._slots.slot_of(entry)
-            reason = _not_takable(slot, self._admitting)
-            if reason is None:
-                yield slot
-            elif entry.uid not in self._told:
-                self._told.add(entry.uid)
-                self._guard.refuse(f"evict{reason.removeprefix('place_slot')}", entry.name)
 
 
 def _retry_at(entry: AdapterEntry) -> float:
