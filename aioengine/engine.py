@@ -44,11 +44,11 @@ from aioengine.request import (
 from aioengine.runtime import assemble
 from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.event_stream import BUFFER, EventStream
+from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.requests import vectors
-from aioengine.runtime.sources.held import HeldAdapters
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters, engine_load, slot_infos
 from aioengine.runtime.submit import Submitter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import random
 import time
 from abc import ABC, abstractmethod
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import psutil
 
 from aioengine.adapters.read_threads import Progress, ReadThreads
-from aioengine.adapters.store import AdapterStore
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterError, AdapterLoadError
 from aioengine.step import LoadedAdapter, ReadOrder, Retrying, Stalled
 
 if TYPE_CHECKING:
+    from aioengine.adapters.store import AdapterStore  # these import torch
     from aioengine.model.slots.image import AdapterImage
     from aioengine.step import AdapterSource
 
@@ -34,8 +35,7 @@ MAX_HANGING_ON_MOUNT = 32
 """Maximum number of hanging reads on one mount; no further read of that mount is started beyond it."""
 GRACE_SECONDS = 0.5
 POLL_SECONDS = 0.005
-"""Interval of polling. Such waits are rare, so polling is simpler than notifications from threads and
-processes."""
+"""Interval of polling, which is rare."""
 STOP_SECONDS = 1.0
 """How long ``close`` waits for reads that were not given up; they take milliseconds."""
 
@@ -45,15 +45,9 @@ T = TypeVar("T")
 
 
 class Backoff:
-    """Waits of ``base``, 2 ``base``, 4 ``base``, ... seconds, each times a random 0.5 to 1.
-
-    After Brooker, "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015), its "equal jitter": half of
-    each wait is fixed and half is random, so that readers of one disk do not come back all at once.
-
-    Args:
-        retries: How often to try again; 0 for never.
-        base: Seconds.
-        seed: The same seed gives the same waits.
+    """Waits of ``base``, 2 ``base``, 4 ``base``, ... seconds, each times a random 0.5 to 1, so that readers
+    of one disk do not come back all at once ("equal jitter": Brooker, "Exponential Backoff And Jitter", AWS
+    Architecture Blog, 2015). ``retries`` is how often to try again. The same seed gives the same waits.
     """
 
     def __init__(self, retries: int, base: float, *, seed: int = 0) -> None:
@@ -69,24 +63,25 @@ class Backoff:
         """Call ``attempt`` until it succeeds, and return its result. Waits on the loop's clock, holds nothing
         while it waits, and can be cancelled. Raises the AdapterError of a permanent failure, or of the last
         retry."""
-        failed = 0
-        while True:
+        for failed in itertools.count(1):
             try:
                 return await attempt()
             except AdapterError as error:
-                failed += 1
                 if not error.transient:
                     raise
                 if failed > self.retries:
                     if failed == 1 or not isinstance(error, AdapterLoadError):
                         raise
-                    reason = f"{error.reason} ({failed} attempts, the last just now)"
                     raise AdapterLoadError(
-                        reason, name=error.name, path=error.path, transient=True
+                        f"{error.reason} ({failed} attempts, the last just now)",
+                        name=error.name,
+                        path=error.path,
+                        transient=True,
                     ) from error
                 seconds = self.seconds(failed)
                 retrying(failed, seconds, error)
             await asyncio.sleep(seconds)
+        raise AssertionError("the loop does not end")
 
 
 class Patience(NamedTuple):
@@ -305,22 +300,16 @@ def _mounts(paths: Sequence[str]) -> list[str]:
 
 
 def out_of_memory(error: BaseException, name: str, path: str) -> AdapterLoadError | None:
-    """Convert an out-of-memory error into an AdapterLoadError; None for any other error."""
-    if not _is_out_of_memory(error):
+    """Convert an out-of-memory error into an AdapterLoadError; None for any other error. Torch raises
+    RuntimeError for the CPU, and a class of its own for CUDA."""
+    text = str(error).lower()
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not known and not any(part in text for part in words):
         return None
     return AdapterLoadError(
         "there is not enough memory to hold it; lower LoRAConfig.max_cpu_loras or set "
         f"LoRAConfig.max_cpu_lora_bytes ({type(error).__name__}: {str(error)[:200]})",
         name=name,
         path=path,
-    )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of memory: RuntimeError from the CPU allocator, a separate class from CUDA's."""
-    text = str(error).lower()
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
     )

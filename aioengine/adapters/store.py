@@ -1,4 +1,4 @@
-"""Memory of the CPU adapter cache, by uid. The core decides which adapters enter and leave."""
+"""Memory of the CPU adapter cache, by uid. The core decides which adapters enter and leave. Imports torch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import Lock
-from typing import TYPE_CHECKING
 
+import torch
+
+from aioengine.adapters.peft.dora import BaseWeights, Draft, output_affine
+from aioengine.adapters.peft.folding.mix import add_up
+from aioengine.adapters.peft.pack import PackedAdapter
+from aioengine.adapters.peft.read import KnownContents, read_adapter
+from aioengine.adapters.read_threads import Progress
+from aioengine.model.buffer import Allocate, pageable
+from aioengine.model.linear import WeightRows
 from aioengine.model.parallel.group import SOLO, Shard
+from aioengine.model.slots.image import AdapterImage, build_image, elements_of
 from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.slots.quantized import quantize_image
 from aioengine.model.spec import NO_LAYER, ModelSpec
-from aioengine.step import MixFiles, MixPart
-
-if TYPE_CHECKING:
-    import torch
-
-    from aioengine.adapters.peft.dora import BaseWeights, Draft
-    from aioengine.adapters.peft.pack import PackedAdapter
-    from aioengine.adapters.read_threads import Progress
-    from aioengine.model.buffer import Allocate
-    from aioengine.model.linear import WeightRows
-    from aioengine.model.slots.image import AdapterImage
-    from aioengine.step import AdapterSource, HeldFiles
+from aioengine.step import AdapterSource, HeldFiles, MixFiles, MixPart
 
 
 class AdapterStore:
@@ -50,10 +49,6 @@ class AdapterStore:
         affine_dtype: torch.dtype | None = None,
         max_tokens: int = 0,
     ) -> None:
-        from aioengine.adapters.peft.read import KnownContents  # these import torch
-        from aioengine.model.buffer import pageable
-        from aioengine.model.slots.image import elements_of
-
         self._known = KnownContents()
         holds = elements_of(dtype, affine_dtype)
         self._allocate = allocate or pageable
@@ -84,59 +79,47 @@ class AdapterStore:
     ) -> Draft:
         """Read a rank's share of an adapter. The other ranks may have to add to it before it is finished.
         Raises as :meth:`read`."""
-        from aioengine.adapters.peft.dora import Draft  # these import torch
-        from aioengine.adapters.peft.folding.mix import add_up
-        from aioengine.adapters.peft.read import read_adapter
-
-        def read(name: str, path: str, files: HeldFiles | None) -> PackedAdapter:
-            return read_adapter(
-                name,
-                path,
-                self._floats,
-                dtype=self._dtype,
-                base_weight=self._embedding,
-                known=self._known,
-                allow_nonfinite=self._allow_nonfinite,
-                progress=progress,
-                files=files,
-            )
-
         with self._beside_steps():
             if isinstance(files, MixFiles):
-                parts = [
-                    (part, self._held(part) or read(part.name, part.path, part.files)) for part in files.parts
-                ]
+                parts = [(part, self._part(part, progress)) for part in files.parts]
                 packed = add_up(name, path, self._floats, parts)
             else:
-                packed = read(name, path, files)
+                packed = self._read(name, path, progress, files)
             with self._one_at_a_time:
-                draft = Draft(packed, self._layout, self._weights, self._slot_dtype)
-        return draft
+                return Draft(packed, self._layout, self._weights, self._slot_dtype)
 
-    def _held(self, part: MixPart) -> PackedAdapter | None:
-        """Return a part of a mix as it is in the CPU cache; None if it is not there, or is not A and B alone.
-        A rank that has only shares reads the files, so that all ranks have the same content."""
-        from aioengine.adapters.peft.pack import PackedAdapter  # it imports torch
+    def _read(
+        self, name: str, path: str, progress: Progress | None, files: HeldFiles | None
+    ) -> PackedAdapter:
+        return read_adapter(
+            name,
+            path,
+            self._floats,
+            dtype=self._dtype,
+            base_weight=self._embedding,
+            known=self._known,
+            allow_nonfinite=self._allow_nonfinite,
+            progress=progress,
+            files=files,
+        )
 
+    def _part(self, part: MixPart, progress: Progress | None) -> PackedAdapter:
+        """Return a part of a mix: as it is in the CPU cache, if it is there and is A and B alone, or else
+        from its files. Ranks that have only shares read the files, so that all have the same content."""
         image = self._images.get(part.uid)
         tensors = None if image is None or self._layout.shard.size > 1 else image.matrices()
         if image is None or tensors is None or part.digest not in ("", image.digest):
-            return None
+            return self._read(part.name, part.path, progress, part.files)
         return PackedAdapter(part.name, part.path, image.rank, image.digest, tensors)
 
     def finish(self, draft: Draft) -> AdapterImage:
         """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""
-        from aioengine.adapters.peft.dora import output_affine
-        from aioengine.model.buffer import pageable
-        from aioengine.model.slots.image import build_image
-        from aioengine.model.slots.quantized import quantize_image
-
+        packed, int8 = draft.packed, self._layout.holds.int8
         with self._one_at_a_time, self._beside_steps():
-            affine = output_affine(draft.packed, self._weights, self._dtype, draft.rows())
+            affine = output_affine(packed, self._weights, self._dtype, draft.rows())
         for (_, module), (_, shift) in affine.items():
             if self._layout.shard.rank > 0 and self._layout.partition.adds_up_adapted(module):
                 shift.zero_()  # or the sum over the ranks would have it several times
-        packed, int8 = draft.packed, self._layout.holds.int8
         allocate = pageable if int8 else self._allocate
         image = build_image(self._floats, packed, affine, self._dtype, allocate, tokens=packed.tokens)
         if int8:
@@ -145,8 +128,6 @@ class AdapterStore:
 
     def _beside_steps(self) -> AbstractContextManager[object]:
         """Return a context for operations on the base model's weights, quantized ones expanded included."""
-        import torch
-
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _embedding(self, module: str) -> torch.Tensor:

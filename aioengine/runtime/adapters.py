@@ -15,6 +15,7 @@ from aioengine.errors import AdapterNotFound, AioEngineError
 from aioengine.info import AdapterInfo
 from aioengine.model.files.hub import is_source
 from aioengine.runtime.loop import EngineLoop
+from aioengine.runtime.sources.mixes import is_mix, parts_of
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import adapter_info
 from aioengine.schedulers.policy import Location
@@ -24,14 +25,14 @@ class AdapterOps:
     """Operations on adapters. All methods run on the event loop; those that wait can be cancelled at any
     point. ``names`` finds the versions that names stand for."""
 
-    def __init__(self, stepper: EngineLoop, names: AdapterNames) -> None:
-        self._stepper = stepper
-        self._core = stepper.core
-        self._residency = stepper.core.residency
+    def __init__(self, loop: EngineLoop, names: AdapterNames) -> None:
+        self._loop = loop
+        self._core = loop.core
+        self._residency = loop.core.residency
         self._names = names
         self._table = names.table
 
-    # Registering
+    # Registering and loading
 
     def register(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
         where = checked_path(name, path)
@@ -46,13 +47,6 @@ class AdapterOps:
             self._table.of(name).described = adapter_info(entry)
         return self.info(name)
 
-    def _registered_path(self, name: str) -> str | None:
-        """Return the path as it was given; None if the name is free."""
-        entry = self._residency.current.get(name)
-        return self._names.source(name) or (None if entry is None else entry.path)
-
-    # Loading
-
     async def load(
         self,
         name: str,
@@ -66,88 +60,33 @@ class AdapterOps:
         """Load an adapter. ``held`` has its files in memory; ``path`` is then only a name for messages."""
         if pin and held is None and path is None:
             self._names.check_known(name)  # or else its pin may be refused first
+        source = checked_path(name, path) if held is None and path is not None else None
         with self._claimed(name, force=force_pin) if pin else nullcontext():
             async with self._alone(name) as known:
                 with known.load():
-                    if held is None:
-                        await self._load_version(known, path, pin=pin, replace=replace)
+                    registered = self._registered_path(name)
+                    given = source if held is None else str(path)
+                    if given is not None and registered is not None and not replace:
+                        check_same_path(name, registered, given)
+                        source = None  # it is the registered path
+                    if held is not None:
+                        entry = self._residency.declare(name, str(path), files=held)
+                    elif source is None and not (replace and self._names.is_registered(name)):
+                        entry = await self._names.acquire(name, check=known.check_not_unloaded)
                     else:
-                        await self._load_held(known, held, str(path), pin=pin, replace=replace)
+                        entry = await self._new_version(known, source)
+                    await self._read(entry, known, pin=pin)
+                    if held is not None:
+                        known.forget_source()
+                    _found_at(known, source)
             if pin:
-                await self._stepper.until(lambda: self._is_in_slot(name), name)
+                await self._loop.until(lambda: self._is_in_slot(name), name)
         return self.info(name)
 
-    async def labels(self, name: str) -> int:
-        """Return how many labels the head of a version has; without "@version", of the current one. Reads it
-        if it was never read."""
-        self._names.check_known(name)
-        entry = await self._names.acquire(name)
-        if not entry.digest and not entry.retired:
-            await self.load(entry.label, None, pin=False, replace=False)
-            entry = await self._names.acquire(name)  # it may have been replaced meanwhile
-
-        def is_read() -> bool:
-            self._names.check_lives(entry)
-            if entry.error is not None and not entry.digest:
-                raise frameless(entry.error)
-            return bool(entry.digest)
-
-        await self._stepper.until(is_read, entry.label)  # a replaced version is read for the requests on it
-        return entry.labels
-
-    @contextmanager
-    def _claimed(self, name: str, *, force: bool) -> Iterator[None]:
-        """Context that counts ``name`` as pinned; if the block fails, the pin is removed, unless other
-        callers hold one."""
-        self._table.claim(name, force=force)
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            self._table.release(name, _now(), failed=failed)
-            self._stepper.wake()
-
-    def _is_in_slot(self, name: str) -> bool:
-        """Whether the adapter is in a slot, or no longer pinned. Raises AdapterNotFound if it is unloaded, or
-        the reason why it gets no slot."""
-        entry = self._residency.current.get(name)
-        if entry is None:
-            raise AdapterNotFound("it was unloaded while it waited for a slot", name=name)
-        if entry.location is Location.SLOT or not entry.pinned:
-            return True
-        if entry.error is not None:
-            raise frameless(entry.error)
-        return False
-
-    async def _load_version(
-        self, known: AdapterName, path: str | os.PathLike[str] | None, *, pin: bool, replace: bool
-    ) -> None:
-        name = known.label
-        source = None if path is None else checked_path(name, path)
-        registered = self._registered_path(name)
-        if source is not None and registered is not None and not replace:
-            check_same_path(name, registered, source)
-            source = None  # it is the registered path
-        if source is None and not (replace and self._names.is_registered(name)):
-            entry = await self._names.acquire(name, check=known.check_not_unloaded)
-        else:
-            entry = await self._new_version(known, source)
-        await self._read(entry, known, pin=pin)
-        _found_at(known, source)
-
-    async def _load_held(
-        self, known: AdapterName, held: AdapterFiles, path: str, *, pin: bool, replace: bool
-    ) -> None:
-        registered = self._registered_path(known.label)
-        if registered is not None and not replace:
-            check_same_path(known.label, registered, path)
-        await self._read(self._residency.declare(known.label, path, files=held), known, pin=pin)
-        known.forget_source()
-
-    def holds(self, held: AdapterFiles) -> bool:
-        """Whether a version has these files."""
-        return any(entry.files is held for entry in self._residency.entries.values())
+    def _registered_path(self, name: str) -> str | None:
+        """Return the path as it was given; None if the name is free."""
+        entry = self._table.current.get(name)
+        return self._names.source(name) or (None if entry is None else entry.path)
 
     @asynccontextmanager
     async def _alone(self, name: str) -> AsyncIterator[AdapterName]:
@@ -176,27 +115,35 @@ class AdapterOps:
         return self._residency.declare(name, where, found=True)
 
     async def _read(self, entry: AdapterEntry, known: AdapterName, *, pin: bool) -> None:
-        """Ask for a read, and wait until it is in the CPU cache and, unless it is held, published."""
+        """Have a version read; it is published then, unless it is held. If that fails, a new one goes."""
+        try:
+            await self._names.read(entry, now=True, pin=pin, check=known.check_not_unloaded)
+        except BaseException:
+            entry.pin_when_read = False  # others may still want it, but without a pin
+            if known.current is not entry and not entry.retired:
+                self._residency.retire(entry, _now())
+                self._loop.wake()
+            raise
+
+    async def labels(self, name: str) -> int:
+        """Return how many labels the head of a version has; without "@version", of the current one. Reads it
+        if it was never read."""
+        self._names.check_known(name)
+        await self._names.read(await self._names.acquire(name), now=False)
+        entry = await self._names.acquire(name)  # it may have been replaced meanwhile
 
         def is_read() -> bool:
-            if entry.location is Location.CPU or entry.location is Location.SLOT:
-                return True
-            known.check_not_unloaded()
-            if entry.error is not None:
+            self._names.check_lives(entry)
+            if entry.error is not None and not entry.digest:
                 raise frameless(entry.error)
-            return False
+            return bool(entry.digest)
 
-        with self._names.reading(entry):
-            self._residency.want(entry, _now(), pin=pin)
-            self._stepper.wake()
-            try:
-                await self._stepper.until(is_read, entry.label)
-            except BaseException:
-                entry.pin_when_read = False  # others may still want it, but without a pin
-                if self._residency.current.get(entry.label) is not entry and not entry.retired:
-                    self._residency.retire(entry, _now())
-                    self._stepper.wake()
-                raise
+        await self._loop.until(is_read, entry.label)  # a replaced version is read for the requests on it
+        return entry.labels
+
+    def holds(self, held: AdapterFiles) -> bool:
+        """Whether a version has these files."""
+        return any(entry.files is held for entry in self._residency.entries.values())
 
     # Replacing in two steps
 
@@ -225,7 +172,7 @@ class AdapterOps:
         self._residency.publish(entry, _now())
         _found_at(known, source)
         self._table.tidy(known)
-        self._stepper.wake()
+        self._loop.wake()
         return self.info(name)
 
     def discard(self, name: str) -> None:
@@ -235,7 +182,7 @@ class AdapterOps:
         if known is not None and entry is not None:
             self._table.tidy(known)
             self._residency.retire(entry, _now())
-            self._stepper.wake()
+            self._loop.wake()
 
     def expect(self, name: str, digest: str) -> None:
         """Accept only this content (``AdapterInfo.digest``) under a name that is known, until the adapter is
@@ -247,39 +194,35 @@ class AdapterOps:
     # Unloading
 
     async def unload(self, name: str, *, force: bool) -> None:
-        async with self._loads_ended(name) as (known, was_loading):
-            was_fetched = known.source is not None
-            known.forget_source()
-            known.expected = ""
-            if not self._names.is_registered(name) and (was_fetched or was_loading):
-                return  # it was never needed, or its load was ended: there is nothing to free
-            entry = self._names.find(name)
-            self._stepper.check_goes_on()
-            self._names.mixes.forget(name, _now())
-            self._residency.retire(entry, _now())
-            if force:
-                self._abort_all(entry)
-            self._stepper.wake()
-            await self._stepper.until(lambda: entry.uid not in self._residency.entries, name)
-
-    @asynccontextmanager
-    async def _loads_ended(self, name: str) -> AsyncIterator[tuple[AdapterName, bool]]:
-        """Take the name's lock. Loads that are under way, or wait for the lock, fail. Also gives whether one
-        was under way."""
+        """Unload an adapter. Loads that are under way, or wait for the lock, fail."""
         known = self._table.of(name)
         was_loading = known.loading
         known.unloads += 1
-        self._stepper.ask_again(name)
+        self._loop.ask_again(name)
         try:
             async with self._alone(name):
-                yield known, was_loading
+                was_fetched = known.source is not None
+                known.forget_source()
+                known.expected = ""
+                if not self._names.is_registered(name) and (was_fetched or was_loading):
+                    return  # it was never needed, or its load was ended: there is nothing to free
+                entry = self._names.find(name)
+                self._loop.check_goes_on()
+                self._names.mixes.forget(name, _now())
+                self._residency.retire(entry, _now())
+                if force:
+                    self._abort_all(entry)
+                self._loop.wake()
+                await self._loop.until(lambda: entry.uid not in self._residency.entries, name)
         finally:
             known.unloads -= 1
             self._table.tidy(known)
 
     def _abort_all(self, entry: AdapterEntry) -> None:
         for request in list(self._core.requests.values()):
-            if request.adapter is not None and self._names.mixes.is_made_of(request.adapter, entry):
+            if request.adapter is not None and (
+                request.adapter is entry or entry in parts_of(request.adapter)
+            ):
                 self._core.end(request, "abort", _now())
 
     # Pinning
@@ -289,28 +232,49 @@ class AdapterOps:
 
     async def unpin(self, name: str) -> AdapterInfo:
         self._table.unpin(self._names.find(name), _now())
-        self._stepper.wake()
+        self._loop.wake()
         return self.info(name)
 
-    # Common
+    @contextmanager
+    def _claimed(self, name: str, *, force: bool) -> Iterator[None]:
+        """Context that counts ``name`` as pinned; if the block fails, the pin is removed, unless other
+        callers hold one."""
+        self._table.claim(name, force=force)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self._table.release(name, _now(), failed=failed)
+            self._loop.wake()
+
+    def _is_in_slot(self, name: str) -> bool:
+        """Whether the adapter is in a slot, or no longer pinned. Raises AdapterNotFound if it is unloaded, or
+        the reason why it gets no slot."""
+        entry = self._table.current.get(name)
+        if entry is None:
+            raise AdapterNotFound("it was unloaded while it waited for a slot", name=name)
+        if entry.location is Location.SLOT or not entry.pinned:
+            return True
+        if entry.error is not None:
+            raise frameless(entry.error)
+        return False
+
+    # What there is; mixes are left out
 
     def all(self) -> list[AdapterInfo]:
         """Describe every registered adapter. Most of thousands are idle, and described once."""
-        found, is_mix = [], self._names.mixes.is_mix
-        for entry in self._residency.current.values():
-            if is_mix(entry):
-                continue
-            if entry.location is not Location.DISK or entry.pinned or len(entry.waiting):
-                found.append(adapter_info(entry))
-                continue
-            known = self._table.of(entry.label)
-            info = known.described
-            if info is None or (info.version, info.digest) != (entry.version, entry.digest):
-                info = known.described = adapter_info(entry)
-            found.append(info)
+        found = []
         for known in self._table.in_use.values():
-            if known.source is not None and not self._names.is_registered(known.label):
-                found.append(AdapterInfo(name=known.label, path=known.source))
+            entry, info = known.current, known.described
+            if entry is None:
+                found += [AdapterInfo(name=known.label, path=known.source)] if known.source else []
+            elif not is_mix(entry):
+                idle = entry.location is Location.DISK and not entry.pinned and not entry.waiting
+                if not idle or info is None or (info.version, info.digest) != (entry.version, entry.digest):
+                    info = adapter_info(entry)
+                    known.described = info if idle else known.described
+                found.append(info)
         return found
 
     def count(self) -> int:
@@ -320,39 +284,30 @@ class AdapterOps:
     def busy(self) -> list[AdapterInfo]:
         """Return the registered adapters that hold memory, will soon hold it, or have requests that wait. The
         cost does not grow with the number of registered adapters."""
-        core, current = self._core, self._residency.current
-        entries = {entry.uid: entry for entry in core.cpu.entries.values()}
-        entries |= {entry.uid: entry for entry in core.queues.heads.values() if entry is not None}
-        return [
-            adapter_info(entry)
-            for entry in entries.values()
-            if current.get(entry.label) is entry and not self._names.mixes.is_mix(entry)
-        ]
+        entries = dict.fromkeys((*self._core.cpu.entries.values(), *self._core.queues.heads.values()))
+        current = self._table.current
+        busy = (e for e in entries if e is not None and current.get(e.label) is e and not is_mix(e))
+        return [adapter_info(entry) for entry in busy]
 
     def resident(self) -> Sequence[AdapterInfo]:
-        """Return the adapters that hold memory or will soon hold it."""
+        """Return the adapters that hold memory or will soon hold it, mixes included."""
         return [adapter_info(entry) for entry in self._core.cpu.entries.values()]
+
+    def replaced(self) -> Sequence[AdapterInfo]:
+        """Return the replaced versions that requests still need, wherever they are."""
+        return [adapter_info(entry) for entry in self._residency.replaced() if not is_mix(entry)]
 
     def find(self, name: str) -> AdapterInfo | None:
         """Return the adapter's present state; None if it is not registered."""
-        entry = self._residency.current.get(name)
+        entry = self._table.current.get(name)
         if entry is not None:
-            return None if self._names.mixes.is_mix(entry) else adapter_info(entry)
+            return None if is_mix(entry) else adapter_info(entry)
         path = self._names.source(name)
         return None if path is None else AdapterInfo(name=name, path=path)
 
-    def replaced(self) -> Sequence[AdapterInfo]:
-        """Return the replaced versions that requests still need, wherever they are. Mixes are left out."""
-        return [
-            adapter_info(entry) for entry in self._residency.replaced() if not self._names.mixes.is_mix(entry)
-        ]
-
     def info(self, name: str) -> AdapterInfo:
         """Return the adapter's present state. Raises AdapterNotFound."""
-        path = self._names.source(name)
-        if path is not None and not self._names.is_registered(name):
-            return AdapterInfo(name=name, path=path)
-        return adapter_info(self._names.find(name))
+        return self.find(name) or adapter_info(self._names.find(name))
 
     def close(self, error: AioEngineError) -> None:
         """Stop all look-ups; callers that wait for one get ``error``."""

@@ -86,21 +86,6 @@ def test_literal_all_linear(tmp_path: Path) -> None:
     refused(tmp_path, "model.layers.1.mlp.up_proj", "no weights")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_file_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
-    make(tmp_path, dtype=dtype, target_modules=ALL)
-    expected = peft_deltas(tmp_path)
-    for place, (a, b) in read(tmp_path).tensors.items():
-        torch.testing.assert_close(b @ a, expected[place])
-
-
-def test_scaling_is_folded_before_the_one_rounding(adapter: Path) -> None:
-    exact, rounded = read(adapter), read(adapter, dtype=torch.bfloat16)
-    for place, (a, b) in exact.tensors.items():
-        assert torch.equal(rounded.tensors[place][0], a.bfloat16())
-        assert torch.equal(rounded.tensors[place][1], b.bfloat16())
-
-
 def test_keys_with_the_adapter_name(adapter: Path) -> None:
     expected = read(adapter)
 
@@ -113,12 +98,6 @@ def test_keys_with_the_adapter_name(adapter: Path) -> None:
     assert actual.tensors.keys() == expected.tensors.keys()
     assert all(torch.equal(actual.tensors[p][1], expected.tensors[p][1]) for p in actual.tensors)
     assert actual.digest != expected.digest
-
-
-def test_digest_is_that_of_the_content(adapter: Path, saved: Path) -> None:
-    assert read(adapter).digest == read(saved).digest
-    edit_config(adapter, lora_alpha=7)
-    assert read(adapter).digest != read(saved).digest
 
 
 def test_a_bin_file_is_not_read_and_the_error_says_how_to_convert_it(
@@ -169,12 +148,6 @@ UNSUPPORTED: dict[str, Any] = {
 def test_unsupported_or_malformed_config(adapter: Path, field: str) -> None:
     edit_config(adapter, **{field: UNSUPPORTED[field]})
     refused(adapter, CONFIG, field)
-
-
-@pytest.mark.parametrize("value", ["pissa", "olora", "corda", "loftq", "lora_ga"])
-def test_inits_that_change_the_base(adapter: Path, value: str) -> None:
-    edit_config(adapter, init_lora_weights=value)
-    refused(adapter, CONFIG, value, "base model")
 
 
 @pytest.mark.parametrize("value", [-1, 0, 1.5, "8", True])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import peft
 import pytest
 import torch
 from support.peft_files import (
@@ -176,34 +175,6 @@ def test_base_weights_saved_along(tmp_path: Path, module: str, dtype: torch.dtyp
 def test_resized_embeddings(tmp_path: Path) -> None:
     make(tmp_path, target_modules=["q_proj"], save={"save_embedding_layers": True})
     refused(tmp_path, WEIGHTS, "lm_head", "resized", target_modules=TARGETABLE_MODULES)
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "bias": ({"bias": "lora_only"}, "bias"),
-    "layer replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, "pissa"),
-    "fast PiSSA": ({"init_lora_weights": "pissa_niter_2"}, "pissa_niter_2"),
-    "OLoRA": ({"init_lora_weights": "olora"}, "olora"),
-}
-
-
-@pytest.mark.parametrize(("options", "word"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_with_the_reason(tmp_path: Path, options: dict[str, Any], word: str) -> None:
-    make(tmp_path, target_modules=["q_proj"], **options)
-    refused(tmp_path, CONFIG, word, target_modules=TARGETABLE_MODULES)
-
-
-OTHER_TYPES = {
-    "IA3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "OFT": peft.OFTConfig(target_modules=["q_proj"]),
-    "PROMPT_TUNING": peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
-}
-
-
-@pytest.mark.parametrize("kind", OTHER_TYPES)
-def test_other_methods_are_refused(tmp_path: Path, kind: str) -> None:
-    peft.get_peft_model(base_model(), OTHER_TYPES[kind]).save_pretrained(str(tmp_path))
-    refused(tmp_path, CONFIG, kind, "only 'LORA'")
 
 
 def test_an_adapter_for_another_model(tmp_path: Path) -> None:

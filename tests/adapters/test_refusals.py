@@ -21,16 +21,6 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "sql"
 
 
-def test_only_weights(adapter: Path) -> None:
-    (adapter / CONFIG).unlink()
-    refused(adapter, f"no {CONFIG}, only weights", "save_pretrained")
-
-
-def test_only_a_configuration(adapter: Path) -> None:
-    (adapter / WEIGHTS).unlink()
-    refused(adapter, WEIGHTS, "adapter_model.bin", "save_pretrained")
-
-
 def test_a_merged_model(adapter: Path) -> None:
     for file in (CONFIG, WEIGHTS):
         (adapter / file).unlink()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable
 
 from aioengine import errors, events
@@ -15,8 +14,6 @@ from aioengine.core.adapters.failures import frameless
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.transfers import log_failure
 
-logger = logging.getLogger("aioengine")
-
 MAX_LOOKUPS = 128
 """Maximum look-ups under way at once. A tenant's next name waits while the tenant has as many look-ups under
 way as there are free places. So a single tenant can take half of the places, and some always remain for
@@ -24,6 +21,7 @@ others."""
 
 Tenant = str | None
 Key = tuple[str, str | None]
+"""A name, and what is looked up for it."""
 
 
 class _Lookup:
@@ -34,7 +32,7 @@ class _Lookup:
         """Done when the look-up may begin."""
         self.charged: Tenant = None
         """The tenant in whose turn it began."""
-        self.waiting: dict[Tenant, int] = {}
+        self.waiting: Counter[Tenant] = Counter()
         """Number of waiting callers, by tenant."""
 
 
@@ -42,23 +40,22 @@ class Resolution:
     """Shared look-ups.
 
     A look-up that no caller waits for any more is cancelled; results are not cached. No look-up may take
-    longer than ``timeout`` seconds once it has begun. ``failed`` is called for each one that fails. Tenants
-    take turns in starting look-ups; a name that several tenants wait for starts at the first turn of any of
-    them.
+    longer than ``timeout`` seconds once it has begun. Tenants take turns in starting look-ups; a name that
+    several tenants wait for starts at the first turn of any of them.
     """
 
     def __init__(
-        self, stepper: EngineLoop, resolver: AdapterResolver | None, timeout: float | None = None
+        self, loop: EngineLoop, resolver: AdapterResolver | None, timeout: float | None = None
     ) -> None:
-        self._stepper = stepper
+        self._loop = loop
         self._resolver = resolver
         self._timeout = timeout
         self._sources = AdapterSources()
         self._lookups: dict[Key, _Lookup] = {}
-        self._queues: OrderedDict[Tenant, OrderedDict[Key, _Lookup]] = OrderedDict()
+        self._queues: dict[Tenant, dict[Key, _Lookup]] = {}
         """Look-ups that each tenant waits for and that have not begun, in the order of turns; none is
         empty."""
-        self._under_way: dict[Tenant, int] = {}
+        self._under_way: Counter[Tenant] = Counter()
         self._closed: errors.AioEngineError | None = None
 
     def can_resolve(self, name: str) -> bool:
@@ -80,43 +77,49 @@ class Resolution:
         """
         if self._closed is not None:
             raise self._closed
-        key = name, source
-        lookup = self._lookups.get(key)
-        if lookup is None:
-            lookup = self._lookups[key] = _Lookup(key)
-            ask = self._ask(lookup, name, source)
-            lookup.task = asyncio.get_running_loop().create_task(ask, name=f"aioengine-resolve-{name}")
-            lookup.task.add_done_callback(lambda task: self._ended(lookup))
-        self._join(lookup, tenant)
+        lookup = self._lookups.get((name, source)) or self._add((name, source))
+        lookup.waiting[tenant] += 1
+        if not lookup.turn.done():
+            self._queues.setdefault(tenant, {})[lookup.key] = lookup
+            self._begin_next()
 
         def ended() -> bool:
             check()
             return lookup.task.done() or self._closed is not None
 
         try:
-            await self._stepper.until(ended, name)
+            await self._loop.until(ended, name)
         finally:
-            self._leave(lookup, tenant)
+            lookup.waiting -= Counter({tenant: 1})
+            if tenant not in lookup.waiting:
+                self._unqueue(lookup, tenant)
+            if not lookup.waiting and not lookup.task.done():
+                self._forget(lookup)
+                lookup.task.cancel()
         if self._closed is not None:
             raise self._closed
         if lookup.task.cancelled():
             raise errors.AdapterLoadError("its resolver was cancelled; try again", name=name, transient=True)
         return lookup.task.result()
 
+    def _add(self, key: Key) -> _Lookup:
+        lookup = self._lookups[key] = _Lookup(key)
+        ask = self._ask(lookup, *key)
+        lookup.task = asyncio.get_running_loop().create_task(ask, name=f"aioengine-resolve-{key[0]}")
+        lookup.task.add_done_callback(lambda _: self._ended(lookup))
+        return lookup
+
     async def _ask(self, lookup: _Lookup, name: str, source: str | None) -> str:
         await lookup.turn
         try:
             if source is not None:
-                path = self._sources.resolve_path(name, source)
-                return str(await within(self._timeout, name, path))
+                return str(await within(self._timeout, name, self._sources.resolve_path(name, source)))
             assert self._resolver is not None
             found: object = await within(self._timeout, name, self._resolver.resolve(name))
-        except (errors.AdapterError, errors.ConfigError):
-            raise
-        except asyncio.CancelledError:
+        except (errors.AdapterError, errors.ConfigError, asyncio.CancelledError):
             raise
         except BaseException as error:
-            self._stepper.foreign.failed("resolver", self._resolver, error, f"adapter {name!r}")
+            self._loop.foreign.failed("resolver", self._resolver, error, f"adapter {name!r}")
             raise errors.AdapterLoadError(
                 f"its resolver raised an unexpected {type(error).__name__}: {error}", name=name
             ) from error
@@ -128,30 +131,15 @@ class Resolution:
         self._queues.clear()
         for lookup in list(self._lookups.values()):
             lookup.task.cancel()
-            self._stepper.ask_again(lookup.key[0])
+            self._loop.ask_again(lookup.key[0])
 
     # Turns
-
-    def _join(self, lookup: _Lookup, tenant: Tenant) -> None:
-        lookup.waiting[tenant] = lookup.waiting.get(tenant, 0) + 1
-        if not lookup.turn.done():
-            self._queues.setdefault(tenant, OrderedDict())[lookup.key] = lookup
-            self._begin_next()
-
-    def _leave(self, lookup: _Lookup, tenant: Tenant) -> None:
-        lookup.waiting[tenant] -= 1
-        if lookup.waiting[tenant] == 0:
-            del lookup.waiting[tenant]
-            self._unqueue(lookup, tenant)
-        if not lookup.waiting and not lookup.task.done():
-            self._forget(lookup)
-            lookup.task.cancel()
 
     def _begin_next(self) -> None:
         """Start as many look-ups as there is room for."""
         while True:
-            free = MAX_LOOKUPS - sum(self._under_way.values())
-            able = (item for item in self._queues.items() if self._under_way.get(item[0], 0) < free)
+            free = MAX_LOOKUPS - self._under_way.total()
+            able = (item for item in self._queues.items() if self._under_way[item[0]] < free)
             tenant, queue = next(able, (None, None))
             if queue is None:
                 return
@@ -159,14 +147,14 @@ class Resolution:
             for waiter in lookup.waiting:
                 self._unqueue(lookup, waiter)
             if tenant in self._queues:
-                self._queues.move_to_end(tenant)
+                self._queues[tenant] = self._queues.pop(tenant)  # the last one in turn
             lookup.charged = tenant
-            self._under_way[tenant] = self._under_way.get(tenant, 0) + 1
+            self._under_way[tenant] += 1
             lookup.turn.set_result(None)
 
     def _unqueue(self, lookup: _Lookup, tenant: Tenant) -> None:
-        queue = self._queues.get(tenant)
-        if queue is not None and queue.get(lookup.key) is lookup:
+        queue = self._queues.get(tenant, {})
+        if queue.get(lookup.key) is lookup:
             del queue[lookup.key]
             if not queue:
                 del self._queues[tenant]
@@ -174,37 +162,27 @@ class Resolution:
     def _ended(self, lookup: _Lookup) -> None:
         self._forget(lookup)
         if lookup.turn.done() and not lookup.turn.cancelled():
-            self._under_way[lookup.charged] -= 1
-            if self._under_way[lookup.charged] == 0:
-                del self._under_way[lookup.charged]
+            self._under_way -= Counter({lookup.charged: 1})
         for tenant in lookup.waiting:  # it was cancelled before its turn
             self._unqueue(lookup, tenant)
-        error = (
-            None if lookup.task.cancelled() else lookup.task.exception()
-        )  # read, even if nobody waits: asyncio would log it
-        if isinstance(error, (errors.AdapterError, errors.ConfigError)) and not isinstance(
-            error, errors.AdapterNotFound
-        ):
-            self._stepper.report(_failure(lookup.key[0], error))
+        name, now = lookup.key[0], asyncio.get_running_loop().time()
+        # Read even if nobody waits, because asyncio would log it.
+        error = None if lookup.task.cancelled() else lookup.task.exception()
+        reason: events.LoadFailure = "invalid" if isinstance(error, errors.AdapterInvalid) else "io"
+        if isinstance(error, errors.ConfigError):
+            self._loop.report(events.ResolverFailed(time=now, adapter=name, reason="internal", error=error))
+        elif isinstance(error, errors.AdapterError) and not isinstance(error, errors.AdapterNotFound):
+            self._loop.report(events.ResolverFailed(time=now, adapter=name, reason=reason, error=error))
         if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
-            name, names = lookup.key[0], self._stepper.core.residency.names
-            names.fail(name, frameless(error), asyncio.get_running_loop().time())
+            names = self._loop.core.residency.names
+            names.fail(name, frameless(error), now)
             log_failure(names.failures(name), name, error)
-        self._stepper.ask_again(lookup.key[0])
+        self._loop.ask_again(name)
         self._begin_next()
 
     def _forget(self, lookup: _Lookup) -> None:
         if self._lookups.get(lookup.key) is lookup:
             del self._lookups[lookup.key]
-
-
-def _failure(name: str, error: errors.AdapterError | errors.ConfigError) -> events.ResolverFailed:
-    reason: events.LoadFailure = "internal" if isinstance(error, errors.ConfigError) else "io"
-    if isinstance(error, errors.AdapterInvalid):
-        reason = "invalid"
-    return events.ResolverFailed(
-        time=asyncio.get_running_loop().time(), adapter=name, reason=reason, error=error
-    )
 
 
 def _folder(name: str, found: object) -> str:

@@ -7,7 +7,8 @@ gains or shifts (DoRA, biases): then it is a mix of one."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.state import AdapterEntry, AdapterFiles, Owner
@@ -22,44 +23,40 @@ MAX_KEPT = 256
 
 
 class Mix:
-    """The files of a mix; those of parts that were given in memory are shared until it is released."""
+    """The files of a mix. Those of parts that were given in memory are shared until it is released."""
 
     nbytes = 0
 
-    def __init__(self, parts: list[tuple[AdapterEntry, float]]) -> None:
-        self.name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in parts)
-        self.labels = {entry.label for entry, _ in parts}
+    def __init__(self, name: str, parts: Sequence[tuple[AdapterEntry, float]]) -> None:
+        self.name = name
         self.parts = parts
-        self._shared: dict[int, AdapterFiles] = {}
-
-    def hold(self) -> None:
-        """Keep the files of parts that were given in memory, until :meth:`release`."""
-        self._shared = {e.uid: e.files.share() for e, _ in self.parts if e.files is not None}
+        self._shared = {e.uid: e.files.share() for e, _ in parts if e.files is not None}
 
     @property
     def files(self) -> MixFiles:
-        parts = (
-            MixPart(
-                entry.label, entry.path, weight, entry.digest or entry.expected, self._held(entry), entry.uid
-            )
-            for entry, weight in self.parts
-        )
+        parts = []
+        for entry, weight in self.parts:
+            held = self._shared[entry.uid].files if entry.uid in self._shared else None
+            held = held if isinstance(held, HeldFiles) else None
+            digest = entry.digest or entry.expected
+            parts.append(MixPart(entry.label, entry.path, weight, digest, held, entry.uid))
         return MixFiles(tuple(parts))
-
-    def _held(self, entry: AdapterEntry) -> HeldFiles | None:
-        files = self._shared[entry.uid].files if entry.uid in self._shared else None
-        return files if isinstance(files, HeldFiles) else None
 
     def share(self) -> AdapterFiles:
         raise AdapterInvalid("a mix has no versions: load its parts", name=self.name)
 
-    @property
-    def outdated(self) -> bool:
-        return any(entry.retired for entry, _ in self.parts)
-
     def release(self) -> None:
         for files in self._shared.values():
             files.release()
+
+
+def is_mix(entry: AdapterEntry) -> bool:
+    return isinstance(entry.files, Mix)
+
+
+def parts_of(entry: AdapterEntry) -> list[AdapterEntry]:
+    """Return the parts of a mix; of any other adapter itself."""
+    return [part for part, _ in entry.files.parts] if isinstance(entry.files, Mix) else [entry]
 
 
 class Mixes:
@@ -82,9 +79,7 @@ class Mixes:
         self._acquire = acquire
         self._read_once = read_once
         self._known: dict[str, AdapterEntry] = {}
-        self._of: dict[str | None, dict[str, None]] = {}
-        """Each tenant's mixes by name, the least recently asked for first."""
-        self._owners: dict[str, str | None] = {}
+        """The one that was asked for least recently is first."""
         self._made = 0
 
     async def acquire(
@@ -94,44 +89,37 @@ class Mixes:
         made first. Raises as the look-up of its parts does, and EngineOverloaded if its tenant has too many
         other mixes in use."""
         parts: dict[str, AdapterEntry] = {}
-        while (
-            wanted := next((name for name in weights if not self._is_up_to_date(name, parts)), None)
-        ) is not None:
-            parts[wanted] = await self._acquire(wanted, tenant)
-            await self._read_once(parts[wanted])
-        found: dict[AdapterEntry, float] = {}
+        while wanted := [name for name in weights if not self._is_up_to_date(name, parts)]:
+            parts[wanted[0]] = await self._acquire(wanted[0], tenant)
+            await self._read_once(parts[wanted[0]])
+        found: dict[AdapterEntry, float] = defaultdict(float)
         for name, weight in weights.items():  # one may be named with its version and without
-            found[parts[name]] = found.get(parts[name], 0.0) + weight
-        if len(found) == 1:
+            found[parts[name]] += weight
+        if len(found) == 1 and parts[next(iter(weights))].scalable:
             [(only, scale)] = found.items()
-            if only.scalable:
-                return only, scale
+            return only, scale
         # Two versions of one adapter are in the order of their content: each engine counts its own.
-        mix = Mix(sorted(found.items(), key=lambda part: (part[0].label, part[0].digest, part[1])))
-        name = mix.name
+        ordered = sorted(found.items(), key=lambda part: (part[0].label, part[0].digest, part[1]))
+        name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in ordered)
         self._residency.names.check_worth_a_try(name, now)
         known = self._known.get(name)
         if known is None or known.retired:
             self._drop_outdated(now)
-        if self._owners.get(name, _NOBODY) != tenant:
-            self._make_room(tenant, now)
+        if known is None or known.retired or known.owner != Owner(tenant):
+            self._make_room(tenant, now, besides=name)
         if known is None or known.retired:
-            self._forget(name)
-            self._made += 1
-            mix.hold()
-            known = self._declare(mix, now)
+            known = self._declare(Mix(name, ordered), now)
         known.owner = Owner(tenant)
-        self._forget(name)
-        self._known[name], self._owners[name] = known, tenant
-        self._of.setdefault(tenant, {})[name] = None
+        self._known.pop(name, None)
+        self._known[name] = known
         return known, 1.0
 
     def _declare(self, mix: Mix, now: float) -> AdapterEntry:
         """Make a mix known. Its size is about that of its parts together."""
+        self._made += 1
         entry = self._residency.declare(mix.name, "mix:" + mix.name, files=mix, version=self._made)
-        entries = [entry for entry, _ in mix.parts]
-        nbytes = sum(part.nbytes for part in entries), sum(part.slot_nbytes for part in entries)
-        self._residency.set_size(entry, *nbytes)
+        parts = parts_of(entry)
+        self._residency.set_size(entry, sum(e.nbytes for e in parts), sum(e.slot_nbytes for e in parts))
         self._residency.publish(entry, now)
         return entry
 
@@ -139,66 +127,43 @@ class Mixes:
         """Whether what a name stands for is among ``parts``. While another is looked up, it may be replaced,
         which a name with a version allows, or unloaded."""
         entry = parts.get(name)
-        lives = entry is not None and entry.uid in self._residency.entries
-        return lives and ("@" in name or not parts[name].retired)
-
-    def is_mix(self, entry: AdapterEntry) -> bool:
-        return isinstance(entry.files, Mix)
-
-    def is_made_of(self, entry: AdapterEntry, part: AdapterEntry) -> bool:
-        """Whether an adapter is this one, or a mix with it."""
-        files = entry.files
-        return entry is part or (isinstance(files, Mix) and any(own is part for own, _ in files.parts))
+        return (
+            entry is not None and entry.uid in self._residency.entries and ("@" in name or not entry.retired)
+        )
 
     def forget(self, label: str, now: float) -> None:
         """Retire all mixes that contain this adapter, because it is being unloaded."""
         for name, entry in list(self._known.items()):
-            if isinstance(entry.files, Mix) and label in entry.files.labels:
+            if any(part.label == label for part in parts_of(entry)):
                 self._retire(name, now)
 
     def _drop_outdated(self, now: float) -> None:
         for name, entry in list(self._known.items()):
-            old = isinstance(entry.files, Mix) and entry.files.outdated
-            if entry.retired or (old and not _is_used(entry)):
+            if entry.retired or (any(part.retired for part in parts_of(entry)) and not _is_used(entry)):
                 self._retire(name, now)
 
-    def _make_room(self, tenant: str | None, now: float) -> None:
+    def _make_room(self, tenant: str | None, now: float, *, besides: str) -> None:
         """Make room for one more mix of a tenant. Raises EngineOverloaded if all of its own are in use."""
-        own = self._of.get(tenant, {})
-        if len(own) >= MAX_MIXES:
-            idle = self._idle(own)
-            if idle is None:
+        idle = [name for name, entry in self._known.items() if name != besides and not _is_used(entry)]
+        counts = Counter(entry.owner for entry in self._known.values())
+        if counts[Owner(tenant)] >= MAX_MIXES:
+            own = next((name for name in idle if self._known[name].owner == Owner(tenant)), None)
+            if own is None:
                 who = "requests without a tenant have" if tenant is None else f"tenant {tenant!r} has"
                 raise EngineOverloaded(
                     f"{who} {MAX_MIXES} mixes of adapters in use, which is the maximum; try again later"
                 )
-            self._retire(idle, now)
-        if len(self._known) >= MAX_KEPT:  # those of whoever has most go first
-            for names in sorted(self._of.values(), key=len, reverse=True):
-                while len(self._known) >= MAX_KEPT and (idle := self._idle(names)) is not None:
-                    self._retire(idle, now)
-
-    def _idle(self, names: Iterable[str]) -> str | None:
-        """Return the first that no request uses."""
-        known = self._known
-        return next((name for name in names if not _is_used(known[name])), None)
+            idle.remove(own)
+            self._retire(own, now)
+        idle.sort(key=lambda name: -counts[self._known[name].owner])  # of whoever has most
+        for name in idle[: max(0, len(self._known) - MAX_KEPT + 1)]:
+            self._retire(name, now)
 
     def _retire(self, name: str, now: float) -> None:
-        entry = self._known[name]
-        self._forget(name)
+        entry = self._known.pop(name)
         if not entry.retired:
             self._residency.retire(entry, now)
-
-    def _forget(self, name: str) -> None:
-        if self._known.pop(name, None) is not None:
-            tenant = self._owners.pop(name)
-            del self._of[tenant][name]
-            if not self._of[tenant]:
-                del self._of[tenant]
 
 
 def _is_used(entry: AdapterEntry) -> bool:
     return bool(entry.running or entry.waiting)
-
-
-_NOBODY = object()

@@ -6,40 +6,25 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from aioengine.adapters.names import check_name
 from aioengine.adapters.peft.held import MAX_HELD, HeldAdapter, hold_files, hold_tensors
-from aioengine.core.state import AdapterFiles
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.info import AdapterInfo
+from aioengine.runtime.adapters import AdapterOps
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class Loads(Protocol):
-    """The part of ``AdapterOps`` that this module needs."""
-
-    async def load(
-        self,
-        name: str,
-        path: str,
-        *,
-        pin: bool,
-        replace: bool,
-        force_pin: bool = False,
-        held: AdapterFiles | None = None,
-    ) -> AdapterInfo: ...
-    def holds(self, held: AdapterFiles) -> bool: ...
 
 
 class HeldAdapters:
     """Copies adapters that are given in memory, in the thread of ``work``, and loads them. All copies
     together may take ``most`` bytes."""
 
-    def __init__(self, adapters: Loads, work: ThreadPoolExecutor, most: int) -> None:
+    def __init__(self, adapters: AdapterOps, work: ThreadPoolExecutor, most: int) -> None:
         self._adapters = adapters
         self._work = work
         self._most = most
@@ -58,10 +43,9 @@ class HeldAdapters:
         replace: bool,
         force_pin: bool = False,
     ) -> AdapterInfo:
-        nbytes = _nbytes(tensors)
-        held = await self._hold(
-            name, nbytes, lambda path, room: hold_tensors(name, path, tensors, config, room=room)
-        )
+        values = tensors.values() if isinstance(tensors, Mapping) else ()
+        nbytes = sum(getattr(tensor, "nbytes", 0) for tensor in values)  # others are refused later
+        held = await self._hold(name, nbytes, partial(hold_tensors, tensors=tensors, config=config))
         return await self._load(name, held, pin=pin, replace=replace, force_pin=force_pin)
 
     async def load_state(
@@ -83,9 +67,7 @@ class HeldAdapters:
     async def load_files(
         self, name: str, config: bytes, weights: memoryview, *, pin: bool, replace: bool
     ) -> AdapterInfo:
-        held = await self._hold(
-            name, len(weights), lambda path, room: hold_files(name, path, config, weights, room=room)
-        )
+        held = await self._hold(name, len(weights), partial(hold_files, config=config, weights=weights))
         return await self._load(name, held, pin=pin, replace=replace, force_pin=False)
 
     async def _load(
@@ -105,11 +87,12 @@ class HeldAdapters:
         for held in self._living:
             held.release()
 
-    async def _hold(self, name: str, nbytes: int, hold: Callable[[str, int], HeldAdapter]) -> HeldAdapter:
+    async def _hold(self, name: str, nbytes: int, hold: Callable[..., HeldAdapter]) -> HeldAdapter:
+        """Copy an adapter of ``nbytes`` with ``hold(name, path, room=...)``."""
         self._given += 1
         path = f"memory:{self._given}"
         check_name(name, path)
-        living = [held for held in self._living if held.alive]
+        living = [held.nbytes for held in self._living if held.alive]
         count = len(living) + len(self._coming)
         if count >= MAX_HELD:
             raise AdapterLoadError(
@@ -118,18 +101,13 @@ class HeldAdapters:
                 name=name,
                 path=path,
             )
-        room = self._most - sum(held.nbytes for held in living) - sum(self._coming)
+        room = self._most - sum(living) - sum(self._coming)
         self._coming.append(nbytes)
         try:
             # If the caller is cancelled, the copy still ends, and is freed then.
-            held = await asyncio.get_running_loop().run_in_executor(self._work, hold, path, room)
+            work = partial(hold, name, path, room=room)
+            held = await asyncio.get_running_loop().run_in_executor(self._work, work)
         finally:
             self._coming.remove(nbytes)
         self._living.add(held)
         return held
-
-
-def _nbytes(tensors: object) -> int:
-    """Add up the bytes of the tensors; values that are no tensors are refused later."""
-    values = tensors.values() if isinstance(tensors, Mapping) else ()
-    return sum(getattr(tensor, "nbytes", 0) for tensor in values)
