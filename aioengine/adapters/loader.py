@@ -126,8 +126,6 @@ class BaseLoader(ABC, Generic[R]):
         """
         name, path = order.name, order.path
         start = time.perf_counter()
-        if (reason := self._obstacle(path)) is not None:
-            raise _obstructed(reason, name, path)
         progress = Progress(path)
         stop_watching = self._watch(progress, order.stalled)
         try:
@@ -165,12 +163,19 @@ class BaseLoader(ABC, Generic[R]):
     # Reads that hang
 
     async def _until_unobstructed(self, name: str, path: str) -> None:
-        """Wait for abandoned reads; raises AdapterLoadError if they still hang after ``grace``."""
+        """Wait for abandoned reads. Raises AdapterLoadError if they still hang after ``grace``, or others
+        hang."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._grace
         while (reason := self._obstacle(path, abandoned=True)) is not None:
-            if loop.time() >= end:
-                raise _obstructed(reason, name, path)
+            if loop.time() >= end or self._obstacle(path) is not None:
+                raise AdapterLoadError(
+                    f"not read, because {reason}; it is read again when that has ended: check the disk or "
+                    "the network mount",
+                    name=name,
+                    path=path,
+                    transient=True,
+                )
             await asyncio.sleep(POLL_SECONDS)
 
     def _obstacle(self, path: str, *, abandoned: bool = False) -> str | None:
@@ -278,16 +283,6 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         before."""
         await self._threads.wait(STOP_SECONDS)
         self.store.clear()
-
-
-def _obstructed(reason: str, name: str, path: str) -> AdapterLoadError:
-    return AdapterLoadError(
-        f"not read, because {reason}; it is read again when that has ended: check the disk or the network "
-        "mount",
-        name=name,
-        path=path,
-        transient=True,
-    )
 
 
 def _mounts(paths: Sequence[str]) -> list[str]:

@@ -284,10 +284,10 @@ class AdapterOps:
     def busy(self) -> list[AdapterInfo]:
         """Return the registered adapters that hold memory, will soon hold it, or have requests that wait. The
         cost does not grow with the number of registered adapters."""
-        entries = dict.fromkeys((*self._core.cpu.entries.values(), *self._core.queues.heads.values()))
+        waited_for = [entry for entry in self._core.queues.heads.values() if entry is not None]
+        entries = dict.fromkeys([*self._core.cpu.entries.values(), *waited_for])
         current = self._table.current
-        busy = (e for e in entries if e is not None and current.get(e.label) is e and not is_mix(e))
-        return [adapter_info(entry) for entry in busy]
+        return [adapter_info(e) for e in entries if current.get(e.label) is e and not is_mix(e)]
 
     def resident(self) -> Sequence[AdapterInfo]:
         """Return the adapters that hold memory or will soon hold it, mixes included."""

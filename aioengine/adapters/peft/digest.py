@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from threading import Event
 from typing import NamedTuple
 
-from aioengine.adapters.peft.folder import CONFIG_FILE, SAFETENSORS_FILE
-from aioengine.adapters.peft.held import folder_of
+from aioengine.adapters.peft.folder import CONFIG_FILE, SAFETENSORS_FILE, AdapterFolder
 from aioengine.errors import AdapterChanged
 from aioengine.model.pooling import POOLING_FILE
 from aioengine.step import AdapterSource, MixFiles, MixPart
@@ -38,7 +37,7 @@ def content_digest(
         found = [content_digest(part.name, part.path, unwanted, part.files) for part in files.parts]
         digest = "" if unwanted.is_set() else mix_digest(files.parts, [part.digest for part in found])
         return ContentDigest(digest, ";".join(part.version for part in found))
-    folder = folder_of(name, path, files)
+    folder = AdapterFolder(name, path, files=files)
     folder.check()
     sha = hashlib.sha256()
     piece = memoryview(bytearray(_PIECE_BYTES))

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.pack import PackedAdapter, is_finite
+from aioengine.adapters.peft.pack import PackedAdapter
+from aioengine.adapters.peft.values import is_finite
 from aioengine.errors import AdapterInvalid
 from aioengine.model.linear import WeightRows
 from aioengine.model.slots.image import SERIAL_ELEMENTS, image_shape

@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge
+from aioengine.step import HeldFiles
 
 CONFIG_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "adapter_model.safetensors"
@@ -46,17 +47,9 @@ COPY_SECONDS = 10.0
 """A file that is too short, and was written within these seconds, may not be complete yet."""
 
 
-class _Version(NamedTuple):
-    """Version of a file's content, known without reading it."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> _Version:
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Return a version of a file's content, known without reading it."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class OpenFile:
@@ -116,16 +109,22 @@ class OpenFile:
 
 
 class AdapterFolder:
-    """The folder ``path`` of the adapter ``name``, for one attempt to read it."""
+    """The folder ``path`` of the adapter ``name``, for one attempt to read it; or ``files`` in memory in its
+    place."""
 
-    def __init__(self, name: str, path: str, progress: Progress | None = None) -> None:
+    def __init__(
+        self, name: str, path: str, progress: Progress | None = None, files: HeldFiles | None = None
+    ) -> None:
         self.name = name
         self.path = path
         self.progress = progress or Progress()
-        self._versions: dict[str, _Version] = {}
+        self._files = files
+        self._versions: dict[str, tuple[int, ...]] = {}
 
     def check(self) -> None:
         """Raise AdapterLoadError unless the path is a folder."""
+        if self._files is not None:
+            return
         try:
             with self.progress:
                 mode = os.stat(self.path).st_mode
@@ -141,12 +140,18 @@ class AdapterFolder:
 
     def has(self, file: str) -> bool:
         """Return whether there is a file of this name, readable or not."""
+        if self._files is not None:
+            return file in (CONFIG_FILE, SAFETENSORS_FILE)
         with self.progress:
             return os.path.lexists(self._join(file))
 
     @contextmanager
     def open(self, file: str) -> Iterator[OpenFile]:
         """Open ``file`` and note its version. Raises AdapterLoadError; AdapterInvalid if there is none."""
+        if self._files is not None and file == CONFIG_FILE:
+            config = self._files.config
+            yield OpenFile(self, file, io.BytesIO(config), size=len(config), written=0.0)
+            return
         try:
             with self.progress:
                 raw = io.FileIO(self._join(file), opener=_open_without_waiting)
@@ -161,7 +166,7 @@ class AdapterFolder:
                 raise self.unreadable(file, error) from error
             if not stat.S_ISREG(status.st_mode):
                 self.failed(f"{file} is not a regular file")
-            self._versions[file] = _Version.of(status)
+            self._versions[file] = _stamp(status)
             yield OpenFile(self, file, raw, size=status.st_size, written=status.st_mtime)
 
     def check_unchanged(self) -> None:
@@ -174,7 +179,7 @@ class AdapterFolder:
         for file, version in self._versions.items():
             try:
                 with self.progress:
-                    now = _Version.of(os.stat(self._join(file)))
+                    now = _stamp(os.stat(self._join(file)))
             except FileNotFoundError:
                 now = None
             except OSError as error:
@@ -213,7 +218,7 @@ class AdapterFolder:
         raise AdapterTooLarge(f"{CONFIG_FILE}: {reason}", name=self.name, path=self.path)
 
     def _join(self, file: str) -> str:
-        return os.path.join(self.path, file)
+        return os.path.join(self.path, file) if self._files is None else self._files.weights
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import io
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +21,8 @@ import msgspec
 from aioengine.adapters.peft.folder import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
-    SAFETENSORS_FILE,
     AdapterFolder,
-    OpenFile,
 )
-from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterLoadError
 from aioengine.step import HeldFiles
 
@@ -63,39 +59,6 @@ class HeldAdapter:
         """Return the same memory under another owner. Raises AdapterLoadError if too many files are open."""
         with _full(self.name, self.path):
             return HeldAdapter(self.name, self.path, self.files.config, os.dup(self._descriptor), self.nbytes)
-
-
-class HeldFolder(AdapterFolder):
-    """The files as if they were in a folder."""
-
-    def __init__(self, name: str, path: str, files: HeldFiles, progress: Progress | None = None) -> None:
-        super().__init__(name, path, progress)
-        self._files = files
-
-    def check(self) -> None:
-        pass
-
-    def has(self, file: str) -> bool:
-        return file in (CONFIG_FILE, SAFETENSORS_FILE)
-
-    @contextmanager
-    def open(self, file: str) -> Iterator[OpenFile]:
-        if file == CONFIG_FILE:
-            size = len(self._files.config)
-            yield OpenFile(self, file, io.BytesIO(self._files.config), size=size, written=0.0)
-        else:
-            with super().open(file) as opened:
-                yield opened
-
-    def _join(self, file: str) -> str:
-        return self._files.weights
-
-
-def folder_of(
-    name: str, path: str, files: HeldFiles | None, progress: Progress | None = None
-) -> AdapterFolder:
-    """Return the folder at ``path``, or ``files`` in its place."""
-    return AdapterFolder(name, path, progress) if files is None else HeldFolder(name, path, files, progress)
 
 
 def hold_tensors(

@@ -1,12 +1,7 @@
-"""Checks the values of a file's tensors, and packs them for a slot: scaled, and in the slots' dtype.
-
-Works in pieces so small that torch stays in the calling thread. Otherwise each loader thread would have an
-OpenMP team, which competes with the model's step for the cores.
-"""
+"""Checks the values of a file's tensors, and packs them for a slot: scaled, and in the slots' dtype."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -17,10 +12,10 @@ from aioengine.adapters.peft.folder import AdapterFolder
 from aioengine.adapters.peft.part import HEAD_KINDS, TOKEN_KINDS, Part, Place
 from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import Layout
-from aioengine.model.buffer import Arena
+from aioengine.adapters.peft.values import converted, is_finite, pieces_of
 from aioengine.model.parallel.ranges import take
 from aioengine.model.pooling import Head, Kind
-from aioengine.model.slots.image import SERIAL_ELEMENTS, serial_copies, serial_pieces
+from aioengine.model.slots.image import SERIAL_ELEMENTS
 from aioengine.model.slots.tokens import TrainedTokens
 from aioengine.model.spec import NO_LAYER
 
@@ -92,9 +87,9 @@ def pack(
     rows = {(part.place[1], part.kind): tensor for part, tensor in of_kind(*TOKEN_KINDS).items()}
     tokens = layout.embeddings.trained(rows, base_weight, dtype, finite=not allow_nonfinite)
     scalings = {place: target.scaling for place, target in layout.targets.items()}
-    packed = _converted(of_kind("A"), dtype)
-    packed |= _converted(of_kind("B", "bias"), dtype, scalings)
-    packed |= _converted(of_kind("magnitude", *HEAD_KINDS), torch.float32)
+    packed = converted(of_kind("A"), dtype)
+    packed |= converted(of_kind("B", "bias"), dtype, scalings)
+    packed |= converted(of_kind("magnitude", *HEAD_KINDS), torch.float32)
     if not allow_nonfinite:
         _check_finite(folder, layout, {part: key for key, part in parts.items()}, read, packed)
     a, b, magnitudes, biases = (
@@ -125,7 +120,7 @@ def _check_base(folder: AdapterFolder, saved: Tensor, module: str, base: Tensor)
     model."""
     same = base.shape == saved.shape and all(
         torch.equal(ours.to("cpu", saved.dtype), theirs)
-        for ours, theirs in zip(_pieces(base), _pieces(saved), strict=True)
+        for ours, theirs in zip(pieces_of(base), pieces_of(saved), strict=True)
     )
     if not same:
         folder.invalid_weights(
@@ -166,36 +161,3 @@ def _check_finite(
             f"{layout.targets[part.place].name}: the scaled weights overflow {tensor.dtype}; set lora_dtype "
             "to bfloat16 or float32"
         )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity. aminmax propagates NaN, and costs a fraction of isfinite."""
-    return all(math.isfinite(end.item()) for piece in _pieces(tensor) for end in piece.aminmax())
-
-
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    return serial_pieces(tensor.reshape(-1)) if tensor.numel() else ()
-
-
-def _converted(
-    sources: Mapping[Part, Tensor], dtype: torch.dtype, factors: Mapping[Place, float] | None = None
-) -> dict[Part, Tensor]:
-    """Return each source times the factor of its place (None: 1), computed in float32 and rounded once;
-    itself if that changes nothing."""
-    changed = {
-        part: source
-        for part, source in sources.items()
-        if source.dtype != dtype or not source.is_contiguous() or (factors and factors[part.place] != 1.0)
-    }
-    sizes = {part: source.numel() * dtype.itemsize for part, source in changed.items()}
-    memory = Arena(max(1, sum(sizes.values())), len(sizes))
-    found = dict(sources)
-    for part, source in changed.items():
-        found[part] = target = memory.take(sizes[part]).view(dtype).view(source.shape)
-        factor = torch.tensor(factors[part.place] if factors else 1.0)
-        for to, piece in serial_copies(source, target):
-            if source.dtype == dtype:
-                torch.mul(piece, factor, out=to)
-            else:
-                to.copy_(piece.float() * factor)
-    return found

@@ -29,7 +29,6 @@ from aioengine.adapters.peft.folder import (
 )
 from aioengine.adapters.peft.folding.fold import Fold, MethodFold
 from aioengine.adapters.peft.folding.parameters import ParameterFold
-from aioengine.adapters.peft.held import folder_of
 from aioengine.adapters.peft.pack import PackedAdapter, pack
 from aioengine.adapters.peft.part import Part
 from aioengine.adapters.peft.shard_reads import Cut, cuts_of, select
@@ -128,7 +127,7 @@ def read_adapter(
         AdapterInvalid: malformed, unsupported, or made for another base model.
         AdapterTooLarge: a module's rank exceeds that of the slots.
     """
-    folder = folder_of(name, str(path), files, progress)
+    folder = AdapterFolder(name, str(path), progress, files)
     folder.check()
     reader = _Reader(folder, slot, dtype, base_weight, known, allow_nonfinite)
     try:

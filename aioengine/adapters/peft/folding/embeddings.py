@@ -8,9 +8,7 @@ served as the rows that differ from the base model's.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence, Set
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Set
 
 import torch
 from torch import Tensor
@@ -19,16 +17,10 @@ from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, PeftLoraConfig, n
 from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
 from aioengine.adapters.peft.part import Part
 from aioengine.adapters.peft.unsupported import MERGE
-from aioengine.model.slots.image import SERIAL_ELEMENTS
+from aioengine.adapters.peft.values import is_finite
+from aioengine.model.slots.image import SERIAL_ELEMENTS, serial_copies
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, ModelSpec
-
-
-class _Rows(NamedTuple):
-    ids: tuple[int, ...]
-    """In ascending order."""
-    rows: Tensor
-    """[ids, hidden]"""
 
 
 class EmbeddingParts:
@@ -102,29 +94,29 @@ class EmbeddingParts:
 
         Raises AdapterInvalid if there are too many, or values are not finite.
         """
-        found: dict[str, _Rows] = {}
-        for (module, kind), tensor in tensors.items():
+        tables: dict[str, TokenTable] = {}
+        rows: list[Tensor] = []
+        for (module, kind), tensor in sorted(tensors.items()):  # the embeddings' rows come first
             if kind == "tokens":
-                order = sorted(range(len(tensor)), key=self._ids[module].__getitem__)
-                found[module] = _Rows(tuple(sorted(self._ids[module])), _taken(tensor, order, dtype))
-            elif ids := self._differing(module, tensor, base_weight(module)):
-                found[module] = _Rows(tuple(ids), _taken(tensor, ids, dtype))
-        if not found:
+                ids = self._ids[module]
+                order = sorted(range(len(ids)), key=ids.__getitem__)
+                tables[module] = TokenTable(tuple(sorted(ids)), len(rows))
+            elif order := self._differing(module, tensor, base_weight(module)):
+                tables[module] = TokenTable(tuple(order), len(rows))
+            rows += [tensor[row] for row in order]
+        if not rows:
             return None
-        for module, (_, rows) in found.items() if finite else ():
-            if any(not math.isfinite(extreme) for row in rows for extreme in _extremes(row)):
+        whole = torch.empty(len(rows), self._spec.hidden_size, dtype=dtype)
+        copies = [pair for row, to in zip(rows, whole, strict=True) for pair in serial_copies(row, to)]
+        torch._foreach_copy_([to for to, _ in copies], [piece for _, piece in copies])
+        for module, table in tables.items() if finite else ():
+            if not is_finite(whole[table.first : table.first + len(table.ids)]):
                 self._folder.invalid_weights(
                     f"rows of {module} overflow {dtype}, or contain NaN or infinity; set lora_dtype to "
                     "bfloat16 or float32"
                 )
-        embedded = found.get("embed_tokens")
-        embedding = TokenTable() if embedded is None else TokenTable(embedded.ids)
-        headed = found.get("lm_head")
-        head = embedding if self.tied else TokenTable()
-        if headed is not None:
-            head = TokenTable(headed.ids, len(embedding.ids))
-        parts = [part.rows for part in (embedded, headed) if part is not None]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        embedding = tables.get("embed_tokens", TokenTable())
+        head = tables.get("lm_head", embedding if self.tied else TokenTable())
         return TrainedTokens(TokenTables(embedding, head, len(whole)), whole)
 
     def _differing(self, module: str, saved: Tensor, base: Tensor) -> list[int]:
@@ -147,20 +139,3 @@ class EmbeddingParts:
                 f"trainable_token_indices, or {MERGE}"
             )
         return ids
-
-
-def _taken(tensor: Tensor, ids: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Copy some rows, in pieces so small that torch stays in the calling thread."""
-    out = torch.empty(len(ids), tensor.shape[1], dtype=dtype)
-    for at, row in enumerate(ids):
-        for to, piece in zip(_pieces(out[at]), _pieces(tensor[row]), strict=True):
-            to.copy_(piece)
-    return out
-
-
-def _extremes(row: Tensor) -> list[float]:
-    return [extreme.item() for piece in _pieces(row) for extreme in piece.aminmax()]
-
-
-def _pieces(row: Tensor) -> Sequence[Tensor]:
-    return torch.split(row, SERIAL_ELEMENTS)
