@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from aioengine.adapters.names import check_same_path, checked_path
 from aioengine.core.adapters.failures import frameless
 from aioengine.core.adapters.name import AdapterName
+from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterNotFound, AioEngineError
 from aioengine.info import AdapterInfo
@@ -286,8 +287,7 @@ class AdapterOps:
         cost does not grow with the number of registered adapters."""
         waited_for = [entry for entry in self._core.queues.heads.values() if entry is not None]
         entries = dict.fromkeys([*self._core.cpu.entries.values(), *waited_for])
-        current = self._table.current
-        return [adapter_info(e) for e in entries if current.get(e.label) is e and not is_mix(e)]
+        return [adapter_info(e) for e in entries if e.life is Life.CURRENT and not is_mix(e)]
 
     def resident(self) -> Sequence[AdapterInfo]:
         """Return the adapters that hold memory or will soon hold it, mixes included."""
