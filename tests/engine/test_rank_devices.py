@@ -15,7 +15,7 @@ from aioengine.errors import ConfigError
 from aioengine.executors import parts
 from aioengine.executors.process import worker
 from aioengine.executors.ray.actor import RankActor
-from aioengine.model import runner
+from aioengine.model import build as builder
 from aioengine.model.parallel.group import Shard
 
 
@@ -45,7 +45,7 @@ def test_the_gpu_of_a_rank(
     def build(*_: object, device: str, **__: object) -> None:
         raise Chosen(device)
 
-    monkeypatch.setattr(runner, "ModelRunner", build)
+    monkeypatch.setattr(builder, "build_runner", build)
     config = EngineConfig(
         model=str(tiny.model), device="cuda", dtype="bfloat16", executor=executor, tensor_parallel_size=2
     )

@@ -185,7 +185,7 @@ def config_of(root: Path, **fields: Any) -> EngineConfig:
         ({"dtype": "float16"}, "lora_dtype='int8' with dtype='float16'.*set dtype='bfloat16'"),
         (
             {"tensor_parallel_size": 2, "executor": "process", "lora": {"fully_sharded_loras": True}},
-            "lora_dtype='int8' with fully_sharded_loras.*fully_sharded_loras=False",
+            "lora_dtype='int8': with fully_sharded_loras.*fully_sharded_loras=False",
         ),
     ],
 )
