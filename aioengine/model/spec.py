@@ -7,7 +7,10 @@ The file is long because all differences between families are fields of one stru
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -50,6 +53,7 @@ FUSED_MODULES = {
 }
 """The linears of a layer and the modules that each fuses, in the order of its output columns."""
 
+_IN_LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.(.+)")
 _OUTER = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 ModelImpl = Literal["auto", "native", "transformers"]
@@ -143,7 +147,7 @@ class NormNames(msgspec.Struct, frozen=True, kw_only=True):
     mlp_output: str | None = None
 
 
-class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """One decoder-only transformer: Llama's (arXiv:2302.13971) unless the fields with defaults say
     otherwise."""
 
@@ -266,7 +270,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def layers_with(self, module: str) -> int:
         """Return the number of layers in which an adapter may target a module; 1 if it is outside of them."""
-        return 1 if module in EMBEDDING_MODULES else self.num_layers
+        return self._layers_with[module]
+
+    @cached_property
+    def _layers_with(self) -> Counter[str]:
+        return Counter(module for _, module in self._names)
 
     def kind_of(self, module: str) -> str:
         """Return the name under which a module and others like it are counted together."""
@@ -309,27 +317,37 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def adaptable(self) -> Iterator[tuple[int, str]]:
         """Return (layer, module) of all that an adapter may target, those outside of layers first."""
-        yield from ((NO_LAYER, module) for module in EMBEDDING_MODULES)
-        yield from ((layer, module) for layer in range(self.num_layers) for module in self.layer_modules)
+        return iter(self._names)
 
     def module_name(self, layer: int, module: str) -> str:
-        """Return PEFT's name of a module: its path in the Hugging Face model."""
-        if layer == NO_LAYER:
-            return _OUTER[module]
-        block = "mlp" if module in ("gate_proj", "up_proj", GATE_UP, "down_proj") else "self_attn"
-        return f"model.layers.{layer}.{block}.{module}"
+        """Return PEFT's name of a module: its path in the Hugging Face model. Raises KeyError if there is no
+        such module."""
+        return self._names[layer, module]
 
     def find_module(self, name: str) -> tuple[int, str] | None:
-        """Return the (layer, module) that :meth:`module_name` gives this name, for any number of layers."""
-        if name in _OUTER.values():
-            return NO_LAYER, name.rpartition(".")[2]
-        prefix, _, rest = name.partition("model.layers.")
-        number, _, path = rest.partition(".")
-        module = path.rpartition(".")[2]
-        if prefix or module not in self.layer_modules or not number.isdecimal() or len(number) > 6:
-            return None
-        layer = int(number)
-        return (layer, module) if name == self.module_name(layer, module) else None
+        """Return the (layer, module) that :meth:`module_name` gives this name; layers beyond the last have
+        what that has."""
+        found = _IN_LAYER.fullmatch(name)
+        if found is None or int(found[1]) < self.num_layers:
+            return self._places.get(name)
+        last = self._places.get(f"model.layers.{self.num_layers - 1}.{found[2]}")
+        return None if last is None else (int(found[1]), last[1])
+
+    @cached_property
+    def _names(self) -> dict[tuple[int, str], str]:
+        names = {(NO_LAYER, module): name for module, name in _OUTER.items()}
+        for layer in range(self.num_layers):
+            for modules in self.fused(layer).values():
+                names |= {(layer, m): f"model.layers.{layer}.{self.block_of(layer, m)}.{m}" for m in modules}
+        return names
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, str]]:
+        return {name: place for place, name in self._names.items()}
+
+    def block_of(self, layer: int, module: str) -> str:
+        """Return the part of a layer that has a module."""
+        return "mlp" if module in ("gate_proj", "up_proj", GATE_UP, "down_proj") else "self_attn"
 
     def packed_weights(self) -> Iterator[tuple[LinearShape, Packing]]:
         """Yield the weights of :attr:`packed`, with their shapes; an embedding's is that of a head."""

@@ -111,13 +111,6 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
         match = _EXPERT.fullmatch(module)
         return module if match is None else f"experts.{match[2]}"
 
-    def layers_with(self, module: str) -> int:
-        if module in EMBEDDING_MODULES:
-            return 1
-        if module in self._attention_modules:
-            return self.num_layers
-        return len(self.dense_layers) if module in _DENSE else self.num_layers - len(self.dense_layers)
-
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         if layer == NO_LAYER:
             return super().fused(layer)
@@ -161,36 +154,9 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
     def _sparse_layers(self) -> int:
         return self.num_layers - len(self.dense_layers)
 
-    def adaptable(self) -> Iterator[tuple[int, str]]:
-        yield from ((NO_LAYER, module) for module in EMBEDDING_MODULES)
-        for layer in range(self.num_layers):
-            yield from ((layer, module) for modules in self.fused(layer).values() for module in modules)
-
-    def module_name(self, layer: int, module: str) -> str:
-        if layer == NO_LAYER or module in self._attention_modules:
-            return super().module_name(layer, module)
-        block = "mlp" if self.is_dense(layer) else self.names.block
-        return f"model.layers.{layer}.{block}.{module}"
-
-    def find_module(self, name: str) -> tuple[int, str] | None:
-        prefix, _, rest = name.partition("model.layers.")
-        number, _, path = rest.partition(".")
-        module = path.partition(".")[2]
-        if prefix or not number.isdecimal() or len(number) > 6 or path.startswith("self_attn."):
-            return super().find_module(name)
-        layer, match = int(number), _EXPERT.fullmatch(module)
-        if match is not None:
-            known = int(match[1]) < self.experts and match[2] in (
-                self.names.gate,
-                self.names.up,
-                self.names.down,
-            )
-        else:
-            known = module in self.layer_modules
-        dense = module in _DENSE
-        if not known or dense != self.is_dense(layer) or name != self.module_name(layer, module):
-            return None
-        return layer, module
+    def block_of(self, layer: int, module: str) -> str:
+        dense = self.is_dense(layer) or module in self._attention_modules
+        return super().block_of(layer, module) if dense else self.names.block
 
     def bare_parameters(self) -> Iterator[BareParameter]:
         names = self.names

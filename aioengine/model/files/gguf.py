@@ -238,7 +238,8 @@ def iter_stored(
     for name in file.tensors:
         if isinstance(spec, MixtureSpec) and (found := EXPERTS.fullmatch(name)):
             for expert in range(int(file.tensors[name].shape[-1])):
-                module = spec.module_name(int(found[1]), f"experts.{expert}.{getattr(spec.names, found[2])}")
+                block, kind = spec.names.block, getattr(spec.names, found[2])
+                module = f"model.layers.{int(found[1])}.{block}.experts.{expert}.{kind}"
                 yield f"{module}.{found[3]}", StoredTensor(file, name, spec, expert)
         elif name not in (_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS):
             yield _hf_name(file, name), StoredTensor(file, name, spec)

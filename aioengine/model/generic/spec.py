@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -43,7 +42,7 @@ class Stack(NamedTuple):
         return tuple(f"{self.module}.{e}" for e in range(self.experts)) or (self.module,)
 
 
-class GenericSpec(ModelSpec, frozen=True, kw_only=True, dict=True):
+class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     """A decoder of transformers. It does not use the fields of :class:`ModelSpec` that say how a layer
     computes, because its modules know that."""
 
@@ -141,27 +140,9 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True, dict=True):
             names = tuple((self.module_name(stack.layer, module),) for module in stack.modules)
             yield BareParameter(stack.owner, stack.parameter, names)
 
-    def layers_with(self, module: str) -> int:
-        return self._layers_with[self.kind_of(module)]
-
-    @cached_property
-    def _layers_with(self) -> Counter[str]:
-        return Counter([x.module for x in self.linears] + [stack.module for stack in self.stacks])
-
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         linears = {x.module: (x.module,) for x in self.linears if x.layer == layer}
         return linears | {stack.module: stack.modules for stack in self.stacks if stack.layer == layer}
-
-    def adaptable(self) -> Iterator[tuple[int, str]]:
-        return iter(self._names)
-
-    def module_name(self, layer: int, module: str) -> str:
-        """Return PEFT's name of a module, which of an expert ends in its number. Raises KeyError if there is
-        no such linear that adapters can have."""
-        return self._names[layer, module]
-
-    def find_module(self, name: str) -> tuple[int, str] | None:
-        return self._places.get(name)
 
     @cached_property
     def _names(self) -> dict[tuple[int, str], str]:
@@ -172,10 +153,6 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True, dict=True):
                 names[stack.layer, stack.module] = stack.owner
             names |= {(stack.layer, f"{stack.module}.{e}"): f"{path}.{e}" for e in range(stack.experts)}
         return names
-
-    @cached_property
-    def _places(self) -> dict[str, tuple[int, str]]:
-        return {name: place for place, name in self._names.items()}
 
     def quantized_modules(self) -> Iterator[tuple[int, str]]:
         names = set(self.quantizable)
