@@ -238,15 +238,11 @@ class AdapterOps:
 
     @contextmanager
     def _claimed(self, name: str, *, force: bool) -> Iterator[None]:
-        """Context that counts ``name`` as pinned; if the block fails, the pin is removed, unless other
-        callers hold one."""
-        self._table.claim(name, force=force)
-        failed = True
+        """Context of a caller who pins a name."""
         try:
-            yield
-            failed = False
+            with self._table.claim(name, force=force, clock=_now):
+                yield
         finally:
-            self._table.release(name, _now(), failed=failed)
             self._loop.wake()
 
     def _is_in_slot(self, name: str) -> bool:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.device_memory import DeviceMemory
 from support.hostile_policies import Hostile
-from support.rows import RowSim
+from support.rows import RowSim, model
 
 from aioengine.core.adapters.version import LIVES, STATES, Change, WrongChange
 from aioengine.core.state import AdapterEntry, Status
@@ -34,11 +34,6 @@ NAMES = ("a", "b", "c", "d")
 MIXES = (("a", "b"), ("b", "c"), ("c", "a", "d"), ("b",), ("c", "d"))
 SIZES = (400, 1000, 2400, 2600)
 MAX_BYTES = 2500
-
-
-def model(history: list[int]) -> int:
-    """Texts that repeat themselves, so that some drafts are right, and end now and then."""
-    return 1 if sum(history) % 41 == 7 else 2 + history[-1] % 5 + len(history) % 4 // 3
 
 
 class CoreMachine(RuleBasedStateMachine):

@@ -6,17 +6,12 @@ import random
 from typing import Any
 
 import pytest
-from support.rows import RowSim
+from support.rows import RowSim, model
 
 from aioengine import events
 from aioengine.testing import LIMITS
 
 NAMES = (None, "a", "b", "c")
-
-
-def model(history: list[int]) -> int:
-    """Texts that repeat themselves and end now and then."""
-    return 1 if sum(history) % 41 == 7 else 2 + history[-1] % 5 + len(history) % 4 // 3
 
 
 def told(seed: int, steps: int) -> list[Any]:

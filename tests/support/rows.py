@@ -15,6 +15,11 @@ from aioengine.testing import Sim
 EOS = 1
 
 
+def model(history: list[int]) -> int:
+    """Texts that repeat themselves, so that some drafts are right, and end now and then."""
+    return EOS if sum(history) % 41 == 7 else 2 + history[-1] % 5 + len(history) % 4 // 3
+
+
 class Reader:
     """A request's sink. ``stop``: two tokens that stand for a stop string, which may lie over a row's
     edge."""

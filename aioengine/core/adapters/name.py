@@ -7,7 +7,7 @@ version any more. Pins belong to names: the next version of an adapter takes ove
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -235,8 +235,10 @@ class NameTable:
 
     # Pins. The core places a pinned adapter in a slot as soon as one is idle, and never takes it out.
 
-    def claim(self, label: str, *, force: bool) -> None:
-        """Count a name as pinned while it is on its way to a slot, until :meth:`release`.
+    @contextmanager
+    def claim(self, label: str, *, force: bool, clock: Callable[[], float]) -> Iterator[None]:
+        """Context that counts a name as pinned while it is on its way to a slot. If the block fails, it is
+        unpinned, unless it was pinned before or other callers have pinned it too.
 
         Raises ConfigError if that would leave no slot for other adapters; with ``force``, only if this one
         has no slot either.
@@ -254,17 +256,16 @@ class NameTable:
         if not name.claims:
             name.pin_settled = name.pinned
         name.claims += 1
-
-    def release(self, label: str, now: float, *, failed: bool) -> None:
-        """End a claim. If it has failed, the name is unpinned, unless it was pinned before or other callers
-        have pinned it too."""
-        name = self.of(label)
-        if not failed:
+        try:
+            yield
             name.pin_settled = name.pinned
-        elif name.current is not None and not name.pin_settled and name.claims == 1:
-            self._set_pinned(name.current, False, now)
-        name.claims -= 1
-        self.tidy(name)
+        except BaseException:
+            if name.current is not None and not name.pin_settled and name.claims == 1:
+                self._set_pinned(name.current, False, clock())
+            raise
+        finally:
+            name.claims -= 1
+            self.tidy(name)
 
     def pin(self, entry: AdapterEntry, now: float) -> None:
         self._set_pinned(entry, True, now)

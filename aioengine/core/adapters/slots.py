@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from aioengine import events
 from aioengine.core.adapters.arena import Arena, Window
 from aioengine.core.adapters.moves import CopyMove, Move
-from aioengine.core.adapters.version import Change, State
+from aioengine.core.adapters.version import Change, Life, State
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.record_views import CoreSlotView
@@ -49,11 +49,12 @@ class Slot:
 
     @property
     def state(self) -> SlotState:
-        if self.entry is None:
+        entry = self.entry
+        if entry is None:
             return SlotState.FREE
-        if self.loading:
+        if entry.state is State.COPYING:
             return SlotState.LOADING
-        return SlotState.DRAINING if self.entry.retired else SlotState.READY
+        return SlotState.DRAINING if entry.life is Life.RETIRED else SlotState.READY
 
     @property
     def loading(self) -> bool:
