@@ -67,9 +67,10 @@ class StepResults:
         if result.is_plain and len(ends) == 1 and len(tokens) == len(requests) and all(result.counts):
             self._take_one_each(coming, requests)
         else:
+            running = Status.RUNNING
             for index, (request, count) in enumerate(zip(requests, result.counts, strict=True)):
                 first, until = until, until + count
-                if request.status is Status.RUNNING:
+                if request.status is running:
                     self._take_row(coming, index, request, tokens[first:until])
         if len(ends) > 1:
             coming.done.sort(key=lambda end: end[0])

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
-from aioengine.schedulers.policy import Location
+from aioengine.schedulers.policy import Location, SlotState
 
 
 class State(Enum):
@@ -97,6 +97,10 @@ LOCATIONS: Mapping[State, Location] = MappingProxyType(
 )
 """How policies see each state."""
 
+_SLOT_STATES: Mapping[State, SlotState] = MappingProxyType(
+    {State.COPYING: SlotState.LOADING, State.IN_SLOT: SlotState.READY}
+)
+
 
 class WrongChange(Exception):
     """A change that a version's state does not allow. It is a fault of the caller, and nothing has
@@ -110,6 +114,8 @@ class Version:
     state: State = field(init=False, default=State.ON_DISK)
     life: Life = field(init=False, default=Life.NEW)
     location: Location = field(init=False, default=Location.DISK)
+    slot_state: SlotState = field(init=False, default=SlotState.FREE)
+    """The state of its slot; FREE if it has none."""
     published: bool = field(init=False, default=False)
     """Whether it is or was the current version; only then policies know it."""
 
@@ -125,6 +131,9 @@ class Version:
         if life is Life.FREED and state is not State.ON_DISK:
             raise WrongChange(f"{what.value}: a version that is {state.value} must leave first")
         self.life, self.state, self.location = life, state, LOCATIONS[state]
+        self.slot_state = _SLOT_STATES.get(state, SlotState.FREE)
+        if self.retired and self.slot_state is SlotState.READY:
+            self.slot_state = SlotState.DRAINING
         self.published = self.published or life is Life.CURRENT
 
     @property
