@@ -133,7 +133,7 @@ class Core:
         try:
             return self.room.enter(tenant, adapters, now, tokens)
         except EngineOverloaded as error:
-            self._refused(error, tenant, adapters, now)
+            self.guard.emit(_refusal(error, tenant, adapters, now))
             raise
 
     def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
@@ -142,15 +142,8 @@ class Core:
         try:
             self.room.weigh(ticket, tokens, now)
         except EngineOverloaded as error:
-            self._refused(error, ticket.tenant, ticket.adapters, now)
+            self.guard.emit(_refusal(error, ticket.tenant, ticket.adapters, now))
             raise
-
-    def _refused(
-        self, error: EngineOverloaded, tenant: str | None, adapters: Sequence[str], now: float
-    ) -> None:
-        bound = "server" if error.bound is None else error.bound
-        adapter = error.adapter or next(iter(adapters), None)
-        self.guard.emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
 
     def add_request(
         self,
@@ -477,3 +470,11 @@ class Core:
         self.queues.check()
         for request in self.queues:
             assert request.status is Status.WAITING and not request.blocks
+
+
+def _refusal(
+    error: EngineOverloaded, tenant: str | None, adapters: Sequence[str], now: float
+) -> events.RequestRefused:
+    bound = "server" if error.bound is None else error.bound
+    adapter = error.adapter or next(iter(adapters), None)
+    return events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound)
