@@ -47,23 +47,17 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
 _PROBES = frozenset(route.path for route in ROUTES if route.scopes == OPEN)
 _PAGES = frozenset(("", *(route.path for route in ROUTES if route.scopes == METRICS)))
 _NOT_SERVED = {
-    "assistants": "use /v1/chat/completions",
-    "audio": "the model reads and writes text",
-    "batches": "send the requests themselves, as many at once as you like",
-    "containers": "no code is run",
-    "conversations": "nothing is kept; send the whole conversation to /v1/responses",
-    "files": "no files are kept",
-    "fine_tuning": "train elsewhere, and load the adapter",
-    "fine-tunes": "train elsewhere, and load the adapter",
-    "images": "the model reads and writes text",
-    "moderations": "only text generation is served",
-    "realtime": "use /v1/responses with stream: true",
-    "threads": "nothing is kept; send the whole conversation",
-    "uploads": "no files are kept",
-    "vector_stores": "no files are kept",
-    "videos": "the model reads and writes text",
+    "the model reads and writes text": ("audio", "images", "videos"),
+    "no files are kept": ("files", "uploads", "vector_stores"),
+    "train elsewhere, and load the adapter": ("fine_tuning", "fine-tunes"),
+    "nothing is kept; send the whole conversation to /v1/responses": ("conversations", "threads"),
+    "use /v1/chat/completions": ("assistants",),
+    "send the requests themselves, as many at once as you like": ("batches",),
+    "no code is run": ("containers",),
+    "only text generation is served": ("moderations",),
+    "use /v1/responses with stream: true": ("realtime",),
 }
-"""Parts of OpenAI's API that this server lacks, and what to do instead."""
+"""What to do instead of parts of OpenAI's API that this server lacks."""
 
 
 class ServerApp:
@@ -187,9 +181,9 @@ class ServerApp:
     def _refused(self, error: Exception, record: RequestRecord, path: str) -> ApiError:
         if isinstance(error, HTTPException):  # of the routes
             if error.status_code == 404:
-                version, _, rest = path.removeprefix("/").partition("/")
-                why = _NOT_SERVED.get(rest.partition("/")[0]) if version == "v1" else None
-                text = f"there is no {path[:200]}" + ("" if why is None else f": {why}")
+                part = path.removeprefix("/v1/").partition("/")[0] if path.startswith("/v1/") else ""
+                why = next((f": {why}" for why, parts in _NOT_SERVED.items() if part in parts), "")
+                text = f"there is no {path[:200]}{why}"
                 error = ApiError(404, text, code="not_found")
             else:
                 text = f"{record.method} is not allowed for {path[:200]}"
