@@ -18,7 +18,7 @@ from itertools import chain, islice
 from math import inf
 from typing import Any
 
-from aioengine.schedulers.policies.fcfs import by_arrival, cold_by_arrival
+from aioengine.schedulers.arrival import by_arrival, cold_by_arrival
 from aioengine.schedulers.policy import (
     AdapterView,
     PolicyEvent,

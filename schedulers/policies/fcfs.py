@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from heapq import merge
 from itertools import islice
 from math import inf
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
+from aioengine.schedulers.arrival import by_arrival, cold_by_arrival
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.policy import (
     AdapterView,
@@ -103,18 +103,6 @@ class FCFS(SchedulerPolicy):
         return plan
 
 
-def cold_by_arrival(view: SchedulerView) -> Iterator[str]:
-    """Yield the cold adapters in the order of their oldest requests."""
-    adapters = view.adapters
-    return (name for name in view.waiting_adapters if name is not None and adapters[name].slot is None)
-
-
-def by_arrival(view: SchedulerView, names: Iterable[str | None]) -> Iterator[RequestView]:
-    """Yield the requests that wait for these adapters (None: the base model) in order of arrival."""
-    queues = [view.waiting_for(name) for name in names if name is None or view.adapters[name].waiting]
-    return merge(*queues, key=attrgetter("arrival"))
-
-
 UNWANTED, WANTED, BUSY, SETTLING = range(4)
 """Kinds of slots: idle without and with waiting requests, and busy since long or since so short a time that
 the slot is not closed."""
@@ -165,14 +153,14 @@ class SlotPlan:
         left = self._left = self._view.tokens_left if self.closes else {}
         for slot, name, adapter in self._usable:
             if slot.state is SlotState.READY and not adapter.pinned:
-                first = adapter.oldest_arrival
-                oldest = inf if first is None else first
+                oldest = inf if adapter.oldest_arrival is None else adapter.oldest_arrival
                 if adapter.running:
                     kind = SETTLING if policy.placed.get(name, -inf) > settled else BUSY
-                    found.append(HeldSlot(kind, left.get(name, 0), adapter, oldest))
+                    value: float = left.get(name, 0)
                 else:
                     kind = UNWANTED if oldest == inf else WANTED
-                    found.append(HeldSlot(kind, self._score(slot, adapter), adapter, oldest))
+                    value = self._score(slot, adapter)
+                found.append(HeldSlot(kind, value, adapter, oldest))
         return sorted(found, key=itemgetter(0, 1))
 
     def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
