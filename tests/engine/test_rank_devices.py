@@ -14,7 +14,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.executors import parts
 from aioengine.executors.process import worker
-from aioengine.executors.ray.actor import RankActor
+from aioengine.executors.ray.workers import RankActor
 from aioengine.model import build as builder
 from aioengine.model.parallel.group import Shard
 

@@ -15,7 +15,7 @@ from support.ray_nodes import Nodes
 
 from aioengine.errors import ConfigError, EngineDead
 from aioengine.executors.ray import workers
-from aioengine.executors.ray.actor import Place
+from aioengine.executors.ray.workers import Place
 
 needs_ray()
 pytestmark = [pytest.mark.slow, pytest.mark.timed]  # Ray's processes take what a machine has

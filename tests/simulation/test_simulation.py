@@ -92,7 +92,7 @@ def write_over_another(patch: pytest.MonkeyPatch) -> None:
 
 def share_prefixes_between_adapters(patch: pytest.MonkeyPatch) -> None:
     """The prefix cache takes one adapter's KV for another's."""
-    patch.setattr(Request, "cache_key", property(lambda request: b""))
+    patch.setattr(Request, "_cache_key", lambda request, content: b"")
 
 
 def trust_failed_copies(patch: pytest.MonkeyPatch) -> None:

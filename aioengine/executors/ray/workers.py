@@ -10,12 +10,11 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from secrets import token_bytes
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from aioengine.errors import ConfigError, EngineDead
 from aioengine.executors.process.spawn import WorkerConnection
 from aioengine.executors.process.workers import Workers, rank_threads
-from aioengine.executors.ray.actor import RankActor
 from aioengine.executors.ray.address import address, check_address, check_installed, first_line
 from aioengine.memory_plan import resolve_device
 
@@ -26,6 +25,42 @@ JOIN_SECONDS = 3.0
 SECRET_BYTES = 32
 """Length of the secret by which the engine knows each rank's connection."""
 _ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+class Place(NamedTuple):
+    """Address of an actor."""
+
+    host: str
+    """Address of its node."""
+    free_port: int
+    """A port of that node that was free a moment ago."""
+    pid: int
+
+
+class RankActor:
+    """A worker of :mod:`aioengine.executors.process` in the process of a Ray actor, over TCP."""
+
+    def place(self) -> Place:
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.create_server((host, 0)) as server:
+            return Place(host, server.getsockname()[1], os.getpid())
+
+    def run(self, host: str, port: int, greeting: bytes) -> None:
+        """Serve the engine that listens at this address, until it is gone; then this process ends."""
+        import ray
+
+        from aioengine.executors.process.worker import Worker
+
+        # Ray has done this, unless it was told not to; a rank takes the first GPU that it sees.
+        if gpus := ray.get_gpu_ids():
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        connection = socket.create_connection((host, port), timeout=30)
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.sendall(greeting)
+        Worker(connection).run()
 
 
 class RayWorkers(Workers):
@@ -96,19 +131,16 @@ class RayWorkers(Workers):
         threads = max(1, rank_threads(self.size))
         cuda = resolve_device(self._config.device) == "cuda"
         bundle = {"CPU": float(threads), **({"GPU": 1.0} if cuda else {})}
-        there = ray.cluster_resources()
+        needed = {name: count * self.size for name, count in bundle.items()}
         until = time.monotonic() + JOIN_SECONDS
-        while any(there.get(name, 0) < count * self.size for name, count in bundle.items()):
+        while missing := [name for name in needed if ray.cluster_resources().get(name, 0) < needed[name]]:
             if time.monotonic() > until:
-                break
-            time.sleep(0.1)
-            there = ray.cluster_resources()
-        for name, count in bundle.items():
-            if there.get(name, 0) < count * self.size:
+                name, there = missing[0], ray.cluster_resources().get(missing[0], 0)
                 raise ConfigError(
-                    f"executor='ray': {self.size} ranks need {count * self.size:g} {name}, and the Ray "
-                    f"cluster has {there.get(name, 0):g}; lower tensor_parallel_size, or add nodes"
+                    f"executor='ray': {self.size} ranks need {needed[name]:g} {name}, and the Ray cluster "
+                    f"has {there:g}; lower tensor_parallel_size, or add nodes"
                 )
+            time.sleep(0.1)
         self._group = placement_group([bundle] * self.size, strategy="PACK")
         if not self._group.wait(START_SECONDS):
             raise ConfigError(
