@@ -267,7 +267,7 @@ def test_blocks_are_kept_exactly_while_their_contents_are_pinned(data: st.DataOb
             tokens = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=12))
             hashes = blocks.hash_blocks(b"", tokens, [])
             shared = blocks.match(hashes, len(tokens) - 1)
-            blocks.use(hashes[: len(shared)], now)
+            blocks.pins.use(hashes[: len(shared)], now)
             new = blocks.blocks_for(len(tokens)) - len(shared)
             kept, lost = blocks.kept_beside(shared), blocks.pins_lost
             if blocks.can_allocate(new, shared):
