@@ -63,61 +63,61 @@ class StepResults:
         at ``ends``. ``before`` is filled with what :func:`token_intervals` needs, if that is wanted."""
         longest = max([after - first for first, after in pairwise(ends)], default=0.0)
         coming = _Coming(batch, result, ends, longest, before, [])
-        tokens, until = result.tokens, 0
-        if result.is_plain and len(ends) == 1 and len(tokens) == len(requests) and all(result.counts):
-            self._take_one_each(coming, requests)
-        else:
-            running = Status.RUNNING
-            for index, (request, count) in enumerate(zip(requests, result.counts, strict=True)):
-                first, until = until, until + count
-                if request.status is running:
-                    self._take_row(coming, index, request, tokens[first:until])
+        self._take_rows(coming, requests)
         if len(ends) > 1:
             coming.done.sort(key=lambda end: end[0])
         for time, request, finish in coming.done:
             self._end(request, finish, time, None)
 
-    def _take_one_each(self, coming: _Coming, requests: Sequence[Request]) -> None:
-        """Take in one token of each request: the same as ``_take_row``, but quick, for nearly all tokens."""
-        now, size, before = coming.ends[-1], self._batcher.blocks.block_size, coming.before
-        common = requests[0].last_token
+    def _take_rows(self, coming: _Coming, requests: Sequence[Request]) -> None:
+        """Take in each row. Nearly all are plain decodes that got a token from each step and go on; for these
+        this is the same as ``_take_row``, but quick."""
+        result, ends, before, longest = coming.result, coming.ends, coming.before, coming.longest
+        each, size, plain = len(ends), self._batcher.blocks.block_size, result.is_plain
+        common = requests[0].last_token if requests else None
         """The time of the last token of nearly all."""
         adapters: list[AdapterEntry | None] = []
-        for request, token in zip(requests, coming.result.tokens, strict=True):
-            known, last = request.tokens, request.last_token
+        until = 0
+        for index, (request, count) in enumerate(zip(requests, result.counts, strict=True)):
+            first, until = until, until + count
+            known, last, new = request.tokens, request.last_token, result.tokens[first:until]
             if (
                 not request.decodes
                 or last is None
-                or len(known) + 1 >= request.most_tokens
-                or token in request.stops
+                or count != each
+                or not plain
+                or len(known) + each >= request.most_tokens
+                or not request.stops.isdisjoint(new)
             ):
                 if request.status is Status.RUNNING:
-                    self._take_row(coming, requests.index(request), request, [token])
+                    self._take_row(coming, index, request, new)
                 continue
-            known.append(token)
+            known += new
+            got = each
             if (sink := request.sink) is not None:
-                left = sink.push([token], (), is_stop=False)
+                left = sink.push(new, (), is_stop=False)
                 if left is not None:
-                    coming.done.append((now, request, "stop"))
-                    if left == 0:
-                        known.pop()
-                        request.computed -= 1
-            computed = request.computed + 1
-            if computed % size:
+                    got = left
+                    del known[len(known) - each + got :]
+                    coming.done.append((ends[got - 1], request, "stop"))
+            computed = request.computed + got
+            if computed // size == request.computed // size:
                 request.computed = computed
             else:
-                self._batcher.advance(request, 1)
-            request.last_token = now
-            if last == common:
+                self._batcher.advance(request, got)
+            request.last_token = ends[got - 1]
+            if last == common and got == each:
                 adapters.append(request.adapter)
             elif before is not None:
-                before[request.adapter, last, 1] += 1
-            gap, worst = now - last, request.worst_gap
+                before[request.adapter, last, got] += 1
+            gap, worst = ends[0] - last, request.worst_gap
+            if gap < longest:
+                gap = longest
             if worst is None or gap > worst:
                 request.worst_gap = gap
         if before is not None:
             for adapter, rows in groupby(adapters):  # they are sorted by slot
-                before[adapter, common, 1] += len(list(rows))
+                before[adapter, common, each] += len(list(rows))
 
     def _take_row(self, coming: _Coming, index: int, request: Request, new: Sequence[int]) -> None:
         """Take in the ``new`` tokens of one request: none, one or several."""
