@@ -139,27 +139,6 @@ def hanging() -> Any:
 
 
 @pytest.mark.slow
-async def test_a_read_that_hangs_is_given_up_and_others_go_on(hanging: Hanging) -> None:
-    threads = set(threading.enumerate())
-    store = FakeStore(dead=hanging)
-    loader = loader_of(store, timeout=0.5, retries=2)
-    with pytest.raises(AdapterLoadError, match=r"'dead' \(/adapters/dead\).*load_timeout=0.5 seconds"):
-        await load(loader, 0, "dead")
-    assert (await load(loader, 1, "good")).digest == "good"
-    assert store.kept.keys() == {1}
-    (left,) = set(threading.enumerate()) - threads
-    assert left.daemon
-    with pytest.raises(AdapterLoadError, match="an earlier read of this folder hangs"):
-        await load(loader, 0, "dead")
-    assert set(threading.enumerate()) - threads == {left}
-    hanging.release.set()
-    await loader.close()
-    assert set(threading.enumerate()) <= threads
-    assert not store.kept, "closing frees the cache, and what the late read had to say was dropped"
-    assert (await load(loader, 0, "dead")).digest == "dead"
-
-
-@pytest.mark.slow
 async def test_when_many_reads_hang_no_more_are_started(
     hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,6 @@ from support.peft_files import (
     refused,
 )
 
-from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterTooLarge
 from aioengine.model.spec import LORA_MODULES
 
@@ -118,14 +117,10 @@ def test_a_bin_file_is_not_read_and_the_error_says_how_to_convert_it(
 
 
 UNSUPPORTED: dict[str, Any] = {
-    "peft_type": "IA3",
     "use_dora": "yes",
-    "bias": "all",
     "lora_bias": "yes",
     "ensure_weight_tying": 1,
-    "modules_to_save": ["lm_head"],
     "layer_replication": [[0, 2]],
-    "trainable_token_indices": [3],
     "target_parameters": ["experts.gate"],
     "megatron_config": {"x": 1},
     "use_qalora": True,
@@ -228,17 +223,6 @@ def test_unknown_dtype(adapter: Path) -> None:
     refused(adapter, WEIGHTS, "F64", "BF16")
 
 
-def test_truncated_and_overlong_files(adapter: Path) -> None:
-    content = (adapter / WEIGHTS).read_bytes()
-    for size in (0, 5, 8, 100, len(content) - 1):
-        (adapter / WEIGHTS).write_bytes(content[:size])
-        refused(adapter, WEIGHTS, "truncated")
-    (adapter / WEIGHTS).write_bytes(content + b"x")
-    refused(adapter, WEIGHTS, "malformed")
-    (adapter / WEIGHTS).write_bytes((2**63).to_bytes(8, "little") + content[8:])
-    refused(adapter, WEIGHTS, "truncated")
-
-
 def test_missing_files(adapter: Path, tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", kind=AdapterLoadError)
     refused(adapter / CONFIG, "is a file", kind=AdapterLoadError)
@@ -258,48 +242,12 @@ def test_permission_denied(adapter: Path) -> None:
     refused(adapter, WEIGHTS, "Permission denied", kind=AdapterLoadError)
 
 
-json_values = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(),
-        st.floats(),
-        st.text(max_size=8),
-        st.sampled_from(["q_proj", "all-linear", ".*", "(", 10**400, "LORA", "layers"]),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)
-    ),
-    max_leaves=5,
-)
-FIELDS = ["r", "lora_alpha", "peft_type", "target_modules", "use_rslora", "bias", "rank_pattern"]
-FIELDS += ["alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora"]
-FIELDS += ["init_lora_weights", "modules_to_save", "other"]
-fuzz = settings(
+@settings(
     deadline=None,
     derandomize=True,
     max_examples=200,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-def read_or_refuse(folder: Path) -> PackedAdapter | None:
-    try:
-        return read(folder)
-    except AdapterError:
-        return None
-
-
-@fuzz
-@given(fields=st.dictionaries(st.sampled_from(FIELDS), json_values, min_size=1, max_size=3))
-@pytest.mark.slow
-def test_any_config_is_read_or_refused(adapter: Path, saved: Path, fields: dict[str, Any]) -> None:
-    shutil.copy(saved / CONFIG, adapter / CONFIG)
-    edit_config(adapter, **fields)
-    read_or_refuse(adapter)
-
-
-@fuzz
 @given(data=st.data())
 @pytest.mark.slow
 def test_any_bytes_are_read_or_refused(adapter: Path, saved: Path, data: st.DataObject) -> None:
@@ -314,8 +262,11 @@ def test_any_bytes_are_read_or_refused(adapter: Path, saved: Path, data: st.Data
     for name in (CONFIG, WEIGHTS):
         shutil.copy(saved / name, adapter / name)
     (adapter / file).write_bytes(content)
-    packed = read_or_refuse(adapter)
-    if packed is not None and file == WEIGHTS:
+    try:
+        packed = read(adapter)
+    except AdapterError:
+        return
+    if file == WEIGHTS:
         # What is accepted is also what the safetensors library reads.
         tensors = load_file(adapter / WEIGHTS)
         assert torch.equal(packed.tensors[0, "q_proj"][0], tensors[f"{PREFIX}.lora_A.weight"])

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,29 +57,6 @@ def test_prefix_caching_can_be_turned_off() -> None:
     hashes = blocks.hash_blocks(b"", [1, 2], [])
     blocks.commit(blocks.allocate(1)[0], hashes[0])
     assert blocks.match(hashes, 2) == []
-
-
-@given(st.integers(0, 2**32 - 1), st.booleans())
-def test_random_use_keeps_the_counts_right(seed: int, caching: bool) -> None:
-    rng = random.Random(seed)
-    blocks = BlockManager(rng.randint(1, 12), 2, prefix_caching=caching)
-    held: list[list[int]] = []
-    for _ in range(60):
-        if held and rng.random() < 0.45:
-            blocks.release(held.pop(rng.randrange(len(held))))
-            blocks.check(held)
-            continue
-        tokens = [rng.randint(0, 1) for _ in range(rng.randint(1, 10))]
-        hashes = blocks.hash_blocks(b"", tokens, [])
-        shared = blocks.match(hashes, len(tokens) - 1)
-        new = blocks.blocks_for(len(tokens)) - len(shared)
-        if blocks.can_allocate(new, shared):
-            mine = blocks.allocate(new, shared)
-            assert len(set(mine)) == len(mine)
-            for block, digest in zip(mine, hashes, strict=False):
-                blocks.commit(block, digest)
-            held.append(mine)
-        blocks.check(held)
 
 
 def test_blocks_behind_a_window_are_given_back_once() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from aioengine import events
 from aioengine.core.state import Status
-from aioengine.errors import DeadlineExceeded, EngineOverloaded
+from aioengine.errors import DeadlineExceeded
 from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView
 from aioengine.testing import LIMITS, Sim, next_token
 
@@ -32,18 +32,6 @@ class Scripted(SchedulerPolicy):
 
 def refusals(sim: Sim) -> list[str]:
     return [event.reason for event in sim.of(events.PolicyRefused)]  # type: ignore[attr-defined]
-
-
-def test_base_requests_need_no_slot() -> None:
-    sim = Sim()
-    requests = [sim.add() for _ in range(3)]
-    batch = sim.schedule()
-    assert batch is not None
-    assert [work.slot for work in batch.sequences] == [-1, -1, -1]
-    sim.finish_step()
-    sim.run()
-    assert sim.ended == {r.id: "length" for r in requests}
-    assert sim.core.blocks.num_free == LIMITS.num_blocks
 
 
 def test_an_adapter_is_read_copied_and_only_then_used() -> None:
@@ -162,34 +150,6 @@ def test_replaced_version_finishes_what_it_accepted_and_is_then_freed() -> None:
     assert list(sim.on_cpu) == [new.uid]
 
 
-def test_a_failed_load_fails_only_those_who_wait_for_it() -> None:
-    sim = Sim()
-    sim.register("bad")
-    sim.register("good")
-    bad = [sim.add("bad"), sim.add("bad")]
-    good = [sim.add("good"), sim.add()]
-    sim.schedule()
-    sim.finish_step()
-    sim.finish_load(0, fail=True)
-    sim.run()
-    assert {sim.ended[r.id] for r in bad} == {"error"}
-    assert {sim.ended[r.id] for r in good} == {"length"}
-
-
-def test_a_failed_copy_leaves_the_slot_free() -> None:
-    sim = Sim()
-    entry = sim.register("a")
-    sim.add("a")
-    sim.schedule()
-    sim.finish_load()
-    sim.schedule()
-    sim.finish_copy(fail=True)
-    assert sim.core.slots.slots[0].entry is None
-    assert entry.location is Location.CPU
-    assert sim.ended == {"r1": "error"}
-    sim.core.check()
-
-
 def test_ending_a_request_in_flight_keeps_its_blocks_until_the_step_is_back() -> None:
     sim = Sim()
     request = sim.add()
@@ -224,16 +184,6 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
     assert sim.core.next_deadline() is None
     assert "for adapter 'a' (location: loading)" in str(errors[0])
     assert "adapter" not in str(errors[1])
-
-
-def test_the_bound_on_waiting_requests() -> None:
-    sim = Sim(LIMITS._replace(max_waiting=2))
-    sim.register("a")
-    sim.add("a")
-    sim.add("a")
-    with pytest.raises(EngineOverloaded, match="max_waiting=2"):
-        sim.add()
-    sim.core.check()
 
 
 def test_stop_tokens_end_of_sequence_and_length() -> None:

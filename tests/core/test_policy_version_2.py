@@ -12,7 +12,7 @@ from aioengine.core import Core
 from aioengine.errors import RequestRejected
 from aioengine.lab.costs.view import ModelledCosts
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.schedulers import API_VERSION, Decision, SchedulerPolicy, SchedulerView
+from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS, Sim
 
@@ -33,10 +33,6 @@ class With(SchedulerPolicy):
 
 def refusals(sim: Sim) -> list[tuple[str, str]]:
     return [(e.reason, e.item) for e in sim.events if isinstance(e, events.PolicyRefused)]
-
-
-def test_the_version_is_2() -> None:
-    assert API_VERSION == 2
 
 
 def test_a_waiting_request_that_is_rejected_ends_with_the_reason() -> None:

@@ -50,15 +50,6 @@ def test_a_full_queue_ends_up_shared_and_then_nobody_displaces_anybody() -> None
     assert len(sim.core.queues) == 9
 
 
-def test_with_one_tenant_newcomers_are_refused() -> None:
-    for tenant in ("a", None):
-        sim = Sim(LIMITS._replace(max_waiting=2))
-        first = [sim.add(tenant=tenant) for _ in range(2)]
-        with pytest.raises(EngineOverloaded):
-            sim.add(tenant=tenant)
-        assert list(sim.core.queues.all) == first
-
-
 def test_a_request_that_had_tokens_is_not_displaced() -> None:
     sim = Sim(LIMITS._replace(max_waiting=3, max_num_seqs=3))
     running = [sim.add(tenant="a", max_tokens=20) for _ in range(3)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,8 @@ import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import AsyncEngine
-from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
+from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
 from aioengine.events import AdapterLoading, Event
-
-
-def info(engine: AsyncEngine, name: str) -> object:
-    return next(a for a in engine.adapters() if a.name == name)
 
 
 async def test_register_does_nothing_until_it_is_needed(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -118,62 +113,6 @@ async def test_unload_waits_for_what_runs_and_frees_everything(tiny: Tiny, make_
             await engine.unload_adapter("x")
 
 
-async def test_forced_unload_aborts_what_runs(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        await engine.load_adapter("x", tiny.adapters["rank-3"])
-        running = asyncio.create_task(engine.complete([4, 5], greedy(120), adapter="x"))
-        waiting = asyncio.create_task(engine.complete([4, 5], greedy(100)))
-        while engine.stats().running < 2:
-            await asyncio.sleep(0.001)
-        await engine.unload_adapter("x", force=True)
-        assert (await running).finish_reason == "abort"
-        assert (await waiting).token_ids == tiny.expected([4, 5], 100)
-        assert engine.stats().cpu_adapters == 0
-
-
-async def test_a_pinned_adapter_keeps_its_slot(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        pinned = await engine.load_adapter("keep", tiny.adapters["rank-3"], pin=True)
-        assert pinned.pinned
-        for name in ("qv-only", "rank-4", "rslora", "regex"):
-            engine.register_adapter(name, tiny.adapters[name])
-            await engine.complete([4, 5], greedy(3), adapter=name)
-        (kept,) = (a for a in engine.adapters() if a.name == "keep")
-        assert kept.location == "slot"
-        with pytest.raises(ConfigError, match="max_loras"):
-            await engine.pin_adapter("qv-only")
-        assert not (await engine.unpin_adapter("keep")).pinned
-        assert (await engine.pin_adapter("regex")).pinned
-        for name in ("qv-only", "rank-4"):
-            await engine.complete([4, 5], greedy(3), adapter=name)
-        places = {a.name: a.location for a in engine.adapters()}
-        assert places["keep"] != "slot"
-        assert places["regex"] == "slot"
-
-
-async def test_cancelling_a_load_at_any_moment_leaves_nothing(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        cancelled = 0
-        for k in range(200):
-            task = asyncio.create_task(engine.load_adapter("x", tiny.adapters["rank-3"]))
-            for _ in range(k):
-                await asyncio.sleep(0)
-            task.cancel()
-            try:
-                await task
-            except asyncio.CancelledError:
-                cancelled += 1
-            if "x" in [a.name for a in engine.adapters()]:
-                await engine.unload_adapter("x")
-        assert cancelled > 5
-        await engine.load_adapter("y", tiny.adapters["qv-only"])
-        async with asyncio.timeout(60):  # a read that had begun goes on until it can be dropped
-            while engine.stats().cpu_adapters > 1:
-                await asyncio.sleep(0.001)
-        assert [a.name for a in engine.adapters()] == ["y"]
-        engine.check_invariants()
-
-
 async def test_without_lora_adapters_are_refused(tiny: Tiny) -> None:
     from aioengine import EngineConfig
 
@@ -188,19 +127,6 @@ async def test_without_lora_adapters_are_refused(tiny: Tiny) -> None:
         with pytest.raises(AdapterNotFound):
             await engine.complete([4, 5], adapter="x")
         assert engine.stats().slots == ()
-
-
-async def test_a_load_that_was_given_up_can_be_asked_for_again(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        engine.register_adapter("x", tiny.adapters["rank-3"])
-        for k in range(12):
-            task = asyncio.create_task(engine.load_adapter("x"))
-            for _ in range(k):
-                await asyncio.sleep(0)
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        assert (await engine.load_adapter("x")).location == "cpu"
 
 
 @pytest.mark.slow
@@ -277,30 +203,3 @@ async def test_bad_paths(path: Any, tiny: Tiny, make_engine: MakeEngine) -> None
     async with make_engine(tiny) as engine:
         with pytest.raises(AdapterInvalid, match="path="):
             engine.register_adapter("x", path)
-
-
-async def test_a_version_is_prepared_and_later_committed_or_discarded(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
-    async with make_engine(tiny, max_cpu_loras=3) as engine:
-        await engine.load_adapter("a", tiny.adapters["rank-3"], pin=True)
-        prepared = await engine.versions.prepare("a", tiny.adapters["rank-4"])
-        assert (prepared.version, prepared.location, prepared.pinned) == (2, "cpu", False)
-        old = await engine.complete([4, 5], greedy(4), adapter="a")
-        assert old.token_ids == tiny.expected([4, 5], 4, "rank-3"), "it is not used before it is committed"
-        committed = engine.versions.commit("a")
-        assert (committed.version, committed.pinned) == (2, True)
-        new = await engine.complete([4, 5], greedy(4), adapter="a")
-        assert new.token_ids == tiny.expected([4, 5], 4, "rank-4")
-        with pytest.raises(AdapterNotFound, match="prepared"):
-            engine.versions.commit("a")
-        await engine.versions.prepare("a", tiny.adapters["qv-only"])
-        engine.versions.discard("a")
-        with pytest.raises(AdapterLoadError):
-            await engine.versions.prepare("a", tiny.model.parent / "nowhere")
-        await engine.unload_adapter("a")
-        async with asyncio.timeout(60):
-            while engine._core.residency.entries:  # nothing is left of the versions that were given up
-                await asyncio.sleep(0.001)
-        assert engine.stats().cpu_adapters == 0
-        engine.check_invariants()

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-import torch
-from safetensors.torch import load_file, save_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import (
     AdapterInvalid,
-    AdapterLoadError,
     AdapterNotFound,
-    AdapterTooLarge,
     AioEngineError,
     RequestInvalid,
 )
@@ -169,94 +164,6 @@ async def test_bad_request_arguments(tiny: Tiny, make_engine: MakeEngine) -> Non
         await first.aclose()
 
 
-def edit_config(folder: Path, **fields: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path)
-
-
-def truncate(folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
-    key = next(k for k in tensors if "layers.1.self_attn.v_proj.lora_B" in k)
-    tensors[key] = torch.zeros(33, tensors[key].shape[1])
-
-
-def not_finite(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[next(iter(tensors))][0, 0] = float("nan")
-
-
-BAD: dict[str, tuple[Callable[[Path], Any], type[AioEngineError], tuple[str, ...]]] = {
-    "missing folder": (shutil.rmtree, AdapterLoadError, ()),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), AdapterInvalid, ("adapter_config.json",)),
-    "no weights": (
-        lambda f: (f / "adapter_model.safetensors").unlink(),
-        AdapterInvalid,
-        ("adapter_model.safetensors",),
-    ),
-    "not json": (
-        lambda f: (f / "adapter_config.json").write_text("{"),
-        AdapterInvalid,
-        ("adapter_config.json",),
-    ),
-    "truncated": (truncate, AdapterInvalid, ("adapter_model.safetensors",)),
-    "wrong shape": (
-        lambda f: edit_weights(f, wrong_shape),
-        AdapterInvalid,
-        ("adapter_model.safetensors", "layers.1.self_attn.v_proj.lora_B", "33", "32"),
-    ),
-    "not finite": (lambda f: edit_weights(f, not_finite), AdapterInvalid, ("adapter_model.safetensors",)),
-    "other peft type": (lambda f: edit_config(f, peft_type="IA3"), AdapterInvalid, ("IA3",)),
-    "dora": (lambda f: edit_config(f, use_dora=True), AdapterInvalid, ("use_dora",)),
-    "modules to save": (
-        lambda f: edit_config(f, modules_to_save=["lm_head"]),
-        AdapterInvalid,
-        ("modules_to_save",),
-    ),
-    "bias": (lambda f: edit_config(f, bias="all"), AdapterInvalid, ("bias",)),
-}
-
-
-@pytest.mark.parametrize("how", ["load", "first use"])
-@pytest.mark.parametrize("case", BAD)
-@pytest.mark.slow
-async def test_bad_adapters(case: str, how: str, tiny: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
-    spoil, error_type, words = BAD[case]
-    folder = shutil.copytree(tiny.adapters["rank-4" if case != "wrong shape" else "rank-3"], tmp_path / "bad")
-    spoil(folder)
-    async with make_engine(tiny) as engine, others_undisturbed(engine, tiny):
-        if how == "load":
-            with pytest.raises(error_type) as caught:
-                await engine.load_adapter("bad", folder)
-            assert [a.name for a in engine.adapters()] == ["good"], "it is not registered"
-        else:
-            engine.register_adapter("bad", folder)
-            tasks = [engine.complete([i + 3], greedy(), adapter="bad") for i in range(2)]
-            errors = await asyncio.gather(*tasks, return_exceptions=True)
-            assert all(isinstance(error, error_type) for error in errors), errors
-            with pytest.raises(error_type) as caught:
-                await engine.complete([3], greedy(), adapter="bad")
-        for word in ("'bad'", str(folder), *words):
-            assert word in str(caught.value)
-
-
-async def test_a_rank_over_the_slots_size(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny, max_lora_rank=8) as engine:
-        with pytest.raises(AdapterTooLarge, match=r"rank 16.*max_lora_rank is 8") as caught:
-            await engine.load_adapter("big", tiny.adapters["all-modules"])
-        assert "big" in str(caught.value)
-        assert str(tiny.adapters["all-modules"]) in str(caught.value)
-
-
 async def test_a_module_that_the_pool_does_not_cover(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny, target_modules=["q_proj", "v_proj"]) as engine:
         with pytest.raises(AdapterInvalid, match="target_modules"):
@@ -273,15 +180,3 @@ async def test_bad_names(name: str, tiny: Tiny, make_engine: MakeEngine) -> None
     async with make_engine(tiny) as engine:
         with pytest.raises(AdapterInvalid, match="name"):
             engine.register_adapter(name, "/x")
-
-
-async def test_an_adapter_that_is_repaired_can_be_used_again(
-    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
-) -> None:
-    async with make_engine(tiny) as engine:
-        engine.register_adapter("late", tmp_path / "late")
-        with pytest.raises(AdapterLoadError):
-            await engine.complete([4, 5], greedy(), adapter="late")
-        shutil.copytree(tiny.adapters["rank-3"], tmp_path / "late")
-        out = await engine.complete([4, 5], greedy(), adapter="late")
-        assert out.token_ids == tiny.expected([4, 5], 24, "rank-3")

@@ -18,7 +18,6 @@ from support.waiting import until
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import (
     DeadlineExceeded,
-    EngineDead,
     EngineOverloaded,
     EngineStopped,
     RequestInvalid,
@@ -70,43 +69,6 @@ async def test_closing_the_iterator_frees_everything(
         await stream.aclose()
         await until_idle(engine)
         assert ended == ["abort"]
-
-
-async def test_breaking_out_of_the_loop_frees_everything(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-
-        async def first() -> int:
-            async for out in engine.generate(prompt_of(0, 8), greedy(100)):
-                return out.token_ids[0]
-            raise AssertionError
-
-        assert await first() == tiny.expected(prompt_of(0, 8), 1)[0]
-        await until_idle(engine)
-
-
-@pytest.mark.slow
-async def test_cancelling_at_any_moment_frees_everything(tiny: Tiny, make_engine: MakeEngine) -> None:
-    """Cancel after k trips round the loop, for k from before the start until it finishes by itself."""
-    async with make_engine(tiny, max_loras=1, max_cpu_loras=1) as engine:
-        for name in ("rank-3", "qv-only"):
-            engine.register_adapter(name, tiny.adapters[name])
-        cancelled = 0
-        for k in range(400):
-            name = ("rank-3", "qv-only")[k % 2]
-            task = asyncio.create_task(engine.complete([5, 6, 7], greedy(3), adapter=name))
-            for _ in range(k):
-                await asyncio.sleep(0)
-            task.cancel()
-            try:
-                await task
-            except asyncio.CancelledError:
-                cancelled += 1
-            else:
-                break
-        assert cancelled > 5
-        await until_idle(engine)
-        out = await engine.complete([5, 6, 7], greedy(3), adapter="rank-3")
-        assert out.token_ids == tiny.expected([5, 6, 7], 3, "rank-3")
 
 
 async def test_abort_ends_the_stream(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -178,29 +140,6 @@ def test_runs_on_any_loop_and_leaves_nothing(
             runner.run(main())
 
 
-async def test_cancelled_while_starting_and_stopping(tiny: Tiny, make_engine: MakeEngine) -> None:
-    threads = set(threading.enumerate())
-    engine = make_engine(tiny)
-    starting = asyncio.create_task(engine.start())
-    await asyncio.sleep(0)
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    with pytest.raises(EngineStopped):
-        await engine.start()
-    await until(lambda: set(threading.enumerate()) <= threads)
-
-    engine = make_engine(tiny)
-    await engine.start()
-    stopping = asyncio.create_task(engine.stop())
-    await asyncio.sleep(0)
-    stopping.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await stopping
-    assert set(threading.enumerate()) <= threads
-    await engine.stop()
-
-
 async def test_stopped_while_starting(tiny: Tiny, make_engine: MakeEngine) -> None:
     threads = set(threading.enumerate())
     engine = make_engine(tiny)
@@ -256,17 +195,6 @@ async def test_stopping_while_a_long_text_is_tokenized_leaves_the_loop_free(
         await asyncio.wait_for(stopping, 60)
         with pytest.raises(EngineStopped):
             await waiting
-
-
-async def test_a_cancelled_drain_is_undone(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        task = asyncio.create_task(engine.complete([3], greedy(100)))
-        await until(lambda: engine.stats().running == 1)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.001):
-                await engine.drain()
-        assert len((await engine.complete([4], greedy(2))).token_ids) == 2
-        await task
 
 
 async def test_drain_finishes_what_is_accepted_and_refuses_the_rest(
@@ -328,26 +256,6 @@ async def test_before_start_and_after_stop(tiny: Tiny, make_engine: MakeEngine) 
     with pytest.raises(EngineStopped):
         await engine.complete([1])
     await engine.stop()
-
-
-async def test_an_executor_that_fails_ends_every_request_with_engine_dead(
-    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from aioengine.model.runner import ModelRunner
-
-    async with make_engine(tiny) as engine:
-        tasks = [asyncio.create_task(engine.complete([i + 3], greedy(100))) for i in range(3)]
-        await until(lambda: engine.stats().running == 3)
-
-        def broken(self: ModelRunner, batch: object) -> None:
-            raise MemoryError("out of device memory")
-
-        monkeypatch.setattr(ModelRunner, "execute", broken)
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(result, EngineDead)
-            assert isinstance(result.__cause__, MemoryError)
-        with pytest.raises(EngineDead):
-            await engine.complete([1])
 
 
 async def test_seeded_sampling_does_not_depend_on_the_batch(tiny: Tiny, make_engine: MakeEngine) -> None:

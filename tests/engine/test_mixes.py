@@ -169,28 +169,6 @@ async def test_parts_that_are_read_for_several_callers(
         engine.check_invariants()
 
 
-async def test_many_mixes_are_bounded(
-    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("aioengine.runtime.sources.mixes.MAX_MIXES", 6)
-    async with make_engine(tiny, max_num_seqs=64) as engine:
-        for name in ("rank-3", "rank-4"):
-            engine.register_adapter(name, tiny.adapters[name])
-
-        def mix(weight: float) -> dict[str, float]:
-            return {"rank-3": weight, "rank-4": 0.5}
-
-        for i in range(9):
-            await engine.complete(PROMPT, greedy(1), adapter=mix(0.01 * (i + 2)))
-        assert len(engine._core.residency.current) <= 2 + 7
-        runs = [engine.complete(PROMPT, greedy(4), adapter=mix(2 + 0.01 * i)) for i in range(9)]
-        results = await asyncio.gather(*runs, return_exceptions=True)
-        refused = [found for found in results if isinstance(found, BaseException)]
-        assert len(refused) == 3 and all(isinstance(found, EngineOverloaded) for found in refused)
-        assert not engine.stats().waiting + engine.stats().running
-        engine.check_invariants()
-
-
 async def test_ranks_add_up_beyond_that_of_a_slot(tiny: Tiny, make_engine: MakeEngine) -> None:
     """As far as there are slots, and no further."""
     mix = {"all-modules": 0.5, "rank-3": 0.25, "rank-4": -0.75}
@@ -207,25 +185,6 @@ async def test_ranks_add_up_beyond_that_of_a_slot(tiny: Tiny, make_engine: MakeE
             engine.register_adapter(name, tiny.adapters[name])
         with pytest.raises(AdapterTooLarge, match=r"bytes in the slots, which have [\d,]+ in all"):
             await engine.complete(PROMPT, greedy(1), adapter={"all-modules": 0.5, "rank-3": 0.25})
-
-
-async def test_a_mix_counts_for_each_of_its_adapters(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny, max_waiting_per_adapter=1, max_num_seqs=1) as engine:
-        for name in ("rank-3", "qv-only", "rank-4"):
-            engine.register_adapter(name, tiny.adapters[name])
-        mix = {"qv-only": 0.5, "rank-3@1": 0.25, "rank-3": 0.25}
-        running = engine.generate(PROMPT, greedy(100))
-        await anext(running)
-        waiting = asyncio.create_task(engine.complete(PROMPT, greedy(2), adapter=mix))
-        await until(lambda: engine.stats().waiting == 1)
-        for wanted in ("qv-only", "rank-3", "rank-3@1", {"rank-3": 2.0}, {"qv-only": 1.0, "rank-4": 1.0}):
-            with pytest.raises(EngineOverloaded, match="max_waiting_per_adapter=1"):
-                await engine.complete(PROMPT, greedy(1), adapter=wanted)
-        other = asyncio.create_task(engine.complete(PROMPT, greedy(1), adapter="rank-4"))
-        await until(lambda: engine.stats().waiting == 2)
-        await running.aclose()
-        await asyncio.gather(waiting, other)
-        engine.check_invariants()
 
 
 async def test_who_has_too_many_mixes_is_in_nobodys_way(

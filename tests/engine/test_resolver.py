@@ -230,22 +230,6 @@ async def test_a_search_ends_when_another_tenant_takes_its_place(resolving: Make
                 await task
 
 
-async def test_lookups_at_once_are_bounded(
-    tiny: Tiny, resolving: MakeResolving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resolution, "MAX_LOOKUPS", 4)  # half of them are for others
-    names = ["a", "b", "c", "d"]
-    resolver = Gated(dict.fromkeys(names, tiny.adapters["rank-3"]), held=set(names))
-    async with resolving(resolver) as engine:
-        requests = [asyncio.create_task(engine.complete([4, 5], greedy(2), adapter=name)) for name in names]
-        for _ in range(10):
-            await asyncio.sleep(0)
-        assert resolver.asked == ["a", "b"]
-        resolver.gate.set()
-        await asyncio.gather(*requests)
-        assert resolver.asked == names
-
-
 @pytest.mark.parametrize("hang", [True, False])
 @pytest.mark.slow
 async def test_a_flood_of_names_delays_no_other_tenants_lookup(

@@ -253,27 +253,6 @@ def exchanges(steps: str) -> dict[str, list[list[str]]]:
     return found
 
 
-def launches() -> dict[str, tuple[int, int]]:
-    """Triton's launches of each kind of step: those of a layer, and those beside the layers."""
-    base = {
-        "decode": [Row(-1, 100 + i, 1) for i in range(63)],
-        "prompt": [Row(-1, 0, 200)],
-        "mixed": [Row(-1, 100, 1)] * 63 + [Row(-1, 0, 200)],
-    }
-    steps = {f"{kind}, base": rows for kind, rows in base.items()}
-    for kind, rows in base.items():
-        adapted = [row._replace(slot=i * 8 // len(rows)) for i, row in enumerate(rows)]
-        steps[f"{kind}, 8 adapters"] = adapted
-    counts: dict[str, list[int]] = {kind: [] for kind in steps}
-    for layers in (1, 2):
-        model = Model(llama(num_layers=layers))
-        for kind, rows in steps.items():
-            model.gpu.reset()
-            model.step(rows)
-            counts[kind].append(sum(model.gpu.launches.values()))
-    return {kind: (two - one, 2 * one - two) for kind, (one, two) in counts.items()}
-
-
 def jit_keys(steps: str) -> tuple[int, list[tuple[int, str]]]:
     """How many kernels an engine compiles at its start, and (step, JIT key) of those that random mixed steps
     need beside them."""

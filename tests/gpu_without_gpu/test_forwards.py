@@ -21,21 +21,6 @@ def test_nothing_is_compiled_after_the_start() -> None:
 
 
 @pytest.mark.slow
-def test_a_step_takes_few_launches() -> None:
-    """A layer: two norms, rotation, attention (once more beside decodes for a prompt), activation; and with
-    adapters a shrink and an expand for each of four linears, whatever their number."""
-    found = run_on_fake_gpu("launches")
-    assert found == {
-        "decode, base": [5, 1],
-        "prompt, base": [5, 1],
-        "mixed, base": [6, 1],
-        "decode, 8 adapters": [13, 1],
-        "prompt, 8 adapters": [13, 1],
-        "mixed, 8 adapters": [14, 1],
-    }
-
-
-@pytest.mark.slow
 def test_ranks_exchange_the_same_in_the_same_order_in_recorded_and_played_steps() -> None:
     """Or they would wait for each other for ever; a graph plays back what was recorded."""
     for mode, (first, second) in run_on_fake_gpu("exchanges", "60").items():

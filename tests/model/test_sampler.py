@@ -199,13 +199,6 @@ def test_draws_on_the_edge_between_two_tokens_do_not_depend_on_the_batch(
         torch.set_num_threads(threads)
 
 
-def test_top_k_of_one_is_greedy_even_among_equals() -> None:
-    logits = torch.zeros(50, 20000)
-    logits[:, [77, 5000, 19999]] = 3.0
-    params = SamplingParams(temperature=1.0, top_k=1)
-    assert set(tokens(logits, [row(params, seed=s) for s in range(50)])) == {77}
-
-
 def test_tiny_temperature_is_greedy() -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(2)) * 100
     params = SamplingParams(temperature=1e-300)
@@ -285,16 +278,6 @@ def test_banned_tokens_are_never_drawn() -> None:
     logits[:, [3, 70]] = 0.0
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=50)):
         assert set(tokens(logits, [row(params, seed=s) for s in range(200)])) == {3, 70}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_greedy_takes_the_first_of_equal_tokens_wherever_they_are(dtype: torch.dtype) -> None:
-    vocab = 3 * 1024
-    places = [[5], [1023, 1024], [2047, 2050, 3071], [0, vocab - 1], [1500, 1400]]
-    logits = torch.zeros(len(places), vocab, dtype=dtype)
-    for scores, best in zip(logits, places, strict=True):
-        scores[best] = 2.0
-    assert tokens(logits, [row(SamplingParams()) for _ in places]) == [min(best) for best in places]
 
 
 def test_the_host_asks_for_tokens_once() -> None:

@@ -164,25 +164,6 @@ def test_text_is_emitted_as_soon_as_it_is_certain() -> None:
     assert stream.finish() == ""
 
 
-@pytest.mark.parametrize(
-    ("text", "expected", "stop"), [("xabc", "x", "abc"), ("xabd", "xa", "b"), ("xab", "xa", "b")]
-)
-def test_a_later_match_waits_for_an_earlier_one(text: str, expected: str, stop: str) -> None:
-    stream = TextStream(Detokenizer(KINDS["byte_level"], True), ("b", "abc"))
-    ids = [KINDS["byte_level"].token_to_id(character) for character in text]
-    deltas = [stream.push([token]).text for token in ids]
-    assert "".join(deltas) + stream.finish() == expected
-    assert stream.stopped == stop
-
-
-def test_long_byte_runs() -> None:
-    tokenizer = KINDS["byte_fallback"]
-    text = "the " + "🙂" * 9 + " fox" + "你好" * 9 + "the"
-    ids = tokenizer.encode(text).ids
-    stream = Detokenizer(tokenizer, True)
-    assert "".join(stream.push([token]) for token in ids) + stream.finish() == text
-
-
 def test_a_long_output_decodes_in_bounded_windows() -> None:
     class Counting:
         longest = 0
