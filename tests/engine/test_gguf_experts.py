@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from support.moe_adapters import NAMES, USUAL, MoeModel
 from support.selection import mostly_slow_rows
 from support.served_models import engine_of, prompt
-from support.tiny_gguf import interleaved
+from support.tiny_gguf import add_sizes, finish, interleaved
 
 from aioengine import SamplingParams
 from aioengine.errors import ConfigError
@@ -46,18 +46,9 @@ def write(model: MoeModel, kind: str, **metadata: int) -> Path:
     path = model.folder.parent / f"{kind}.gguf"
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    add_sizes(writer, config, config["rope_parameters"]["rope_theta"])
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_eos_token_id(1)
-    writer.add_bos_token_id(0)
     writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
     writer.add_expert_used_count(metadata.get("used", config["num_experts_per_tok"]))
     if "moe_intermediate_size" in config and model.family.startswith("qwen"):
@@ -85,10 +76,7 @@ def write(model: MoeModel, kind: str, **metadata: int) -> Path:
         raw = raw[0] if name.endswith("shared_expert_gate.weight") else raw
         writer.add_tensor(stored, np.ascontiguousarray(raw), raw_dtype=quant)
         _put(model, name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -15,7 +15,7 @@ from gguf.tensor_mapping import get_tensor_name_map
 from safetensors.torch import load_file, save_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.selection import mostly_slow
-from support.tiny_gguf import interleaved
+from support.tiny_gguf import add_sizes, finish, interleaved
 from support.tiny_models import build_model
 
 from aioengine.model.files.resolve import read_spec
@@ -68,10 +68,7 @@ def write(folder: Path, family: str, kind: str) -> Path:
                 raw = interleaved(raw, config[heads]) if module in name else raw
         writer.add_tensor(stored, raw, raw_dtype=quant)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -79,16 +76,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any], family: str) 
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
     full = rope.get("full_attention", rope)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(full.get("rope_theta", 10000.0))
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    add_sizes(writer, config, full.get("rope_theta", 10000.0))
     if family.startswith("gemma"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)

@@ -15,6 +15,7 @@ from support.quantized_checkpoints import (
     Pair,
     Quantize,
     awq,
+    compressed,
     float8,
     gptq,
     int_quantized,
@@ -28,19 +29,6 @@ from support.tiny_models import build_adapter
 
 from aioengine import EngineConfig
 from aioengine.executors.parts import build_parts, plan_parts
-
-
-def compressed(format: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A ``quantization_config`` of compressed-tensors."""
-    group = {"weights": {"type": "int", "symmetric": True, **weights}, "targets": ["Linear"], **more}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": format,
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-        "quantization_status": "compressed",
-    }
-
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 GROUP = {"num_bits": 4, "strategy": "group", "group_size": 32}

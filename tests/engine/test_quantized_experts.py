@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.moe_adapters import PARAMETERS, MoeModel
-from support.quantized_checkpoints import Quantize, awq, float8, gptq, int_quantized, pack_quantized
+from support.quantized_checkpoints import (
+    Quantize,
+    awq,
+    compressed,
+    float8,
+    gptq,
+    int_quantized,
+    pack_quantized,
+)
 from support.selection import mostly_slow
 from support.served_models import engine_of, prompt
 
@@ -29,12 +35,6 @@ ROUTERS_TOO = re.compile(r".*\.(w1|w2|w3|\w+_proj|gate|shared_expert_gate)\.weig
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 
 
-def compressed(format: str, **weights: Any) -> dict[str, Any]:
-    group = {"weights": {"type": "int", "symmetric": True, **weights}, "targets": ["Linear"]}
-    method = {"quant_method": "compressed-tensors", "format": format, "ignore": ["lm_head", "re:.*gate$"]}
-    return {**method, "config_groups": {"group_0": group}}
-
-
 CASES: dict[str, tuple[str, dict[str, Any], Quantize, dict[str, Any], re.Pattern[str]]] = {
     "mixtral-gptq-act-order": (
         *("mixtral", {"intermediate_size": 64, "sliding_window": None, "num_local_experts": 8}),
@@ -51,12 +51,15 @@ CASES: dict[str, tuple[str, dict[str, Any], Quantize, dict[str, Any], re.Pattern
     ),
     "olmoe-w4a16": (
         *("olmoe", {"intermediate_size": 64}),
-        *(pack_quantized(), compressed("pack-quantized", num_bits=4, strategy="group", group_size=32)),
+        *(
+            pack_quantized(),
+            compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
+        ),
         LINEARS,
     ),
     "qwen3_moe-w8a8": (
         *("qwen3_moe", {"decoder_sparse_step": 2}),
-        *(int_quantized, compressed("int-quantized", num_bits=8, strategy="channel"), LINEARS),
+        *(int_quantized, compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}), LINEARS),
     ),
 }
 
@@ -86,7 +89,7 @@ async def test_tokens_are_those_of_the_expanded_weights(
     kinds = {spec.kind_of(place[1]) for name in spec.packed if (place := spec.find_module(name))}
     assert {"experts", "o_proj"} <= {kind.split(".")[0] for kind in kinds}
     assert not kinds & {"gate", "shared_expert_gate"}, "routers are expanded"
-    work = [(name, prompt(seed, 9 + 5 * seed)) for seed, name in enumerate((None, *model.adapters, None))]
+    prompts = {name: prompt(seed, 9 + 5 * seed) for seed, name in enumerate((None, *model.adapters))}
     params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=1)
     lora = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
     async with engine_of(packed, model_impl="auto", block_size=16, lora=lora) as engine:
@@ -94,17 +97,10 @@ async def test_tokens_are_those_of_the_expanded_weights(
         assert engine.info.batch_invariant == (backend == "cpu"), "the compiled step runs it"
         for name, folder in model.adapters.items():
             engine.register_adapter(name, folder)
-        outputs = await asyncio.gather(*(engine.complete(p, params, adapter=name) for name, p in work))
-        for (name, tokens), output in zip(work, outputs, strict=True):
-            logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
-            assert output.token_ids == logits.argmax(-1).tolist(), name
-            assert output.logprobs is not None
-            found = torch.tensor([entry.logprob for entry in output.logprobs])
-            expected = logits.log_softmax(-1).amax(-1)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
-            if backend == "cpu":
-                alone = await engine.complete(tokens, params, adapter=name)
-                assert alone.logprobs == output.logprobs, "bits that depend on the batch"
+        outputs = await model.check_served(engine, prompts, params)
+        for name, tokens in prompts.items() if backend == "cpu" else ():
+            alone = await engine.complete(tokens, params, adapter=name)
+            assert alone.logprobs == outputs[name].logprobs, "bits that depend on the batch"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.parallel_ranks import Ranks
 from support.process_harness import preloaded_workers as preloaded_workers
 from support.step_tokens import tokens_of
 from torch import Tensor
 
 from aioengine.adapters.store import AdapterStore
+from aioengine.kernels import available_backends
 from aioengine.model.build import build_runner
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.runner import ModelRunner
@@ -109,6 +111,31 @@ class Driver:
         """Steps all sequences together, prompts in chunks, until each has ``new_tokens``."""
         while pending := [s for s in sequences if len(s.output) < new_tokens]:
             self.step(*((s, min(chunk, len(s.tokens) - s.computed)) for s in pending))
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Ranks]:
+    ranks = Ranks(3)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def cpu_library() -> None:
+    if "cpu" not in available_backends("cpu"):
+        pytest.skip("the CPU library cannot be built here")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture

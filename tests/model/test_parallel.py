@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from support.parallel_ranks import (
     hold,
     play,
     refusal,
+    times_held,
     traffic,
 )
 from support.quantized_checkpoints import Quantize, float8, gptq, write_quantized
@@ -36,7 +36,6 @@ from aioengine.memory_plan import plan_from_config
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import Shard, SoloGroup
 from aioengine.model.parallel.partition import Partition
-from aioengine.model.parallel.ranges import count
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, ModelSpec, Quantization
 
@@ -75,33 +74,6 @@ IN_ONE = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
 """What some families have in the place of several linears."""
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def cpu_library() -> None:
-    from aioengine.kernels import available_backends
-
-    if "cpu" not in available_backends("cpu"):
-        pytest.skip("the CPU library cannot be built here")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("parallel")
 
 
 @functools.cache
@@ -442,17 +414,7 @@ def test_shares_cover_every_matrix_once(root: Path, model: str, fully_sharded: b
     size, modules = 3 if "by-three" in model else 2, targetable(spec)
     layouts = [SlotLayout(spec, 16, modules, Shard(r, size, fully_sharded)) for r in range(size)]
     for module in modules:
-        n_in, n_out = spec.linear(module)
-        weight, a, b = np.zeros((n_out, n_in), int), np.zeros((5, n_in), int), np.zeros((n_out, 5), int)
-        for layout in layouts:
-            share, partition = layout.share(module), layout.partition
-            for rows in partition.outputs(module):
-                weight[rows, partition.inputs(module)] += 1
-            a[share.a] += 1
-            for rows in share.b:
-                b[rows] += 1
-            held = np.zeros((5, n_in))[share.a].shape, (count(share.b, n_out), 5)
-            assert layout.held(module, 5) == held
+        weight, a, b = times_held(layouts, module)
         repeated = size if model == "one-kv-head" and module in ("k_proj", "v_proj") else 1
         splits_inputs = module in ("o_proj", "down_proj", "embed_tokens")
         assert (weight == repeated).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from support.any_models import config_of
 from support.moe_adapters import PARAMETERS, MoeModel
-from support.parallel_ranks import Phase, Ranks, Script, hold, play, traffic
+from support.parallel_ranks import Phase, Ranks, Script, hold, play, times_held, traffic
 from support.selection import mostly_slow_rows
 from support.served_models import engine_of, prompt
 
@@ -23,7 +22,6 @@ from aioengine.memory_plan import plan_from_config
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import Shard, SoloGroup
 from aioengine.model.parallel.partition import Partition
-from aioengine.model.parallel.ranges import count
 from aioengine.model.slots.layout import SlotLayout
 
 pytestmark = [
@@ -50,25 +48,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe-by-three": ("qwen2_moe", {**BY_THREE, "moe_intermediate_size": 24}),
 }
 BY_TWO = [case for case in CASES if "three" not in case]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def three() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("parallel-experts")
 
 
 @functools.cache
@@ -199,17 +178,7 @@ def test_a_share_covers_every_matrix_once_but_what_is_whole(tmp_path: Path) -> N
     for fully_sharded in (False, True):
         layouts = [SlotLayout(spec, 16, spec.layer_modules, Shard(r, 2, fully_sharded)) for r in (0, 1)]
         for module in spec.layer_modules:
-            n_in, n_out = spec.linear(module)
-            weight, a, b = np.zeros((n_out, n_in), int), np.zeros((5, n_in), int), np.zeros((n_out, 5), int)
-            for layout in layouts:
-                share, partition = layout.share(module), layout.partition
-                for rows in partition.outputs(module):
-                    weight[rows, partition.inputs(module)] += 1
-                a[share.a] += 1
-                for rows in share.b:
-                    b[rows] += 1
-                held = np.zeros((5, n_in))[share.a].shape, (count(share.b, n_out), 5)
-                assert layout.held(module, 5) == held
+            weight, a, b = times_held(layouts, module)
             whole = module in ("gate", "shared_expert_gate")
             ends_block = module.endswith(("o_proj", "down_proj"))
             assert (weight == 1 + whole).all()

@@ -26,8 +26,10 @@ from aioengine.adapters.store import AdapterStore
 from aioengine.errors import AdapterError
 from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
+from aioengine.model.parallel import ranges
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard
 from aioengine.model.slots.image import AdapterImage
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import TARGETABLE_MODULES, Quantization
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
@@ -269,6 +271,21 @@ def gather(group: Group, dim: int) -> list[list[float]]:
     """A matrix [2, 3] of each rank's number, gathered."""
     gathered = group.all_gather(torch.full((2, 3), float(group.shard.rank)), dim)
     return list(gathered.tolist())
+
+
+def times_held(layouts: Sequence[SlotLayout], module: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """How many of the ranks hold each element of a module's weight, and of an adapter's A and B of rank 5."""
+    n_in, n_out = layouts[0].spec.linear(module)
+    weight, a, b = np.zeros((n_out, n_in), int), np.zeros((5, n_in), int), np.zeros((n_out, 5), int)
+    for layout in layouts:
+        share, partition = layout.share(module), layout.partition
+        for rows in partition.outputs(module):
+            weight[rows, partition.inputs(module)] += 1
+        a[share.a] += 1
+        for rows in share.b:
+            b[rows] += 1
+        assert layout.held(module, 5) == (a[share.a].shape, (ranges.count(share.b, n_out), 5))
+    return weight, a, b
 
 
 def fail_on_rank_1(group: Group) -> None:

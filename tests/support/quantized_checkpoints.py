@@ -180,6 +180,18 @@ def pack_quantized(
     return quantize
 
 
+def compressed(format: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A ``quantization_config`` of compressed-tensors."""
+    group = {"weights": {"type": "int", "symmetric": True, **weights}, "targets": ["Linear"], **more}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*gate$"],
+        "quantization_status": "compressed",
+    }
+
+
 def int_quantized(weight: torch.Tensor, generator: torch.Generator) -> Quantized:
     """Of compressed-tensors: a scale for each output."""
     made = codes(weight, generator, 8, weight.shape[1], symmetric=True, ordered=False)

@@ -100,7 +100,7 @@ def write_gguf(
         writer.add_tensor(name, gguf.quants.quantize(data, matrix_kind), raw_dtype=matrix_kind)
     for name, data in (tensors or {}).items():
         writer.add_tensor(name, data)
-    _finish(writer)
+    finish(writer)
     return path
 
 
@@ -124,6 +124,20 @@ def gguf_writer(path: Path, model: Any, arch: str, metadata: dict[str, Any]) -> 
     return writer
 
 
+def add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any], rope_theta: float) -> None:
+    """Write what ``config.json`` says of any family."""
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(rope_theta)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+
 def tensor_name(name: str) -> str:
     """GGUF's name of a parameter."""
     for ours, theirs in _NAMES:
@@ -136,7 +150,7 @@ def write_tokenizer_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     add_tokenizer(writer, tokenizer)
     writer.add_tensor("output_norm.weight", np.ones(32, dtype=np.float32))
-    _finish(writer)
+    finish(writer)
     return path
 
 
@@ -186,7 +200,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _finish(writer: gguf.GGUFWriter) -> None:
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
