@@ -19,7 +19,7 @@ from aioengine.cli.process import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 from aioengine.request import SamplingParams
 
 TOP = dict.fromkeys(command.split()[0] for command in COMMANDS)
-PAGES = ["", *TOP]
+PAGES = ["", *TOP, *(command for command in COMMANDS if command.startswith("lab "))]
 
 
 def help_of(

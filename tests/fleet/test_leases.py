@@ -160,23 +160,6 @@ def test_changes_wait_for_each_other_and_for_nobody_else(changes: list[Change]) 
     run_in_virtual_time(main())
 
 
-def test_who_waits_and_is_cancelled_leaves_nothing() -> None:
-    async def main() -> None:
-        loop, actor, busy = asyncio.get_running_loop(), RegistryActor(), Busy()
-        first, second, third = (Door(name, actor, busy, 10.0) for name in ("first", "second", "third"))
-        changing = asyncio.ensure_future(first.change())
-        await asyncio.sleep(1.0)
-        waiting = asyncio.ensure_future(second.change())
-        await asyncio.sleep(1.0)
-        waiting.cancel()
-        await changing
-        begun = loop.time()
-        await third.change()
-        assert loop.time() - begun < 10.2
-
-    run_in_virtual_time(main())
-
-
 @pytest.mark.parametrize("takes", [2.0, 100.0, None])
 def test_who_has_lost_the_right_ends_the_change(takes: float | None) -> None:
     """A door reaches the registry again while another one changes the adapter, after it has, or never."""

@@ -233,40 +233,6 @@ async def test_a_registry_in_a_folder(tmp_path: Path) -> None:
 # Without a checkpoint
 
 
-async def test_what_a_lost_registry_knew_is_put_back() -> None:
-    actor = RegistryActor()
-    one, other, new = Door(), Door(), Door()
-    await one.adapters.start(actor)
-    await other.adapters.start(actor)
-    for name in "aab":
-        await one.load(name, replace=True)
-    actor.restart()
-    assert {(entry.name, entry.version) for entry in await one.joins()} == {("a", 2), ("b", 1)}
-    await one.adapters.unload("b", force=False)
-    await new.adapters.start(actor)
-    await new.load("a", replace=True)
-    assert [entry.version for entry in await other.joins()] == [3]
-    assert one.names == other.names == new.names == ["a", "fixed"]
-
-
-async def test_a_door_that_knew_nothing_comes_first_to_a_new_registry() -> None:
-    """What it does is newer than what others put back, and must look so to replicas."""
-    actor = RegistryActor()
-    old, new = Door(), Door()
-    await old.adapters.start(actor)
-    for name in "aaab":
-        await old.load(name, replace=True)
-    actor.restart()
-    await new.adapters.start(actor)
-    await new.adapters.load("a", "s3://lora/new", pin=False, force_pin=False, replace=True)
-    await new.load("b")
-    await new.adapters.unload("b", force=False)
-    [entry] = await old.joins()
-    assert (entry.path, entry.version) == ("s3://lora/new", 4)
-    old.adapters.refresh_soon()
-    assert await new.joins() == await old.joins() == [entry]
-
-
 def test_a_lost_registry_need_not_wait_for_a_change() -> None:
     """A door that starts next hears of all adapters."""
 

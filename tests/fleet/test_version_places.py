@@ -184,33 +184,6 @@ def door_of(version: int, lost: Collection[str] = (), **held: list[AdapterInfo])
 # Calls that lose their replica
 
 
-@pytest.mark.parametrize("said", [["sql@1"], []], ids=["", "its replica has not said which"])
-@pytest.mark.parametrize("others", [["cpu"], []], ids=["another has it", "nobody has it"])
-async def test_a_call_that_has_begun_keeps_its_version(
-    others: list[AdapterLocation], said: list[str]
-) -> None:
-    """Although it names none, and its adapter was replaced since."""
-    members, channels = members_of(r0=[info(1)], r1=[info(2)], r2=[info(2), *(info(1, at) for at in others)])
-    dispatcher, call = Dispatcher(members), call_of("sql")
-    call.versions, current = (), 1
-    dispatcher.version_of = lambda name: current
-    call.tried = frozenset({"r1", "r2"})
-    await dispatcher.place(call)
-    assert call.replica == "r0" and call.options.adapter == "sql"
-    members.on_delta(channels["r0"], call, Delta(1, [9], versions=said), 1.0)
-    assert (await call.next()).token_ids_delta == [9]
-    current, call.tried = 2, frozenset()
-    members.state.leave("r0")
-    del members.members["r0"]
-    members.on_loss(call, "r0", "lost")
-    await asyncio.gather(*members._tasks)
-    if others and said:
-        assert (call.replica, call.options.adapter) == ("r2", "sql@1")
-    else:
-        with pytest.raises(AdapterChanged, match="began with"):
-            await asyncio.wait_for(call.next(), 10)
-
-
 async def test_a_call_that_nobody_waits_for_is_not_sent() -> None:
     """It had lost its replica, and waited for another one."""
     members, channels = members_of(r0=[info(1)])

@@ -383,18 +383,6 @@ async def test_it_may_be_cancelled_at_any_point(moment: Moment) -> None:
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
 
 
-@pytest.mark.slow
-async def test_its_compile_may_be_cancelled_at_any_time() -> None:
-    async with grammars() as service:
-        for i in range(40):
-            text = from_json(hostile.properties(20 + i))
-            waiter = asyncio.create_task(service.constraint(text, None))
-            await asyncio.sleep(i * 0.001)
-            waiter.cancel()
-        await until(lambda: not service.waiting)
-        assert (await service.constraint(from_regex("ab"), None)).allowed([])
-
-
 async def test_a_compile_for_which_nobody_waits_is_given_up() -> None:
     async with grammars(bounds(compile_seconds=60.0, quick_seconds=60.0)) as service:
         text = from_json(hostile.multiples(7919, 7907))

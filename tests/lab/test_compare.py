@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
 import statistics
 from pathlib import Path
 
@@ -270,22 +267,6 @@ def test_runs_of_an_earlier_comparison_are_removed_and_no_others(tmp_path: Path)
     compare(grid(policies=["vtc"]), tmp_path)
     left = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert left == ["0000-vtc-slots=2-scale=1-seed=0", "mine"]
-
-
-def test_to_stop_ends_the_workers(tmp_path: Path) -> None:
-    before = set(multiprocessing.active_children())
-    workers: set[int] = set()
-
-    def stopping() -> bool:
-        workers.update(child.pid or 0 for child in set(multiprocessing.active_children()) - before)
-        return True
-
-    with pytest.raises(KeyboardInterrupt):
-        compare(grid(seeds=[0, 1, 2]), tmp_path, jobs=2, stopping=stopping)
-    assert len(workers) == 2
-    for pid in workers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,10 +54,6 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
         costs_of(device_memory=2**20).plan(EngineConfig(model="any"))
 
 
-def test_stage() -> None:
-    assert Stage(0.5, 100.0).seconds(50) == 1.0
-
-
 # JSON
 
 
@@ -82,12 +77,8 @@ def test_file_round_trip(tmp_path: Path) -> None:
         (["stepps"], {}, "unknown field 'stepps' .did you mean 'steps'"),
         (["steps", "tokens"], 1.0, "unknown field `tokens`"),
         (["steps", "sequence"], -1e-9, r">= 0.0 - at `\$\.steps\.sequence`"),
-        (["steps", "sequence"], "fast", "Expected `float`"),
         (["steps", "linears"], [[1, 2, 3]], "Expected `array` of length 2"),
-        (["step_overhead"], -1.0, r">= 0.0 - at `\$\.step_overhead`"),
         (["slot", "slowdown"], 0.5, r">= 1.0 - at `\$\.slot\.slowdown`"),
-        (["disk", "bandwidth"], 0.0, r"> 0.0 - at `\$\.disk\.bandwidth`"),
-        (["disk", "latency"], -1.0, r">= 0.0 - at `\$\.disk\.latency`"),
         (["device"], "tpu", "Invalid enum value 'tpu'"),
         (["device_memory"], 0, r">= 1 - at `\$\.device_memory`"),
         (["model", "num_layers"], 0, r">= 1 - at `\$\.model\.num_layers`"),
@@ -108,12 +99,6 @@ def test_what_is_not_sound_is_refused(path: list[str], value: object, message: s
 def test_what_is_no_cost_model_is_refused(data: bytes) -> None:
     with pytest.raises(ConfigError, match="my file"):
         CostModel.from_json(data, source="my file")
-
-
-def test_a_later_format_is_named_before_its_fields_are() -> None:
-    data = msgspec.json.encode({"format": 9, "something": "new"})
-    with pytest.raises(ConfigError, match="format 9"):
-        CostModel.from_json(data)
 
 
 def test_points_of_curves_are_one_on_a_line() -> None:

@@ -130,17 +130,6 @@ def test_a_request_whose_replicas_die_is_given_up_in_the_end(limit: int, error: 
     assert kept.requests[0].error == error and found.migrations == 3
 
 
-@pytest.mark.parametrize("router", ["affinity", "least_loaded", "hrw"])
-@pytest.mark.slow
-def test_old_knowledge_and_skewed_clocks_do_no_harm(router: str) -> None:
-    """The door counts for itself: bursts are spread although reports are seconds old."""
-    burst = Fixed([Arrival(0.0, None, 50, 20) for _ in range(30)] + list(spread()), ADAPTERS)
-    old = Conditions(report_delay=1.5, skew={0: 3600.0, 1: -7200.0})
-    done, found, _ = play_fleet(burst, old, router=router, silent_seconds=5.0)
-    assert done.finished == 90 and found.migrations == 0
-    assert max(found.by_replica) < 60
-
-
 @pytest.mark.parametrize("placement", ["none", "hrw"])
 @pytest.mark.slow
 def test_plans_are_carried_out(placement: str) -> None:

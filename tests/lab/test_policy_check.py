@@ -15,7 +15,7 @@ from aioengine.lab.policy_check.check import Checked, check_policy_contract
 from aioengine.lab.policy_check.idle import serve_one_by_one
 from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds
 from aioengine.lab.runs.study import TEMPLATES
-from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView, load_policy
+from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 
 FEW = [scenario for scenario in SCENARIOS if scenario.name in ("one slot", "adapters that come and go")]
@@ -121,14 +121,6 @@ def test_items_that_the_core_refuses_are_listed_and_are_no_fault() -> None:
     [refused] = found.refused
     assert (refused.what, refused.details) == ("prefetch_unknown_adapter", "ghost")
     assert refused.times > 10
-
-
-@pytest.mark.parametrize("name", ["fcfs", "chameleon", "vtc"])
-@pytest.mark.slow
-def test_built_in_policies_keep_the_contract(name: str) -> None:
-    found = check_policy_contract(lambda: load_policy(name), runs=1, turns=25)
-    assert found.sound, found.broken
-    assert found.decisions > 100
 
 
 @pytest.mark.slow

@@ -151,20 +151,6 @@ async def test_rows_wait_for_those_that_arrived_before(tmp_path: Path) -> None:
     assert engine.listeners == []
 
 
-async def test_a_request_without_end_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "trace.jsonl"
-    engine = Engine()
-    async with writer_on(engine, path, held=3) as writer:
-        engine.add("endless")
-        for name in "abcdef":
-            engine.add(name)
-            engine.end(name)
-        engine.end("endless")
-        assert (writer.rows, writer.left_out) == (6, 1)
-    assert [row["adapter"] for row in lines(path)] == list("abcdef")
-    assert caplog.text.count("is left out") == 1
-
-
 @given(st.data())
 @pytest.mark.slow
 def test_any_order_of_ends_gives_the_order_of_arrival(

@@ -11,10 +11,9 @@ import pytest
 
 from aioengine.cli.main import main
 from aioengine.errors import ConfigError
-from aioengine.lab import Experiment, WorkloadSpec
+from aioengine.lab import Experiment
 from aioengine.lab.policy_check.check import check_policy_contract
 from aioengine.lab.runs.experiment import OF_A_FLEET
-from aioengine.lab.runs.provenance import command
 from aioengine.lab.workload.files import read_workload
 from aioengine.schedulers import load_policy
 
@@ -87,17 +86,6 @@ def test_a_folder_from_when_a_fleets_defaults_were_written(
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert main(["lab", "rerun", str(tmp_path)]) == 2
-
-
-def test_the_command_says_what_differs_from_the_defaults() -> None:
-    workload = WorkloadSpec(arrivals="poisson:rate=2", limit=5, adapters=3)
-    experiment = Experiment(workload=workload, policy="edf+gdsf", ageing=False, max_num_seqs=8)
-    assert command(experiment) == (
-        "aioengine lab run --arrivals poisson:rate=2 --limit 5 --adapters 3 --policy edf+gdsf "
-        "--max-num-seqs 8 --no-ageing"
-    )
-    table = Experiment(workload=workload, policy={"order": "edf"})
-    assert command(table) == "aioengine lab run --experiment experiment.json"
 
 
 def test_the_command_gives_the_same_experiment(folder: Path) -> None:

@@ -128,29 +128,23 @@ def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any
     assert outcome(experiment, repeats=True) == outcome(experiment, repeats=False)
 
 
-def test_most_steps_are_not_taken_one_by_one() -> None:
+@pytest.mark.parametrize(
+    ("replicas", "rate", "share"), [(None, 1, 0.1), pytest.param(4, 0.2, 0.6, marks=pytest.mark.slow)]
+)
+def test_most_steps_are_not_taken_one_by_one(replicas: int | None, rate: float, share: float) -> None:
     workload = WorkloadSpec(
-        arrivals="poisson:rate=1", limit=30, adapters=5, prompt_tokens="uniform:20..200", output_tokens=200
+        arrivals=f"poisson:rate={rate}",
+        limit=20,
+        adapters=5,
+        prompt_tokens="uniform:20..200",
+        output_tokens=200,
     )
-    experiment = Experiment(workload=workload, slots=4, cpu_loras=5)
+    experiment = Experiment(workload=workload, slots=4, cpu_loras=5, replicas=replicas)
     taken, jumped = [0], [0]
     assert outcome(experiment, repeats=False, decided=taken) == outcome(
         experiment, repeats=True, decided=jumped
     )
-    assert jumped[0] < taken[0] / 10
-
-
-@pytest.mark.slow
-def test_replicas_take_several_steps_at_once_too() -> None:
-    workload = WorkloadSpec(
-        arrivals="poisson:rate=0.2", limit=20, adapters=5, prompt_tokens="uniform:20..200", output_tokens=200
-    )
-    experiment = Experiment(workload=workload, slots=4, cpu_loras=5, replicas=4)
-    taken, jumped = [0], [0]
-    assert outcome(experiment, repeats=False, decided=taken) == outcome(
-        experiment, repeats=True, decided=jumped
-    )
-    assert jumped[0] < taken[0] * 0.6
+    assert jumped[0] < taken[0] * share
 
 
 Deed = tuple[Literal["look", "add", "cancel"], float]

@@ -23,8 +23,6 @@ from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.schedulers import Decision, SchedulerView
-from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import StepBatch
 
 # Transfers
@@ -48,14 +46,6 @@ def ends_of(stage: Stage, transfers: list[tuple[float, float]]) -> list[float]:
 def test_a_transfer_alone() -> None:
     assert ends_of(Stage(0.5, 100.0), [(1.0, 200.0)]) == [pytest.approx(3.5)]
     assert ends_of(Stage(0.5, 100.0), [(1.0, 0.0)]) == [pytest.approx(1.5)]
-
-
-def test_two_share_the_bandwidth_while_both_are_under_way() -> None:
-    # The first has 100 of its 200 bytes when the second comes; each then gets 50 a second.
-    assert ends_of(Stage(0.0, 100.0), [(0.0, 200.0), (1.0, 50.0)]) == [
-        pytest.approx(2.5),
-        pytest.approx(2.0),
-    ]
 
 
 def by_hand(bandwidth: int, transfers: list[tuple[float, float]]) -> list[float]:
@@ -229,17 +219,6 @@ def test_a_step_costs_what_is_in_it() -> None:
     assert last - first == pytest.approx(0.001 + 101 * 0.00001)
 
 
-def test_adapters_cost_by_their_ranks() -> None:
-    async def main(engine: SimulatedEngine) -> float:
-        out = await engine.complete([0], SamplingParams(max_tokens=2), adapter="a")
-        assert out.first_token is not None
-        assert out.last_token is not None
-        return out.last_token - out.first_token
-
-    steps = StepCosts(step=0.001, adapter=((8.0, 0.002), (16.0, 9.0)))
-    assert on_engine(main, model=costs(steps=steps)) == pytest.approx(0.003)
-
-
 def test_errors_of_adapters_are_the_real_ones() -> None:
     async def main(engine: SimulatedEngine) -> None:
         with pytest.raises(AdapterTooLarge, match="rank 64 is above max_lora_rank=16"):
@@ -267,27 +246,3 @@ def test_stopped_in_the_middle_of_everything() -> None:
         assert [type(error).__name__ for error in errors] == ["EngineStopped"] * 3
 
     on_engine(main)
-
-
-class HoldsBack(FCFS):
-    """Places an adapter only when a request has waited a while for it; reads it at once."""
-
-    def schedule(self, view: SchedulerView) -> Decision:
-        decision = super().schedule(view)
-        since = {place.adapter: view.adapters[place.adapter].oldest_arrival for place in decision.place}
-        due = {name for name, arrival in since.items() if arrival is not None and view.now >= arrival + 3}
-        return decision._replace(
-            place=[place for place in decision.place if place.adapter in due],
-            prefetch=[*decision.prefetch, *(name for name in since if name not in due)],
-        )
-
-
-def test_a_policy_that_waits_on_purpose_is_asked_again_on_an_idle_engine() -> None:
-    async def main() -> float:
-        async with SimulatedEngine(config(), costs(), policy=HoldsBack()) as engine:
-            engine.add_adapters([AdapterShape("a", rank=8, nbytes=10 * MB)])
-            params = SamplingParams(max_tokens=1, ignore_eos=True)
-            await asyncio.wait_for(engine.complete([0, 0], params, adapter="a"), 60)
-            return asyncio.get_running_loop().time()
-
-    assert run_in_virtual_time(main()) == pytest.approx(3 + SLOT.latency + 0.01 + STEP, abs=0.06)

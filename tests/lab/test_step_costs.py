@@ -72,11 +72,6 @@ def test_each_coefficient_counts_what_it_says(field: str, value: object, seconds
     assert step_seconds(SHAPE) == step_seconds(SHAPE) == pytest.approx(seconds)
 
 
-def test_a_step_without_adapters_costs_nothing_for_them() -> None:
-    costs = StepCosts(lora_step=1.0, adapter=((8.0, 1.0),), lora_token=((8.0, 1.0),))
-    assert StepTimes(costs)(SHAPE._replace(adapters=())) == 0
-
-
 @given(step_costs, shapes)
 def test_kernels_that_pad_cost_what_the_largest_rank_of_the_step_does(
     steps: StepCosts, shape: StepShape
@@ -169,10 +164,6 @@ def test_shape_of_a_mixed_step() -> None:
         sequences=5,
         adapters=((8, 1), (16, 11)),
     )
-
-
-def test_shape_of_an_empty_step() -> None:
-    assert step_shape(StepBatch(0, [], [])) == StepShape(0, 0, 0, 0, 0)
 
 
 @given(st.lists(st.integers(2, 50), min_size=1, max_size=8))

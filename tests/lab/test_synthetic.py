@@ -36,13 +36,6 @@ def test_the_rate_is_kept(text: str) -> None:
     assert times(text, 100, seed=1) != found[:100]
 
 
-@pytest.mark.parametrize("text", PROCESSES)
-@pytest.mark.slow
-def test_scale_multiplies_the_rate(text: str) -> None:
-    faster = times(text, 100_000, scale=3.0)
-    assert len(faster) / faster[-1] == pytest.approx(6.0, rel=0.06)
-
-
 @pytest.mark.parametrize("cv", [0.25, 0.5, 1.0, 2.0, 4.0])
 @pytest.mark.slow
 def test_gamma_has_its_coefficient_of_variation(cv: float) -> None:
@@ -126,11 +119,8 @@ def test_nothing_of_weight_0_is_drawn(weights: list[float], seed: int) -> None:
     [
         ("poison:rate=2", "there is no 'poison' (did you mean 'poisson'?)"),
         ("poisson", "rate is missing; write poisson:rate=..."),
-        ("poisson:", "'' is not a number"),
-        ("poisson:rate=x", "'x' is not a number"),
         ("poisson:rate=nan", "'nan' is not a number"),
         ("poisson:rate=-1", "rate=-1 must be > 0"),
-        ("poisson:rate=0", "rate=0 must be > 0"),
         ("poisson:2,3", "does not take '3'"),
         ("gamma:rate=1,rate=2", "rate is given twice"),
         ("gamma:rat=1,cv=2", "does not take 'rat=1' (did you mean 'rate'?)"),

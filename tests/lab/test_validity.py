@@ -101,12 +101,6 @@ def test_a_policy_that_only_swaps_is_stopped(policies: str, tmp_path: Path) -> N
         run(experiment(policy=f"{policies}:Spins"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("command", [["lab"], ["lab", "run"], ["lab", "compare"], ["keys", "new"], ["serve"]])
-def test_all_help_of_every_command(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*command, "--help-all"]) == 0
-    assert "Usage" in capsys.readouterr().out
-
-
 def test_prompts_have_no_prefix_in_common(tmp_path: Path) -> None:
     run(experiment(enable_prefix_caching=True, prompt_tokens=100, limit=60), tmp_path)
     with open(tmp_path / "requests.csv") as file:

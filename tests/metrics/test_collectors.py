@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 
 import msgspec
-import pytest
 from support.metric_script import (
     added,
     admitted,
     by_label,
     ended,
     evicted,
-    failed,
     families,
-    first_token,
     info,
     loaded,
     metrics,
@@ -24,7 +21,6 @@ from support.metric_script import (
     slot,
     stats,
     step,
-    unloaded,
     value,
 )
 
@@ -32,119 +28,11 @@ from aioengine import events
 from aioengine.metrics.families import definitions
 
 
-def test_swaps_are_counted_timed_and_weighed() -> None:
-    found = samples(
-        metrics(
-            registered("sql"),
-            loaded("sql"),
-            placed("sql", 0),
-            evicted("sql", 0),
-            evicted("sql", None),
-            loaded("sql"),
-            placed("sql", 1),
-            registered("sql", version=2, replaces=1),
-        )
-    )
-    assert value(found, "lora_swaps_total", kind="load") == 2
-    assert value(found, "lora_swaps_total", kind="evict") == 1  # leaving the CPU is no swap
-    assert value(found, "lora_swaps_total", kind="replace") == 1
-    assert value(found, "lora_swap_seconds_count", stage="disk") == 2
-    assert value(found, "lora_swap_seconds_sum", stage="slot") == pytest.approx(0.008)
-    assert value(found, "lora_swap_bytes_total", stage="disk") == 2000
-    assert value(found, "lora_swap_bytes_total", stage="slot") == 2000
-
-
 def test_moves_within_the_memory_of_the_slots_are_swaps_of_their_own_kind() -> None:
     again = msgspec.structs.replace(placed("sql", 0), moved=True)
     found = samples(metrics(registered("sql"), loaded("sql"), placed("sql", 0), again))
     assert value(found, "lora_swaps_total", kind="move") == 1
     assert value(found, "lora_swaps_total", kind="load") == 1
-
-
-def test_cache_requests_by_level_and_version() -> None:
-    made = metrics(registered("sql"), added("sql"))  # on disk
-    made.handle(loaded("sql"))
-    made.handle(added("sql"))  # on the CPU
-    made.handle(placed("sql", 0))
-    made.handle(added("sql"))  # in a slot
-    made.handle(added(None))  # the base model needs no adapter
-    made.handle(registered("sql", version=2, replaces=1))
-    made.handle(added("sql"))  # version 1 in the slot is no hit for version 2
-    found = samples(made)
-    assert value(found, "lora_cache_requests_total", level="slot", result="hit") == 1
-    assert value(found, "lora_cache_requests_total", level="slot", result="miss") == 3
-    assert value(found, "lora_cache_requests_total", level="cpu", result="hit") == 1
-    assert value(found, "lora_cache_requests_total", level="cpu", result="miss") == 2
-
-
-def test_an_evicted_or_unloaded_adapter_is_a_miss() -> None:
-    made = metrics(registered("a"), loaded("a"), placed("a", 0), evicted("a", 0), added("a"))
-    made.handle(placed("a", 0))
-    made.handle(unloaded("a"))
-    made.handle(registered("a", version=2))
-    made.handle(added("a"))
-    found = samples(made)
-    assert value(found, "lora_cache_requests_total", level="slot", result="hit") == 0
-    assert value(found, "lora_cache_requests_total", level="slot", result="miss") == 2
-    assert value(found, "lora_cache_requests_total", level="cpu", result="miss") == 1
-
-
-def test_load_failures_by_reason() -> None:
-    found = samples(metrics(failed("a", "too_large"), failed("a", "too_large")))
-    assert by_label(found, "lora_load_failures_total", "reason") == {
-        "invalid": 0,
-        "too_large": 2,
-        "io": 0,
-        "internal": 0,
-    }
-
-
-def test_requests_by_adapter() -> None:
-    preempted = events.RequestPreempted(time=0.0, request_id="r", adapter="sql")
-    found = samples(
-        metrics(
-            admitted("sql"),
-            first_token("sql"),
-            preempted,
-            admitted("sql", resumed=True),
-            ended("sql", "length"),
-            admitted(None),
-            ended(None),
-        )
-    )
-    assert value(found, "request_queue_seconds_count", adapter="sql") == 1  # not once more
-    assert value(found, "request_queue_seconds_sum", adapter="base") == pytest.approx(0.3)
-    assert value(found, "request_ttft_seconds_bucket", adapter="sql", le="0.25") == 0
-    assert value(found, "request_ttft_seconds_bucket", adapter="sql", le="0.5") == 1
-    assert value(found, "request_e2e_seconds_sum", adapter="sql") == pytest.approx(1.5)
-    assert value(found, "prompt_tokens_total", adapter="base") == 5
-    assert value(found, "generation_tokens_total", adapter="sql") == 7
-    assert value(found, "requests_finished_total", adapter="sql", reason="length") == 1
-    assert value(found, "requests_finished_total", adapter="base", reason="stop") == 1
-    assert value(found, "prompt_cached_tokens_total") == 6
-    assert value(found, "preemptions_total") == 1
-
-
-def test_steps_by_phase() -> None:
-    intervals = (events.TokenInterval("sql", 0.02, 3), events.TokenInterval(None, 0.3, 1))
-    found = samples(
-        metrics(step(100, 0), step(20, 5, slots=(0, 1)), step(0, 6, slots=(1,), intervals=intervals))
-    )
-    for phase in ("prefill", "mixed", "decode"):
-        assert value(found, "step_seconds_count", phase=phase) == 1
-    assert value(found, "step_tokens_total", phase="prefill") == 120
-    assert value(found, "step_tokens_total", phase="decode") == 11
-    assert value(found, "batch_sequences_sum") == 9
-    assert value(found, "batch_adapters_bucket", le="0.0") == 1
-    assert value(found, "batch_adapters_sum") == 3
-    assert value(found, "lora_slot_busy_seconds_total", slot="0") == pytest.approx(0.03)
-    assert value(found, "lora_slot_busy_seconds_total", slot="1") == pytest.approx(0.06)
-    assert value(found, "schedule_seconds_sum") == pytest.approx(0.0006)
-    assert value(found, "policy_decision_seconds_sum") == pytest.approx(0.0003)
-    assert value(found, "request_inter_token_seconds_count", adapter="sql") == 3
-    assert value(found, "request_inter_token_seconds_bucket", adapter="sql", le="0.01") == 0
-    assert value(found, "request_inter_token_seconds_bucket", adapter="sql", le="0.025") == 3
-    assert value(found, "request_inter_token_seconds_sum", adapter="base") == pytest.approx(0.3)
 
 
 def test_policy_and_event_loop() -> None:

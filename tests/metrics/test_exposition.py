@@ -57,12 +57,6 @@ def test_names_with_a_colon_stay_as_they_are_in_both_formats() -> None:
     assert openmetrics(made)["vllm:num_requests_running"].samples[0].name == "vllm:num_requests_running"
 
 
-def test_content_types() -> None:
-    made = metrics()
-    assert made.expose()[1] == "text/plain; version=0.0.4; charset=utf-8"
-    assert made.expose(OPENMETRICS)[1] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
-
-
 def openmetrics(made: EngineMetrics) -> dict[str, Metric]:
     return {family.name: family for family in parse_openmetrics(made.expose(OPENMETRICS)[0].decode())}
 

@@ -40,6 +40,7 @@ def assert_occupancy(found: Samples, stats: EngineStats) -> None:
     assert sum(states.values()) == len(stats.slots)
     swaps = by_label(found, "lora_swaps_total", "kind")
     assert swaps["load"] - swaps["evict"] == states["ready"] + states["draining"]
+    assert (swaps["load"], swaps["evict"]) == (stats.slot_loads, stats.slot_evictions)
     held = {(i.index, i.adapter, i.version) for i in stats.slots if i.adapter is not None}
     info = [dict(labels) for name, labels in found if name == "aioengine_lora_slot_info"]
     assert {(int(s["slot"]), s["adapter"], int(s["version"])) for s in info} == held

@@ -132,13 +132,3 @@ def test_an_idle_slot_is_given_to_an_urgent_cold_request_at_once() -> None:
     sim.run(step_seconds=0.01)
     assert urgent.admitted is not None
     assert urgent.admitted - start <= 2 * 0.01, "one step to copy it"
-
-
-def test_a_deadline_that_has_passed_ends_the_request_and_nobody_else() -> None:
-    sim = edf_sim(LIMITS._replace(max_num_seqs=1))
-    running = sim.add(max_tokens=20)
-    sim.settle(step_seconds=0.1)
-    late, patient = sim.add(deadline=sim.now + 0.5), sim.add()
-    sim.run(step_seconds=0.1)
-    assert sim.ended[late.id] == "error"
-    assert sim.ended[running.id] == sim.ended[patient.id] == "length"

@@ -68,17 +68,6 @@ def test_all_cold_adapters_get_their_turn_in_order_of_arrival() -> None:
     assert times == sorted(times)  # type: ignore[type-var]
 
 
-def test_base_requests_are_not_delayed_by_adapters() -> None:
-    sim = Sim(LIMITS._replace(num_slots=1))
-    for name in "abc":
-        sim.register(name)
-        sim.add(name, max_tokens=20)
-    sim.settle()
-    base = sim.add()
-    sim.settle()
-    assert base.admitted is not None
-
-
 def test_an_idle_slot_that_nobody_waits_for_is_reused_least_recently_used_first() -> None:
     sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=4))
     for name in "abc":

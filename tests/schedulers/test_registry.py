@@ -15,7 +15,6 @@ from aioengine import AsyncEngine, EngineConfig
 from aioengine.errors import PolicyError
 from aioengine.schedulers import (
     Composed,
-    SchedulerPolicy,
     available_parts,
     available_policies,
     compose,
@@ -161,10 +160,6 @@ def test_a_broken_package_harms_only_those_who_name_it(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert "cannot import no_such_module:Policy" in done.stdout
-
-
-def test_a_whole_policy_is_a_scheduler_policy() -> None:
-    assert isinstance(load_policy("fcfs"), SchedulerPolicy)
 
 
 FILE = """

@@ -213,15 +213,3 @@ def test_each_replacement_has_its_own_victim_in_the_cpu_cache(
     sim.settle()
     dropped = [e.adapter for e in sim.of(events.AdapterEvicted) if e.level == "cpu"]  # type: ignore[attr-defined]
     assert dropped == [victim]
-
-
-def test_gdsf_keeps_its_count_of_an_adapter_that_is_renamed() -> None:
-    gdsf = GDSF(cost="one")
-    sim = SizedSim(gdsf, slots=2)
-    sim.have("a")
-    sim.use("aaa")
-    before = len(gdsf.slots), len(gdsf.cpu)
-    sim.core.residency.retire(sim.entry("a"), sim.now)
-    assert (len(gdsf.slots), len(gdsf.cpu)) == before
-    sim.settle()
-    assert (len(gdsf.slots), len(gdsf.cpu)) == (0, 0)

@@ -206,7 +206,11 @@ def test_discard_empties_the_slot_as_soon_as_the_last_request_has_ended() -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["lpm", "session", "toppings:max_step=0.03", "drainer", "admission", "fair", "discard"]
+    "name",
+    [
+        *("fcfs", "vtc", "vllm", "chameleon", "fair", "lpm", "session"),
+        *("toppings:max_step=0.03", "drainer", "admission", "discard"),
+    ],
 )
 @pytest.mark.slow
 def test_they_keep_the_contract(name: str) -> None:

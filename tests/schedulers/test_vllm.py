@@ -63,19 +63,3 @@ def test_nothing_is_read_ahead() -> None:
     sim.add("b")
     sim.settle()
     assert not sim.loads, "b would have to wait for the slot anyway"
-
-
-def test_everybody_is_served_though_the_cpu_cache_is_small() -> None:
-    sim = sim_with(LIMITS._replace(num_slots=2, cpu_capacity=2), "abcdef")
-    for name in "abcdef":
-        sim.add(name)
-    sim.run(steps=200)
-    assert set(sim.ended.values()) == {"length"}
-
-
-def test_with_a_full_cpu_cache_a_cold_adapter_is_read_as_soon_as_a_slot_is_idle() -> None:
-    sim = sim_with(LIMITS._replace(num_slots=1, cpu_capacity=2), "abc")
-    for name in "abc":
-        sim.add(name)
-        sim.run(steps=200)
-    assert set(sim.ended.values()) == {"length"}

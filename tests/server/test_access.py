@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from support.engine_fixtures import Tiny
 from support.server_fixtures import MODEL, Serve, until
@@ -61,12 +60,6 @@ async def test_everything_else_is_kept_out(header: str | None, serve: Serve) -> 
             assert answer.headers["www-authenticate"].startswith("Bearer")
         for path in ("/health", "/ready"):
             assert (await served.http.get(path, headers=headers)).status_code == 200
-
-
-async def test_the_client_knows_that_it_is_kept_out(serve: Serve) -> None:
-    async with serve(settings={"api_keys": KEYS}, key="sk-wrong") as served:
-        with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
-            await served.client.completions.create(model=MODEL, prompt="x")
 
 
 ADMINS = {"sk-admin": "ops"}
@@ -259,29 +252,12 @@ async def _raw(url: str, data: bytes) -> tuple[asyncio.StreamReader, asyncio.Str
     return reader, writer
 
 
-async def test_a_body_that_does_not_come_times_out(serve: Serve) -> None:
-    async with serve(settings={"read_timeout": 0.05}) as served:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        reader, writer = await _raw(served.url, head + b"content-length: 100\r\n\r\n{")
-        answer = await asyncio.wait_for(reader.read(), 60)
-        assert answer.startswith(b"HTTP/1.1 408")
-        writer.close()
-
-
 async def test_headers_that_do_not_come_close_the_connection(serve: Serve) -> None:
     async with serve(listen={"header_timeout": 0.05}) as served:
         for data in (b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: "):
             reader, writer = await _raw(served.url, data)
             assert await asyncio.wait_for(reader.read(), 60) == b""
             writer.close()
-
-
-async def test_large_headers_are_refused(serve: Serve) -> None:
-    async with serve() as served:
-        data = b"GET /health HTTP/1.1\r\nhost: x\r\nx-large: " + b"a" * 100_000 + b"\r\n\r\n"
-        reader, writer = await _raw(served.url, data)
-        assert (await asyncio.wait_for(reader.read(), 60)).startswith(b"HTTP/1.1 431")
-        writer.close()
 
 
 async def test_connections_are_bounded(serve: Serve) -> None:

@@ -52,23 +52,6 @@ async def test_streaming_adds_up(serve: Serve) -> None:
         assert last.usage.completion_tokens == 12
 
 
-async def test_the_second_turn_finds_the_first_in_the_cache(serve: Serve) -> None:
-    async with serve() as served:
-        first = await served.client.chat.completions.create(
-            model=MODEL, messages=MESSAGES, max_tokens=4, temperature=0
-        )
-        again = await served.client.chat.completions.create(
-            model=MODEL,
-            messages=[*MESSAGES, first.choices[0].message, {"role": "user", "content": "More"}],
-            max_tokens=4,
-        )
-        assert again.usage is not None
-        details = again.usage.prompt_tokens_details
-        assert details is not None
-        assert details.cached_tokens is not None
-        assert details.cached_tokens >= 20
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.slow
 async def test_logprobs(stream: bool, serve: Serve) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
-import openai
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
 from support.server_fixtures import MODEL, Serve, served_by
@@ -12,35 +9,22 @@ from support.server_fixtures import MODEL, Serve, served_by
 PROMPT = "Hello"
 
 
-async def test_equals_the_engine(serve: Serve) -> None:
+@pytest.mark.parametrize("adapter", [None, "a"])
+async def test_equals_the_engine(adapter: str | None, serve: Serve) -> None:
     async with serve() as served:
-        expected = await served.engine.complete(PROMPT, greedy(12))
+        expected = await served.engine.complete(PROMPT, greedy(12), adapter=adapter)
+        model = adapter or MODEL
         answer = await served.client.completions.create(
-            model=MODEL, prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
+            model=model, prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
         )
         assert answer.object == "text_completion"
-        assert answer.model == MODEL
+        assert answer.model == model
         [choice] = answer.choices
         assert choice.text == expected.text
         assert choice.finish_reason == "length"
         assert answer.usage is not None
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 12)
         assert answer.usage.total_tokens == 17
-
-
-async def test_an_adapter_is_a_model(serve: Serve) -> None:
-    async with serve() as served:
-        for adapter in (None, "a"):
-            expected = await served.engine.complete(PROMPT, greedy(12), adapter=adapter)
-            answer = await served.client.completions.create(
-                model=adapter or MODEL,
-                prompt=PROMPT,
-                max_tokens=12,
-                temperature=0,
-                extra_body={"ignore_eos": True},
-            )
-            assert answer.choices[0].text == expected.text
-            assert answer.model == (adapter or MODEL)
 
 
 async def test_streaming_adds_up(serve: Serve) -> None:
@@ -161,63 +145,6 @@ async def test_logit_bias_forces_and_bans(serve: Serve) -> None:
             extra_body={"ignore_eos": True},
         )
         assert answer.choices[0].text == served.engine.tokenizer.decode([68] * 4)  # type: ignore[union-attr]
-
-
-async def test_many_streams_at_once(serve: Serve) -> None:
-    async with serve() as served:
-
-        async def one(i: int) -> str:
-            stream = await served.client.completions.create(
-                model=("a", MODEL)[i % 2],
-                prompt=f"prompt {i % 5}",
-                max_tokens=10,
-                temperature=0,
-                stream=True,
-                extra_body={"ignore_eos": True},
-            )
-            return "".join([chunk.choices[0].text async for chunk in stream])
-
-        texts = await asyncio.gather(*[one(i) for i in range(40)])
-        for i in range(10):
-            assert len({texts[j] for j in range(i, 40, 10)}) == 1
-
-
-def test_the_sync_client_works(serve: Serve) -> None:
-    async def main() -> None:
-        async with serve() as served:
-
-            def ask() -> str:
-                client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
-                with client:
-                    stream = client.completions.create(
-                        model=MODEL, prompt=PROMPT, max_tokens=5, temperature=0, stream=True
-                    )
-                    return "".join(chunk.choices[0].text for chunk in stream)
-
-            expected = await served.engine.complete(PROMPT, greedy(5))
-            assert await asyncio.to_thread(ask) == expected.text
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"suffix": "x"}, "suffix"),
-        ({"best_of": 3}, "best_of"),
-    ],
-)
-@pytest.mark.slow
-async def test_what_would_change_the_answer_is_refused(
-    fields: dict[str, object], param: str, serve: Serve
-) -> None:
-    async with serve() as served:
-        with pytest.raises(openai.BadRequestError) as caught:
-            await served.client.completions.create(
-                model=MODEL, prompt=PROMPT, max_tokens=2, extra_body=fields
-            )
-        assert caught.value.param == param
-        assert caught.value.code == "unsupported_parameter"
 
 
 async def test_harmless_fields_are_ignored(serve: Serve) -> None:

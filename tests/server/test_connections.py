@@ -145,33 +145,6 @@ async def test_output_that_is_not_taken_is_gathered_in_one_chunk(
         assert chunks[-1] == b"data: [DONE]\n\n"
 
 
-async def test_a_client_that_takes_nothing_is_let_go(tiny_text: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny_text, max_model_len=500) as engine:
-        app = create_app(engine, ServerSettings(served_model_names=[MODEL], send_timeout=0.05))
-        body = json.dumps({**LONG, "stream": True}).encode()
-        requests = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive() -> Any:
-            for message in requests:
-                return message
-            await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            if message["type"] == "http.response.body":
-                await asyncio.Event().wait()
-
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/completions",
-            "headers": [(b"content-type", b"application/json")],
-            "query_string": b"",
-        }
-        await asyncio.wait_for(app(scope, receive, send), 60)
-        assert app.active == 0
-        assert engine.stats().requests_aborted + engine.stats().requests_finished == 1
-
-
 @pytest.mark.slow
 async def test_a_thousand_idle_connections_are_nothing_to_the_others(serve: Serve) -> None:
     async with serve() as served:

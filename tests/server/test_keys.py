@@ -328,19 +328,6 @@ async def test_the_models_path_is_not_its_name(serve: Serve, tiny_text: Tiny) ->
 # Limits
 
 
-def test_a_bucket_is_full_after_a_minute_and_says_when() -> None:
-    bucket = Bucket(6)
-    for _ in range(6):
-        assert bucket.wait(100.0) == 0
-        bucket.take(1, 100.0)
-    assert bucket.wait(100.0) == pytest.approx(10)
-    assert bucket.wait(109.0) == pytest.approx(1)
-    assert bucket.wait(110.0) == 0
-    bucket.take(12, 110.0)
-    assert bucket.wait(110.0) == pytest.approx(120), "a debt is paid first"
-    assert bucket.wait(10_000.0) == 0
-
-
 @given(
     per_minute=st.integers(1, 1000),
     asks=st.lists(st.tuples(st.floats(0, 30), st.integers(1, 50)), max_size=60),

@@ -102,7 +102,8 @@ async def test_every_endpoint_refuses_the_same(served: Served, path: str) -> Non
         ({"model": "a", "adapters": {"b": 0.5}}, 400),
     ]
     if path != "/v1/messages/count_tokens":  # nothing is looked up for it
-        wrong += [({"adapters": {"a": 0.5, "nobody": 0.5}}, 404), ({"model": "a@7"}, 404)]
+        wrong.append(({"adapters": {"a": 0.5, "nobody": 0.5}}, 404))
+        wrong += [({"model": f"a@{number}"}, 404) for number in ("7", "", "x", "1@2")]
     for fields, status in wrong:
         found = await served.http.post(path, json={"model": MODEL, **body, **fields})
         assert found.status_code == status, (fields, found.text)

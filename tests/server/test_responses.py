@@ -143,15 +143,6 @@ async def test_a_format_is_kept(serve: Serve) -> None:
         assert set(json.loads(answer.output_text)) == {"color"}
 
 
-async def test_a_format_of_text_has_no_effect_on_calls(serve: Serve) -> None:
-    format_: Any = {"type": "json_schema", "name": "x", "schema": {"const": "text"}, "strict": True}
-    async with serve(max_model_len=500) as served:
-        answer = await served.client.responses.create(
-            model=MODEL, input="Hi", tools=[STOP], tool_choice="required", text={"format": format_}
-        )
-        assert [item.type for item in answer.output] == ["function_call"]
-
-
 @pytest.mark.slow
 async def test_a_failure_is_the_last_event(serve: Serve) -> None:
     async with serve(max_model_len=500) as served:

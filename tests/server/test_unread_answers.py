@@ -180,25 +180,6 @@ def test_who_reads_enough_in_each_period_is_not_cut_off(tells: bool, periods: li
     assert not clock.timers
 
 
-@given(st.booleans(), st.integers(READ_BYTES, 8 * READ_BYTES), st.integers(1, AHEAD_BYTES // READ_BYTES))
-def test_lumps_count_for_the_periods_that_follow(tells: bool, most: int, each: int) -> None:
-    """A client that reads all the time is seen to read only when its system has room again."""
-    clock, connection = Clock(), Connection(tells=tells)
-    watch = ReaderWatch(cast(Any, connection), 60.0, cast(Any, clock))
-    connection.unread = 1 << 30
-    watch.wrote(1 << 30)
-    for period in range(100):
-        if period % each == 0:
-            connection.read(each * READ_BYTES)
-        clock.timers.pop()()
-        assert not connection.is_aborted
-    connection.read(most)
-    for _ in range(1 + AHEAD_BYTES // READ_BYTES):  # from now on it reads nothing
-        if clock.timers:
-            clock.timers.pop()()
-    assert connection.is_aborted
-
-
 class RealConnection:
     """A transport that passes on to a socket what its system takes."""
 

@@ -130,18 +130,6 @@ async def test_refused(serve: Serve, heads: dict[int, Path]) -> None:
         served.engine.check_invariants()
 
 
-async def test_versions_by_name(serve: Serve, tiny_text: Tiny) -> None:
-    async with serve() as served:
-        ask = {"prompt": "x", "max_tokens": 2}
-        assert (await answer(served, "/v1/completions", model="a@1", **ask))[0] == 200
-        await served.engine.load_adapter("a", tiny_text.adapters["a"], replace=True)
-        assert (await answer(served, "/v1/completions", model="a@2", **ask))[0] == 200
-        for name in ("a@1", "a@", "a@x", "@1", "a@1@2"):
-            assert (await answer(served, "/v1/completions", model=name, **ask))[0] == 404
-        with pytest.raises(AdapterNotFound, match="the current one is 2"):
-            await served.engine.complete("x", adapter="a@1")
-
-
 async def test_a_replaced_version_has_its_own_labels(serve: Serve, heads: dict[int, Path]) -> None:
     """It lives as long as a request runs on it."""
     async with serve() as served:
@@ -184,22 +172,3 @@ async def test_labels_of_a_replaced_version_that_was_never_read(serve: Serve, he
         assert await engine.head_labels("h") == 2
         with pytest.raises(AdapterNotFound, match="gone"):
             await engine.head_labels("h@1")
-
-
-async def test_mixes(serve: Serve, tiny_text: Tiny) -> None:
-    async with serve() as served:
-        await served.engine.load_adapter("b", tiny_text.adapters["a"])
-        mix = {"a": 0.25, "b": 0.5}
-        expected = await served.engine.complete("x", SamplingParams(max_tokens=4), adapter=mix)
-        ask = {"prompt": "x", "max_tokens": 4, "temperature": 0}
-        _, body = await answer(served, "/v1/completions", adapters=mix, **ask)
-        assert body["choices"][0]["text"] == expected.text
-        for fields, words in [
-            ({"adapters": mix, "model": "a"}, "model must be the base model's name"),
-            ({"adapters": {}}, "adapters: is empty"),
-            ({"adapters": {MODEL: 1}}, "is the base model"),
-            ({"adapters": {"nobody": 1}}, "nobody"),
-            ({"adapters": {"a": 1e9}}, "adapters"),
-        ]:
-            status, body = await answer(served, "/v1/completions", **{**ask, **fields})
-            assert status in (400, 404) and words in body["error"]["message"], body

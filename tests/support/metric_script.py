@@ -147,19 +147,6 @@ def ended(adapter: str | None, reason: events.EndReason = "stop", request_id: st
     )
 
 
-def loading(adapter: str, version: int = 1, time: float = 0.0) -> events.Event:
-    return events.AdapterLoading(time=time, adapter=adapter, version=version)
-
-
-def placing(adapter: str, index: int, version: int = 1, time: float = 0.0) -> events.Event:
-    return events.AdapterPlacing(time=time, adapter=adapter, version=version, slot=index)
-
-
-def failed(adapter: str, reason: events.LoadFailure = "io") -> events.Event:
-    error = ValueError(reason)
-    return events.AdapterFailed(time=0.0, adapter=adapter, version=1, reason=reason, error=error)
-
-
 def unloaded(adapter: str, version: int = 1) -> events.Event:
     return events.AdapterUnloaded(time=0.0, adapter=adapter, version=version)
 

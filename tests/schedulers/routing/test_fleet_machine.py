@@ -14,7 +14,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.fleet_cases import Fleet
 
 from aioengine.schedulers.routing import (
     FleetState,
@@ -409,17 +408,3 @@ def test_the_view_is_read_only_and_live_and_a_snapshot_is_not() -> None:
     assert view.replicas["r0"].waiting == 1 and "a" in view.adapters
     assert snapshot.replicas["r0"].waiting == 0 and "a" not in snapshot.adapters
     assert copy.copy(snapshot).changed == frozenset()
-
-
-def test_sizes_are_those_that_replicas_reported_last() -> None:
-    fleet = Fleet(2)
-    fleet.state.add_adapter("a", 10)
-    fleet.report("r0", Tiers(["a"], ["b"], ["c"], {"a": 100, "b": 200}))
-    adapters = fleet.state.view.adapters
-    assert {name: found.nbytes for name, found in adapters.items()} == {"a": 100, "b": 200, "c": 0}
-    fleet.report("r1", Tiers(["a"], nbytes={"a": 150}))
-    fleet.report("r0")
-    assert adapters["a"].nbytes == fleet.state.snapshot().adapters["a"].nbytes == 150
-    for replica in ("r0", "r1"):
-        fleet.report(replica, Tiers())
-    assert adapters["a"].nbytes == 150, "it is registered, and so it is remembered"

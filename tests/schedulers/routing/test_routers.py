@@ -58,27 +58,6 @@ def test_what_cannot_be_loaded_is_said(spec: str, says: str) -> None:
         load_placement("nowhere")
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_only_replicas_that_accept_and_have_not_failed_it(name: str) -> None:
-    fleet = Fleet(4)
-    fleet.report_all()
-    fleet.state.drain("r2")
-    router = load_router(name)
-    seen = set()
-    for index in range(40):
-        route = router.route(request(f"q{index}", f"a{index % 7}", tried=("r0",)), fleet.state.view)
-        assert route.reject is None and route.replicas
-        seen |= set(route.replicas)
-    assert seen <= {"r1", "r3"}
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_no_replica_is_no_route(name: str) -> None:
-    fleet = Fleet(1)
-    fleet.state.leave("r0")
-    assert not load_router(name).route(request(), fleet.state.view).replicas
-
-
 def test_round_robin_takes_turns() -> None:
     fleet, router = Fleet(3), load_router("round_robin")
     taken = [router.route(request(), fleet.state.view).replicas[0] for _ in range(6)]
