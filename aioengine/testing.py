@@ -145,9 +145,7 @@ class Sim:
 
     def register(self, name: str) -> AdapterEntry:
         """Make an adapter known, which is on disk. A name that is known gets a new version."""
-        entry = self.core.residency.declare(name, f"/adapters/{name}")
-        self.core.residency.publish(entry, self.now)
-        return entry
+        return self.core.residency.names.of(name).register(f"/adapters/{name}", self.now)
 
     def mix(self, *names: str, weight: float = 0.5, tenant: str | None = None) -> str:
         """Return the name of the mix of these adapters' current versions, made for a tenant."""
@@ -156,10 +154,11 @@ class Sim:
         name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in parts)
         if name not in residency.current:
             self.parts[name] = names
-            entry = residency.declare(name, "mix:" + name, files=NoFiles(), version=len(self.parts))
+            known = residency.names.of(name)
+            entry = known.declare("mix:" + name, files=NoFiles(), number=len(self.parts))
             self.sizes[name] = sum(self.sizes.get(part, 1000) for part in names)
             residency.set_size(entry, self.sizes[name], self.sizes[name])
-            residency.publish(entry, self.now)
+            known.replace(entry, self.now)
         residency.current[name].owner = Owner(tenant)
         return name
 

@@ -63,9 +63,9 @@ class AdapterEntry(Version):
     """The name that it was registered under."""
     version: int
     path: str
-    found: bool = False
-    """Whether its folder was found by the resolver. If it cannot be read any more, the next request asks the
-    resolver again."""
+    source: str | None = None
+    """What was looked up to find its folder; "": its name, by the resolver; None: the path was given. If the
+    folder cannot be read any more, the next request looks it up again."""
     files: AdapterFiles | None = None
     """Files of an adapter that was given in memory; they are read in place of a folder."""
     name: str = field(init=False)

@@ -37,15 +37,17 @@ class AdapterOps:
 
     def register(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
         where = checked_path(name, path)
-        known = self._registered_path(name)
-        if known is not None:
-            check_same_path(name, known, where)
+        known = self._table.of(name)
+        registered = _registered_path(known)
+        if registered is not None:
+            check_same_path(name, registered, where)
         elif is_source(where):
-            self._table.of(name).look_up(where)
+            known.source = where
+            self._table.keep(known)
         else:
-            entry = self._names.publish(name, where)
             # Or else the first list would describe thousands.
-            self._table.of(name).described = adapter_info(entry)
+            known.described = adapter_info(known.register(where, _now()))
+            self._loop.wake()
         return self.info(name)
 
     async def load(
@@ -65,29 +67,21 @@ class AdapterOps:
         with self._claimed(name, force=force_pin) if pin else nullcontext():
             async with self._alone(name) as known:
                 with known.load():
-                    registered = self._registered_path(name)
+                    registered = _registered_path(known)
                     given = source if held is None else str(path)
                     if given is not None and registered is not None and not replace:
                         check_same_path(name, registered, given)
                         source = None  # it is the registered path
                     if held is not None:
-                        entry = self._residency.declare(name, str(path), files=held)
-                    elif source is None and not (replace and self._names.is_registered(name)):
+                        entry = known.declare(str(path), files=held)
+                    elif source is None and not (replace and known.current):
                         entry = await self._names.acquire(name, check=known.check_not_unloaded)
                     else:
                         entry = await self._new_version(known, source)
                     await self._read(entry, known, pin=pin)
-                    if held is not None:
-                        known.forget_source()
-                    _found_at(known, source)
             if pin:
                 await self._loop.until(lambda: self._is_in_slot(name), name)
         return self.info(name)
-
-    def _registered_path(self, name: str) -> str | None:
-        """Return the path as it was given; None if the name is free."""
-        entry = self._table.current.get(name)
-        return self._names.source(name) or (None if entry is None else entry.path)
 
     @asynccontextmanager
     async def _alone(self, name: str) -> AsyncIterator[AdapterName]:
@@ -95,25 +89,26 @@ class AdapterOps:
         known = self._table.of(name)
         known.lock = known.lock or asyncio.Lock()
         known.users += 1
+        self._table.keep(known)
         try:
             async with known.lock:
                 yield known
         finally:
             known.users -= 1
-            self._table.tidy(known)
+            self._table.keep(known)
 
     async def _new_version(self, known: AdapterName, source: str | None) -> AdapterEntry:
         """Declare a version without publishing it. With ``source`` None it comes from the registered path,
         looked up again if necessary."""
-        name = known.label
-        if source is None and not known.looked_up:
-            current = self._names.find(name)
+        source = known.source if source is None else source
+        if source is None:
+            current = known.resolve()
             files = None if current.files is None else current.files.share()
-            return self._residency.declare(name, current.path, files=files)
-        if source is not None and not is_source(source):
-            return self._residency.declare(name, source)
-        where = await self._names.lookups.locate(name, source or known.source, check=known.check_not_unloaded)
-        return self._residency.declare(name, where, found=True)
+            return known.declare(current.path, files=files)
+        if source and not is_source(source):
+            return known.declare(source)
+        where = await self._names.lookups.locate(known.label, source, check=known.check_not_unloaded)
+        return known.declare(where, source=source)
 
     async def _read(self, entry: AdapterEntry, known: AdapterName, *, pin: bool) -> None:
         """Have a version read; it is published then, unless it is held. If that fails, a new one goes."""
@@ -122,7 +117,7 @@ class AdapterOps:
         except BaseException:
             entry.pin_when_read = False  # others may still want it, but without a pin
             if known.current is not entry and not entry.retired:
-                self._residency.retire(entry, _now())
+                known.retire(entry, _now())
                 self._loop.wake()
             raise
 
@@ -161,28 +156,25 @@ class AdapterOps:
                 entry.held = True
                 if read:
                     await self._read(entry, known, pin=False)
-                known.prepared = entry, source
+                known.prepared = entry
         return adapter_info(entry)
 
     def commit(self, name: str) -> AdapterInfo:
         """Let new requests use the prepared version. Raises AdapterNotFound if there is none."""
-        known = self._table.find(name)
-        entry, source = (None, None) if known is None else known.take_prepared()
-        if known is None or entry is None:
+        known = self._table.of(name)
+        entry = known.take_prepared()
+        if entry is None:
             raise AdapterNotFound("no version of it was prepared; call prepare first", name=name)
-        self._residency.publish(entry, _now())
-        _found_at(known, source)
-        self._table.tidy(known)
+        known.replace(entry, _now())
         self._loop.wake()
         return self.info(name)
 
     def discard(self, name: str) -> None:
         """Drop the prepared version, if there is one."""
-        known = self._table.find(name)
-        entry, _ = (None, None) if known is None else known.take_prepared()
-        if known is not None and entry is not None:
-            self._table.tidy(known)
-            self._residency.retire(entry, _now())
+        known = self._table.of(name)
+        entry = known.take_prepared()
+        if entry is not None:
+            known.retire(entry, _now())
             self._loop.wake()
 
     def expect(self, name: str, digest: str) -> None:
@@ -199,25 +191,26 @@ class AdapterOps:
         known = self._table.of(name)
         was_loading = known.loading
         known.unloads += 1
+        self._table.keep(known)
         self._loop.ask_again(name)
         try:
             async with self._alone(name):
-                was_fetched = known.source is not None
-                known.forget_source()
-                known.expected = ""
-                if not self._names.is_registered(name) and (was_fetched or was_loading):
-                    return  # it was never needed, or its load was ended: there is nothing to free
-                entry = self._names.find(name)
-                self._loop.check_goes_on()
-                self._names.mixes.forget(name, _now())
-                self._residency.retire(entry, _now())
+                entry, was_fetched = known.current, bool(known.source)
+                if entry is not None:
+                    self._loop.check_goes_on()
+                    self._names.mixes.forget(name, _now())
+                known.unload(_now())
+                if entry is None:
+                    if was_fetched or was_loading:
+                        return  # it was never needed, or its load was ended: there is nothing to free
+                    raise self._table.not_found(name)
                 if force:
                     self._abort_all(entry)
                 self._loop.wake()
                 await self._loop.until(lambda: entry.uid not in self._residency.entries, name)
         finally:
             known.unloads -= 1
-            self._table.tidy(known)
+            self._table.keep(known)
 
     def _abort_all(self, entry: AdapterEntry) -> None:
         for request in list(self._core.requests.values()):
@@ -232,7 +225,7 @@ class AdapterOps:
         return await self.load(name, None, pin=True, replace=False, force_pin=force)
 
     async def unpin(self, name: str) -> AdapterInfo:
-        self._table.unpin(self._names.find(name), _now())
+        self._table.of(name).unpin(_now())
         self._loop.wake()
         return self.info(name)
 
@@ -240,7 +233,7 @@ class AdapterOps:
     def _claimed(self, name: str, *, force: bool) -> Iterator[None]:
         """Context of a caller who pins a name."""
         try:
-            with self._table.claim(name, force=force, clock=_now):
+            with self._table.of(name).claim(force=force, clock=_now):
                 yield
         finally:
             self._loop.wake()
@@ -276,7 +269,7 @@ class AdapterOps:
 
     def count(self) -> int:
         """Return the number of registered adapters; a mix counts, too."""
-        return sum(known.looked_up or known.current is not None for known in self._table.in_use.values())
+        return sum(known.is_known for known in self._table.in_use.values())
 
     def busy(self) -> list[AdapterInfo]:
         """Return the registered adapters that hold memory, will soon hold it, or have requests that wait. The
@@ -298,24 +291,21 @@ class AdapterOps:
         entry = self._table.current.get(name)
         if entry is not None:
             return None if is_mix(entry) else adapter_info(entry)
-        path = self._names.source(name)
-        return None if path is None else AdapterInfo(name=name, path=path)
+        path = self._table.of(name).source
+        return AdapterInfo(name=name, path=path) if path else None
 
     def info(self, name: str) -> AdapterInfo:
         """Return the adapter's present state. Raises AdapterNotFound."""
-        return self.find(name) or adapter_info(self._names.find(name))
+        return self.find(name) or adapter_info(self._table.of(name).resolve())
 
     def close(self, error: AioEngineError) -> None:
         """Stop all look-ups; callers that wait for one get ``error``."""
         self._names.lookups.close(error)
 
 
-def _found_at(known: AdapterName, source: str | None) -> None:
-    """Note the path that the current version was given by, if any."""
-    if source is not None:
-        known.forget_source()
-        if is_source(source):
-            known.look_up(source)
+def _registered_path(known: AdapterName) -> str | None:
+    """Return the path as it was given; None if the name is free."""
+    return known.source or (None if known.current is None else known.current.path)
 
 
 def _now() -> float:

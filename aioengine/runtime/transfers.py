@@ -110,7 +110,7 @@ class AdapterMoves:
         else:
             failure = self._core.adapter_loaded(entry, loop.time(), done)
         if failure is not None:
-            log_failure(self._core.residency.names.failures(entry.label), entry.label, failure)
+            log_failure(self._core.residency.names.of(entry.label).failures, entry.label, failure)
         self._reads.pop(entry.uid, None)
         self._changed(entry.label)
 

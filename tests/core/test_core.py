@@ -123,12 +123,12 @@ def test_versions_never_come_again_however_many_names_there_are(monkeypatch: pyt
     last: dict[str, int] = {}
     for _ in range(500):
         name = f"a{rng.randrange(12)}"
-        entry = sim.core.residency.declare(name, "/a")
+        entry = sim.core.residency.names.of(name).declare("/a")
         assert entry.version > last.get(name, 0)
         last[name] = entry.version
-        sim.core.residency.publish(entry, sim.now)
+        sim.core.residency.names.of(entry.label).replace(entry, sim.now)
         if rng.random() < 0.5:
-            sim.core.residency.retire(entry, sim.now)
+            sim.core.residency.names.of(entry.label).retire(entry, sim.now)
         sim.core.residency.sweep(sim.now)
 
 
@@ -206,7 +206,7 @@ def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:
     sim = Sim()
     pinned = sim.register("p")
     sim.core.residency.want(pinned, sim.now)
-    sim.core.residency.names.pin(pinned, sim.now)
+    sim.core.residency.names.of(pinned.label).pin(sim.now)
     for _ in range(3):
         sim.settle()
     assert pinned.location is Location.SLOT

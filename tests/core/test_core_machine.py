@@ -288,13 +288,13 @@ class CoreMachine(RuleBasedStateMachine):
         self, name: str, found: bool, pin: bool, give_up: bool
     ) -> None:
         residency = self.sim.core.residency
-        entry = residency.declare(name, "/elsewhere", found=found)
+        entry = residency.names.of(name).declare("/elsewhere", source="" if found else None)
         residency.want(entry, self.sim.now, pin=pin and self.may_pin(name))
         self.versions.append(entry)
         if give_up:
             for version in self.versions:
                 if not version.retired and residency.current.get(name) is not version:
-                    residency.retire(version, self.sim.now)
+                    residency.names.of(version.label).retire(version, self.sim.now)
             self.versions.clear()
 
     def may_pin(self, name: str) -> bool:
@@ -306,15 +306,15 @@ class CoreMachine(RuleBasedStateMachine):
     def unload(self, name: str) -> None:
         entry = self.sim.core.residency.current.get(name)
         if entry is not None:
-            self.sim.core.residency.retire(entry, self.sim.now)
+            self.sim.core.residency.names.of(entry.label).retire(entry, self.sim.now)
 
     @rule(name=st.sampled_from(NAMES), pinned=st.booleans())
     def pin(self, name: str, pinned: bool) -> None:
         entry = self.sim.core.residency.current.get(name)
         if entry is not None and not pinned:
-            self.sim.core.residency.names.unpin(entry, self.sim.now)
+            self.sim.core.residency.names.of(entry.label).unpin(self.sim.now)
         elif entry is not None and self.may_pin(name):
-            self.sim.core.residency.names.pin(entry, self.sim.now)
+            self.sim.core.residency.names.of(entry.label).pin(self.sim.now)
 
     @rule(name=st.sampled_from(NAMES), pin=st.booleans())
     def want(self, name: str, pin: bool) -> None:

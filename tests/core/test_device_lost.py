@@ -44,7 +44,7 @@ def test_pinned_and_wanted_adapters_are_read_again_and_others_are_not() -> None:
     pinned, wanted, other = (sim.register(name) for name in ("pinned", "wanted", "other"))
     for entry in (pinned, other):
         residency.want(entry, sim.now)
-    sim.core.residency.names.pin(pinned, sim.now)
+    sim.core.residency.names.of(pinned.label).pin(sim.now)
     sim.settle()
     sim.settle()
     residency.want(wanted, sim.now)
@@ -67,7 +67,7 @@ def test_an_unloaded_adapter_whose_last_request_ran_is_gone() -> None:
     sim.add("a", max_tokens=20)
     for _ in range(4):
         sim.settle()
-    sim.core.residency.retire(entry, sim.now)
+    sim.core.residency.names.of(entry.label).retire(entry, sim.now)
     sim.lose_device()
     sim.settle()
     assert not sim.core.residency.entries

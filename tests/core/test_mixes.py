@@ -101,7 +101,7 @@ def test_slots_are_of_one_size_for_policies_again_when_it_is_gone() -> None:
     assert not sim.core._view.memory.elastic
     sim.run()
     assert sim.core._view.memory.elastic
-    sim.core.residency.retire(sim.core.residency.current["large"], sim.now)
+    sim.core.residency.names.of("large").unload(sim.now)
     sim.settle()
     assert not sim.core._view.memory.elastic
 

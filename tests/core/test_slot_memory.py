@@ -125,7 +125,7 @@ def test_what_is_busy_or_pinned_never_leaves() -> None:
     sim = MemorySim()
     sim.read(a=2, b=2, c=4, x=3)
     sim.decide(["a", "b", "c"])
-    sim.core.residency.names.pin(sim.core.residency.current["b"], sim.now)
+    sim.core.residency.names.of("b").pin(sim.now)
     sim.add("c", max_tokens=40)
     sim.decide([])
     assert sim.decide(["x"], evict=["c", "b", "ghost"]) == [
@@ -144,7 +144,7 @@ def test_idle_adapters_move_where_only_the_holes_are_too_small() -> None:
     sim.decide(["a", "b", "c", "d", "e"])
     assert sim.layout == "abbcddee"
     for name in "bd":
-        sim.core.residency.retire(sim.core.residency.current[name], sim.now)
+        sim.core.residency.names.of(name).unload(sim.now)
     sim.decide([])
     assert sim.layout == "a..c..ee"
     sim.policy.next = Decision(place=[Place("x")])
@@ -170,7 +170,7 @@ def test_a_running_adapter_stays_where_it_is() -> None:
     sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
     sim.decide(["a", "b", "c", "d", "e"])
     for name in "bd":
-        sim.core.residency.retire(sim.core.residency.current[name], sim.now)
+        sim.core.residency.names.of(name).unload(sim.now)
     sim.add("c", max_tokens=30)
     sim.decide([])
     assert sim.decide(["x"], evict=["e"]) == []
@@ -182,7 +182,7 @@ def test_a_move_that_fails_leaves_the_adapter_on_the_cpu() -> None:
     sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
     sim.decide(["a", "b", "c", "d", "e"])
     for name in "bd":
-        sim.core.residency.retire(sim.core.residency.current[name], sim.now)
+        sim.core.residency.names.of(name).unload(sim.now)
     sim.decide([])
     sim.policy.next = Decision(place=[Place("x")])
     sim.schedule()
@@ -212,7 +212,7 @@ def test_who_is_shut_out_by_pinned_adapters_is_told() -> None:
     sim = MemorySim()
     sim.read(a=4, b=2, x=3)
     for name in "ab":
-        sim.core.residency.names.pin(sim.core.residency.current[name], sim.now)
+        sim.core.residency.names.of(name).pin(sim.now)
     sim.decide([])
     assert sim.layout == "aaaabb.."
     request = sim.add("x")
@@ -239,7 +239,7 @@ def test_a_pinned_adapter_gets_room_although_everything_is_busy() -> None:
         for _ in range(3):
             sim.add(name, max_tokens=8)
     sim.decide([])
-    sim.core.residency.names.pin(sim.core.residency.current["p"], sim.now)
+    sim.core.residency.names.of("p").pin(sim.now)
     for _ in range(40):
         sim.add("a", max_tokens=8)
         sim.decide([])

@@ -93,7 +93,7 @@ class World:
         """A request on the adapter of this name, which is its id as well."""
         core, now = self.stepper.core, asyncio.get_running_loop().time()
         if name not in core.residency.current:
-            core.residency.publish(core.residency.declare(name, f"/adapters/{name}"), now)
+            core.residency.names.of(name).register(f"/adapters/{name}", now)
         entry = core.residency.current[name]
         params = SamplingParams(max_tokens=2)
         core.add_request(name, [3, 4], params, RequestOptions(), now, adapter=entry)
@@ -221,33 +221,33 @@ def test_the_pause_after_failures_grows_and_ends() -> None:
 
     def refused() -> bool:
         try:
-            names.check_worth_a_try("x", now)
+            names.of("x").check_worth_a_try(now)
         except AdapterInvalid:
             return True
         return False
 
     for _ in range(12):
-        names.fail("x", error(), now)
+        names.of("x").fail(error(), now)
         begin = now
         while refused():
             now += 0.25
         pauses.append(now - begin)
-    names.fail("x", error(), now)
+    names.of("x").fail(error(), now)
     with pytest.raises(AdapterInvalid, match=r"'x' \(/x\): bad \(failed 13 times.*30.0 s"):
-        names.check_worth_a_try("x", now)
+        names.of("x").check_worth_a_try(now)
     assert pauses[:4] == [0.0, 0.5, 1.0, 2.0] and pauses[-1] == LONGEST_SECONDS
     names.of("x").succeed()
-    names.check_worth_a_try("x", now)
+    names.of("x").check_worth_a_try(now)
     for i in range(MAX_REMEMBERED + 100):
-        names.fail(f"n{i}", AdapterLoadError("EIO", name=f"n{i}"), now)
-    assert sum(names.find(f"n{i}") is not None for i in range(MAX_REMEMBERED + 100)) <= MAX_REMEMBERED
+        names.of(f"n{i}").fail(AdapterLoadError("EIO", name=f"n{i}"), now)
+    assert sum(names.of(f"n{i}").failures for i in range(MAX_REMEMBERED + 100)) <= MAX_REMEMBERED
 
 
 def test_what_several_say_of_one_failure_counts_once() -> None:
     names, error = Sim().core.residency.names, AdapterInvalid("bad", name="x", path="/x")
     for now in (0.0, 0.0, 0.001, 0.4):
-        names.fail("x", error, now)
-    assert names.failures("x") == 1
+        names.of("x").fail(error, now)
+    assert names.of("x").failures == 1
     for now in (0.5, 1.5, 9.0):  # an application's resolver that raises one error again and again
-        names.fail("x", error, now)
-    assert names.failures("x") == 4
+        names.of("x").fail(error, now)
+    assert names.of("x").failures == 4

@@ -163,7 +163,7 @@ async def test_parts_that_are_read_for_several_callers(
             assert wanted("qv-only", "rank-4", "bad")
         results = await asyncio.gather(first, *kept, alone, return_exceptions=True)
         assert [isinstance(result, AioEngineError) for result in results] == [False, False, True, False, True]
-        assert residency.names.failures("bad") == 1
+        assert residency.names.of("bad").failures == 1
         assert wanted() and "rank-3" not in reads.count
         await asyncio.gather(*(begin(name, 0.5) for name in ("rank-3", "qv-only", "rank-4")))
         engine.check_invariants()

@@ -67,7 +67,7 @@ def test_a_policy_that_waits_is_asked_again_although_a_read_has_just_ended() -> 
             return 0.0
 
     async def main(stepper: EngineLoop) -> None:
-        stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
+        stepper.core.residency.names.of("a").register("/a", 0.0)
         add(stepper, "r", "a")
         await asyncio.sleep(0.99)
         assert stepper.core.residency.current["a"].location is Location.CPU
@@ -96,7 +96,7 @@ def test_retries_are_told_while_the_load_goes_on_in_virtual_time() -> None:
 
     async def main(stepper: EngineLoop) -> None:
         stepper.listeners.add(seen.append)
-        stepper.core.residency.publish(stepper.core.residency.declare("a", "/a"), 0.0)
+        stepper.core.residency.names.of("a").register("/a", 0.0)
         add(stepper, "r", "a")
         await asyncio.sleep(100 + 200 + 1)
 

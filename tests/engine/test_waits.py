@@ -43,7 +43,7 @@ def test_a_condition_is_asked_at_the_events_of_its_adapter_only() -> None:
         await asyncio.sleep(1)
         assert asked == ["a", "b"], "at once, and nobody asks again while nothing happens"
         residency = stepper.core.residency
-        residency.publish(residency.declare("a", "/a"), 0.0)
+        residency.names.of("a").register("/a", 0.0)
         stepper.wake()
         await a
         assert asked == ["a", "b", "a"] and not b.done()
@@ -63,7 +63,7 @@ def test_what_a_condition_raises_is_raised_where_it_is_waited_for() -> None:
         waiting = asyncio.create_task(stepper.until(known, "a"))
         await asyncio.sleep(0)
         residency = stepper.core.residency
-        residency.publish(residency.declare("a", "/a"), 0.0)
+        residency.names.of("a").register("/a", 0.0)
         stepper.wake()
         with pytest.raises(KeyError):
             await waiting

@@ -118,7 +118,7 @@ def random_run(seed: int) -> tuple[Samples, list[e.Event]]:
         "replace": lambda: sim.register(rng.choice(names)),
         "unload": lambda: (
             len(sim.core.residency.current) > 2
-            and sim.core.residency.retire(rng.choice([*sim.core.residency.current.values()]), sim.now)
+            and sim.core.residency.names.of(rng.choice([*sim.core.residency.current])).unload(sim.now)
         ),
     }
     weights = [20, 25, 25, 60, 60, 3, 20, 1, 1]

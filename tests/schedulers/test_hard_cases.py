@@ -305,7 +305,7 @@ def test_a_pinned_slot_is_never_taken(name: str) -> None:
     sim.add("p")
     sim.run()
     pinned = sim.core.residency.current["p"]
-    sim.core.residency.names.pin(pinned, sim.now)
+    sim.core.residency.names.of(pinned.label).pin(sim.now)
     slot = pinned.slot
     assert slot is not None
     rng = random.Random(3)

@@ -186,7 +186,7 @@ def test_gdsf_forgets_adapters_that_were_unloaded_while_in_a_slot() -> None:
         sim.have(f"n{index}")
         sim.add(f"n{index}", max_tokens=1)
         sim.run()
-        sim.core.residency.retire(sim.entry(f"n{index}"), sim.now)
+        sim.core.residency.names.of(f"n{index}").unload(sim.now)
         sim.use("xyz")
     assert len(gdsf.slots) <= 2
     assert len(gdsf.cpu) <= 8

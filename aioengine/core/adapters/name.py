@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
+from itertools import islice
 
 from aioengine import events
+from aioengine.core.adapters.version import Change
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.record_views import CoreAdapterView
-from aioengine.core.state import AdapterEntry
-from aioengine.errors import AdapterError, AdapterLoadError, ConfigError
+from aioengine.core.state import AdapterEntry, AdapterFiles
+from aioengine.errors import AdapterError, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.info import AdapterInfo
+from aioengine.schedulers.policy import Location
 
 FIRST_SECONDS = 0.5
 LONGEST_SECONDS = 30.0
@@ -28,22 +30,23 @@ forgotten, it is tried again at once, and its next version has a higher number t
 
 @dataclass(slots=True, eq=False)
 class AdapterName:
-    """A name that is registered, that a caller works on, or that is remembered."""
+    """A name that is registered, that a caller works on, or that is remembered. What changes it keeps it in
+    the table of names as long as needed."""
 
     label: str
+    names: NameTable = field(repr=False)
     last_version: int
     current: AdapterEntry | None = None
     """The version that new requests use."""
-    prepared: tuple[AdapterEntry, str | None] | None = None
-    """A version that is published on demand, and the path that it was prepared from."""
+    prepared: AdapterEntry | None = None
+    """A version that is published on demand."""
     described: AdapterInfo | None = None
     """Description of the current version, as it was when that was last found idle."""
     expected: str = ""
     """The digest of the current version, or of the one that a look-up finds next; "": any."""
-    looked_up: bool = False
-    """Whether a look-up finds its folder."""
     source: str | None = None
-    """What is looked up: "hf:..." or a URL; None: the name itself, by the resolver."""
+    """What is looked up to find its folder: "hf:..." or a URL; "": the name itself, by the resolver; None: it
+    is not looked up."""
     # Who works on it
     loading: bool = False
     """Whether a version is looked up or read for a caller."""
@@ -64,39 +67,36 @@ class AdapterName:
     tried_again_at: float = 0.0
 
     @property
+    def is_known(self) -> bool:
+        """Whether requests can use it, or could once it has been looked up."""
+        return self.current is not None or self.source is not None
+
+    @property
     def in_use(self) -> bool:
         works = self.prepared or self.users or self.unloads or self.claims
-        return bool(self.current or self.looked_up or self.expected or works)
+        return bool(self.is_known or self.expected or works)
 
     @property
     def pinned(self) -> bool:
         return self.current is not None and self.current.pinned
 
-    def take_prepared(self) -> tuple[AdapterEntry | None, str | None]:
-        """Return the prepared version and the path that it was prepared from, and forget it."""
-        prepared, self.prepared = self.prepared, None
-        return (None, None) if prepared is None else prepared
+    def resolve(self, version: str | None = None) -> AdapterEntry:
+        """Return the current version, or one by its number, which may be replaced but has requests still.
+        Raises AdapterNotFound."""
+        if self.current is None:
+            raise self.names.not_found(self.label if version is None else f"{self.label}@{version}")
+        if version is None or version == str(self.current.version):
+            return self.current
+        entry = self.names.known.get(f"{self.label}@{version}")
+        if entry is None:
+            raise AdapterNotFound(
+                f"this version is gone: the current one is {self.current.version}, and a replaced one goes "
+                "when its last request has ended",
+                name=f"{self.label}@{version}",
+            )
+        return entry
 
-    def look_up(self, source: str | None) -> None:
-        """Note that its folder is found by a look-up."""
-        self.looked_up, self.source = True, source
-
-    def forget_source(self) -> None:
-        """Note that no look-up finds its folder."""
-        self.looked_up, self.source = False, None
-
-    def expect(self, digest: str) -> None:
-        """Refuse any other content, until it is replaced or unloaded."""
-        self.expected = digest
-        self.succeed()  # whatever has failed, it was of other files
-        if self.current is not None:
-            self.current.expected = digest
-
-    def check_not_unloaded(self) -> None:
-        """Raise AdapterLoadError if it is being unloaded. An unload does not wait for loads, because these
-        may hang."""
-        if self.unloads:
-            raise AdapterLoadError("it was unloaded while it was being loaded", name=self.label)
+    # Loading
 
     @contextmanager
     def load(self) -> Iterator[None]:
@@ -109,6 +109,150 @@ class AdapterName:
         finally:
             self.loading = False
 
+    def check_not_unloaded(self) -> None:
+        """Raise AdapterLoadError if it is being unloaded. An unload does not wait for loads, because these
+        may hang."""
+        if self.unloads:
+            raise AdapterLoadError("it was unloaded while it was being loaded", name=self.label)
+
+    def declare(
+        self,
+        path: str,
+        *,
+        source: str | None = None,
+        files: AdapterFiles | None = None,
+        number: int | None = None,
+    ) -> AdapterEntry:
+        """Declare a new version. No request can use it until it is published, which happens at the latest
+        when it has been read, unless it is ``held``. ``source``: what was looked up to find its path.
+        ``files``: read in place of a folder. ``number`` None: the next one."""
+        if number is None:
+            number = self.last_version = self.last_version + 1
+            self.names.keep(self)
+        uid = self.names.next_uid
+        self.names.next_uid += 1
+        entry = AdapterEntry(uid, self.label, number, path, source=source, files=files)
+        self.names.entries[uid] = entry
+        return entry
+
+    def register(self, path: str, now: float, *, source: str | None = None) -> AdapterEntry:
+        """Let new requests use what is in this folder, which is read when one first needs it."""
+        entry = self.declare(path, source=source)
+        self.replace(entry, now)
+        return entry
+
+    def replace(self, entry: AdapterEntry, now: float) -> None:
+        """Let new requests use this version, and give it its predecessor's pin. The predecessor only finishes
+        its accepted requests."""
+        entry.change(Change.PUBLISH)
+        guard, old = self.names.guard, self.current
+        if old is None:
+            entry.expected = self.expected
+        else:
+            self.expected = ""
+            if old.pinned:
+                self._set_pinned(old, False, now)
+                self._set_pinned(entry, True, now)
+            self.retire(old, now)
+        self.source, self.current, self.names.current[self.label] = entry.source, entry, entry
+        self.names.keep(self)
+        self.names.know(entry, self.label)
+        if entry.location is Location.CPU:
+            guard.tell("adapter_loaded", now, adapter=entry.name)
+        replaces = None if old is None else old.version
+        guard.say(events.AdapterRegistered, entry, now, path=entry.path, replaces=replaces)
+
+    def take_prepared(self) -> AdapterEntry | None:
+        """Return the prepared version, and forget it."""
+        prepared, self.prepared = self.prepared, None
+        self.names.keep(self)
+        return prepared
+
+    def expect(self, digest: str) -> None:
+        """Refuse any other content, until it is replaced or unloaded."""
+        self.expected = digest
+        self.succeed()  # whatever has failed, it was of other files
+        if self.current is not None:
+            self.current.expected = digest
+        self.names.keep(self)
+
+    # Unloading
+
+    def unload(self, now: float) -> None:
+        """Forget where it comes from, and accept no new requests on it."""
+        self.source, self.expected = None, ""
+        if self.current is not None:
+            self.retire(self.current, now)
+        self.names.keep(self)
+
+    def retire(self, entry: AdapterEntry, now: float) -> None:
+        """Accept no new requests on a version; it is freed when the accepted ones have ended. Policies call
+        it "name@version" from now on."""
+        entry.change(Change.RETIRE)
+        self.names.forget_want(entry)
+        self.names.retired[entry.uid] = entry
+        if self.current is entry:
+            if entry.pinned:
+                self.unpin(now)
+            self.current = None
+            del self.names.current[self.label]
+            self.names.keep(self)
+            self.names.forget(entry)
+            self.names.know(entry, f"{self.label}@{entry.version}")
+            self.names.guard.tell("adapter_retired", now, adapter=entry.name, was=self.label)
+
+    # Pins. The core places a pinned adapter in a slot as soon as one is idle, and never takes it out.
+
+    @contextmanager
+    def claim(self, *, force: bool, clock: Callable[[], float]) -> Iterator[None]:
+        """Context that counts it as pinned while it is on its way to a slot. If the block fails, it is
+        unpinned, unless it was pinned before or other callers have pinned it too.
+
+        Raises ConfigError if that would leave no slot for other adapters; with ``force``, only if this one
+        has no slot either.
+        """
+        slots = self.names.num_slots
+        others = {name.label for name in self.names.in_use.values() if name.claims or name.pinned}
+        others.discard(self.label)
+        if len(others) >= (slots if force else slots - 1):
+            todo = "unpin one or raise LoRAConfig.max_loras"
+            if not force:
+                todo = f"one must stay free for other adapters: {todo}, or use force if no others are served"
+            raise ConfigError(
+                f"adapter {self.label!r} cannot be pinned: {len(others)} of max_loras={slots} slots are "
+                f"pinned already ({', '.join(sorted(others)) or 'none'}); {todo}"
+            )
+        if not self.claims:
+            self.pin_settled = self.pinned
+        self.claims += 1
+        self.names.keep(self)
+        try:
+            yield
+            self.pin_settled = self.pinned
+        except BaseException:
+            if self.current is not None and not self.pin_settled and self.claims == 1:
+                self._set_pinned(self.current, False, clock())
+            raise
+        finally:
+            self.claims -= 1
+            self.names.keep(self)
+
+    def pin(self, now: float) -> None:
+        self._set_pinned(self.resolve(), True, now)
+
+    def unpin(self, now: float) -> None:
+        """Remove the pin, whoever holds it."""
+        self.pin_settled = False
+        self._set_pinned(self.resolve(), False, now)
+
+    def _set_pinned(self, entry: AdapterEntry, pinned: bool, now: float) -> None:
+        if entry.pinned != pinned:
+            entry.pinned = pinned
+            self.names.pinned += 1 if pinned else -1
+            self.names.guard.say(events.AdapterPinned, entry, now, pinned=pinned)
+
+    # Failures
+
     def fail(self, error: AdapterError, now: float) -> None:
         """Count a failure. After one a retry may follow at once; from the second in a row on there is a
         pause, which doubles each time. ``error`` is kept, so it must be frameless. Those that waited for the
@@ -119,6 +263,7 @@ class AdapterName:
         pause = FIRST_SECONDS * 2.0 ** min(self.failures - 2, 10) if self.failures > 1 else 0.0
         self.error, self.failed_at = error, now
         self.tried_again_at = now + min(LONGEST_SECONDS, pause)
+        self.names.keep(self)
 
     def succeed(self) -> None:
         """Forget the failures, because it has been read."""
@@ -137,153 +282,69 @@ class AdapterName:
 
 
 class NameTable:
-    """All names, and the versions that policies know, by the names that these have for them."""
+    """Finds names, and their versions by the names that policies have for them."""
 
     def __init__(self, num_slots: int, known: dict[str, AdapterEntry], guard: PolicyGuard) -> None:
-        self._in_use: dict[str, AdapterName] = {}
+        self.in_use: dict[str, AdapterName] = {}
         self._remembered: dict[str, AdapterName] = {}
         """The one that was in use last is at the end."""
         self._forgotten_version = 0
         """The highest of the names that were forgotten."""
-        self._current: dict[str, AdapterEntry] = {}
-        self.current = MappingProxyType(self._current)
+        self.current: dict[str, AdapterEntry] = {}
         """The current versions by name."""
-        self.in_use = MappingProxyType(self._in_use)
+        self.entries: dict[int, AdapterEntry] = {}
+        """All versions, by uid."""
+        self.wanted: dict[int, AdapterEntry] = {}
+        """Those that a caller waits for to be read."""
+        self.retired: dict[int, AdapterEntry] = {}
         self.known = known
         """Versions that requests may wait for or run on, superseded ones included."""
         self.views: dict[str, CoreAdapterView] = {}
         """Their views, by the same names."""
         self.pinned = 0
         """Number of pinned adapters."""
-        self._num_slots = num_slots
-        self._guard = guard
-
-    def find(self, label: str) -> AdapterName | None:
-        """Return what is known of a name; None: nothing."""
-        return self._in_use.get(label) or self._remembered.get(label)
+        self.next_uid = 0
+        self.num_slots = num_slots
+        self.guard = guard
 
     def of(self, label: str) -> AdapterName:
-        """Return the object of a name that will be in use, and make it first if there is none."""
-        name = self._in_use.get(label)
-        if name is None:
-            name = self._remembered.pop(label, None) or AdapterName(label, self._forgotten_version)
-            self._in_use[label] = name
-        return name
+        """Return the object of a name. It is new, and in no table yet, if nothing is known of the name."""
+        name = self.in_use.get(label) or self._remembered.get(label)
+        return name or AdapterName(label, self, self._forgotten_version)
 
-    def tidy(self, name: AdapterName) -> None:
-        """Only remember a name that is not in use any more."""
-        if name.in_use or self._in_use.get(name.label) is not name:
+    def keep(self, name: AdapterName) -> None:
+        """Put a name that has changed where it is found again: as long as it is in use, and for some time
+        after."""
+        self._remembered.pop(name.label, None)
+        if name.in_use:
+            self.in_use[name.label] = name
             return
-        del self._in_use[name.label]
+        self.in_use.pop(name.label, None)
         if name.failures or name.last_version > self._forgotten_version:
             self._remembered[name.label] = name
         while len(self._remembered) > MAX_REMEMBERED:
             oldest = self._remembered.pop(next(iter(self._remembered)))
             self._forgotten_version = max(self._forgotten_version, oldest.last_version)
 
-    # Versions
+    def not_found(self, name: str) -> AdapterNotFound:
+        """Make the error for a name that is not registered."""
+        known = ", ".join(islice(self.current, 20)) or "none"
+        more = f" and {len(self.current) - 20} more" if len(self.current) > 20 else ""
+        return AdapterNotFound(
+            f"not registered; load it with load_adapter or register_adapter (known: {known}{more})", name=name
+        )
 
-    def next_version(self, label: str) -> int:
-        """Return a number that no version of this name had."""
-        name = self.of(label)
-        name.last_version += 1
-        self.tidy(name)
-        return name.last_version
-
-    def publish(self, entry: AdapterEntry) -> None:
-        """Make a version the current one of its name, which has none."""
-        self.of(entry.label).current = self._current[entry.label] = entry
-        self._know(entry, entry.label)
-
-    def withdraw(self, entry: AdapterEntry, now: float) -> None:
-        """Note that a version is not the current one of its name any more. Policies call it "name@version"
-        from now on."""
-        del self._current[entry.label]
-        name = self._in_use[entry.label]
-        name.current = None
-        self.tidy(name)
-        self.forget(entry)
-        self._know(entry, f"{entry.label}@{entry.version}")
-        self._guard.tell("adapter_retired", now, adapter=entry.name, was=entry.label)
+    def know(self, entry: AdapterEntry, name: str) -> None:
+        """Let policies know a version by a name."""
+        entry.name = name
+        self.known[name], self.views[name] = entry, entry.view
 
     def forget(self, entry: AdapterEntry) -> None:
         """Note that policies do not know a version any more."""
         del self.known[entry.name], self.views[entry.name]
 
-    def _know(self, entry: AdapterEntry, name: str) -> None:
-        entry.name = name
-        self.known[name], self.views[name] = entry, entry.view
-
-    # Failures
-
-    def fail(self, label: str, error: AdapterError, now: float) -> None:
-        """Count a failure; see :meth:`AdapterName.fail`."""
-        name = self.of(label)
-        name.fail(error, now)
-        self.tidy(name)
-
-    def failures(self, label: str) -> int:
-        """Return how often a name has failed in a row."""
-        name = self.find(label)
-        return 0 if name is None else name.failures
-
-    def check_worth_a_try(self, label: str, now: float) -> None:
-        """Raise the last error of a name again if its pause is not over."""
-        name = self.find(label)
-        if name is not None:
-            name.check_worth_a_try(now)
-
-    # Pins. The core places a pinned adapter in a slot as soon as one is idle, and never takes it out.
-
-    @contextmanager
-    def claim(self, label: str, *, force: bool, clock: Callable[[], float]) -> Iterator[None]:
-        """Context that counts a name as pinned while it is on its way to a slot. If the block fails, it is
-        unpinned, unless it was pinned before or other callers have pinned it too.
-
-        Raises ConfigError if that would leave no slot for other adapters; with ``force``, only if this one
-        has no slot either.
-        """
-        others = {other.label for other in self._in_use.values() if other.claims or other.pinned} - {label}
-        if len(others) >= (self._num_slots if force else self._num_slots - 1):
-            todo = "unpin one or raise LoRAConfig.max_loras"
-            if not force:
-                todo = f"one must stay free for other adapters: {todo}, or use force if no others are served"
-            raise ConfigError(
-                f"adapter {label!r} cannot be pinned: {len(others)} of max_loras={self._num_slots} slots are "
-                f"pinned already ({', '.join(sorted(others)) or 'none'}); {todo}"
-            )
-        name = self.of(label)
-        if not name.claims:
-            name.pin_settled = name.pinned
-        name.claims += 1
-        try:
-            yield
-            name.pin_settled = name.pinned
-        except BaseException:
-            if name.current is not None and not name.pin_settled and name.claims == 1:
-                self._set_pinned(name.current, False, clock())
-            raise
-        finally:
-            name.claims -= 1
-            self.tidy(name)
-
-    def pin(self, entry: AdapterEntry, now: float) -> None:
-        self._set_pinned(entry, True, now)
-
-    def unpin(self, entry: AdapterEntry, now: float) -> None:
-        """Remove the pin, whoever holds it."""
-        if (name := self.find(entry.label)) is not None:
-            name.pin_settled = False
-        self._set_pinned(entry, False, now)
-
-    def hand_over(self, old: AdapterEntry, new: AdapterEntry, now: float) -> None:
-        """Transfer the pin of ``old`` to ``new``, which replaces it."""
-        if old.pinned:
-            self._set_pinned(old, False, now)
-            self._set_pinned(new, True, now)
-
-    def _set_pinned(self, entry: AdapterEntry, pinned: bool, now: float) -> None:
-        if entry.pinned != pinned:
-            entry.pinned = pinned
-            self.pinned += 1 if pinned else -1
-            self._guard.say(events.AdapterPinned, entry, now, pinned=pinned)
+    def forget_want(self, entry: AdapterEntry) -> None:
+        """Note that no caller waits any more for a version to be read."""
+        entry.wanted_since = None
+        entry.pin_when_read = False
+        self.wanted.pop(entry.uid, None)

@@ -17,7 +17,7 @@ from aioengine.core.adapters.slots import SlotTable
 from aioengine.core.adapters.version import Change, Life, State
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
-from aioengine.core.state import AdapterEntry, AdapterFiles
+from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterError, AdapterTooLarge
 from aioengine.schedulers.policy import Location
 from aioengine.step import LoadedAdapter
@@ -36,67 +36,15 @@ class Residency:
         self.names = NameTable(limits.num_slots, known, guard)
         self.current = self.names.current
         """Published entries by name; new requests use these."""
-        self.entries: dict[int, AdapterEntry] = {}
-        self.wanted: dict[int, AdapterEntry] = {}
-        """Those that a caller waits for to be read."""
-        self._retired: dict[int, AdapterEntry] = {}
-        self._next_uid = 0
+        self.entries = self.names.entries
+        self.wanted = self.names.wanted
         self._max_loads = limits.max_loads
         self._loads = 0
         self._guard = guard
 
-    # Versions
-
-    def declare(
-        self,
-        name: str,
-        path: str,
-        *,
-        found: bool = False,
-        files: AdapterFiles | None = None,
-        version: int | None = None,
-    ) -> AdapterEntry:
-        """Declare a new version of ``name``. No request can use it until it is published, which happens at
-        the latest when it has been read, unless it is ``held``. ``found``: whether a resolver found its path.
-        ``files``: read in place of a folder. ``version`` None: the next one of this name."""
-        if version is None:
-            version = self.names.next_version(name)
-        entry = AdapterEntry(self._next_uid, name, version, path, found=found, files=files)
-        self._next_uid += 1
-        self.entries[entry.uid] = entry
-        return entry
-
-    def publish(self, entry: AdapterEntry, now: float) -> None:
-        """Let new requests use this version, and give it its predecessor's pin. The predecessor only finishes
-        its accepted requests."""
-        entry.change(Change.PUBLISH)
-        name = self.names.of(entry.label)
-        old = name.current
-        if old is None:
-            entry.expected = name.expected
-        else:
-            name.expected = ""
-            self.names.hand_over(old, entry, now)
-            self.retire(old, now)
-        self.names.publish(entry)
-        if entry.location is Location.CPU:
-            self._guard.tell("adapter_loaded", now, adapter=entry.name)
-        replaces = None if old is None else old.version
-        self._guard.say(events.AdapterRegistered, entry, now, path=entry.path, replaces=replaces)
-
-    def retire(self, entry: AdapterEntry, now: float) -> None:
-        """Accept no new requests on it; it is freed when the accepted ones have ended (see ``sweep``)."""
-        entry.change(Change.RETIRE)
-        if entry.pinned:
-            self.names.unpin(entry, now)
-        self.forget_want(entry)
-        self._retired[entry.uid] = entry
-        if self.current.get(entry.label) is entry:
-            self.names.withdraw(entry, now)
-
     def sweep(self, now: float) -> None:
         """Free every retired adapter that nothing uses any more, and cancel its reads."""
-        for entry in list(self._retired.values()):
+        for entry in list(self.names.retired.values()):
             if entry.location is Location.LOADING and not entry.waiting:
                 self.load_cancelled(entry)
                 self._moves.append(StopMove(entry))
@@ -107,7 +55,7 @@ class Residency:
             if entry.location is Location.CPU:
                 self.cpu.evict(entry, now)
             entry.change(Change.FREE)
-            del self._retired[entry.uid], self.entries[entry.uid]
+            del self.names.retired[entry.uid], self.entries[entry.uid]
             self.slots.large.discard(entry.uid)
             if entry.files is not None:
                 self._moves.append(ReleaseMove(entry.files))
@@ -117,7 +65,7 @@ class Residency:
 
     def replaced(self) -> list[AdapterEntry]:
         """Return the versions that requests wait for or run on although there is a later one."""
-        return [e for e in self._retired.values() if e.published and e.label in self.current]
+        return [e for e in self.names.retired.values() if e.published and e.label in self.current]
 
     def set_size(self, entry: AdapterEntry, nbytes: int, slot_nbytes: int) -> None:
         """Set the bytes that an adapter takes in the CPU cache and in a slot, which it may not be in now."""
@@ -143,14 +91,9 @@ class Residency:
         elif pin:
             self._pin(entry, now)
 
-    def forget_want(self, entry: AdapterEntry) -> None:
-        entry.wanted_since = None
-        entry.pin_when_read = False
-        self.wanted.pop(entry.uid, None)
-
     def _pin(self, entry: AdapterEntry, now: float) -> None:
         entry.error = None
-        self.names.pin(entry, now)
+        self.names.of(entry.label).pin(now)
         self._refuse_shut_out(now)
 
     def _refuse_shut_out(self, now: float) -> None:
@@ -162,10 +105,10 @@ class Residency:
         why = f"cannot be loaded, because pinned adapters fill the CPU cache ({', '.join(pinned)})"
         for entry in list(self.wanted.values()):
             if entry.location is Location.DISK and not entry.pinned:
-                self.forget_want(entry)
+                self.names.forget_want(entry)
                 entry.error = shut_out(entry, why, "unpin one, or raise LoRAConfig.max_cpu_loras")
                 if entry.life is Life.NEW:
-                    self.retire(entry, now)
+                    self.names.of(entry.label).retire(entry, now)
 
     def start_wanted(self, now: float, keep: set[int], *, waited: float = 0.0) -> None:
         """Begin the reads that were asked for at least ``waited`` seconds ago, as far as there is room."""
@@ -248,8 +191,7 @@ class Residency:
             return error
         stalled = entry.stalled
         entry.change(Change.ARRIVE)
-        if (name := self.names.find(entry.label)) is not None:
-            name.succeed()
+        self.names.of(entry.label).succeed()
         entry.error = None
         self.set_size(entry, found.nbytes, found.bytes_in_slot)
         if stalled:
@@ -270,9 +212,9 @@ class Residency:
             self._refuse_shut_out(now)
             return None
         pin = entry.pin_when_read
-        self.forget_want(entry)
+        self.names.forget_want(entry)
         if entry.life is Life.NEW and not entry.held:
-            self.publish(entry, now)
+            self.names.of(entry.label).replace(entry, now)
         elif entry.published:
             self._guard.tell("adapter_loaded", now, adapter=entry.name)
         if pin:
@@ -283,13 +225,13 @@ class Residency:
         self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
     ) -> None:
         self.load_cancelled(entry)
-        self.forget_want(entry)
+        self.names.forget_want(entry)
         self.fail(entry, now, error, reason)
         if isinstance(entry.error, AdapterError) and entry.waiting:  # what is loaded by name is always read
-            self.names.fail(entry.label, entry.error, now)
-        lost = entry.found and not entry.pinned and reason in ("io", "invalid")
+            self.names.of(entry.label).fail(entry.error, now)
+        lost = entry.source is not None and not entry.pinned and reason in ("io", "invalid")
         if entry.life is Life.NEW or (lost and not entry.retired):
-            self.retire(entry, now)
+            self.names.of(entry.label).retire(entry, now)
 
     def fail(self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure) -> None:
         """Note why an adapter is not where it is wanted."""

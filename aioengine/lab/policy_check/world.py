@@ -159,21 +159,20 @@ class World(Sim):
             )
 
     def _change(self, name: str) -> None:
-        residency = self.core.residency
-        entry = residency.current.get(name)
-        if entry is None or self._rng.random() < 0.5:
+        known = self.core.residency.names.of(name)
+        if known.current is None or self._rng.random() < 0.5:
             self.register(name)
         else:
-            residency.retire(entry, self.now)
+            known.unload(self.now)
 
     def _pin(self, name: str) -> None:
         residency = self.core.residency
-        entry = residency.current.get(name)
+        known = residency.names.of(name)
         pinned = [e for e in residency.entries.values() if e.pinned or e.pin_when_read]
-        if entry is not None and entry.pinned:
-            residency.names.unpin(entry, self.now)
-        elif entry is not None and len(pinned) + 1 < self._is.limits.num_slots:
-            residency.names.pin(entry, self.now)
+        if known.pinned:
+            known.unpin(self.now)
+        elif known.current is not None and len(pinned) + 1 < self._is.limits.num_slots:
+            known.pin(self.now)
 
     def _state(self) -> str:
         core = self.core

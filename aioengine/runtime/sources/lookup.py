@@ -20,7 +20,7 @@ way as there are free places. So a single tenant can take half of the places, an
 others."""
 
 Tenant = str | None
-Key = tuple[str, str | None]
+Key = tuple[str, str]
 """A name, and what is looked up for it."""
 
 
@@ -65,7 +65,7 @@ class Resolution:
     async def locate(
         self,
         name: str,
-        source: str | None = None,
+        source: str = "",
         tenant: Tenant = None,
         check: Callable[[], None] = lambda: None,
     ) -> str:
@@ -109,10 +109,10 @@ class Resolution:
         lookup.task.add_done_callback(lambda _: self._ended(lookup))
         return lookup
 
-    async def _ask(self, lookup: _Lookup, name: str, source: str | None) -> str:
+    async def _ask(self, lookup: _Lookup, name: str, source: str) -> str:
         await lookup.turn
         try:
-            if source is not None:
+            if source:
                 return str(await within(self._timeout, name, self._sources.resolve_path(name, source)))
             assert self._resolver is not None
             found: object = await within(self._timeout, name, self._resolver.resolve(name))
@@ -174,9 +174,9 @@ class Resolution:
         elif isinstance(error, errors.AdapterError) and not isinstance(error, errors.AdapterNotFound):
             self._loop.report(events.ResolverFailed(time=now, adapter=name, reason=reason, error=error))
         if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
-            names = self._loop.core.residency.names
-            names.fail(name, frameless(error), now)
-            log_failure(names.failures(name), name, error)
+            known = self._loop.core.residency.names.of(name)
+            known.fail(frameless(error), now)
+            log_failure(known.failures, name, error)
         self._loop.ask_again(name)
         self._begin_next()
 

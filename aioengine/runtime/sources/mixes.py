@@ -101,7 +101,7 @@ class Mixes:
         # Two versions of one adapter are in the order of their content: each engine counts its own.
         ordered = sorted(found.items(), key=lambda part: (part[0].label, part[0].digest, part[1]))
         name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in ordered)
-        self._residency.names.check_worth_a_try(name, now)
+        self._residency.names.of(name).check_worth_a_try(now)
         known = self._known.get(name)
         if known is None or known.retired:
             self._drop_outdated(now)
@@ -117,10 +117,11 @@ class Mixes:
     def _declare(self, mix: Mix, now: float) -> AdapterEntry:
         """Make a mix known. Its size is about that of its parts together."""
         self._made += 1
-        entry = self._residency.declare(mix.name, "mix:" + mix.name, files=mix, version=self._made)
+        name = self._residency.names.of(mix.name)
+        entry = name.declare("mix:" + mix.name, files=mix, number=self._made)
         parts = parts_of(entry)
         self._residency.set_size(entry, sum(e.nbytes for e in parts), sum(e.slot_nbytes for e in parts))
-        self._residency.publish(entry, now)
+        name.replace(entry, now)
         return entry
 
     def _is_up_to_date(self, name: str, parts: Mapping[str, AdapterEntry]) -> bool:
@@ -162,7 +163,7 @@ class Mixes:
     def _retire(self, name: str, now: float) -> None:
         entry = self._known.pop(name)
         if not entry.retired:
-            self._residency.retire(entry, now)
+            self._residency.names.of(name).retire(entry, now)
 
 
 def _is_used(entry: AdapterEntry) -> bool:

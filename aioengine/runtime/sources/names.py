@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 
 from aioengine.adapters.names import NAME_RULE
 from aioengine.adapters.resolvers.base import AdapterResolver
@@ -35,24 +34,9 @@ class AdapterNames:
         """Number of callers that wait for a version to be read, by uid."""
         self.mixes = Mixes(self._residency, self.acquire, self._read_part)
 
-    def is_registered(self, name: str) -> bool:
-        return name in self.table.current
-
-    def source(self, name: str) -> str | None:
-        """Return what is looked up for a name; None: itself, by the resolver."""
-        known = self.table.find(name)
-        return None if known is None else known.source
-
     def current(self, adapter: Asked) -> AdapterEntry | None:
         """Return the current version of a registered name; None for anything else."""
         return self.table.current.get(adapter) if isinstance(adapter, str) else None
-
-    def find(self, name: str) -> AdapterEntry:
-        """Return the current version. Raises AdapterNotFound."""
-        entry = self.table.current.get(name)
-        if entry is None:
-            raise self._not_found(name)
-        return entry
 
     # What a request asks for
 
@@ -67,7 +51,7 @@ class AdapterNames:
             self.check_known(name)
             entry = self.table.current.get(name)
             if entry is None or entry.location is Location.DISK:
-                self.table.check_worth_a_try(name, _now())
+                self.table.of(name).check_worth_a_try(_now())
         return tuple(dict.fromkeys(name.partition("@")[0] for name in names))
 
     async def acquire_wanted(self, adapter: Asked, tenant: str | None) -> tuple[AdapterEntry, float]:
@@ -88,19 +72,19 @@ class AdapterNames:
 
     def check_known(self, name: str) -> None:
         """Raise AdapterNotFound for a name that is neither registered nor resolvable."""
-        known = self.table.find(name)
-        if known is not None and (known.current or known.looked_up):
+        if self.table.of(name).is_known:
             return
         if isinstance(name, str) and "@" in name:
-            label = name.partition("@")[0]
-            if self.is_registered(label):
-                self._version(name)
+            label, _, version = name.partition("@")
+            known = self.table.of(label)
+            if known.current is not None:
+                known.resolve(version)
             else:
                 self.check_known(label)
             return
         good = isinstance(name, str) and NAME_RULE.fullmatch(name) is not None
         if not good or not self.lookups.can_resolve(name):
-            raise self._not_found(name)
+            raise self.table.not_found(name)
 
     # Versions
 
@@ -111,25 +95,22 @@ class AdapterNames:
 
         ``check`` is an argument of :meth:`Resolution.locate`, whose errors it raises.
         """
-        if self.is_registered(name):
-            return self.find(name)
+        known = self.table.of(name)
+        if known.current is not None:
+            return known.current
         if "@" in name:
-            await self.acquire(name.partition("@")[0], tenant, check)
-            return self._version(name)
+            label, _, version = name.partition("@")
+            await self.acquire(label, tenant, check)
+            return self.table.of(label).resolve(version)
         self.check_known(name)
-        source = self.source(name)
+        source = known.source or ""
         where = await self.lookups.locate(name, source, tenant, check)
-        if self.is_registered(name):  # another caller that waited was first
-            return self.find(name)
-        if source is not None and self.source(name) != source:  # unloaded meanwhile
-            raise self._not_found(name)
-        self.table.of(name).look_up(source)
-        return self.publish(name, where, found=True)
-
-    def publish(self, name: str, where: str, *, found: bool = False) -> AdapterEntry:
-        """Register a folder under a name that is free."""
-        entry = self._residency.declare(name, where, found=found)
-        self._residency.publish(entry, _now())
+        known = self.table.of(name)
+        if known.current is not None:  # another caller that waited was first
+            return known.current
+        if source and known.source != source:  # unloaded meanwhile
+            raise self.table.not_found(name)
+        entry = known.register(where, _now(), source=source)
         self._loop.wake()
         return entry
 
@@ -167,7 +148,7 @@ class AdapterNames:
             self._readers -= Counter({entry.uid: 1})
             if entry.uid not in self._readers and not entry.pinned:
                 # A pinned adapter is read again after a loss of the device.
-                self._residency.forget_want(entry)
+                self.table.forget_want(entry)
 
     async def _read_part(self, entry: AdapterEntry) -> None:
         """Wait until a part of a mix has been read, if it never was."""
@@ -175,32 +156,8 @@ class AdapterNames:
             await self.read(entry, now=False)
         except AdapterError:
             if isinstance(entry.error, AdapterError):
-                self.table.fail(entry.label, entry.error, _now())
+                self.table.of(entry.label).fail(entry.error, _now())
             raise
-
-    def _version(self, name: str) -> AdapterEntry:
-        """Return the version that "name@version" stands for: the current one, or one that was replaced and
-        still has requests. Raises AdapterNotFound."""
-        label, _, version = name.partition("@")
-        current = self.find(label)
-        if version == str(current.version):
-            return current
-        entry = self.table.known.get(name)
-        if entry is None:
-            raise AdapterNotFound(
-                f"this version is gone: the current one is {current.version}, and a replaced one goes when "
-                "its last request has ended",
-                name=name,
-            )
-        return entry
-
-    def _not_found(self, name: str) -> AdapterNotFound:
-        current = self.table.current
-        known = ", ".join(islice(current, 20)) or "none"
-        more = f" and {len(current) - 20} more" if len(current) > 20 else ""
-        return AdapterNotFound(
-            f"not registered; load it with load_adapter or register_adapter (known: {known}{more})", name=name
-        )
 
 
 def _now() -> float:
