@@ -162,11 +162,8 @@ SMALL = ["--arrivals", "poisson:rate=20", "--limit", "5"]
     ("command", "says"),
     [
         (["run", *SMALL, "--router", "affinity"], "router='affinity': is for a fleet"),
-        (["run", *SMALL, "--placement", "none"], "placement='none': is for a fleet"),
-        (["run", *SMALL, "--faults", "kill:0@1"], "is for a fleet; give replicas"),
         (["run", *SMALL, "--replicas", "2", "--start-seconds", "3"], "give autoscale"),
         (["run", *SMALL, "--popularity", "uniform"], "popularity='uniform': there are no adapters"),
-        (["compare", *SMALL, "--router", "affinity,p2c"], "is for a fleet; give replicas"),
         (["compare", "--concurrency", "2", "--limit", "5", "--scale", "1,2"], "scale=1.0: "),
         (
             [
@@ -187,7 +184,6 @@ SMALL = ["--arrivals", "poisson:rate=20", "--limit", "5"]
             "--router",
         ),
         (["size", "--workload", "USELESS", "--slo", "ttft_p99=1"], "base_share=0.5: there are no adapters"),
-        (["workload", "USELESS"], "base_share=0.5: there are no adapters"),
         (["workload", "WORKLOAD", "--out", "x"], "--out x: is for the files of --plot"),
         (["report", "RUN", "--rank-by", "latency_seconds.mean"], "has no ranking"),
     ],

@@ -108,10 +108,6 @@ class TimedSim(Sim):
         self.core.check()
 
 
-def admissions(sim: Sim) -> dict[str, float]:
-    return {e.request_id: e.time for e in sim.of(events.RequestAdmitted)}  # type: ignore[attr-defined]
-
-
 # (a) One slot, a hot adapter that never pauses, and one request for another
 
 
@@ -292,53 +288,3 @@ def deadlines_met(policy: SchedulerPolicy) -> int:
 def test_edf_meets_every_deadline_that_can_be_met() -> None:
     assert deadlines_met(composed(EDF(), max_wait=1e9)) == 12
     assert deadlines_met(FCFS(max_wait=1e9)) < 12, "the case is none: order of arrival meets all too"
-
-
-# (f) Pinned slots
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_pinned_slot_is_never_taken(name: str) -> None:
-    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=4), BUILT_IN[name]())
-    for adapter in "pabcd":
-        sim.register(adapter)
-    sim.add("p")
-    sim.run()
-    pinned = sim.core.residency.current["p"]
-    sim.core.residency.names.of(pinned.label).pin(sim.now)
-    slot = pinned.slot
-    assert slot is not None
-    rng = random.Random(3)
-    others = [sim.add(rng.choice("abcd"), max_tokens=rng.randrange(1, 8)) for _ in range(60)]
-    for _ in range(2000):
-        sim.settle(step_seconds=STEP)
-        assert pinned.slot == slot
-        if not sim.core.requests:
-            break
-    assert all(sim.ended[request.id] == "length" for request in others), "the other slot serves them all"
-    assert "p" not in {e.adapter for e in sim.of(events.AdapterEvicted)}  # type: ignore[attr-defined]
-
-
-# (g) A broken adapter
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_request_whose_adapter_fails_to_load_fails_alone(name: str) -> None:
-    sim = Sim(LIMITS, BUILT_IN[name]())
-    for adapter in ("good", "bad"):
-        sim.register(adapter)
-    fine = [sim.add("good"), sim.add()]
-    doomed = [sim.add("bad"), sim.add("bad")]
-    fine += [sim.add("good"), sim.add()]
-    while any(request.id not in sim.ended for request in doomed):
-        sim.schedule()
-        for index in reversed(range(len(sim.loads))):
-            sim.finish_load(index, fail=sim.loads[index].label == "bad")
-        while sim.copies:
-            sim.finish_copy()
-        sim.now += STEP
-        if sim.batch is not None:
-            sim.finish_step()
-    sim.run()
-    assert [sim.ended[request.id] for request in doomed] == ["error", "error"]
-    assert [sim.ended[request.id] for request in fine] == ["length"] * 4

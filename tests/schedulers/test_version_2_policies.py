@@ -208,8 +208,8 @@ def test_discard_empties_the_slot_as_soon_as_the_last_request_has_ended() -> Non
 @pytest.mark.parametrize(
     "name",
     [
-        *("fcfs", "vtc", "vllm", "chameleon", "fair", "lpm", "session"),
-        *("toppings:max_step=0.03", "drainer", "admission", "discard"),
+        *("fcfs", "vtc", "vllm", "chameleon", "fair", "lpm", "session", "drr", "sjf", "edf"),
+        *("priority", "slora", "toppings:max_step=0.03", "drainer", "admission", "discard"),
     ],
 )
 @pytest.mark.slow

@@ -30,13 +30,6 @@ def tenants_in_order(sim: Sim, requests: list[Request]) -> str:
     return "".join(str(tenant[i]) for i in admitted if i in tenant)
 
 
-def test_clients_take_turns_however_many_requests_one_has() -> None:
-    sim = serial_sim(VTC())
-    requests = [add(sim, "x") for _ in range(8)] + [add(sim, "y") for _ in range(3)]
-    sim.run()
-    assert tenants_in_order(sim, requests) == "xyxyxyxxxxx"
-
-
 def test_one_batch_is_shared_too() -> None:
     """Within one decision, what it proposes counts as served."""
     sim = serial_sim(VTC(), seqs=4)

@@ -35,14 +35,6 @@ async def test_a_tenant_shares_with_itself_alone(serve: Serve) -> None:
         assert await cached(served, "sk-one", model="a") == FULL
 
 
-async def test_a_salt_divides_a_tenants_requests(serve: Serve) -> None:
-    async with serve(settings={"api_keys": KEYS}) as served:
-        for salt in (None, "x", "y"):
-            assert await cached(served, "sk-two", cache_salt=salt) == 0
-            assert await cached(served, "sk-two", cache_salt=salt) == FULL
-        assert await cached(served, "sk-one", cache_salt="x") == 0, "the same salt of another tenant"
-
-
 SALTS = (None, "alice", "bob", "x", '["bob",null]', '"bob"', 'bob","x', "0:", "3:bobx", "null", "[null,null]")
 
 

@@ -17,7 +17,6 @@ import openai
 import pytest
 from support.engine_fixtures import Tiny
 from support.ports import held_port
-from support.process_harness import worker_pids
 from support.server_process import SMALL, serving
 
 from aioengine.cli.main import main
@@ -86,19 +85,6 @@ async def test_the_grace_has_an_end(tiny_text: Tiny) -> None:
         await client.close()
     assert not any("exception" in line for line in server.lines)
     assert [line["error"] for line in server.lines if line["message"] == "request"] == ["unavailable"]
-
-
-@pytest.mark.slow
-async def test_an_engine_that_has_failed_is_told_of_by_the_exit_code(tiny_text: Tiny) -> None:
-    async with serving(tiny_text.model, "--executor", "process") as server:
-        for pid in worker_pids(server.process.pid):
-            os.kill(pid, signal.SIGKILL)
-        async with httpx.AsyncClient(base_url=server.url, trust_env=False) as http, asyncio.timeout(60):
-            while (await http.get("/health")).status_code != 503:
-                await asyncio.sleep(0.01)
-        server.process.send_signal(signal.SIGTERM)
-        assert await server.end() == 1
-    assert server.lines[-1]["level"] == "error"
 
 
 @pytest.mark.slow
