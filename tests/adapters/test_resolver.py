@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -432,22 +431,6 @@ async def test_a_change_while_it_is_fetched_is_noticed(
     assert (await resolver.resolve("a") / "adapter_model.safetensors").read_bytes() == b"new"
 
 
-async def test_a_broken_fetch_leaves_nothing(
-    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put(store, "a", b"1")
-
-    def fail(*args: Any) -> None:
-        raise ConnectionResetError("gone")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(store), "open", fail)
-        with pytest.raises(AdapterLoadError, match=r"memory://bucket/a.*ConnectionResetError") as caught:
-            await FsspecResolver("memory://bucket", cache_dir=tmp_path).resolve("a")
-    assert caught.value.transient
-    assert left_over(tmp_path) == []
-
-
 def left_over(cache: Path) -> list[Path]:
     found = [p for p in cache.rglob("*") if not p.is_dir() or p.name.startswith(".part-")]
     return [p for p in found if p.name != ".lock"]  # locks that are taken away would be no locks
@@ -508,17 +491,6 @@ async def test_without_a_bound_nothing_is_deleted(
     old(first, 1000)
     await resolver.resolve("b")
     assert first.is_dir()
-
-
-def test_several_at_once_share_a_cache(tmp_path: Path) -> None:
-    """Each fetches into a folder of its own, as other processes do; all end with the same complete one."""
-    adapter_folder(tmp_path / "store" / "a", b"w" * 3_000_000)
-    resolvers = [FsspecResolver(f"file://{tmp_path}/store", cache_dir=tmp_path / "cache") for _ in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        found = set(pool.map(lambda resolver: resolver.find("a"), resolvers))
-    (folder,) = found
-    assert (folder / "adapter_model.safetensors").stat().st_size == 3_000_000
-    assert not list((tmp_path / "cache").rglob(".part-*"))
 
 
 def test_what_fsspec_does_not_know_is_refused() -> None:

@@ -66,17 +66,6 @@ def test_a_pin_ends_its_seconds_after_the_last_use() -> None:
     sim.core.check()
 
 
-def test_a_longer_time_stays() -> None:
-    sim = Sim(PINNING)
-    asks(sim, PROMPT, 16, seconds=3600.0)
-    sim.run()
-    asks(sim, PROMPT, 16, seconds=1.0)
-    sim.run()
-    sim.now += 100.0
-    sim.schedule()
-    assert len(sim.core.blocks.pins) == 4
-
-
 def test_a_running_request_takes_pinned_blocks_before_one_is_preempted() -> None:
     sim = Sim(PINNING)  # 24 blocks
     asks(sim, PROMPT, 16)
@@ -159,13 +148,6 @@ def test_a_tenant_may_have_all_until_others_pin_too() -> None:
     sim.run()
     assert again.cached_tokens == 16
     assert pinned("a", 2) == 4, "the last one that it has used is what is left"
-
-
-def test_a_bound_of_each_tenant_holds_although_nobody_else_pins() -> None:
-    sim = Sim(PINNING._replace(max_pinned_blocks_per_tenant=2))
-    first = asks(sim, PROMPT, 16, tenant="a")
-    sim.run()
-    assert first.pinned_tokens == 8 and sim.core.blocks.pins.count("a") == 2
 
 
 def test_behind_a_window_only_what_is_seen_is_pinned() -> None:

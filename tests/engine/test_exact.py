@@ -136,22 +136,6 @@ async def test_prefix_cache_hits_give_the_same_tokens(tiny: Tiny, make_engine: M
                 assert output.cached_tokens == cached
 
 
-async def test_a_new_version_never_sees_the_old_versions_cache(tiny: Tiny, make_engine: MakeEngine) -> None:
-    prompt = prompt_of(2, 24)
-    async with make_engine(tiny) as engine:
-        await engine.load_adapter("x", tiny.adapters["rank-3"])
-        first = await engine.complete(prompt, greedy(), adapter="x")
-        await engine.load_adapter("x", tiny.adapters["rslora"], replace=True)
-        second = await engine.complete(prompt, greedy(), adapter="x")
-        await engine.unload_adapter("x")
-        await engine.load_adapter("x", tiny.adapters["rank-3"])
-        third = await engine.complete(prompt, greedy(), adapter="x")
-    assert first.token_ids == third.token_ids == tiny.expected(prompt, 24, "rank-3")
-    assert second.token_ids == tiny.expected(prompt, 24, "rslora")
-    assert second.cached_tokens == 0
-    assert third.cached_tokens == 20, "the same content under any name is the same cache"
-
-
 @pytest.mark.slow
 async def test_requests_join_and_leave_a_running_batch(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny, max_loras=3) as engine:

@@ -379,30 +379,6 @@ async def test_a_replacement_that_hangs_leaves_the_old_version_in_place(
         assert [a.version for a in engine.adapters() if a.name == "x"] == [1]
 
 
-async def test_the_file_is_replaced_while_it_is_read(
-    tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is read again, and is never half one and half the other."""
-    original = io.FileIO
-    swapped: list[str] = []
-
-    def file_io(path: Any, *args: Any, **kwargs: Any) -> Any:
-        file = original(path, *args, **kwargs)
-        if str(path) == str(folder / WEIGHTS) and not swapped:
-            swapped.append(str(path))
-            for name in (CONFIG, WEIGHTS):
-                shutil.copy(tiny.adapters["rank-4"] / name, folder / f"{name}.new")
-                os.replace(folder / f"{name}.new", folder / name)
-        return file
-
-    monkeypatch.setattr(io, "FileIO", file_io)
-    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
-        engine.register_adapter("x", folder)
-        out = await engine.complete([4, 5], greedy(8), adapter="x")
-        assert swapped
-        assert out.token_ids == tiny.expected([4, 5], 8, "rank-4")
-
-
 async def test_the_cache_is_full_of_pinned_adapters(tiny: Tiny, make_engine: MakeEngine) -> None:
     """All but one place are pinned: all others share the one, and have their turn."""
     async with make_engine(tiny, max_loras=4, max_cpu_loras=4) as engine, under_load(engine, tiny):

@@ -157,20 +157,6 @@ async def test_a_constraint_is_a_function_of_the_output(tiny_text: Tiny, make_en
         assert (await guide.regex("ab|cd")).allowed([]) == alone.allowed([])
 
 
-async def test_a_constraint_that_fails_ends_its_request_alone(
-    tiny_text: Tiny, make_engine: MakeEngine
-) -> None:
-    class Nothing:
-        def allowed(self, output: Sequence[int]) -> bytes:
-            return b""
-
-    async with make_engine(tiny_text) as engine:
-        other = asyncio.create_task(engine.complete("Hello", greedy(20)))
-        with pytest.raises(RequestInvalid, match="allows no token"):
-            await engine.complete("Hi", sampled(constraint=Nothing()))
-        assert (await other).finish_reason == "length"
-
-
 class Digits:
     """Digits only. Its answers are late for every second and third output, twice and once."""
 

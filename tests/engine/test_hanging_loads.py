@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from support.steady_device import Steady
 
 from aioengine.adapters import loader as loaders
 from aioengine.adapters.loader import MAX_HANGING_ON_MOUNT, STALL_SECONDS, BaseLoader, Patience
@@ -15,15 +16,12 @@ from aioengine.core import Core
 from aioengine.core.adapters.name import LONGEST_SECONDS, MAX_REMEMBERED
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.events import Event, RequestEnded
-from aioengine.executors.base import Device, Ended
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder
 from aioengine.testing import LIMITS, Sim
-
-MOUNT_OF = {"dead": "/mnt/dead", "other": "/mnt/other"}
 
 
 class Loader(BaseLoader[None]):
@@ -55,26 +53,14 @@ class Loader(BaseLoader[None]):
     def _keep(self, uid: int, content: None) -> None: ...
 
 
-class Reading(Device):
-    """Loads with ``loader``; every step takes 10 ms."""
+class Reading(Steady):
+    """Loads with ``loader``."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)
-
-    async def place(self, uid: int, slot: int, offset: int) -> float:
-        return 0.0
-
-    def drop(self, uid: int) -> None: ...
-
-    def begin(self, batch: StepBatch, ended: Ended) -> None:
-        counts = [int(work.sample) for work in batch.sequences]
-        result = StepResult([5] * sum(counts), counts, (0.01,))
-        asyncio.get_running_loop().call_later(0.01, ended, result)
-
-    async def close(self) -> None: ...
 
 
 class World:

@@ -9,19 +9,12 @@ from pathlib import Path
 import pytest
 from support.core_on_cuda import SLOTS, CudaSim, run
 from support.fake_cuda import Event, FakeCuda
-from support.tiny_models import build_model
 
 from aioengine.events import AdapterPlaced
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.copy import StreamCopier
 
 SEEDS = 40 if os.environ.get("AIOENGINE_FUZZ_RUNS") else 1
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
-    return build_model(tmp_path_factory.mktemp("model"), "llama", **small)
 
 
 @pytest.mark.parametrize("played", [False, True], ids=["eager", "recorded"])

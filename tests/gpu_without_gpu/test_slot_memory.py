@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.core_on_cuda import SLOTS, Drawn, image_of, run
-from support.tiny_models import build_model
 from torch import Tensor
 
 from aioengine.model.buffer import pageable
@@ -19,12 +18,6 @@ from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 
 SEEDS = range(3, 23 if os.environ.get("AIOENGINE_FUZZ_RUNS") else 4)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32}
-    return build_model(tmp_path_factory.mktemp("model"), "llama", **small)
 
 
 class Alone:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.fake_cuda import FakeCuda
 from support.random_slots import fill_slot
-from support.tiny_models import build_model
 
 from aioengine.kernels import LoRABatch
 from aioengine.kernels.plan.lora import row_weights
@@ -29,12 +28,6 @@ PARAMS = {
         SamplingParams(temperature=0.2, presence_penalty=0.5, top_k=3),
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
-    return build_model(tmp_path_factory.mktemp("model"), "llama", **small)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

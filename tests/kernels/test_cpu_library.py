@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import kernels_reference as reference
+from support import layer_cases
+from support.layer_cases import LayerCase
+from support.selection import mostly_slow_rows
 from torch import Tensor
 from torch.nn import functional as F
 
 from aioengine.kernels import (
-    AttentionPlan,
-    LayerCache,
     Norm,
     PlainWeight,
-    Rotation,
-    Span,
     get_backend,
 )
 from aioengine.kernels.cpu import build, shared_library
@@ -135,122 +133,28 @@ def test_norm_and_activation(lib: ctypes.CDLL, dtype: torch.dtype, rows: int, si
     close(out, reference.silu_and_mul(gate_up))
 
 
-class Cache:
-    """A paged cache full of NaN, block tables in random order, and the true keys and values."""
-
-    def __init__(self, dtype: torch.dtype, spans: list[tuple[int, int]], kv: int, d: int, block: int) -> None:
-        rng = random.Random(0)
-        counts = [math.ceil((start + length) / block) for start, length in spans]
-        blocks = list(range(sum(counts) + 3))
-        rng.shuffle(blocks)
-        self.tables = [[blocks.pop() for _ in range(count)] for count in counts]
-        both = torch.full((sum(counts) + 3, 2, block * kv * d), math.nan, dtype=dtype)
-        self.keys, self.values = both[:, 0], both[:, 1]  # what lies between two blocks of keys is not keys
-        self.true = [torch.randn(2, s + n, kv, d).to(dtype) for s, n in spans]
-        self.block = block
-
-
-def attend(
-    lib: ctypes.CDLL, cache: Cache, spans: list[tuple[int, int]], q: Tensor, window: int | None
-) -> Tensor:
-    """Stores the keys and values of these tokens, unrotated, and lets their queries attend."""
-    present = [i for i, (_, length) in enumerate(spans) if length]
-    rows, taken = [], 0
-    heads, kv, d = q.shape[1], cache.true[0].shape[2], q.shape[2]
-    plan_spans = []
-    for i in present:
-        start, length = spans[i]
-        k, v = cache.true[i][:, start : start + length]
-        rows.append(torch.cat([q[taken : taken + length], k, v], dim=1))
-        plan_spans.append(Span(taken, length, start))
-        taken += length
-    qkv = torch.cat(rows).contiguous()
-    tables = [cache.tables[i] for i in present]
-    plan = AttentionPlan(plan_spans, tables, cache.block)
-    cos, sin = torch.ones(taken, d // 2), torch.zeros(taken, d // 2)
-    block_bytes = cache.keys.stride(0) * cache.keys.itemsize
-    lib.aio_rope_store(
-        *(bf16(q), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
-        *(plan.last.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr()),
-        *(taken, heads, kv, d, cache.block, block_bytes, d // 2, 0, 0, None, THREADS),
-    )
-    out = torch.full((taken, heads * d), math.nan, dtype=q.dtype)
-    lib.aio_attention(
-        *(bf16(q), qkv.data_ptr(), (heads + 2 * kv) * d, cache.keys.data_ptr(), cache.values.data_ptr()),
-        *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(present)),
-        *(out.data_ptr(), heads, kv, d, cache.block, block_bytes, window or 0, d**-0.5, 0.0, None, 0),
-        THREADS,
-    )
-    return out
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 7, 100])
 @pytest.mark.parametrize(
     ("heads", "kv", "d", "block"),
-    [(9, 3, 64, 16), (4, 4, 32, 32), (8, 1, 128, 16), (64, 1, 16, 16), (5, 5, 80, 48)],
+    mostly_slow_rows(
+        [(9, 3, 64, 16), (4, 4, 32, 32), (8, 1, 128, 16), (64, 1, 16, 16), (5, 5, 80, 48)], (4, 4, 32, 32)
+    ),
 )
-@pytest.mark.slow
-def test_attention(
-    lib: ctypes.CDLL, dtype: torch.dtype, window: int | None, heads: int, kv: int, d: int, block: int
+def test_rotation_and_attention(
+    lib: ctypes.CDLL,
+    dtype: torch.dtype,
+    window: int | None,
+    heads: int,
+    kv: int,
+    d: int,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torch.manual_seed(0)
+    monkeypatch.setattr("aioengine.kernels.cpu.layer.load", lambda: lib)
     spans = [(0, 1), (5, 1), (63, 1), (64, 1), (200, 1), (0, 130), (33, 70), (15, 2)]
-    cache = Cache(dtype, spans, kv, d, block)
-    history = [(0, start) for start, _ in spans]
-    attend(lib, cache, history, torch.randn(sum(n for _, n in history), heads, d).to(dtype), window)
-    q = torch.randn(sum(n for _, n in spans), heads, d).to(dtype)
-    found = attend(lib, cache, spans, q, window)
-    row = 0
-    for (start, length), true in zip(spans, cache.true, strict=True):
-        k, v = (t.float().repeat_interleave(heads // kv, dim=1) for t in true)
-        scores = torch.einsum("thd,khd->htk", q[row : row + length].float(), k) / math.sqrt(d)
-        positions, keys = torch.arange(start, start + length)[:, None], torch.arange(start + length)
-        allowed = keys <= positions
-        if window is not None:
-            allowed &= keys > positions - window
-        weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
-        close(found[row : row + length], torch.einsum("htk,khd->thd", weights, v).reshape(length, -1))
-        row += length
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rotation(lib: ctypes.CDLL, dtype: torch.dtype) -> None:
-    tokens, heads, kv, d = 7, 4, 2, 32
-    qkv = torch.randn(tokens, heads + 2 * kv, d).to(dtype)
-    angles = torch.randn(tokens, 1, d // 2)
-    cos, sin = angles.cos(), angles.sin()
-    expected = qkv.clone()
-    keys, values = torch.zeros(2, 1, 16, kv, d, dtype=dtype)
-    plan = AttentionPlan([Span(0, tokens, 0)], [[0]], 16)
-    cache = LayerCache(keys.clone(), values.clone())
-    reference.rope_store(expected, None, Rotation(cos, sin), cache, plan)
-    lib.aio_rope_store(
-        *(
-            bf16(qkv),
-            qkv.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            plan.cells.data_ptr(),
-            plan.last.data_ptr(),
-        ),
-        *(
-            keys.data_ptr(),
-            values.data_ptr(),
-            tokens,
-            heads,
-            kv,
-            d,
-            16,
-            keys[0].nbytes,
-            d // 2,
-            0,
-            0,
-            None,
-            THREADS,
-        ),
-    )
-    close(qkv, expected)
+    case = LayerCase(spans, heads, kv, d, block, window, dtype=dtype)
+    layer_cases.close(layer_cases.run(get_backend("cpu", "cpu"), case), layer_cases.run(reference, case))
 
 
 def test_no_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,15 +14,8 @@ from torch import Tensor
 
 from aioengine.kernels import LoRABatch, available_backends, get_backend
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BACKENDS = available_backends("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """What is allocated without being initialised is NaN: outputs, and scratch."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 WIDTHS = [(32, 16, 16), (40, 40), (24,), (7, 50, 3)]

@@ -7,7 +7,7 @@ several of everything: tiles, rank blocks, column blocks, parts of split inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -24,7 +24,7 @@ from aioengine.kernels.triton.plan import TilePlan
 from aioengine.kernels.triton.table import ExpandConfig, ShrinkConfig
 
 lora = pytest.importorskip("aioengine.kernels.triton.lora")
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.usefixtures("poisoned_memory")]
 
 EXAMPLES = examples(10, 100)
 """``make fuzz`` has many, since the interpreter takes a second for each."""
@@ -35,15 +35,6 @@ BRIEF = [(-1, 2), (0, 1), (3, 18)]
 
 SHRINK = ShrinkConfig(block_m=16, block_r=16, block_k=16, split_k=1, num_warps=4, num_stages=2)
 EXPAND = ExpandConfig(block_m=16, block_n=16, block_r=16, num_warps=4, num_stages=2)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """What is allocated without being initialised is NaN: h, and the parts of split inputs."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def on_device(case: Case) -> Case:

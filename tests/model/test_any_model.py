@@ -180,23 +180,6 @@ async def test_a_model_whose_tokens_meet_outside_of_attention(tmp_path: Path) ->
     await refused(folder, "MixingForCausalLM", "first in model.layers.1")
 
 
-async def test_weights_that_do_not_belong_to_the_configuration(tmp_path: Path) -> None:
-    folder = save(tmp_path / "a", transformers.AutoModelForCausalLM.from_config(config_of("gpt_neox")))
-    edit(folder, num_hidden_layers=3)
-    await refused(folder, "parameters are missing", "layers.2")
-    folder = save(
-        tmp_path / "b",
-        transformers.AutoModelForCausalLM.from_config(config_of("phi3", tie_word_embeddings=True)),
-    )
-    edit(folder, model_type="llama", architectures=["LlamaForCausalLM"])
-    await refused(folder, "parameters are missing")
-    folder = save(
-        tmp_path / "c", transformers.LlamaForCausalLM(config_of("llama", **COMMON, attention_bias=True))
-    )
-    edit(folder, attention_bias=False)
-    await refused(folder, "unexpected parameter", "self_attn", "bias")
-
-
 @pytest.mark.parametrize(
     "fields",
     [

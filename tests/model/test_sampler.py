@@ -3,15 +3,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.asked import Asked
 from support.fake_cuda import FakeCuda
 from support.sampler_rows import row, tokens
+from torch.overrides import TorchFunctionMode
 
 from aioengine.model import sampler
 from aioengine.model.penalties import Penalties
@@ -278,6 +279,19 @@ def test_banned_tokens_are_never_drawn() -> None:
     logits[:, [3, 70]] = 0.0
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=50)):
         assert set(tokens(logits, [row(params, seed=s) for s in range(200)])) == {3, 70}
+
+
+class Asked(TorchFunctionMode):
+    """Notes what the host asks of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__", "cpu"):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_host_asks_for_tokens_once() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from aioengine.errors import AdapterLoadError
 from aioengine.executors.base import Device, Ended
-from aioengine.step import LoadedAdapter, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 
 class Steady(Device):
@@ -18,10 +17,8 @@ class Steady(Device):
         result = StepResult([5] * sum(counts), counts, (0.01,))
         asyncio.get_running_loop().call_later(0.01, ended, result)
 
-    async def load(
-        self, uid: int, name: str, path: str, retrying: Any, stalled: Any, files: Any = None
-    ) -> LoadedAdapter:
-        raise AdapterLoadError("not there", name=name, path=path)
+    async def load(self, order: ReadOrder) -> LoadedAdapter:
+        raise AdapterLoadError("not there", name=order.name, path=order.path)
 
     async def place(self, uid: int, slot: int, offset: int) -> float:
         return 0.0
