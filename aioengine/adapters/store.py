@@ -109,7 +109,7 @@ class AdapterStore:
         image = self._images.get(part.uid)
         tensors = None if image is None or self._layout.shard.size > 1 else image.matrices()
         if image is None or tensors is None or part.digest not in ("", image.digest):
-            return self._read(part.name, part.path, progress, part.files)
+            return self._read(part.name, part.path, progress, part.files).scaled(self._dtype)
         return PackedAdapter(part.name, part.path, image.rank, image.digest, tensors)
 
     def finish(self, draft: Draft) -> AdapterImage:
@@ -121,7 +121,15 @@ class AdapterStore:
             if self._layout.shard.rank > 0 and self._layout.partition.adds_up_adapted(module):
                 shift.zero_()  # or the sum over the ranks would have it several times
         allocate = pageable if int8 else self._allocate
-        image = build_image(self._floats, packed, affine, self._dtype, allocate, tokens=packed.tokens)
+        image = build_image(
+            self._floats,
+            packed,
+            affine,
+            self._dtype,
+            allocate,
+            scalings=packed.scalings,
+            tokens=packed.tokens,
+        )
         if int8:
             image = quantize_image(image, self._layout, self._allocate)
         return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)

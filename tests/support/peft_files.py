@@ -71,13 +71,14 @@ def make(
 
 
 def read(folder: Path, spec: ModelSpec = SPEC, **options: Any) -> PackedAdapter:
-    """As the CPU cache does, for a slot of rank 16 with the seven linears unless ``options`` say otherwise;
+    """As for a part of a mix, for a slot of rank 16 with the seven linears unless ``options`` say otherwise;
     of the base model there is nothing to compare with unless ``base_weight`` is among them."""
     max_rank, modules = options.pop("max_rank", 16), options.pop("target_modules", LORA_MODULES)
     slot = options.pop("slot", None) or SlotLayout(spec, max_rank, modules)
     known = options.pop("known", None) or KnownContents()
-    defaults = {"dtype": torch.float32, "known": known, "base_weight": lambda _: torch.empty(0)}
-    return read_adapter("sql", folder, slot, **{**defaults, **options})
+    defaults = {"known": known, "base_weight": lambda _: torch.empty(0)}
+    dtype = options.pop("dtype", torch.float32)
+    return read_adapter("sql", folder, slot, dtype=dtype, **{**defaults, **options}).scaled(dtype)
 
 
 def peft_layers(folder: Path, tie: bool = False) -> dict[tuple[int, str], Any]:

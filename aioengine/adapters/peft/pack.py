@@ -1,9 +1,9 @@
-"""Checks the values of a file's tensors, and packs them for a slot: scaled, and in the slots' dtype."""
+"""Checks the values of a file's tensors, and packs them for an image of a slot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,14 +12,12 @@ from aioengine.adapters.peft.folder import AdapterFolder
 from aioengine.adapters.peft.part import HEAD_KINDS, TOKEN_KINDS, Part, Place
 from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import Layout
-from aioengine.adapters.peft.values import converted, is_finite, pieces_of
+from aioengine.adapters.peft.values import Matrices, converted, is_finite, pieces_of, scaled
 from aioengine.model.parallel.ranges import take
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.image import SERIAL_ELEMENTS
 from aioengine.model.slots.tokens import TrainedTokens
 from aioengine.model.spec import NO_LAYER
-
-Matrices = Mapping[Place, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,10 +33,13 @@ class PackedAdapter:
     "" for a rank's share, which is not the whole content; see
     :func:`aioengine.adapters.peft.digest.content_digest`."""
     tensors: Matrices
-    """(layer, module) -> (A [r, in], B [out, r]); B holds the scaling, so that delta = B @ A.
+    """(layer, module) -> (A [r, in], B [out, r]), so that delta = scaling * B @ A; in the file's dtype,
+    unless they had to be rounded already.
 
     Layer -1 has ``embed_tokens`` (in: vocabulary, out: hidden) and ``lm_head`` (in: hidden, out: vocabulary).
     """
+    scalings: Mapping[Place, float] = field(default_factory=dict)
+    """What B is still to be multiplied by; 1 where it says nothing."""
     magnitudes: dict[Place, Tensor] = field(default_factory=dict)
     """DoRA (arXiv:2402.09353): (layer, module) -> the norm that each output's weights get [out], float32."""
     biases: dict[Place, Tensor] = field(default_factory=dict)
@@ -60,6 +61,10 @@ class PackedAdapter:
     def scalable(self) -> bool:
         """Whether a step can multiply what it adds by a number: it has no gains and shifts."""
         return not (self.magnitudes or self.biases)
+
+    def scaled(self, dtype: torch.dtype) -> PackedAdapter:
+        """Return it with A and B in ``dtype``, and the scalings in B."""
+        return replace(self, tensors=scaled(self.tensors, self.scalings, dtype), scalings={})
 
 
 def pack(
@@ -87,29 +92,32 @@ def pack(
     rows = {(part.place[1], part.kind): tensor for part, tensor in of_kind(*TOKEN_KINDS).items()}
     tokens = layout.embeddings.trained(rows, base_weight, dtype, finite=not allow_nonfinite)
     scalings = {place: target.scaling for place, target in layout.targets.items()}
-    packed = converted(of_kind("A"), dtype)
-    packed |= converted(of_kind("B", "bias"), dtype, scalings)
-    packed |= converted(of_kind("magnitude", *HEAD_KINDS), torch.float32)
     if not allow_nonfinite:
-        _check_finite(folder, layout, {part: key for key, part in parts.items()}, read, packed)
-    a, b, magnitudes, biases = (
-        {part.place: tensor for part, tensor in packed.items() if part.kind == kind}
-        for kind in ("A", "B", "magnitude", "bias")
-    )
-    head = {part.kind: packed[part] for part in packed if part.kind in HEAD_KINDS}
+        _check_finite(folder, layout, parts, tensors, dtype)
+    pairs: Matrices = {place: (read[Part(place, "A")], read[Part(place, "B")]) for place in layout.targets}
+    if layout.dora:  # the norms are of what the slot has
+        pairs, scalings = scaled(pairs, scalings, dtype), {}
+    held = {part: cuts[key].held for key, part in parts.items()}
+    head = {part.kind: converted(tensor, torch.float32) for part, tensor in of_kind(*HEAD_KINDS).items()}
     weight, bias = HEAD_KINDS
-    held = {
-        part: take(packed[part], cuts[key].held) for key, part in parts.items() if part.kind in ("A", "B")
-    }
     return PackedAdapter(
         name=folder.name,
         path=folder.path,
         rank=max(target.rank for target in layout.targets.values()),
         digest="",
-        tensors={place: (held[Part(place, "A")], held[Part(place, "B")]) for place in layout.targets},
-        magnitudes=magnitudes,
-        biases=biases,
-        computed={place: (a[place], b[place]) for place in magnitudes},
+        tensors={
+            place: (take(a, held[Part(place, "A")]), take(b, held[Part(place, "B")]))
+            for place, (a, b) in pairs.items()
+        },
+        scalings=scalings,
+        magnitudes={
+            part.place: converted(tensor, torch.float32) for part, tensor in of_kind("magnitude").items()
+        },
+        biases={
+            part.place: converted(tensor, dtype, layout.targets[part.place].scaling)
+            for part, tensor in of_kind("bias").items()
+        },
+        computed=pairs if layout.dora else {},
         head=Head(head[weight], head.get(bias)) if weight in head else None,
         tokens=tokens,
     )
@@ -147,17 +155,21 @@ def _check_tied(folder: AdapterFolder, tensors: Mapping[Part, Tensor]) -> None:
 def _check_finite(
     folder: AdapterFolder,
     layout: Layout,
-    keys: Mapping[Part, str],
-    read: Mapping[Part, Tensor],
-    packed: Mapping[Part, Tensor],
+    parts: Mapping[str, Part],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
 ) -> None:
-    """Check the packed values; what was read says whether it was bad, or has become too large."""
-    for part, tensor in packed.items():
-        if is_finite(tensor):
+    """Check the values, and that they do not become too large in an image of ``dtype``."""
+    for key, part in parts.items():
+        if part.kind == "base" or part.kind in TOKEN_KINDS:
             continue
-        if not is_finite(read[part]):
-            folder.invalid_weights(f"{keys[part]}: the weights contain NaN or infinity")
+        scaled_by = layout.targets[part.place].scaling if part.kind in ("B", "bias") else 1.0
+        becomes = dtype if part.kind in ("A", "B", "bias") else torch.float32
+        if is_finite(tensors[key], becomes, scaled_by):
+            continue
+        if not is_finite(tensors[key]):
+            folder.invalid_weights(f"{key}: the weights contain NaN or infinity")
         folder.invalid_weights(
-            f"{layout.targets[part.place].name}: the scaled weights overflow {tensor.dtype}; set lora_dtype "
-            "to bfloat16 or float32"
+            f"{layout.targets[part.place].name}: the scaled weights overflow {dtype}; set lora_dtype to "
+            "bfloat16 or float32"
         )

@@ -113,7 +113,7 @@ def read_adapter(
 
     Args:
         slot: The slots' layout. If they hold a rank's share, only the share is read, checked and returned.
-        dtype: The dtype of the returned tensors; the scaling is folded into B in float32 and rounded once.
+        dtype: The dtype that the weights will have, and have to be finite in.
         base_weight: The base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
             saves that weight along with an adapter on it; the saved copy is compared with this one and left
             out.

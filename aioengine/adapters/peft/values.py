@@ -11,39 +11,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.part import Part, Place
-from aioengine.model.buffer import Arena
-from aioengine.model.slots.image import serial_copies, serial_pieces
+from aioengine.adapters.peft.part import Place
+from aioengine.model.slots.image import multiply, serial_pieces
+
+Matrices = Mapping[Place, tuple[Tensor, Tensor]]
+"""A and B of each place."""
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity. aminmax propagates NaN, and costs a fraction of isfinite."""
-    return all(math.isfinite(end.item()) for piece in pieces_of(tensor) for end in piece.aminmax())
+def is_finite(tensor: Tensor, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> bool:
+    """Whether there is neither NaN nor infinity after :func:`converted`. aminmax propagates NaN, and costs a
+    fraction of isfinite; rounding keeps the order, so the largest value says enough."""
+    ends = [end.item() for piece in pieces_of(tensor) for end in piece.aminmax()]
+    largest = torch.tensor([0.0, *ends]).abs().amax()
+    return math.isfinite((largest * factor).to(dtype))
 
 
 def pieces_of(tensor: Tensor) -> tuple[Tensor, ...]:
     return serial_pieces(tensor.reshape(-1)) if tensor.numel() else ()
 
 
-def converted(
-    sources: Mapping[Part, Tensor], dtype: torch.dtype, factors: Mapping[Place, float] | None = None
-) -> dict[Part, Tensor]:
-    """Return each source times the factor of its place (None: 1), computed in float32 and rounded once;
-    itself if that changes nothing."""
-    changed = {
-        part: source
-        for part, source in sources.items()
-        if source.dtype != dtype or not source.is_contiguous() or (factors and factors[part.place] != 1.0)
+def converted(source: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """Return ``source`` times ``factor``, computed in float32 and rounded once; itself if that changes
+    nothing."""
+    if source.dtype == dtype and factor == 1.0:
+        return source
+    target = torch.empty(source.shape, dtype=dtype)
+    multiply(source, factor, target)
+    return target
+
+
+def scaled(pairs: Matrices, scalings: Mapping[Place, float], dtype: torch.dtype) -> Matrices:
+    """Return A and B as an image has them: in ``dtype``, and B times the scaling."""
+    return {
+        place: (converted(a, dtype), converted(b, dtype, scalings.get(place, 1.0)))
+        for place, (a, b) in pairs.items()
     }
-    sizes = {part: source.numel() * dtype.itemsize for part, source in changed.items()}
-    memory = Arena(max(1, sum(sizes.values())), len(sizes))
-    found = dict(sources)
-    for part, source in changed.items():
-        found[part] = target = memory.take(sizes[part]).view(dtype).view(source.shape)
-        factor = torch.tensor(factors[part.place] if factors else 1.0)
-        for to, piece in serial_copies(source, target):
-            if source.dtype == dtype:
-                torch.mul(piece, factor, out=to)
-            else:
-                to.copy_(piece.float() * factor)
-    return found

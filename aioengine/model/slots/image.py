@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -164,12 +165,14 @@ def build_image(
     dtype: torch.dtype,
     allocate: Allocate = pageable,
     *,
+    scalings: Mapping[Key, float] = MappingProxyType({}),
     tokens: TrainedTokens | None = None,
 ) -> AdapterImage:
     """Put an adapter into an image of ``dtype``, in the calling thread alone.
 
-    ``affine`` gives gain and shift [2, out] of the modules that have them, and ``tokens`` the trained tokens,
-    if there are any. Raises :class:`ConfigError` if the adapter does not fit the layout.
+    ``affine`` gives gain and shift [2, out] of the modules that have them, ``scalings`` what B is multiplied
+    by where that is not 1, and ``tokens`` the trained tokens, if there are any. Raises :class:`ConfigError`
+    if the adapter does not fit the layout.
     """
     _check(layout, adapter, affine)
     shape = image_shape(
@@ -184,15 +187,18 @@ def build_image(
         torch._foreach_zero_(serial_pieces(data))
     copies: list[tuple[Tensor, Tensor]] = []
 
-    def put(key: Key, column: Column, values: Tensor, rows: int, width: int) -> None:
+    def put(key: Key, column: Column, values: Tensor, rows: int, width: int, factor: float = 1.0) -> None:
         begin = shape.begin(key, column)
-        target = data[begin : begin + rows * width].view(rows, width)
-        copies.extend(serial_copies(values, target[: len(values), : values.shape[1]]))
+        target = data[begin : begin + rows * width].view(rows, width)[: len(values), : values.shape[1]]
+        if factor == 1.0:
+            copies.extend(serial_copies(values, target))
+        else:
+            multiply(values, factor, target)
 
     for key, (a, b) in adapter.tensors.items():
         linear = layout.places[key].shape
         put(key, Column.A, a, len(a), linear.in_features)
-        put(key, Column.B, b, linear.out_features, b.shape[1])
+        put(key, Column.B, b, linear.out_features, b.shape[1], scalings.get(key, 1.0))
     for key, values in affine.items():
         put(key, Column.AFFINE, values, 2, layout.places[key].num_outputs)
     if tokens is not None:
@@ -227,6 +233,16 @@ def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]
         for column in range(0, width, SERIAL_ELEMENTS):
             piece = slice(row, row + step), slice(column, column + SERIAL_ELEMENTS)
             yield to[piece], values[piece]
+
+
+def multiply(values: Tensor, factor: float, to: Tensor) -> None:
+    """Write ``values`` times ``factor`` to ``to``, computed in float32 and rounded once, in the calling
+    thread."""
+    number = torch.tensor(factor)
+    if values.dtype != to.dtype:
+        number = number.view(1)  # without a dimension it would leave the product in the dtype of ``values``
+    for target, piece in serial_copies(values, to):
+        torch.mul(piece, number, out=target)
 
 
 def _exact(layout: SlotLayout, adapter: Adapter) -> bool:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from aioengine.adapters.peft.digest import mix_digest
-from aioengine.adapters.peft.pack import Matrices, PackedAdapter
+from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.part import Place
+from aioengine.adapters.peft.values import Matrices
 from aioengine.errors import AdapterInvalid, AdapterTooLarge
 from aioengine.model.slots.layout import MAX_RANK, SlotLayout
 from aioengine.step import MixPart
@@ -28,7 +29,7 @@ from aioengine.step import MixPart
 def add_up(
     name: str, path: str, slot: SlotLayout, parts: Sequence[tuple[MixPart, PackedAdapter]]
 ) -> PackedAdapter:
-    """Add up adapters that were read for ``slot``, or scale the only one.
+    """Add up adapters that were read for ``slot`` and have their scalings in B, or scale the only one.
 
     Raises:
         AdapterInvalid: one of several has parts that cannot be added up.
