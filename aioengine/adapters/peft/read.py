@@ -45,7 +45,8 @@ logger = logging.getLogger("aioengine")
 
 MAX_WARNINGS = 64
 """Maximum number of warnings about expressions that RE2 does not take."""
-
+HASHED_BYTES = 8 << 20
+"""Bytes that are hashed while the next are read."""
 
 Pieces = Sequence[tuple[int, int]]
 """Offsets and lengths in a file's data, in bytes."""
@@ -169,9 +170,15 @@ class _Reader:
             digest.update(header.raw)
 
             def data(pieces: Pieces) -> Buffer:
-                buffer = _read_pieces(file, len(header.raw), pieces)
-                if self.slot.shard.size == 1:  # beside what follows; done at the end of the block
-                    helper.submit(digest.update, buffer.view[: header.data_bytes])
+                buffer, end = Buffer(max(1, sum(length for _, length in pieces))), 0
+                for offset, length in pieces:
+                    file.seek(len(header.raw) + offset)
+                    begin, end = end, end + length
+                    for start in range(begin, end, HASHED_BYTES):
+                        view = buffer.view[start : min(start + HASHED_BYTES, end)]
+                        file.read_into(view)
+                        if self.slot.shard.size == 1:  # beside the rest; done at the end of the block
+                            helper.submit(digest.update, view)
                 return buffer
 
             if fold is None:
@@ -241,13 +248,3 @@ def _all_of(folder: AdapterFolder, name: str, most: int) -> bytes:
         if file.size > most:
             file.invalid(f"has {file.size} bytes, more than {most}")
         return bytes(file.read(file.size))
-
-
-def _read_pieces(file: OpenFile, begin: int, pieces: Pieces) -> Buffer:
-    """Read pieces of the data, which begin at this byte of the file, one after another into memory."""
-    buffer, end = Buffer(max(1, sum(length for _, length in pieces))), 0
-    for offset, length in pieces:
-        file.seek(begin + offset)
-        file.read_into(buffer.view[end : end + length])
-        end += length
-    return buffer

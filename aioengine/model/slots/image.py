@@ -99,7 +99,8 @@ class ImageShape:
     layout: SlotLayout
     dtype: torch.dtype
     elements: int
-    table: Tensor
+    rows: list[list[int]]
+    """The table's."""
     tokens: TokenTables | None = None
     tokens_begin: int = 0
 
@@ -109,12 +110,13 @@ class ImageShape:
 
     def image(self, data: Tensor, *, rank: int, digest: str, has_affine: bool = False) -> AdapterImage:
         """Make an image of ``data`` [elements], which is kept and not copied."""
+        table = torch.tensor(self.rows, dtype=torch.int64)
         tokens = self.tokens, self.tokens_begin
-        return AdapterImage(rank, digest, self.layout, data, self.table, has_affine, *tokens)
+        return AdapterImage(rank, digest, self.layout, data, table, has_affine, *tokens)
 
     def begin(self, key: Key, column: Column) -> int:
         """Return the offset of a place's A, B, or gain and shift."""
-        return int(self.table[self.layout.index[key], column])
+        return self.rows[self.layout.index[key]][column]
 
 
 def image_shape(
@@ -147,7 +149,7 @@ def image_shape(
             end += holds.gain_and_shift(place.num_outputs)
     begin, count = end, 0 if tokens is None else tokens.num_rows
     end += holds.values(count * layout.spec.hidden_size)
-    return ImageShape(layout, dtype, end, torch.tensor(rows, dtype=torch.int64), tokens, begin)
+    return ImageShape(layout, dtype, end, rows, tokens, begin)
 
 
 def elements_of(dtype: torch.dtype, affine_dtype: torch.dtype | None) -> Elements:
@@ -215,10 +217,7 @@ def image_memory(elements: int, dtype: torch.dtype, allocate: Allocate) -> Tenso
 
 def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
     """Cut a 1-D tensor into views that torch works on in the calling thread."""
-    size = flat.numel()
-    if size <= SERIAL_ELEMENTS:
-        return (flat,)
-    return tuple(flat[start : start + SERIAL_ELEMENTS] for start in range(0, size, SERIAL_ELEMENTS))
+    return flat.split(SERIAL_ELEMENTS)
 
 
 def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
