@@ -4,6 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.selection import mostly_slow
+
+from aioengine.kernels.cpu import build, shared_library
+
+LEVELS = sorted({next(iter(build.levels())), "generic"})
 
 
 @pytest.fixture
@@ -13,3 +18,13 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=mostly_slow(LEVELS, next(iter(build.levels()))))
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The library that everything uses is the one for this instruction set."""
+    flags = build.levels()[request.param]
+    monkeypatch.setattr(build, "levels", lambda: {request.param: flags})
+    shared_library.load.cache_clear()
+    yield request.param
+    shared_library.load.cache_clear()

@@ -15,26 +15,15 @@ from support.selection import mostly_slow
 from support.tiny_models import build_model
 from torch import Tensor
 
-from aioengine.kernels.cpu import build, shared_library
+from aioengine.kernels.cpu import build
 from aioengine.model.spec import Quantization
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
-LEVELS = sorted({next(iter(build.levels())), "generic"})
 
 
 @functools.cache
 def model(family: str) -> Path:
     return build_model(Path(tempfile.mkdtemp()), family)
-
-
-@pytest.fixture(params=mostly_slow(LEVELS, next(iter(build.levels()))))
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The engine's own library is the one for this instruction set."""
-    flags = build.levels()[request.param]
-    monkeypatch.setattr(build, "levels", lambda: {request.param: flags})
-    shared_library.load.cache_clear()
-    yield request.param
-    shared_library.load.cache_clear()
 
 
 @pytest.fixture

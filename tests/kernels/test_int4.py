@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,23 +11,14 @@ from hypothesis import strategies as st
 from support import kernels_reference as reference
 from torch import Tensor
 
-from aioengine.kernels.cpu import build, shared_library
+from aioengine.kernels.cpu import build
 from aioengine.kernels.cpu.int4 import Int4Weight, group_size
 
-pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("level"),
+]
 DTYPES = [torch.float32, torch.bfloat16]
-LEVELS = sorted({next(iter(build.levels())), "generic"})
-
-
-@pytest.fixture(params=LEVELS, autouse=True)
-def _level(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The library that weights use is the one for this instruction set."""
-    flags = build.levels()[request.param]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "levels", lambda: {request.param: flags})
-        shared_library.load.cache_clear()
-        yield
-    shared_library.load.cache_clear()
 
 
 def inputs(rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
