@@ -217,7 +217,7 @@ def image_memory(elements: int, dtype: torch.dtype, allocate: Allocate) -> Tenso
 
 def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
     """Cut a 1-D tensor into views that torch works on in the calling thread."""
-    return flat.split(SERIAL_ELEMENTS)
+    return torch.split(flat, SERIAL_ELEMENTS)
 
 
 def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
