@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from heapq import heapify, heappop, heapreplace, nsmallest
+from math import inf
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -212,12 +213,12 @@ class Fair(FCFS):
         users = use.users_of(held.adapter)
         least = min((use.held[user] for user in users), default=use.share + 1)
         aged = cold.request.arrival + self.take_after <= view.now
-        settled = held.kind != SETTLING
+        settled = self.placed.get(held.adapter.name, -inf) <= view.now - self.stay
         if under:
             if cold.client in users or (held.kind >= BUSY and view.step < self._preempts_from):
                 return False
             return least > use.share or (aged and settled and least == use.share)
-        if not aged or held.oldest <= cold.request.arrival or (held.kind >= BUSY and not settled):
+        if not aged or held.oldest <= cold.request.arrival or held.kind == SETTLING:
             return False  # as among the requests of one tenant
         return least > use.share or users == {cold.client}
 

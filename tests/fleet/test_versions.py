@@ -249,6 +249,11 @@ class Replica:
     kept=True,
     remembered=1,
 )
+@example(
+    changes=[("away", 0, "a"), ("new door", 1, "a"), ("load", 0, "a"), ("load", 1, "a")],
+    kept=True,
+    remembered=1,
+)
 @pytest.mark.slow
 def test_a_number_never_names_two_contents(
     changes: list[tuple[str, int, str]], kept: bool, remembered: int

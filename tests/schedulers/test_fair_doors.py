@@ -207,6 +207,15 @@ def test_more_tenants_than_slots_take_turns(policy: str) -> None:
     assert set(sim.ended.values()) == {"length"}
 
 
+def test_tenants_do_not_take_the_only_slot_from_each_other_before_it_is_used() -> None:
+    sim = Clock(LIMITS._replace(num_slots=1, max_num_seqs=1), "fair")
+    for i in range(6):
+        sim.register(f"a{i}")
+    for i in range(24):
+        sim.add(f"a{i % 6}", max_tokens=40, tenant=f"t{i // 3 % 2}")
+    sim.go(lambda: len(sim.ended) == 24, 24 * 40 * 0.1)
+
+
 @pytest.mark.parametrize("tenant", [None, "a"])
 @pytest.mark.slow
 def test_with_one_tenant_nothing_changes(tenant: str | None) -> None:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any, TypeVar
 
+from aioengine.adapters.names import check_same_path, checked_path
 from aioengine.errors import (
     AdapterError,
     AdapterInvalid,
@@ -141,7 +142,9 @@ class FleetAdapters:
             if replace and (known is not None or where is not None):
                 info = await self._replace(name, where, change)
             else:
-                if where is not None and known is not None and known.path == where:
+                if where is not None and known is not None:
+                    # A replica that was never told of it would take these files under the same version.
+                    check_same_path(name, checked_path(name, known.path), checked_path(name, where))
                     where = None
                 info = await self._add(name, where, known, change)
             if pin:

@@ -93,7 +93,7 @@ def script() -> str:
     """Return the JavaScript that draws specifications in a page without a network: ``vegaEmbed``."""
     with needs_extra():
         import vl_convert
-    return str(vl_convert.javascript_bundle(vl_version=VERSION))
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed", vl_version=VERSION))
 
 
 # Parts of specifications
