@@ -275,7 +275,7 @@ BUDGETS = {
     "kernels": 13_050,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 5_800,  # aim: 4_500
-    "tests": 75_850,  # aim: 52_000
+    "tests": 75_500,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
