@@ -190,7 +190,7 @@ def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys; from aioengine.cli.main import main, COMMANDS\n"
         "for name in COMMANDS: assert not name.startswith('lab ') or main([*name.split(), '--help']) == 0\n"
-        "assert not {'torch', 'polars', 'matplotlib', 'numpy', 'scipy'} & set(sys.modules)"
+        "assert not {'torch', 'polars', 'vl_convert', 'numpy', 'scipy'} & set(sys.modules)"
     )
     done = run_script(script)
     assert done.returncode == 0, done.stderr
