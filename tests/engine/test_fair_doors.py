@@ -34,18 +34,20 @@ async def test_a_flood_of_one_tenant_holds_up_no_other(
             )
             for i in range(count)
         ]
-        while engine.stats().running < 2:
-            await asyncio.sleep(0.001)
-        for i in range(3):
-            before = steps
-            async with asyncio.timeout(60):
-                out = await engine.complete([i + 3, 5], greedy(10), adapter="mine", tenant="b")
-            assert out.token_ids == tiny.expected([i + 3, 5], 10, "rank-3"), "preemption changes no token"
-            # Ten steps of its own; at first others decode on while its adapter is read. All of a's requests
-            # before it would take thousands.
-            assert steps - before <= (300 if i == 0 else 20)
-        assert engine.stats().waiting > count // 2, "the case is none: there was no flood"
-        for task in flood:
-            task.cancel()
-        await asyncio.gather(*flood, return_exceptions=True)
+        try:
+            while engine.stats().running < 2:
+                await asyncio.sleep(0.001)
+            for i in range(3):
+                before = steps
+                async with asyncio.timeout(60):
+                    out = await engine.complete([i + 3, 5], greedy(10), adapter="mine", tenant="b")
+                assert out.token_ids == tiny.expected([i + 3, 5], 10, "rank-3"), "preemption changes no token"
+                # Ten steps of its own; at first others decode on while its adapter is read. All requests of a
+                # before it would take thousands.
+                assert steps - before <= (300 if i == 0 else 20)
+            assert engine.stats().waiting > count // 2, "the case is none: there was no flood"
+        finally:
+            for task in flood:
+                task.cancel()
+            await asyncio.gather(*flood, return_exceptions=True)
         engine.check_invariants()
