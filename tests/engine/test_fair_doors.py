@@ -44,7 +44,7 @@ async def test_a_flood_of_one_tenant_holds_up_no_other(
                 assert out.token_ids == tiny.expected([i + 3, 5], 10, "rank-3"), "preemption changes no token"
                 # Ten steps of its own; at first others decode on while its adapter is read. All requests of a
                 # before it would take thousands.
-                assert steps - before <= (300 if i == 0 else 20)
+                assert steps - before <= (300 if i == 0 else 30)
             assert engine.stats().waiting > count // 2, "the case is none: there was no flood"
         finally:
             for task in flood:
