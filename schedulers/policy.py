@@ -11,10 +11,8 @@ This module, like all of ``aioengine.schedulers``, is pure Python: no torch, no 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
-from heapq import merge
-from operator import attrgetter
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 API_VERSION = 2
@@ -392,15 +390,3 @@ class SchedulerPolicy(ABC):
         last, in that order.
         """
         return ()
-
-
-def cold_by_arrival(view: SchedulerView) -> Iterator[str]:
-    """Yield the cold adapters in the order of their oldest requests."""
-    adapters = view.adapters
-    return (name for name in view.waiting_adapters if name is not None and adapters[name].slot is None)
-
-
-def by_arrival(view: SchedulerView, names: Iterable[str | None]) -> Iterator[RequestView]:
-    """Yield the requests that wait for these adapters (None: the base model) in order of arrival."""
-    queues = [view.waiting_for(name) for name in names if name is None or view.adapters[name].waiting]
-    return merge(*queues, key=attrgetter("arrival"))

@@ -18,14 +18,13 @@ from itertools import chain, islice
 from math import inf
 from typing import Any
 
+from aioengine.schedulers.arrival import by_arrival, cold_by_arrival
 from aioengine.schedulers.policy import (
     AdapterView,
     PolicyEvent,
     RequestView,
     SchedulerView,
     SlotView,
-    by_arrival,
-    cold_by_arrival,
 )
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, tee
 from math import inf
 
+from aioengine.schedulers.arrival import cold_by_arrival
 from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
 from aioengine.schedulers.policies.fcfs import BUSY, FCFS, SCAN_LIMIT, SLOT_BOUND, SlotPlan
-from aioengine.schedulers.policy import Decision, Location, PolicyEvent, SchedulerView, cold_by_arrival
+from aioengine.schedulers.policy import Decision, Location, PolicyEvent, SchedulerView
 
 
 class Composed(FCFS):

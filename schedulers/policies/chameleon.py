@@ -8,17 +8,11 @@ from collections.abc import Sequence
 from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
+from aioengine.schedulers.arrival import by_arrival
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Arrival, Replacement
 from aioengine.schedulers.parts.replacement import DecayedCounts
-from aioengine.schedulers.policy import (
-    AdapterView,
-    PolicyEvent,
-    RequestView,
-    SchedulerView,
-    SlotView,
-    by_arrival,
-)
+from aioengine.schedulers.policy import AdapterView, PolicyEvent, RequestView, SchedulerView, SlotView
 
 FIRST_CLUSTERING = 16
 """Requests seen before the lanes are formed for the first time; until then there is one. They are formed

@@ -12,6 +12,7 @@ from math import inf
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
+from aioengine.schedulers.arrival import by_arrival, cold_by_arrival
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.policy import (
     AdapterView,
@@ -24,8 +25,6 @@ from aioengine.schedulers.policy import (
     SchedulerView,
     SlotState,
     SlotView,
-    by_arrival,
-    cold_by_arrival,
 )
 
 LOOKAHEAD = 8  # number of cold adapters, of those that are not being read, which are to be on the CPU

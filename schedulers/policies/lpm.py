@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+from aioengine.schedulers.arrival import by_arrival
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Arrival
-from aioengine.schedulers.policy import RequestView, SchedulerView, by_arrival
+from aioengine.schedulers.policy import RequestView, SchedulerView
 
 
 class Windowed(Arrival):

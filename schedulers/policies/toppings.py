@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 
+from aioengine.schedulers.arrival import by_arrival
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Arrival
-from aioengine.schedulers.policy import RequestView, SchedulerView, by_arrival
+from aioengine.schedulers.policy import RequestView, SchedulerView
 
 
 class Toppings(Arrival):
