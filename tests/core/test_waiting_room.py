@@ -216,7 +216,8 @@ def test_tokens_that_are_known_later_are_counted_then() -> None:
 @pytest.mark.timed
 def test_a_place_costs_the_same_however_many_are_taken() -> None:
     def seconds(waiting: int, times: int = 2000) -> float:
-        room = WaitingRoom(max_waiting=waiting, max_per_adapter=waiting, max_tokens=waiting)
+        bounds = {"max_waiting": waiting, "max_waiting_per_adapter": waiting, "max_waiting_tokens": waiting}
+        room = WaitingRoom(LIMITS._replace(**bounds))
         for i in range(waiting):
             room.enter("hog" if i % 2 else f"t{i % 997}", [f"a{i % 1000}"], 0.0, tokens=1)
         best = float("inf")
