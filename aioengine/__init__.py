@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from aioengine.config import EngineConfig, LoRAConfig
     from aioengine.engine import AsyncEngine
     from aioengine.info import AdapterInfo, EngineInfo, EngineStats, SlotInfo
+    from aioengine.request import CachePin, SamplingParams, TokenLogprob
     from aioengine.runtime.output import RequestOutput
-from aioengine.request import CachePin, SamplingParams, TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -40,35 +40,28 @@ __all__ = [
     "TokenLogprob",
 ]
 
-_HOMES = {
-    "AdapterInfo": ".info",
-    "AdapterResolver": ".adapters.resolvers.base",
-    "AsyncEngine": ".engine",
-    "CachePin": ".request",
-    "ChainResolver": ".adapters.resolvers.base",
-    "EngineConfig": ".config",
-    "EngineInfo": ".info",
-    "EngineStats": ".info",
-    "FilesystemResolver": ".adapters.resolvers.filesystem",
-    "FsspecResolver": ".adapters.resolvers.fsspec",
-    "HubResolver": ".adapters.resolvers.hub",
-    "LoRAConfig": ".config",
-    "RequestOutput": ".runtime.output",
-    "SamplingParams": ".request",
-    "SlotInfo": ".info",
-    "TokenLogprob": ".request",
+_NAMES = {
+    ".adapters.resolvers.base": ("AdapterResolver", "ChainResolver"),
+    ".adapters.resolvers.filesystem": ("FilesystemResolver",),
+    ".adapters.resolvers.fsspec": ("FsspecResolver",),
+    ".adapters.resolvers.hub": ("HubResolver",),
+    ".config": ("EngineConfig", "LoRAConfig"),
+    ".engine": ("AsyncEngine",),
+    ".info": ("AdapterInfo", "EngineInfo", "EngineStats", "SlotInfo"),
+    ".request": ("CachePin", "SamplingParams", "TokenLogprob"),
+    ".runtime.output": ("RequestOutput",),
 }
-"""Name -> the module that defines it, as in the imports above."""
+"""Module -> the names that it defines, as in the imports above."""
 
 
 def __getattr__(name: str) -> object:
     if name in ("errors", "events"):
         return importlib.import_module(f".{name}", __name__)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
-    globals()[name] = value
-    return value
+    for module, names in _NAMES.items():
+        if name in names:
+            globals()[name] = value = getattr(importlib.import_module(module, __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -23,11 +23,6 @@ from aioengine.model.spec import KNOWN_MODULES, LORA_MODULES, TARGETABLE_MODULES
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 ExecutorName = Literal["thread", "process", "ray"]
-Restart = Literal["never", "on-failure"]
-MetricsCompat = Literal["none", "vllm"]
-LoRADType = Literal["auto", "bfloat16", "float16", "float32", "int8"]
-KVCacheDType = Literal["auto", "int8", "fp8"]
-SpeculationName = Literal["none", "ngram"]
 
 WAITING_BOUNDS = (
     "max_waiting",
@@ -86,11 +81,11 @@ class _ConfigType(msgspec.StructMeta):
         return super().__call__(*args, **fields)
 
 
-class _Config(msgspec.Struct, metaclass=_ConfigType, frozen=True):
+class _Config(msgspec.Struct, metaclass=_ConfigType, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A configuration."""
 
 
-class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LoRAConfig(_Config, frozen=True):
     """How many adapters the device and the CPU hold, and how large each may be."""
 
     max_loras: Count = 4
@@ -114,7 +109,7 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
     cache, because there is no disk to read them from again."""
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard all of the LoRA work instead of half of it."""
-    lora_dtype: LoRADType = "auto"
+    lora_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     """dtype of adapters in slots and cache. "auto" is the model's. "int8" takes about half the bytes of
     bfloat16, with a scale for each rank of every module (docs/adapters.md says how exact it is)."""
     target_modules: Modules | None = None
@@ -171,7 +166,7 @@ class LoRAConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return LORA_MODULES if self.target_modules is None else tuple(self.target_modules)
 
 
-class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EngineConfig(_Config, frozen=True):
     """Everything that an engine needs to know before it starts."""
 
     model: Annotated[
@@ -196,7 +191,7 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Whether a request's tokens must not depend on its batch, to the last bit (docs/determinism.md). "auto":
     where that is possible, which is in the compiled CPU step. True: the engine does not start where it is not
     possible."""
-    speculation: SpeculationName = "none"
+    speculation: Literal["none", "ngram"] = "none"
     """Propose tokens and check several of them in one step, which changes no token (docs/speculation.md).
     "ngram": from the request's own text. Only where the engine is batch-invariant."""
     bind_threads: bool = True
@@ -219,7 +214,7 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Tokens in a KV block."""
     kv_cache_memory: Size | None = None
     """Memory for the KV cache, such as 2GiB; None: room for ``max_num_seqs`` requests, if it is free."""
-    kv_cache_dtype: KVCacheDType = "auto"
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
     """Keep keys and values in half the memory. "int8": with a scale for each token and head, in the compiled
     CPU step. "fp8": e4m3 without scales, up to 448, in the Triton kernels on CUDA."""
     enable_prefix_caching: bool = True
@@ -239,7 +234,7 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Process in which the model runs. "thread": this one. "process": ``tensor_parallel_size`` others,
     which do not share the application's GIL. "ray": as many Ray actors, over the nodes of a cluster (extra
     ``fleet``)."""
-    restart: Restart = "never"
+    restart: Literal["never", "on-failure"] = "never"
     """What to do when a process of the model is lost. "never": the engine dies. "on-failure": the processes
     are started again; running requests fail, and waiting ones are served. Needs ``executor="process"`` or
     "ray"."""
@@ -281,7 +276,7 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Maximum number of adapters with a separate metric label; the rest are counted under "other"."""
     max_tenant_labels: Whole = 100
     """Maximum number of tenants with a separate metric label; the rest are counted under "other"."""
-    metrics_compat: MetricsCompat = "none"
+    metrics_compat: Literal["none", "vllm"] = "none"
     """Export the metrics that request routers read also under the names that vLLM gave them."""
     name: Annotated[str, Meta(min_length=1, extra={"is": "text that is not empty"})] = "default"
     """Value of the metrics' label "engine"; engines that are scraped together need different ones."""
@@ -290,9 +285,10 @@ class EngineConfig(_Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         checks.check_fields(self)
         if self.lora is not None and not isinstance(self.lora, LoRAConfig):
             raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
+        values = {name: getattr(self.lora, name, None) for name in LoRAConfig.__struct_fields__}
+        values |= msgspec.structs.asdict(self)
         for conflict in CONFLICTS:
-            if conflict.occurs(self):
-                raise ConfigError(conflict.text(self))
+            conflict.refuse(values)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: must be >= max_num_seqs="
@@ -343,26 +339,14 @@ class Conflict(NamedTuple):
     instead: str
     """What to set."""
 
-    def occurs(self, config: EngineConfig) -> bool:
-        return all(
-            _value_of(config, name) != _DEFAULTS[name]
-            if value == CHANGED
-            else _value_of(config, name) == value
+    def refuse(self, values: Mapping[str, Any]) -> None:
+        """Raise ConfigError if all of the settings are among these values of fields."""
+        if all(
+            values.get(name) != _DEFAULTS[name] if value == CHANGED else values.get(name) == value
             for name, value in self.settings.items()
-        )
-
-    def text(self, config: EngineConfig) -> str:
-        first = next(iter(self.settings))
-        return f"{first}={_value_of(config, first)!r}: {self.why}; set {self.instead}"
-
-
-def _value_of(config: EngineConfig, field: str) -> Any:
-    """Return a field of a configuration, or of its adapters'."""
-    return (
-        getattr(config, field)
-        if field in EngineConfig.__struct_fields__
-        else getattr(config.lora, field, None)
-    )
+        ):
+            first = next(iter(self.settings))
+            raise ConfigError(f"{first}={values[first]!r}: {self.why}; set {self.instead}")
 
 
 CHANGED = "changed"

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -81,8 +82,35 @@ class AsyncEngine:
     All methods belong to the loop that the engine was entered on. Every coroutine may be cancelled at any
     point. ``policy`` is used in place of the one that ``config.policy`` names. ``resolver`` is asked for
     adapters that are not registered; None: those below ``config.lora.adapter_root``. Raises ConfigError for
-    an argument of another type, and PolicyError if there is no such policy.
+    an argument of another type, and PolicyError if there is no such policy. What the engine has only after
+    its start raises EngineStopped before.
     """
+
+    metrics: EngineMetrics
+    """Prometheus metrics of this engine, in a registry of its own (``engine.metrics.registry``)."""
+    plan: MemoryPlan
+    """The memory plan: what was allocated."""
+    info: EngineInfo
+    """Versions, model, kernels and device of this engine."""
+    build: dict[str, str]
+    """Labels of the metric ``aioengine_build_info``, which say what runs here."""
+    tokenizer: Tokenizer | None
+    """The model's tokenizer; None if the model has none."""
+    model_spec: ModelSpec
+    """The model's shape, its vocabulary and its end-of-sequence tokens."""
+    model_path: Path | None
+    """The folder or GGUF file that the model was read from; None if there is none."""
+    _core: Core
+    _loop: EngineLoop
+    _adapters: AdapterOps
+    _held: HeldAdapters
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            if name in AsyncEngine.__annotations__:
+                raise EngineStopped("the engine is not started: use 'async with AsyncEngine(...)'")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __init__(
         self,
@@ -104,7 +132,8 @@ class AsyncEngine:
         self._state: EngineState = "new"
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
-        self._label_names: SharedRead[list[str]] | None = None
+        # Not read in the engine's own thread, which is waited for at the end: the disk may hang.
+        self.label_names = SharedRead("aioengine-labels", lambda: vectors.read_label_names(self.model_path))
         self._closers: list[Callable[[], Awaitable[None]]] = []
         self.text_work = TextWork()
         """Runs tokenization and detokenization; servers of this engine use it too."""
@@ -139,8 +168,9 @@ class AsyncEngine:
 
         self._work = work
         self._built: assemble.Built = built
-        self._plan = built.plan
-        self._info = assemble.engine_info(__version__, built)
+        self.plan, self.tokenizer = built.plan, built.tokenizer
+        self.model_spec, self.model_path = built.spec, built.model_path
+        self.info = assemble.engine_info(__version__, built)
         self._counters.memory_unplanned = assemble.memory_unplanned(built)
         self._core = Core(
             assemble.core_limits(self.config, built),
@@ -160,9 +190,8 @@ class AsyncEngine:
         self._submitter = Submitter(
             self._loop, names, built, text_work=self.text_work, check_running=self._check_running
         )
-        self.build = assemble.build_labels(self._info)
-        """Labels of the metric ``aioengine_build_info``, which say what runs here."""
-        self._metrics: EngineMetrics = EngineMetrics(
+        self.build = assemble.build_labels(self.info)
+        self.metrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
             snapshot=self.stats,
             adapters=self._adapters.busy,
@@ -175,7 +204,7 @@ class AsyncEngine:
         )
         self._loop.listeners.add(self._counters, *self._counters.COUNTED)
         if built.metrics:
-            self._loop.listeners.add(self._metrics.handle)
+            self._loop.listeners.add(self.metrics.handle)
         self._loop.start()
         self._state = "running"
 
@@ -326,7 +355,7 @@ class AsyncEngine:
         """Classify a prompt by the trained head of an adapter (PEFT's ``SEQ_CLS``). Raises RequestInvalid if
         it has none, and what :meth:`generate` raises."""
         output = await self.complete(prompt, vectors.pooling_params("classify"), adapter=adapter, **keywords)
-        return vectors.classification_of(output, await self.label_names())
+        return vectors.classification_of(output, await self.label_names.result())
 
     async def score(
         self,
@@ -344,20 +373,18 @@ class AsyncEngine:
         vectors.check_documents(query, documents)
         labels = await self.head_labels(adapter)
 
-        def complete(prompt: Prompt, params: SamplingParams) -> Awaitable[RequestOutput]:
-            return self.complete(
-                prompt, params, adapter=adapter, priority=priority, deadline=deadline, tenant=tenant
-            )
-
         async def pair(first: str, second: str) -> list[int]:
-            tokenizer, limit = self.tokenizer, self.plan.max_model_len
-            size = len(first) + len(second)
-            return await self.text_work.run(
-                size, lambda: vectors.tokenize_pair(tokenizer, first, second, limit), tenant
-            )
+            tokenize = partial(vectors.tokenize_pair, self.tokenizer, first, second, self.plan.max_model_len)
+            return await self.text_work.run(len(first) + len(second), tokenize, tenant)
 
         return await vectors.score(
-            complete, query, documents, labels=labels, pair=pair, work=self.text_work, tenant=tenant
+            partial(self.complete, adapter=adapter, priority=priority, deadline=deadline, tenant=tenant),
+            query,
+            documents,
+            labels=labels,
+            pair=pair,
+            work=self.text_work,
+            tenant=tenant,
         )
 
     async def head_labels(self, adapter: Wanted) -> int:
@@ -366,19 +393,9 @@ class AsyncEngine:
         name = vectors.scaled_adapter(adapter)
         return 0 if name is None else await self.versions.labels(name)
 
-    async def label_names(self) -> list[str]:
-        """Return the model's ``id2label``; empty if it has none."""
-        self._check_running()
-        if self._label_names is None:
-            # Not in the engine's own thread, which is waited for at the end: the disk may hang.
-            path = self._built.model_path
-            self._label_names = SharedRead("aioengine-labels", lambda: vectors.read_label_names(path))
-        return await self._label_names.result()
-
     async def abort(self, request_id: str) -> bool:
         """End a request; its reader gets a last output with ``finish_reason="abort"``. Returns False if no
         such request is waiting or running."""
-        self._check_started()
         request = self._core.requests.get(request_id)
         if request is not None:
             self._loop.abort(request)
@@ -387,13 +404,11 @@ class AsyncEngine:
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
         """Set the bounds on waiting requests of single tenants, by name; others keep
         ``max_waiting_per_tenant``. Requests that already wait are not affected."""
-        self._check_started()
         self._core.room.max_of_tenant = dict(max_waiting)
 
     def change_limits(self, **bounds: int | None) -> None:
         """Change bounds on waiting requests (``config.WAITING_BOUNDS``). ``config`` is replaced; requests
         that already wait are not affected. Raises ConfigError, and changes nothing, if one is not valid."""
-        self._check_started()
         self.config = config = msgspec.structs.replace(self.config, **bounds)
         room = self._core.room
         room.max_waiting = config.max_waiting
@@ -405,7 +420,6 @@ class AsyncEngine:
     def change_policy(self, policy: str) -> None:
         """Use another scheduling policy from the next step on. ``config`` is replaced. Raises PolicyError,
         and changes nothing, if there is no policy of that name."""
-        self._check_started()
         config = msgspec.structs.replace(self.config, policy=policy)
         self._core.guard.change(assemble.choose_policy(config, None))
         self.config = config
@@ -509,66 +523,50 @@ class AsyncEngine:
 
     def adapters(self) -> list[AdapterInfo]:
         """Return the state of every registered adapter."""
-        self._check_started()
         return self._adapters.all()
 
     def find_adapter(self, name: str) -> AdapterInfo | None:
         """Return the state of one adapter; None if it is not registered. Its cost does not grow with their
         number, and neither does that of :meth:`count_adapters`."""
-        self._check_started()
         return self._adapters.find(name)
 
     def count_adapters(self) -> int:
         """Return about how many adapters are registered: mixes count, too."""
-        self._check_started()
         return self._adapters.count()
 
     # Watching
 
     def stats(self) -> EngineStats:
         """Return the engine's present state; after its stop, its last state."""
-        self._check_started()
         return self._counters.snapshot(self._core, self._loop.foreign.failures["listener"])
 
     def load(self) -> EngineLoad:
         """Return the engine's load, for routers. It costs less than :meth:`stats`."""
-        self._check_started()
         return engine_load(self._core, self._loop.step_age())
 
     def resident(self) -> list[AdapterInfo]:
         """Return the adapters in slots, in the CPU cache, and on their way to it."""
-        self._check_started()
         return list(self._adapters.resident())
 
     def replaced(self) -> list[AdapterInfo]:
         """Return the replaced versions that requests still wait for or run on, wherever they are."""
-        self._check_started()
         return list(self._adapters.replaced())
 
     def slots(self) -> SlotTable:
         """Return the slots, and a number that changes whenever their contents change."""
-        self._check_started()
         return SlotTable(version=self._counters.residency, slots=slot_infos(self._core))
 
     def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Deliver every event to ``listener``, or those of the given types, on the loop; returns a function
         that ends this. A listener must be quick; its exceptions are logged. Raises ConfigError for a type
         that is no class of :mod:`aioengine.events`."""
-        self._check_started()
         return self._loop.listeners.add(listener, *types)
 
     def events(self, *types: type[E], buffer: int = BUFFER) -> EventStream[E]:
         """Return an async iterator over the events from now on, all or those of the given types, until the
         engine has stopped. A reader that falls behind by more than ``buffer`` events loses the oldest ones,
         and gets an :class:`~aioengine.events.EventsLost` in their place."""
-        self._check_started()
         return self._loop.listeners.stream(types, buffer)
-
-    @property
-    def metrics(self) -> EngineMetrics:
-        """Prometheus metrics of this engine, in a registry of its own (``engine.metrics.registry``)."""
-        self._check_started()
-        return self._metrics
 
     @property
     def state(self) -> EngineState:
@@ -589,31 +587,11 @@ class AsyncEngine:
 
     def step_age(self) -> float:
         """Return the seconds since the step that runs now began; 0 if none does."""
-        self._check_started()
         return self._loop.step_age()
 
     async def until_dead(self) -> EngineDead:
         """Wait until the engine is dead, and return why. If it is stopped instead, this does not return."""
-        self._check_started()
         return await self._loop.until_dead()
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer; None if the model has none."""
-        self._check_running()
-        return self._built.tokenizer
-
-    @property
-    def model_spec(self) -> ModelSpec:
-        """The model's shape, its vocabulary and its end-of-sequence tokens."""
-        self._check_running()
-        return self._built.spec
-
-    @property
-    def model_path(self) -> Path | None:
-        """The folder or GGUF file that the model was read from; None if there is none."""
-        self._check_running()
-        return self._built.model_path
 
     def grammars(self, limits: GrammarLimits | None = None) -> Grammars:
         """Return a compiler of grammars for this model, which ends with the engine; see
@@ -633,29 +611,11 @@ class AsyncEngine:
         self.at_stop(grammars.close)
         return grammars
 
-    @property
-    def plan(self) -> MemoryPlan:
-        """The memory plan: what was allocated."""
-        self._check_started()
-        return self._plan
-
-    @property
-    def info(self) -> EngineInfo:
-        """Versions, model, kernels and device of this engine."""
-        self._check_started()
-        return self._info
-
     def check_invariants(self) -> None:
         """Assert the core's invariants; for tests and debugging."""
-        self._check_started()
         self._core.check()
 
-    def _check_started(self) -> None:
-        if self._state in ("new", "starting") or not hasattr(self, "_core"):
-            raise EngineStopped("the engine is not started: use 'async with AsyncEngine(...)'")
-
     def _check_running(self) -> None:
-        self._check_started()
         if self._loop.dead is not None:
             raise self._loop.dead
         if self._state != "running":

@@ -46,6 +46,8 @@ class Part(NamedTuple):
     nbytes: int
     change: str = ""
     """What to change so that it takes less."""
+    counts: bool = True
+    """Whether it is in the device's memory, so that the total has it."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,8 +80,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     kept: str = ""
     """See :attr:`ModelSpec.kept`."""
     cpu_capacity: int = 0
-    cpu_adapter_bytes: int = 0
-    """One adapter in the CPU cache, at the largest rank and in every module; most are smaller."""
     cpu_max_bytes: int | None = None
     """The cache's bound in bytes, if it has one beside ``cpu_capacity``: a rank's part of it."""
     available_bytes: int
@@ -105,18 +105,13 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def cpu_cache_bytes(self) -> int:
-        largest = self.cpu_capacity * self.cpu_adapter_bytes
+        largest = self.cpu_capacity * self.slot_bytes
         return largest if self.cpu_max_bytes is None else min(largest, self.cpu_max_bytes)
-
-    @property
-    def working_bytes(self) -> int:
-        return 0 if self.working is None else self.working.nbytes
 
     @property
     def total_bytes(self) -> int:
         """Bytes that are taken from the device's memory (on a CPU the adapter cache included)."""
-        cache = self.cpu_cache_bytes if self.device == "cpu" else 0
-        return self.weights_bytes + self.slot_pool_bytes + self.kv_bytes + cache + self.working_bytes
+        return sum(part.nbytes for part in self.parts() if part.counts)
 
     def adapters_that_fit(self) -> list[tuple[int, int, int]]:
         """Return (rank, adapters in slots of one size, adapters in a memory that slots share) for some ranks.
@@ -137,32 +132,41 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         weights = self.dtype if self.quantization == "none" else self.quantization
         if self.stored:
             weights = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
-        each = format_bytes(self.slot_bytes)
-        pool = f"{self.num_slots} slots x {each}, {self.lora_dtype}"
-        less = f"lower lora.max_loras (each slot takes {each}) or lora.max_lora_rank"
+        slot = format_bytes(self.slot_bytes)
+        pool = Part(
+            "slot pool",
+            f"{self.num_slots} slots x {slot}, {self.lora_dtype}",
+            self.slot_pool_bytes,
+            f"lower lora.max_loras (each slot takes {slot}) or lora.max_lora_rank",
+        )
         if self.slot_memory is not None:
-            pool, less = (
-                f"shared by at most {self.num_slots} adapters, {self.lora_dtype}",
-                "lower lora.slot_memory",
-            )
-        token = format_bytes(self.block_bytes // self.block_size)
-        blocks = f"{self.num_blocks} blocks x {self.block_size} tokens x {token}"
-        if self.kv_cache_dtype != "auto":
-            blocks += f", {self.kv_cache_dtype}"
+            shared = f"shared by at most {self.num_slots} adapters, {self.lora_dtype}"
+            pool = pool._replace(detail=shared, change="lower lora.slot_memory")
+        blocks = f"{self.num_blocks} blocks x {self.block_size} tokens x "
+        blocks += format_bytes(self.block_bytes // self.block_size)
+        blocks += "" if self.kv_cache_dtype == "auto" else f", {self.kv_cache_dtype}"
         if self.kept:
             blocks += f"; a request holds at most {self.request_blocks}: {self.kept}"
-        each = format_bytes(self.cpu_adapter_bytes)
-        cache = f"{self.cpu_capacity} adapters x {each} at most"
+        # Without kv_cache_memory there are no more blocks than one request needs, where all do not fit.
+        kv_setting = "kv_cache_memory" if self.num_blocks > self.request_blocks else "max_model_len"
+        cache = f"{self.cpu_capacity} adapters x {slot} at most"
         if self.cpu_max_bytes is not None:
             cache += f", bound to {format_bytes(self.cpu_max_bytes)}"
-        if self.device != "cpu":
-            cache += " (host memory, not in the total)"
-        fewer = f"lower lora.max_cpu_loras ({each} each)" if self.device == "cpu" else ""
+        here = self.device == "cpu"
+        cache += "" if here else " (host memory, not in the total)"
+        steps = [] if self.working is None else self.working.rows()
         return [
             Part("base weights", weights, self.weights_bytes),
-            Part("slot pool", pool, self.slot_pool_bytes, less),
-            Part("KV blocks", blocks, self.kv_bytes),
-            Part("CPU adapter cache", cache, self.cpu_cache_bytes, fewer),
+            pool,
+            Part("KV blocks", blocks, self.kv_bytes, f"lower {kv_setting}"),
+            Part(
+                "CPU adapter cache",
+                cache,
+                self.cpu_cache_bytes,
+                f"lower lora.max_cpu_loras ({slot} each)",
+                here,
+            ),
+            *(Part(*row, "lower max_num_batched_tokens or max_num_seqs") for row in steps),
         ]
 
     def rows(self) -> list[tuple[str, str, int]]:
@@ -179,9 +183,27 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
                 )
                 for name, size in of_slot.items()
             ]
-        rows += [] if self.working is None else self.working.rows()
-        available = f"of {format_bytes(self.available_bytes)} available{_each(self)}"
-        return [*rows, ("total", available, self.total_bytes)]
+        return [*rows, ("total", f"of {self._available} available", self.total_bytes)]
+
+    @property
+    def _available(self) -> str:
+        each = f" for each of {self.num_ranks} ranks" if self.num_ranks > 1 else ""
+        return f"{format_bytes(self.available_bytes)}{each}"
+
+    def check_it_fits(self) -> None:
+        """Raise ConfigError if it does not fit: by how much, and what to change, the largest part first."""
+        total = self.total_bytes
+        if total <= self.available_bytes:
+            return
+        counted = [part for part in self.parts() if part.counts]
+        changes = (part.change for part in sorted(counted, key=lambda part: -part.nbytes) if part.nbytes)
+        raise ConfigError(
+            f"the plan needs {format_bytes(total)} on {self.device} but {self._available} are available, "
+            f"{format_bytes(total - self.available_bytes)} too little: "
+            + ", ".join(f"{part.name} {format_bytes(part.nbytes)}" for part in counted)
+            + "; "
+            + ", or ".join(dict.fromkeys(filter(None, changes)))
+        )
 
 
 def plan_memory(
@@ -204,26 +226,31 @@ def plan_memory(
     spec = with_quantization(spec, config.quantization, device, size)
     check_kv_cache(config.kv_cache_dtype, spec, "triton" if device == "cuda" else device)
     local = Partition(spec, shard).local
-    dtype = resolve_dtype(config.dtype, spec, device)
+    dtype: str = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if spec.dtype == "float16" and device == "cpu" else spec.dtype
     dtype_bytes = DTYPE_BYTES[dtype]
-    max_model_len = resolve_max_model_len(config, spec)
+    max_model_len = config.max_model_len or min(spec.max_position, MAX_AUTO_MODEL_LEN)
+    if max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len={max_model_len}: the model's positions end at {spec.max_position}; "
+            "lower max_model_len, or scale the model's RoPE in its config.json"
+        )
+    kv_bytes = 1 if config.kv_cache_dtype == "fp8" else dtype_bytes
+    packed = local.packed if config.quantization == "none" else {}
     plan = MemoryPlan(
         device=device,
         dtype=dtype,
         lora_dtype=dtype,
         quantization=config.quantization,
-        stored=tuple(sorted({packing.format for packing in local.packed.values()}))
-        if config.quantization == "none"
-        else (),
+        stored=tuple(sorted({packing.format for packing in packed.values()})),
         kv_cache_dtype=config.kv_cache_dtype,
         max_model_len=max_model_len,
         weights_bytes=local.weights_bytes(dtype_bytes, config.quantization),
         num_blocks=0,
         block_size=config.block_size,
         block_bytes=config.block_size
-        * local.kv_bytes_per_token(
-            1 if config.kv_cache_dtype == "fp8" else dtype_bytes, int8=config.kv_cache_dtype == "int8"
-        ),
+        * local.kv_bytes_per_token(kv_bytes, int8=config.kv_cache_dtype == "int8"),
         kept=spec.kept,
         request_blocks=most_blocks(
             max_model_len, config.block_size, config.max_num_batched_tokens, spec.longest_window
@@ -235,7 +262,9 @@ def plan_memory(
         else working_memory(spec, local, config, dtype_bytes=dtype_bytes, max_model_len=max_model_len),
     )
     plan = plan if lora is None else _with_slots(plan, spec, lora, shard)
-    return msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
+    plan = msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
+    plan.check_it_fits()
+    return plan
 
 
 def _with_slots(plan: MemoryPlan, spec: ModelSpec, lora: LoRAConfig, shard: Shard) -> MemoryPlan:
@@ -259,12 +288,8 @@ def _with_slots(plan: MemoryPlan, spec: ModelSpec, lora: LoRAConfig, shard: Shar
         max_rank=lora.max_lora_rank,
         slot_memory=lora.slot_memory if isinstance(lora.slot_memory, int) else None,
     )
-    adapter_bytes = plan.slot_bytes
-    return msgspec.structs.replace(
-        plan,
-        cpu_adapter_bytes=adapter_bytes,
-        cpu_max_bytes=cpu_bound(lora, adapter_bytes, plan.num_ranks),
-    )
+    bound = cpu_bound(lora, plan.slot_bytes, plan.num_ranks)
+    return msgspec.structs.replace(plan, cpu_max_bytes=bound)
 
 
 def spec_of_a_rank(spec: ModelSpec, size: int) -> ModelSpec:
@@ -306,18 +331,16 @@ def resolve_device(device: str) -> str:
 
 def _may_have_gpu() -> bool:
     """Whether torch must be asked for a GPU, which takes two seconds of imports. On Linux there is none
-    without a driver's module or device: of CUDA (also on Jetson and in WSL), or of ROCm. The devices of CUDA
-    may be made only when the driver is asked for the first time."""
+    without a driver's module or device: of CUDA (also on Jetson and in WSL), or of ROCm."""
     devices = (f"/dev/{name}" for name in ("nvidiactl", "nvmap", "nvhost-ctrl-gpu", "dxg", "kfd"))
     places = ("/sys/module/nvidia", "/proc/driver/nvidia", *devices)
     return sys.platform != "linux" or any(Path(place).exists() for place in places)
 
 
 def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
-    """Return the number of KV blocks. Raises ConfigError without room for one request of the full length."""
-    smallest = plan.request_blocks * plan.block_bytes
-    left = plan.available_bytes - plan.total_bytes
-    given = config.kv_cache_memory
+    """Return the number of KV blocks, enough for one request of the full length. Raises ConfigError if
+    ``kv_cache_memory`` is less than that."""
+    smallest, given = plan.request_blocks * plan.block_bytes, config.kv_cache_memory
     if isinstance(given, int):
         if given < smallest:
             raise ConfigError(
@@ -325,57 +348,14 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
                 f"max_model_len={plan.max_model_len} tokens needs ({format_bytes(smallest)}); raise "
                 f"kv_cache_memory by {format_bytes(smallest - given)} or lower max_model_len"
             )
-        if given > left:
-            raise _does_not_fit(plan, given, left, "lower kv_cache_memory")
         return given // plan.block_bytes
-    if smallest > left:
-        raise _does_not_fit(plan, smallest, left, "lower max_model_len")
+    left = plan.available_bytes - plan.total_bytes
     each, bound = plan.request_blocks, int(left * AUTO_KV_ON_CUDA)
     if plan.device == "cpu":
         each = min(each, -(-AUTO_TOKENS_ON_CPU // plan.block_size))
         bound = min(left // 2, MAX_AUTO_KV_ON_CPU)
     wanted = config.max_num_seqs * each * plan.block_bytes
     return max(min(wanted, bound), smallest) // plan.block_bytes
-
-
-def _does_not_fit(plan: MemoryPlan, kv_bytes: int, left: int, change: str) -> ConfigError:
-    """Return an error that says how much too much it is, and what to change, the largest part first.
-    ``change`` is for the KV blocks, which would take ``kv_bytes``."""
-    parts = [
-        part._replace(nbytes=kv_bytes, change=change) if part.name == "KV blocks" else part
-        for part in plan.parts()
-    ]
-    if plan.working is not None:
-        parts.append(Part("steps", "", plan.working_bytes, "lower max_num_batched_tokens or max_num_seqs"))
-    changes = sorted((part for part in parts if part.change and part.nbytes), key=lambda part: -part.nbytes)
-    return ConfigError(
-        f"the plan needs {format_bytes(plan.total_bytes + kv_bytes)} on {plan.device}{_each(plan)} but "
-        f"{format_bytes(plan.available_bytes)} are available, {format_bytes(kv_bytes - left)} too little: "
-        + ", ".join(f"{part.name} {format_bytes(part.nbytes)}" for part in parts)
-        + "; "
-        + ", or ".join(part.change for part in changes)
-    )
-
-
-def _each(plan: MemoryPlan) -> str:
-    return f" for each of {plan.num_ranks} ranks" if plan.num_ranks > 1 else ""
-
-
-def resolve_dtype(dtype: str, spec: ModelSpec, device: str) -> str:
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if spec.dtype == "float16" and device == "cpu" else spec.dtype
-
-
-def resolve_max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    if config.max_model_len is None:
-        return min(spec.max_position, MAX_AUTO_MODEL_LEN)
-    if config.max_model_len > spec.max_position:
-        raise ConfigError(
-            f"max_model_len={config.max_model_len}: the model's positions end at {spec.max_position}; "
-            "lower max_model_len, or scale the model's RoPE in its config.json"
-        )
-    return config.max_model_len
 
 
 def memory_taken(plan: MemoryPlan) -> int | None:

@@ -172,8 +172,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @functools.cached_property
     def is_plain(self) -> bool:
         """Whether the most likely tokens are asked for, and nothing else."""
-        scores = self.logprobs is not None or self.prompt_logprobs is not None
-        return self.greedy and not (self.changes_logits or scores or self.pooling is not None)
+        others = (self.logprobs, self.prompt_logprobs, self.pooling)
+        return self.greedy and not self.changes_logits and others == (None, None, None)
 
 
 def for_choice(params: SamplingParams, choice: int) -> SamplingParams:
@@ -197,10 +197,7 @@ class CachePin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seconds: Seconds = 300.0
 
     def __post_init__(self) -> None:
-        try:
-            check_fields(self, RequestInvalid)
-        except RequestInvalid as error:
-            raise RequestInvalid(f"cache_pins.{error}") from None
+        check_fields(self, RequestInvalid)
 
 
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -378,16 +375,14 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def _checked_bias(bias: object) -> dict[int, float]:
+def _checked_bias(bias: Any) -> dict[int, float]:
     """Return the bias with integers as keys, which are text in JSON."""
-    if not isinstance(bias, Mapping):
-        raise RequestInvalid(f"logit_bias={bias!r}: must map token ids to numbers in [-100, 100]")
-    checked: dict[int, float] = {}
-    for key, value in bias.items():
-        digits = isinstance(key, str) and len(key) < 20 and key.isascii() and key.isdigit()
-        token = check_value("logit_bias", int(key) if digits else key, _Int64, RequestInvalid)
-        checked[token] = check_value(f"logit_bias[{token}]", value, _Bias, RequestInvalid)
-    return checked
+    try:
+        return msgspec.convert(bias, dict[_Int64, _Bias], strict=False)
+    except msgspec.ValidationError as error:
+        raise RequestInvalid(
+            f"logit_bias={bias!r}: must map token ids to numbers in [-100, 100]: {error}"
+        ) from None
 
 
 _KEYWORDS = RequestKeywords.__annotations__.keys() | CallKeywords.__annotations__.keys()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
-from operator import index as to_index
 from typing import Literal, NamedTuple, overload
 
 import msgspec
@@ -54,20 +53,15 @@ class OutputView(Sequence[int]):
     @overload
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
-        known, draft = self._known, self._draft
-        if isinstance(index, slice):
-            first, end, step = index.indices(len(self))
-            if step != 1:
-                return [self[i] for i in range(first, end, step)]
-            begin = self._begin
-            shown = self._history[begin + first : begin + min(end, known)]
-            return [*shown, *draft[max(first - known, 0) : max(end - known, 0)]]
-        place = to_index(index)
-        if place < 0:
-            place += len(self)
-        if not 0 <= place < len(self):
-            raise IndexError(f"the output has {len(self)} tokens, none at {index}")
-        return self._history[self._begin + place] if place < known else draft[place - known]
+        places = range(len(self))[index]
+        if isinstance(places, int):
+            known = self._known
+            return self._history[self._begin + places] if places < known else self._draft[places - known]
+        if places.step != 1:
+            return [self[place] for place in places]
+        begin, end, known = places.start, places.stop, self._known
+        shown = self._history[self._begin + begin : self._begin + min(end, known)]
+        return [*shown, *self._draft[max(begin - known, 0) : max(end - known, 0)]]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self[:])
@@ -158,17 +152,15 @@ class StepBatch(NamedTuple):
 
     def contents(self) -> StepContents:
         """Count what is in each of the steps."""
-        slots = {work.slot for work in self.sequences}
-        tokens = sum([len(work.tokens) for work in self.sequences])
-        decode = sum(
-            [
-                len(work.tokens)
-                for work in self.sequences
-                if work.start >= work.prompt_len and len(work.tokens) == 1 + len(work.draft)
-            ]
-        )
-        used = tuple(sorted(slots - {-1}))
-        return StepContents(len(self.sequences), len(used), tokens - decode, decode, used)
+        used = tuple(sorted({work.slot for work in self.sequences} - {-1}))
+        prefill = decode = 0
+        for work in self.sequences:
+            count = len(work.tokens)
+            if work.start >= work.prompt_len and count == 1 + len(work.draft):
+                decode += count
+            else:
+                prefill += count
+        return StepContents(len(self.sequences), len(used), prefill, decode, used)
 
 
 Fault = Literal["model", "request"]

@@ -254,10 +254,10 @@ class Sim:
             found.append(Sampled(self.choose(work, history)))
         if work.params.constraint is not None:
             history.append(found[-1].token)
-            forced: list[int] = []
+            begin = len(history)
             for _ in range(self.forced_after(history)):
-                forced.append(self.choose(work, history + forced))
-            found[-1] = found[-1]._replace(forced=tuple(forced))
+                history.append(self.choose(work, history))
+            found[-1] = found[-1]._replace(forced=tuple(history[begin:]))
         return found
 
     def choose(self, work: SequenceWork, history: list[int]) -> int:

@@ -259,7 +259,7 @@ def test_every_room_is_installed() -> None:
 
 
 BUDGETS = {
-    "aioengine/*.py": 3_850,  # aim: 2_400
+    "aioengine/*.py": 3_750,  # aim: 2_400
     "aioengine/adapters": 4_450,  # aim: 3_800
     "aioengine/cli": 5_300,  # aim: 3_200
     "aioengine/core": 5_600,  # aim: 4_600
@@ -454,7 +454,8 @@ def test_public_names_are_where_the_package_says() -> None:
     }
     import aioengine
 
-    assert seen == aioengine._HOMES
+    homes = {name: module for module, names in aioengine._NAMES.items() for name in names}
+    assert seen == homes
     assert sorted(seen) == sorted(aioengine.__all__)
     assert all(getattr(aioengine, name) for name in seen)
     with pytest.raises(AttributeError, match="no attribute 'AsyncEngin'"):

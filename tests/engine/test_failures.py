@@ -402,7 +402,7 @@ async def test_cpu_memory_is_bounded_in_bytes(tiny: Tiny, make_engine: MakeEngin
             name: (await engine.load_adapter(name, tiny.adapters[name])).bytes
             for name in ("rslora", "patterns", "all-modules")
         }
-        largest = engine.plan.cpu_adapter_bytes
+        largest = engine.plan.slot_bytes
     bound = max(largest, sizes["all-modules"] + sizes["patterns"])
     assert bound < sum(sizes.values())
     fields = {"max_loras": 3, "max_cpu_loras": 6, "max_cpu_lora_bytes": bound}

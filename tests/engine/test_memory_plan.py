@@ -120,7 +120,7 @@ async def test_the_cpu_cache_stays_within_the_plan(tiny: Tiny, make_engine: Make
     async with make_engine(tiny, max_loras=2, max_cpu_loras=3) as engine:
         for name, folder in tiny.adapters.items():
             loaded = await engine.load_adapter(name, folder)
-            assert 0 < loaded.bytes <= engine.plan.cpu_adapter_bytes
+            assert 0 < loaded.bytes <= engine.plan.slot_bytes
         held = [a for a in engine.adapters() if a.location in ("cpu", "slot")]
         assert len(held) == 3
         assert sum(a.bytes for a in held) <= engine.plan.cpu_cache_bytes

@@ -125,18 +125,18 @@ async def test_names_of_labels_are_read_once(tiny: Tiny, make_engine: MakeEngine
 
     async with make_engine(tiny._replace(model=model)) as engine:
         with hanging(model / "config.json") as disk:
-            asks = [asyncio.create_task(engine.label_names()) for _ in range(50)]
+            asks = [asyncio.create_task(engine.label_names.result()) for _ in range(50)]
             await until(disk.is_read)
             assert threads() == 1
             for ask in asks[:20]:
                 ask.cancel()
             await asyncio.wait(asks[:20])
-            asks.append(asyncio.create_task(engine.label_names()))
+            asks.append(asyncio.create_task(engine.label_names.result()))
             await asyncio.sleep(0)
             assert threads() == 1 and all(ask.cancelled() for ask in asks[:20])
             disk.answer(json.dumps({**config, "id2label": {"0": "no", "1": "yes"}}).encode())
             assert await asyncio.gather(*asks[20:]) == [["no", "yes"]] * 31
-        assert await engine.label_names() == ["no", "yes"]
+        assert await engine.label_names.result() == ["no", "yes"]
 
 
 async def test_embed(tiny: Tiny, make_engine: MakeEngine, embedder: Trained) -> None:

@@ -300,7 +300,6 @@ def _first_steps(slots: int, rank: int) -> list[list[Row]]:
         block_bytes=0,
         request_blocks=MAX_MODEL_LEN // BLOCK,
         cpu_capacity=slots,
-        cpu_adapter_bytes=0,
         available_bytes=0,
     )
     batches = [*first_requests(plan), *kernel_shapes(plan, config), largest_step(plan, config)]

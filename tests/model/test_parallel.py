@@ -334,7 +334,7 @@ def test_the_plan_is_what_each_rank_allocates(
         assert share.weight_bytes == plan.weights_bytes
         assert share.slot_bytes == plan.slot_pool_bytes
         assert share.kv_bytes == plan.block_bytes * 128
-        assert share.image_bytes <= plan.cpu_adapter_bytes
+        assert share.image_bytes <= plan.slot_bytes
 
 
 def test_a_gguf_model_is_split_the_same_way(two: Ranks, tmp_path: Path) -> None:
