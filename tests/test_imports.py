@@ -311,7 +311,6 @@ def test_each_ignored_type_error_has_a_reason() -> None:
 
 
 FILLED_LATER = {
-    "aioengine.executors.ray.workers._open",
     "aioengine.fleet.door.discovery._latest",
     "aioengine.fleet.door.discovery._watchers",
 }

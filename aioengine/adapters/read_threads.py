@@ -99,7 +99,7 @@ class ReadThreads:
             try:
                 value = read()
             except BaseException as caught:
-                error = _for_the_loop(caught)
+                error = for_the_loop(caught, "the read")
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
                 loop.call_soon_threadsafe(deliver, value, error)
             value = error = None  # an error refers to this frame: leave no cycle
@@ -122,11 +122,12 @@ class ReadThreads:
             await asyncio.wait(fresh, timeout=seconds)
 
 
-def _for_the_loop(error: BaseException) -> Exception:
-    """Convert exceptions that a future cannot carry (StopIteration) or that would end the loop."""
+def for_the_loop(error: BaseException, what: str) -> Exception:
+    """Convert exceptions that a future cannot carry (StopIteration) or that would end the loop. ``what``: who
+    raised it."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
-    wrapped = RuntimeError(f"the read raised {type(error).__name__}: {error}")
+    wrapped = RuntimeError(f"{what} raised {error!r}")
     wrapped.__cause__ = error
     return wrapped
 

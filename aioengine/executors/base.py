@@ -32,6 +32,8 @@ class Device(ABC):
     """Whether it may take several steps of a batch at once: ``StepBatch.steps``."""
     can_restart: bool = False
     """Whether ``restart`` may bring it back."""
+    on_loss: Callable[[EngineDead], None] | None = None
+    """Called on the loop when it is lost, whether a step is in flight or not; set by who runs it."""
 
     @abstractmethod
     def begin(self, batch: StepBatch, ended: Ended) -> None:
@@ -68,9 +70,6 @@ class Device(ABC):
         are most; None if the device is not a GPU. Other programs' memory counts, too."""
         return None
 
-    def watch(self, lost: Callable[[EngineDead], None]) -> None:  # noqa: B027 # a device that cannot be lost
-        """Call ``lost`` on the loop when the device is lost, whether a step is in flight or not."""
-
     async def restart(self) -> None:
         """Start again with only the model. Only where ``can_restart``, and after a loss.
 
@@ -85,15 +84,14 @@ class Device(ABC):
 
 async def run_step(device: Device, batch: StepBatch) -> StepResult:
     """Run a batch on a device without an engine. Raises what the step raises."""
-    done: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
+    done: asyncio.Future[StepResult | Exception] = asyncio.get_running_loop().create_future()
 
     def ended(result: StepResult | Exception) -> None:
-        if done.done():
-            return  # nobody waits any more
-        if isinstance(result, Exception):
-            done.set_exception(result)
-        else:
+        if not done.done():  # somebody waits still
             done.set_result(result)
 
     device.begin(batch, ended)
-    return await done
+    result = await done
+    if isinstance(result, Exception):
+        raise result
+    return result

@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
 
 class PartsPlan(NamedTuple):
-    """Plan of what to build."""
+    """Plan of what to build from the model's folder or file."""
 
     path: Path
-    """The model's folder or file."""
     spec: ModelSpec
     memory: MemoryPlan
 
@@ -89,9 +88,14 @@ def build_parts(
 
     plan = planned.memory
     group = SoloGroup() if group is None else group
-    one_of_many = plan.device == "cuda" and group.shard.size > 1
-    device = f"cuda:{_index_of_device(config, group.shard)}" if one_of_many else plan.device
-    graphs = plan.device == "cuda" and config.cuda_graphs
+    device = plan.device
+    graphs: DecodeLimits | None = None
+    if device == "cuda":
+        if group.shard.size > 1:
+            device = f"cuda:{_index_of_device(config, group.shard)}"
+        if config.cuda_graphs:
+            sizes = mixed_sizes(config.max_num_batched_tokens)
+            graphs = DecodeLimits(config.max_num_seqs, plan.max_model_len, sizes)
     lora = config.lora
     lora_dtype = getattr(torch, plan.lora_dtype)
     modules: tuple[str, ...] = () if lora is None else planned.spec.targets(lora.target_modules)
@@ -115,11 +119,7 @@ def build_parts(
         kv_cache_dtype=config.kv_cache_dtype,
         progress=progress,
         group=group,
-        fixed_decode=DecodeLimits(
-            config.max_num_seqs, plan.max_model_len, mixed_sizes(config.max_num_batched_tokens)
-        )
-        if graphs
-        else None,
+        fixed_decode=graphs,
         bind_threads=config.bind_threads and config.executor != "ray",
     )
     check_invariant(config, runner.variance)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from aioengine.adapters.loader import AdapterLoader
-from aioengine.errors import DeviceError, EngineDead
+from aioengine.adapters.read_threads import for_the_loop
+from aioengine.errors import DeviceError
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.parts import write_slot
 from aioengine.memory_plan import MemoryPlan, memory_taken
@@ -21,16 +21,6 @@ from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.runner import ModelRunner
-
-
-def _as_failure(error: BaseException) -> Exception:
-    """Return what a step raised. An error that a future does not take (StopIteration), or that would end the
-    loop without a word to anybody who waits (all that are no Exception), is the cause of another one."""
-    if isinstance(error, Exception) and not isinstance(error, StopIteration):
-        return error
-    found = RuntimeError(f"a step raised {error!r}")
-    found.__cause__ = error
-    return found
 
 
 class ThreadDevice(Device):
@@ -42,7 +32,6 @@ class ThreadDevice(Device):
         """The CPU cache."""
         self._loader = loader
         self.kernels, self.variance = runner.kernels, runner.variance
-        self._lost: Callable[[EngineDead], None] | None = None
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
 
@@ -52,18 +41,12 @@ class ThreadDevice(Device):
     def _run(self, batch: StepBatch, ended: Ended, loop: asyncio.AbstractEventLoop) -> None:
         result: StepResult | Exception
         try:
-            result = self._step(batch)
+            with typed_failures():
+                result = self.runner.execute(batch)
         except BaseException as error:
-            result = _as_failure(error)
+            result = for_the_loop(error, "a step")
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(ended, result)
-
-    def _step(self, batch: StepBatch) -> StepResult:
-        with typed_failures():
-            return self.runner.execute(batch)
-
-    def watch(self, lost: Callable[[EngineDead], None]) -> None:
-        self._lost = lost
 
     async def load(self, order: ReadOrder) -> LoadedAdapter:
         return await self._loader.load(order)
@@ -73,8 +56,8 @@ class ThreadDevice(Device):
         try:
             return await loop.run_in_executor(self._copy_thread, write_slot, self.runner, image, slot, offset)
         except DeviceError as error:
-            if self._lost is not None:  # no step need be in flight that would tell
-                self._lost(error)
+            if self.on_loss is not None:  # no step need be in flight that would tell
+                self.on_loss(error)
             raise
 
     async def memory_taken(self, plan: MemoryPlan) -> int | None:

@@ -68,7 +68,7 @@ class EngineLoop:
         self.listeners.add(lambda event: device.forget(event.request_id), events.RequestEnded)  # type: ignore[attr-defined] # it is one
         self.listeners.add(self._log, events.PolicyRefused, events.PolicyFailed, events.PolicyReplaced)
         self.listeners.add(self._waits, *self._waits.HEARD)
-        device.watch(self._device_lost)
+        device.on_loss = self._device_lost
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-loop")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
@@ -63,7 +61,7 @@ class _Text(NamedTuple):
     arrival: int
     size: int
     work: Callable[[], Any]
-    done: asyncio.Future[Any]
+    begun: asyncio.Future[asyncio.Future[Any]]
 
 
 @dataclass(eq=False, slots=True)
@@ -84,9 +82,8 @@ class TextWork:
     Short ones run at once, on the loop. Longer ones run in ``threads`` threads that nothing else uses.
     Owners have equal shares of these: an owner's text waits at most for those that already run and for one of
     each other owner, even if others send many or long texts. An owner's own texts are done in the order in
-    which each would end if it ran alone at ``RATE``, so a long one does not delay the shorter ones behind it,
-    and a flood of short ones does not delay a long one for ever. Texts over ``LONG`` have all threads but
-    one.
+    which each would end if it ran alone at ``RATE``, so neither long nor many short ones delay the others for
+    ever. Texts over ``LONG`` have all threads but one.
 
     The shares are those of start-time fair queueing (Goyal, Vin and Cheng, 1996): an owner's next text
     starts, in virtual time, where its last one ended, or now if that is later; the one that starts first is
@@ -96,10 +93,10 @@ class TextWork:
     def __init__(self, threads: int = 2) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="aioengine-text")
         self._count = threads
-        self._jobs: set[Future[Any]] = set()
+        self._jobs: dict[asyncio.Future[Any], _Flow] = {}
+        """What runs."""
         self._flows: dict[tuple[Owner, bool], _Flow] = {}
         """None is empty."""
-        self._long_running = 0
         self._now = 0.0
         """Virtual time."""
         self._arrivals = count()
@@ -116,12 +113,12 @@ class TextWork:
         if self._closed:
             raise EngineStopped("the engine has been stopped")
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
+        begun: asyncio.Future[asyncio.Future[T]] = loop.create_future()
         is_long = size > LONG and self._count > 1
         flow = self._flows.setdefault((owner, is_long), _Flow(is_long))
-        heappush(flow.waiting, _Text(loop.time() + size / RATE, next(self._arrivals), size, work, done))
+        heappush(flow.waiting, _Text(loop.time() + size / RATE, next(self._arrivals), size, work, begun))
         self._begin()
-        return await done
+        return await asyncio.shield(await begun)
 
     async def close(self) -> None:
         """Wait for running work; waiting work fails with EngineStopped."""
@@ -129,61 +126,33 @@ class TextWork:
         error = EngineStopped("the engine was stopped while the text was to be tokenized")
         for flow in self._flows.values():
             for text in flow.waiting:
-                if not text.done.done():
-                    text.done.set_exception(error)
+                if not text.begun.done():
+                    text.begun.set_exception(error)
             flow.waiting.clear()
-        await asyncio.gather(*map(asyncio.wrap_future, self._jobs), return_exceptions=True)
+        await asyncio.gather(*self._jobs, return_exceptions=True)
         self._threads.shutdown(wait=True)
 
     def _begin(self) -> None:
         """Begin the next texts, as long as a thread is free."""
         while len(self._jobs) < self._count:
-            room = self._long_running < self._count - 1
-            ready = [key for key, flow in self._flows.items() if flow.waiting and (room or not flow.is_long)]
+            room = sum(flow.is_long for flow in self._jobs.values()) < self._count - 1
+            ready = [flow for flow in self._flows.values() if flow.waiting and (room or not flow.is_long)]
             if not ready:
-                return
-            key = min(ready, key=self._turn)
-            flow = self._flows[key]
+                break
+            flow = min(ready, key=lambda flow: (max(self._now, flow.start), flow.waiting[0][:2]))
             text = heappop(flow.waiting)
-            if text.done.done():  # cancelled
-                self._drop_empty(key)
+            if text.begun.done():  # cancelled
                 continue
             self._now = max(self._now, flow.start)
             flow.start = self._now + text.size
             flow.running += 1
-            self._long_running += flow.is_long
-            job = self._threads.submit(text.work)
-            self._jobs.add(job)
-            loop = asyncio.get_running_loop()
-            job.add_done_callback(partial(self._call_ended, loop, key, text.done))
+            job = asyncio.get_running_loop().run_in_executor(self._threads, text.work)
+            self._jobs[job] = flow
+            job.add_done_callback(self._ended)
+            text.begun.set_result(job)
+        self._flows = {key: flow for key, flow in self._flows.items() if flow.running or flow.waiting}
 
-    def _turn(self, key: tuple[Owner, bool]) -> tuple[float, float, int]:
-        flow = self._flows[key]
-        return max(self._now, flow.start), flow.waiting[0].ends, flow.waiting[0].arrival
-
-    def _call_ended(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        key: tuple[Owner, bool],
-        done: asyncio.Future[Any],
-        job: Future[Any],
-    ) -> None:
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(self._ended, key, done, job)
-
-    def _ended(self, key: tuple[Owner, bool], done: asyncio.Future[Any], job: Future[Any]) -> None:
-        self._jobs.discard(job)
-        flow = self._flows[key]
-        flow.running -= 1
-        self._long_running -= flow.is_long
-        self._drop_empty(key)
-        if not done.done():
-            if (error := job.exception()) is None:
-                done.set_result(job.result())
-            else:
-                done.set_exception(error)
+    def _ended(self, job: asyncio.Future[Any]) -> None:
+        job.exception()  # its caller may have been cancelled
+        self._jobs.pop(job).running -= 1
         self._begin()
-
-    def _drop_empty(self, key: tuple[Owner, bool]) -> None:
-        if not (self._flows[key].running or self._flows[key].waiting):
-            del self._flows[key]

@@ -75,6 +75,15 @@ def test_a_rank_sees_the_gpu_that_ray_gave_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: [2])
     monkeypatch.setattr(worker, "Worker", Worker)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        RankActor().run("127.0.0.1", server.getsockname()[1], b"hello")
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    actor = RankActor()
+    where = actor.place()
+    with (
+        socket.create_connection((where.host, where.port)) as stranger,
+        socket.create_connection((where.host, where.port)) as engine,
+    ):
+        stranger.sendall(b"hullo")
+        engine.sendall(b"hello")
+        actor.run(b"hello")
+        assert stranger.recv(1) == b"", "who does not know the secret is turned away"
     assert served == ["2"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aioengine import errors
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.executors.process import wire
-from aioengine.executors.process.wire import Broken, Failed, Request, Start, WorkerError, frame
+from aioengine.executors.process.wire import Failed, Request, Start, WorkerError, frame
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, StepResult
 
@@ -74,11 +74,11 @@ def test_messages_arrive_whole_however_they_are_cut(cut: int) -> None:
     logprob = TokenLogprob(3, -0.25, ((3, -0.25), (4, -1.0)))
     result = StepResult.of([[Sampled(3, logprob)], [], [Sampled(-1, error="no")]])
     result = result._replace(seconds=[0.5], ends=[])
-    data = frame(wire.answer(9, result)) + frame(Broken(b"x" * 1000)) + frame(Broken(b""))[:-1]
+    data = frame(wire.answer(9, result)) + frame(Failed(None, b"x" * 1000)) + frame(Failed(1, b""))[:-1]
     frames, got = wire.Frames(), []
     for start in range(0, len(data), cut):
         got += map(wire.reports.decode, frames.feed(data[start : start + cut]))
     answer, broken = got
     assert isinstance(answer, wire.Answer) and answer.number == 9
     assert msgspec.msgpack.decode(answer.value, type=StepResult) == result
-    assert broken == Broken(b"x" * 1000)
+    assert broken == Failed(None, b"x" * 1000)

@@ -154,17 +154,14 @@ class FaultyDevice(SimulatedDevice):
         self._rates = rates
         self._rng = rng
         self._version_of = version_of
-        self._tell_lost: Callable[[EngineDead], None] = lambda _: None
-
-    def watch(self, lost: Callable[[EngineDead], None]) -> None:
-        self._tell_lost = lost
 
     def lose(self) -> None:
         """The device is gone, with all that it holds."""
         if not self.memory.lost:
             self.killed = self.killed or not self.can_restart
             self.memory.lose()
-            self._tell_lost(self._lost())
+            assert self.on_loss is not None
+            self.on_loss(self._lost())
 
     async def restart(self) -> None:
         await asyncio.sleep(self._rng.uniform(0.0, 2.0))

@@ -8,27 +8,42 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from threading import Event
+from typing import Any
 
-from aioengine.adapters.loader import Backoff, Patience
+from aioengine.adapters.loader import STOP_SECONDS, Backoff, BaseLoader, Patience
+from aioengine.adapters.peft.digest import ContentDigest, content_digest
+from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.config import EngineConfig
-from aioengine.errors import AioEngineError, EngineDead
+from aioengine.errors import AdapterLoadError, AioEngineError, EngineDead
 from aioengine.executors.base import Device, Ended
-from aioengine.executors.process.step_delta import StepEncoder
-from aioengine.executors.process.wire import Drop, Masks, Measure, Measured, Place
-from aioengine.executors.process.worker_loader import WorkerLoader
+from aioengine.executors.process.wire import (
+    Add,
+    Drop,
+    Masks,
+    Measure,
+    Place,
+    Read,
+    ReadDone,
+    Settle,
+    StepEncoder,
+)
 from aioengine.executors.process.workers import Workers
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.sampling import constraints
-from aioengine.step import LoadedAdapter, ReadOrder, SequenceWork, StepBatch, StepResult
+from aioengine.step import AdapterSource, LoadedAdapter, ReadOrder, SequenceWork, StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
 
 MAX_RESTARTS = 5
 WINDOW_SECONDS = 600.0
 FIRST_WAIT_SECONDS = 0.5
+ADD_BYTES = 256 << 10
+"""Size of the pieces in which the ranks' sums are sent, so that the loop stays free."""
 
 
 class RestartLimit:
@@ -64,12 +79,11 @@ class ProcessDevice(Device):
         self._vocab = vocab
         self._loader = WorkerLoader(Patience.of(config.lora, config.seed))
         self._limit = RestartLimit()
-        self._lost: Callable[[EngineDead], None] | None = None
         self._steps = StepEncoder()
         self._num_blocks = 0
         self._guided: asyncio.Task[None] | None = None
         """The last step with constraints."""
-        self._guides: ThreadPoolExecutor | None = None
+        self._guides = ThreadPoolExecutor(1, thread_name_prefix="aioengine-guide")
 
     async def start(self, progress: LoadProgress | None = None) -> MemoryPlan:
         """Start the workers; returns rank 0's memory plan, whose KV blocks are what all ranks have room for.
@@ -81,9 +95,6 @@ class ProcessDevice(Device):
         self._num_blocks = plan.num_blocks
         self.kernels, self.variance = self.workers.kernels, self.workers.variance
         return plan
-
-    def watch(self, lost: Callable[[EngineDead], None]) -> None:
-        self._lost = lost
 
     def forget(self, request_id: str) -> None:
         self._steps.forget(request_id)
@@ -104,8 +115,6 @@ class ProcessDevice(Device):
     async def _run_guided(self, batch: StepBatch, places: Sequence[int], ended: Ended) -> None:
         """Run a batch in which the sequences at ``places`` have constraints. These are objects of this
         process, so one of its threads asks them while the workers compute."""
-        if self._guides is None:
-            self._guides = ThreadPoolExecutor(1, thread_name_prefix="aioengine-guide")
         loop, rows = asyncio.get_running_loop(), [batch.sequences[i] for i in places]
         alone = len(rows) == len(batch.sequences)
         try:
@@ -132,19 +141,18 @@ class ProcessDevice(Device):
         return max(await self.workers.ask(Place(uid, slot, offset), float))
 
     async def memory_taken(self, plan: MemoryPlan) -> int | None:
-        answers = await self.workers.ask(Measure(), Measured)
-        return max((answer.taken for answer in answers if answer.taken is not None), default=None)
+        answers = await self.workers.ask(Measure(), int | None)
+        return max((taken for taken in answers if taken is not None), default=None)
 
     def drop(self, uid: int) -> None:
         self.workers.tell(Drop(uid))
 
     async def restart(self) -> None:
         """Start the workers again with only the model. Raises EngineDead if that fails too often."""
-        loop = asyncio.get_running_loop()
         cause: AioEngineError | None = self.workers.dead
         while True:
             await self.workers.close()
-            wait = self._limit.next(loop.time())
+            wait = self._limit.next(asyncio.get_running_loop().time())
             if wait is None:
                 raise EngineDead(
                     f"the workers were lost more than {self._limit.most} times within "
@@ -164,16 +172,15 @@ class ProcessDevice(Device):
     async def close(self) -> None:
         await self.workers.close()
         await self._loader.close()
-        if self._guides is not None:
-            self._guides.shutdown(wait=True)
+        self._guides.shutdown(wait=True)
 
     def _renew_workers(self, progress: LoadProgress | None) -> None:
         self.workers = self._kind(self._config, lost=self._report, progress=progress)
         self._loader.workers = self.workers
 
     def _report(self, error: EngineDead) -> None:
-        if self._lost is not None:
-            self._lost(error)
+        if self.on_loss is not None:
+            self.on_loss(error)
 
 
 def _of_all_ranks(results: list[StepResult] | Exception) -> StepResult | Exception:
@@ -186,3 +193,82 @@ def _of_all_ranks(results: list[StepResult] | Exception) -> StepResult | Excepti
 def _ask_constraints(rows: Sequence[SequenceWork], alone: bool, vocab: int) -> constraints.Masks:
     constraints.begin(rows)
     return constraints.collect(rows, alone=alone, vocab=vocab)
+
+
+class WorkerLoader(BaseLoader[int]):
+    """Loads adapters through ``workers``, which read them beside the steps, each under a number. Each rank
+    reads and holds its share; either all ranks hold an adapter, or none does.
+
+    With several ranks, no rank reads the whole file, so the digest is computed here, in a thread.
+    """
+
+    workers: Workers
+
+    def __init__(self, patience: Patience) -> None:
+        super().__init__(patience)
+        self._digests = ReadThreads("aioengine-digest")
+        self._numbers = count()
+
+    async def _read(
+        self, name: str, path: str, progress: Progress, files: AdapterSource | None
+    ) -> tuple[LoadedAdapter, int]:
+        def ended(_: object) -> None:
+            progress.running = False
+
+        workers, number = self.workers, next(self._numbers)
+        reading = workers.ask(Read(number, name, path, files), ReadDone, progress.moved)
+        last: asyncio.Future[Any] = reading
+        try:
+            answers, content = await self._read_and_digest(reading, name, path, files)
+            shares = [answer.adapter for answer in answers]
+            if any((a.adapter.rank, a.version) != (shares[0].rank, content.version) for a in answers):
+                raise AdapterLoadError(
+                    "its files changed while the ranks read them", name=name, path=path, transient=True
+                )
+            for part in _parts(number, [answer.squares for answer in answers]):
+                last = workers.ask(part, type(None))
+                await asyncio.shield(last)
+        except BaseException:
+            workers.tell(Settle(number))
+            raise
+        finally:
+            last.add_done_callback(ended)  # one that was given up goes on in a worker
+            progress.running = not last.done()
+        found = shares[0]._replace(
+            nbytes=sum(share.nbytes for share in shares),
+            digest=content.digest,
+            slot_nbytes=max(share.bytes_in_slot for share in shares),
+            scalable=all(share.scalable for share in shares),
+        )
+        return found, number
+
+    async def _read_and_digest(
+        self, reading: asyncio.Future[list[ReadDone]], name: str, path: str, files: AdapterSource | None
+    ) -> tuple[list[ReadDone], ContentDigest]:
+        """Read and compute the digest at the same time. Raises the first error of the two."""
+        if self.workers.size == 1:
+            answers = await asyncio.shield(reading)
+            return answers, ContentDigest(answers[0].adapter.digest, answers[0].version)
+        unwanted = Event()
+        digest = asyncio.ensure_future(self._digests.run(lambda: content_digest(name, path, unwanted, files)))
+        try:
+            return await asyncio.gather(asyncio.shield(reading), digest)
+        finally:
+            unwanted.set()
+            digest.cancel()
+
+    def _keep(self, uid: int, content: int) -> None:
+        self.workers.tell(Settle(content, uid))
+
+    async def close(self) -> None:
+        """Close the loader. The workers free their memory when they exit."""
+        await self._digests.wait(STOP_SECONDS)
+
+
+def _parts(read: int, squares: Sequence[bytes]) -> list[Add]:
+    """Return the orders by which every rank adds up the sums of all ranks."""
+    places = [(rank, begin) for rank, part in enumerate(squares) for begin in range(0, len(part), ADD_BYTES)]
+    return [
+        Add(read, begin, squares[rank][begin : begin + ADD_BYTES], (rank, begin) == places[-1])
+        for rank, begin in places
+    ]

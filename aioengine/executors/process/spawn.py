@@ -34,8 +34,8 @@ class WorkerProcess(Protocol):
     def kill(self) -> None:
         """Kill the process at once. May raise ProcessLookupError if it has ended."""
 
-    async def wait(self) -> int | None:
-        """Wait until the process has ended. Returns its exit status; None if it is not known."""
+    async def wait(self) -> int | str:
+        """Wait until the process has ended. Returns its exit status, or how it ended."""
 
 
 class WorkerOutput(asyncio.Protocol):

@@ -14,31 +14,49 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
+from aioengine.adapters.loader import out_of_memory
+from aioengine.adapters.read_threads import Progress
 from aioengine.errors import DeviceError
 from aioengine.executors.parts import build_parts, plan_parts, write_slot
 from aioengine.executors.process import wire
-from aioengine.executors.process.step_delta import StepDecoder
-from aioengine.executors.process.worker_reads import Pause, WorkerReads
-from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, memory_taken
 from aioengine.model.cuda.failures import device_error
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
-from aioengine.step import StepResult
+from aioengine.step import LoadedAdapter, StepResult
 
 if TYPE_CHECKING:
+    from aioengine.adapters.peft.dora import Draft
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.runner import ModelRunner
     from aioengine.model.slots.image import AdapterImage
 
 RECEIVE_BYTES = 1 << 20
+REPORT_SECONDS = 0.05
+"""Minimum time between two reports."""
+
+
+class _Pause:
+    """The time between two reports to the engine that something goes on."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether the next report may be sent; then the next pause begins."""
+        if time.monotonic() - self._last < REPORT_SECONDS:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 class Worker:
@@ -53,8 +71,8 @@ class Worker:
         self._sending = threading.Lock()
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
-        self._steps = StepDecoder()
-        self._reads = WorkerReads(self._send)
+        self._steps = wire.StepDecoder()
+        self._reads = _Reads(self._send)
 
     def run(self) -> NoReturn:
         """Serve requests until the engine is gone."""
@@ -69,7 +87,7 @@ class Worker:
     def _dispatch(self, number: int, message: wire.Message) -> None:
         match message:
             case wire.Step():
-                self._between_steps(number, lambda: self._step(message))
+                self._between_steps(number, partial(self._step, message))
             case wire.Masks():
                 self._steps.masks.put(message)
             case wire.Read():
@@ -81,27 +99,32 @@ class Worker:
             case wire.Drop():
                 self._store.drop(message.uid)
             case wire.Place():
-                # Before the copy's turn: it may be dropped until then.
-                image = self._store.get(message.uid)
-                self._copy_thread.submit(self._place, number, message, image)
+                image = self._store.get(message.uid)  # before the copy's turn: it may be dropped until then
+                copy = partial(write_slot, self._runner, image, message.slot, message.offset)
+                self._copy_thread.submit(self._answer, number, copy)
             case wire.Measure():
-                self._between_steps(number, lambda: wire.Measured(memory_taken(self._plan.memory)))
+                self._between_steps(number, partial(memory_taken, self._plan.memory))
             case wire.Start():
-                self._between_steps(number, lambda: self._start(message))
+                self._between_steps(number, partial(self._start, message))
             case wire.Build():
-                self._between_steps(number, lambda: self._build(message))
+                self._between_steps(number, partial(self._build, message))
 
     def _between_steps(self, number: int, work: Callable[[], object]) -> None:
         """Do ``work`` in the thread of the steps, and answer. If it fails, this worker cannot go on."""
+        self._step_thread.submit(self._answer, number, work, vital=True)
 
-        def run() -> None:
-            try:
-                report: wire.Report = wire.answer(number, work())
-            except BaseException as error:
-                report = _broken(device_error(error), error)
-            self._send(report)
-
-        self._step_thread.submit(run)
+    def _answer(self, number: int, work: Callable[[], object], *, vital: bool = False) -> None:
+        """Do ``work`` and answer. This worker cannot go on if it fails and is ``vital``, or if the device has
+        failed."""
+        try:
+            report: wire.Report = wire.answer(number, work())
+        except BaseException as error:
+            found = device_error(error) if vital else error if isinstance(error, DeviceError) else None
+            if found is not None:  # an error of the package crosses without its traceback
+                traceback.print_exception(error)
+            broken = vital or found is not None
+            report = wire.Failed(None if broken else number, wire.pack_error(found or error))
+        self._send(report)
 
     def _start(self, start: wire.Start) -> MemoryPlan:
         import torch  # takes a second, in which the main thread already watches the engine
@@ -116,38 +139,23 @@ class Worker:
         self._group = _join(self._shard, self._plan.memory.device, start.rendezvous)
         return self._plan.memory
 
-    def _build(self, build: wire.Build) -> wire.Built:
+    def _build(self, build: wire.Build) -> tuple[str, str | None]:
+        pause = _Pause()
+
+        def report(stage: str, done: int, total: int) -> None:
+            if self._shard.rank == 0 and (done >= total or pause.is_over()):
+                self._send(wire.Progress(stage, done, total))
+
         memory = msgspec.structs.replace(self._plan.memory, num_blocks=build.num_blocks)
-        watch = self._report_progress() if self._shard.rank == 0 else None
-        built = build_parts(self._config, self._plan._replace(memory=memory), self._group, watch)
+        built = build_parts(self._config, self._plan._replace(memory=memory), self._group, report)
         self._runner, self._store = built
         gc.collect()
         gc.freeze()  # a full collection would visit all of it, within a step
-        return wire.Built(self._runner.kernels, self._runner.variance)
+        return self._runner.kernels, self._runner.variance
 
     def _step(self, step: wire.Step) -> StepResult:
         result = self._runner.execute(self._steps.decode(step))
         return result if self._shard.rank == 0 else StepResult((), (), result.seconds)
-
-    def _place(self, number: int, place: wire.Place, image: AdapterImage) -> None:
-        try:
-            report: wire.Report = wire.answer(
-                number, write_slot(self._runner, image, place.slot, place.offset)
-            )
-        except DeviceError as error:
-            report = _broken(error, error)
-        except BaseException as error:
-            report = wire.Failed(number, wire.pack_error(error))
-        self._send(report)
-
-    def _report_progress(self) -> LoadProgress:
-        pause = Pause()
-
-        def report(stage: str, done: int, total: int) -> None:
-            if done >= total or pause.is_over():
-                self._send(wire.Progress(stage, done, total))
-
-        return report
 
     def _send(self, report: wire.Report) -> None:
         data = wire.frame(report)
@@ -158,12 +166,92 @@ class Worker:
             _exit()
 
 
-def _broken(found: DeviceError | None, error: BaseException) -> wire.Broken:
-    """Report ``found``, which stands for ``error``, or ``error`` itself. Errors of the package cross without
-    their traceback, so it goes to the log."""
-    if found is not None:
-        traceback.print_exception(error)
-    return wire.Broken(wire.pack_error(error if found is None else found))
+class _Reported(Progress):
+    """Progress that reports to the engine."""
+
+    def __init__(self, report: Callable[[], None]) -> None:
+        self._report = report
+        self._pause = _Pause()
+
+    def moved(self) -> None:
+        super().moved()
+        if self._pause.is_over():
+            self._report()
+
+
+class _Read:
+    """A read; first it has a draft, and when that is finished an image."""
+
+    draft: Draft
+    image: AdapterImage
+
+
+class _Reads:
+    """Reads of adapters from disk to the CPU cache, each in a thread of its own. The main thread calls its
+    methods; any thread calls ``send``.
+
+    A read is here, by its number, until it is settled. Of one that is forgotten while its thread runs,
+    nothing is left when the thread has ended.
+    """
+
+    def __init__(self, send: Callable[[wire.Report], None]) -> None:
+        self._send = send
+        self._reads: dict[int, _Read] = {}
+
+    def read(self, number: int, order: wire.Read, store: AdapterStore) -> None:
+        read = self._reads[order.read] = _Read()
+        progress = _Reported(lambda: self._send(wire.Reading(number)))
+
+        def work() -> wire.ReadDone:
+            draft = store.begin(order.name, order.path, progress, order.files)
+            squares, found = draft.squares, draft.packed
+            if squares:
+                read.draft = draft
+            else:
+                read.image = store.finish(draft)
+            share = LoadedAdapter(
+                found.rank,
+                draft.slot_nbytes + (0 if found.head is None else found.head.nbytes),
+                found.digest,
+                labels=0 if found.head is None else len(found.head.weight),
+                slot_nbytes=draft.slot_nbytes,
+                invocation=found.invocation,
+                scalable=found.scalable,
+            )
+            return wire.ReadDone(share, found.version, squares)
+
+        self._start(number, work, order.name, order.path)
+
+    def add(self, number: int, part: wire.Add, store: AdapterStore) -> None:
+        read = self._reads[part.read]
+        draft = read.draft
+        draft.add(part.begin, part.squares)
+        if not part.last:
+            self._send(wire.answer(number, None))
+            return
+        del read.draft
+
+        def work() -> None:
+            read.image = store.finish(draft)
+
+        self._start(number, work, draft.packed.name, draft.packed.path)
+
+    def settle(self, order: wire.Settle, store: AdapterStore) -> None:
+        read = self._reads.pop(order.read, None)
+        if order.uid is not None and read is not None:
+            store.put(order.uid, read.image)
+
+    def _start(self, number: int, work: Callable[[], object], name: str, path: str) -> None:
+        def run() -> None:
+            try:
+                report: wire.Report = wire.answer(number, work())
+            except BaseException as error:
+                if isinstance(error, (MemoryError, RuntimeError)):
+                    error = out_of_memory(error, name, path) or error
+                report = wire.Failed(number, wire.pack_error(error))
+            self._send(report)
+
+        threading.Thread(target=run, name=f"aioengine-load-{number}", daemon=True).start()
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:
@@ -217,9 +305,8 @@ def _leave_ending_to_the_engine() -> None:
 
 
 def main() -> NoReturn:
-    warnings.filterwarnings(
-        "ignore", "Failed to initialize NumPy"
-    )  # torch's warning; NumPy is not needed here
+    # Torch's warning; NumPy is not needed here.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     _leave_ending_to_the_engine()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)

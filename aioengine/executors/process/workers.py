@@ -43,7 +43,7 @@ class _Call:
     kind: Any
     answered: Callable[[Any], None]
     """Called with the answers by rank, or the first failure, when all have answered or are lost."""
-    moved: Callable[[], None] | None
+    moved: Callable[[], None] | None = None
     """Called when a worker reports that it goes on."""
     found: dict[int, Any] = field(default_factory=dict)
     error: Exception | None = None
@@ -69,9 +69,8 @@ class Workers:
         self.size = config.tensor_parallel_size
         self.dead: AioEngineError | None = None
         self.kernels = ""
-        """Names of the kernels that compute the steps; known when the workers have started."""
         self.variance: str | None = None
-        """Why a token's bits depend on its batch; known when the workers have started."""
+        """Those of :class:`~aioengine.executors.base.Device`, known when the workers have started."""
         self.device = ""
         """Kind of device of the ranks, "cpu" or "cuda"; known when they have planned."""
         self.started = False
@@ -98,16 +97,16 @@ class Workers:
         folder = tempfile.TemporaryDirectory(prefix="aioengine-") if self.size > 1 else nullcontext("")
         with folder as path:  # of the file by which the ranks find each other
             try:
-                await run_to_completion(self._spawn())
-                plans = await self._start(self._meeting(path))
+                plans = await self._plan(await run_to_completion(self._spawn(path)))
                 self.device = plans[0].device
                 blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
-                built = await self.ask(wire.Build(blocks), wire.Built)
+                [(self.kernels, self.variance), *_] = await self.ask(
+                    wire.Build(blocks), tuple[str, str | None]
+                )
             except BaseException:
                 self._kill()
                 await self.close()
                 raise
-        self.kernels, self.variance = built[0].kernels, built[0].variance
         self.started = True
         return msgspec.structs.replace(plans[0], num_blocks=blocks)
 
@@ -129,7 +128,9 @@ class Workers:
         await asyncio.gather(*(worker.output.ended() for worker in self._workers if worker.output))
         self._workers.clear()
 
-    async def _spawn(self) -> None:
+    async def _spawn(self, folder: str) -> str:
+        """Start the processes. Returns the file in ``folder`` by which the ranks find each other; "" for one
+        rank."""
         if sys.platform == "win32" or not sys.executable:
             raise ConfigError("executor='process': needs a POSIX system and sys.executable; use 'thread'")
         spawning = (spawn(rank, self._received, self._ended) for rank in range(self.size))
@@ -138,19 +139,13 @@ class Workers:
         for result in found:
             if isinstance(result, BaseException):
                 raise EngineDead(f"a worker process could not be started: {result}") from result
-
-    def _meeting(self, folder: str) -> str:
-        """Return the file in ``folder`` by which the ranks find each other; "" for one rank."""
         return folder and os.path.join(folder, "ranks")
 
-    def _start(self, meeting: str) -> asyncio.Future[list[MemoryPlan]]:
+    def _plan(self, rendezvous: str) -> asyncio.Future[list[MemoryPlan]]:
         plans: asyncio.Future[list[MemoryPlan]] = asyncio.get_running_loop().create_future()
-        number, threads = (
-            self._open(_Call(MemoryPlan, partial(_settle, plans), None)),
-            rank_threads(self.size),
-        )
+        number = self._open(_Call(MemoryPlan, partial(_settle, plans)))
         for worker in self._workers:
-            start = wire.Start(self._config, worker.rank, self.size, threads, meeting)
+            start = wire.Start(self._config, worker.rank, self.size, rank_threads(self.size), rendezvous)
             worker.write(wire.frame(wire.Request(number, start)))
         return plans
 
@@ -159,8 +154,8 @@ class Workers:
     def call(
         self,
         message: wire.Message,
-        kind: type[A],
-        answered: Callable[[list[A] | Exception], None],
+        kind: Any,
+        answered: Callable[[Any], None],
         moved: Callable[[], None] | None = None,
     ) -> None:
         """Send a message to all workers, each of which answers with a ``kind``. ``answered`` is called with
@@ -169,10 +164,10 @@ class Workers:
         self._send(wire.Request(self._open(_Call(kind, answered, moved)), message))
 
     def ask(
-        self, message: wire.Message, kind: type[A], moved: Callable[[], None] | None = None
-    ) -> asyncio.Future[list[A]]:
+        self, message: wire.Message, kind: Any, moved: Callable[[], None] | None = None
+    ) -> asyncio.Future[list[Any]]:
         """Do what :meth:`call` does, and return a future of the answers."""
-        answers: asyncio.Future[list[A]] = asyncio.get_running_loop().create_future()
+        answers: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self.call(message, kind, partial(_settle, answers), moved)
         return answers
 
@@ -197,35 +192,34 @@ class Workers:
 
     def _received(self, worker: WorkerConnection, message: bytes) -> None:
         try:
-            self._take(worker, wire.reports.decode(message))
+            match wire.reports.decode(message):
+                case wire.Answer(number, value):
+                    self._answered(worker.rank, number, value)
+                case wire.Failed(None, error):
+                    self._inquire(self._broke(worker, wire.unpack_error(error)))
+                case wire.Failed(int() as number, error):
+                    self._answered(worker.rank, number, wire.unpack_error(error))
+                case wire.Reading(number):
+                    call = self._calls.get(number)
+                    if call is not None and call.moved is not None:
+                        call.moved()
+                case wire.Progress(stage, done, total):
+                    if self._progress is not None:
+                        self._progress(stage, done, total)
         except Exception as error:
             self._fail(_dead(f"{_who(worker)}: {type(error).__name__}: {error}", error))
 
-    def _take(self, worker: WorkerConnection, report: wire.Report) -> None:
-        match report:
-            case wire.Answer() | wire.Failed():
-                self._answered(worker.rank, report)
-            case wire.Reading():
-                call = self._calls.get(report.number)
-                if call is not None and call.moved is not None:
-                    call.moved()
-            case wire.Progress():
-                if self._progress is not None:
-                    self._progress(report.stage, report.done, report.total)
-            case wire.Broken():
-                self._inquire(self._broke(worker, wire.unpack_error(report.error)))
-
-    def _answered(self, rank: int, report: wire.Answer | wire.Failed) -> None:
-        call = self._calls.get(report.number)
+    def _answered(self, rank: int, number: int, answer: msgspec.Raw | Exception) -> None:
+        call = self._calls.get(number)
         if call is None:  # the workers are lost
             return
-        if isinstance(report, wire.Failed):
+        if isinstance(answer, Exception):
             call.found[rank] = None
-            call.error = call.error or wire.unpack_error(report.error)
+            call.error = call.error or answer
         else:
-            call.found[rank] = msgspec.msgpack.decode(report.value, type=call.kind)
+            call.found[rank] = msgspec.msgpack.decode(answer, type=call.kind)
         if len(call.found) == self.size:
-            del self._calls[report.number]
+            del self._calls[number]
             call.answered(call.error or [call.found[rank] for rank in range(self.size)])
 
     def _ended(self, worker: WorkerConnection) -> None:
@@ -248,15 +242,14 @@ class Workers:
         self._fail(type(error)(text) if isinstance(error, DeviceError) else _dead(text, error))
 
     async def _why_ended(self, worker: WorkerConnection) -> None:
-        code: int | None = None
+        status: int | str | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXIT_SECONDS):
-                code = await worker.process.wait()
-        dead = f"{_who(worker)} {_how_it_ended(code)}"
+                status = await worker.process.wait()
+        dead = f"{_who(worker)} {_how_it_ended(status)}"
         said = None
-        aborted = self.device == "cuda" and code != -signal.SIGKILL
-        if aborted and worker.output is not None:  # NCCL and the driver abort the process
-            await worker.output.ended()
+        if self.device == "cuda" and status != -signal.SIGKILL and worker.output is not None:
+            await worker.output.ended()  # NCCL and the driver abort the process
             said = device_error_in(list(worker.output.last))
         self._fail(_dead(dead) if said is None else type(said)(f"{dead}: {said}"))
 
@@ -306,14 +299,16 @@ def _who(worker: WorkerConnection) -> str:
     return f"worker {worker.rank} (process {worker.process.pid})"
 
 
-def _how_it_ended(code: int | None) -> str:
-    if code is None:
+def _how_it_ended(status: int | str | None) -> str:
+    if status is None:
         return "closed its connection"
-    if code >= 0:
-        return f"exited with status {code}"
+    if isinstance(status, str):
+        return status
+    if status >= 0:
+        return f"exited with status {status}"
     try:
-        name = signal.Signals(-code).name
+        name = signal.Signals(-status).name
     except ValueError:
-        name = f"signal {-code}"
-    short = "; the system does that when memory is short" if -code == signal.SIGKILL else ""
+        name = f"signal {-status}"
+    short = "; the system does that when memory is short" if -status == signal.SIGKILL else ""
     return f"was killed by {name}{short}"
