@@ -263,12 +263,12 @@ BUDGETS = {
     "aioengine/adapters": 4_450,  # aim: 3_800
     "aioengine/cli": 5_300,  # aim: 3_200
     "aioengine/core": 5_600,  # aim: 4_600
-    "aioengine/executors": 2_400,  # aim: 1_900
+    "aioengine/executors": 2_250,  # aim: 1_900
     "aioengine/fleet": 5_750,  # aim: 4_200
     "aioengine/grammars": 2_150,  # aim: 1_100
     "aioengine/lab": 11_200,  # aim: 7_500
     "aioengine/model": 12_050,  # aim: 9_000
-    "aioengine/runtime": 3_550,  # aim: 2_700
+    "aioengine/runtime": 3_500,  # aim: 2_700
     "aioengine/server": 9_450,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100

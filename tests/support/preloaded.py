@@ -26,8 +26,6 @@ MODULES = (
     "aioengine.cli.main",
     "aioengine.cli.serve",
     "aioengine.executors.parts",
-    "aioengine.executors.process.step_delta",
-    "aioengine.executors.process.worker_reads",
     "aioengine.model.native",
     "aioengine.model.runner",
     "aioengine.runtime.assemble",

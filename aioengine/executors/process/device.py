@@ -138,7 +138,8 @@ class ProcessDevice(Device):
 
     async def place(self, uid: int, slot: int, offset: int) -> float:
         """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""
-        return max(await self.workers.ask(Place(uid, slot, offset), float))
+        seconds: list[float] = await self.workers.ask(Place(uid, slot, offset), float)
+        return max(seconds)
 
     async def memory_taken(self, plan: MemoryPlan) -> int | None:
         answers = await self.workers.ask(Measure(), int | None)
