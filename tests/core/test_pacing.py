@@ -243,7 +243,7 @@ def test_a_machine_that_is_slow_again_and_again_gets_shorter_steps(
     sim = PacedSim(machine)
     sim.prompt(20, 4000)
     slow = []
-    for step in range(150):
+    for step in range(300):
         if not any(request.prompt_len > 20 for request in sim.core.requests.values()):
             sim.prompt(8000)
         sim.slowness = drop if rng.randrange(every) == 0 else 1.0
@@ -251,7 +251,7 @@ def test_a_machine_that_is_slow_again_and_again_gets_shorter_steps(
         assert batch is not None
         if sim.slowness > 1 and step > 100:
             slow.append(sim.seconds[-1] / (sim.machine.bound(batch) * drop))
-    assert not slow or statistics.median(slow) < 1.35 * max(2.5 / drop, 1 / 4)
+    assert statistics.median(slow) < 1.35 * max(2.5 / drop, 1 / 4)
 
 
 @pytest.mark.parametrize("slowness", [4.0, 0.25])

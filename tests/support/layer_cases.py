@@ -97,6 +97,7 @@ def run(backend: Backend, case: LayerCase, device: str = "cpu") -> list[Tensor]:
 def close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for value, true in zip(found, expected, strict=True):
         assert value.dtype == true.dtype
-        # Rounded queries and keys move a softmax with large scores by some percent.
-        tolerance = 1e-4 if true.dtype == torch.float32 else 5e-2
+        # Rounded queries and keys move a softmax with large scores by some percent, single values by more.
+        tolerance = 1e-4 if true.dtype == torch.float32 else 0.1
         torch.testing.assert_close(value.float(), true.float(), rtol=tolerance, atol=tolerance)
+        assert not true.numel() or (value.float() - true.float()).abs().mean() < tolerance / 5
