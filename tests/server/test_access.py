@@ -201,7 +201,9 @@ async def test_each_request_is_one_record(serve: Serve, caplog: pytest.LogCaptur
         answer = await served.http.post(
             "/v1/completions", json={**OK, "model": "a", "n": 2}, headers={"x-request-id": "mine"}
         )
+        await until(lambda: len(caplog.records) == 1)  # written when the answer is under way already
         await served.http.post("/v1/completions", json={**OK, "model": "no\nbody"})
+        await until(lambda: len(caplog.records) == 2)
         await served.http.get("/health")
         await until(lambda: len(caplog.records) == 3)
     done, refused, probe = caplog.records

@@ -15,6 +15,7 @@ from support.engine_fixtures import MakeEngine, Tiny
 from support.waiting import until as until
 
 from aioengine import AsyncEngine
+from aioengine.schedulers import load_policy
 from aioengine.server import ServerApp, ServerSettings, create_app
 from aioengine.server.run import ListenSettings, listening
 
@@ -69,7 +70,7 @@ async def served_by(
 @pytest.fixture
 def serve(tiny_text: Tiny, make_engine: MakeEngine) -> Serve:
     """``async with serve(settings=..., key=..., listen=..., **engine fields) as served``: the tiny text
-    model with its adapter "a" registered."""
+    model with its adapter "a" registered, under the policy that the command takes."""
 
     @contextlib.asynccontextmanager
     async def serve_(
@@ -79,7 +80,7 @@ def serve(tiny_text: Tiny, make_engine: MakeEngine) -> Serve:
         key: str = "none",
         **fields: Any,
     ) -> AsyncIterator[Served]:
-        async with make_engine(tiny_text, **fields) as engine:
+        async with make_engine(tiny_text, **{"policy": load_policy("fair"), **fields}) as engine:
             engine.register_adapter("a", tiny_text.adapters["a"])
             async with served_by(engine, settings=settings, listen=listen, key=key) as served:
                 yield served
