@@ -192,7 +192,7 @@ class EngineConfig(_Config, frozen=True):
     where that is possible, which is in the compiled CPU step. True: the engine does not start where it is not
     possible."""
     speculation: Literal["none", "ngram"] = "none"
-    """Propose tokens and check several of them in one step, which changes no token (docs/speculation.md).
+    """Propose tokens and check several of them in one step, which changes no token (docs/determinism.md).
     "ngram": from the request's own text. Only where the engine is batch-invariant."""
     bind_threads: bool = True
     """Keep each thread of a compiled step on a core, where the engine has all cores of several NUMA nodes.

@@ -18,8 +18,8 @@ def test_the_page_says_what_the_command_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs" / "capacity.md").read_text(encoding="utf-8")
-    found = re.search(r"^aioengine (lab size .*\\\n.*)$", page, flags=re.MULTILINE)
+    page = (ROOT / "docs" / "lab.md").read_text(encoding="utf-8")
+    found = re.search(r"^aioengine (lab size .*capacity\.toml .*\\\n.*)$", page, flags=re.MULTILINE)
     assert found is not None
     command = shlex.split(found[1].replace("\\\n", " "))
     shorter = [

@@ -1,0 +1,43 @@
+"""What the docs say of commands exists: each command has the flags that are shown with it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from aioengine.cli.main import main
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMAND = re.compile(r"^(?:\$ )?aioengine (?=[a-z])([^\n|<>&;]*)", re.MULTILINE)
+GROUPS = ("lab", "fleet", "config", "keys", "policies")
+
+
+def shown() -> dict[str, set[str]]:
+    """Flags by command, of all pages: of blocks of code, and of code within sentences."""
+    found: dict[str, set[str]] = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        code = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+        code += re.findall(r"`(aioengine [^`\n]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for match in COMMAND.finditer("\n".join(code)):
+            words = shlex.split(match[1].partition(" #")[0].replace("...", ""), posix=False)
+            depth = (
+                2
+                if len(words) > 1 and words[0] in GROUPS and words[1].isalpha() and words[1].islower()
+                else 1
+            )
+            flags = {word.partition("=")[0].strip(",.") for word in words if word.startswith("--")}
+            found.setdefault(" ".join(words[:depth]), set()).update(flags - {"--help", "--help-all"})
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(shown()))
+def test_each_command_has_the_flags_that_are_shown(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help-all"]) == 0
+    help_page = capsys.readouterr().out.replace("--[no-]", "--")
+    known = {flag.replace("--no-", "--") for flag in re.findall(r"--[\w-]+", help_page)}
+    assert {flag.replace("--no-", "--") for flag in shown()[command]} <= known
