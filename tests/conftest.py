@@ -10,6 +10,7 @@ the same time. The garbage collector begins with the tests, and does not look at
 
 import functools
 import gc
+import importlib.util
 import logging
 import os
 import sys
@@ -29,6 +30,8 @@ from support import preloaded, selection
 from support.quick_interpreter import quicken
 from support.ray_nodes import nodes
 
+import aioengine
+
 __all__ = ["nodes"]
 
 torch.set_num_threads(1)
@@ -41,6 +44,17 @@ settings.load_profile("new" if "AIOENGINE_FUZZ_RUNS" in os.environ else "same")
 gc.disable()  # until all tests are collected
 
 TESTS = Path(__file__).parent
+
+for folder in ("schedulers", "kernels", "metrics"):  # which lie beside aioengine/ in a checkout
+    spec = importlib.util.find_spec(f"aioengine.{folder}")
+    assert spec is not None and spec.submodule_search_locations is not None
+    found, ours = set(spec.submodule_search_locations), {str(TESTS.parent / folder)}
+    checkout = str(TESTS.parent / "aioengine") in aioengine.__path__
+    assert not checkout or found == ours, (
+        f"{folder} is of {found}, not of {ours}: two checkouts mix in this environment; use this one's own: "
+        "make test"
+    )
+
 RAY = ("bad_model", "nodes", "serve_run", "serving", "serving_losses")
 """Files of tests/fleet that start Ray."""
 TIMED = [

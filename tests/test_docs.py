@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from aioengine.cli.main import main
+from aioengine.schedulers import available_policies
+from aioengine.schedulers.routing import available_routers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,3 +43,12 @@ def test_each_command_has_the_flags_that_are_shown(command: str, capsys: pytest.
     help_page = capsys.readouterr().out.replace("--[no-]", "--")
     known = {flag.replace("--no-", "--") for flag in re.findall(r"--[\w-]+", help_page)}
     assert {flag.replace("--no-", "--") for flag in shown()[command]} <= known
+
+
+def test_each_policy_and_router_is_named_in_a_table() -> None:
+    pages = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("policies.md", "fleet.md")}
+    rows = {
+        name: " ".join(line for line in text.splitlines() if line[:1] == "|") for name, text in pages.items()
+    }
+    assert [name for name in available_policies() if f"`{name}`" not in rows["policies.md"]] == []
+    assert [name for name in available_routers() if f"`{name}`" not in rows["fleet.md"]] == []
