@@ -83,16 +83,6 @@ def test_the_checker_accepts_the_answer_and_nothing_like_it(name: str, split: st
             assert not task.check(item, other.answer)
 
 
-@every_task
-def test_messages_are_the_system_prompt_and_the_question(name: str) -> None:
-    item = items_of(name, "eval", 1)[0]
-    assert TASKS[name].messages(item) == [
-        {"role": "system", "content": TASKS[name].system},
-        {"role": "user", "content": item.prompt},
-    ]
-    assert item.answer not in item.prompt
-
-
 # --- sql -----------------------------------------------------------------------------------------
 
 
@@ -180,16 +170,6 @@ def test_pirate_rules() -> None:
         == "Ahoy Anton, me matey an' yer cap'n be lookin' for th' box o' doubloons. Arr!"
     )
     assert tasks.to_pirate("The house is near you, yes.") == "Th' ship be near ye, aye. Arr!"
-
-
-def test_a_pirate_who_forgets_one_word_is_wrong() -> None:
-    for item in items_of("pirate", "eval", 50):
-        words = item.answer.split()
-        plain = item.prompt.split()
-        for i, word in enumerate(plain):
-            if words[i] != word:
-                said = " ".join([*words[:i], word, *words[i + 1 :]])
-                assert not TASKS["pirate"].check(item, said)
 
 
 # --- the adapters --------------------------------------------------------------------------------
