@@ -22,7 +22,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity. A sum has one if a value is one, and costs a fraction of
     isfinite; if only the sum is too large, each value is looked at."""
     pieces = pieces_of(tensor)
-    total = sum(piece.sum(dtype=torch.float32).item() for piece in pieces)
+    total = sum(piece.sum().item() for piece in pieces)
     return math.isfinite(total) or all(bool(piece.isfinite().all()) for piece in pieces)
 
 
