@@ -17,10 +17,9 @@ from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted, ch
 from aioengine.runtime.assemble import Built
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output_stream import OutputStream
-from aioengine.runtime.prompts import tokenize
 from aioengine.runtime.requests.continuation import Replayed
 from aioengine.runtime.sources.names import AdapterNames
-from aioengine.runtime.text_work import TextWork
+from aioengine.runtime.text_work import TextWork, tokenize
 
 
 class Submitter:
