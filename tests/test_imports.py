@@ -268,7 +268,7 @@ BUDGETS = {
     "aioengine/grammars": 2_150,  # aim: 1_100
     "aioengine/lab": 11_200,  # aim: 7_500
     "aioengine/model": 12_050,  # aim: 9_000
-    "aioengine/runtime": 3_500,  # aim: 2_700
+    "aioengine/runtime": 3_400,  # aim: 2_700
     "aioengine/server": 9_450,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
