@@ -266,7 +266,7 @@ BUDGETS = {
     "aioengine/executors": 2_250,  # aim: 1_900
     "aioengine/fleet": 5_750,  # aim: 4_200
     "aioengine/grammars": 2_150,  # aim: 1_100
-    "aioengine/lab": 11_200,  # aim: 7_500
+    "aioengine/lab": 10_400,  # aim: 7_500
     "aioengine/model": 12_050,  # aim: 9_000
     "aioengine/runtime": 3_400,  # aim: 2_700
     "aioengine/server": 9_450,  # aim: 6_300
