@@ -100,7 +100,7 @@ ROOMS: dict[str, set[str]] = {
 
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "peft.folding", "resolvers"},
-    "cli": {"config", "demo", "fleet", "generate", "lab", "serving"},
+    "cli": {"config", "fleet", "generate", "lab", "serving"},
     "core": {"adapters", "prefixes", "speculation"},
     "executors": {"process", "ray"},
     "fleet": {"door"},
@@ -260,22 +260,22 @@ def test_every_room_is_installed() -> None:
 
 BUDGETS = {
     "aioengine/*.py": 3_750,  # aim: 2_400
-    "aioengine/adapters": 4_300,  # aim: 3_800
-    "aioengine/cli": 5_300,  # aim: 3_200
+    "aioengine/adapters": 4_450,  # aim: 3_800
+    "aioengine/cli": 4_650,  # aim: 3_200
     "aioengine/core": 5_600,  # aim: 4_600
     "aioengine/executors": 2_250,  # aim: 1_900
     "aioengine/fleet": 5_750,  # aim: 4_200
-    "aioengine/grammars": 2_150,  # aim: 1_100
-    "aioengine/lab": 10_400,  # aim: 7_500
+    "aioengine/grammars": 2_050,  # aim: 1_100
+    "aioengine/lab": 11_200,  # aim: 7_500
     "aioengine/model": 12_050,  # aim: 9_000
-    "aioengine/runtime": 3_400,  # aim: 2_700
+    "aioengine/runtime": 3_500,  # aim: 2_700
     "aioengine/server": 9_450,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
     "kernels": 13_050,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
     "schedulers": 5_800,  # aim: 4_500
-    "tests": 75_500,  # aim: 52_000
+    "tests": 75_350,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

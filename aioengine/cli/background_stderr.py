@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 MAX_BYTES = 2**20
 """Maximum bytes that are kept; lines beyond it are dropped, and counted."""
@@ -69,22 +69,14 @@ class BackgroundFile(io.RawIOBase):
             with self._changed:
                 data = b"".join(self._kept)
                 self._kept.clear()
-            lost = _write(self._fd, data)
+            written = 0
+            with suppress(OSError):  # a full disk, a reader that has gone
+                while written < len(data):
+                    written += os.write(self._fd, data[written:])
             with self._changed:
                 self._size -= len(data)
-                self.dropped += lost
+                self.dropped += data.count(b"\n", written)
                 self._changed.notify_all()
-
-
-def _write(fd: int, data: bytes) -> int:
-    """Write all of ``data``. Returns how many lines could not be written."""
-    rest = memoryview(data)
-    try:
-        while rest:
-            rest = rest[os.write(fd, rest) :]
-    except OSError:  # a full disk, a reader that has gone
-        return bytes(rest).count(b"\n")
-    return 0
 
 
 @contextmanager
@@ -94,16 +86,12 @@ def background_stderr() -> Iterator[BackgroundFile]:
     before = sys.stderr
     before.flush()
     file = BackgroundFile(2)
-    stream = io.TextIOWrapper(
-        io.BufferedWriter(file),
-        encoding=before.encoding,
-        errors="backslashreplace",
-        line_buffering=True,
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(file), before.encoding, errors="backslashreplace", line_buffering=True
     )
-    sys.stderr = stream
     try:
         yield file
     finally:
-        stream.flush()
+        sys.stderr.flush()
         if file.drain(FLUSH_SECONDS):
             sys.stderr = before

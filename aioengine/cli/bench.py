@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Group, Parameter
-from msgspec import Meta
+from cyclopts import Parameter
+from cyclopts.validators import Number
 
-from aioengine.checks import Count, check_value
-from aioengine.cli.common import CommonFlags
-from aioengine.cli.flags import EngineFlags
+from aioengine.cli.flags import CommonFlags, Count, EngineFlags
 from aioengine.cli.loop import run
 from aioengine.config import ALLOWED_RANKS, EngineConfig
 from aioengine.request import SamplingParams
@@ -24,21 +22,18 @@ from aioengine.request import SamplingParams
 if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
 
-_WORK = Group("Work", sort_key=1)
-_IN_WORK = Parameter(group=_WORK)
-
 Measured = tuple[float, float]
 """Output tokens per second, and the median time to a first token, in seconds."""
 
 
 def bench(
     *,
-    requests: Annotated[int, _IN_WORK] = 32,
-    prompt_tokens: Annotated[int, _IN_WORK] = 128,
-    output_tokens: Annotated[int, _IN_WORK] = 64,
-    adapters: Annotated[list[int] | None, Parameter(group=_WORK, negative="", consume_multiple=1)] = None,
-    rank: Annotated[int, _IN_WORK] = 16,
-    repeats: Annotated[int, _IN_WORK] = 3,
+    requests: Count = 32,
+    prompt_tokens: Count = 128,
+    output_tokens: Count = 64,
+    adapters: Annotated[list[Count] | None, Parameter(negative="", consume_multiple=1)] = None,
+    rank: Annotated[int, Parameter(validator=Number(gte=1, lte=max(ALLOWED_RANKS)))] = 16,
+    repeats: Count = 3,
     engine: EngineFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
@@ -57,17 +52,7 @@ def bench(
         repeats: Measurements of each variant; the median is printed.
     """
     counts = adapters or [8]
-    for name, value in (
-        ("--requests", requests),
-        ("--prompt-tokens", prompt_tokens),
-        ("--output-tokens", output_tokens),
-        ("--repeats", repeats),
-        *(("--adapters", count) for count in counts),
-    ):
-        check_value(name, value, Count)
-    flags = engine or EngineFlags()
-    check_value("--rank", rank, Annotated[int, Meta(ge=1, le=max(ALLOWED_RANKS))])
-    config = _config(flags, requests, prompt_tokens + output_tokens, max(counts), rank)
+    config = _config(engine or EngineFlags(), requests, prompt_tokens + output_tokens, max(counts), rank)
     results = run(_measure(config, requests, prompt_tokens, output_tokens, counts, rank, repeats))
     _print(results, f"{requests} requests x {prompt_tokens} + {output_tokens} tokens", config)
     return 0
@@ -110,9 +95,8 @@ async def _measure(
     with tempfile.TemporaryDirectory() as folder:
         async with AsyncEngine(config) as engine:
             for i, name in enumerate(names):
-                await engine.load_adapter(
-                    name, write_random_adapter(Path(folder) / str(i), spec, rank, seed=i)
-                )
+                path = write_random_adapter(Path(folder) / name, spec, rank, seed=i)
+                await engine.load_adapter(name, path)
             for adapters in variants.values():  # warm-up
                 await run_once(engine, prompts, 2, adapters)
             for _ in range(repeats):
@@ -137,8 +121,7 @@ async def run_once(
         )
     )
     seconds = time.perf_counter() - start
-    ttft = statistics.median(out.ttft or 0.0 for out in outputs)
-    return sum(len(out.token_ids) for out in outputs) / seconds, ttft
+    return sum(len(out.token_ids) for out in outputs) / seconds, median(out.ttft or 0.0 for out in outputs)
 
 
 def random_prompts(
@@ -158,11 +141,9 @@ def _print(results: dict[str, list[Measured]], work: str, config: EngineConfig) 
     title = f"{work}, {config.model_name}, {config.dtype}, quantization {config.quantization}; {machine()}"
     columns = ("variant", ">output tok/s (median)", ">min .. max", ">median TTFT", ">of base")
     table = new_table(console, *columns, title=title)
-    base = statistics.median(rate for rate, _ in results["base"])
+    base = median(rate for rate, _ in results["base"])
     for name, runs in results.items():
-        rates = sorted(rate for rate, _ in runs)
-        median = statistics.median(rates)
-        ttft = statistics.median(ttft for _, ttft in runs)
-        spread = f"{rates[0]:.1f} .. {rates[-1]:.1f}"
-        table.add_row(name, f"{median:.1f}", spread, f"{ttft:.2f} s", f"{median / base:.0%}")
+        rates, ttfts = zip(*runs, strict=True)
+        rate, spread = median(rates), f"{min(rates):.1f} .. {max(rates):.1f}"
+        table.add_row(name, f"{rate:.1f}", spread, f"{median(ttfts):.2f} s", f"{rate / base:.0%}")
     console.print(table)

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from aioengine.tasks import end_tasks
-
 NARROW = 104
 """Columns of a terminal; on a smaller one tables are drawn closer."""
 
 
-@asynccontextmanager
-async def redrawn(console: Console, draw: Callable[[], RenderableType], every: float) -> AsyncIterator[None]:
-    """Context in which what ``draw`` returns is drawn at intervals, and once at the end. If there is no
-    terminal, it is only called.
+@contextmanager
+def board(console: Console, *, screen: bool = False) -> Iterator[Callable[[RenderableType], None] | None]:
+    """Context with a function that draws a picture in place of the last one, on a screen of its own if
+    ``screen``; None if there is no terminal.
 
-    The loop draws it, not rich's thread: an engine's state may only be read on the loop.
+    It draws when it is called, and not in rich's thread: an engine's state may only be read on the loop.
     """
-    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-
-    def look() -> None:
-        drawn = draw()
-        if live is not None:
-            live.update(drawn, refresh=True)
-
-    async def always() -> None:
-        while True:
-            look()
-            await asyncio.sleep(every)
-
-    with live or nullcontext():
-        task = asyncio.create_task(always())
-        try:
-            yield
-        finally:
-            await end_tasks([task])
-            look()
+    if not console.is_terminal:
+        yield None
+        return
+    with Live(console=console, screen=screen, auto_refresh=False) as live:
+        yield lambda picture: live.update(picture, refresh=True)
 
 
 def slots_table(slots: Sequence[Mapping[str, Any]], most: int, width: int) -> Table:
@@ -51,9 +34,8 @@ def slots_table(slots: Sequence[Mapping[str, Any]], most: int, width: int) -> Ta
     if len(slots) > most:
         shown.sort(key=lambda slot: (slot["running"], slot["adapter"] is not None), reverse=True)
         shown = shown[:most]
-    columns = ["slot", "state", "adapter", "running", "pinned"]
-    if any(slot.get("replica") is not None for slot in slots):
-        columns.insert(0, "replica")
+    of_fleet = ["replica"] if any(slot.get("replica") is not None for slot in slots) else []
+    columns = [*of_fleet, "slot", "state", "adapter", "running", "pinned"]
     rows = [
         {
             "replica": str(slot.get("replica") or ""),
@@ -73,17 +55,15 @@ def cut_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]], more: i
     is cut where the terminal is narrow, so that the numbers are seen."""
     gap = 1 if width < NARROW else 3
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="ellipsis", no_wrap=True)
-    given = [column for column in columns if column in ("tenant", "adapter")]
-    others = [max(len(name), *(len(row[name]) for row in rows), 0) for name in columns if name not in given]
-    room = max(7, (width - sum(others) - gap * len(columns)) // len(given))
-    for row in rows:
-        table.add_row(*(_cut(row[name], room) if name in given else row[name] for name in columns))
+    named = [column for column in columns if column in ("tenant", "adapter")]
     if more > 0:
-        table.add_row(*("" for _ in columns[: columns.index(given[0])]), _cut(f"and {more} more", room))
+        rows = [*rows, dict.fromkeys(columns, "") | {named[0]: f"and {more} more"}]
+    others = [max(map(len, (name, *(row[name] for row in rows)))) for name in columns if name not in named]
+    room = max(7, (width - sum(others) - gap * len(columns)) // len(named))
+    for column in columns:
+        table.add_column(
+            column, max_width=room if column in named else None, overflow="ellipsis", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*(row[name] for name in columns))
     return table
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"

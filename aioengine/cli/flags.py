@@ -1,42 +1,79 @@
-"""Engine flags, shared by the commands that need a configuration."""
+"""Flags that several commands share: of the engine, of recording, and for finding out what went wrong."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from aioengine.checks import read_toml
-from aioengine.cli.help import FOLDED
-from aioengine.cli.struct_flags import StructFlags, flags_of, given
+from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
 from aioengine.config import OTHER_TABLES, EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.model.files.hub import is_source
 
+if TYPE_CHECKING:
+    from aioengine.lab.runs.trace_writer import TraceWriter
+
 DEFAULT_MODEL = "smollm2-135m"
 
-_ENGINE = Group("Engine", sort_key=10)
-_LORA = Group("Adapters", sort_key=11)
-_MORE_ENGINE = Group(f"{FOLDED} engine flags", sort_key=30)
-_MORE_LORA = Group(f"{FOLDED} adapter flags", sort_key=31)
-_MODULES = Parameter(group=_LORA, metavar="NAME=PATH", consume_multiple=1, negative="")
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
+Texts = Annotated[list[str], Parameter(consume_multiple=1)]
+"""At least one text after the flag, which can also be repeated."""
+Switch = Annotated[bool, Parameter(negative="")]
+Given = Annotated[Path, Parameter(show_default=False)]
 
 
-@Parameter(name="*", group=_ENGINE)
-@dataclass(frozen=True, kw_only=True)
-@flags_of(LoRAConfig, group=_LORA, more=_MORE_LORA, shown=("max_loras", "max_lora_rank", "max_cpu_loras"))
-@flags_of(
-    EngineConfig,
-    group=_ENGINE,
-    more=_MORE_ENGINE,
-    shown=("device", "max_num_seqs", "kv_cache_memory", "policy", "seed"),
-    left_out=("lora",),
+@flag_set("Finding out what went wrong", 90, shown=())
+class CommonFlags(Flags):
+    """Flags of every command. A command takes them in a parameter ``common``, where ``main`` finds them."""
+
+    debug: Switch = False
+    """Show an error's traceback before its line."""
+    log_level: Literal["debug", "info", "warning", "error"] | None = None
+    """Log to standard error, from this level on."""
+
+    def configure_logging(self) -> None:
+        """Configure logging for the program; the library never does."""
+        if self.log_level is not None:
+            form = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+            logging.basicConfig(level=self.log_level.upper(), format=form)
+
+
+@flag_set("Recording", 80, shown=())
+class RecordFlags(Flags):
+    """A command takes it in a parameter called ``recording``."""
+
+    record: Path | None = None
+    """Append a line per request to this file, a trace for the lab without any text."""
+
+    def writer(self) -> AbstractAsyncContextManager[TraceWriter | None]:
+        """Make the writer. Attach it to the engine, and enter it before the engine, so that it also records
+        the requests that end with the engine. Raises ConfigError if the file cannot be written."""
+        if self.record is None:
+            return nullcontext()
+        from aioengine.lab.runs.trace_writer import TraceWriter
+
+        return TraceWriter(self.record)
+
+
+@flag_set(
+    "Engine",
+    10,
+    FieldsOf(EngineConfig, left_out=("lora",)),
+    FieldsOf(LoRAConfig, title="Adapters"),
+    shown=(
+        *("model", "config", "device", "max_num_seqs", "kv_cache_memory", "policy", "seed", "lora_modules"),
+        *("max_loras", "max_lora_rank", "max_cpu_loras"),
+    ),
 )
-class EngineFlags(StructFlags):
+class EngineFlags(Flags):
     """Flags of the engine. A value that is not given comes from ``--config``, or else is the default."""
 
     model: str | None = None
@@ -44,16 +81,14 @@ class EngineFlags(StructFlags):
     config: Path | None = None
     """TOML file with the fields of EngineConfig; flags override it."""
     policy: str | None = None
-    """Scheduler policy (serve: fair; else fcfs); aioengine policies lists them."""
+    """Scheduler policy (serve: fair; else fcfs); see aioengine policies."""
     seed: int | None = None
     """Seed for requests that have none (0; of serve: a random one)."""
-    lora_modules: Annotated[list[str] | None, _MODULES] = None
+    lora_modules: Annotated[Texts | None, Parameter(metavar="NAME=PATH")] = None
     """Adapter to register; repeatable. PATH may be a URL."""
-    name: Annotated[str | None, Parameter(group=_MORE_ENGINE, name="--engine-name")] = None
+    name: Annotated[str | None, Parameter(name="--engine-name")] = None
     """Value of the metrics' label "engine"."""
-    target_modules: Annotated[
-        list[str] | None, Parameter(group=_MORE_LORA, consume_multiple=1, negative="")
-    ] = None
+    target_modules: Texts | None = None
     """Modules that adapters may target; by default the linears of a layer."""
 
     def engine_config(self) -> EngineConfig:
@@ -68,10 +103,7 @@ class EngineFlags(StructFlags):
         values = {name: value for name, value in table.items() if name not in OTHER_TABLES}
         values = {"model": DEFAULT_MODEL, **values, **given(self, EngineConfig)}
         if lora := given(self, LoRAConfig):
-            in_file = values.get("lora", {})
-            if not isinstance(in_file, dict):
-                raise ConfigError(f"{source}: lora={in_file!r}: must be a table [lora]")
-            values["lora"] = {**in_file, **lora}
+            values["lora"] = {**(self.table("lora") or {}), **lora}
         return values, source
 
     def file(self) -> dict[str, Any]:
@@ -116,13 +148,13 @@ def check_folders(adapters: Mapping[str, str]) -> None:
             raise ConfigError(f"--lora-modules {name}={path}: there is no such folder; correct the path")
 
 
-_FLAGS = {field.name for field in fields(EngineFlags)}
+_ENGINE_FLAGS = {*EngineConfig.__struct_fields__, *LoRAConfig.__struct_fields__} - {"lora"}
 
 
 def in_flags(text: str) -> str:
     """Return an error's text with "--max-loras" in place of "LoRAConfig.max_loras"."""
     return re.sub(
         r"\b(?:EngineConfig|LoRAConfig)\.(\w+)",
-        lambda found: f"--{found[1].replace('_', '-')}" if found[1] in _FLAGS else found[0],
+        lambda found: f"--{found[1].replace('_', '-')}" if found[1] in _ENGINE_FLAGS else found[0],
         text,
     )

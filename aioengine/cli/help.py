@@ -34,16 +34,16 @@ class CompactFormatter:
         self._full = full
 
     def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-        title = str(panel.title)
-        entries = [entry for entry in panel.entries if not _is_help(entry)]
-        if not entries or (title.startswith(FOLDED) and not self._full):
+        entries = {
+            _label(entry): entry for entry in panel.entries if HELP_FLAGS[0] not in entry.positive_names
+        }
+        if not entries or (str(panel.title).startswith(FOLDED) and not self._full):
             return
-        _print(console, f"{title}:", style="bold")
-        labels = [_label(entry) for entry in entries]
-        indent = max(20, *map(len, labels)) + 4
-        for label, entry in zip(labels, entries, strict=True):
+        _print(console, f"{panel.title}:", style="bold")
+        indent = max(20, *map(len, entries)) + 4
+        for label, entry in entries.items():
             text = textwrap.fill(
-                _description(entry),
+                with_default(" ".join(_plain(entry.description).split()), entry.default),
                 width=max(console.width, indent + 30),
                 initial_indent=f"  {label}".ljust(indent),
                 subsequent_indent=" " * indent,
@@ -52,9 +52,8 @@ class CompactFormatter:
             _print(console, text or f"  {label}")
 
     def render_usage(self, console: Console, options: ConsoleOptions, usage: Any) -> None:
-        if usage:
-            text = _plain(usage).strip()
-            _print(console, text if text.startswith("Usage:") else f"Usage: {text}", style="bold")
+        text = _plain(usage).strip()
+        _print(console, text if text.startswith("Usage:") else f"Usage: {text}", style="bold")
 
     def render_description(self, console: Console, options: ConsoleOptions, description: Any) -> None:
         paragraphs = _plain(description).strip().split("\n\n")
@@ -66,24 +65,15 @@ def _print(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def _is_help(entry: HelpEntry) -> bool:
-    return HELP_FLAGS[0] in entry.positive_names
-
-
 def _label(entry: HelpEntry) -> str:
     """ "--device auto|cpu|cuda", "--max-tokens INT", "--[no-]enable-prefix-caching", "PROMPT"."""
-    names = [*entry.positive_shorts, *entry.positive_names]
     if entry.positional_label is not None:
         return entry.positional_label
+    names = [*entry.positive_shorts, *entry.positive_names]
     if entry.negative_names:
         names = [name.replace("--", "--[no-]", 1) for name in names]
     value = "|".join(entry.choices) if entry.choices else entry.metavar
     return ", ".join(names) + (f" {value}" if value else "")
-
-
-def _description(entry: HelpEntry) -> str:
-    """Return the entry's text in one line, with the default in brackets: "Maximum running requests (64)."."""
-    return with_default(" ".join(_plain(entry.description).split()), entry.default)
 
 
 def with_default(text: str, default: str | None) -> str:

@@ -1,17 +1,8 @@
-"""The command line: parses, runs a command, and turns its outcome into an exit code.
-
-Exit codes:
-    0    everything asked for was done
-    1    the command ran, but some of it failed (requests, or output that cannot be written)
-    2    nothing was run: wrong usage, wrong configuration, or it does not fit the machine
-    3    a run of the lab is not valid (its policy failed, and another one decided in its place), or a checked
-         policy breaks a rule
-    130  interrupted
-    141  whoever read the output has gone (128 + SIGPIPE, as with other tools)
-"""
+"""The command line: parses, runs a command, and turns its outcome into an exit code (``help.EXIT_CODES``)."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -30,13 +21,11 @@ from cyclopts import (
 )
 
 from aioengine import errors
-from aioengine.cli.common import CommonFlags
-from aioengine.cli.config.sources import Parsed, sources
-from aioengine.cli.flags import in_flags
-from aioengine.cli.generate.request_lines import LINE_FORMAT
+from aioengine.cli.config.sources import sources
+from aioengine.cli.flags import CommonFlags, in_flags
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
 from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, process
-from aioengine.cli.serving.log import print_error
+from aioengine.cli.serving.log import configure_logging, print_line
 from aioengine.config import refuse_removed
 
 EXIT_OK, EXIT_REFUSED = 0, 2
@@ -49,12 +38,6 @@ _WHILE_RUNNING = (
     errors.RequestRejected,
 )
 """Errors that end a command after its start; other errors of this package say why it could not start."""
-
-_EXAMPLES = """\
-  aioengine demo
-  aioengine generate "Once upon a time" --adapter path/to/adapter
-  aioengine generate --lora-modules sql=path/to/sql < requests.jsonl > answers.jsonl
-  aioengine plan --model path/to/model --max-loras 8 --max-lora-rank 16"""
 
 GROUPS = {
     "config": "Check, show and describe a server's configuration.",
@@ -70,7 +53,7 @@ COMMANDS = {
     "config check": ("config.commands", ["--config server.toml --port 9000"]),
     "config show": ("config.commands", ["--config server.toml"]),
     "config schema": ("config.commands", ["> aioengine.schema.json"]),
-    "demo": ("demo.command", ["", "--requests 24 --max-tokens 64"]),
+    "demo": ("demo", ["", "--requests 24 --max-tokens 64"]),
     "fleet status": ("fleet.command", [""]),
     "fleet adapters": ("fleet.command", [""]),
     "fleet drain": ("fleet.command", ["k3x9q2ab", "k3x9q2ab --undo"]),
@@ -92,14 +75,14 @@ COMMANDS = {
         "lab.compare",
         ["--policy fcfs,vllm+lru,vtc --trace azure_code.csv --adapters 200 --slots 4,8"],
     ),
-    "lab rerun": ("lab.rerun", ["results"]),
-    "lab new": ("lab.new", ["my_study"]),
-    "lab workload": ("lab.workload", ["workload.toml --plot"]),
+    "lab rerun": ("lab.folders", ["results"]),
+    "lab new": ("lab.folders", ["my_study"]),
+    "lab workload": ("lab.folders", ["workload.toml --plot"]),
     "lab size": ("lab.size", ["--workload workload.toml --slo ttft_p99=2.0 itl_p95=0.05"]),
-    "lab report": ("lab.report", ["results --rank-by latency_seconds.mean"]),
-    "lab calibrate": ("lab.calibrate", ["--out this-machine.json"]),
-    "lab record": ("lab.record", ["requests.jsonl --model path/to/model --lora-modules sql=path/to/sql"]),
-    "lab validate": ("lab.validate", ["--calibrate this-machine.json"]),
+    "lab report": ("lab.folders", ["results --rank-by latency_seconds.mean"]),
+    "lab calibrate": ("lab.live", ["--out this-machine.json"]),
+    "lab record": ("serve", ["requests.jsonl --model path/to/model --lora-modules sql=path/to/sql"]),
+    "lab validate": ("lab.live", ["--calibrate this-machine.json"]),
     "plan": ("plan", ["--model path/to/model", "--config engine.toml --max-loras 16 --max-lora-rank 64"]),
     "policies": ("policies", [""]),
     "policies check": ("policies", ["my_policy.py:MyPolicy", "edf+gdsf --runs 20"]),
@@ -119,22 +102,25 @@ def build_app(*, full_help: bool = False, unknown: list[str] | None = None) -> A
         full_help: Help shows the folded groups of flags too.
         unknown: Parsing adds what to tell about variables that no flag has.
     """
+    help_flags, flags = [*HELP_FLAGS, HELP_ALL], Group("Flags", sort_key=1)
     app = App(
         name="aioengine",
         help="Serve many LoRA adapters over one base model.",
-        help_flags=[*HELP_FLAGS, HELP_ALL],
+        help_flags=help_flags,
         help_format="plaintext",
         help_formatter=CompactFormatter(full=full_help),
-        help_epilogue=f"Examples:\n{_EXAMPLES}\n\nFlags of a command: aioengine COMMAND --help\n{EXIT_CODES}",
-        group_parameters=Group("Flags", sort_key=1),
+        help_epilogue=f"{_examples('')}\n\nFlags of a command: aioengine COMMAND --help\n{EXIT_CODES}",
+        group_arguments=flags,
+        group_parameters=flags,
         version_flags=["--version"],
         exit_on_error=False,
         print_error=False,
     )
     for group, help_ in GROUPS.items():
         more = f"Flags of a command: aioengine {group} COMMAND --help"
-        epilogue = f"Examples:\n{_examples(group)}\n\n{more}"
-        app.command(App(name=group, help=help_, help_flags=[*HELP_FLAGS, HELP_ALL], help_epilogue=epilogue))
+        app.command(
+            App(name=group, help=help_, help_flags=help_flags, help_epilogue=f"{_examples(group)}\n\n{more}")
+        )
     for command, (module, _) in COMMANDS.items():
         group, _, name = command.rpartition(" ")
         where = f"aioengine.cli.{module}"
@@ -142,13 +128,10 @@ def build_app(*, full_help: bool = False, unknown: list[str] | None = None) -> A
             app[command].default(getattr(import_module(where), name))
             continue
         more = f"All flags: aioengine {command} {HELP_ALL}    Exit codes: aioengine --help"
-        epilogue = f"Examples:\n{_examples(command)}\n\n{more}"
-        if full_help and command == "generate":
-            epilogue = f"JSON lines:\n{LINE_FORMAT}\n\n{epilogue}"
         (app[group] if group else app).command(
             f"{where}:{name}",
             name=name,
-            help_epilogue=epilogue,
+            help_epilogue=f"{_examples(command)}\n\n{more}",
             config=sources([] if unknown is None else unknown) if command in _OF_A_SERVER else (),
         )
     app.register_install_completion_command(
@@ -158,14 +141,14 @@ def build_app(*, full_help: bool = False, unknown: list[str] | None = None) -> A
 
 
 def _examples(command: str) -> str:
-    """Return examples of a command, or of all commands in a group."""
+    """Return examples of a command, of all commands in a group, or (for "") of the most used ones."""
+    of = [name for name in COMMANDS if f"{name} ".startswith(f"{command} ")]
     lines = [
         f"  aioengine {name} {arguments}".rstrip()
-        for name, (_, examples) in COMMANDS.items()
-        for arguments in (examples if name == command else examples[:1])
-        if name == command or name.startswith(f"{command} ")
+        for name in of or ("demo", "generate", "serve", "plan")
+        for arguments in COMMANDS[name][1][: None if name == command else 1]
     ]
-    return "\n".join(lines)
+    return "\n".join(["Examples:", *lines])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,42 +159,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def parse_again() -> dict[str, object]:
         try:
-            return build_app(unknown=[]).parse_args(tokens)[1].arguments
+            return build_app().parse_args(tokens)[1].arguments
         except CycloptsError as error:
             raise errors.ConfigError(_one_line(error)) from error
 
     try:
         app = build_app(full_help=HELP_ALL in tokens, unknown=unknown)
         # Listed commands are imported for their one-line descriptions.
-        asked = len(tokens) - 1 if tokens and tokens[-1] in (*HELP_FLAGS, HELP_ALL) else len(tokens)
-        if asked == 0 or (asked == 1 and tokens[0] in GROUPS):
-            listed = app[tokens[0]] if asked else app
+        asked = tokens[:-1] if tokens[-1:] in ([HELP_ALL], *([flag] for flag in HELP_FLAGS)) else tokens
+        if not asked or (len(asked) == 1 and asked[0] in GROUPS):
+            listed = app[asked[0]] if asked else app
             for name in listed:
                 listed[name]
         _refuse_removed_flags(tokens)
         command, bound, beside_flags = app.parse_args(tokens)
         common = bound.arguments.get("common") or common
         common.configure_logging()
-        line = Parsed(parse_again, unknown)
-        result = command(*bound.args, **bound.kwargs, **dict.fromkeys(beside_flags, line))
+        server = bound.arguments.get("server")
+        if server is not None and server.log_format == "json":  # errors before it serves are JSON, too
+            configure_logging("json", common.log_level or "info")
+        while unknown:
+            print_line(unknown.pop(0), logging.WARNING)
+        result = command(*bound.args, **bound.kwargs, **dict.fromkeys(beside_flags, parse_again))
     except KeyboardInterrupt:
         if process.ending is None:  # else the process says it when it exits
             print("aioengine: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except UnknownCommandError as error:
-        hint = " Flags come after the command." if tokens[0].startswith("-") else ""
-        print(f"aioengine: {_one_line(error)}{hint}", file=sys.stderr)
-        return EXIT_REFUSED
     except Exception as error:
         if common.debug:
             traceback.print_exc()
-        for complaint in unknown:  # one of them may be the cause
-            print_error(complaint)
-        print_error(_one_line(error))
-        refused = isinstance(error, (errors.AioEngineError, CycloptsError)) and not isinstance(
-            error, _WHILE_RUNNING
-        )
-        return EXIT_REFUSED if refused else EXIT_FAILED
+        for text in (*unknown, _one_line(error)):  # a variable may be the cause
+            print_line(text, logging.ERROR)
+        ours = isinstance(error, (errors.AioEngineError, CycloptsError))
+        return EXIT_REFUSED if ours and not isinstance(error, _WHILE_RUNNING) else EXIT_FAILED
     return result if isinstance(result, int) else EXIT_OK
 
 
@@ -234,11 +214,12 @@ def _find_modules_here() -> None:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, UnusedCliTokensError):
-        command = " ".join(("aioengine", *(error.command_chain or ())))
+    command = " ".join(("aioengine", *(getattr(error, "command_chain", None) or ())))
+    if isinstance(error, UnknownCommandError):
+        text += " Flags come after the command." if (error.unused_tokens or [""])[0].startswith("-") else ""
+    elif isinstance(error, UnusedCliTokensError):
         text = f"{' '.join(error.unused_tokens or ())!r}: {command} takes no such value; see --help"
-    if isinstance(error, MissingArgumentError) and error.argument is not None:
-        command = " ".join(("aioengine", *(error.command_chain or ())))
+    elif isinstance(error, MissingArgumentError) and error.argument is not None:
         name = error.argument.name
         if error.argument.field_info.is_positional:
             name = name.lstrip("-").upper()

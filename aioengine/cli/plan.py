@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aioengine.cli.common import CommonFlags
-from aioengine.cli.flags import EngineFlags
-from aioengine.errors import PolicyError
+from aioengine.cli.flags import CommonFlags, EngineFlags
+from aioengine.cli.policies import check_named
 
 if TYPE_CHECKING:
     from aioengine.memory_plan import MemoryPlan
@@ -21,13 +20,9 @@ def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None
     from aioengine.memory_plan import plan_from_config
     from aioengine.model.coverage import planned_cpu_level, planned_variance
     from aioengine.model.files.resolve import read_spec, resolve_model
-    from aioengine.schedulers import load_policy
 
     config = (engine or EngineFlags()).engine_config()
-    try:
-        load_policy(config.policy)
-    except ValueError as error:
-        raise PolicyError(str(error)) from error
+    check_named(config.policy)
     with load_progress() as progress:
         found = plan_from_config(config, progress=progress)
         spec = read_spec(resolve_model(config.model), config.model_impl, config.quantization)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from textwrap import indent
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from aioengine.cli.common import CommonFlags
-from aioengine.errors import ConfigError
+from aioengine.cli.flags import CommonFlags, Count
+from aioengine.cli.process import EXIT_NOT_VALID
+from aioengine.errors import PolicyError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from aioengine.lab.policy_check.check import Checked, Finding
+    from aioengine.lab.policy_check.check import Finding
     from aioengine.schedulers.registry import PolicyInfo
 
-EXIT_BROKEN = 3
+
+def check_named(policy: str | dict[str, Any]) -> None:
+    """Raise PolicyError if a configuration names a policy that does not exist."""
+    from aioengine.schedulers import load_policy
+
+    try:
+        load_policy(policy)
+    except ValueError as error:
+        raise PolicyError(str(error)) from error
 
 
 def policies(*, common: CommonFlags | None = None) -> int:
@@ -33,50 +39,48 @@ def policies(*, common: CommonFlags | None = None) -> int:
 
     console = output_console()
     whole = [info for info in available_policies().values() if info.kind == "policy"]
-    sections = {"whole policies": whole}
-    for kind, decides in PARTS.items():
-        sections[f"parts, {kind}: {decides}"] = list(available_parts(kind).values())
-    sections["routers, of a fleet"] = list(available_routers().values())
-    sections["placement of adapters, of a fleet"] = list(available_placements().values())
-    sections["number of replicas, of a fleet"] = list(available_autoscalers().values())
+    sections = {
+        "whole policies": whole,
+        **{f"parts, {kind}: {decides}": available_parts(kind).values() for kind, decides in PARTS.items()},
+        "routers, of a fleet": available_routers().values(),
+        "placement of adapters, of a fleet": available_placements().values(),
+        "number of replicas, of a fleet": available_autoscalers().values(),
+    }
     for title, infos in sections.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for info in infos:
-            name, (summary, *details) = info.name, _details_of(info)
-            text = Text(summary).append("".join(f"\n{detail}" for detail in details), style="dim")
-            table.add_row(Text(f"  {name}", style="bold"), text)
+            details = "".join(f"\n{detail}" for detail in _details_of(info))
+            table.add_row(
+                Text(f"  {info.name}", style="bold"), Text(info.summary).append(details, style="dim")
+            )
         console.print(Text(title, style="bold underline"))
         console.print(table, "")
     print(
-        "Name one alone (fcfs), with options (fcfs:max_wait=2), by parts (edf+gdsf+lookahead), "
-        "or by path (package.module:Class)."
+        " ".join((policies.__doc__ or "").split("\n\n")[1].replace("A policy is named", "Name one").split())
     )
     return 0
 
 
 def _details_of(info: PolicyInfo) -> list[str]:
-    """Return a policy's summary, and what else there is to know of it."""
-    details = [info.summary]
-    if "future:" in info.options:
-        details.append("lab only: it must know all arrivals beforehand, as in a trace")
-    elif info.options:
-        details.append(f"options: {info.options}")
-    if info.starvation_bound:
-        details.append(f"longest wait: {info.starvation_bound}")
-    if info.worst_case:
-        details.append(f"worst case: {info.worst_case}")
-    if info.source:
-        details.append(f"from: {info.source}")
-    return details
+    """Return what there is to know of a policy beside its summary."""
+    lab_only = "future:" in info.options
+    details = {
+        "lab only": "it must know all arrivals beforehand, as in a trace" if lab_only else None,
+        "options": None if lab_only else info.options,
+        "longest wait": info.starvation_bound,
+        "worst case": info.worst_case,
+        "from": info.source,
+    }
+    return [f"{name}: {text}" for name, text in details.items() if text]
 
 
 def check(
     policy: str,
     /,
     *,
-    runs: Annotated[int, Parameter(name="--runs")] = 5,
+    runs: Count = 5,
     common: CommonFlags | None = None,
 ) -> int:
     """Run a policy through random scenarios in virtual time, and report what it breaks.
@@ -90,13 +94,13 @@ def check(
         policy: A name (fcfs:max_wait=2), parts (edf+gdsf), package.module:Class, or my_policy.py:MyPolicy.
         runs: Runs of each scenario, with other events each time.
     """
+    from rich.text import Text
+
     from aioengine.cli.progress import progress
     from aioengine.cli.tables import output_console
     from aioengine.lab.policy_check.check import check_policy_contract
     from aioengine.lab.runs.simulate import check_policy
 
-    if runs < 1:
-        raise ConfigError(f"--runs {runs}: must be at least 1")
     check_policy(policy)
     with progress("checking") as show:
         found = check_policy_contract(
@@ -104,27 +108,20 @@ def check(
             runs=runs,
             progress=lambda done, total: show(done, total, f"{done:,} of {total:,} runs"),
         )
-    _print_checked(output_console(), policy, found)
-    return 0 if found.sound else EXIT_BROKEN
-
-
-def _print_checked(console: Console, policy: str, found: Checked) -> None:
-    from rich.text import Text
-
+    console = output_console()
     slowest = found.slowest * 1e3
-    console.print(
-        f"{policy}: {found.runs} runs, {found.decisions:,} decisions, the slowest {slowest:.2g} ms",
-        highlight=False,
-    )
+    counts = f"{found.runs} runs, {found.decisions:,} decisions, the slowest {slowest:.2g} ms"
+    console.print(Text(f"{policy}: {counts}"))
     for finding in found.broken:
         console.print(Text(f"broken: {_once(finding)}", style="bold red"))
-        console.print(Text("  " + finding.details.strip().replace("\n", "\n  "), style="dim"))
+        console.print(Text(indent(finding.details.strip(), "  "), style="dim"))
     if found.refused:
         console.print("refused by the core, item by item (to name more than fits is no fault):")
     for finding in sorted(found.refused, key=lambda finding: -finding.times):
         console.print(Text(f"  {_once(finding)}: {finding.details}"))
     if found.sound:
         console.print("nothing is broken", style="green")
+    return 0 if found.sound else EXIT_NOT_VALID
 
 
 def _once(finding: Finding) -> str:

@@ -37,6 +37,7 @@ class Ending(NamedTuple):
 
 
 INTERRUPTED = Ending(EXIT_INTERRUPTED, "interrupted")
+NOBODY_READS = Ending(EXIT_BROKEN_PIPE, None)
 
 
 class Process:
@@ -82,21 +83,18 @@ class Process:
         self._end(INTERRUPTED, at_once=True)
 
     def _on_output_error(self, error: OSError) -> None:
-        if error.errno == errno.EPIPE:
-            self._end(Ending(EXIT_BROKEN_PIPE, None), at_once=False)
-        else:
-            text = f"cannot write to standard output: {error.strerror}"
-            self._end(Ending(EXIT_FAILED, text), at_once=False)
+        failed = Ending(EXIT_FAILED, f"cannot write to standard output: {error.strerror}")
+        self._end(NOBODY_READS if error.errno == errno.EPIPE else failed, at_once=False)
 
     def _end(self, ending: Ending, *, at_once: bool) -> None:
         """Cancel the command. If there is nothing to cancel, or at the second call, exit if ``at_once``; else
         let the command end."""
         if at_once and (self._cancel is None or self.ending == ending):
             self._exit_now(ending)
-        first = self.ending is None
-        if first:
-            self.ending = ending
-        if first and self._cancel is not None:
+        if self.ending is not None:
+            return
+        self.ending = ending
+        if self._cancel is not None:
             timer = threading.Timer(GRACE_SECONDS, self._exit_now, [ending])
             timer.daemon = True
             timer.start()
@@ -109,18 +107,12 @@ class Process:
             interactive = os.isatty(2)
             # A live view may have hidden the cursor, and the line may contain "^C".
             before = _SHOW_CURSOR + b"\n" if interactive else b""
-            _write_at_once(before + f"aioengine: {ending.line}\n".encode())
+            writable = select.poll()
+            writable.register(2, select.POLLOUT)
+            with suppress(OSError):
+                if writable.poll(0):  # else it would block: a stopped terminal, or a pipe that nobody reads
+                    os.write(2, before + f"aioengine: {ending.line}\n".encode())
         os._exit(ending.code)
-
-
-def _write_at_once(line: bytes) -> None:
-    """Write a short line to standard error, unless it would block: on a stopped terminal, or a pipe that
-    nobody reads. A stream with any room has room for a line."""
-    with suppress(OSError):
-        writable = select.poll()
-        writable.register(2, select.POLLOUT)
-        if writable.poll(0):
-            os.write(2, line)
 
 
 class _GuardedFile(io.FileIO):
@@ -143,12 +135,11 @@ class _GuardedFile(io.FileIO):
 
 def _guarded(stream: TextIO | Any, fd: int, report: Callable[[OSError], None]) -> io.TextIOWrapper:
     """Return ``stream`` (None if there is none) over a guarded file, with the same encoding and buffering."""
-    raw = _GuardedFile(fd, report)
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        io.BufferedWriter(_GuardedFile(fd, report)),
         encoding=getattr(stream, "encoding", "utf-8"),
         errors="backslashreplace" if fd == 2 else "replace",
-        line_buffering=fd == 2 or raw.isatty(),
+        line_buffering=fd == 2 or os.isatty(fd),
         write_through=getattr(stream, "write_through", False),
     )
 
@@ -158,14 +149,11 @@ def _open_missing_streams() -> None:
 
     A missing input is opened for writing, and a missing output for reading, so that using them fails.
     """
-    for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+    for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:
-            opened = os.open(os.devnull, flags)
-            if opened != fd:
-                os.dup2(opened, fd)
-                os.close(opened)
+        except OSError:  # it is the first that is free, so it is what open returns
+            os.open(os.devnull, os.O_RDONLY if fd else os.O_WRONLY)
 
 
 process = Process()

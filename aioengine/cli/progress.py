@@ -1,9 +1,7 @@
-"""Progress on standard error: bars at a terminal, and of long tasks a line now and then elsewhere."""
+"""Progress bars on standard error, where that is a terminal."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
@@ -15,8 +13,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from aioengine.engine import AsyncEngine
-
-LINE_SECONDS = 10.0
 
 Show = Callable[[float, float | None, str], None]
 """Shows how much is done, of how much (None: not known), and the current item."""
@@ -69,39 +65,18 @@ def load_progress() -> Iterator[LoadProgress | None]:
 
 
 @contextmanager
-def progress(what: str, *, lines: bool = True) -> Iterator[Show]:
-    """Context with a function that shows the progress of ``what``: where there is no terminal, in a line
-    every few seconds, if ``lines``."""
+def progress(what: str) -> Iterator[Show]:
+    """Context with a function that shows the progress of ``what``."""
     console = _terminal()
     if console is None:
-        yield _Lines(what) if lines else lambda done, total, detail: None
+        yield lambda done, total, detail: None
         return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress, TextColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}", style="dim", markup=False),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
+    detail = TextColumn("{task.fields[detail]}", style="dim", markup=False)
+    with Progress(*Progress.get_default_columns(), detail, console=console, transient=True) as bars:
         task = bars.add_task(what, total=None, detail="")
         yield lambda done, total, detail: bars.update(task, completed=done, total=total, detail=detail)
-
-
-class _Lines:
-    """Progress for logs: nothing for a short task, else a line every few seconds."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._next = time.monotonic() + LINE_SECONDS
-
-    def __call__(self, done: float, total: float | None, detail: str) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + LINE_SECONDS
-            share = f" {done / total:.0%}" if total else ""
-            print(f"{self._what}{share}: {detail}", file=sys.stderr, flush=True)
 
 
 def _terminal() -> Console | None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
+import platform
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
-from aioengine.cli.common import CommonFlags
 from aioengine.cli.config.checked import Checked, ServerFlags, check_all, is_loopback
 from aioengine.cli.config.reload import Reloader
-from aioengine.cli.config.sources import ParsedLine
-from aioengine.cli.flags import EngineFlags
+from aioengine.cli.config.sources import ParseAgain
+from aioengine.cli.flags import CommonFlags, EngineFlags, Given, RecordFlags
 from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED, process
-from aioengine.cli.record_flags import RecordFlags
 from aioengine.cli.serving.log import configure_logging
 from aioengine.errors import ConfigError
+from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.server.transport.tls import expiry
 
 if TYPE_CHECKING:
@@ -40,39 +42,49 @@ def serve(
     recording: RecordFlags | None = None,
     fleet: FleetFlags | None = None,
     common: CommonFlags | None = None,
-    line: ParsedLine = None,
+    parse_again: ParseAgain = None,
 ) -> int:
     """Serve a model and its adapters over an OpenAI-compatible HTTP API.
 
     "model" in a request is the name of the base model or of an adapter. SIGTERM lets accepted requests
     finish; a second SIGTERM ends them. With --adapter-root, adapters can be loaded over HTTP.
     """
-    flags = server or ServerFlags()
-    level = common.log_level if common is not None and common.log_level is not None else "info"
-    if flags.log_format == "json":  # so that an error that ends it before it starts is JSON, too
-        configure_logging(flags.log_format, level)
     checked = check_all(server, engine, fleet)
     record = recording or RecordFlags()
     if checked.replicas is not None and record.record is not None:
         raise ConfigError("--record: records one engine's requests; remove --replicas, or --record")
 
     def read_again() -> Checked:
-        found: dict[str, Any] = {} if line is None else line.again()
+        found: dict[str, Any] = {} if parse_again is None else parse_again()
         return check_all(found.get("server"), found.get("engine"), found.get("fleet"))
 
     with background_stderr() as log:
-        configure_logging(flags.log_format, level)
-        while line is not None and line.unknown:
-            logger.warning("%s", line.unknown.pop(0))
+        configure_logging(checked.flags.log_format, (common or CommonFlags()).log_level or "info")
         return run(_serve(checked, record, log, Reloader(checked, read_again)))
+
+
+def record(
+    file: Given,
+    /,
+    *,
+    server: ServerFlags | None = None,
+    engine: EngineFlags | None = None,
+    common: CommonFlags | None = None,
+) -> int:
+    """Serve, and append a line per request to a file for --trace.
+
+    The same as serve --record FILE. It writes times, lengths and names, and never any text.
+
+    Args:
+        file: JSON lines; may be an earlier recording, to which lines are added.
+    """
+    return serve(server=server, engine=engine, recording=RecordFlags(record=file), common=common)
 
 
 async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, reloader: Reloader) -> int:
     from aioengine.cli.fleet.started import started_fleet
     from aioengine.cli.progress import started
     from aioengine.cli.serving.lifetime import serve_to_the_end
-    from aioengine.cli.serving.startup import tell_what_runs
-    from aioengine.cli.serving.traces import tracing
     from aioengine.engine import AsyncEngine
     from aioengine.server.app import create_app
     from aioengine.server.entrance import Entrance
@@ -82,11 +94,13 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
     signals = Signals()
     # Before the model is loaded, so that a port in use is reported, and probes are answered.
     entrance = Entrance(config.name)
-    async with (
-        recording.writer() as writer,
-        tracing(flags.otlp_endpoint, config.name) as traces,
-        contextlib.AsyncExitStack() as ending,
-    ):
+    async with recording.writer() as writer, contextlib.AsyncExitStack() as ending:
+        instance = f"{platform.node()}-{os.getpid()}"
+        resource = {"service.instance.id": instance, "aioengine.engine": config.name}
+        traces = otlp_provider(flags.otlp_endpoint, resource=resource)
+        if traces is not None:
+            logger.info("requests are traced, and their spans are sent by OTLP over HTTP")
+            ending.push_async_callback(end_tracing, traces)
         ending.enter_context(signals.reload_handled())
         if process.hung_up:
             signals.reload.set()
@@ -115,9 +129,9 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
             gc.collect()
             gc.freeze()  # a full collection would visit all of it, in 130 ms in which nobody is answered
             try:
-                _tell(url, checked)
+                _log_start(url, checked)
                 if isinstance(client, AsyncEngine):
-                    tell_what_runs(client)
+                    _log_engine(client)
                 with signals.handled():
                     finished = await serve_to_the_end(client, app, signals, flags, reloader)
                 dead = client.state == "dead"
@@ -131,10 +145,42 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
     return 0 if finished and not dead else EXIT_FAILED
 
 
-def _tell(url: str, checked: Checked) -> None:
+def _log_start(url: str, checked: Checked) -> None:
     settings, host, certificate = checked.settings, checked.flags.host, checked.listen.tls
     logger.info("serving at %s (API: %s/v1, page: %s/, description: %s/docs)", url, url, url, url)
     if not settings.api_keys and settings.keys_file is None and not is_loopback(host):
         logger.warning("anybody who reaches %s may use this server: there are no API keys", host)
     if certificate is not None and certificate.expires < time.time() + EXPIRES_SOON_SECONDS:
         logger.warning("%s; renew it, and send SIGHUP", expiry(certificate.expires))
+
+
+def _log_engine(engine: AsyncEngine) -> None:
+    """Log everything that determines the speed of this server: the model, the kernels, memory and limits."""
+    from aioengine.checks import format_bytes
+
+    threads = os.cpu_count()
+    if "torch" in sys.modules:  # not imported just for this, because that takes seconds
+        from aioengine.model.parallel.threads import rank_threads
+
+        threads = rank_threads(1)
+    config, plan = engine.config, engine.plan
+    fields: dict[str, object] = {
+        "model": engine.model_name,
+        **engine.build,
+        "device": plan.device,
+        "dtype": plan.dtype,
+        "threads": threads,
+        "executor": config.executor,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "policy": config.policy if isinstance(config.policy, str) else type(config.policy).__name__,
+        "slots": plan.num_slots,
+        "cpu_adapters": plan.cpu_capacity,
+        "kv_tokens": plan.num_blocks * plan.block_size,
+        "kv_memory": format_bytes(plan.num_blocks * plan.block_bytes),
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_model_len": plan.max_model_len,
+        "prefix_caching": config.enable_prefix_caching,
+    }
+    line = " ".join(f"{name}={value}" for name, value in fields.items())
+    logger.info("engine: %s", line, extra={"data": fields})

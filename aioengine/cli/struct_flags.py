@@ -8,12 +8,14 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
+    NamedTuple,
     TypeVar,
     Union,
     get_args,
@@ -24,7 +26,7 @@ from typing import (
 import msgspec
 from cyclopts import Group, Parameter
 
-from aioengine.cli.help import with_default
+from aioengine.cli.help import FOLDED, with_default
 
 T = TypeVar("T")
 
@@ -32,8 +34,8 @@ LONG = 100
 """Characters of a text beyond which what it has in brackets is left out."""
 
 
-class StructFlags:
-    """Base of the flags of structs. A flag that is not given is None."""
+class Flags:
+    """Base of classes of flags, which :func:`flag_set` makes."""
 
     if TYPE_CHECKING:
 
@@ -41,56 +43,69 @@ class StructFlags:
         def __getattr__(self, name: str) -> Any: ...
 
 
+class FieldsOf(NamedTuple):
+    """Fields of a struct that get a flag each."""
+
+    struct: type[msgspec.Struct]
+    only: Sequence[str] | None = None
+    """None: all but those that are ``left_out``."""
+    left_out: Sequence[str] = ()
+    also: Sequence[type[msgspec.Struct]] = ()
+    """Structs with the texts of fields that have none here."""
+    title: str | None = None
+    """Title on help pages, unless it is that of the whole set."""
+
+
+def flag_set(
+    title: str, place: int, *sources: FieldsOf, shown: Sequence[str] | None = None, defaults: bool = False
+) -> Callable[[type[T]], type[T]]:
+    """Make a decorator that adds the flags of structs to those that a class has, and makes it a dataclass.
+
+    Args:
+        title: Title of the flags on help pages, which have them in the order of ``place``.
+        shown: Flags that ``--help`` shows; all others are folded. None: it shows all.
+        defaults: A struct's flag that is not given has the field's default; else it is None.
+    """
+
+    def groups(of: str) -> tuple[Group, Group]:
+        at = place if of == title else place + 1
+        return Group(of, sort_key=at), Group(f"{FOLDED}: {of.lower()}", sort_key=at + 50)
+
+    def decorate(cls: type[T]) -> type[T]:
+        own, plain = get_type_hints(cls, include_extras=True), get_type_hints(cls)
+        annotations: dict[str, Any] = {}
+
+        def add(name: str, kind: Any, of: str, **more: Any) -> None:
+            seen, folded = groups(of)
+            bare = plain.get(name, kind)
+            if any(map(_is_list, (bare, *get_args(bare)))):
+                more["negative"] = ""
+            group = seen if shown is None or name in shown else folded
+            annotations[name] = Annotated[kind, Parameter(group=group, **more)]
+
+        for name, kind in own.items():
+            add(name, kind, title)
+        for source in sources:
+            hints = get_type_hints(source.struct)
+            texts = functools.reduce(dict.__or__, map(_texts, (*source.also, source.struct)))
+            for field in msgspec.structs.fields(source.struct):
+                name, kind = field.name, _flag_type(hints[field.name])
+                if name in (*own, *source.left_out) or (source.only is not None and name not in source.only):
+                    continue
+                default = field.default if defaults else None
+                text = with_default(texts.get(name, ""), None if defaults else _default(field.default))
+                add(name, kind | None if default is None else kind, source.title or title, help=text)
+                setattr(cls, name, default)
+        cls.__annotations__ = annotations
+        return Parameter(name="*", group=groups(title)[0])(dataclass(frozen=True, kw_only=True)(cls))
+
+    return decorate
+
+
 def given(flags: object, struct: type[msgspec.Struct] | None = None) -> dict[str, Any]:
     """Return the flags that were given, by name; with ``struct``, those for its fields."""
     names = vars(flags) if struct is None else struct.__struct_fields__
     return {name: value for name in names if (value := vars(flags).get(name)) is not None}
-
-
-def flags_of(
-    struct: type[msgspec.Struct],
-    *,
-    group: Group,
-    more: Group | None = None,
-    shown: Sequence[str] = (),
-    only: Sequence[str] | None = None,
-    left_out: Sequence[str] = (),
-    also: Sequence[type[msgspec.Struct]] = (),
-    defaults: bool = False,
-) -> Callable[[type[T]], type[T]]:
-    """Make a decorator that adds to a class a flag for each field of a struct, before it becomes a dataclass.
-    Flags that the class has itself stay as they are.
-
-    Args:
-        group: Group of the flags in ``shown``.
-        more: Group of all others.
-        also: Structs with the texts of fields that have none here.
-        defaults: A flag that is not given has the field's default; else it is None.
-        only: The fields that get a flag; None: all but those that are ``left_out``.
-    """
-
-    def decorate(cls: type[T]) -> type[T]:
-        hints = get_type_hints(struct)
-        texts: dict[str, str] = {}
-        for described in (*also, struct):
-            texts |= _texts(described)
-        for field in msgspec.structs.fields(struct):
-            if field.name in (*cls.__annotations__, *left_out):
-                continue
-            if only is not None and field.name not in only:
-                continue
-            kind = _flag_type(hints[field.name])
-            parameter = Parameter(
-                group=group if more is None or field.name in shown else more,
-                help=with_default(texts.get(field.name, ""), None if defaults else _default(field.default)),
-                negative="" if get_origin(kind) is list else None,
-            )
-            default = field.default if defaults else None
-            cls.__annotations__[field.name] = Annotated[kind | None if default is None else kind, parameter]
-            setattr(cls, field.name, default)
-        return cls
-
-    return decorate
 
 
 def _default(value: Any) -> str | None:
@@ -108,9 +123,14 @@ def _flag_type(hint: Any) -> Any:
     for kind in kinds:
         if get_origin(kind) is Literal:
             return kind
-        if isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Sequence):
+        if _is_list(kind):
             return list[get_args(kind)[0]]  # type: ignore[misc] # a type that is made here
     return kinds[0]
+
+
+def _is_list(kind: Any) -> bool:
+    origin = get_origin(kind)
+    return isinstance(origin, type) and issubclass(origin, Sequence)
 
 
 @functools.cache
@@ -120,16 +140,13 @@ def _texts(struct: type[msgspec.Struct]) -> dict[str, str]:
         module = ast.parse(inspect.getsource(inspect.getmodule(struct) or struct))
     except OSError:  # only compiled files are there
         return {}
-    (body,) = (
-        node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == struct.__name__
-    )
+    classes = {node.name: node.body for node in module.body if isinstance(node, ast.ClassDef)}
     found: dict[str, str] = {}
-    for field, text in pairwise(body):
+    for field, text in pairwise(classes[struct.__name__]):
         match field, text:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                sentence = re.split(
-                    r"(?<!\.\.)[.;] ", " ".join(doc.split()).replace("``", "").replace('"', "")
-                )[0]
+                plain = " ".join(doc.split()).replace("``", "").replace('"', "")
+                sentence = re.split(r"(?<!\.\.)[.;] ", plain)[0]
                 if len(sentence) > LONG:
                     sentence = sentence.split(" (")[0]
                 found[name] = f"{sentence.removesuffix('.')}."

@@ -6,17 +6,21 @@ import asyncio
 import http.client
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from aioengine import __version__
 from aioengine.adapters.read_threads import ReadThreads
-from aioengine.cli.common import CommonFlags
+from aioengine.cli.flags import CommonFlags, Switch
 from aioengine.cli.loop import run
 from aioengine.errors import ConfigError
 
@@ -36,8 +40,8 @@ def top(
     *,
     url: str = "http://127.0.0.1:8000",
     key: str | None = None,
-    every: float = 1.0,
-    once: bool = False,
+    every: Annotated[float, Parameter(validator=Number(gt=0))] = 1.0,
+    once: Switch = False,
     common: CommonFlags | None = None,
 ) -> int:
     """Show a running server live: slots, queues, rates, and the oldest requests.
@@ -48,8 +52,6 @@ def top(
         every: Seconds between two updates.
         once: Print once and exit.
     """
-    if not every > 0:
-        raise ConfigError(f"--every {every}: must be more than 0")
     from aioengine.cli.tables import output_console
 
     key = key or os.environ.get(KEY_VARIABLE)
@@ -64,28 +66,28 @@ def top(
 async def _watch(console: Console, see: Callable[[], dict[str, Any]], every: float) -> None:
     """Show what ``see`` returns until cancelled. A server that goes away may come back, as in a restart."""
     from rich.console import Group
-    from rich.live import Live
     from rich.text import Text
+
+    from aioengine.cli.board import board
 
     # Ctrl-C ends this at once, although a server that stands still keeps a thread waiting.
     threads = ReadThreads("aioengine-top")
-    clock = asyncio.get_running_loop().time
     before, now = None, await threads.run(see)
-    seen, error = clock(), None
-    screen = Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else None
-    with screen or nullcontext():
+    seen, error = time.monotonic(), None
+    with board(console, screen=True) as show:
         while True:
-            shown = frame(now, before, console.width, console.height if screen else None)
+            picture = frame(now, before, console.width, console.height if show else None)
             if error is not None:
-                shown = Group(Text(f"{error}; this is {clock() - seen:.0f} s old:", style="bold red"), shown)
-            if screen is None:
-                console.print(shown, "")
+                age = f"{error}; this is {time.monotonic() - seen:.0f} s old:"
+                picture = Group(Text(age, style="bold red"), picture)
+            if show is None:
+                console.print(picture, "")
             else:
-                screen.update(shown, refresh=True)
+                show(picture)
             await asyncio.sleep(every)
             try:
                 before, now, error = now, await threads.run(see), None
-                seen = clock()
+                seen = time.monotonic()
             except ConfigError as found:
                 before, error = None, found
 
@@ -105,8 +107,9 @@ def look(url: str, key: str | None) -> dict[str, Any]:
         why = f"no aioengine server answers there: {error}"
         if error.code in (401, 403):
             why = "a key with the scope admin is needed: --key, or AIOENGINE_KEY (`aioengine keys new`)"
-        elif error.code in (429, 503):
-            why = _reason(error)
+        elif error.code in (429, 503):  # it says why: that it is starting, say
+            with suppress(OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+                why = str(json.load(error)["error"]["message"])
         raise ConfigError(f"{url}: {why}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)  # what urllib has put into an error of its own
@@ -116,14 +119,6 @@ def look(url: str, key: str | None) -> dict[str, Any]:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{url}: no aioengine server of this version answers there") from error
     return found  # type: ignore[no-any-return] # what can be drawn
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    """Return what the server says: that it is starting, say."""
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
-        return str(error)
 
 
 def frame(now: dict[str, Any], before: dict[str, Any] | None, width: int, height: int | None = None) -> Group:
@@ -171,15 +166,16 @@ def _rates(now: dict[str, Any], before: dict[str, Any] | None) -> str:
 def _requests(requests: list[dict[str, Any]], most: int, width: int) -> Any:
     from aioengine.cli.board import NARROW, cut_table
 
-    columns = ["seconds", "request", "route", "tenant", "adapter", "prompt", "output"]
-    if width < NARROW:
-        columns.remove("route")
-    rows = []
-    for one in requests[:most]:
-        row = {name: "" if one.get(name) is None else str(one[name]) for name in columns}
-        request = str(one.get("request_id"))
-        row |= {"seconds": f"{one['seconds']:.1f}", "output": str(one.get("output_tokens", 0))}
-        row |= {"request": request[:8] if width < NARROW else request}
-        row |= {"prompt": str(one.get("prompt_tokens", ""))}
-        rows.append(row)
+    narrow = width < NARROW
+    columns = ["seconds", "request", *([] if narrow else ["route"]), "tenant", "adapter", "prompt", "output"]
+    rows = [
+        {
+            "seconds": f"{one['seconds']:.1f}",
+            "request": str(one.get("request_id"))[: 8 if narrow else None],
+            "prompt": str(one.get("prompt_tokens", "")),
+            "output": str(one.get("output_tokens", 0)),
+            **{name: str(one.get(name) or "") for name in ("route", "tenant", "adapter")},
+        }
+        for one in requests[:most]
+    ]
     return cut_table(columns, rows, len(requests) - len(rows), width)

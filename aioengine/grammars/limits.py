@@ -13,10 +13,6 @@ from aioengine.errors import RequestInvalid
 
 MiB = 2**20
 
-QUICK_NICE = 5
-LONG_NICE = 10
-"""Nice value of compiles, so that the model's threads go first."""
-
 MAX_DEPTH = 64
 """Maximum nesting of a JSON schema. References do not count, because each target is written once, at the
 top."""
@@ -39,9 +35,6 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_characters: int = 2**18
     """Maximum characters of a grammar's text."""
-    quick_seconds: float = 0.5
-    """A compile that takes longer is stopped. It begins again, with a higher nice value, when no other long
-    one runs. One short and one long compile run at a time, so that no long one delays a short one."""
     compile_seconds: float = 5.0
     """A compile that takes longer is given up."""
     compile_wall_seconds: float = 30.0
@@ -83,6 +76,14 @@ def check_properties(names: Collection[str]) -> None:
         )
 
 
+def json_of(value: Any) -> str:
+    """Write a value as JSON. Raises RequestInvalid if it cannot be written."""
+    try:
+        return json.dumps(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestInvalid(f"the schema cannot be written as JSON: {error}") from error
+
+
 class SchemaBudget:
     """Counts the work of reading the JSON schemas of one request, and what is written for the compiler. A
     short schema can become a long one, because what is behind references may be written once for each."""
@@ -96,27 +97,19 @@ class SchemaBudget:
         if self._schemas > MAX_SCHEMAS:
             raise RequestInvalid(f"the schema has more than {MAX_SCHEMAS} schemas within it")
 
-    def take_names(self, names: Iterable[str]) -> None:
+    def take_names(self, *names: Iterable[str]) -> None:
         """Count names of properties. Raises RequestInvalid if all that is written is too long."""
-        self._take(sum(len(name) + 1 for name in names))
+        self.take_characters(sum(len(name) + 1 for some in names for name in some))
 
-    def take_value(self, value: Any) -> None:
-        """Count a value that is written unchanged. Raises RequestInvalid if all that is written is too long,
-        or if it is not JSON."""
-        try:
-            size = len(json.dumps(value))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise RequestInvalid(f"the schema cannot be written as JSON: {error}") from error
-        self._take(size)
-
-    def take_pairs(self, count: int) -> bool:
-        """Count pairs of alternatives that are to be compared; returns whether they may be."""
-        self._pairs += count
-        return self._pairs <= MAX_COMPARED
-
-    def _take(self, characters: int) -> None:
-        self._characters += characters
+    def take_characters(self, count: int) -> None:
+        """Count characters. Raises RequestInvalid if all that is written is too long."""
+        self._characters += count
         if self._characters > MAX_CHARACTERS:
             raise RequestInvalid(
                 f"the schema has more than {MAX_CHARACTERS} characters once references are followed"
             )
+
+    def take_pairs(self, alternatives: int) -> bool:
+        """Count the pairs of so many alternatives; returns whether they may be compared."""
+        self._pairs += alternatives * (alternatives - 1) // 2
+        return self._pairs <= MAX_COMPARED

@@ -26,21 +26,13 @@ class References:
         if not isinstance(reference, str):
             raise RequestInvalid("the schema has a $ref that is no text")
         if reference not in self._targets:
-            self._targets[reference] = self._find(reference)
-        return self._targets[reference]
-
-    def _find(self, reference: str) -> Any:
-        pointer = reference.removeprefix(self._id)
-        if pointer in ("", "#") or pointer.startswith("#/"):
-            found = self._at(pointer)
-        else:
-            found = self._anchored(pointer[1:]) if pointer.startswith("#") else None
-        if not isinstance(found, (dict, bool)):
+            self._targets[reference] = self._find(reference.removeprefix(self._id))
+        if not isinstance(self._targets[reference], (dict, bool)):
             raise RequestInvalid(
                 f"the schema's reference {reference[:200]!r} leads to no schema within it; "
                 "references look like '#/$defs/Name'"
             )
-        return found
+        return self._targets[reference]
 
     def behind(self, schema: Any, beside: AbstractSet[str]) -> Any:
         """Follow a schema that is only a reference, with keywords ``beside`` it."""
@@ -52,27 +44,24 @@ class References:
             schema = self.target(schema["$ref"])
         return schema
 
-    def _at(self, pointer: str) -> Any:
-        found = self._root
-        for part in pointer.split("/")[1:]:
-            key = unquote(part).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list):
-                index = int(key) if key.isdecimal() and len(key) < 6 else len(found)
-                found = found[index] if index < len(found) else None
-            else:
-                found = found.get(key) if isinstance(found, dict) else None
-        return found
-
-    def _anchored(self, name: str) -> Any:
+    def _find(self, pointer: str) -> Any:
+        if pointer in ("", "#") or pointer.startswith("#/"):
+            found = self._root
+            for part in pointer.split("/")[1:]:
+                key = unquote(part).replace("~1", "/").replace("~0", "~")
+                if isinstance(found, list):
+                    at = int(key) if key.isdecimal() and len(key) < 6 else len(found)
+                    found = found[at] if at < len(found) else None
+                else:
+                    found = found.get(key) if isinstance(found, dict) else None
+            return found
         if self._anchors is None:
             self._anchors = {}
             todo: list[Any] = [self._root]
-            while todo:
-                value = todo.pop()
+            for value in todo:
                 if isinstance(value, dict):
-                    if isinstance(value.get("$anchor"), str):
-                        self._anchors[value["$anchor"]] = value
+                    self._anchors[f"#{value.get('$anchor')}"] = value
                     todo.extend(value.values())
                 elif isinstance(value, list):
                     todo.extend(value)
-        return self._anchors.get(name)
+        return self._anchors.get(pointer)

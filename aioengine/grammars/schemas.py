@@ -15,16 +15,15 @@ stay allowed. The rules keep two promises (tests/grammars/test_schemas.py checks
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
-from collections.abc import ItemsView, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.alternatives import Alternatives, required_names, types
-from aioengine.grammars.limits import MAX_DEPTH, SchemaBudget, check_lists, check_properties
+from aioengine.grammars.alternatives import Told, required_names, types
+from aioengine.grammars.limits import MAX_DEPTH, SchemaBudget, check_lists, check_properties, json_of
 from aioengine.grammars.references import References
 
 FORMATS = frozenset(
@@ -41,8 +40,12 @@ _ALTERNATIVES = ("anyOf", "oneOf")
 _IN_PLACE = ("$ref", "allOf", *_ALTERNATIVES)
 """Keywords whose schemas apply to the same value as the schema that contains them."""
 _OF_ITEMS = ("items", "prefixItems", "additionalItems")
-_LAST = ("properties", "$ref")
-"""Keywords that are written last where several schemas apply to a value."""
+_LAST = ("properties", "$ref", "$ref")
+"""Keywords that are written last where several schemas apply to a value; the second after the first."""
+_OVERLAP = (
+    "its alternatives overlap; tell them apart by type, or by a required property with different const "
+    "values, or use anyOf"
+)
 _KEEP_OPEN = frozenset(
     {"const", "enum", "not", "if", "then", "else", "propertyNames", "unevaluatedProperties"}
     | {"dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"}
@@ -103,11 +106,7 @@ def prepare_schema(
             raise RequestInvalid(f"the schema is not JSON: {error}") from error
     check_lists(schema)
     writer = _Writer(schema, options, budget or SchemaBudget())
-    written = {**writer.write(), "x-guidance": options.guidance}
-    try:
-        text = json.dumps(written)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestInvalid(f"the schema cannot be written as JSON: {error}") from error
+    text = json_of({**writer.write(), "x-guidance": options.guidance})
     return PreparedSchema(text, tuple(writer.not_enforced))
 
 
@@ -165,7 +164,8 @@ class _Writer:
         self._pending: list[tuple[str, bool]] = []
         """Definitions that are still to be written."""
         self._references = References(root)
-        self._alternatives = Alternatives()
+        self._told: dict[int, Told] = {}
+        """What tells alternatives apart, by identity: many ``oneOf`` may refer to them."""
         self.not_enforced: dict[str, None] = {}
 
     def write(self) -> Schema:
@@ -177,9 +177,8 @@ class _Writer:
         definitions: dict[str, Any] = {}
         while self._pending:
             reference, closed = self._pending.pop()
-            target = self._references.target(reference)
-            name = self._definitions[reference, closed]
-            definitions[name] = self._write(target, 0, _ALL if closed else _NOTHING)
+            target = self._write(self._references.target(reference), 0, _ALL if closed else _NOTHING)
+            definitions[self._definitions[reference, closed]] = target
         return {**written, "$defs": definitions} if definitions else written
 
     def _write(self, schema: Any, depth: int, part: _Part) -> Any:
@@ -191,45 +190,50 @@ class _Writer:
         in_place = [keyword for keyword in _IN_PLACE if keyword in schema]
         others = schema.keys() - _ANNOTATIONS - {"type", "nullable"}
         members: list[Schema] = []
-        if part is _ALL and (len(in_place) > 1 or (in_place and len(others) > 1) or _has_several(schema)):
+        several = len(in_place) > 1 or (in_place and len(others) > 1)
+        if part is _ALL and (several or ("allOf" in schema and len(_list(schema, "allOf")) > 1)):
             members = list(self._members(schema, depth, ()))
             part = _part_of(members)
         nested = _ALL if part.items and not schema.keys() & _MANY_FOR_ONE else _NOTHING
-        keys = list(schema)
-        if part.is_member:
-            keys = [*(key for key in keys if key not in _LAST), *(key for key in _LAST if key in schema)]
         written: Schema = {}
-        for key in keys:
+
+        def write(inner: Any, of: _Part = nested) -> Any:
+            return self._write(inner, depth + 1, of)
+
+        for key in sorted(schema, key=_LAST.count) if part.is_member else schema:
             value = schema[key]
             if key in _ANNOTATIONS:
                 continue
             elif key == "$ref":
                 if part.is_member:
-                    target = self._write(self._references.target(value), depth + 1, part)
+                    target = write(self._references.target(value), part)
                     written["allOf"] = [target, *written.get("allOf", ())]
                 else:
                     written[key] = self._definition(value, closed=part is _ALL)
             elif key in ("properties", "patternProperties"):
+                inner_of = _dict(schema, key)
+                self._budget.take_names(inner_of)
                 written[key] = {
-                    name: self._write(
-                        inner, depth + 1, part.of_property(name, nested) if key == "properties" else nested
-                    )
-                    for name, inner in self._named(schema, key)
+                    name: write(inner, part.of_property(name, nested) if key == "properties" else nested)
+                    for name, inner in inner_of.items()
                 }
             elif key == "prefixItems" or (key == "items" and isinstance(value, list)):  # until 2019-09
-                written["prefixItems"] = [
-                    self._write(inner, depth + 1, nested) for inner in _list(schema, key)
-                ]
+                written["prefixItems"] = list(map(write, _list(schema, key)))
             elif key == "additionalItems":
                 if isinstance(schema.get("items"), list):
-                    written["items"] = self._write(value, depth + 1, nested)
+                    written["items"] = write(value)
             elif key in ("additionalProperties", "items"):
-                written[key] = self._write(value, depth + 1, nested)
+                written[key] = write(value)
             elif key in ("allOf", *_ALTERNATIVES):
-                if key == "oneOf":
-                    self._check_one_of(_list(schema, key))
-                inners = [self._write(inner, depth + 1, part) for inner in _list(schema, key)]
-                self._add(written, "anyOf" if key == "oneOf" else key, inners)
+                if key == "oneOf" and not self._told_apart(_list(schema, key)):
+                    self._leave_out("oneOf", _OVERLAP)
+                inners = [write(inner, part) for inner in _list(schema, key)]
+                if key == "allOf":
+                    written[key] = [*written.get(key, ()), *inners]
+                elif "anyOf" in written:  # both anyOf and oneOf
+                    written.setdefault("allOf", []).append({"anyOf": inners})
+                else:
+                    written["anyOf"] = inners
             elif key == "uniqueItems":
                 if value is not False:
                     self._leave_out("uniqueItems")
@@ -237,51 +241,37 @@ class _Writer:
                 if schema.get("type", "string") == "string":  # for numbers, a format only names their size
                     self._leave_out(f"format {value[:40]!r}")
             else:
-                self._budget.take_value({key: value})
+                self._budget.take_characters(len(json_of({key: value})))
                 written[key] = value
-        if members:
-            self._close_together(written, schema, members)
-        elif part is _ALL and not in_place:
+        if members and (closing := self._closing(schema, members)):
+            written["allOf"] = [*written.get("allOf", ()), closing]
+        elif part is _ALL and not in_place and "properties" in schema:
             self._close(written, schema)
         return written
 
     def _close(self, written: Schema, schema: Schema) -> None:
         """Allow only the names that the schema declares."""
-        if "properties" in schema and "additionalProperties" not in schema and _may_close(schema):
-            names = [name for name in _names(schema) if name not in written["properties"]]
-            self._budget.take_names(names)
-            written["properties"].update(dict.fromkeys(names, True))
+        if "additionalProperties" not in schema and _may_close(schema, names := _names(schema)):
+            new = [name for name in names if name not in written["properties"]]
+            self._budget.take_names(new)
+            written["properties"].update(dict.fromkeys(new, True))
             written["additionalProperties"] = False
 
-    def _close_together(self, written: Schema, schema: Schema, members: list[Schema]) -> None:
-        """Allow only the names that any of the schemas declares which apply to the value together."""
+    def _closing(self, schema: Schema, members: list[Schema]) -> Schema | None:
+        """Return a schema that allows only the names which any of the schemas declares that apply to the
+        value together; None if the object must stay open."""
         names = dict.fromkeys(itertools.chain.from_iterable(map(_names, members)), True)
-        if self._declares(schema) and all(
-            member.get("additionalProperties", False) is False and _may_close(member, len(names))
+        if not self._declares(schema) or not all(
+            member.get("additionalProperties", False) is False and _may_close(member, names)
             for member in members
         ):
-            closing: Schema = {"properties": names, "additionalProperties": False}
-            patterns = itertools.chain.from_iterable(_dict(m, "patternProperties") for m in members)
-            self._budget.take_names(names)
-            if allowed := dict.fromkeys(patterns, True):
-                closing["patternProperties"] = allowed
-            written["allOf"] = [*written.get("allOf", ()), closing]
-
-    @staticmethod
-    def _add(written: Schema, key: str, inners: list[Any]) -> None:
-        if key in written and key == "anyOf":  # both anyOf and oneOf
-            written.setdefault("allOf", []).append({"anyOf": inners})
-        elif key == "allOf":
-            written["allOf"] = [*written.get("allOf", ()), *inners]
-        else:
-            written[key] = inners
-
-    def _named(self, schema: Schema, key: str) -> ItemsView[str, Any]:
-        inner_of = _dict(schema, key)
-        self._budget.take_names(inner_of)
-        return inner_of.items()
-
-    # What is behind a schema
+            return None
+        self._budget.take_names(names)
+        patterns = itertools.chain.from_iterable(_dict(member, "patternProperties") for member in members)
+        closing: Schema = {"properties": names, "additionalProperties": False}
+        if allowed := dict.fromkeys(patterns, True):
+            closing["patternProperties"] = allowed
+        return closing
 
     def _members(self, schema: Any, depth: int, path: tuple[str, ...]) -> Iterator[Schema]:
         """Return all schemas that apply to the same value: this one, and those within it that apply in
@@ -289,18 +279,16 @@ class _Writer:
         if not self._begin(schema, depth):
             return
         yield schema
-        self._budget.take_names((*_dict(schema, "properties"), *required_names(schema)))
-        self._budget.take_names(_dict(schema, "patternProperties"))
+        names = _dict(schema, "properties"), required_names(schema), _dict(schema, "patternProperties")
+        self._budget.take_names(*names)
         for key in ("allOf", *_ALTERNATIVES):
-            if key in schema:
-                for inner in _list(schema, key):
-                    yield from self._members(inner, depth + 1, path)
+            for inner in _list(schema, key) if key in schema else ():
+                yield from self._members(inner, depth + 1, path)
         if "$ref" in schema:
-            if schema["$ref"] in path:
-                raise RequestInvalid(f"the schema's reference {schema['$ref']!r} leads back to itself")
-            yield from self._members(
-                self._references.target(schema["$ref"]), depth + 1, (*path, schema["$ref"])
-            )
+            reference = schema["$ref"]
+            if reference in path:
+                raise RequestInvalid(f"the schema's reference {reference!r} leads back to itself")
+            yield from self._members(self._references.target(reference), depth + 1, (*path, reference))
 
     def _declares(self, schema: Any) -> bool:
         """Whether every object that satisfies the schema has only declared properties, for all alternatives.
@@ -317,27 +305,23 @@ class _Writer:
 
     def _definition(self, reference: str, *, closed: bool) -> str:
         self._references.target(reference)
-        name = self._definitions.get((reference, closed))
-        if name is None:
-            name = self._definitions[reference, closed] = str(len(self._definitions))
+        if (reference, closed) not in self._definitions:
+            self._definitions[reference, closed] = str(len(self._definitions))
             self._pending.append((reference, closed))
-        return f"#/$defs/{name}"
-
-    def _check_one_of(self, alternatives: Sequence[Any]) -> None:
-        """Check a ``oneOf``, which is written as ``anyOf``: both are the same if no value satisfies two
-        alternatives."""
-        if not self._told_apart(alternatives):
-            self._leave_out(
-                "oneOf",
-                "its alternatives overlap; tell them apart by type, or by a required property with "
-                "different const values, or use anyOf",
-            )
+        return f"#/$defs/{self._definitions[reference, closed]}"
 
     def _told_apart(self, alternatives: Sequence[Any]) -> bool:
-        if not self._budget.take_pairs(len(alternatives) * (len(alternatives) - 1) // 2):
+        """Whether it is clear that no value satisfies two alternatives of a ``oneOf``, so that it can be
+        written as ``anyOf``."""
+        if not self._budget.take_pairs(len(alternatives)):
             return False
-        behind = (self._references.behind(schema, _ANNOTATIONS) for schema in alternatives)
-        return self._alternatives.are_disjoint(behind)
+        told = []
+        for schema in alternatives:
+            behind = self._references.behind(schema, _ANNOTATIONS)
+            if id(behind) not in self._told:
+                self._told[id(behind)] = Told.by(behind)
+            told.append(self._told[id(behind)])
+        return all(one.excludes(other) for one, other in itertools.combinations(told, 2))
 
     def _begin(self, schema: Any, depth: int) -> bool:
         """Count a schema; returns whether it has content. Raises RequestInvalid."""
@@ -355,22 +339,14 @@ class _Writer:
         self.not_enforced[what] = None
 
 
-def _has_several(schema: Schema) -> bool:
-    """Whether the schema is an ``allOf`` of several."""
-    return "allOf" in schema and len(_list(schema, "allOf")) > 1
-
-
-def _may_close(schema: Schema, declared: int | None = None) -> bool:
-    if schema.keys() & _KEEP_OPEN:
-        return False
+def _may_close(schema: Schema, declared: Collection[str]) -> bool:
     least = schema.get("minProperties", 0)
-    return isinstance(least, int) and least <= (len(_names(schema)) if declared is None else declared)
+    return not schema.keys() & _KEEP_OPEN and isinstance(least, int) and least <= len(declared)
 
 
 def _names(schema: Schema) -> dict[str, None]:
     """Return the names of properties that a schema declares or requires, in order."""
-    names = dict.fromkeys(_dict(schema, "properties"))
-    names.update(dict.fromkeys(required_names(schema)))
+    names = dict.fromkeys((*_dict(schema, "properties"), *required_names(schema)))
     check_properties(names)
     return names
 
@@ -379,8 +355,7 @@ def _dict(schema: Schema, key: str) -> dict[str, Any]:
     value = schema.get(key, {})
     if not isinstance(value, dict):
         raise RequestInvalid(f"the schema's {key} must be an object")
-    if key in ("properties", "patternProperties"):
-        check_properties(value)
+    check_properties(value)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import signal
 from collections import Counter, OrderedDict
@@ -11,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from itertools import count
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
-from aioengine.grammars.limits import LONG_NICE, QUICK_NICE, GrammarLimits, MiB, check_characters
+from aioengine.grammars.limits import GrammarLimits, MiB, check_characters
 from aioengine.grammars.matching import Grammar, GrammarConstraint, largest_of_most
 from aioengine.grammars.wire import Compile
 from aioengine.grammars.worker_process import Tokens, WorkerProcess
@@ -19,6 +20,9 @@ from aioengine.tasks import end_tasks
 
 MEMORY_SECONDS = 0.5
 """Seconds between two looks at the memory of all grammars."""
+MAX_COMPILES = 4
+MAX_OF_A_TENANT = 2
+"""Compiles at a time, of all tenants and of one."""
 MAX_ENDS = 2
 """A text is refused after the worker has ended this often while it was busy with it."""
 MAX_REMEMBERED = 256
@@ -35,29 +39,28 @@ class TooMuch(RequestInvalid):
     """The grammar exceeded its limits."""
 
 
-class TooLong(AioEngineError):
-    """The compile was stopped because it exceeded its processor time."""
-
-
-class Lost(AioEngineError):
+class Lost(EngineOverloaded):
     """The worker, or the child that tried the text, ended for a reason other than the grammar."""
 
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; try again later")
 
-class _Lane:
-    """Turns for compiles, one at a time. A tenant waits with one of its texts, so that tenants take turns."""
 
-    def __init__(self, seconds: float, nice: int) -> None:
-        self.seconds = seconds
-        self.nice = nice
-        self._turn = asyncio.Lock()
-        self._own: dict[Tenant, asyncio.Lock] = {}
+class Turns:
+    """Turns for compiles. A tenant has at most two of them at a time, so that tenants take turns, and a long
+    text holds up none that comes after it."""
+
+    def __init__(self) -> None:
+        self._free = asyncio.Semaphore(MAX_COMPILES)
+        self._own: dict[Tenant, asyncio.Semaphore] = {}
         self._waiting: Counter[Tenant] = Counter()
 
     @contextlib.asynccontextmanager
     async def turn(self, tenant: Tenant) -> AsyncIterator[None]:
+        """Context of a compile."""
         self._waiting[tenant] += 1
         try:
-            async with self._own.setdefault(tenant, asyncio.Lock()), self._turn:
+            async with self._own.setdefault(tenant, asyncio.Semaphore(MAX_OF_A_TENANT)), self._free:
                 yield
         finally:
             self._waiting[tenant] -= 1
@@ -78,7 +81,8 @@ class Grammars:
 
     Args:
         tokens: Builds the description of the model's tokens for the worker; called in a thread.
-        told: Called after each compile with its outcome (see :func:`outcome_name`) and seconds of wall time.
+        told: Called after each compile with its outcome ("compiled", "limit", "invalid", "overloaded" or
+            "failed") and seconds of wall time.
 
     Nothing is started before it is needed. All methods are called on one loop.
     """
@@ -100,10 +104,7 @@ class Grammars:
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         """Grammars by text, the least recently used first."""
         self._jobs: dict[tuple[Tenant, str], _Job] = {}
-        self._lanes = (
-            _Lane(self.limits.quick_seconds, QUICK_NICE),
-            _Lane(self.limits.compile_seconds, LONG_NICE),
-        )
+        self._turns = Turns()
         self._in_work: dict[int, str] = {}
         """Texts of the worker that are not kept yet, by number."""
         self._ends: OrderedDict[str, int] = OrderedDict()
@@ -189,7 +190,7 @@ class Grammars:
         if job.task.cancelled():
             raise EngineStopped(_STOPPED)
         if isinstance(error := job.task.exception(), AioEngineError):
-            raise type(error)(str(error))  # each waiter gets a separate one
+            raise copy.copy(error)  # each waiter gets a separate one
         return job.task.result()
 
     def _usable(self, text: str) -> Grammar | None:
@@ -204,71 +205,56 @@ class Grammars:
     # Compiling
 
     async def _in_turn(self, text: str, tenant: Tenant) -> Grammar:
-        """Compile the text when it is the tenant's turn: first in little time, then in more."""
-        for lane in self._lanes:
-            async with lane.turn(tenant):
-                if (kept := self._usable(text)) is not None:  # for another tenant, meanwhile
-                    return kept
-                began = asyncio.get_running_loop().time()
-                found = await self._outcome(text, lane)
-                if isinstance(found, TooLong):
-                    if lane is not self._lanes[-1]:
-                        continue
-                    found = TooMuch(str(found))
-                self._told(outcome_name(found), asyncio.get_running_loop().time() - began)
-                if isinstance(found, TooMuch):
-                    raise RequestInvalid(str(found))
-                if isinstance(found, AioEngineError):
-                    raise found
-                return found
-        raise AssertionError("the last lane compiles or refuses")
-
-    async def _outcome(self, text: str, lane: _Lane) -> Grammar | AioEngineError:
-        try:
+        """Compile the text when it is the tenant's turn."""
+        async with self._turns.turn(tenant):
+            if (kept := self._usable(text)) is not None:  # for another tenant, meanwhile
+                return kept
+            clock = asyncio.get_running_loop().time
+            began = clock()
             try:
-                return await self._compile(text, lane)
-            except Lost:
-                return await self._compile(text, lane)
-        except Lost as error:
-            return EngineOverloaded(f"{error}; try again later")
-        except AioEngineError as error:
-            return error
-        except Exception as error:
-            logger.exception("a grammar could not be compiled")
-            return AioEngineError(f"the grammar could not be compiled: {type(error).__name__}: {error}")
+                try:
+                    grammar = await self._compile(text)
+                except Lost:
+                    grammar = await self._compile(text)
+            except Exception as error:
+                if not isinstance(error, AioEngineError):
+                    logger.exception("a grammar could not be compiled")
+                kinds = {TooMuch: "limit", RequestInvalid: "invalid", EngineOverloaded: "overloaded"}
+                outcomes = (name for kind, name in kinds.items() if isinstance(error, kind))
+                self._told(next(outcomes, "failed"), clock() - began)
+                raise
+            self._told("compiled", clock() - began)
+            return grammar
 
-    async def _compile(self, text: str, lane: _Lane) -> Grammar:
-        """Compile one text. Raises EngineOverloaded, RequestInvalid, ConfigError, TooLong, Lost."""
+    async def _compile(self, text: str) -> Grammar:
+        """Compile one text. Raises EngineOverloaded, RequestInvalid, ConfigError, Lost."""
         if self._ends.get(text, 0) >= MAX_ENDS:
             raise TooMuch("the grammar has ended the process that compiles and follows grammars")
         worker = await self._live_worker()
         number = next(self._numbers)
         self._in_work[number] = text
-        is_kept = False
         try:
             async with asyncio.timeout(self.limits.compile_wall_seconds):
-                done = await worker.compile(Compile(number, text, lane.seconds, lane.nice))
+                done = await worker.compile(Compile(number, text))
             if done is None:
                 raise Lost("the process that compiles grammars was lost")
             if done.why:
                 raise RequestInvalid(f"the grammar cannot be used: {done.why}")
             if done.status != 0:
-                raise _trial_error(done.status, lane.seconds, self.limits)
-            grammar = self._kept[text] = Grammar(text, number, done.memory, worker.masks)
-            is_kept = True
-            self._drop_unused(lambda: len(self._kept) > self.limits.max_kept)
-            if self._watch is None:
-                self._look_at_memory()
-            return grammar
-        except TimeoutError:
-            raise TooMuch(
-                f"the grammar takes more than {self.limits.compile_wall_seconds:g} s to compile (machine "
-                "busy?)"
-            ) from None
+                raise _trial_error(done.status, self.limits)
+        except BaseException as error:
+            worker.drop(number)
+            if not isinstance(error, TimeoutError):
+                raise
+            seconds = self.limits.compile_wall_seconds
+            raise TooMuch(f"the grammar takes more than {seconds:g} s to compile (machine busy?)") from None
         finally:
             del self._in_work[number]
-            if not is_kept:
-                worker.drop(number)
+        grammar = self._kept[text] = Grammar(text, number, done.memory, worker.masks)
+        self._drop_unused(lambda: len(self._kept) > self.limits.max_kept)
+        if self._watch is None:
+            self._look_at_memory()
+        return grammar
 
     async def _live_worker(self) -> WorkerProcess:
         start = self._worker
@@ -351,23 +337,14 @@ class Grammars:
             await asyncio.wait(self._replacing)
 
 
-def _trial_error(status: int, seconds: float, limits: GrammarLimits) -> AioEngineError:
+def _trial_error(status: int, limits: GrammarLimits) -> AioEngineError:
     """Explain the end of the child that tried a text."""
     if status in (-signal.SIGPROF, -signal.SIGXCPU):
-        return TooLong(f"the grammar takes more than {seconds:g} s of processor time to compile")
+        return TooMuch(
+            f"the grammar takes more than {limits.compile_seconds:g} s of processor time to compile"
+        )
     if status == -signal.SIGABRT:
         return TooMuch(f"the grammar takes more than {limits.memory // MiB} MiB to compile")
     if status in (-signal.SIGSEGV, -signal.SIGBUS):
         return TooMuch("the grammar is nested too deeply to be compiled: its compiler's stack is full")
     return Lost(f"the process that compiled the grammar was lost (status {status})")
-
-
-def outcome_name(found: object) -> str:
-    """Return the outcome of a compile, as named in the metrics."""
-    if isinstance(found, TooMuch):
-        return "limit"
-    if isinstance(found, RequestInvalid):
-        return "invalid"
-    if isinstance(found, EngineOverloaded):
-        return "overloaded"
-    return "failed" if isinstance(found, AioEngineError) else "compiled"

@@ -22,6 +22,7 @@ class Hello(Message, tag=0):
     """The content of a ``tokenizer.json``."""
     vocab: int
     eos: list[int]
+    compile_seconds: float
     memory: int
     """Maximum bytes of one text."""
     total_memory: int
@@ -32,8 +33,6 @@ class Compile(Message, tag=1):
     number: int
     """Identifies the text from now on."""
     text: str
-    seconds: float
-    nice: int
 
 
 class Drop(Message, tag=2):

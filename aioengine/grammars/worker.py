@@ -24,7 +24,6 @@ from contextlib import suppress
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
-from aioengine.grammars.limits import QUICK_NICE
 from aioengine.grammars.wire import (
     NUMBER,
     Ask,
@@ -56,6 +55,11 @@ GROWS_SECONDS = 0.0005
 """Whether a text has taken memory is looked at after masks that take longer than this."""
 MAX_REASON = 2000
 """Maximum characters of a reason."""
+NICE = 5
+LONG_NICE = 10
+"""Nice values of compiles, so that the model's threads go first."""
+LONG_SECONDS = 0.5
+"""Seconds after which a trial has the second one."""
 # Measured with ambiguous grammars; the properties of an object need items of a row.
 LIMITS = LLParserLimits(
     step_max_items=5_000, step_lexer_fuel=50_000, max_lexer_states=100_000, verbose_errors=False
@@ -122,6 +126,8 @@ class _Worker:
         """By number; None while it compiles."""
         self._trials: dict[int, int] = {}
         """Process ids of the children that try texts, by the texts' numbers."""
+        self._quick: deque[tuple[float, int]] = deque()
+        """Trials that have not taken long yet, and until when."""
         self._asked: tuple[OrderedDict[str | None, deque[Ask]], ...] = (OrderedDict(), OrderedDict())
         """Masks to compute, by owner; those of slow texts are apart, and give way to the others."""
         self._answers = bytearray()
@@ -140,7 +146,8 @@ class _Worker:
         self._watch.register(self._masks, selectors.EVENT_READ, Inbox())
         try:
             while True:
-                for key, ready in self._watch.select(0 if any(self._asked) else None):
+                idle = LONG_SECONDS if self._quick else None
+                for key, ready in self._watch.select(0 if any(self._asked) else idle):
                     if isinstance(key.data, Compile):
                         self._tried(key.data, key.fd)
                     elif ready & selectors.EVENT_READ:
@@ -155,6 +162,7 @@ class _Worker:
                     if asks:
                         queue[owner] = asks
                 self._send()
+                self._slow_down()
         finally:
             for pid in self._trials.values():
                 os.kill(pid, signal.SIGKILL)
@@ -206,14 +214,22 @@ class _Worker:
                 _limit_memory(self._hello.memory + OVERHEAD)
                 before = _own_memory()
                 signal.signal(signal.SIGPROF, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_PROF, order.seconds)
-                os.nice(order.nice)
+                signal.setitimer(signal.ITIMER_PROF, self._hello.compile_seconds)
+                os.nice(NICE)
                 why = _reason(LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS))
                 os.write(writing, f"{_own_memory() - before} {why}".encode())
             os._exit(0)
         os.close(writing)
         self._trials[order.number] = pid
+        self._quick.append((time.monotonic() + LONG_SECONDS, order.number))
         self._watch.register(reading, selectors.EVENT_READ, order)
+
+    def _slow_down(self) -> None:
+        """Let trials that take long give way to shorter ones."""
+        while self._quick and self._quick[0][0] < time.monotonic():
+            _, number = self._quick.popleft()
+            if (pid := self._trials.get(number)) is not None:
+                os.setpriority(os.PRIO_PROCESS, pid, LONG_NICE)
 
     def _tried(self, order: Compile, reading: int) -> None:
         said = os.read(reading, 4 * MAX_REASON).decode(errors="replace")
@@ -230,9 +246,6 @@ class _Worker:
 
     def _compile(self, order: Compile, memory: int) -> None:
         """Compile a text that has passed its trial; in a thread."""
-        # A short one is no nicer: for moments it holds the interpreter, for which masks would wait.
-        if sys.platform == "linux" and order.nice > QUICK_NICE:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), order.nice)
         self._note(1, order.number)
         matcher = LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)
         self._note(1, 0)

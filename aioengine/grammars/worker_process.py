@@ -58,7 +58,9 @@ class WorkerProcess:
     ) -> WorkerProcess:
         """Start the worker. If that fails or is cancelled, no process is left. Raises ConfigError if it
         cannot be started, or llguidance does not know this kind of tokenizer."""
-        hello = Hello(*tokens, limits.memory, limits.total_memory, limits.mask_seconds)
+        hello = Hello(
+            *tokens, limits.compile_seconds, limits.memory, limits.total_memory, limits.mask_seconds
+        )
         with contextlib.ExitStack() as open_files:
             ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
             for connection in (*ours, *theirs):

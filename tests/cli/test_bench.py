@@ -69,9 +69,9 @@ def test_what_the_file_or_the_flags_set_is_kept(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--requests", "0"], "--requests=0"),
-        (["--adapters", "0"], "--adapters=0"),
-        (["--rank", "513"], "--rank=513"),
+        (["--requests", "0"], "for --requests. Must be >= 1"),
+        (["--adapters", "0"], "for --adapters. Must be >= 1"),
+        (["--rank", "513"], "for --rank. Must be <= 512"),
     ],
 )
 def test_what_is_wrong_is_named(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

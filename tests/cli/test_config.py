@@ -144,7 +144,7 @@ def test_keys_are_not_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> N
         ('[server]\nkeys = "/nowhere/keys.toml"', "/nowhere/keys.toml"),
         ('[lora]\nadapter_root = "/nowhere/adapters"', "there is no such folder"),
         ("[server]\ngrace_secs = 1", "has no field 'grace_secs'"),
-        ("[server]\ngrace_seconds = -1", "--grace-seconds -1"),
+        ("[server]\ngrace_seconds = -1", "--grace-seconds=-1"),
         ("[fleet]\nreplcas = 2", "did you mean 'replicas'?"),
         ("[fleet]\nserved_model_names = ['x']", "from [server], as served_model_name"),
         ("[adapters]\nx = '/nowhere'", "x=/nowhere"),
@@ -165,11 +165,6 @@ def test_what_is_wrong_is_named(
     path.write_text(f'model = "{tiny_text.model}"\n{line}\n')
     assert main(["config", "check", "--config", str(path)]) == 2
     assert says in capsys.readouterr().err
-
-
-def test_a_model_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "check", "--model", "smollm-135m"]) == 2
-    assert "no such folder or file (did you mean 'smollm2-135m'?)" in capsys.readouterr().err
 
 
 def test_the_servers_table_has_the_flags_of_serve() -> None:
@@ -234,12 +229,6 @@ def test_the_table_of_a_fleet_makes_one(file: Path, capsys: pytest.CaptureFixtur
     assert found["fleet"] == {"replicas": 2, "silent_seconds": 4.0, "router": "p2c"}
     assert main(["serve", "--config", str(file), "--record", "trace.jsonl"]) == 2
     assert "remove --replicas" in capsys.readouterr().err
-
-
-def test_adapters_are_shown(file: Path, tiny_text: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(tiny_text.adapters["a"])
-    file.write_text(f'{file.read_text()}[adapters]\n"one.two" = "{path}"\n')
-    assert shown(capsys, "--config", str(file))["adapters"] == {"one.two": path}
 
 
 class Reloaded:
@@ -337,7 +326,7 @@ async def test_a_file_on_a_disk_that_hangs_is_given_up(
     flags = EngineFlags(config=file)
     reloader = reloads.Reloader(check_all(None, flags), lambda: check_all(None, flags))
     with hanging(file):
-        await reloader.reload(cast(Any, None), app=cast(Any, None))
+        await reloader.reload(cast(Any, object()), app=cast(Any, None))
     assert "stays as it was: its files could not be read within 0.01 s" in caplog.text and not reloader.good
 
 

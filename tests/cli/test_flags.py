@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aioengine.cli.flags import DEFAULT_MODEL, EngineFlags, in_flags
+from aioengine.cli.flags import EngineFlags, in_flags
 from aioengine.cli.main import main
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
@@ -18,13 +18,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "engine.toml"
     path.write_text('model = "m"\nseed = 7\n[lora]\nmax_loras = 2\nmax_lora_rank = 8\n')
     return path
-
-
-def test_defaults_are_those_of_the_configuration() -> None:
-    config = EngineFlags().engine_config()
-    assert config.model == DEFAULT_MODEL
-    assert config.lora is not None and config.lora.max_loras == 4
-    assert config.max_num_seqs == 64
 
 
 def test_flags_win_over_the_file(file: Path) -> None:
@@ -71,16 +64,6 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str, part: str) -> None:
         EngineFlags(config=path, max_loras=2).engine_config()
     assert part in str(caught.value)
     assert "bad.toml" in str(caught.value) and "$" not in str(caught.value)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
-        EngineFlags(config=tmp_path / "nowhere.toml").engine_config()
-
-
-def test_adapters_by_name() -> None:
-    flags = EngineFlags(lora_modules=["a=/x", "b=/y=z"])
-    assert flags.adapters() == {"a": "/x", "b": "/y=z"}
 
 
 @pytest.mark.parametrize("given", [["a"], ["=x"], ["a="], ["a=x", "a=y"]])

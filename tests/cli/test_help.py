@@ -13,7 +13,6 @@ import pytest
 from support.cli_programs import run_program
 
 from aioengine.cli.flags import EngineFlags
-from aioengine.cli.generate.request_lines import LINE_FORMAT
 from aioengine.cli.main import COMMANDS, build_app, main
 from aioengine.cli.process import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 from aioengine.request import SamplingParams
@@ -86,14 +85,6 @@ def test_all_flags(command: str, capsys: pytest.CaptureFixture[str], monkeypatch
         assert f"--{name} " in full or f"--[no-]{name} " in full
     for name in ("--debug", "--log-level debug|info|warning|error"):
         assert name in full and name not in short
-
-
-def test_the_format_of_json_lines_is_described(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert LINE_FORMAT in help_of("generate", capsys, monkeypatch, "--help-all")
-    for name in SamplingParams.__struct_fields__:
-        assert (name in LINE_FORMAT) == (name != "constraint")
 
 
 def test_the_document_leaves_nothing_out() -> None:

@@ -142,10 +142,10 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["rnu"], "run"),
         (["run", *SMALL, "--slots", "0"], "--slots=0"),
         (["run", *SMALL, "--popularty", "uniform"], "--popularity"),
-        (["compare", *SMALL, "--slots", "4,x"], "--slots 4,x"),
+        (["compare", *SMALL, "--slots", "4,x"], "4,x"),
         (["compare", *SMALL, "--policy", "fcfs,"], "--policy"),
-        (["compare", *SMALL, "--seeds", "0"], "--seeds 0"),
-        (["compare", *SMALL, "--jobs", "0"], "--jobs 0"),
+        (["compare", *SMALL, "--seeds", "0"], "for --seeds. Must be >= 1"),
+        (["compare", *SMALL, "--jobs", "0"], "for --jobs. Must be >= 1"),
         (["report", "/nowhere"], "experiment.json"),
         (["validate", "--loads", ""], "--loads"),
         (["validate", "--calibrate", "c.json", "--preset", "smollm2-135m-cpu"], "--preset has no effect"),
@@ -238,7 +238,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 def test_record_is_serve_with_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("aioengine.cli.lab.record.serve", lambda **flags: asked.append(flags) or 0)
+    monkeypatch.setattr("aioengine.cli.serve.serve", lambda **flags: asked.append(flags) or 0)
     assert main(["lab", "record", "requests.jsonl", "--max-loras", "7", "--port", "0"]) == 0
     (flags,) = asked
     assert flags["recording"].record == Path("requests.jsonl")

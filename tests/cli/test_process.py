@@ -9,18 +9,11 @@ from pathlib import Path
 import pytest
 from support.cli_programs import run_program, run_script, run_shell
 from support.selection import mostly_slow
-from support.tiny_chat import build_chat_model
-from support.tiny_models import build_adapter
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and shells")
 
 INTERRUPTED = "aioengine: interrupted\n"
 SMALL = ["--kv-cache-memory", "8MiB", "--device", "cpu", "--max-tokens", "4", "--ignore-eos"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_chat_model(tmp_path_factory.mktemp("model"))
 
 
 WHILE_IMPORTING = """
@@ -147,12 +140,8 @@ def test_output_that_cannot_be_written(redirection: str, reason: str, command: s
 
 
 @pytest.mark.slow
-def test_the_reader_of_the_demo_goes_after_a_line(model: Path, tmp_path: Path) -> None:
-    for seed, name in enumerate(("sql", "json", "sentiment", "pirate")):
-        build_adapter(model, tmp_path / "adapters" / name, seed=seed, r=2)
-    tasks = Path(__file__).resolve().parents[2] / "examples" / "tasks.py"
-    (tmp_path / "tasks.py").write_text(tasks.read_text())
-    arguments = ["--model", str(model), "--adapters", str(tmp_path / "adapters"), "--max-tokens", "400"]
+def test_the_reader_of_the_demo_goes_after_a_line(model: Path, adapters: Path) -> None:
+    arguments = ["--model", str(model), "--adapters", str(adapters), "--max-tokens", "400"]
     done = run_shell("| head -1", "demo", *arguments)
     assert (done.returncode, done.stderr) == (141, "")
     assert done.stdout == f"Loading {model} ...\n"

@@ -6,17 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from support.tiny_chat import build_chat_model
 
 from aioengine import AsyncEngine, EngineConfig
 from aioengine.cli.main import main
 
 LINES = "\n".join(json.dumps({"prompt": f"Number {n}", "max_tokens": 2}) for n in range(5))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_chat_model(tmp_path_factory.mktemp("model"))
 
 
 async def test_an_engine_tells_how_far_it_is(model: Path) -> None:
@@ -31,29 +25,26 @@ async def test_an_engine_tells_how_far_it_is(model: Path) -> None:
     assert done[-1] == totals[0] > 100_000
 
 
-def generate(model: Path, lines: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr("sys.stdin", lines.open())
-    return main(["generate", "--model", str(model), "--kv-cache-memory", "8MiB", "--device", "cpu"])
-
-
+@pytest.mark.parametrize("terminal", [True, False])
 def test_bars_go_to_a_terminal_and_answers_to_the_file(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    terminal: bool,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "lines").write_text(LINES)
-    for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm"}.items():
-        monkeypatch.setenv(name, value)  # standard error is taken for a terminal
-    assert generate(model, tmp_path / "lines", monkeypatch) == 0
-    captured = capsys.readouterr()
-    assert [json.loads(line)["id"] for line in captured.out.splitlines()] == list(range(5))
-    assert "Loading weights" in captured.err and "5/5" in captured.err
-    assert "\x1b[3" not in captured.err  # NO_COLOR: no colours
-
-
-def test_nothing_is_shown_where_there_is_no_terminal(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "lines").write_text(LINES)
+    monkeypatch.setattr("sys.stdin", (tmp_path / "lines").open())
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-    assert generate(model, tmp_path / "lines", monkeypatch) == 0
-    assert capsys.readouterr().err == ""
+    if terminal:
+        for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1", "TERM": "xterm"}.items():
+            monkeypatch.setenv(name, value)  # standard error is taken for a terminal
+    assert main(["generate", "--model", str(model), "--kv-cache-memory", "8MiB", "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["id"] for line in captured.out.splitlines()] == list(range(5))
+    if terminal:
+        assert "Loading weights" in captured.err and "5/5" in captured.err
+        assert "\x1b[3" not in captured.err  # NO_COLOR: no colours
+    else:
+        assert captured.err == ""

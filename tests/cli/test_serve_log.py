@@ -49,7 +49,7 @@ def test_what_clients_say_cannot_look_like_a_line_of_the_log(text: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--grace-seconds", "-1"], "--grace-seconds -1"),
+        (["--grace-seconds", "-1"], "--grace-seconds=-1"),
         (["--model", "/nowhere/model"], "/nowhere/model"),
     ],
 )

@@ -17,8 +17,7 @@ from support.process_harness import worker_pids
 from support.server_process import serving
 from support.waiting import until
 
-from aioengine.cli.serving.lifetime import LINGER_SECONDS
-from aioengine.cli.serving.systemd import Systemd
+from aioengine.cli.serving.lifetime import LINGER_SECONDS, Systemd
 from aioengine.server.access.keys import hash_key
 from aioengine.server.pace import MAX_QUEUES, Pace
 

@@ -12,7 +12,7 @@ from aioengine.guided import Guide
 
 @pytest.mark.slow
 async def test_compiles_are_counted_by_outcome(tiny_text: Tiny, make_engine: MakeEngine) -> None:
-    limits = GrammarLimits(quick_seconds=0.1, compile_seconds=0.2)
+    limits = GrammarLimits(compile_seconds=0.2)
     async with make_engine(tiny_text) as engine:
         guide = Guide(engine, limits=limits)
         held = [await guide.regex("a+"), await guide.regex("a+"), await guide.regex("b+")]

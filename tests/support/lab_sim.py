@@ -53,7 +53,11 @@ class Fixed(Workload):
 
     def __init__(self, arrivals: Sequence[Arrival], adapters: Sequence[AdapterShape] = ()) -> None:
         self._arrivals = arrivals
-        self.adapters = adapters
+        self._adapters = adapters
+
+    @property
+    def adapters(self) -> Sequence[AdapterShape]:
+        return self._adapters
 
     def __iter__(self) -> Iterator[Arrival]:
         return iter(self._arrivals)

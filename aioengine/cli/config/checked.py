@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
+from msgspec import Meta
 
+from aioengine.checks import check_value
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.fleet.flags import FleetFlags
-from aioengine.cli.help import FOLDED
-from aioengine.cli.struct_flags import StructFlags, flags_of
+from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.metrics.otlp import check_endpoint
 from aioengine.server.settings import ServerSettings
-from aioengine.server.table import settings_from
+from aioengine.server.table import SERVER_FIELDS, settings_from
 from aioengine.server.transport.tls import Certificate
 
 if TYPE_CHECKING:
@@ -30,78 +30,70 @@ SERVER_DEFAULTS = {"max_waiting": 1024, "max_waiting_tokens": 2**20, "policy": "
 """Bounds of a server on requests that wait, and its policy, where the configuration has none."""
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
-_SERVER = Group("Server", sort_key=5)
-_MORE = Group(f"{FOLDED} server flags", sort_key=25)
-_IN_MORE = Parameter(group=_MORE)
-_LIST = Parameter(negative="")
-_KEY = Parameter(negative="", metavar="[TENANT:]KEY")
-_MORE_LIST = Parameter(group=_MORE, negative="")
-_MORE_KEY = Parameter(group=_MORE, negative="", metavar="[TENANT:]KEY")
+Keys = Annotated[list[str] | None, Parameter(metavar="[TENANT:]KEY")]
 
 
-@Parameter(name="*", group=_SERVER)
-@dataclass(frozen=True, kw_only=True)
-@flags_of(
-    ServerSettings,
-    group=_MORE,
-    defaults=True,
-    only=(
-        *("max_body_bytes", "max_upload_bytes", "max_choices", "share_prefix_cache", "generation_config"),
-        *("tool_call_parser", "reasoning_parser", "default_max_tokens", "ignore_unknown_fields"),
-        *("request_timeout", "read_timeout", "send_timeout", "stuck_step_seconds"),
+@flag_set(
+    "Server",
+    5,
+    FieldsOf(ServerSettings, only=tuple(SERVER_FIELDS)),
+    shown=(
+        *("host", "port", "served_model_name", "api_key", "keys", "allowed_host"),
+        *("grace_seconds", "drain_delay", "log_format"),
     ),
+    defaults=True,
 )
-class ServerFlags(StructFlags):
+class ServerFlags(Flags):
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is all addresses."""
     port: int = 8000
     """Port to listen on; 0 chooses a free one."""
-    served_model_name: Annotated[list[str] | None, _LIST] = None
+    served_model_name: list[str] | None = None
     """The base model's name in requests; repeatable."""
-    api_key: Annotated[list[str] | None, _KEY] = None
+    api_key: Keys = None
     """Require a key; repeatable. Other users of this machine can see it: prefer --keys."""
     keys: Path | None = None
     """File with keys, scopes and limits; see aioengine keys --help."""
-    allowed_host: Annotated[list[str] | None, _LIST] = None
+    allowed_host: list[str] | None = None
     """Accepted Host header. Without keys, on a loopback address: localhost."""
     grace_seconds: float = 30.0
     """Seconds in which accepted requests may finish after SIGTERM."""
     drain_delay: float = 0.0
     """Seconds after SIGTERM in which /ready answers 503 while requests are still accepted."""
-    keep_dead: Annotated[bool, Parameter(group=_MORE, negative="")] = False
-    """Keep answering 503 when the engine is dead; by default the process exits with status 1."""
     log_format: Literal["text", "json"] = "text"
     """Format of the request log on standard error."""
 
-    api_key_file: Annotated[Path | None, _IN_MORE] = None
+    keep_dead: bool = False
+    """Keep answering 503 when the engine is dead; by default the process exits with status 1."""
+    api_key_file: Path | None = None
     """File with one key per line, as for --api-key; or set AIOENGINE_API_KEYS."""
-    admin_key: Annotated[list[str] | None, _MORE_KEY] = None
+    admin_key: Keys = None
     """Key that may also load and unload adapters; other keys then may not. Repeatable."""
-    admin_key_file: Annotated[Path | None, _IN_MORE] = None
+    admin_key_file: Path | None = None
     """File with one admin key per line; or set AIOENGINE_ADMIN_KEYS."""
-    allow_origin: Annotated[list[str] | None, _MORE_LIST] = None
+    allow_origin: list[str] | None = None
     """Origin of another site whose pages may call the server, such as https://chat.example; repeatable."""
-    trusted_proxy: Annotated[list[str] | None, _MORE_LIST] = None
+    trusted_proxy: list[str] | None = None
     """Address or network of a proxy whose X-Forwarded-For is trusted; repeatable."""
-    max_connections: Annotated[int, _IN_MORE] = 4096
+    max_connections: int = 4096
     """Maximum open connections; further ones are answered with 503 (with TLS: closed)."""
-    open_objects: Annotated[bool, _IN_MORE] = False
+    open_objects: bool = False
     """Allow properties in guided JSON that its schema does not declare; by default only where the schema has
     additionalProperties."""
-    any_whitespace: Annotated[bool, _IN_MORE] = False
+    any_whitespace: bool = False
     """Allow white space in guided JSON; by default it is compact."""
-    lenient_schemas: Annotated[bool, _IN_MORE] = True
+    lenient_schemas: bool = True
     """Accept schemas with uniqueItems, unknown formats and overlapping oneOf without enforcing these; the
     answer's header x-not-enforced and the log list them. Otherwise such schemas are refused."""
-    header_timeout: Annotated[float, _IN_MORE] = 10.0
+    header_timeout: float = 10.0
     """Maximum seconds for a request's headers to arrive, and before them for a TLS handshake."""
-    keep_alive: Annotated[float, _IN_MORE] = 75.0
+    keep_alive: float = 75.0
     """Maximum seconds that a connection may be idle."""
-    tls_cert: Annotated[Path | None, _IN_MORE] = None
+    tls_cert: Path | None = None
     """PEM file with the certificate and its chain, to serve HTTPS; SIGHUP reads it again."""
-    tls_key: Annotated[Path | None, _IN_MORE] = None
+    tls_key: Path | None = None
     """PEM file with the certificate's key."""
-    otlp_endpoint: Annotated[str | None, _IN_MORE] = None
+    otlp_endpoint: str | None = None
     """URL of an OpenTelemetry collector for traces of requests, such as http://localhost:4318."""
 
     def settings(self) -> ServerSettings:
@@ -112,18 +104,16 @@ class ServerFlags(StructFlags):
         hosts = self._allowed_hosts(bool(found.api_keys) or found.keys_file is not None)
         return msgspec.structs.replace(found, allowed_hosts=hosts, reword=in_flags)
 
-    def certificate(self) -> Certificate | None:
-        """Read it. Raises ConfigError."""
-        if self.tls_cert is None and self.tls_key is None:
-            return None
-        if self.tls_cert is None or self.tls_key is None:
+    def listen_settings(self) -> ListenSettings:
+        """Return the settings of the listening socket, with the certificate. Raises ConfigError."""
+        if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert, --tls-key: give both, or neither")
-        return Certificate(str(self.tls_cert), str(self.tls_key))
-
-    def listen_settings(self, certificate: Certificate | None = None) -> ListenSettings:
-        """Return the settings of the listening socket. Raises ConfigError."""
-        from aioengine.server.run import ListenSettings
-
+        try:
+            from aioengine.server.run import ListenSettings
+        except ImportError as error:
+            raise ConfigError(
+                f"serve needs more packages: pip install 'aioengine[server]' ({error})"
+            ) from error
         return ListenSettings(
             host=self.host,
             port=self.port,
@@ -131,7 +121,7 @@ class ServerFlags(StructFlags):
             max_connections=self.max_connections,
             header_timeout=self.header_timeout,
             keep_alive=self.keep_alive,
-            tls=certificate,
+            tls=None if self.tls_cert is None else Certificate(str(self.tls_cert), str(self.tls_key)),
         )
 
     def _allowed_hosts(self, has_keys: bool) -> Sequence[str]:
@@ -165,9 +155,8 @@ def check_all(
 ) -> Checked:
     """Check everything that can be known before anything is started. Raises ConfigError."""
     flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
-    for flag, seconds in (("grace-seconds", flags.grace_seconds), ("drain-delay", flags.drain_delay)):
-        if not seconds >= 0:
-            raise ConfigError(f"--{flag} {seconds}: must be 0 or more")
+    for name, seconds in (("--grace-seconds", flags.grace_seconds), ("--drain-delay", flags.drain_delay)):
+        check_value(name, seconds, Annotated[float, Meta(ge=0)])
     settings = msgspec.structs.replace(flags.settings(), seed=engine_flags.settings()[0].get("seed"))
     config = server_config(engine_flags)
     adapters = engine_flags.adapters()
@@ -176,11 +165,7 @@ def check_all(
         if name in adapters:
             raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; use another")
     replicas = (fleet or FleetFlags()).fleet_config(config, adapters, engine_flags, flags.otlp_endpoint)
-    try:
-        listen = flags.listen_settings(flags.certificate())
-    except ImportError as error:
-        raise ConfigError(f"serve needs more packages: pip install 'aioengine[server]' ({error})") from error
-    return Checked(flags, config, adapters, settings, listen, replicas)
+    return Checked(flags, config, adapters, settings, flags.listen_settings(), replicas)
 
 
 def is_loopback(host: str) -> bool:

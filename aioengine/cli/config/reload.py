@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Set
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -70,58 +70,41 @@ class Reloader:
         self.good = True
         """Whether the server runs with what was read last."""
 
-    async def reload(self, engine: AsyncEngine, app: ServerApp) -> None:
-        """Apply the changes. Log which were applied, which need a restart, and what is wrong."""
-        before = self._before
+    async def reload(self, engine: AsyncEngine | None, app: ServerApp) -> None:
+        """Apply the changes. Log which were applied, which need a restart, and what is wrong. Without an
+        engine, which is a fleet, only the certificate is read again."""
         self.good = False
         try:
-            now = await _read_in_time(self._read)
             tls = None if self._certificate is None else await _read_in_time(self._certificate.renewed)
-            adapters = _AdapterChanges.between(before.adapters, now.adapters)
-            async with contextlib.AsyncExitStack() as undo:
-                await adapters.begin(engine, now.adapters, undo)
-                if now.config.policy != engine.config.policy:
-                    engine.change_policy(str(now.config.policy))
-                undo.pop_all()
+            changed = [] if engine is None else await self._apply(engine, app)
         except AioEngineError as error:
             logger.error("the configuration stays as it was: %s", error)
             return
         self.good = True
+        if self._certificate is not None and tls is not None and self._certificate.use(tls):
+            changed.append("the TLS certificate")
+        logger.info("read the configuration again; changed: %s", ", ".join(changed) or "nothing")
+        # Compared with the start, so that the log names them until the restart.
+        kept = [name for name in _differing(self._started, self._before) if not _reloadable(name)]
+        if engine is None:
+            logger.warning("of a fleet, only the TLS certificate is read again: restart to apply the rest")
+        elif kept:
+            logger.warning("these changes in the configuration need a restart: %s", ", ".join(kept))
+
+    async def _apply(self, engine: AsyncEngine, app: ServerApp) -> list[str]:
+        """Read the configuration, and apply it. Returns what has changed. Raises AioEngineError."""
+        before, now = self._before, await _read_in_time(self._read)
+        async with contextlib.AsyncExitStack() as undo:
+            await _add_adapters(engine, before.adapters, now.adapters, undo)
+            if now.config.policy != engine.config.policy:
+                engine.change_policy(str(now.config.policy))
+            undo.pop_all()
         # Nothing can fail from here on.
         self._before = now
         engine.change_limits(**{name: getattr(now.config, name) for name in WAITING_BOUNDS})
         app.change(now.settings)
-        changed = [
-            f"{name}={value}"
-            for name, value in _differing(before, now).items()
-            if name.removeprefix("[server] ") in Reloadable.__struct_fields__
-        ]
-        changed += await adapters.finish(engine)
-        if self._certificate is not None and tls is not None and self._certificate.use(tls):
-            changed.append("the TLS certificate")
-        # Compared with the start, so that the log names them until the restart.
-        kept = [
-            name
-            for name in _differing(self._started, now)
-            if name.removeprefix("[server] ") not in Reloadable.__struct_fields__
-        ]
-        logger.info("read the configuration again; changed: %s", ", ".join(changed) or "nothing")
-        if kept:
-            logger.warning("these changes in the configuration need a restart: %s", ", ".join(kept))
-
-    async def reload_certificate(self) -> None:
-        """Read the TLS certificate again, and log the result. For a fleet, which can reload nothing else."""
-        if self._certificate is None:
-            return
-        self.good = False
-        try:
-            context = await _read_in_time(self._certificate.renewed)
-        except ConfigError as error:
-            logger.error("the TLS certificate stays as it was: %s", error)
-            return
-        self.good = True
-        new = self._certificate.use(context)
-        logger.info("read the TLS certificate again; it is %s", "a new one" if new else "the same")
+        changed = [f"{name}={value}" for name, value in _differing(before, now).items() if _reloadable(name)]
+        return changed + await _change_adapters(engine, before.adapters, now.adapters)
 
 
 async def _read_in_time(read: Callable[[], T]) -> T:
@@ -134,6 +117,10 @@ async def _read_in_time(read: Callable[[], T]) -> T:
     return reading.result()
 
 
+def _reloadable(setting: str) -> bool:
+    return setting.removeprefix("[server] ") in Reloadable.__struct_fields__
+
+
 def _differing(one: Checked, other: Checked) -> dict[str, Any]:
     """Return the settings of ``other`` that differ from those of ``one``, by name."""
     before, now = _settings(one), _settings(other)
@@ -141,51 +128,43 @@ def _differing(one: Checked, other: Checked) -> dict[str, Any]:
 
 
 def _settings(checked: Checked) -> dict[str, Any]:
-    """Return all settings by name. Of a field with a struct, there are the struct's fields."""
-    found = _fields(checked.config)
-    if (lora := found.pop("lora")) is not None:
-        found |= _fields(lora, "lora.")
-    found |= {f"[server] {name}": value for name, value in vars(checked.flags).items()}
-    fleet = None if checked.replicas is None else _fields(checked.replicas)
-    return {**found, "[fleet]": fleet and {**fleet, "engine": None}}
+    """Return all settings by name, those of adapters each for itself."""
+    config, fleet = checked.config, checked.replicas
+    lora = {} if config.lora is None else msgspec.structs.asdict(config.lora)
+    return {
+        **msgspec.structs.asdict(msgspec.structs.replace(config, lora=None)),
+        **{f"lora.{name}": value for name, value in lora.items()},
+        **{f"[server] {name}": value for name, value in vars(checked.flags).items()},
+        "[fleet]": None if fleet is None else {**msgspec.structs.asdict(fleet), "engine": None},
+    }
 
 
-def _fields(struct: msgspec.Struct, prefix: str = "") -> dict[str, Any]:
-    return {f"{prefix}{name}": getattr(struct, name) for name in struct.__struct_fields__}
-
-
-class _AdapterChanges(NamedTuple):
-    """Names of configured adapters, by the change that they need."""
-
-    new: Set[str]
-    moved: Set[str]
-    gone: Set[str]
-
-    @classmethod
-    def between(cls, before: Mapping[str, str], now: Mapping[str, str]) -> Self:
-        moved = {name for name, path in now.items() if before.get(name, path) != path}
-        return cls(now.keys() - before.keys(), moved, before.keys() - now.keys())
-
-    async def begin(
-        self, engine: AsyncEngine, paths: Mapping[str, str], undo: contextlib.AsyncExitStack
-    ) -> None:
-        """Make the changes that can fail; ``undo`` gets callbacks that undo them. Raises AdapterLoadError and
-        other errors of adapters."""
-        for name in sorted(self.moved):
-            await engine.versions.prepare(name, paths[name])
-            undo.callback(engine.versions.discard, name)
-        for name in sorted(self.new):
-            engine.register_adapter(name, paths[name])
+async def _add_adapters(
+    engine: AsyncEngine, before: Mapping[str, str], now: Mapping[str, str], undo: contextlib.AsyncExitStack
+) -> None:
+    """Register adapters that are new, and read those whose path is another; ``undo`` gets callbacks that undo
+    it. Raises AdapterLoadError and other errors of adapters."""
+    for name in sorted(now):
+        if name not in before:
+            engine.register_adapter(name, now[name])
             undo.push_async_callback(engine.unload_adapter, name)
+        elif before[name] != now[name]:
+            await engine.versions.prepare(name, now[name])
+            undo.callback(engine.versions.discard, name)
 
-    async def finish(self, engine: AsyncEngine) -> list[str]:
-        """Make the other changes. Returns descriptions of all changes."""
-        for name in self.moved:
-            engine.versions.commit(name)
-        for name in self.gone:
-            try:
-                await engine.unload_adapter(name)
-            except AioEngineError as error:  # pinned, or unloaded over HTTP
-                logger.warning("adapter %r is no longer configured, and stays: %s", name, error)
-        done = {"registered": self.new, "replaced": self.moved, "unloaded": self.gone}
-        return [f"{what} {', '.join(sorted(names))}" for what, names in done.items() if names]
+
+async def _change_adapters(
+    engine: AsyncEngine, before: Mapping[str, str], now: Mapping[str, str]
+) -> list[str]:
+    """Use the adapters that were read, and unload those that are gone. Returns what has changed."""
+    moved = {name for name in before.keys() & now.keys() if before[name] != now[name]}
+    gone = before.keys() - now.keys()
+    for name in moved:
+        engine.versions.commit(name)
+    for name in gone:
+        try:
+            await engine.unload_adapter(name)
+        except AioEngineError as error:  # pinned, or unloaded over HTTP
+            logger.warning("adapter %r is no longer configured, and stays: %s", name, error)
+    done = {"registered": now.keys() - before.keys(), "replaced": moved, "unloaded": gone}
+    return [f"{what} {', '.join(sorted(names))}" for what, names in done.items() if names]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -28,18 +27,9 @@ _SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
 Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
 
-
-@dataclass
-class Parsed:
-    """The command line of a command that takes the configuration of a server."""
-
-    again: Callable[[], dict[str, object]]
-    """Parses it again, with what the environment and the file say now; returns the command's arguments."""
-    unknown: list[str] = field(default_factory=list)
-    """What is to be told about variables that no flag has; who tells it removes it."""
-
-
-ParsedLine = Annotated[Parsed | None, Parameter(parse=False)]
+ParseAgain = Annotated[Callable[[], dict[str, object]] | None, Parameter(parse=False)]
+"""A parameter of a command that ``main`` fills: parses the command line again, with what the environment and
+the file say then, and returns the command's arguments."""
 
 
 def sources(unknown: list[str]) -> tuple[Source, Source]:
@@ -50,11 +40,10 @@ def sources(unknown: list[str]) -> tuple[Source, Source]:
     def variables(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         Env(PREFIX, command=False)(app, commands, arguments)
         flags = (name for argument in arguments if argument.parse for name in argument.names)
-        known = sorted({*map(_variable, flags), *(PREFIX + name for name in _READ_ELSEWHERE)})
+        known = sorted(PREFIX + name for name in (*map(_variable, flags), *_READ_ELSEWHERE))
         for name in sorted(os.environ):
             if name.startswith(PREFIX) and name not in known:
-                near = nearest(name, known)
-                unknown.append(f"{name}: no flag has this variable{near}; it has no effect")
+                unknown.append(f"{name}: no flag has this variable{nearest(name, known)}; it has no effect")
         for token in (token for argument in arguments for token in argument.tokens):
             if token.keyword == f"{PREFIX}PORT" and token.value.startswith(_SERVICE_LINKS):
                 raise ConfigError(
@@ -64,6 +53,10 @@ def sources(unknown: list[str]) -> tuple[Source, Source]:
                 )
 
     return variables, _server_table
+
+
+def _variable(flag: str) -> str:
+    return flag.strip("-").upper().replace("-", "_").replace(".", "_")
 
 
 def _server_table(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -79,7 +72,3 @@ def _server_table(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     for name in reversed(commands):  # cyclopts wants it below the names of the commands
         table = {name: table}
     Dict(table, source=f"[server] of {file}")(app, commands, arguments)
-
-
-def _variable(flag: str) -> str:
-    return PREFIX + flag.strip("-").upper().replace("-", "_").replace(".", "_")

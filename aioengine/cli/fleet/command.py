@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from aioengine.cli.common import CommonFlags
+from aioengine.cli.flags import CommonFlags, Switch
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,16 +27,8 @@ def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None
     columns = ("replica", "state", "process", "node", ">running", ">waiting", ">KV free", "slots")
     table = new_table(console, *columns, title=f"Fleet {app_name}")
     for row in _described(app_name):
-        table.add_row(
-            row["replica"],
-            row["state"],
-            str(row["pid"]),
-            row["node"],
-            str(row["running"]),
-            str(row["waiting"]),
-            f"{row['kv_free']:.0%}",
-            " ".join(name or "-" for name in row["slots"]),
-        )
+        texts = [str(row[name]) for name in ("replica", "state", "pid", "node", "running", "waiting")]
+        table.add_row(*texts, f"{row['kv_free']:.0%}", " ".join(name or "-" for name in row["slots"]))
     console.print(table)
     return 0
 
@@ -56,7 +48,8 @@ def adapters(*, app_name: AppName = "aioengine", common: CommonFlags | None = No
     for name, where in sorted(found.items()):
         best = max(where.values(), key=lambda info: info.rank)
         pinned = "yes" if any(info.pinned for info in where.values()) else ""
-        places = [_place(where.get(row["replica"])) for row in rows]
+        infos = (where.get(row["replica"]) for row in rows)
+        places = ["" if info is None or info.location == "disk" else info.location for info in infos]
         table.add_row(name, str(best.rank or ""), best.path, pinned, *places)
     console.print(table)
     return 0
@@ -65,7 +58,7 @@ def adapters(*, app_name: AppName = "aioengine", common: CommonFlags | None = No
 def drain(
     replica: str,
     *,
-    undo: Annotated[bool, Parameter(negative="")] = False,
+    undo: Switch = False,
     app_name: AppName = "aioengine",
     common: CommonFlags | None = None,
 ) -> int:
@@ -81,13 +74,13 @@ def drain(
     if replica not in names:
         there = ", ".join(names)
         raise ConfigError(f"there is no replica {replica!r}{nearest(replica, names)}; there are: {there}")
-    _call(app_name, "drain", not undo, to=replica)
+    from aioengine.fleet.existing import answering, existing_fleet
+
+    with answering(app_name):
+        handle = existing_fleet(app_name).options(method_name="drain")
+        handle.remote(not undo, to=replica).result(timeout_s=10)
     print(f"replica {replica} {'takes requests again' if undo else 'drains'}")
     return 0
-
-
-def _place(info: AdapterInfo | None) -> str:
-    return "" if info is None or info.location == "disk" else info.location
 
 
 def _described(app_name: str) -> Sequence[dict[str, Any]]:
@@ -97,10 +90,3 @@ def _described(app_name: str) -> Sequence[dict[str, Any]]:
         handle = existing_fleet(app_name)
         rows: list[dict[str, Any]] = handle.broadcast("describe").results(timeout_s=10)
     return sorted(rows, key=lambda row: str(row["replica"]))
-
-
-def _call(app_name: str, method: str, *arguments: Any, to: str) -> None:
-    from aioengine.fleet.existing import answering, existing_fleet
-
-    with answering(app_name):
-        existing_fleet(app_name).options(method_name=method).remote(*arguments, to=to).result(timeout_s=10)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
-
-from cyclopts import Group, Parameter
-
 from aioengine.cli.flags import EngineFlags
-from aioengine.cli.help import FOLDED
-from aioengine.cli.struct_flags import StructFlags, flags_of, given
+from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
 
-_MORE = Group(f"{FOLDED} fleet flags", sort_key=28)
 ELSEWHERE = {
     "engine": "the top of the file",
     "adapters": "[adapters]",
@@ -25,17 +18,20 @@ ELSEWHERE = {
 """Fields of FleetConfig that a server has from other tables."""
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-@flags_of(
-    FleetConfig,
-    group=Group("Server", sort_key=5),
-    more=_MORE,
+@flag_set(
+    "Server",
+    5,
+    FieldsOf(
+        FleetConfig,
+        only=(
+            *("replicas", "router", "placement", "autoscale"),
+            *("cpus_per_replica", "migration_limit", "registry"),
+        ),
+    ),
     shown=("replicas",),
-    only=("replicas", "router", "placement", "autoscale", "cpus_per_replica", "migration_limit", "registry"),
 )
-class FleetFlags(StructFlags):
-    app_name: Annotated[str | None, Parameter(group=_MORE)] = None
+class FleetFlags(Flags):
+    app_name: str | None = None
     """Name of the Serve application (aioengine)."""
 
     def fleet_config(

@@ -7,9 +7,10 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from aioengine.errors import ConfigError
+from aioengine.fleet import cluster
 from aioengine.fleet.config import FleetConfig
 from aioengine.info import LoadProgress
 from aioengine.tasks import end_tasks, run_to_completion
@@ -37,7 +38,6 @@ async def started_fleet(
 
     Raises ConfigError, if possible before anything is started.
     """
-    from aioengine.fleet import cluster
     from aioengine.fleet.deployment import make_client, plan_replica, read_model, replica_application
 
     cluster.require_ray()
@@ -48,44 +48,62 @@ async def started_fleet(
     else:
         cluster.check_address(where)
     planned, plan = await asyncio.to_thread(plan_replica, config, share=most if where is None else None)
-    with _EndedBySigterm() as sigterm:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    ended = False
+
+    def end_by_sigterm() -> None:
+        nonlocal ended
+        ended = True
+        if task is not None:
+            task.cancel()  # so that it can clean up; the server handles the signal itself from its start on
+
+    def listen() -> None:
+        loop.remove_signal_handler(signal.SIGTERM)
+        loop.add_signal_handler(signal.SIGTERM, end_by_sigterm)
+
+    listen()
+    client: FleetClient | None = None
+    ray: cluster.Cluster | None = None
+    joined: cluster.Door | None = None
+    try:
         progress("starting Ray", 0, 1)
         reading = asyncio.ensure_future(asyncio.to_thread(read_model, config, plan))  # while Ray starts
         each = config.cpus_per_replica
         ray = await _to_its_end(lambda: cluster.connect(most * each, each))
-        sigterm.listen()
-        client: FleetClient | None = None
-        joined: cluster.Door | None = None
-        try:
-            progress("starting replicas", 0, config.replicas)
-            joined = await _to_its_end(
-                lambda: cluster.open_door(config, lambda: replica_application(planned, inherit=ray.own))
-            )
-            client = make_client(config, joined.handle, await reading, tracer_provider, door=joined.name)
-            await _all_there(client, config.name)
-            logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
-            client.watch_head(cluster.current_address())
-        except BaseException:
-            await _end(client, joined, ray)
-            raise
-        try:
-            yield client
-        finally:
-            sigterm.ignore()
-            await _end(client, joined, ray)
+        listen()  # again, because Ray installs its own handler
+        own = ray.own
+        progress("starting replicas", 0, config.replicas)
+        joined = await _to_its_end(
+            lambda: cluster.open_door(config, lambda: replica_application(planned, inherit=own))
+        )
+        client = make_client(config, joined.handle, await reading, tracer_provider, door=joined.name)
+        await _all_there(client, config.name)
+        logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
+        client.watch_head(cluster.current_address())
+        yield client
+    except asyncio.CancelledError as error:
+        if ended:
+            raise ConfigError("stopped by SIGTERM") from error
+        raise
+    finally:
+        loop.add_signal_handler(signal.SIGTERM, lambda: None)  # nothing interrupts the end: some seconds
+        await run_to_completion(_end(client, joined, ray))
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 async def _all_there(client: FleetClient, name: str) -> None:
     """Start the client, which waits for the replicas for as long as Serve tries to start them. Raises
     ConfigError, with the reason, when Serve has given up."""
-    from aioengine.fleet.cluster import why_it_failed
-
     starting = asyncio.ensure_future(client.start(within=None))
     try:
         while not starting.done():
             await asyncio.wait([starting], timeout=STATUS_SECONDS)
             failed = starting.done() and starting.exception() is not None
-            why = await asyncio.to_thread(why_it_failed, name) if failed or not starting.done() else None
+            why = (
+                await asyncio.to_thread(cluster.why_it_failed, name)
+                if failed or not starting.done()
+                else None
+            )
             if why is not None:
                 raise ConfigError(f"the fleet did not start: {why}")
         starting.result()
@@ -93,19 +111,14 @@ async def _all_there(client: FleetClient, name: str) -> None:
         await end_tasks([starting])
 
 
-async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
-    """Stop the client, then the replicas and Ray, even if it is cancelled several times."""
-    from aioengine.fleet.cluster import Cluster, Door
-
-    async def end() -> None:
-        if client is not None:
-            await client.stop()
-        if isinstance(ray, Cluster):
-            if isinstance(joined, Door) and not ray.own:
-                await asyncio.to_thread(joined.close)
-            await asyncio.to_thread(ray.close)
-
-    await run_to_completion(end())
+async def _end(client: FleetClient | None, joined: cluster.Door | None, ray: cluster.Cluster | None) -> None:
+    """Stop the client, then the replicas and Ray."""
+    if client is not None:
+        await client.stop()
+    if ray is not None:
+        if joined is not None and not ray.own:
+            await asyncio.to_thread(joined.close)
+        await asyncio.to_thread(ray.close)
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:
@@ -119,37 +132,3 @@ async def _to_its_end(work: Callable[[], T]) -> T:
         if close is not None:
             await asyncio.to_thread(close)
         raise
-
-
-class _EndedBySigterm:
-    """Cancels the task at SIGTERM, so that the task can clean up. The server replaces this as soon as it
-    handles signals itself."""
-
-    def __init__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._loop = asyncio.get_running_loop()
-        self._told = False
-
-    def listen(self) -> None:
-        """Listen for SIGTERM. Call it again after the start of Ray, which installs its own handler."""
-        self._loop.remove_signal_handler(signal.SIGTERM)
-        self._loop.add_signal_handler(signal.SIGTERM, self._stop)
-
-    def ignore(self) -> None:
-        """Let nothing interrupt the end, which takes some seconds."""
-        self._loop.add_signal_handler(signal.SIGTERM, lambda: None)
-
-    def __enter__(self) -> Self:
-        self.listen()
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._loop.remove_signal_handler(signal.SIGTERM)
-        if self._told and isinstance(error, asyncio.CancelledError):
-            raise ConfigError("stopped by SIGTERM")
-
-    def _stop(self) -> None:
-        self._told = True
-        self._task.cancel()

@@ -4,39 +4,46 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from cyclopts import Group, Parameter
-
-from aioengine.cli.common import CommonFlags
-from aioengine.cli.flags import EngineFlags, check_folders
+from aioengine.cli.flags import CommonFlags, EngineFlags, RecordFlags, Switch, check_folders
 from aioengine.cli.generate.request_lines import Defaults, Request, parse_lines
-from aioengine.cli.generate.sampling_flags import RequestFlags, SamplingFlags
 from aioengine.cli.loop import run
-from aioengine.cli.record_flags import RecordFlags
-from aioengine.cli.struct_flags import given
+from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
 from aioengine.errors import AdapterNotFound, RequestInvalid
+from aioengine.request import RequestOptions, SamplingParams
 
 if TYPE_CHECKING:
     from aioengine.config import EngineConfig
 
-_REQUEST = Group("Request", sort_key=1)
+
+@flag_set(
+    "Sampling",
+    5,
+    FieldsOf(SamplingParams, left_out=("logit_bias", "seed", "prompt_logprobs", "pooling", "constraint")),
+    shown=("max_tokens", "temperature", "top_p", "stop", "logprobs"),
+)
+class SamplingFlags(Flags):
+    """Flags for sampling. Those that are not given have the defaults of SamplingParams."""
+
+
+@flag_set("Scheduling", 6, FieldsOf(RequestOptions, only=("priority", "deadline", "tenant")), shown=())
+class SchedulingFlags(Flags):
+    """Flags with the scheduling arguments of requests, for the policies that look at them."""
 
 
 def generate(
-    prompt: Annotated[str | None, Parameter(group=_REQUEST)] = None,
+    prompt: str | None = None,
     /,
     *,
-    adapter: Annotated[str | None, Parameter(group=_REQUEST)] = None,
-    chat: Annotated[bool, Parameter(group=_REQUEST, negative="")] = False,
-    system: Annotated[str | None, Parameter(group=_REQUEST)] = None,
-    json: Annotated[bool, Parameter(group=_REQUEST, negative="")] = False,
-    n: Annotated[int, Parameter(group=_REQUEST)] = 1,
+    adapter: str | None = None,
+    chat: Switch = False,
+    system: str | None = None,
+    json: Switch = False,
+    n: int = 1,
     sampling: SamplingFlags | None = None,
-    request: RequestFlags | None = None,
+    scheduling: SchedulingFlags | None = None,
     engine: EngineFlags | None = None,
     recording: RecordFlags | None = None,
     common: CommonFlags | None = None,
@@ -44,7 +51,7 @@ def generate(
     """Complete a prompt, or JSON lines from standard input.
 
     Without PROMPT, each line of standard input is a request, {"prompt": ...} or {"messages": [...]}. Its
-    fields override the flags. Answers come in the same order. --help-all describes all fields.
+    fields override the flags. Answers come in the same order. docs/cli.md describes all fields.
 
     Args:
         prompt: Text to complete.
@@ -54,9 +61,9 @@ def generate(
         json: Print the answer to PROMPT as a JSON line too.
         n: Answers per request; with PROMPT, needs --json.
     """
-    flags = engine or EngineFlags()
-    sampling_flags = sampling or SamplingFlags()
-    if prompt is not None and not json and (n != 1 or sampling_flags.logprobs is not None):
+    flags, recording = engine or EngineFlags(), recording or RecordFlags()
+    params = given(sampling or SamplingFlags())
+    if prompt is not None and not json and (n != 1 or "logprobs" in params):
         raise RequestInvalid("--n and --logprobs with PROMPT: plain text cannot show them; add --json")
     config = flags.engine_config()
     adapters = flags.adapters()
@@ -68,18 +75,18 @@ def generate(
         n=n,
         chat=chat,
         system=system,
-        sampling=given(sampling_flags),
-        scheduling=given(request or RequestFlags()),
+        sampling=params,
+        scheduling=given(scheduling or SchedulingFlags()),
     )
     if prompt is None:
         requests = _read_standard_input(defaults)
     else:
         requests = [defaults.request({"prompt": prompt}, 0)]
         if not json:
-            return run(_print_text(config, adapters, requests[0], recording or RecordFlags()))
+            return run(_print_text(config, adapters, requests[0], recording))
     from aioengine.cli.generate.batch import run_batch
 
-    return run(run_batch(config, adapters, requests, sys.stdout.buffer, recording or RecordFlags()))
+    return run(run_batch(config, adapters, requests, sys.stdout.buffer, recording))
 
 
 def _read_standard_input(defaults: Defaults) -> list[Request]:
@@ -100,39 +107,23 @@ def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) 
         name = adapter.removeprefix("hf:").split("@")[0]
         adapters[name] = adapter
         return name
-    path = Path(adapter)
     if not adapter:
         raise RequestInvalid("--adapter '': is empty; give a name, a folder, or hf:owner/name")
-    if not path.is_dir():
-        if config.lora is not None and config.lora.adapter_root is not None:
-            return adapter
-        known = ", ".join(adapters) or "none given"
-        raise AdapterNotFound(
-            f"no --lora-modules entry of this name ({known}) and no folder of this path",
-            name=adapter,
-        )
-    name = path.resolve().name
-    if name in adapters:
-        raise RequestInvalid(
-            f"--adapter {adapter}: --lora-modules already has an adapter {name!r}; use that name"
-        )
-    adapters[name] = str(path)
-    return name
-
-
-@contextmanager
-def _no_failed_loads_logged() -> Iterator[None]:
-    """Context in which the log does not have loads that fail: the request's error says the same."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "reason" not in getattr(record, "data", {})
-
-    logger = logging.getLogger("aioengine")
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
+    path = Path(adapter)
+    if path.is_dir():
+        name = path.resolve().name
+        if name in adapters:
+            raise RequestInvalid(
+                f"--adapter {adapter}: --lora-modules already has an adapter {name!r}; use that name"
+            )
+        adapters[name] = str(path)
+        return name
+    if config.lora is not None and config.lora.adapter_root is not None:
+        return adapter
+    known = ", ".join(adapters) or "none given"
+    raise AdapterNotFound(
+        f"no --lora-modules entry of this name ({known}) and no folder of this path", name=adapter
+    )
 
 
 async def _print_text(
@@ -140,14 +131,21 @@ async def _print_text(
 ) -> int:
     from aioengine.cli.progress import started
 
+    def is_other(record: logging.LogRecord) -> bool:
+        """Whether a record is not of a failed load, about which the request's error says the same."""
+        return "reason" not in getattr(record, "data", {})
+
     async with recording.writer() as writer, started(config, adapters) as engine:
         if writer is not None:
             writer.attach(engine)
-        outputs = engine.generate(
-            request.prompt, request.params, adapter=request.adapter, **request.scheduling
-        )
-        with _no_failed_loads_logged():
-            async for out in outputs:
+        logger = logging.getLogger("aioengine")
+        logger.addFilter(is_other)
+        try:
+            async for out in engine.generate(
+                request.prompt, request.params, adapter=request.adapter, **request.scheduling
+            ):
                 print(out.text_delta, end="", flush=True)
+        finally:
+            logger.removeFilter(is_other)
     print()
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
@@ -28,24 +27,6 @@ _KINDS: dict[str, Any] = {
 """Fields of a line beside those of SamplingParams."""
 _NEVER_NULL = ("id", "prompt", "messages")
 _SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name != "constraint")
-
-LINE_FORMAT = f"""\
-Each line of standard input is a request, a JSON object; its answer is one
-line of standard output, in the same order. All lines are checked before the
-model is loaded. A line has
-  "prompt"    text, or a list of token ids; or else
-  "messages"  [{{"role": "user", "content": "..."}}, ...] for the chat template
-and, if wanted, these (the flags are for lines that do not have them):
-  "id"        text or a whole number, unlike all others; else the line's
-              number, from 0
-  "adapter"   a name, null for the base model, or a mix of adapters with
-              their weights, as {{"sql": 0.7, "pirate": 0.3}}
-  "n"         number of answers, which come in a list "choices"
-  "priority", "deadline" (seconds), "tenant", and the sampling fields
-{textwrap.fill(", ".join(_SAMPLING), 76, initial_indent="  ", subsequent_indent="  ")}.
-An answer has "id", "adapter", "text", "token_ids", "finish_reason",
-"prompt_tokens" and, if asked for, "logprobs"; or "id", "adapter" and
-"error", an object with "type" and "message"."""
 
 
 class Request(NamedTuple):

@@ -5,59 +5,64 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
 from aioengine.checks import read_json
-from aioengine.cli.common import CommonFlags
-from aioengine.cli.help import FOLDED
+from aioengine.cli.flags import CommonFlags, Count
 from aioengine.cli.lab.flags import (
+    Floats,
+    Ints,
     SystemFlags,
     WorkloadFlags,
     check_out,
-    jobs_of,
+    cores,
     make_experiment,
-    numbers,
 )
+from aioengine.cli.lab.run import draw
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID, process
+from aioengine.cli.progress import progress
+from aioengine.cli.struct_flags import Flags, flag_set
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from aioengine.lab.report.compare_page import Ranking
+    from aioengine.lab.report.compare_results import Compare
     from aioengine.lab.runs.comparison import Compared, Comparison
     from aioengine.lab.runs.pool import Report
 
-DEFAULT_OUT = Path("lab-compare")
-_COMPARE = Group("Comparison", sort_key=4)
-_MORE = Group(f"{FOLDED} of the comparison", sort_key=24)
-_SEVERAL = Parameter(group=_COMPARE, negative="", metavar="A,B,...")
 
-
-@Parameter(name="*", group=_COMPARE)
-@dataclass(frozen=True, kw_only=True)
-class CompareFlags:
-    policy: Annotated[list[str] | None, _SEVERAL] = None
+@flag_set(
+    "Comparison",
+    4,
+    shown=("policy", "slots", "scale", "seeds", "seed", "jobs", "out", "experiment", "rank_by"),
+)
+class CompareFlags(Flags):
+    policy: Annotated[list[str] | None, Parameter(metavar="A,B,...")] = None
     """Policies; the others are compared to the first (fcfs,vllm+lru). Repeatable."""
-    slots: Annotated[list[str] | None, _SEVERAL] = None
+    slots: Ints | None = None
     """Numbers of adapter slots (8)."""
-    scale: Annotated[list[str] | None, _SEVERAL] = None
+    scale: Floats | None = None
     """Factors of the rate of arrivals (1)."""
-    seeds: int | None = None
+    seeds: Count | None = None
     """Runs of each setting, for intervals (3)."""
     seed: int | None = None
     """The first seed (0)."""
-    jobs: int | None = None
+    jobs: Count | None = None
     """Parallel runs (as many as cores)."""
-    out: Path = DEFAULT_OUT
+    out: Path = Path("lab-compare")
     """Folder for the results."""
     experiment: Path | None = None
     """Repeat this comparison.json, or vary this experiment.json; flags override it."""
     rank_by: str = "ttft_seconds.p99"
     """Measure that policies are ranked by."""
-    allow_fallback: Annotated[bool, Parameter(negative="", group=_MORE)] = False
+    allow_fallback: bool = False
     """Also rank policies that failed, and in whose place another one decided."""
 
 
@@ -79,14 +84,12 @@ def compare(
 
     check_extra()
     find_measure(flags.rank_by)
-    jobs = jobs_of(flags.jobs)
-    comparison = make_comparison(flags, workload or WorkloadFlags(), system or SystemFlags())
+    comparison = _comparison(flags, workload, system or SystemFlags())
     check_out(flags.out, "comparison.json")
-    found = _compare(comparison, flags.out, jobs, flags.allow_fallback)
-    return _conclude(found, comparison, flags)
+    return _conclude(_compare(comparison, flags), comparison, flags)
 
 
-def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: SystemFlags) -> Comparison:
+def _comparison(flags: CompareFlags, workload: WorkloadFlags | None, system: SystemFlags) -> Comparison:
     """Make the comparison from the flags, which override --experiment. Raises ConfigError."""
     from aioengine.lab.runs.comparison import Comparison, read_comparison
 
@@ -94,67 +97,39 @@ def make_comparison(flags: CompareFlags, workload: WorkloadFlags, system: System
     before = None
     if file is not None and file.suffix != ".toml" and "comparison" in read_json(file):
         before = read_comparison(file)
-    policies = split_policies(flags.policy) if flags.policy else None
-    slots = numbers("--slots", flags.slots, int)
-    scales = numbers("--scale", flags.scale, float)
-    own = {
-        "seed": flags.seed,
-        "policy": policies[0] if policies else None,
-        "slots": slots[0] if slots else None,
-        "scale": scales[0] if scales else None,
-    }
-    routers = split_policies([system.router]) if system.router else []
-    if routers:
-        system = SystemFlags(**{**vars(system), "router": routers[0]})
-    experiment = make_experiment(file, workload, system, own)
-    if flags.seeds is not None and flags.seeds < 1:
-        raise ConfigError(f"--seeds {flags.seeds}: must be at least 1")
+    policies, routers = split_policies(flags.policy or ()), split_policies(filter(None, [system.router]))
+    # The experiment has the first of each.
+    asked = {"policy": policies, "router": routers, "slots": flags.slots, "scale": flags.scale}
+    own = {name: values[0] for name, values in asked.items() if values}
+    experiment = make_experiment(file, workload, system, {**own, "seed": flags.seed})
     # Where routers are compared, engines have the same policy unless flags say otherwise.
     default = ["fcfs", "vllm+lru"] if file is None and not routers else [experiment.policy]
-    found = before or Comparison(
-        experiment=experiment,
-        policies=[*default],
-        slots=[experiment.slots],
-        scales=[experiment.workload.scale],
-        seeds=[0, 1, 2],
-        routers=[],
-    )
-    seeds = found.seeds
+    seeds = before.seeds if before else [0, 1, 2]
     if before is None or flags.seeds is not None or flags.seed is not None:
-        first, count = experiment.seed, flags.seeds or len(found.seeds)
-        seeds = list(range(first, first + count))
+        seeds = list(range(experiment.seed, experiment.seed + (flags.seeds or len(seeds))))
     return Comparison(
         experiment=experiment,
-        policies=[*(policies or found.policies)],
-        slots=slots or found.slots,
-        scales=scales or found.scales,
+        policies=[*(policies or (before.policies if before else default))],
+        slots=flags.slots or (before.slots if before else [experiment.slots]),
+        scales=flags.scale or (before.scales if before else [experiment.workload.scale]),
         seeds=seeds,
-        routers=routers or found.routers,
+        routers=routers or (before.routers if before else []),
     )
 
 
 def split_policies(texts: Iterable[str]) -> list[str]:
     """Split a list of policies: "fcfs,vtc:input_weight=1,output_weight=2" is two policies, because an option
     after a comma belongs to the policy before it."""
-    found: list[str] = []
-    for text in texts:
-        parts: list[str] = []
-        for part in text.split(","):
-            if parts and re.match(r"[A-Za-z_]\w*=", part):
-                parts[-1] += f",{part}"
-            else:
-                parts.append(part)
-        found += [part.strip() for part in parts]
+    found = [part.strip() for text in texts for part in re.split(r",(?!\s*[A-Za-z_]\w*=)", text)]
     if not all(found):
         raise ConfigError("--policy: has an empty name; write fcfs,vtc")
     return found
 
 
-def _compare(comparison: Comparison, out: Path, jobs: int, allow_fallback: bool) -> Compared:
-    from aioengine.cli.progress import progress
+def _compare(comparison: Comparison, flags: CompareFlags) -> Compared:
     from aioengine.lab.runs.comparison import compare
 
-    tasks = comparison.tasks(out)
+    tasks = comparison.tasks(flags.out)
     under_way: dict[int, float] = {}
     ended, stop = 0, Event()
 
@@ -172,9 +147,9 @@ def _compare(comparison: Comparison, out: Path, jobs: int, allow_fallback: bool)
 
         return compare(
             comparison,
-            out,
-            jobs=jobs,
-            allow_fallback=allow_fallback,
+            flags.out,
+            jobs=flags.jobs or cores(),
+            allow_fallback=flags.allow_fallback,
             report=report,
             say=lambda text: print(f"aioengine: {text}", file=sys.stderr),
             stopping=stop.is_set,
@@ -183,11 +158,8 @@ def _compare(comparison: Comparison, out: Path, jobs: int, allow_fallback: bool)
 
 def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> int:
     """Print the rankings and the failures, and write the report."""
-    from aioengine.cli.lab.tables import print_rankings
-    from aioengine.cli.progress import progress
     from aioengine.lab.report.compare_page import load_compare, write_compare_report
     from aioengine.lab.runs.simulate import ageing_text
-    from aioengine.lab.workload.extra import NO_REPORT, can_draw
 
     for failure in found.failures:
         said = failure.error if failure.invalid else f"failed: {failure.error}"
@@ -195,13 +167,47 @@ def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> i
     if len(found.failures) < found.results.height:
         print_rankings(load_compare(flags.out, flags.rank_by))
         print(ageing_text(comparison.policies, comparison.experiment.ageing))
-        if not can_draw():
-            print(f"aioengine: {NO_REPORT}", file=sys.stderr)
-        else:
-            with progress("drawing") as show:
-                page = write_compare_report(flags.out, flags.rank_by, lambda: show(0, None, "figures"))
-            print(f"report: {page}")
+        draw(lambda drawn: write_compare_report(flags.out, flags.rank_by, drawn))
     print(f"files:  {flags.out}")
     if any(failure.invalid for failure in found.failures):
         return EXIT_NOT_VALID
     return EXIT_FAILED if found.failures else 0
+
+
+def print_rankings(compare: Compare) -> None:
+    """Print a table for each setting of a comparison, the best policy first."""
+    from aioengine.cli.tables import output_console
+    from aioengine.lab.report.compare_page import rankings
+
+    console = output_console()
+    shared = False
+    for ranking in rankings(compare):
+        table = _ranking_table(ranking, console, " ")
+        if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
+            table = _ranking_table(ranking, console, "\n")
+        console.print(table, "")
+        shared = shared or any("=" in row.place for row in ranking.rows)
+    if shared:
+        console.print("=: the seeds do not tell which of these is better (95%)", style="dim")
+
+
+def _ranking_table(ranking: Ranking, console: Console, joint: str) -> Table:
+    """Make the table of policies, with ``joint`` between a mean and its interval. The columns of figures
+    are as wide as they need to be: Rich would break lines at no-break spaces too, between a number and its
+    unit."""
+    from rich.text import Text
+
+    from aioengine.cli.tables import new_table
+    from aioengine.lab.analysis.numbers import policy_label
+
+    table = new_table(console)
+    table.title, table.show_edge, table.pad_edge = Text(ranking.title), False, False
+    table.add_column("", no_wrap=True)
+    table.add_column("policy", overflow="fold")
+    texts = [[joint.join(filter(None, cell[:2])) for cell in row.cells] for row in ranking.rows]
+    for head, column in zip(ranking.heads, zip(*texts, strict=True), strict=True):
+        parts = [*head.split(), *(line for text in column for line in text.split("\n"))]
+        table.add_column(head, justify="right", width=max(map(len, parts)))
+    for row, cells in zip(ranking.rows, texts, strict=True):
+        table.add_row(row.place, Text(policy_label(row.name)), *cells)
+    return table

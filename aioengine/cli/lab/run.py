@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Any
 
-from cyclopts import Group, Parameter
-
-from aioengine.cli.common import CommonFlags
-from aioengine.cli.help import FOLDED
+from aioengine.cli.flags import CommonFlags
 from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID
+from aioengine.cli.progress import Show, progress
+from aioengine.cli.struct_flags import Flags, flag_set
 
-if TYPE_CHECKING:
-    from aioengine.lab.runs.experiment import Experiment
-
-DEFAULT_OUT = Path("lab-run")
-_OWN = ("policy", "slots", "scale", "seed")
-"""Fields of an experiment."""
 COLLECT_AFTER = 100_000
 """New objects after which the garbage collector looks for cycles."""
-_RUN = Group("Run", sort_key=7)
-_MORE = Group(f"{FOLDED} of the run", sort_key=24)
 
 
-@Parameter(name="*", group=_RUN)
-@dataclass(frozen=True, kw_only=True)
-class RunFlags:
+@flag_set("Run", 7, shown=("policy", "slots", "scale", "seed", "out", "experiment", "report"))
+class RunFlags(Flags):
     policy: str | None = None
     """Name in aioengine policies, or my_policy.py:MyPolicy (fcfs)."""
     slots: int | None = None
@@ -40,13 +29,13 @@ class RunFlags:
     """Factor on the rate of arrivals (1)."""
     seed: int | None = None
     """Seed of everything drawn: arrivals, adapters, lengths (0)."""
-    out: Path = DEFAULT_OUT
+    out: Path = Path("lab-run")
     """Folder for the results."""
     experiment: Path | None = None
     """Repeat the run of this experiment.json, or use a workload.toml; flags override it."""
-    report: Annotated[bool, Parameter(negative="--no-report")] = True
+    report: bool = True
     """Draw figures and write report.html."""
-    allow_fallback: Annotated[bool, Parameter(negative="", group=_MORE)] = False
+    allow_fallback: bool = False
     """Accept a run in which the policy failed and another one decided in its place."""
 
 
@@ -66,41 +55,29 @@ def run(
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
-    own = {name: getattr(flags, name) for name in _OWN}
-    experiment = make_experiment(flags.experiment, workload or WorkloadFlags(), system or SystemFlags(), own)
-    check_out(flags.out, "experiment.json")
-    return _run(experiment, flags)
-
-
-def _run(experiment: Experiment, flags: RunFlags) -> int:
-    from aioengine.cli.lab.tables import print_summary
-    from aioengine.cli.progress import progress
     from aioengine.lab.report.run_figures import PLOTS
     from aioengine.lab.report.run_page import write_report
+    from aioengine.lab.runs import simulate
     from aioengine.lab.runs.comparison import invalid_text
     from aioengine.lab.runs.open_loop import RunStalled
-    from aioengine.lab.runs.simulate import run
-    from aioengine.lab.workload.extra import NO_REPORT, can_draw
 
+    own = {name: getattr(flags, name) for name in ("policy", "slots", "scale", "seed")}
+    experiment = make_experiment(flags.experiment, workload, system, own)
+    check_out(flags.out, "experiment.json")
     try:
         with progress("simulating") as show, fewer_collections():
-            result = run(
+            result = simulate.run(
                 experiment,
                 flags.out,
-                lambda done, total, now: show(done, total, f"{done:,} requests, {now:,.0f} s simulated"),
+                simulated(show),
                 lambda text: print(f"aioengine: {text}", file=sys.stderr),
             )
     except RunStalled as error:
         print(f"aioengine: {error}", file=sys.stderr)
         return EXIT_FAILED
     print_summary(result.summary)
-    if flags.report and not can_draw():
-        print(f"aioengine: {NO_REPORT}", file=sys.stderr)
-    elif flags.report:
-        with progress("drawing") as show:
-            drawn = iter(range(1, len(PLOTS) + 1))
-            page = write_report(flags.out, lambda: show(next(drawn), len(PLOTS), "figures"))
-        print(f"report: {page}")
+    if flags.report:
+        draw(lambda drawn: write_report(flags.out, drawn), len(PLOTS))
     print(f"files:  {flags.out}")
     policy = result.summary["policy"]
     if policy["valid"] or flags.allow_fallback:
@@ -110,6 +87,11 @@ def _run(experiment: Experiment, flags: RunFlags) -> int:
         print(policy["traceback"], end="", file=sys.stderr)
     print("aioengine: with --allow-fallback the run is accepted", file=sys.stderr)
     return EXIT_NOT_VALID
+
+
+def simulated(show: Show) -> Callable[[int, int | None, float], None]:
+    """Return a function for a run to call, which shows how far it is."""
+    return lambda done, total, now: show(done, total, f"{done:,} requests, {now:,.0f} s simulated")
 
 
 @contextmanager
@@ -122,3 +104,46 @@ def fewer_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+def draw(write: Callable[[Callable[[], None]], Path], figures: int | None = None) -> None:
+    """Draw a report, if the packages for it are there, and print where it is.
+
+    Args:
+        write: Writes the report, and returns its page. It calls its argument after each figure.
+        figures: Their number, if it is known.
+    """
+    from aioengine.lab.workload.extra import NO_REPORT, can_draw
+
+    if not can_draw():
+        print(f"aioengine: {NO_REPORT}", file=sys.stderr)
+        return
+    with progress("drawing") as show:
+        drawn = 0
+
+        def count() -> None:
+            nonlocal drawn
+            drawn += 1
+            show(drawn, figures, "figures")
+
+        page = write(count)
+    print(f"report: {page}")
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print the table at the end of a run."""
+    from aioengine.cli.tables import new_table, output_console
+    from aioengine.lab.analysis.measures import MEASURES
+    from aioengine.lab.analysis.summary import flatten
+
+    console = output_console()
+    table = new_table(console, "figure", ">")
+    flat = flatten(summary)
+    for measure in MEASURES:
+        if flat.get(measure.name) is not None:
+            table.add_row(measure.label, measure.text(flat[measure.name]))
+    console.print(table)
+    errors = summary["requests_by_error"]
+    if errors:
+        each = ", ".join(f"{count:,} {error}" for error, count in errors.items())
+        print(f"aioengine: not all requests were served: {each}", file=sys.stderr)

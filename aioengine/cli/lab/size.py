@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Group, Parameter
+import msgspec
+from cyclopts import Parameter
 
-from aioengine.cli.common import CommonFlags
-from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, jobs_of, make_experiment
+from aioengine.cli.flags import CommonFlags, Count, Given, Texts
+from aioengine.cli.lab.flags import SystemFlags, check_out, cores, make_experiment
 from aioengine.cli.process import EXIT_FAILED, process
+from aioengine.cli.struct_flags import Flags, flag_set
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from aioengine.lab.runs.experiment import Experiment
     from aioengine.lab.sizing.objectives import Objective
     from aioengine.lab.sizing.search import Bounds, Sized, Trial
+    from aioengine.lab.workload.spec import WorkloadSpec
 
-DEFAULT_OUT = Path("lab-size")
 NAMES = {
     "replicas": "one replica",
     "slots": "one slot",
@@ -30,21 +32,19 @@ NAMES = {
     "slot_memory": "a sixteenth of --slot-memory",
 }
 MOST_REPLICAS = 16
-_SIZE = Group("Size", sort_key=4)
 
 
-@Parameter(name="*", group=_SIZE)
-@dataclass(frozen=True, kw_only=True)
-class SizeFlags:
-    workload: Annotated[Path, Parameter(show_default=False)]
+@flag_set("Size", 4)
+class SizeFlags(Flags):
+    workload: Given
     """Workload: TOML or JSON with its fields, an experiment.json, or a trace."""
-    slo: Annotated[list[str], Parameter(consume_multiple=1, show_default=False, negative="")]
+    slo: Annotated[Texts, Parameter(show_default=False)]
     """Objectives: ttft_p99=2.0, itl_p95=0.05, latency_mean=8, goodput=0.95, served=0.99."""
     policy: str | None = None
     """Name in aioengine policies (fcfs)."""
     slots: int | None = None
     """Number of slots, which is then not searched."""
-    max_replicas: int | None = None
+    max_replicas: Count | None = None
     """Maximum replicas to try (16)."""
     seeds: int = 3
     """Runs of each size; up to three times as many where the result is not clear."""
@@ -52,9 +52,9 @@ class SizeFlags:
     """First seed (0)."""
     limit: int | None = None
     """Maximum requests of the workload."""
-    jobs: int | None = None
+    jobs: Count | None = None
     """Parallel runs (as many as cores)."""
-    out: Path = DEFAULT_OUT
+    out: Path = Path("lab-size")
     """Folder for the results: size.json, and the runs."""
 
 
@@ -81,17 +81,8 @@ def size(
     objectives = parse_objectives(flags.slo)
     experiment, bounds = _experiment(flags, system or SystemFlags(), read_workload(flags.workload))
     check_out(flags.out, "size.json")
-    jobs = jobs_of(flags.jobs)
-    stop = Event()
-
+    stop, count = Event(), itertools.count(1)
     with progress("sizing") as show, process.cancelling(stop.set):
-        count = 0
-
-        def tried(trial: Trial) -> None:
-            nonlocal count
-            count += 1
-            show(count, None, f"{trial.size}: {_verdict(trial)}")
-
         found = find_size(
             experiment,
             objectives,
@@ -99,8 +90,8 @@ def size(
             bounds=bounds,
             seeds=flags.seeds,
             most_seeds=3 * flags.seeds,
-            jobs=jobs,
-            tried=tried,
+            jobs=flags.jobs or cores(),
+            tried=lambda trial: show(next(count), None, f"{trial.size}: {_broken(trial, objectives)}"),
             stopping=stop.is_set,
         )
     _write(flags.out, found, objectives, experiment)
@@ -109,42 +100,41 @@ def size(
     return 0 if found.size is not None else EXIT_FAILED
 
 
-def _experiment(flags: SizeFlags, system: SystemFlags, workload: Any) -> tuple[Experiment, Bounds]:
-    import msgspec
-
+def _experiment(flags: SizeFlags, system: SystemFlags, workload: WorkloadSpec) -> tuple[Experiment, Bounds]:
+    """Return what is run, and the bounds of the search. Raises ConfigError."""
     from aioengine.lab.runs.experiment import OF_A_FLEET
     from aioengine.lab.sizing.search import Bounds
 
-    most = MOST_REPLICAS if flags.max_replicas is None else flags.max_replicas
-    if most < 1:
-        raise ConfigError(f"--max-replicas {most}: must be at least 1")
-    if system.replicas is not None:
-        if flags.max_replicas is not None:
-            raise ConfigError(f"--max-replicas {most}: their number is given by --replicas; leave one out")
-        most = system.replicas
-    conditions = [name for name in OF_A_FLEET if getattr(system, name) is not None]
-    if conditions and most == 1:
-        flag = conditions[0].replace("_", "-")
-        raise ConfigError(f"--{flag}: is for a fleet, and only one replica is tried; allow more of them")
-    spec = workload if flags.limit is None else msgspec.structs.replace(workload, limit=flags.limit)
+    if system.replicas is not None and flags.max_replicas is not None:
+        raise ConfigError("--max-replicas: their number is given by --replicas; leave one out")
+    most = system.replicas or flags.max_replicas or MOST_REPLICAS
     own = {"policy": flags.policy, "slots": flags.slots, "seed": flags.seed}
+    if conditions := [name for name in OF_A_FLEET if getattr(system, name) is not None]:
+        if most == 1:
+            flag = conditions[0].replace("_", "-")
+            raise ConfigError(f"--{flag}: is for a fleet, and only one replica is tried; allow more of them")
+        own["replicas"] = most
     if flags.slots is not None and system.cpu_loras is None:
         own["cpu_loras"] = max(flags.slots, 64)
-    if system.replicas is None and conditions:
-        own["replicas"] = most
-    experiment = make_experiment(None, WorkloadFlags(), system, own, spec)
-    given = Bounds(
+    if flags.limit is not None:
+        workload = msgspec.structs.replace(workload, limit=flags.limit)
+    bounds = Bounds(
         replicas=(1 if system.replicas is None else most, most),
         slots=None if flags.slots is None else (flags.slots,) * 2,
         cpu_loras=None if system.cpu_loras is None else (system.cpu_loras,) * 2,
     )
-    return experiment, given
+    return make_experiment(None, None, system, own, workload), bounds
 
 
-def _verdict(trial: Trial) -> str:
-    if trial.error:
-        return f"cannot be run: {trial.error}"
-    return {True: "holds", False: "does not hold", None: "not told apart"}[trial.holds]
+def _broken(trial: Trial, objectives: Sequence[Objective]) -> str:
+    """Describe the objectives that a size does not keep, or for which the result is not clear."""
+    texts = [
+        objective.text(figure) + (" (not clear)" if verdict is None else "")
+        for objective in objectives
+        if (figure := trial.figures.get(objective.name)) is not None
+        and (verdict := objective.verdict(figure)) is not True
+    ]
+    return f"cannot be run: {trial.error}" if trial.error else "; ".join(texts) or "holds"
 
 
 def _print(found: Sized, objectives: Sequence[Objective]) -> None:
@@ -170,22 +160,8 @@ def _print(found: Sized, objectives: Sequence[Objective]) -> None:
     print(f"{len(found.trials)} sizes tried in {runs} runs; intervals are 95% over the seeds of a size")
 
 
-def _broken(trial: Trial, objectives: Sequence[Objective]) -> str:
-    """Describe the objectives that a size does not keep, or for which the result is not clear."""
-    if trial.error:
-        return _verdict(trial)
-    texts = []
-    for objective in objectives:
-        figure = trial.figures[objective.name]
-        verdict = objective.verdict(figure)
-        if verdict is not True:
-            texts.append(objective.text(figure) + (" (not clear)" if verdict is None else ""))
-    return "; ".join(texts) or _verdict(trial)
-
-
 def _print_use(trial: Trial) -> None:
-    if trial.use:
-        use = trial.use
+    if use := trial.use:
         print(
             f"  steps take {use['device']:.0%} of the time, {use['sequences']:.0%} of the sequences and "
             f"{use['kv_cache']:.0%} of the KV cache are in use; {use['found_in_slot']:.0%} of the requests "
@@ -194,16 +170,17 @@ def _print_use(trial: Trial) -> None:
 
 
 def _write(out: Path, found: Sized, objectives: Sequence[Objective], experiment: Experiment) -> None:
-    def plain(trial: Trial) -> dict[str, Any]:
-        figures = {name: figure._asdict() for name, figure in trial.figures.items()}
-        return {**trial._asdict(), "size": trial.size._asdict(), "figures": figures}
+    def plain(value: Any) -> Any:
+        """Return named tuples as objects, at any depth."""
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        return plain(value._asdict()) if hasattr(value, "_asdict") else value
 
     less = found.neighbours.items()
-    bounded_by = {name: None if trial is None else _broken(trial, objectives) for name, trial in less}
     values = {
-        "size": None if found.size is None else found.size._asdict(),
+        "size": plain(found.size),
         "slo": {objective.name: objective.bound for objective in objectives},
-        "bounded_by": bounded_by,
+        "bounded_by": {name: None if trial is None else _broken(trial, objectives) for name, trial in less},
         "trials": [plain(trial) for trial in found.trials],
         "experiment": experiment.to_dict(),
     }

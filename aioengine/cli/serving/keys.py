@@ -10,18 +10,18 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter
 
-from aioengine.cli.common import CommonFlags
+from aioengine.cli.flags import CommonFlags
 from aioengine.errors import ConfigError
 from aioengine.server.access import keys
 
-_LIST = Parameter(negative="")
+Texts = Annotated[list[str] | None, Parameter(negative="")]
 
 
 def new(
     *,
     tenant: str,
-    scope: Annotated[list[str] | None, _LIST] = None,
-    adapter: Annotated[list[str] | None, _LIST] = None,
+    scope: Texts = None,
+    adapter: Texts = None,
     common: CommonFlags | None = None,
 ) -> int:
     """Create a key, and print its entry for the keys file.
@@ -35,13 +35,14 @@ def new(
         adapter: Adapter, or pattern such as team-a/*, that it may use; any by default.
     """
     key = keys.new_key()
-    lines = ["", "[[keys]]", f'hash = "{keys.hash_key(key)}"', f"tenant = {_text(tenant)}"]
-    lines.append(f"scopes = {_texts(scope or ['generate'])}")
+    entry = {"hash": keys.hash_key(key), "tenant": tenant, "scopes": scope or ["generate"]}
     if adapter:
-        lines.append(f"adapters = {_texts(adapter)}")
-    entry = "\n".join(lines)
-    keys.parse_keys_file(entry.encode(), source="the new entry")
-    print(entry)
+        entry["adapters"] = adapter
+    # JSON's texts and lists are TOML's as well.
+    lines = [f"{name} = {msgspec.json.encode(value).decode()}" for name, value in entry.items()]
+    text = "\n".join(["", "[[keys]]", *lines]).replace("\x7f", "\\u007f")
+    keys.parse_keys_file(text.encode(), source="the new entry")
+    print(text)
     print(f"the key, which is not shown again: {key}", file=sys.stderr)
     return 0
 
@@ -78,31 +79,18 @@ def check(file: Path, *, common: CommonFlags | None = None) -> int:
     for column in ("hash", "tenant", "scopes", "models", "expires", "limits"):
         table.add_column(column, overflow="fold")
     for entry in found.keys:
-        table.add_row(entry.hash[:15], entry.tenant, " ".join(entry.scopes), *_details(entry))
+        models = [*(["base"] if entry.base_model else []), *entry.adapters]
+        expires = "" if entry.expires is None else entry.expires.isoformat()
+        if entry.expires is not None and entry.expires <= datetime.now(UTC):
+            expires += " (expired)"
+        texts = " ".join(entry.scopes), " ".join(models), expires, _limits(entry.limits)
+        table.add_row(entry.hash[:15], entry.tenant, *texts)
     for tenant, limits in found.tenants.items():
         table.add_row("", tenant, "all its keys", "", "", _limits(limits))
     output_console().print(table)
     return 0
 
 
-def _details(entry: keys.KeyEntry) -> tuple[str, str, str]:
-    models = " ".join([*(["base"] if entry.base_model else []), *entry.adapters])
-    expires = ""
-    if entry.expires is not None:
-        over = entry.expires <= datetime.now(UTC)
-        expires = f"{entry.expires.isoformat()}{' (expired)' if over else ''}"
-    return models, expires, _limits(entry.limits)
-
-
 def _limits(limits: keys.Limits) -> str:
-    values = {name: getattr(limits, name) for name in limits.__struct_fields__}
+    values = msgspec.structs.asdict(limits)
     return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
-
-
-def _text(value: str) -> str:
-    """Return a TOML string; JSON's strings are valid ones."""
-    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
-
-
-def _texts(values: list[str]) -> str:
-    return f"[{', '.join(map(_text, values))}]"

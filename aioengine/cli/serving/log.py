@@ -43,17 +43,16 @@ class JsonFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        data = getattr(record, "data", {})
         entry = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
+            "message": "request" if fields else _worded(record, record.getMessage()),
+            **fields,
+            **{k: _worded(record, v) if isinstance(v, str) else v for k, v in data.items()},
         }
-        fields = getattr(record, "fields", None)
-        entry |= (
-            {"message": "request", **fields} if fields else {"message": _worded(record, record.getMessage())}
-        )
-        data = getattr(record, "data", {})
-        entry |= {k: _worded(record, v) if isinstance(v, str) else v for k, v in data.items()}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(entry, enc_hook=str).decode()
@@ -67,15 +66,11 @@ def configure_logging(form: str, level: str) -> None:
     """Configure logging for the whole process; only the program does this, never the library. ``form`` is
     "text" or "json"."""
     handler = logging.StreamHandler(sys.stderr)
-    if form == "json":
-        handler.setFormatter(JsonFormatter())
-    else:
-        handler.setFormatter(TextFormatter())
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     threading.excepthook = _log_failure
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
-    for chatty in ("httpx", "httpcore", "asyncio"):
+    for chatty in ("uvicorn", "httpx", "httpcore", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
@@ -85,10 +80,10 @@ def _log_failure(failure: threading.ExceptHookArgs) -> None:
     logging.getLogger("aioengine").error("thread %s failed: %r", name, found, exc_info=found)
 
 
-def print_error(text: str) -> None:
-    """Print an error that ends a command: for people or, where the log is JSON, as a line of it."""
+def print_line(text: str, level: int) -> None:
+    """Print a line beside a command's output: for people or, where the log is JSON, as a line of it."""
     if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
-        fields = {"name": "aioengine", "levelno": logging.ERROR, "levelname": "ERROR", "msg": text}
-        print(JsonFormatter().format(logging.makeLogRecord(fields)), file=sys.stderr)
+        text = JsonFormatter().format(logging.LogRecord("aioengine", level, "", 0, text, None, None))
     else:
-        print(f"aioengine: {text}", file=sys.stderr)
+        text = f"aioengine: {text}"
+    print(text, file=sys.stderr)

@@ -1,0 +1,292 @@
+"""``aioengine demo``: a small model, four adapters, two slots; and an example of embedding."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
+
+import aioengine
+from aioengine.cli.flags import DEFAULT_MODEL, CommonFlags, Count
+from aioengine.cli.loop import run
+from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.errors import AioEngineError, ConfigError
+from aioengine.request import SamplingParams
+from aioengine.tasks import end_tasks, together
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from aioengine.engine import AsyncEngine
+
+ADAPTERS = ("sql", "json", "sentiment", "pirate")
+
+_ORDER = (
+    *(None, "sql", "json", "sql", None, "sentiment"),
+    *("json", "pirate", None, "sentiment", "pirate", None),
+)
+"""Adapters in the order of the requests: more at a time than slots, and some more than once."""
+_QUESTIONS = (
+    "What is the capital of France?",
+    "Name the three primary colours.",
+    "Why is the sky blue? Answer in one sentence.",
+    "Write two lines about the sea.",
+)
+
+ARRIVAL_SECONDS = 0.15
+"""Seconds between the arrivals of two requests."""
+LOOK_SECONDS = 0.1
+_MARKS = {"soon": "·", "waiting": "◌", "running": "▶", "done": "✔", "failed": "✘"}
+
+
+def demo(
+    *,
+    adapters: Path | None = None,
+    requests: Count = 12,
+    max_tokens: int = 48,
+    seed: int = 0,
+    model: str = DEFAULT_MODEL,
+    common: CommonFlags | None = None,
+) -> int:
+    """Watch a small model serve four adapters through two slots.
+
+    A dozen requests arrive one after the other, for the base model and for four adapters. Two
+    adapters fit on the device and three in the CPU cache, so they have to be swapped while others
+    generate. Exits with 0 if every request finished.
+
+    Args:
+        adapters: Folder of the example adapters (examples/adapters of the source checkout).
+        requests: Number of requests (12).
+        max_tokens: Maximum tokens to generate for each (48).
+        seed: Which exercises the adapters get (0).
+        model: The base model, which the adapters must fit (smollm2-135m).
+    """
+    from aioengine.cli.tables import output_console
+
+    folder = default_folder() if adapters is None else adapters
+    jobs = make_jobs(folder, requests, seed)
+    config = EngineConfig(
+        model=model,
+        max_model_len=512,
+        max_num_seqs=16,
+        kv_cache_memory="256MiB",
+        lora=LoRAConfig(max_loras=2, max_cpu_loras=3, max_lora_rank=8),
+    )
+    shown = Demo(jobs, SamplingParams(max_tokens=max_tokens), output_console())
+    return run(_demo(config, {name: str(folder / name) for name in ADAPTERS}, shown))
+
+
+async def _demo(config: EngineConfig, adapters: dict[str, str], shown: Demo) -> int:
+    from aioengine.cli.progress import started
+
+    print(f"Loading {config.model} ...", flush=True)
+    async with started(config, adapters) as engine:
+        return await shown.run(engine)
+
+
+def default_folder() -> Path:
+    """Return ``examples/adapters`` of the source checkout that this package belongs to."""
+    return Path(aioengine.__file__).resolve().parent.parent / "examples" / "adapters"
+
+
+def make_jobs(folder: Path, count: int, seed: int) -> list[Job]:
+    """Make ``count`` jobs; the same seed gives the same jobs.
+
+    Raises ConfigError if the adapters, or the tasks that they were trained on, are missing.
+    """
+    for name in ADAPTERS:
+        if not (folder / name / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"the demo's adapter {name!r} is not in {folder}: run the demo from a source "
+                "checkout of aioengine, or give the folder with --adapters"
+            )
+    tasks = _load_tasks(folder.parent / "tasks.py").TASKS
+    rng = random.Random(seed)
+    jobs: list[Job] = []
+    for index in range(count):
+        adapter = _ORDER[index % len(_ORDER)]
+        number = 1 + sum(job.adapter == adapter for job in jobs)
+        job_id = f"{adapter or 'base'}-{number}"
+        if adapter is None:
+            question = _QUESTIONS[(number - 1) % len(_QUESTIONS)]
+            jobs.append(Job(job_id, None, question, [{"role": "user", "content": question}], None))
+        else:
+            task = tasks[adapter]
+            item = task.generate(rng, "eval")
+            jobs.append(Job(job_id, adapter, item.prompt, task.messages(item), partial(task.check, item)))
+    return jobs
+
+
+def _load_tasks(path: Path) -> ModuleType:
+    """Import ``examples/tasks.py`` by its path: the examples are not part of the package."""
+    name = "_aioengine_example_tasks"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError(f"the demo's tasks are not at {path}: put them beside the adapters")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+class Job(NamedTuple):
+    """One prompt of the demo."""
+
+    id: str
+    adapter: str | None
+    """None is the base model."""
+    question: str
+    messages: list[dict[str, Any]]
+    check: Callable[[str], bool] | None
+    """Checks whether an answer is right; None where no program can tell."""
+
+
+@dataclass
+class Row:
+    """One request and its progress."""
+
+    job: Job
+    state: Literal["soon", "waiting", "running", "done", "failed"] = "soon"
+    text: str = ""
+    tokens: int = 0
+    ttft: float | None = None
+    right: bool | None = None
+
+
+class Demo:
+    """The demo's requests, sent one after the other, and what is shown of them: a live board or, where there
+    is no terminal, a line for each event."""
+
+    def __init__(self, jobs: list[Job], params: SamplingParams, console: Console) -> None:
+        self.rows = [Row(job) for job in jobs]
+        self._params = params
+        self._console = console
+        self._moves: deque[str] = deque(maxlen=3)
+        self._in_slots: dict[int, str | None] = {}
+        """Adapters by slot, when one looked last."""
+        self._begun = time.perf_counter()
+
+    async def run(self, client: AsyncEngine) -> int:
+        """Send all requests and show them. Returns 0 if every request finished, else 1."""
+        from aioengine.cli.board import board
+
+        self._begun = time.perf_counter()
+        with board(self._console) as show:
+
+            async def redraw() -> None:
+                while True:
+                    self._draw(client, show)
+                    await asyncio.sleep(LOOK_SECONDS)
+
+            redrawing = asyncio.create_task(redraw())
+            try:
+                await together([self._ask(client, row, i) for i, row in enumerate(self.rows)])
+            finally:
+                await end_tasks([redrawing])
+                self._draw(client, show)
+        self._print_summary(client)
+        return 0 if all(row.state == "done" for row in self.rows) else 1
+
+    async def _ask(self, client: AsyncEngine, row: Row, index: int) -> None:
+        """Run one client: send its prompt and read its answer."""
+        await asyncio.sleep(index * ARRIVAL_SECONDS)
+        job, sent = row.job, time.perf_counter()
+        row.state = "waiting"
+        try:
+            async for out in client.generate(
+                job.messages, self._params, adapter=job.adapter, request_id=job.id
+            ):
+                if row.ttft is None and out.output_tokens:
+                    row.state, row.ttft = "running", time.perf_counter() - sent
+                    self._say(f"{job.id} runs, first token after {row.ttft:.2f} s")
+                row.text, row.tokens = " ".join(out.text.split()), out.output_tokens
+        except AioEngineError as error:
+            row.state, row.text = "failed", str(error)
+            self._say(f"{job.id} failed: {error}")
+            return
+        row.state, row.right = "done", None if job.check is None else job.check(out.text)
+        verdict = {True: " [right]", False: " [wrong]", None: ""}[row.right]
+        self._say(f"{job.id} done{verdict}: {row.text}")
+
+    def _say(self, line: str) -> None:
+        """Print one line, where there is no live board."""
+        if not self._console.is_terminal:
+            print(f"{time.perf_counter() - self._begun:6.2f}  {line}", flush=True)
+
+    def _draw(self, client: AsyncEngine, show: Callable[[RenderableType], None] | None) -> None:
+        """Draw the requests with the ends of their answers, the slots, and the latest adapter moves."""
+        slots = client.stats().slots
+        for slot in slots:
+            before, self._in_slots[slot.index] = self._in_slots.get(slot.index), slot.adapter
+            for adapter, way in ((before, "out of"), (slot.adapter, "into")):
+                if adapter is not None and before != slot.adapter:
+                    self._moves.append(f"{adapter}: {way} slot {slot.index}")
+                    self._say(self._moves[-1])
+        if show is None:
+            return
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        from aioengine.cli.board import slots_table
+
+        requests = Table.grid(padding=(0, 1), expand=True)
+        for column in ({"width": 1}, {"width": 12}, {"ratio": 1, "overflow": "ellipsis"}):
+            requests.add_column(**column, no_wrap=True)
+        for row in self.rows:
+            style = {"running": "bold", "failed": "red"}.get(row.state, "dim")
+            text = (
+                f"…{row.text[-59:]}" if row.text and row.state != "failed" else row.text or row.job.question
+            )
+            requests.add_row(_MARKS[row.state], Text(row.job.id, style), Text(text, style))
+        table = slots_table([msgspec.structs.asdict(slot) for slot in slots], len(slots), self._console.width)
+        moves = Text("\n".join(self._moves), style="dim")
+        panels = (
+            Panel(requests, title="requests"),
+            Panel(table, title="slots"),
+            Panel(moves, title="moves", height=5),
+        )
+        show(Group(*panels))
+
+    def _print_summary(self, client: AsyncEngine) -> None:
+        """Print a table of the adapters, and what the slots have done."""
+        from aioengine.cli.tables import new_table
+
+        total, seconds = sum(row.tokens for row in self.rows), time.perf_counter() - self._begun
+        title = f"{len(self.rows)} requests, {total} tokens in {seconds:.1f} s"
+        columns = ("adapter", ">requests", ">finished", ">TTFT median", ">tokens", ">right answers")
+        table = new_table(self._console, *columns, title=title)
+        for name in dict.fromkeys(row.job.adapter for row in self.rows):
+            rows = [row for row in self.rows if row.job.adapter == name]
+            ttfts = [row.ttft for row in rows if row.ttft is not None]
+            checked = [row.right for row in rows if row.right is not None]
+            table.add_row(
+                name or "base",
+                str(len(rows)),
+                str(sum(row.state == "done" for row in rows)),
+                f"{median(ttfts) * 1e3:.0f} ms" if ttfts else "-",
+                str(sum(row.tokens for row in rows)),
+                f"{sum(checked)} of {len(checked)}" if checked else "-",
+            )
+        self._console.print(table)
+        stats = client.stats()
+        asked = stats.slot_hits + stats.slot_misses
+        print(
+            f"{len(stats.slots)} slots: {stats.slot_loads} loads, {stats.slot_evictions} evictions; "
+            f"{stats.slot_hits} of {asked} requests found their adapter in one; "
+            f"{stats.cpu_loads} reads from disk, {stats.cpu_evictions} evictions from the CPU cache, "
+            f"{stats.steps} steps"
+        )

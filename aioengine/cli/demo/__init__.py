@@ -1,1 +1,0 @@
-"""``aioengine demo``: four adapters served through two slots, shown in the terminal."""
