@@ -163,6 +163,10 @@ ONLY: dict[str, set[str]] = {
     "core": {"sortedcontainers", *sys.stdlib_module_names},
 }
 """Room -> the only foreign top-level packages that it may import."""
+EXTRA: dict[str, set[str]] = {
+    "aioengine.schedulers.routing.placement": {"numpy", "scipy"},
+}
+"""Module -> what it may import beside those, when it is used."""
 
 
 class Import(NamedTuple):
@@ -256,22 +260,22 @@ def test_every_room_is_installed() -> None:
 
 BUDGETS = {
     "aioengine/*.py": 3_750,  # aim: 2_400
-    "aioengine/adapters": 4_450,  # aim: 3_800
+    "aioengine/adapters": 4_300,  # aim: 3_800
     "aioengine/cli": 4_650,  # aim: 3_200
     "aioengine/core": 5_600,  # aim: 4_600
     "aioengine/executors": 2_250,  # aim: 1_900
     "aioengine/fleet": 5_750,  # aim: 4_200
     "aioengine/grammars": 2_050,  # aim: 1_100
-    "aioengine/lab": 11_200,  # aim: 7_500
+    "aioengine/lab": 10_400,  # aim: 7_500
     "aioengine/model": 12_050,  # aim: 9_000
-    "aioengine/runtime": 3_500,  # aim: 2_700
+    "aioengine/runtime": 3_400,  # aim: 2_700
     "aioengine/server": 9_450,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
     "kernels": 13_050,  # aim: 10_300
     "metrics": 4_400,  # aim: 3_600
-    "schedulers": 5_550,  # aim: 4_500
-    "tests": 75_350,  # aim: 52_000
+    "schedulers": 5_800,  # aim: 4_500
+    "tests": 76_250,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
@@ -403,7 +407,7 @@ def test_foreign_packages(module: str) -> None:
         assert top not in FORBIDDEN.get(here, ()), f"{module} must not import {top}"
         assert here not in NO_TORCH or top != "torch", f"{module} must not import torch"
         if here in ONLY:
-            assert top in ONLY[here], f"{module} must not import {top}"
+            assert top in ONLY[here] | EXTRA.get(module, set()), f"{module} must not import {top}"
 
 
 def test_no_circles_between_modules() -> None:

@@ -13,6 +13,7 @@ from aioengine.adapters.peft.dora import BaseWeights, Draft, output_affine
 from aioengine.adapters.peft.folding.mix import add_up
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.read import KnownContents, read_adapter
+from aioengine.adapters.peft.values import is_finite
 from aioengine.adapters.read_threads import Progress
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.linear import WeightRows
@@ -85,6 +86,8 @@ class AdapterStore:
                 packed = add_up(name, path, self._floats, parts)
             else:
                 packed = self._read(name, path, progress, files)
+            if packed.magnitudes:  # what is computed of A and B says less of them
+                self._check_finite(packed)
             with self._one_at_a_time:
                 return Draft(packed, self._layout, self._weights, self._slot_dtype)
 
@@ -110,7 +113,10 @@ class AdapterStore:
         tensors = None if image is None or self._layout.shard.size > 1 else image.matrices()
         if image is None or tensors is None or part.digest not in ("", image.digest):
             return self._read(part.name, part.path, progress, part.files).scaled(self._dtype)
-        return PackedAdapter(part.name, part.path, image.rank, image.digest, tensors)
+        digest = image.digest
+        return PackedAdapter(
+            name=part.name, path=part.path, rank=image.rank, find_digest=lambda: digest, tensors=tensors
+        )
 
     def finish(self, draft: Draft) -> AdapterImage:
         """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""
@@ -130,9 +136,15 @@ class AdapterStore:
             scalings=packed.scalings,
             tokens=packed.tokens,
         )
+        if not is_finite(image.data):
+            self._check_finite(packed)
         if int8:
             image = quantize_image(image, self._layout, self._allocate)
         return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)
+
+    def _check_finite(self, packed: PackedAdapter) -> None:
+        if not self._allow_nonfinite:
+            packed.check_finite(self._dtype, self._layout.spec)
 
     def _beside_steps(self) -> AbstractContextManager[object]:
         """Return a context for operations on the base model's weights, quantized ones expanded included."""

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,15 +95,15 @@ async def build_with_workers(
 ) -> Built:
     """Build the parts as :func:`build` does, but with the model in separate processes; blocking work is done
     in ``work``. Also raises EngineDead if one of the processes ends."""
-    loop = asyncio.get_running_loop()
-    chosen = await loop.run_in_executor(work, _choose_resolver, config, resolver)
-    path = await loop.run_in_executor(work, resolve_model, config.model, progress)
-    spec = await loop.run_in_executor(work, read_spec, path, config.model_impl)
+    run = partial(asyncio.get_running_loop().run_in_executor, work)
+    chosen = await run(_choose_resolver, config, resolver)
+    path = await run(resolve_model, config.model, progress)
+    spec = await run(read_spec, path, config.model_impl)
     # Only the engine needs the policy, which a message might not be able to hold.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
     kind = RayWorkers if config.executor == "ray" else Workers
     device = ProcessDevice(theirs, kind, vocab=spec.vocab_size)
-    reading = loop.run_in_executor(work, load_tokenizer, path, config.chat_template)
+    reading = run(load_tokenizer, path, config.chat_template)
     plan = await device.start(progress)
     try:
         tokenizer = await reading
@@ -160,9 +161,13 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
     """Describe what runs here, and log it."""
     from importlib.metadata import version  # slow to import
 
-    variance = built.device.variance
+    plan, variance = built.plan, built.device.variance
+    slots = "none"
+    if plan.num_slots:
+        fits = ", ".join(f"{count} of rank {rank}" for rank, _, count in plan.adapters_that_fit())
+        slots = f"at most {plan.num_slots} adapters in {format_bytes(plan.slot_pool_bytes)}: {fits}"
+    logger.info("slots: %s", slots)
     invariance = "on" if variance is None else f"off ({variance})"
-    logger.info("slots: %s", _slots_text(built.plan))
     logger.info("kernels: %s; batch invariance: %s", built.device.kernels or "none", invariance)
     logger.info("model: %s", built.spec.ran_by)
     return EngineInfo(
@@ -171,7 +176,7 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
         python=platform.python_version(),
         torch=version("torch"),
         model_impl=built.spec.impl,
-        quantization=built.plan.quantization,
+        quantization=plan.quantization,
         batch_invariant=variance is None,
     )
 
@@ -183,7 +188,6 @@ def memory_unplanned(built: Built) -> int | None:
     if taken is None:
         return None
     more = taken - plan.total_bytes
-    spare = plan.available_bytes - taken
     logger.log(
         logging.WARNING if more > 0 else logging.INFO,
         "device memory: %s taken after the warm-up, %s planned (%s %s), %s left",
@@ -191,20 +195,9 @@ def memory_unplanned(built: Built) -> int | None:
         format_bytes(plan.total_bytes),
         format_bytes(abs(more)),
         "more than planned" if more > 0 else "less",
-        format_bytes(max(spare, 0)),
+        format_bytes(max(plan.available_bytes - taken, 0)),
     )
     return more
-
-
-def _slots_text(plan: MemoryPlan) -> str:
-    """Describe how many adapters fit, for some ranks."""
-    if not plan.num_slots:
-        return "none"
-    size = format_bytes(plan.slot_pool_bytes)
-    if plan.slot_memory is None:
-        return f"{plan.num_slots} for adapters of any rank up to {plan.max_rank}, {size}"
-    fits = ", ".join(f"{count} of rank {rank}" for rank, _, count in plan.adapters_that_fit())
-    return f"at most {plan.num_slots} adapters in {size}, which has room for {fits}"
 
 
 def build_labels(info: EngineInfo) -> dict[str, str]:

@@ -16,6 +16,7 @@ from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
     from aioengine.grammars.limits import GrammarLimits
+    from aioengine.memory_plan import MemoryPlan
     from aioengine.metrics.collect.by_tenant import HttpMetrics
     from aioengine.model.text.tokenizer import Tokenizer
     from aioengine.runtime.text_work import TextWork
@@ -56,13 +57,6 @@ class SharesLimits(Protocol):
     def share_limits(self, ledger: UsageLedger) -> None: ...
 
 
-class ModelLimits(Protocol):
-    """The part of a :class:`~aioengine.memory_plan.MemoryPlan` that bounds requests."""
-
-    @property
-    def max_model_len(self) -> int: ...
-
-
 class ServerMetrics(ScrapedMetrics, Protocol):
     """Metrics that a server adds to: it reports each of its answers to ``http``."""
 
@@ -89,7 +83,7 @@ class EngineClient(WatchedEngine, Protocol):
     @property
     def model_path(self) -> Path | None: ...
     @property
-    def plan(self) -> ModelLimits: ...
+    def plan(self) -> MemoryPlan: ...
 
     def generate(
         self,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import logging
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, Self, TypeVar
 from weakref import WeakSet, ref
 
 from aioengine.checks import Count, check_value
 from aioengine.errors import ConfigError
 from aioengine.events import Event, EventsLost, StepFinished, StepsFinished, TokenInterval
-from aioengine.runtime.foreign import ForeignCode
 
+logger = logging.getLogger("aioengine")
 E = TypeVar("E", bound=Event)
 
 BUFFER = 10_000
@@ -27,27 +26,38 @@ Decided = tuple[float, float]
 """Seconds that core and policy took, and those of the policy alone."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Registration:
-    """Listener with the types that it was added for; the same listener may be added several times."""
+class ForeignCode:
+    """Takes what code of the engine's users, its listeners and resolvers, raises. That may be anything, a
+    CancelledError too, and must not stop the engine. Every failure is counted, and the first of its kind is
+    logged."""
 
-    listener: Listener
-    types: tuple[type[Event], ...]
+    def __init__(self) -> None:
+        self.failures: Counter[str] = Counter()
+        """By what has failed: "listener" or "resolver"."""
+        self._logged: set[tuple[object, ...]] = set()
 
-    def wants(self, kind: type[Event]) -> bool:
-        if kind is StepsFinished:
-            return kind in self.types
-        if kind is StepFinished and StepsFinished in self.types:
-            return False
-        return issubclass(kind, self.types)
+    def failed(self, what: str, code: object, error: BaseException, on: str) -> None:
+        """Note that ``code``, a listener or resolver, has failed on something. Raises KeyboardInterrupt
+        again."""
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        self.failures[what] += 1
+        name = getattr(code, "__qualname__", type(code).__qualname__)
+        if (kind := (what, name, type(error))) not in self._logged:
+            self._logged.add(kind)
+            logger.error(
+                "the %s %s failed on %s (logged once, counted each time)", what, name, on, exc_info=error
+            )
 
 
 class Listeners:
-    """Callbacks for events, each for all of them or for some types, called in the order of their coming."""
+    """Callbacks for events, each for all of them or for some types, called in the order of their coming. The
+    same one may be added several times."""
 
-    def __init__(self, foreign: ForeignCode) -> None:
-        self._foreign = foreign
-        self._all: list[_Registration] = []
+    def __init__(self) -> None:
+        self.foreign = ForeignCode()
+        self._all: dict[object, tuple[Listener, tuple[type[Event], ...]]] = {}
+        """Each with the types that it was added for."""
         self._of: dict[type[Event], tuple[Listener, ...]] = {}
         self._streams: WeakSet[EventStream[Any]] = WeakSet()
         self._ended = False
@@ -58,20 +68,22 @@ class Listeners:
         for kind in types:
             if not (isinstance(kind, type) and issubclass(kind, Event)):
                 raise ConfigError(f"{kind!r}: must be a class of aioengine.events")
-        added = _Registration(listener, types or (Event,))
-        self._all.append(added)
-        self._of = {}
-        return partial(self._remove, added)
+        key = object()
+        self._all[key] = listener, types or (Event,)
+        self._of.clear()
 
-    def _remove(self, added: _Registration) -> None:
-        self._all = [item for item in self._all if item is not added]
-        self._of = {}
+        def remove() -> None:
+            self._all.pop(key, None)
+            self._of.clear()
+
+        return remove
 
     def of(self, kind: type[Event]) -> tuple[Listener, ...]:
         """Return the listeners that want events of this type."""
         found = self._of.get(kind)
         if found is None:
-            found = self._of[kind] = tuple([item.listener for item in self._all if item.wants(kind)])
+            wanting = [listener for listener, types in self._all.values() if _are_wanted(kind, types)]
+            found = self._of[kind] = tuple(wanting)
         return found
 
     def __call__(self, event: Event) -> None:
@@ -79,7 +91,7 @@ class Listeners:
             try:
                 listener(event)
             except BaseException as error:
-                self._foreign.failed("listener", listener, error, type(event).__name__)
+                self.foreign.failed("listener", listener, error, type(event).__name__)
 
     def of_steps(
         self, first: int, contents: dict[str, Any], took: Sequence[Took], decided: Decided
@@ -123,6 +135,14 @@ class Listeners:
             stream.end()
 
 
+def _are_wanted(kind: type[Event], types: tuple[type[Event], ...]) -> bool:
+    """Whether a listener for ``types`` wants events of this one. StepsFinished takes the place of
+    StepFinished for those that name it."""
+    if kind is StepsFinished:
+        return kind in types
+    return issubclass(kind, types) and not (kind is StepFinished and StepsFinished in types)
+
+
 class EventStream(Generic[E]):
     """An async iterator over the events from the moment it was made; ``AsyncEngine.events`` makes it.
 
@@ -138,18 +158,18 @@ class EventStream(Generic[E]):
             if stream is None:  # its reader has dropped it
                 leave()
             else:
-                stream._offer(event)
+                stream._offer(event)  # type: ignore[arg-type] # the listener is for these types
 
         itself = ref(self)
         leave = self._leave = listeners.add(deliver, *types)
-        self._events: deque[Any] = deque()
+        self._events: deque[E] = deque()
         self._buffer = buffer
         self._lost = 0
         self._lost_until = 0.0
         self._ready = asyncio.Event()
         self._open = True
 
-    def _offer(self, event: Event) -> None:
+    def _offer(self, event: E) -> None:
         if not self._open:
             return
         if len(self._events) >= self._buffer:
@@ -175,8 +195,7 @@ class EventStream(Generic[E]):
         if self._lost:
             count, self._lost = self._lost, 0
             return EventsLost(time=self._lost_until, count=count)
-        event: E = self._events.popleft()
-        return event
+        return self._events.popleft()
 
     async def aclose(self) -> None:
         """Stop the stream, and drop unread events."""

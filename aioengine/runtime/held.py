@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -28,7 +29,7 @@ class HeldAdapters:
         self._adapters = adapters
         self._work = work
         self._most = most
-        self._given = 0
+        self._numbers = count(1)
         self._living: WeakSet[HeldAdapter] = WeakSet()
         self._coming: list[int] = []
         """Sizes of the adapters that are being copied."""
@@ -45,8 +46,8 @@ class HeldAdapters:
     ) -> AdapterInfo:
         values = tensors.values() if isinstance(tensors, Mapping) else ()
         nbytes = sum(getattr(tensor, "nbytes", 0) for tensor in values)  # others are refused later
-        held = await self._hold(name, nbytes, partial(hold_tensors, tensors=tensors, config=config))
-        return await self._load(name, held, pin=pin, replace=replace, force_pin=force_pin)
+        hold = partial(hold_tensors, tensors=tensors, config=config)
+        return await self._load(name, nbytes, hold, pin=pin, replace=replace, force_pin=force_pin)
 
     async def load_state(
         self, name: str, model: object, adapter_name: str | None, *, pin: bool, replace: bool
@@ -67,36 +68,27 @@ class HeldAdapters:
     async def load_files(
         self, name: str, config: bytes, weights: memoryview, *, pin: bool, replace: bool
     ) -> AdapterInfo:
-        held = await self._hold(name, len(weights), partial(hold_files, config=config, weights=weights))
-        return await self._load(name, held, pin=pin, replace=replace, force_pin=False)
+        hold = partial(hold_files, config=config, weights=weights)
+        return await self._load(name, len(weights), hold, pin=pin, replace=replace)
 
     async def _load(
-        self, name: str, held: HeldAdapter, *, pin: bool, replace: bool, force_pin: bool
+        self,
+        name: str,
+        nbytes: int,
+        hold: Callable[..., HeldAdapter],
+        *,
+        pin: bool,
+        replace: bool,
+        force_pin: bool = False,
     ) -> AdapterInfo:
-        try:
-            return await self._adapters.load(
-                name, held.path, pin=pin, replace=replace, force_pin=force_pin, held=held
-            )
-        except BaseException:
-            if not self._adapters.holds(held):
-                held.release()  # at once, and not when the last reference to the error goes
-            raise
-
-    def close(self) -> None:
-        """Free all copies, because the engine has stopped."""
-        for held in self._living:
-            held.release()
-
-    async def _hold(self, name: str, nbytes: int, hold: Callable[..., HeldAdapter]) -> HeldAdapter:
-        """Copy an adapter of ``nbytes`` with ``hold(name, path, room=...)``."""
-        self._given += 1
-        path = f"memory:{self._given}"
+        """Copy an adapter of ``nbytes`` with ``hold(name, path, room=...)``, and load the copy."""
+        path = f"memory:{next(self._numbers)}"
         check_name(name, path)
         living = [held.nbytes for held in self._living if held.alive]
-        count = len(living) + len(self._coming)
-        if count >= MAX_HELD:
+        number = len(living) + len(self._coming)
+        if number >= MAX_HELD:
             raise AdapterLoadError(
-                f"there are {count} adapters that were given in memory, which is the maximum: unload some, "
+                f"there are {number} adapters that were given in memory, which is the maximum: unload some, "
                 "or load this one from a folder",
                 name=name,
                 path=path,
@@ -110,4 +102,16 @@ class HeldAdapters:
         finally:
             self._coming.remove(nbytes)
         self._living.add(held)
-        return held
+        try:
+            return await self._adapters.load(
+                name, path, pin=pin, replace=replace, force_pin=force_pin, held=held
+            )
+        except BaseException:
+            if not self._adapters.holds(held):
+                held.release()  # at once, and not when the last reference to the error goes
+            raise
+
+    def close(self) -> None:
+        """Free all copies, because the engine has stopped."""
+        for held in self._living:
+            held.release()

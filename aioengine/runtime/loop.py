@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from math import inf
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
@@ -19,17 +18,17 @@ from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.executors.base import Device
 from aioengine.runtime.event_stream import Decided, Listeners
-from aioengine.runtime.foreign import ForeignCode
 from aioengine.runtime.transfers import AdapterMoves
-from aioengine.runtime.waits import Waits
-from aioengine.runtime.watches import LoopLagMeter
 from aioengine.step import StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
 
 POLICY_RETRY_SECONDS = 0.05
 """Pause before a policy is asked again, if requests wait and nothing runs."""
+LAG_INTERVAL_SECONDS = 0.25
 _STOPPED = "the engine was stopped before the call was complete"
+
+Condition = Callable[[], bool]
 
 
 class EngineLoop:
@@ -44,8 +43,8 @@ class EngineLoop:
         virtual: bool = False,
     ) -> None:
         self.core = core
-        self.foreign = ForeignCode()
-        self.listeners = Listeners(self.foreign)
+        self.listeners = Listeners()
+        self.foreign = self.listeners.foreign
         self.dead: EngineDead | None = None
         self.recovering = False
         """Whether the device is being restarted."""
@@ -53,10 +52,11 @@ class EngineLoop:
         """Why the device was restarted last, or is being restarted."""
         self._device = device
         self._timer = timer
-        self._virtual = virtual
         self._moves = AdapterMoves(core, device, changed=self._moved)
-        self._waits = Waits()
-        self._lag = LoopLagMeter(self._report_lag, timer)
+        self._waits: dict[str | None, dict[asyncio.Future[None], Condition]] = {}
+        """What callers wait for, by the adapter that it is about; None: an end of requests. So the cost of an
+        event grows with the callers that wait for its adapter, not with all callers."""
+        self._lag = None if virtual else LoopLagMeter(self._report_lag, timer)
         self._wake = asyncio.Event()
         self._died = asyncio.Event()
         self._step_began: float | None = None
@@ -65,14 +65,13 @@ class EngineLoop:
         self._task: asyncio.Task[None] | None = None
         self._lost: EngineDead | None = None
         """The loss of the device, until it is restarted."""
-        self.listeners.add(lambda event: device.forget(event.request_id), events.RequestEnded)  # type: ignore[attr-defined] # it is one
         self.listeners.add(self._log, events.PolicyRefused, events.PolicyFailed, events.PolicyReplaced)
-        self.listeners.add(self._waits, *self._waits.HEARD)
+        self.listeners.add(self._heard, events.AdapterEvent, events.RequestEnded)
         device.on_loss = self._device_lost
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-loop")
-        if not self._virtual:
+        if self._lag is not None:
             self._lag.start()
 
     def wake(self) -> None:
@@ -115,13 +114,48 @@ class EngineLoop:
         after the end of each request. Raises what ``happened`` raises, and EngineStopped or EngineDead if the
         engine ends first.
         """
-        if not happened():
-            self.check_goes_on()
-            await self._waits.until(happened, adapter)
+        if happened():
+            return
+        self.check_goes_on()
+        waiting = self._waits.setdefault(adapter, {})
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting[done] = happened
+        try:
+            await done
+        finally:
+            del waiting[done]
+            if not waiting and self._waits.get(adapter) is waiting:
+                del self._waits[adapter]
+            del done  # its error has this frame: leave no cycle, which would keep all callers' frames
 
-    def ask_again(self, adapter: str) -> None:
-        """Check the callers that wait for something about this adapter, after a change that is no event."""
-        self._waits.ask(adapter)
+    def ask_again(self, adapter: str | None) -> None:
+        """Check the callers that wait for something about this adapter; also after a change that is no
+        event."""
+        for done, happened in list(self._waits.get(adapter, {}).items()):
+            if done.done():
+                continue
+            try:
+                if happened():
+                    done.set_result(None)
+            except Exception as error:
+                done.set_exception(error.with_traceback(None))  # for it has this frame
+
+    def _heard(self, event: events.Event) -> None:
+        """Check the callers that this event may concern."""
+        if isinstance(event, events.AdapterPinned):  # a pin may shut out any other adapter
+            for adapter in list(self._waits):
+                self.ask_again(adapter)
+        elif isinstance(event, events.AdapterEvent):
+            self.ask_again(event.adapter)
+        elif isinstance(event, events.RequestEnded):
+            self._device.forget(event.request_id)
+            self.ask_again(None)
+
+    def _fail_waits(self, error: EngineDead | EngineStopped) -> None:
+        for waiting in self._waits.values():
+            for done in waiting:
+                if not done.done():
+                    done.set_exception(error)
 
     async def stop(self) -> None:
         """End all requests with EngineStopped, and wait for work that cannot be interrupted."""
@@ -130,9 +164,10 @@ class EngineLoop:
         self.wake()
         moves = asyncio.get_running_loop().create_task(self._moves.stop(), name="aioengine-stop-moves")
         await asyncio.wait([moves] if self._task is None else [moves, self._task])
-        self._lag.stop()
+        if self._lag is not None:
+            self._lag.stop()
         self._free_retired()
-        self._waits.fail(EngineStopped(_STOPPED))
+        self._fail_waits(EngineStopped(_STOPPED))
         await asyncio.sleep(0)  # callers that waited may now give up versions
         self._free_retired()
 
@@ -160,7 +195,11 @@ class EngineLoop:
             raise self._lost
         batch, decided = self._decide()
         if batch is None:
-            await self._sleep()
+            now, due = asyncio.get_running_loop().time(), self.core.next_due()
+            if self.core.queues:
+                ask = max(self.core.guard.quiet_until, now + POLICY_RETRY_SECONDS)
+                due = ask if due is None else min(ask, due)
+            await self._woken(due)
             return
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._begin(batch, decided, over)
@@ -223,18 +262,10 @@ class EngineLoop:
         self.core.outbox += self.listeners.of_steps(batch.step, contents, list(took), decided)
         self.publish()
 
-    async def _sleep(self) -> None:
-        now, due = asyncio.get_running_loop().time(), self.core.next_due()
-        seconds = None if due is None else max(due - now, 0.0)
-        if self.core.queues:
-            ask = max(self.core.guard.quiet_until - now, POLICY_RETRY_SECONDS)
-            seconds = min(ask, inf if seconds is None else seconds)
-        await self._woken(seconds)
-
-    async def _woken(self, within: float | None) -> None:
-        """Wait for ``wake``, at most this many seconds."""
+    async def _woken(self, due: float | None) -> None:
+        """Wait for ``wake``, at most until this time."""
         try:
-            async with asyncio.timeout(within):
+            async with asyncio.timeout_at(due):
                 await self._wake.wait()
         except TimeoutError:
             pass
@@ -264,8 +295,7 @@ class EngineLoop:
                 self._wake.clear()
                 self.core.expire(loop.time())
                 self.publish()
-                due = self.core.next_deadline()
-                await self._woken(None if due is None else max(due - loop.time(), 0.0))
+                await self._woken(self.core.next_deadline())
         finally:
             restart.cancel()  # does nothing if it is done
             await asyncio.wait([restart])
@@ -287,7 +317,7 @@ class EngineLoop:
         self._end_all(self.dead)
         self.core.step_lost()
         self._free_retired()
-        self._waits.fail(self.dead)
+        self._fail_waits(self.dead)
 
     def _free_retired(self) -> None:
         """Free retired adapters, because callers wait for that and nothing will be scheduled any more."""
@@ -299,7 +329,7 @@ class EngineLoop:
 
     def _moved(self, adapter: str) -> None:
         self.wake()
-        self._waits.ask(adapter)
+        self.ask_again(adapter)
 
     def _end_all(self, error: Exception) -> None:
         now = asyncio.get_running_loop().time()
@@ -326,14 +356,39 @@ class EngineLoop:
 
     def _log(self, event: events.Event) -> None:
         match event:
-            case events.PolicyRefused():
-                self._log_once(f"the policy's decision was refused in part: {event.reason}", event.item)
-            case events.PolicyFailed():
-                self._log_once("the policy failed; fcfs decides in its place", event.error)
+            case events.PolicyRefused(reason=reason, item=first):
+                what = f"the policy's decision was refused in part: {reason}"
+            case events.PolicyFailed(error=first):
+                what = "the policy failed; fcfs decides in its place"
             case events.PolicyReplaced():
                 logger.warning("%s; fcfs decides from now on", event.reason)
-
-    def _log_once(self, what: str, item: str) -> None:
+                return
+            case _:
+                return
         if what not in self._logged:
             self._logged.add(what)
-            logger.warning("%s (first: %s; logged once, counted each time)", what, item)
+            logger.warning("%s (first: %s; logged once, counted each time)", what, first)
+
+
+class LoopLagMeter:
+    """Reports, four times a second, how late in seconds the event loop ran a timer. It is a timer and not a
+    task, so there is nothing to cancel and await when the engine stops."""
+
+    def __init__(self, report: Callable[[float], None], timer: Callable[[], float]) -> None:
+        self._report = report
+        self._timer = timer
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        # Not the loop's own clock: uvloop's stands still while a callback runs.
+        due = self._timer() + LAG_INTERVAL_SECONDS
+        self._handle = asyncio.get_running_loop().call_later(LAG_INTERVAL_SECONDS, self._tick, due)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def _tick(self, due: float) -> None:
+        lag = max(self._timer() - due, 0.0)
+        self.start()
+        self._report(lag)

@@ -40,7 +40,7 @@ class OutputStream:
         """Tokens that are not in the text yet."""
         self._decoded = 0
         """Number of tokens that were given to the text, those above included."""
-        self._stop: str | int | None = None
+        self._stop_token: int | None = None
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._replayed = 0
         self._finish: FinishReason | None = None
@@ -72,7 +72,7 @@ class OutputStream:
     @property
     def found_stop(self) -> bool:
         """Whether the text has reached a stop string."""
-        return isinstance(self._stop, str)
+        return self._decoder is not None and self._decoder.stopped is not None
 
     # From the engine loop: see aioengine.core.state.Sink
 
@@ -105,7 +105,10 @@ class OutputStream:
         if reason == "error":
             self._error = error
         else:
-            self._finish = "stop" if self._finish_text() else reason
+            if self._decoder is not None:
+                self._decode()
+                self._answer.add_text(self._decoder.finish())
+            self._finish = "stop" if self.found_stop else reason
         self._ready.set()
         self._ended.set()
 
@@ -131,11 +134,12 @@ class OutputStream:
         """Return the output so far, without waiting; its ``_delta`` fields have what is new."""
         request = self.request
         self._decode()
+        stop = self._decoder.stopped if self._decoder is not None else None
         return RequestOutput(
             request_id=request.id,
             adapter=request.adapter_name,
             finish_reason=self._finish,
-            stop_reason=self._stop,
+            stop_reason=self._stop_token if stop is None else stop,
             prompt_tokens=request.prompt_len,
             prompt_logprobs=self._prompt(),
             pooled=request.pooled if self._finish == "length" else None,
@@ -163,7 +167,7 @@ class OutputStream:
         ends the output and is not part of its text, unless ``include_stop_str_in_output``."""
         self._decoded += 1
         if is_stop:
-            self._stop = token
+            self._stop_token = token
         if self._decoder is None or (is_stop and not self._params.include_stop_str_in_output):
             return False
         self._undecoded.append(token)
@@ -177,18 +181,5 @@ class OutputStream:
     def _decode(self, *, look: bool = False) -> None:
         """Add the text of all tokens so far, and ``look`` for a stop string in it."""
         if self._undecoded and self._decoder is not None:
-            delta = self._decoder.push(self._undecoded, look=look)
-            self._answer.add_text(delta.text)
+            self._answer.add_text(self._decoder.push(self._undecoded, look=look).text)
             self._undecoded.clear()
-            if delta.stop is not None:
-                self._stop = delta.stop
-
-    def _finish_text(self) -> bool:
-        """Finish the text. Returns True if it contains a stop string only now."""
-        if self._decoder is None or self.found_stop:
-            return False
-        self._decode()
-        self._answer.add_text(self._decoder.finish())
-        if self._decoder.stopped is not None:
-            self._stop = self._decoder.stopped
-        return self.found_stop

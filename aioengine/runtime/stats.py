@@ -10,6 +10,14 @@ from aioengine.core.state import AdapterEntry
 from aioengine.info import AdapterInfo, EngineLoad, EngineStats, SlotInfo
 from aioengine.schedulers.policy import Location
 
+_TOTALS = (
+    *("requests_finished", "requests_aborted", "requests_failed"),
+    *("prompt_tokens", "cached_tokens", "output_tokens"),
+    *("slot_hits", "slot_misses", "slot_loads", "slot_evictions"),
+    *("cpu_loads", "cpu_evictions", "load_failures"),
+)
+"""Fields of :class:`EngineStats`."""
+
 
 class Counters:
     """An event listener that counts; ``snapshot`` adds the core's state to the counts."""
@@ -23,18 +31,7 @@ class Counters:
     )
 
     def __init__(self) -> None:
-        self._counts = Counter(
-            dict.fromkeys(
-                (
-                    *("requests_finished", "requests_aborted", "requests_failed"),
-                    *("prompt_tokens", "cached_tokens", "output_tokens"),
-                    *("slot_hits", "slot_misses", "slot_loads", "slot_evictions"),
-                    *("cpu_loads", "cpu_evictions", "load_failures"),
-                ),
-                0,
-            )
-        )
-        """Fields of :class:`EngineStats`."""
+        self._counts = Counter(dict.fromkeys(_TOTALS, 0))
         self.residency = 0
         """Number of changes to the contents of slots and CPU cache, and of replacements."""
         self.memory_unplanned: int | None = None
@@ -61,9 +58,9 @@ class Counters:
             case events.AdapterEvicted():
                 counts[f"{event.level}_evictions"] += 1
                 self.residency += 1
-            case (
-                events.AdapterUnloaded() | events.EngineRestarted() | events.AdapterRegistered(replaces=int())
-            ):
+            case events.AdapterUnloaded() | events.EngineRestarted():
+                self.residency += 1
+            case events.AdapterRegistered(replaces=int()):
                 self.residency += 1
             case events.AdapterFailed():
                 counts["load_failures"] += 1
@@ -74,11 +71,8 @@ class Counters:
         counts = self._counts.copy()
         counts["prompt_tokens"] += sum(request.prompt_len for request in live)
         counts["output_tokens"] += sum(request.made_tokens for request in live)
-        cold = [
-            entry
-            for entry in queues.heads.values()
-            if entry is not None and entry.location is not Location.SLOT
-        ]
+        heads = [entry for entry in queues.heads.values() if entry is not None]
+        cold = [entry for entry in heads if entry.location is not Location.SLOT]
         blocked = sum(len(entry.waiting) for entry in cold)
         if room.returned:  # preempted requests, whose places are gone
             blocked -= sum(request.ticket is None for entry in cold for request in entry.waiting)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from itertools import count
 from typing import Annotated
 
 import msgspec
 
-from aioengine.core.state import Request
 from aioengine.core.step_results import finish_reason
 from aioengine.core.waiting_room import Ticket
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
@@ -17,10 +17,9 @@ from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted, ch
 from aioengine.runtime.assemble import Built
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output_stream import OutputStream
-from aioengine.runtime.prompts import tokenize
 from aioengine.runtime.requests.continuation import Replayed
 from aioengine.runtime.sources.names import AdapterNames
-from aioengine.runtime.text_work import TextWork
+from aioengine.runtime.text_work import TextWork, tokenize
 
 
 class Submitter:
@@ -44,7 +43,7 @@ class Submitter:
         self._token_type = list[Annotated[int, msgspec.Meta(ge=0, lt=self._vocab)]]
         self._text_work = text_work
         self._check_running = check_running
-        self._made_up = 0
+        self._numbers = count()
 
     async def submit(
         self,
@@ -58,7 +57,9 @@ class Submitter:
         if not isinstance(params, SamplingParams):
             raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
         check_text("request_id", request_id)
-        request_id = self._make_up_id() if request_id is None else request_id
+        if request_id is None:
+            made_up = (f"request-{number}" for number in self._numbers)
+            request_id = next(one for one in made_up if one not in self._core.requests)
         loop = asyncio.get_running_loop()
         arrival, output = loop.time(), options.output
         due = None if options.deadline is None else arrival + options.deadline
@@ -72,7 +73,12 @@ class Submitter:
             size = None if tokens is None else len(tokens)
             ticket = self._core.reserve(options.tenant, counted, arrival, size)
         entry, scale = None if adapter is None else self._adapters.current(adapter), 1.0
-        stream = self._stream(params)
+        text = None
+        if self._tokenizer is not None:
+            text = self._tokenizer.text_stream(
+                params.skip_special_tokens, tuple(params.stop), params.include_stop_str_in_output
+            )
+        stream = OutputStream(params, text)
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self._core.limits.eos_token_ids))
         replay = bool(output) and (options.replay or params.logprobs is not None)
         given = () if replay else output
@@ -111,44 +117,17 @@ class Submitter:
             constraint = Replayed(output, params.constraint, vocab=self._vocab)
             params = msgspec.structs.replace(params, constraint=constraint)
         request = self._core.add_request(
-            request_id,
-            tokens,
-            params,
-            options,
-            loop.time(),
-            adapter=entry,
-            scale=scale,
-            deadline=due,
-            ticket=ticket,
-            given=given,
-        )
+            request_id, tokens, params, options, loop.time(),
+            adapter=entry, scale=scale, deadline=due, ticket=ticket, given=given,
+        )  # fmt: skip
         request.sink = stream
         stream.attach(request, replayed=len(output) if replay else 0)
-        self._end_if_complete(request, stream)
+        if given:
+            finish = "stop" if stream.found_stop else finish_reason(request, request.tokens[-1])
+            if finish is not None:  # it is complete already
+                self._core.end(request, finish, loop.time())
         self._loop.wake()
         return stream
-
-    def _stream(self, params: SamplingParams) -> OutputStream:
-        if self._tokenizer is None:
-            return OutputStream(params, None)
-        text = self._tokenizer.text_stream(
-            params.skip_special_tokens, tuple(params.stop), params.include_stop_str_in_output
-        )
-        return OutputStream(params, text)
-
-    def _end_if_complete(self, request: Request, stream: OutputStream) -> None:
-        """End a request whose given output is already complete."""
-        if request.given:
-            finish = "stop" if stream.found_stop else finish_reason(request, request.tokens[-1])
-            if finish is not None:
-                self._core.end(request, finish, asyncio.get_running_loop().time())
-
-    def _make_up_id(self) -> str:
-        while True:
-            request_id = f"request-{self._made_up}"
-            self._made_up += 1
-            if request_id not in self._core.requests:
-                return request_id
 
     @contextlib.contextmanager
     def _publishing(self) -> Iterator[None]:
@@ -193,21 +172,19 @@ class Submitter:
         self, output: Sequence[int], prompt_len: int, params: SamplingParams, ends: Collection[int]
     ) -> None:
         """Check that an engine could have made this output. ``ends`` are the tokens that end an output."""
-        if len(output) > params.max_tokens:
+        made, limit = len(output), self._limit
+        if made > params.max_tokens:
+            raise RequestInvalid(f"output: has {made} tokens, more than max_tokens={params.max_tokens}")
+        if prompt_len + made > limit:
             raise RequestInvalid(
-                f"output: has {len(output)} tokens, more than max_tokens={params.max_tokens}"
-            )
-        if prompt_len + len(output) > self._limit:
-            raise RequestInvalid(
-                f"output: its {len(output)} tokens and the prompt's {prompt_len} are more than "
-                f"max_model_len={self._limit}"
+                f"output: its {made} tokens and the prompt's {prompt_len} are more than max_model_len={limit}"
             )
         self._check_vocabulary("output:", output)
-        for index, token in enumerate(output[:-1]):
-            if token in ends:
-                raise RequestInvalid(
-                    f"output: token {token} at {index} ends the output, but more tokens follow"
-                )
+        early = next((index for index, token in enumerate(output[:-1]) if token in ends), None)
+        if early is not None:
+            raise RequestInvalid(
+                f"output: token {output[early]} at {early} ends the output, but more tokens follow"
+            )
 
     def _check_vocabulary(self, what: str, tokens: Collection[int]) -> None:
         for token in tokens:

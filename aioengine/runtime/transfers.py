@@ -12,7 +12,7 @@ from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, ReleaseMove
 from aioengine.core.state import AdapterEntry
 from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
-from aioengine.step import ReadOrder
+from aioengine.step import LoadedAdapter, ReadOrder
 
 logger = logging.getLogger("aioengine")
 
@@ -74,6 +74,26 @@ class AdapterMoves:
         return task
 
     async def _load(self, entry: AdapterEntry) -> None:
+        core, loop = self._core, asyncio.get_running_loop()
+        failure: errors.AdapterError | None
+        try:
+            found = await self._read(entry)
+        except errors.EngineDead:
+            return  # the device was lost: the restart handles all moves together
+        except errors.AdapterError as error:
+            failure = error
+            core.adapter_load_failed(entry, loop.time(), error, reason_of(error))
+        except Exception as error:
+            failure = None
+            core.adapter_load_failed(entry, loop.time(), _unexpected(entry, "", error), "internal")
+        else:
+            failure = core.adapter_loaded(entry, loop.time(), found)
+        if failure is not None:
+            log_failure(core.residency.names.of(entry.label).failures, entry.label, failure)
+        self._reads.pop(entry.uid, None)
+        self._changed(entry.label)
+
+    async def _read(self, entry: AdapterEntry) -> LoadedAdapter:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
         def retrying(attempt: int, seconds: float, error: errors.AdapterError) -> None:
@@ -94,25 +114,9 @@ class AdapterMoves:
                 self._core.adapter_load_stalled(entry)
                 self._changed(entry.label)
 
-        failure: errors.AdapterError | None = None
-        try:
-            files = None if entry.files is None else entry.files.files
-            order = ReadOrder(entry.uid, entry.label, entry.path, retrying, stalled, files)
-            done = await self._device.load(order)
-        except errors.EngineDead:
-            return  # the device was lost: the restart handles all moves together
-        except errors.AdapterError as error:
-            failure = error
-            self._core.adapter_load_failed(entry, loop.time(), error, _reason(error))
-        except Exception as error:
-            unexpected = _unexpected(entry, "", error)
-            self._core.adapter_load_failed(entry, loop.time(), unexpected, "internal")
-        else:
-            failure = self._core.adapter_loaded(entry, loop.time(), done)
-        if failure is not None:
-            log_failure(self._core.residency.names.of(entry.label).failures, entry.label, failure)
-        self._reads.pop(entry.uid, None)
-        self._changed(entry.label)
+        files = None if entry.files is None else entry.files.files
+        order = ReadOrder(entry.uid, entry.label, entry.path, retrying, stalled, files)
+        return await self._device.load(order)
 
     async def _copy(self, entry: AdapterEntry, slot: int, offset: int) -> None:
         loop = asyncio.get_running_loop()
@@ -137,7 +141,10 @@ def _unexpected(entry: AdapterEntry, what: str, error: Exception) -> errors.Adap
     return found
 
 
-def _reason(error: errors.AdapterError) -> events.LoadFailure:
+def reason_of(error: errors.AioEngineError) -> events.LoadFailure:
+    """Return what kind of failure an error is, for counting."""
+    if isinstance(error, errors.ConfigError):
+        return "internal"
     if isinstance(error, errors.AdapterTooLarge):
         return "too_large"
     return "invalid" if isinstance(error, errors.AdapterInvalid) else "io"

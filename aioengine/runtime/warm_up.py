@@ -26,12 +26,12 @@ async def warm_up(device: Device, plan: MemoryPlan, config: EngineConfig) -> lis
     compute real sequences, and their seconds. Raises what the device raises.
     """
     steps = [(batch, (await run_step(device, batch)).seconds[0]) for batch in first_requests(plan)]
-    more: list[StepBatch] = []
+    batches = [batch for batch, _ in steps]
     if plan.device == "cuda":
-        more = [*kernel_shapes(plan, config), largest_step(plan, config)]
-        for batch in more:
+        for batch in (*kernel_shapes(plan, config), largest_step(plan, config)):
             await run_step(device, batch)
-    for name in {work.request_id for batch in (*more, *(b for b, _ in steps)) for work in batch.sequences}:
+            batches.append(batch)
+    for name in {work.request_id for batch in batches for work in batch.sequences}:
         device.forget(name)
     return steps
 

@@ -186,7 +186,7 @@ def test_rank_over_the_bound(adapter: Path) -> None:
         (f"{PREFIX}.lora_A.weight", [4], ["[4, 32]", "[4]"]),
         (f"{PREFIX}.lora_A.default.weight", [4, 32], ["same weight"]),
         (f"{PREFIX}.lora_B.bias", [32], ["bias"]),
-        (f"{PREFIX}.lora_magnitude_vector", [32], ["DoRA"]),
+        (f"{PREFIX}.lora_magnitude_vector", [32], ["use_dora"]),
         ("base_model.model.lm_head.lora_A.weight", [4, 32], ["lm_head"]),
         ("base_model.model.model.embed_tokens.lora_embedding_A", [4, 64], ["embedding"]),
         ("base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight", [4, 32], ["0..1"]),

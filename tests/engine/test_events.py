@@ -31,7 +31,6 @@ from aioengine.events import (
     StepsFinished,
 )
 from aioengine.runtime.event_stream import EventStream, Listeners
-from aioengine.runtime.foreign import ForeignCode
 
 
 async def test_the_life_of_an_adapter(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -147,7 +146,7 @@ async def test_cancelling_a_wait_loses_nothing(tiny: Tiny, make_engine: MakeEngi
 @pytest.mark.slow
 async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
     """A stream listens to its own types alone, until it ends."""
-    listeners = Listeners(ForeignCode())
+    listeners = Listeners()
     closed = listeners.stream((), 10)
     assert listeners.of(StepFinished) and listeners.of(FirstToken)
     await closed.aclose()
@@ -172,7 +171,7 @@ async def test_a_stream_keeps_nothing_alive_that_keeps_it() -> None:
 
     class Owner:
         def __init__(self) -> None:
-            self.listeners = Listeners(ForeignCode())
+            self.listeners = Listeners()
             self.events = self.listeners.stream((AdapterPinned,), 10)
             self.listeners.add(self.handle, FirstToken)
 

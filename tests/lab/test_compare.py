@@ -17,7 +17,7 @@ from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimat
 from aioengine.lab.analysis.measures import MEASURES, find_measure
 from aioengine.lab.analysis.statistics import estimate, paired, regret
 from aioengine.lab.analysis.summary import flatten
-from aioengine.lab.report.compare_figures import draw_cdf, draw_regret, draw_slots
+from aioengine.lab.report.compare_figures import draw_compare
 from aioengine.lab.report.compare_page import load_compare, places, ranked, rankings, write_compare_report
 from aioengine.lab.report.compare_results import Compare
 from aioengine.lab.runs.comparison import read_comparison
@@ -209,7 +209,7 @@ def test_the_report_ranks(folder: Path) -> None:
     assert write_compare_report(folder).read_bytes() == first
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "ranking.png",
-        "load.png",
+        "throughput.png",
         "ttft.png",
         "regret.png",
     }
@@ -221,11 +221,12 @@ def test_figures_have_panels_for_up_to_four_numbers_of_slots(tmp_path: Path) -> 
     many = msgspec.structs.replace(BASE, cpu_loras=6)
     compare(grid(experiment=many, policies=["fcfs", "oracle"], slots=[1, 2, 3, 4, 5]), tmp_path)
     found = load_compare(tmp_path)
-    title, chart = draw_cdf(found)
-    assert len(chart["vconcat"]) == 3 and title.startswith("With 1 slot, half of the first tokens came")
-    rows = draw_regret(found)[1]["data"]["values"]
-    assert {row["slots"] for row in rows} == {1, 3, 5} and len({row["figure"] for row in rows}) == 4
-    assert {row["slots"] for row in draw_slots(found)[1]["data"]["values"]} == {1, 2, 3, 4, 5}
+    rows = {figure.name: figure.spec["datasets"]["rows"] for figure in draw_compare(found)}
+    assert list(rows) == ["ranking", "slots", "ttft", "regret"]
+    assert {row["setting"] for row in rows["ttft"]} == {"1 slot", "3 slots", "5 slots"}
+    assert {row["slots"] for row in rows["regret"]} == {1, 3, 5}
+    assert len({row["figure"] for row in rows["regret"]}) == 4
+    assert {row["slots"] for row in rows["slots"]} == {1, 2, 3, 4, 5}
 
 
 @pytest.mark.slow

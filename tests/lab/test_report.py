@@ -17,7 +17,7 @@ from support.lab_files import request, sample, write_files
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.numbers import change_text, policy_label, seconds_text, share_text, shorten
 from aioengine.lab.analysis.summary import summarize
-from aioengine.lab.report.charts import caption_of
+from aioengine.lab.report.charts import images
 from aioengine.lab.report.page import in_script
 from aioengine.lab.report.run_figures import MOST_STAYS, PLOTS, draw_run, load_run, thin
 from aioengine.lab.report.run_page import write_report
@@ -74,7 +74,7 @@ def test_the_timeline_has_every_stay(written: Path) -> None:
     [timeline] = [chart for chart in charts if "stays of" in str(chart["title"])]
     stays = [
         (row["slot"], row["adapter"], row["start"], row["end"], row["steps"])
-        for row in timeline["data"]["values"]
+        for row in timeline["datasets"]["rows"]
     ]
     spans = load_frames(written).slots.sort("start", "slot")
     assert stays == spans.select("slot", "adapter", "start", "end", "busy_steps").rows()
@@ -110,12 +110,15 @@ def test_figures_for_a_paper(written: Path, tmp_path: Path) -> None:
         assert {path.stem for path in figures.glob(f"*.{kind}")} == names
     assert b"/FontFile" in (figures / "latency.pdf").read_bytes(), "the fonts are in it"
     captions = (figures / "captions.md").read_text()
-    assert all(f"**{name}.**" in captions and caption_of(draw) in captions for name, draw in PLOTS.items())
+    drawn = list(draw_run(load_run(folder)))
+    assert all(f"**{one.name}.**" in captions and one.caption in captions for one in drawn)
     assert '"policy"' in captions
 
 
 def test_a_run_without_anything_has_figures(tmp_path: Path) -> None:
-    assert len(list(draw_run(load_run(write_files(tmp_path, [], [], [], []))))) == len(PLOTS)
+    figures = list(draw_run(load_run(write_files(tmp_path, [], [], [], []))))
+    assert [figure.name for figure in figures] == list(PLOTS)
+    assert all(images(figure, ["png"])["png"] for figure in figures)
 
 
 def test_a_timeline_of_many_stays_shows_a_part(tmp_path: Path) -> None:
@@ -123,20 +126,19 @@ def test_a_timeline_of_many_stays_shows_a_part(tmp_path: Path) -> None:
     spans = [SlotSpan(i % 2, f"adapter-{i % 30}", i * 1.0, i + 0.1, i + 1.0, 1) for i in range(count)]
     figures = {figure.name: figure for figure in draw_run(load_run(write_files(tmp_path, spans=spans)))}
     assert f"shown are {MOST_STAYS:,}" in figures["timeline"].title
-    assert len(figures["timeline"].spec["data"]["values"]) == MOST_STAYS
+    assert len(figures["timeline"].spec["datasets"]["rows"]) == MOST_STAYS
 
 
-def test_service_has_a_panel_where_it_differed(tmp_path: Path) -> None:
+def test_the_difference_of_service_is_drawn(tmp_path: Path) -> None:
     requests = [
         request(f"{name}{i}", name, i * 1.0, admitted=90.0, ended=100.0) for i in (0, 1) for name in "ab"
     ]
-    shown = {}
-    for name, service in (("apart", {"a": 90, "b": 10}), ("even", {"a": 50, "b": 50})):
+    for service, difference in (({"a": 90, "b": 10}, 80), ({"a": 50, "b": 50}, 0)):
         samples = [sample(time, service if time == 4.0 else {}) for time in (2.0, 4.0, 6.0)]
-        run = load_run(write_files(tmp_path / name, requests, samples=samples))
-        shown[name] = {figure.name: figure for figure in draw_run(run)}["fairness"]
-    assert len(shown["apart"].spec["vconcat"]) == 2 and "differ by 80 tokens" in shown["apart"].title
-    assert "vconcat" not in shown["even"].spec and "VTC" in shown["even"].title
+        run = load_run(write_files(tmp_path / str(difference), requests, samples=samples))
+        figure = {figure.name: figure for figure in draw_run(run)}["fairness"]
+        assert f"differ by {difference} tokens" in figure.title
+        assert max(row["tokens"] for row in figure.spec["datasets"]["gaps"]) == difference
 
 
 def test_the_most_that_waited_is_drawn(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_traces_as_burst_gpt_has_them(tmp_path: Path) -> None:
     found = list(OfferedWorkload(WorkloadSpec(trace=str(trace)), 0))
     assert [(a.time, a.prompt_tokens, a.output_tokens) for a in found] == [(0.0, 472, 18), (40.5, 1087, 1)]
     trace.write_text(f"{header}5,,ChatGPT,x,18,490,log\n")
-    with pytest.raises(ConfigError, match="line 2: Request tokens='x'"):
+    with pytest.raises(ConfigError, match=r"line 2: .*Request tokens"):
         OfferedWorkload(WorkloadSpec(trace=str(trace)), 0)
 
 

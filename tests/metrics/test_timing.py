@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 from aioengine.events import TokenInterval
-from aioengine.runtime.watches import LoopLagMeter
+from aioengine.runtime.loop import LoopLagMeter
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS, Sim

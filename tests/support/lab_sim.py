@@ -53,11 +53,7 @@ class Fixed(Workload):
 
     def __init__(self, arrivals: Sequence[Arrival], adapters: Sequence[AdapterShape] = ()) -> None:
         self._arrivals = arrivals
-        self._adapters = adapters
-
-    @property
-    def adapters(self) -> Sequence[AdapterShape]:
-        return self._adapters
+        self.adapters = adapters
 
     def __iter__(self) -> Iterator[Arrival]:
         return iter(self._arrivals)

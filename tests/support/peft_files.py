@@ -78,7 +78,10 @@ def read(folder: Path, spec: ModelSpec = SPEC, **options: Any) -> PackedAdapter:
     known = options.pop("known", None) or KnownContents()
     defaults = {"known": known, "base_weight": lambda _: torch.empty(0)}
     dtype = options.pop("dtype", torch.float32)
-    return read_adapter("sql", folder, slot, dtype=dtype, **{**defaults, **options}).scaled(dtype)
+    found = read_adapter("sql", folder, slot, dtype=dtype, **{**defaults, **options})
+    if not options.get("allow_nonfinite"):
+        found.check_finite(dtype, slot.spec)
+    return found.scaled(dtype)
 
 
 def peft_layers(folder: Path, tie: bool = False) -> dict[tuple[int, str], Any]:

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import msgspec
 
-from aioengine.adapters.peft.folder import AdapterFolder
+from aioengine.adapters.peft.folder import invalid_config
 from aioengine.adapters.peft.patterns import Pattern, PatternError
 from aioengine.adapters.peft.unsupported import MERGE, refuse_unsupported, short
 from aioengine.model.spec import EMBEDDING_MODULES
@@ -136,14 +136,13 @@ class PeftLoraConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def rank(self, module: str) -> int:
         if module in self.folded:
             return self.folded[module][0]
-        return next((rank for pattern, rank in self._ranks if pattern.matches(module)), self.r)
+        return int(self._override(0, module, self.r))
 
     def scaling(self, module: str, rank: int) -> float:
         """The factor of B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
         if module in self.folded:
             return self.folded[module][1]
-        matches = (alpha for pattern, alpha in self._alphas if pattern.matches(module))
-        alpha = next(matches, self.lora_alpha)
+        alpha = self._override(1, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _in_layers(self, module: str) -> bool:
@@ -178,19 +177,16 @@ class PeftLoraConfig(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return _patterns("layers_pattern", texts, r"(?:^|.*?\.)", r"\.(?:[0-9]+)\.")
 
     @cached_property
-    def _ranks(self) -> list[tuple[Pattern, int]]:
-        """PEFT's overrides for single modules; the first key, in file order, that matches a module wins."""
-        ranks = self.rank_pattern or {}
-        return list(zip(_patterns("rank_pattern", ranks, r"(.*\.)?(", ")$"), ranks.values(), strict=True))
+    def overrides(self) -> list[list[tuple[Pattern, float]]]:
+        """PEFT's ranks and alphas of single modules; the first key, in file order, that matches a module
+        wins."""
+        return [
+            list(zip(_patterns(field, values or {}, r"(.*\.)?(", ")$"), (values or {}).values(), strict=True))
+            for field, values in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+        ]
 
-    @cached_property
-    def _alphas(self) -> list[tuple[Pattern, float]]:
-        alphas = self.alpha_pattern or {}
-        return list(zip(_patterns("alpha_pattern", alphas, r"(.*\.)?(", ")$"), alphas.values(), strict=True))
-
-    def compile_overrides(self) -> None:
-        """Raise PatternError if a key of ``rank_pattern`` or ``alpha_pattern`` cannot be used."""
-        _ = self._ranks, self._alphas
+    def _override(self, number: int, module: str, otherwise: float) -> float:
+        return next((v for pattern, v in self.overrides[number] if pattern.matches(module)), otherwise)
 
 
 _FIELDS = frozenset(PeftLoraConfig.__struct_fields__) - {"folded"}
@@ -231,60 +227,61 @@ def _pattern(field: str, text: str, *, before: str = "", after: str = "", whole:
         raise PatternError(f"{field}: RE2 does not take the expression {short(text)} ({error})") from error
 
 
-def fields_of(text: bytes, folder: AdapterFolder) -> dict[str, msgspec.Raw]:
+def fields_of(text: bytes) -> dict[str, msgspec.Raw]:
     """Return the fields of ``adapter_config.json``. Raises AdapterInvalid if it is no JSON object."""
     try:
         return msgspec.json.decode(text.removeprefix(b"\xef\xbb\xbf"), type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        folder.invalid_config(f"not a JSON object: {error}")
+        invalid_config(f"not a JSON object: {error}")
 
 
-def parse_config(fields: Mapping[str, msgspec.Raw], folder: AdapterFolder) -> PeftLoraConfig:
+def parse_config(fields: Mapping[str, msgspec.Raw]) -> PeftLoraConfig:
     """Validate the fields of ``adapter_config.json``. Raises AdapterInvalid for anything malformed or not
     supported."""
-    invalid = folder.invalid_config
-    refuse_unsupported(fields, _FIELDS, invalid)
+    refuse_unsupported(fields, _FIELDS)
     known = {name: value for name, value in fields.items() if name in _FIELDS}
     try:
         config = msgspec.json.decode(msgspec.json.encode(known), type=PeftLoraConfig)
-        config.compile_overrides()
-        if isinstance(config.target_modules, list):  # PEFT writes a set, in any order
-            config = msgspec.structs.replace(config, target_modules=sorted(config.target_modules))
+        _ = config.overrides
     except PatternError as error:
-        invalid(f"{error}; name the modules instead")
+        invalid_config(f"{error}; name the modules instead")
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         where = re.search(r"\$\.(\w+)|field `(\w+)`", str(error))
         name = (where[1] or where[2]) if where else ""
-        invalid(f"{name}={short(fields.get(name))}: {error}; save the adapter with PEFT again")
-    layers, pattern = config.layers_to_transform, config.layers_pattern
-    if isinstance(config.target_modules, str) and (layers is not None or pattern):
-        invalid("layers_to_transform and layers_pattern need target_modules to be a list, not a str")
-    if pattern and layers is None:
-        invalid("layers_pattern without layers_to_transform")
-    if config.use_dora and config.lora_bias:
-        invalid("use_dora and lora_bias together have no meaning in PEFT")
-    if not config.heads <= set(HEAD_MODULES):
-        invalid(
-            f"modules_to_save={short(config.modules_to_save)}: only a classification head "
-            f"({' or '.join(HEAD_MODULES)}), {' and '.join(EMBEDDING_MODULES)} can be swapped: train without "
-            f"other modules, or {MERGE}"
-        )
+        invalid_config(f"{name}={short(fields.get(name))}: {error}; save the adapter with PEFT again")
+    heads, trained = short(config.modules_to_save), bool(config.tokens or config.saved)
+    layers, invoked = config.layers_to_transform, bool(config.alora_invocation_tokens)
+    for refused, reason in (
+        (
+            isinstance(config.target_modules, str) and (layers is not None or config.layers_pattern),
+            "layers_to_transform and layers_pattern need target_modules to be a list, not a str",
+        ),
+        (config.layers_pattern and layers is None, "layers_pattern without layers_to_transform"),
+        (config.use_dora and config.lora_bias, "use_dora and lora_bias together have no meaning in PEFT"),
+        (
+            not config.heads <= set(HEAD_MODULES),
+            f"modules_to_save={heads}: only a classification head ({' or '.join(HEAD_MODULES)}), "
+            f"{' and '.join(EMBEDDING_MODULES)} can be swapped: train without other modules, or {MERGE}",
+        ),
+        (
+            invoked and config.use_dora,
+            "alora_invocation_tokens and use_dora together have no meaning in PEFT",
+        ),
+        (
+            invoked and trained,
+            f"alora_invocation_tokens with trainable_token_indices or modules_to_save={heads}: PEFT applies "
+            "trained embeddings to all tokens, before the invocation, too; train it without them",
+        ),
+    ):
+        if refused:
+            invalid_config(reason)
     for name, ids in config.tokens.items():
         field = f"trainable_token_indices[{name[:80]!r}]"
         if name.rpartition(".")[2] not in EMBEDDING_MODULES:
-            invalid(f"{field}: only rows of {' and '.join(EMBEDDING_MODULES)} can be swapped: {MERGE}")
+            invalid_config(f"{field}: only rows of {' and '.join(EMBEDDING_MODULES)} can be swapped: {MERGE}")
         if len(ids) > MAX_TRAINED_TOKENS:
-            invalid(f"{field}: {len(ids)} tokens, more than {MAX_TRAINED_TOKENS}: {MERGE}")
+            invalid_config(f"{field}: {len(ids)} tokens, more than {MAX_TRAINED_TOKENS}: {MERGE}")
         if len(set(ids)) != len(ids):
             twice = next(item for at, item in enumerate(ids) if item in ids[:at])
-            invalid(f"{field}: token {twice} is there twice; save the adapter again with PEFT")
-    if config.alora_invocation_tokens:
-        if config.use_dora:
-            invalid("alora_invocation_tokens and use_dora together have no meaning in PEFT")
-        for field, trained in (("trainable_token_indices", config.tokens), ("modules_to_save", config.saved)):
-            if trained:
-                invalid(
-                    f"alora_invocation_tokens with {field}={short(fields[field])}: PEFT applies trained "
-                    "embeddings to all tokens, before the invocation, too; train it without them"
-                )
+            invalid_config(f"{field}: token {twice} is there twice; save the adapter again with PEFT")
     return config

@@ -1,20 +1,45 @@
-"""Digest of an adapter's content, for tensor-parallel ranks that each read only their share. Does not import
-torch."""
+"""Digests of an adapter's content. Does not import torch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import NamedTuple
 
-from aioengine.adapters.peft.folder import CONFIG_FILE, SAFETENSORS_FILE, AdapterFolder
+from aioengine.adapters.peft.folder import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    SAFETENSORS_FILE,
+    AdapterFolder,
+    naming,
+)
 from aioengine.errors import AdapterChanged
 from aioengine.model.pooling import POOLING_FILE
 from aioengine.step import AdapterSource, MixFiles, MixPart
 
 _PIECE_BYTES = 4 << 20
 """Size of one read. Reading and hashing release the interpreter lock, and each piece has to take it again."""
+
+
+class BackgroundDigest:
+    """SHA-256 of what is read, computed in a thread beside the work on it. What is hashed must not change."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "aioengine-load-helper")
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._thread.submit(self._sha.update, data)
+
+    def result(self) -> Callable[[], str]:
+        """Return a function that waits for the digest, in hexadecimal."""
+        return self._thread.submit(self._sha.hexdigest).result
+
+    def close(self) -> None:
+        """Let the thread end when it has hashed what it was given."""
+        self._thread.shutdown(wait=False)
 
 
 class ContentDigest(NamedTuple):
@@ -27,8 +52,9 @@ class ContentDigest(NamedTuple):
 def content_digest(
     name: str, path: str, unwanted: Event, files: AdapterSource | None = None
 ) -> ContentDigest:
-    """Compute the digest of the adapter in the folder ``path``, or of ``files`` in its place, whether it is
-    valid or not. Blocks. Once ``unwanted`` is set it ends soon, and the result has no meaning.
+    """Compute the digest of the adapter in the folder ``path``, or of ``files`` in its place, valid or
+    not, for ranks that each read only their share. Blocks. Once ``unwanted`` is set it ends soon,
+    and the result has no meaning.
 
     Raises AdapterLoadError if a file is missing, cannot be read, or changed while it was read; AdapterChanged
     as :func:`mix_digest`.
@@ -37,20 +63,20 @@ def content_digest(
         found = [content_digest(part.name, part.path, unwanted, part.files) for part in files.parts]
         digest = "" if unwanted.is_set() else mix_digest(files.parts, [part.digest for part in found])
         return ContentDigest(digest, ";".join(part.version for part in found))
-    folder = AdapterFolder(name, path, files=files)
-    folder.check()
-    sha = hashlib.sha256()
-    piece = memoryview(bytearray(_PIECE_BYTES))
-    more = [POOLING_FILE] if folder.has(POOLING_FILE) else []
-    for file in (CONFIG_FILE, SAFETENSORS_FILE, *more):
-        with folder.open(file) as opened:
-            for begin in range(0, opened.size, _PIECE_BYTES):
-                if unwanted.is_set():
-                    break
-                part = piece[: opened.size - begin]
-                opened.read_into(part)
-                sha.update(part)
-    folder.check_unchanged()
+    sha, piece = hashlib.sha256(), memoryview(bytearray(_PIECE_BYTES))
+    with naming(name, path):
+        folder = AdapterFolder(path, files=files)
+        folder.check()
+        sha.update(folder.content(CONFIG_FILE, MAX_CONFIG_BYTES))
+        for file in (SAFETENSORS_FILE, POOLING_FILE) if folder.has(POOLING_FILE) else (SAFETENSORS_FILE,):
+            with folder.open(file) as opened:
+                for begin in range(0, opened.size, _PIECE_BYTES):
+                    if unwanted.is_set():
+                        break
+                    part = piece[: opened.size - begin]
+                    opened.read_into(part)
+                    sha.update(part)
+        folder.check_unchanged()
     return ContentDigest(sha.hexdigest(), folder.version)
 
 

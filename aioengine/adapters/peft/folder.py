@@ -1,8 +1,8 @@
 """The files of an adapter's folder, read with plain reads and watched for changes while they are read.
 
 Files are not mapped: a training job that truncates a mapped file under its reader kills the process
-(SIGBUS). Every error is an :class:`~aioengine.errors.AdapterLoadError` with the adapter's name and path,
-which says whether a retry may help.
+(SIGBUS). An :class:`~aioengine.errors.AdapterLoadError` says whether a retry may help. Who reads an adapter
+knows its name, and not each function that finds something wrong: see :func:`naming`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import NoReturn
 
 from aioengine.adapters.read_threads import Progress
-from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge
+from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterTooLarge
 from aioengine.step import HeldFiles
 
 CONFIG_FILE = "adapter_config.json"
@@ -47,6 +47,52 @@ COPY_SECONDS = 10.0
 """A file that is too short, and was written within these seconds, may not be complete yet."""
 
 
+@contextmanager
+def naming(name: str, path: str) -> Iterator[None]:
+    """Give the adapter's name and path to errors from the block that have none."""
+    try:
+        yield
+    except AdapterError as error:
+        if error.name:
+            raise
+        named = type(error)(error.reason, name=name, path=path, transient=error.transient)
+        raise named from error.__cause__
+
+
+def invalid(reason: str, *, transient: bool = False) -> NoReturn:
+    raise AdapterInvalid(reason, name="", transient=transient)
+
+
+def invalid_config(reason: str) -> NoReturn:
+    invalid(f"{CONFIG_FILE}: {reason}")
+
+
+def invalid_weights(reason: str) -> NoReturn:
+    invalid(f"{SAFETENSORS_FILE}: {reason}")
+
+
+def too_large(reason: str) -> NoReturn:
+    """Refuse a rank that no slot has room for."""
+    raise AdapterTooLarge(f"{CONFIG_FILE}: {reason}", name="")
+
+
+def failed(reason: str, *, transient: bool = False) -> NoReturn:
+    raise AdapterLoadError(reason, name="", transient=transient)
+
+
+@contextmanager
+def _calling(progress: Progress, what: str) -> Iterator[None]:
+    """Call the system for ``what``: its errors become AdapterLoadErrors."""
+    try:
+        with progress:
+            yield
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        transient = isinstance(error, OSError) and error.errno in _TRANSIENT
+        text = f"cannot read {what}: {reason}"
+        raise AdapterLoadError(text, name="", transient=transient) from error
+
+
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
     """Return a version of a file's content, known without reading it."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -55,83 +101,59 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 class OpenFile:
     """A file of the folder; ``size`` in bytes, as it was when it was opened."""
 
-    def __init__(
-        self, folder: AdapterFolder, name: str, raw: io.FileIO | io.BytesIO, *, size: int, written: float
-    ) -> None:
+    def __init__(self, name: str, raw: io.FileIO, status: os.stat_result, progress: Progress) -> None:
         self.name = name
-        self.size = size
-        self._written = written
-        self.folder = folder
+        self.size = status.st_size
+        self._written = status.st_mtime
         self._raw = raw
-
-    def invalid(self, reason: str) -> NoReturn:
-        self.folder.invalid(f"{self.name}: {reason}")
+        self._progress = progress
 
     def truncated(self, reason: str) -> NoReturn:
         """Raise AdapterInvalid; a retry may help if the file was written a moment ago."""
         fresh = abs(time.time() - self._written) < COPY_SECONDS
         hint = "; is a program still writing it?" if fresh else ""
-        raise AdapterInvalid(
-            f"{self.name}: truncated: {reason}{hint}",
-            name=self.folder.name,
-            path=self.folder.path,
-            transient=fresh,
-        )
+        invalid(f"{self.name}: truncated: {reason}{hint}", transient=fresh)
 
     def seek(self, offset: int) -> None:
         """Continue reading at this byte of the file."""
-        try:
+        with _calling(self._progress, self.name):
             self._raw.seek(offset)
-        except OSError as error:
-            raise self.folder.unreadable(self.name, error) from error
 
-    def read(self, size: int) -> bytearray:
+    def read(self, size: int) -> bytes:
         """Read exactly the next ``size`` bytes. Raises AdapterLoadError, also if the file ends early."""
         data = bytearray(size)
         self.read_into(memoryview(data))
-        return data
+        return bytes(data)
 
     def read_into(self, view: memoryview) -> None:
         """Fill ``view`` with the next bytes. Raises as :meth:`read`. Releases the GIL."""
         done = 0
-        try:
-            while done < len(view):
-                with self.folder.progress:
-                    count = self._raw.readinto(view[done : done + _PIECE_BYTES])
-                if not count:
-                    self.folder.failed(
-                        f"{self.name} shrank while it was read; is a program still writing it?",
-                        transient=True,
-                    )
-                done += count
-        except OSError as error:
-            raise self.folder.unreadable(self.name, error) from error
+        while done < len(view):
+            with _calling(self._progress, self.name):
+                count = self._raw.readinto(view[done : done + _PIECE_BYTES])
+            if not count:
+                failed(
+                    f"{self.name} shrank while it was read; is a program still writing it?", transient=True
+                )
+            done += count
 
 
 class AdapterFolder:
-    """The folder ``path`` of the adapter ``name``, for one attempt to read it; or ``files`` in memory in its
-    place."""
+    """The folder ``path``, for one attempt to read it; or ``files`` in memory in its place."""
 
-    def __init__(
-        self, name: str, path: str, progress: Progress | None = None, files: HeldFiles | None = None
-    ) -> None:
-        self.name = name
-        self.path = path
-        self.progress = progress or Progress()
+    def __init__(self, path: str, progress: Progress | None = None, files: HeldFiles | None = None) -> None:
+        self._path = path
+        self._progress = progress or Progress()
         self._files = files
         self._versions: dict[str, tuple[int, ...]] = {}
 
     def check(self) -> None:
         """Raise AdapterLoadError unless the path is a folder."""
-        if self._files is not None:
-            return
-        try:
-            with self.progress:
-                mode = os.stat(self.path).st_mode
-        except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-            raise self.unreadable("the folder", error) from error
-        if not stat.S_ISDIR(mode):
-            self.failed("is a file; expected the PEFT folder that contains it")
+        if self._files is None:
+            with _calling(self._progress, "the folder"):
+                mode = os.stat(self._path).st_mode
+            if not stat.S_ISDIR(mode):
+                failed("is a file; expected the PEFT folder that contains it")
 
     @property
     def version(self) -> str:
@@ -142,32 +164,36 @@ class AdapterFolder:
         """Return whether there is a file of this name, readable or not."""
         if self._files is not None:
             return file in (CONFIG_FILE, SAFETENSORS_FILE)
-        with self.progress:
+        with self._progress:
             return os.path.lexists(self._join(file))
+
+    def content(self, file: str, most: int) -> bytes:
+        """Return what is in a small file. Raises as :meth:`open`; AdapterInvalid for more than ``most``
+        bytes."""
+        if self._files is not None and file == CONFIG_FILE:
+            return self._files.config
+        with self.open(file) as opened:
+            if opened.size > most:
+                invalid(f"{file}: has {opened.size} bytes, more than {most}")
+            return opened.read(opened.size)
 
     @contextmanager
     def open(self, file: str) -> Iterator[OpenFile]:
         """Open ``file`` and note its version. Raises AdapterLoadError; AdapterInvalid if there is none."""
-        if self._files is not None and file == CONFIG_FILE:
-            config = self._files.config
-            yield OpenFile(self, file, io.BytesIO(config), size=len(config), written=0.0)
-            return
         try:
-            with self.progress:
+            with _calling(self._progress, file):
                 raw = io.FileIO(self._join(file), opener=_open_without_waiting)
-        except FileNotFoundError as error:
-            raise self.missing(file) from error
-        except OSError as error:
-            raise self.unreadable(file, error) from error
+        except AdapterLoadError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                invalid(why_no_adapter(self._path) if file == CONFIG_FILE else NO_WEIGHTS)
+            raise
         with raw:
-            try:
+            with _calling(self._progress, file):
                 status = os.fstat(raw.fileno())
-            except OSError as error:
-                raise self.unreadable(file, error) from error
             if not stat.S_ISREG(status.st_mode):
-                self.failed(f"{file} is not a regular file")
+                failed(f"{file} is not a regular file")
             self._versions[file] = _stamp(status)
-            yield OpenFile(self, file, raw, size=status.st_size, written=status.st_mtime)
+            yield OpenFile(file, raw, status, self._progress)
 
     def check_unchanged(self) -> None:
         """Raise AdapterLoadError if a file that was read is not the same any more.
@@ -177,48 +203,17 @@ class AdapterFolder:
         the file system that keeps the size goes unnoticed.)
         """
         for file, version in self._versions.items():
-            try:
-                with self.progress:
-                    now = _stamp(os.stat(self._join(file)))
-            except FileNotFoundError:
-                now = None
-            except OSError as error:
-                raise self.unreadable(file, error) from error
+            now = None
+            with _calling(self._progress, file), suppress(FileNotFoundError):
+                now = _stamp(os.stat(self._join(file)))
             if now != version:
-                self.failed(
+                failed(
                     f"{file} changed while it was read; write adapters to a new folder and rename it",
                     transient=True,
                 )
 
-    def missing(self, file: str) -> AdapterInvalid:
-        reason = why_no_adapter(self.path) if file == CONFIG_FILE else NO_WEIGHTS
-        return AdapterInvalid(reason, name=self.name, path=self.path)
-
-    def unreadable(self, what: str, error: OSError | ValueError) -> AdapterLoadError:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        transient = isinstance(error, OSError) and error.errno in _TRANSIENT
-        return AdapterLoadError(
-            f"cannot read {what}: {reason}", name=self.name, path=self.path, transient=transient
-        )
-
-    def failed(self, reason: str, *, transient: bool = False) -> NoReturn:
-        raise AdapterLoadError(reason, name=self.name, path=self.path, transient=transient)
-
-    def invalid(self, reason: str) -> NoReturn:
-        raise AdapterInvalid(reason, name=self.name, path=self.path)
-
-    def invalid_config(self, reason: str) -> NoReturn:
-        self.invalid(f"{CONFIG_FILE}: {reason}")
-
-    def invalid_weights(self, reason: str) -> NoReturn:
-        self.invalid(f"{SAFETENSORS_FILE}: {reason}")
-
-    def too_large(self, reason: str) -> NoReturn:
-        """Refuse a rank that no slot has room for."""
-        raise AdapterTooLarge(f"{CONFIG_FILE}: {reason}", name=self.name, path=self.path)
-
     def _join(self, file: str) -> str:
-        return os.path.join(self.path, file) if self._files is None else self._files.weights
+        return os.path.join(self._path, file) if self._files is None else self._files.weights
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -229,11 +224,9 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 def why_no_adapter(path: str) -> str:
     """Describe what a folder without a configuration seems to be instead. Looks at few of its entries."""
-    try:
-        with os.scandir(path) as entries:
-            names = sorted(entry.name for entry in islice(entries, _LOOK_AT))
-    except OSError:
-        names = []
+    names: list[str] = []
+    with suppress(OSError), os.scandir(path) as entries:
+        names = sorted(entry.name for entry in islice(entries, _LOOK_AT))
     inside = [name for name in names if os.path.isfile(os.path.join(path, name, CONFIG_FILE))]
     reason = f"it has no {CONFIG_FILE}"
     if inside:

@@ -11,19 +11,14 @@ import ctypes
 import fcntl
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from aioengine.adapters.peft.folder import (
-    CONFIG_FILE,
-    MAX_CONFIG_BYTES,
-    AdapterFolder,
-)
-from aioengine.errors import AdapterLoadError
+from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES, failed, invalid, naming
 from aioengine.step import HeldFiles
 
 if TYPE_CHECKING:
@@ -57,7 +52,7 @@ class HeldAdapter:
 
     def share(self) -> HeldAdapter:
         """Return the same memory under another owner. Raises AdapterLoadError if too many files are open."""
-        with _full(self.name, self.path):
+        with naming(self.name, self.path), _full():
             return HeldAdapter(self.name, self.path, self.files.config, os.dup(self._descriptor), self.nbytes)
 
 
@@ -75,90 +70,82 @@ def hold_tensors(
         AdapterInvalid: the tensors or the configuration have another form.
         AdapterLoadError: there is no room for them.
     """
-    folder = AdapterFolder(name, path)
-    text = _config_text(folder, config)
-    checked = _checked(folder, tensors)
-    total = sum(tensor.nbytes for _, tensor in checked)
-    header = _header(checked)
-
-    def write(descriptor: int) -> None:
-        _write(descriptor, memoryview(header))
-        for _, tensor in checked:
-            _write_tensor(descriptor, tensor)
-
-    return _held(folder, text, len(header) + total, write, room=room)
+    with naming(name, path):
+        text, checked = _config_text(config), _checked(tensors)
+        header = memoryview(_header(checked))
+        nbytes = len(header) + sum(tensor.nbytes for _, tensor in checked)
+        return _held(name, path, text, nbytes, (header, *(tensor for _, tensor in checked)), room)
 
 
 def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room: int) -> HeldAdapter:
     """Copy the content of ``adapter_config.json`` and ``adapter_model.safetensors``. Blocking. Raises as
     :func:`hold_tensors`."""
-    folder = AdapterFolder(name, path)
-    if len(config) > MAX_CONFIG_BYTES:
-        folder.invalid(f"{CONFIG_FILE}: has {len(config)} bytes, more than {MAX_CONFIG_BYTES}")
-    return _held(folder, config, len(weights), lambda descriptor: _write(descriptor, weights), room=room)
+    with naming(name, path):
+        _check_length(CONFIG_FILE, config)
+        return _held(name, path, config, len(weights), (weights,), room)
 
 
 def _held(
-    folder: AdapterFolder, config: bytes, nbytes: int, write: Callable[[int], None], *, room: int
+    name: str, path: str, config: bytes, nbytes: int, parts: Iterable[memoryview | Tensor], room: int
 ) -> HeldAdapter:
-    """Let ``write`` fill an anonymous file, which cannot be changed afterwards."""
+    """Write ``parts`` to an anonymous file, which cannot be changed afterwards."""
     if nbytes > room:
-        folder.failed(
+        failed(
             f"it takes {nbytes:,} bytes, and LoRAConfig.max_held_lora_bytes has room for {max(room, 0):,} "
             "more; unload adapters that were given in memory, raise the bound, or load this one from a folder"
         )
     if not hasattr(os, "memfd_create"):
-        folder.failed(
-            "adapters in memory need Linux: save the adapter with save_pretrained and load the folder"
-        )
-    with _full(folder.name, folder.path):
+        failed("adapters in memory need Linux: save the adapter with save_pretrained and load the folder")
+    with _full():
         descriptor = os.memfd_create("aioengine-adapter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        held = HeldAdapter(folder.name, folder.path, config, descriptor, nbytes)
-        write(descriptor)
+        held = HeldAdapter(name, path, config, descriptor, nbytes)
+        for part in parts:
+            if isinstance(part, memoryview):
+                _write(descriptor, part)
+            else:
+                _write_tensor(descriptor, part)
     seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return held
 
 
-def _config_text(folder: AdapterFolder, config: object) -> bytes:
+def _config_text(config: object) -> bytes:
     """Return the configuration as PEFT writes it: sets as sorted lists, enumerations as their values."""
     to_dict = getattr(config, "to_dict", None)
     fields = to_dict() if callable(to_dict) else config
     if not isinstance(fields, Mapping):
-        folder.invalid(f"config={type(config).__name__}: expected a peft.LoraConfig, or a dict of its fields")
+        invalid(f"config={type(config).__name__}: expected a peft.LoraConfig, or a dict of its fields")
     try:
-        text = msgspec.json.encode(_with_sorted_sets(fields))
+        text = msgspec.json.encode(fields, order="deterministic")
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        folder.invalid(f"config: cannot be written as JSON: {error}")
-    if len(text) > MAX_CONFIG_BYTES:
-        folder.invalid(f"config: has {len(text)} bytes, more than {MAX_CONFIG_BYTES}")
+        invalid(f"config: cannot be written as JSON: {error}")
+    _check_length("config", text)
     return text
 
 
-def _with_sorted_sets(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _with_sorted_sets(item) for key, item in value.items()}
-    return sorted(value) if isinstance(value, (set, frozenset)) else value
+def _check_length(what: str, config: bytes) -> None:
+    if len(config) > MAX_CONFIG_BYTES:
+        invalid(f"{what}: has {len(config)} bytes, more than {MAX_CONFIG_BYTES}")
 
 
-def _checked(folder: AdapterFolder, tensors: object) -> list[tuple[str, Tensor]]:
+def _checked(tensors: object) -> list[tuple[str, Tensor]]:
     """Return the tensors with the widest dtype first, so that each is aligned."""
     import torch
 
     from aioengine.adapters.peft.weights_file import DTYPES
 
     if not isinstance(tensors, Mapping) or not tensors:
-        folder.invalid(
+        invalid(
             "tensors: expected a dict of PEFT's names to tensors, as get_peft_model_state_dict returns it"
         )
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            folder.invalid(
+            invalid(
                 f"tensors[{str(key)[:200]!r}]: expected a torch.Tensor under a str, found "
                 f"{type(tensor).__name__} under {type(key).__name__}"
             )
         if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
-            folder.invalid(
+            invalid(
                 f"tensors[{key[:200]!r}]: {tensor.dtype} on {tensor.device} ({tensor.layout}) is not "
                 f"supported; expected a dense tensor of {', '.join(map(str, DTYPES.values()))}"
             )
@@ -181,13 +168,11 @@ def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
 
 
 @contextmanager
-def _full(name: str, path: str) -> Iterator[None]:
+def _full() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise AdapterLoadError(
-            f"there is no memory, or no file descriptor, to hold it: {error.strerror}", name=name, path=path
-        ) from error
+        failed(f"there is no memory, or no file descriptor, to hold it: {error.strerror}")
 
 
 def _write_tensor(descriptor: int, tensor: Tensor) -> None:

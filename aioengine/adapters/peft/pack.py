@@ -4,34 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.folder import AdapterFolder
+from aioengine.adapters.peft.config import PeftLoraConfig
+from aioengine.adapters.peft.folder import SAFETENSORS_FILE, invalid_weights
 from aioengine.adapters.peft.part import HEAD_KINDS, TOKEN_KINDS, Part, Place
 from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import Layout
 from aioengine.adapters.peft.values import Matrices, converted, is_finite, pieces_of, scaled
+from aioengine.errors import AdapterInvalid
 from aioengine.model.parallel.ranges import take
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.image import SERIAL_ELEMENTS
 from aioengine.model.slots.tokens import TrainedTokens
-from aioengine.model.spec import NO_LAYER
+from aioengine.model.spec import NO_LAYER, ModelSpec
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class Contents(NamedTuple):
+    """What the tensors of a file, or what it is folded to, are."""
+
+    config: PeftLoraConfig
+    layout: Layout
+    parts: Mapping[str, Part]
+    """By key."""
+    cuts: Mapping[str, Cut]
+    """Which part of each tensor is read."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class PackedAdapter:
     """A LoRA adapter in CPU memory, ready to be put into an image of a slot; or a rank's share of one."""
 
-    name: str
-    path: str
+    name: str = ""
+    path: str = ""
     rank: int
     """The largest effective rank of its modules."""
-    digest: str
-    """SHA-256 (hex) over the configuration, the weights file and the pooling's: the identity of the content.
-    "" for a rank's share, which is not the whole content; see
-    :func:`aioengine.adapters.peft.digest.content_digest`."""
+    find_digest: Callable[[], str] = str
+    """Function that waits for :attr:`digest`, which is computed beside the rest."""
     tensors: Matrices
     """(layer, module) -> (A [r, in], B [out, r]), so that delta = scaling * B @ A; in the file's dtype,
     unless they had to be rounded already.
@@ -58,6 +70,13 @@ class PackedAdapter:
     """Version of the files' content, known without reading it; see :class:`AdapterFolder`."""
 
     @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the configuration, the weights file and the pooling's: the identity of the
+        content. "" for a rank's share, which is not the whole content; see
+        :func:`aioengine.adapters.peft.digest.content_digest`."""
+        return self.find_digest()
+
+    @property
     def scalable(self) -> bool:
         """Whether a step can multiply what it adds by a number: it has no gains and shifts."""
         return not (self.magnitudes or self.biases)
@@ -66,12 +85,24 @@ class PackedAdapter:
         """Return it with A and B in ``dtype``, and the scalings in B."""
         return replace(self, tensors=scaled(self.tensors, self.scalings, dtype), scalings={})
 
+    def check_finite(self, dtype: torch.dtype, spec: ModelSpec) -> None:
+        """Raise AdapterInvalid if A or B has NaN or infinity, or becomes too large in ``dtype``."""
+        rounded, reason = self.scaled(dtype).tensors, None
+        for (layer, module), pair in self.tensors.items():
+            name = spec.module_name(layer, module)
+            for side, given, becomes in zip("AB", pair, rounded[layer, module], strict=True):
+                if not is_finite(given):
+                    reason = f"{name}.lora_{side}: the weights contain NaN or infinity"
+                elif not is_finite(becomes):
+                    reason = (
+                        f"{name}: the scaled weights overflow {dtype}; set lora_dtype to bfloat16 or float32"
+                    )
+                if reason is not None:
+                    raise AdapterInvalid(f"{SAFETENSORS_FILE}: {reason}", name=self.name, path=self.path)
+
 
 def pack(
-    folder: AdapterFolder,
-    layout: Layout,
-    parts: Mapping[str, Part],
-    cuts: Mapping[str, Cut],
+    contents: Contents,
     tensors: Mapping[str, Tensor],
     *,
     dtype: torch.dtype,
@@ -80,31 +111,32 @@ def pack(
 ) -> PackedAdapter:
     """Pack the ``tensors`` of a file by key, or the parts of them that were read, without the digest and what
     other files say. Raises AdapterInvalid."""
+    config, layout, parts, cuts = contents
     read = {part: tensors[key] for key, part in parts.items()}
+    held = {part: cuts[key].held for key, part in parts.items()}
 
     def of_kind(*kinds: str) -> dict[Part, Tensor]:
         return {part: tensor for part, tensor in read.items() if part.kind in kinds}
 
     for part, saved in of_kind("base").items():
-        _check_base(folder, saved, part.place[1], base_weight(part.place[1]))
+        _check_base(saved, part.place[1], base_weight(part.place[1]))
     if layout.tied:
-        _check_tied(folder, read)
+        _check_tied(read)
+    for key, part in {} if allow_nonfinite else parts.items():
+        if part.kind in (*HEAD_KINDS, "magnitude", "bias") and not is_finite(tensors[key]):
+            invalid_weights(f"{key}: the weights contain NaN or infinity")
     rows = {(part.place[1], part.kind): tensor for part, tensor in of_kind(*TOKEN_KINDS).items()}
-    tokens = layout.embeddings.trained(rows, base_weight, dtype, finite=not allow_nonfinite)
     scalings = {place: target.scaling for place, target in layout.targets.items()}
-    if not allow_nonfinite:
-        _check_finite(folder, layout, parts, tensors, dtype)
-    pairs: Matrices = {place: (read[Part(place, "A")], read[Part(place, "B")]) for place in layout.targets}
+    pairs: Matrices = {place: (read[Part(place, "A")], read[Part(place, "B")]) for place in scalings}
+    biases = {
+        part.place: converted(tensor, dtype, scalings[part.place]) for part, tensor in of_kind("bias").items()
+    }
     if layout.dora:  # the norms are of what the slot has
         pairs, scalings = scaled(pairs, scalings, dtype), {}
-    held = {part: cuts[key].held for key, part in parts.items()}
     head = {part.kind: converted(tensor, torch.float32) for part, tensor in of_kind(*HEAD_KINDS).items()}
     weight, bias = HEAD_KINDS
     return PackedAdapter(
-        name=folder.name,
-        path=folder.path,
         rank=max(target.rank for target in layout.targets.values()),
-        digest="",
         tensors={
             place: (take(a, held[Part(place, "A")]), take(b, held[Part(place, "B")]))
             for place, (a, b) in pairs.items()
@@ -113,17 +145,15 @@ def pack(
         magnitudes={
             part.place: converted(tensor, torch.float32) for part, tensor in of_kind("magnitude").items()
         },
-        biases={
-            part.place: converted(tensor, dtype, layout.targets[part.place].scaling)
-            for part, tensor in of_kind("bias").items()
-        },
+        biases=biases,
         computed=pairs if layout.dora else {},
         head=Head(head[weight], head.get(bias)) if weight in head else None,
-        tokens=tokens,
+        tokens=layout.embeddings.trained(rows, base_weight, dtype, finite=not allow_nonfinite),
+        invocation=tuple(config.alora_invocation_tokens or ()),
     )
 
 
-def _check_base(folder: AdapterFolder, saved: Tensor, module: str, base: Tensor) -> None:
+def _check_base(saved: Tensor, module: str, base: Tensor) -> None:
     """Check that the base weights that PEFT saves with an adapted embedding are those of the served
     model."""
     same = base.shape == saved.shape and all(
@@ -131,14 +161,14 @@ def _check_base(folder: AdapterFolder, saved: Tensor, module: str, base: Tensor)
         for ours, theirs in zip(pieces_of(base), pieces_of(saved), strict=True)
     )
     if not same:
-        folder.invalid_weights(
+        invalid_weights(
             f"the file carries base-model weights of {module} that differ from the base model's: if {module} "
             "was trained or resized this adapter cannot be served over this base model; if not, save the "
             "adapter with save_pretrained(..., save_embedding_layers=False)"
         )
 
 
-def _check_tied(folder: AdapterFolder, tensors: Mapping[Part, Tensor]) -> None:
+def _check_tied(tensors: Mapping[Part, Tensor]) -> None:
     """Check that both copies of lm_head's adapter, which ``ensure_weight_tying`` saves, are equal."""
     for ours, theirs in (("A", "B"), ("B", "A")):
         head = tensors[Part((NO_LAYER, "lm_head"), ours)]
@@ -146,30 +176,7 @@ def _check_tied(folder: AdapterFolder, tensors: Mapping[Part, Tensor]) -> None:
         axis = int(head.shape[1] > head.shape[0])
         step = max(1, SERIAL_ELEMENTS // head.shape[1 - axis])
         if not all(map(torch.equal, torch.split(head, step, axis), torch.split(mirrored, step, axis))):
-            folder.invalid_weights(
+            invalid_weights(
                 "ensure_weight_tying ties the adapter of lm_head to that of embed_tokens, but their weights "
                 "differ"
             )
-
-
-def _check_finite(
-    folder: AdapterFolder,
-    layout: Layout,
-    parts: Mapping[str, Part],
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype,
-) -> None:
-    """Check the values, and that they do not become too large in an image of ``dtype``."""
-    for key, part in parts.items():
-        if part.kind == "base" or part.kind in TOKEN_KINDS:
-            continue
-        scaled_by = layout.targets[part.place].scaling if part.kind in ("B", "bias") else 1.0
-        becomes = dtype if part.kind in ("A", "B", "bias") else torch.float32
-        if is_finite(tensors[key], becomes, scaled_by):
-            continue
-        if not is_finite(tensors[key]):
-            folder.invalid_weights(f"{key}: the weights contain NaN or infinity")
-        folder.invalid_weights(
-            f"{layout.targets[part.place].name}: the scaled weights overflow {dtype}; set lora_dtype to "
-            "bfloat16 or float32"
-        )

@@ -5,34 +5,33 @@ Everything here blocks and is meant for a loader thread; reading and hashing rel
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, fields_of, parse_config
+from aioengine.adapters.peft.digest import BackgroundDigest
 from aioengine.adapters.peft.folder import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     SAFETENSORS_FILE,
     AdapterFolder,
     OpenFile,
+    invalid,
+    invalid_weights,
+    naming,
 )
-from aioengine.adapters.peft.folding.fold import Fold, MethodFold
-from aioengine.adapters.peft.folding.parameters import ParameterFold
-from aioengine.adapters.peft.pack import PackedAdapter, pack
-from aioengine.adapters.peft.part import Part
-from aioengine.adapters.peft.shard_reads import Cut, cuts_of, select
-from aioengine.adapters.peft.targets import Layout, max_data_bytes, modules_of
+from aioengine.adapters.peft.folding.fold import Folded, fold_method
+from aioengine.adapters.peft.folding.parameters import fold_parameters
+from aioengine.adapters.peft.pack import Contents, PackedAdapter, pack
+from aioengine.adapters.peft.shard_reads import cuts_of, select
+from aioengine.adapters.peft.targets import Layout, modules_of
 from aioengine.adapters.peft.weights_file import Entry, SafetensorsHeader, tensors_of
 from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterInvalid
@@ -43,59 +42,43 @@ from aioengine.step import HeldFiles
 
 logger = logging.getLogger("aioengine")
 
-MAX_WARNINGS = 64
-"""Maximum number of warnings about expressions that RE2 does not take."""
 HASHED_BYTES = 8 << 20
 """Bytes that are hashed while the next are read."""
-
-Pieces = Sequence[tuple[int, int]]
-"""Offsets and lengths in a file's data, in bytes."""
+MAX_ITEM_BYTES = 4
 
 
-class Contents(NamedTuple):
-    """What a weights file holds, and which parts of it a rank reads."""
+class Plan(NamedTuple):
+    """What follows from an adapter's configuration and its file's header: what to read, and what it is."""
 
-    layout: Layout
-    parts: Mapping[str, Part]
-    cuts: Mapping[str, Cut]
-    """Which part of each tensor is read."""
     entries: Sequence[Entry]
-    """The parts that are read, in memory order."""
-    pieces: Pieces
-    """Where the parts are in the file, in the same order."""
+    """The tensors, or the parts of them, that are read, in memory order."""
+    pieces: Sequence[tuple[int, int]]
+    """Where they are in the file's data, in the same order: offsets and lengths in bytes."""
+    contents: Contents | None
+    folded: Folded | None = None
+    """What the adapter is folded to; its contents follow from that."""
 
 
 class KnownContents:
-    """The contents of the latest few files. Adapters that were trained alike have the same configuration and
+    """The plans for the latest few files. Adapters that were trained alike have the same configuration and
     header, and for a model with many experts it takes long to derive from these what goes where. Used by
     several threads."""
 
     SIZE = 8
 
     def __init__(self) -> None:
-        self._warned: set[str] = set()
-        self._known: dict[tuple[bytes, SafetensorsHeader], Contents] = {}
+        self._known: dict[tuple[bytes, SafetensorsHeader], Plan] = {}
         self._lock = Lock()
 
-    def get(
-        self, config: PeftLoraConfig, header: SafetensorsHeader, find: Callable[[], Contents]
-    ) -> Contents:
-        key = msgspec.json.encode(config), header
-        found = self._known.get(key)
+    def get(self, config: bytes, header: SafetensorsHeader, find: Callable[[], Plan]) -> Plan:
+        found = self._known.get((config, header))
         if found is None:
             found = find()
             with self._lock:
-                self._known[key] = found
+                self._known[config, header] = found
                 while len(self._known) > self.SIZE:
                     del self._known[next(iter(self._known))]
         return found
-
-    def is_new(self, text: str) -> bool:
-        """Whether a warning is given for the first time. None is new after the first few."""
-        with self._lock:
-            new = text not in self._warned and len(self._warned) < MAX_WARNINGS
-            self._warned |= {text} if new else set()
-        return new
 
 
 def read_adapter(
@@ -114,12 +97,13 @@ def read_adapter(
 
     Args:
         slot: The slots' layout. If they hold a rank's share, only the share is read, checked and returned.
-        dtype: The dtype that the weights will have, and have to be finite in.
+        dtype: The dtype that the weights will have.
         base_weight: The base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
             saves that weight along with an adapter on it; the saved copy is compared with this one and left
             out.
         known: What was derived before for the same ``slot``.
-        allow_nonfinite: Accept NaN and infinity in the weights.
+        allow_nonfinite: Accept NaN and infinity in the weights. (Those of A and B are for
+            :meth:`PackedAdapter.check_finite`.)
         progress: Told of each call on the folder's files.
         files: Read these in place of a folder.
 
@@ -128,123 +112,95 @@ def read_adapter(
         AdapterInvalid: malformed, unsupported, or made for another base model.
         AdapterTooLarge: a module's rank exceeds that of the slots.
     """
-    folder = AdapterFolder(name, str(path), progress, files)
-    folder.check()
-    reader = _Reader(folder, slot, dtype, base_weight, known, allow_nonfinite)
-    try:
-        packed = reader.read()
-    except AdapterInvalid:
-        folder.check_unchanged()  # a file that was replaced during the read does not show a bad adapter
-        raise
-    folder.check_unchanged()
-    return replace(packed, version=folder.version)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    folder: AdapterFolder
-    slot: SlotLayout
-    dtype: torch.dtype
-    base_weight: Callable[[str], Tensor]
-    known: KnownContents
-    allow_nonfinite: bool
-
-    def read(self) -> PackedAdapter:
-        folder = self.folder
-        text = _all_of(folder, CONFIG_FILE, MAX_CONFIG_BYTES)
-        digest = hashlib.sha256(text)
-        fields = fields_of(text, folder)
-        parameters = ParameterFold.of(fields, folder, self.slot.spec)
-        fold: Fold | None = parameters or MethodFold.of(fields, folder)
-        config = fold.config if fold else parse_config(fields, folder)
-        if config.unmatched and self.known.is_new(config.unmatched):
-            logger.warning(
-                "adapter %r (%s): %s: %s; the names of the file's tensors say which modules it is on",
-                folder.name,
-                folder.path,
-                CONFIG_FILE,
-                config.unmatched,
+    with naming(name, str(path)):
+        folder = AdapterFolder(str(path), progress, files)
+        folder.check()
+        try:
+            plan, data, pooling, find_digest = _read(folder, slot, known, f"{name!r} ({path})")
+            contents, tensors = _unfolded(plan, tensors_of(data, plan.entries), slot)
+            packed = pack(
+                contents, tensors, dtype=dtype, base_weight=base_weight, allow_nonfinite=allow_nonfinite
             )
-        with folder.open(SAFETENSORS_FILE) as file, ThreadPoolExecutor(1, "aioengine-load-helper") as helper:
+            kind = _pooling_kind(pooling) if contents.config.feature_extraction else None
+        except AdapterInvalid:
+            folder.check_unchanged()  # a file that was replaced during the read does not show a bad adapter
+            raise
+        folder.check_unchanged()
+    return replace(
+        packed, name=name, path=str(path), find_digest=find_digest, pooling=kind, version=folder.version
+    )
+
+
+def _read(
+    folder: AdapterFolder, slot: SlotLayout, known: KnownContents, adapter: str
+) -> tuple[Plan, Buffer, bytes, Callable[[], str]]:
+    """Read the files: what to do with the tensors' data, the data, pooling's configuration if there is one,
+    and a function that waits for the digest. A rank's share has none."""
+    digest, shared = BackgroundDigest(), slot.shard.size > 1
+    try:
+        text = folder.content(CONFIG_FILE, MAX_CONFIG_BYTES)
+        digest.update(text)
+        with folder.open(SAFETENSORS_FILE) as file:
             header = SafetensorsHeader.read(file)
             digest.update(header.raw)
+            plan = known.get(text, header, lambda: _plan(text, header, file, slot, adapter))
+            data, end = Buffer(max(1, sum(length for _, length in plan.pieces))), 0
+            for offset, length in plan.pieces:
+                file.seek(len(header.raw) + offset)
+                begin, end = end, end + length
+                for start in range(begin, end, HASHED_BYTES):
+                    view = data.view[start : min(start + HASHED_BYTES, end)]
+                    file.read_into(view)
+                    if not shared:
+                        digest.update(view)
+        pooling = folder.content(POOLING_FILE, MAX_POOLING_BYTES) if folder.has(POOLING_FILE) else b""
+        digest.update(pooling)
+        return plan, data, pooling, str if shared else digest.result()
+    finally:
+        digest.close()
 
-            def data(pieces: Pieces) -> Buffer:
-                buffer, end = Buffer(max(1, sum(length for _, length in pieces))), 0
-                for offset, length in pieces:
-                    file.seek(len(header.raw) + offset)
-                    begin, end = end, end + length
-                    for start in range(begin, end, HASHED_BYTES):
-                        view = buffer.view[start : min(start + HASHED_BYTES, end)]
-                        file.read_into(view)
-                        if self.slot.shard.size == 1:  # beside the rest; done at the end of the block
-                            helper.submit(digest.update, view)
-                return buffer
 
-            if fold is None:
-                find = partial(self._contents, config, lambda: header.entries(file))
-                contents = self.known.get(config, header, find)
-                tensors = tensors_of(data(contents.pieces), contents.entries)
-            else:
-                contents, tensors = self._folded(file, header, fold, data)
-            packed = pack(
-                folder,
-                contents.layout,
-                contents.parts,
-                contents.cuts,
-                tensors,
-                dtype=self.dtype,
-                base_weight=self.base_weight,
-                allow_nonfinite=self.allow_nonfinite,
-            )
-        pooling = self._pooling(digest, config)
-        return replace(
-            packed,
-            digest="" if self.slot.shard.size > 1 else digest.hexdigest(),
-            pooling=pooling,
-            invocation=tuple(config.alora_invocation_tokens or ()),
+def _plan(text: bytes, header: SafetensorsHeader, file: OpenFile, slot: SlotLayout, adapter: str) -> Plan:
+    fields, entries = fields_of(text), header.entries(file)
+    shapes = {entry.key: entry.shape for entry in entries}
+    folded = fold_parameters(fields, shapes, slot) or fold_method(fields, shapes, slot)
+    if folded is not None:
+        if header.data_bytes > MAX_ITEM_BYTES * slot.elements * slot.shard.size:
+            invalid_weights(f"has {header.data_bytes} bytes of data, more than an adapter that fits can have")
+        return Plan(entries, [(0, header.data_bytes)], None, folded)
+    config = parse_config(fields)
+    if config.unmatched:
+        logger.warning(
+            "adapter %s: %s: %s; the names of the file's tensors say which modules it is on",
+            adapter,
+            CONFIG_FILE,
+            config.unmatched,
         )
-
-    def _contents(self, config: PeftLoraConfig, entries_of: Callable[[], list[Entry]]) -> Contents:
-        slot, entries = self.slot, entries_of()
-        shapes = {entry.key: entry.shape for entry in entries}
-        config = config.on(modules_of(shapes)) if config.unmatched else config
-        layout = Layout(self.folder, config, slot.spec, max_rank=slot.max_rank, target_modules=slot.modules)
-        parts = layout.parts(shapes)
-        cuts = cuts_of(slot, layout, parts)
-        return Contents(layout, parts, cuts, *select(entries, cuts))
-
-    def _folded(
-        self,
-        file: OpenFile,
-        header: SafetensorsHeader,
-        fold: Fold,
-        data: Callable[[Pieces], Buffer],
-    ) -> tuple[Contents, dict[str, Tensor]]:
-        """Read the whole file, and return what it is folded to, or the rank's part of that."""
-        slot, entries = self.slot, header.entries(file)
-        folded = fold.plan({entry.key: entry.shape for entry in entries}, slot)
-        if header.data_bytes > max_data_bytes(slot.spec, slot.max_rank, slot.modules):
-            file.invalid(f"has {header.data_bytes} bytes of data, more than an adapter that fits can have")
-        tensors = folded.tensors(tensors_of(data([(0, header.data_bytes)]), entries))
-        made = [Entry(key, of.dtype, tuple(of.shape), 0, of.nbytes) for key, of in tensors.items()]
-        contents = self._contents(folded.config, lambda: made)
-        return contents, {key: contents.cuts[key].of(tensor) for key, tensor in tensors.items()}
-
-    def _pooling(self, digest: hashlib._Hash, config: PeftLoraConfig) -> Kind | None:
-        """Read sentence-transformers' configuration, if there is one that counts."""
-        if not self.folder.has(POOLING_FILE):
-            return None
-        data = _all_of(self.folder, POOLING_FILE, MAX_POOLING_BYTES)
-        digest.update(data)
-        try:
-            return parse_pooling(data) if config.feature_extraction else None
-        except ValueError as error:
-            self.folder.invalid(f"{POOLING_FILE}: {error}")
+    contents = _contents(config, shapes, slot)
+    return Plan(*select(entries, contents.cuts), contents)
 
 
-def _all_of(folder: AdapterFolder, name: str, most: int) -> bytes:
-    with folder.open(name) as file:
-        if file.size > most:
-            file.invalid(f"has {file.size} bytes, more than {most}")
-        return bytes(file.read(file.size))
+def _unfolded(
+    plan: Plan, tensors: Mapping[str, Tensor], slot: SlotLayout
+) -> tuple[Contents, Mapping[str, Tensor]]:
+    """Return the contents of a plan, and their tensors; of an adapter that is folded, what is made of its."""
+    if plan.contents is not None:
+        return plan.contents, tensors
+    assert plan.folded is not None
+    made = plan.folded.tensors(tensors)
+    contents = _contents(plan.folded.config, {key: tuple(of.shape) for key, of in made.items()}, slot)
+    return contents, {key: contents.cuts[key].of(tensor) for key, tensor in made.items()}
+
+
+def _contents(config: PeftLoraConfig, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Contents:
+    config = config.on(modules_of(shapes)) if config.unmatched else config
+    layout = Layout(config, slot)
+    parts = layout.parts(shapes)
+    return Contents(config, layout, parts, cuts_of(slot, layout, parts))
+
+
+def _pooling_kind(text: bytes) -> Kind | None:
+    try:
+        return parse_pooling(text) if text else None
+    except ValueError as error:
+        invalid(f"{POOLING_FILE}: {error}")

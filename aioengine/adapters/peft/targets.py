@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from aioengine.adapters.peft.config import PeftLoraConfig
-from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft.folder import CONFIG_FILE, invalid_config, invalid_weights, too_large
 from aioengine.adapters.peft.folding.embeddings import EmbeddingParts
 from aioengine.adapters.peft.part import HEAD_KINDS, Part, Place
 from aioengine.adapters.peft.unsupported import MERGE
-from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape, ModelSpec
+from aioengine.model.slots.layout import SlotLayout
+from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape
 
 _MATCH_SECONDS = 2.0
 """Time limit for matching all patterns of a configuration against all modules; normally milliseconds."""
@@ -45,12 +46,8 @@ _ENDS = {
     "modules_to_save.bias": "head_bias",
 }
 """Ends of keys, without the adapter's name, and the kinds of their tensors."""
-_PART_NAMES = {
-    "A": "lora_A",
-    "B": "lora_B",
-    "bias": "lora_B.bias, which lora_bias needs",
-    "magnitude": "lora_magnitude_vector, which use_dora needs",
-}
+_SETTINGS = {"bias": "lora_bias", "magnitude": "use_dora"}
+"""Kinds of tensors that only adapters with a setting have."""
 MAX_LABELS = 1024
 """Maximum number of labels of a classification head, which is kept beside the slot."""
 _OF_EXPERTS = (
@@ -59,6 +56,10 @@ _OF_EXPERTS = (
 )
 _INNER = "model."
 """Prefix of a module's name in a model with a head."""
+_REPLACED = (
+    f"the adapter replaces {{}} (perhaps resized), but modules_to_save in {CONFIG_FILE} does not say so: "
+    f"save it with save_embedding_layers=False, or {MERGE}"
+)
 # Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
 _FOREIGN_KEYS = (
     (
@@ -73,16 +74,8 @@ _FOREIGN_KEYS = (
     ),
     ("modules_to_save", f"fully trained modules are not supported: {MERGE}"),
     ("token_adapter", f"{CONFIG_FILE} has no such tokens in trainable_token_indices"),
-    (
-        "embed_tokens",
-        f"the adapter replaces the embeddings (perhaps resized), but {CONFIG_FILE} does not name them in "
-        f"modules_to_save: save it with save_embedding_layers=False, or {MERGE}",
-    ),
-    (
-        "lm_head",
-        f"the adapter replaces lm_head (perhaps resized), but {CONFIG_FILE} does not name it in "
-        f"modules_to_save: save it with save_embedding_layers=False, or {MERGE}",
-    ),
+    ("embed_tokens", _REPLACED.format("the embeddings")),
+    ("lm_head", _REPLACED.format("lm_head")),
     (".bias", f"trained biases of the base model are not supported: {MERGE}"),
 )
 
@@ -91,16 +84,6 @@ def modules_of(keys: Iterable[str]) -> set[str]:
     """Return the names of the modules that a file's keys put LoRA on."""
     found = (_KEY.fullmatch(WRAPPERS.sub("", key)) for key in keys)
     return {match[1] for match in found if match is not None and match[2].startswith("lora_")}
-
-
-def max_data_bytes(spec: ModelSpec, max_rank: int, target_modules: Sequence[str]) -> int:
-    """Compute the largest size in a file of an adapter that fits, without saved base weights."""
-    elements = 0
-    for module in target_modules:
-        linear = spec.linear(module)
-        copies = spec.layers_with(module)
-        elements += copies * (max_rank * sum(linear) + 2 * linear.out_features)
-    return 4 * elements
 
 
 class Target(NamedTuple):
@@ -129,52 +112,43 @@ class Target(NamedTuple):
 class Layout:
     """The modules that ``config`` puts an adapter on.
 
-    Raises AdapterTooLarge for a rank over ``max_rank``.
+    Raises AdapterInvalid, and AdapterTooLarge for a rank that ``slot`` has no room for.
     """
 
-    def __init__(
-        self,
-        folder: AdapterFolder,
-        config: PeftLoraConfig,
-        spec: ModelSpec,
-        *,
-        max_rank: int,
-        target_modules: Sequence[str],
-    ) -> None:
-        self._folder = folder
-        self._config = config
-        self._spec = spec
-        self._modules = tuple(target_modules)
+    def __init__(self, config: PeftLoraConfig, slot: SlotLayout) -> None:
+        spec = self._spec = slot.spec
+        self._config, self._modules = config, slot.modules
+        embedding = (NO_LAYER, "embed_tokens")
         self.tied = (
             bool(config.ensure_weight_tying)
             and spec.tie_embeddings
-            and (NO_LAYER, "embed_tokens") in spec.adaptable()
-            and config.targets(spec.module_name(NO_LAYER, "embed_tokens"), linear=False)
+            and embedding in spec.adaptable()
+            and config.targets(spec.module_name(*embedding), linear=False)
         )
         """Whether PEFT adapts lm_head by the transposed adapter of the embeddings that it is tied to."""
         self.dora = bool(config.use_dora)
-        self.embeddings = EmbeddingParts(folder, config, spec)
+        self.embeddings = EmbeddingParts(config, spec)
         self.targets: dict[Place, Target] = {}
         """The targets, in the order of a packed adapter's tensors."""
         began = time.thread_time()
         for index, (layer, module) in enumerate(spec.adaptable()):
             self._add(layer, module)
             if index % 8 == 0 and time.thread_time() - began > _MATCH_SECONDS:
-                folder.invalid_config(
+                invalid_config(
                     f"its patterns take more than {_MATCH_SECONDS:g} s to match; name the modules instead"
                 )
-        if config.lora_bias and (NO_LAYER, "embed_tokens") in self.targets:
-            folder.invalid_config("lora_bias with embed_tokens as a target: PEFT has no such adapter")
-        if config.alora_invocation_tokens and (NO_LAYER, "embed_tokens") in self.targets:
-            folder.invalid_config(
+        if config.lora_bias and embedding in self.targets:
+            invalid_config("lora_bias with embed_tokens as a target: PEFT has no such adapter")
+        if config.alora_invocation_tokens and embedding in self.targets:
+            invalid_config(
                 "alora_invocation_tokens with embed_tokens as a target: PEFT applies such an "
                 "adapter to all tokens of the embeddings; train it without embed_tokens"
             )
         self.embeddings.check_targets({module for layer, module in self.targets if layer == NO_LAYER})
         for target in self.targets.values():
-            if target.rank > max_rank:
-                folder.too_large(
-                    f"{target.name} has rank {target.rank}, but max_lora_rank is {max_rank}; raise "
+            if target.rank > slot.max_rank:
+                too_large(
+                    f"{target.name} has rank {target.rank}, but max_lora_rank is {slot.max_rank}; raise "
                     "LoRAConfig.max_lora_rank or train the adapter with a smaller r"
                 )
 
@@ -204,13 +178,15 @@ class Layout:
             self.targets = others or self.targets
         taken: dict[Part, str] = {}
         for key, shape in shapes.items():
-            part = self._part(key)
+            part = self._named(key)
+            if not part.is_whole:
+                self._check_target(key, part)
             if part in taken:
-                self._folder.invalid_weights(f"{key!r} and {taken[part]!r} are the same weight")
+                invalid_weights(f"{key!r} and {taken[part]!r} are the same weight")
             taken[part] = key
             expected, of = self._expected(part, shape)
             if tuple(shape) != expected:
-                self._folder.invalid_weights(
+                invalid_weights(
                     f"{key!r}: expected shape {list(expected)} ({of}), found "
                     f"{list(shape[:8])}{'...' if len(shape) > 8 else ''}"
                 )
@@ -218,61 +194,56 @@ class Layout:
         self._check_head(shapes, taken)
         return {key: part for part, key in taken.items()}
 
-    def _part(self, key: str) -> Part:
-        """Return what a tensor is. Raises AdapterInvalid if it does not belong to the adapter."""
-        part = self._named(WRAPPERS.sub("", key))
-        if part is None or (
-            part.is_whole and part.kind not in HEAD_KINDS and part not in self.embeddings.parts
+    def _named(self, key: str) -> Part:
+        """Return what a key names. Raises AdapterInvalid if this adapter may not have it."""
+        match = _KEY.fullmatch(WRAPPERS.sub("", key))
+        kind = None if match is None else _ENDS.get(match[2].replace(".default", "", 1))
+        if match is None or kind is None:
+            self._refuse(key)
+        module, end = match.groups()
+        if module in self._config.heads and kind in ("saved", "head_bias"):
+            return Part((NO_LAYER, module), "head" if kind == "saved" else kind)
+        place = self._spec.find_module(module)
+        if place is None and self._config.feature_extraction:
+            place = self._spec.find_module(_INNER + module)
+        if place is None or kind == "head_bias":
+            self._refuse(key)
+        part = Part(place, kind)
+        if (
+            (part.is_whole and part not in self.embeddings.parts)
+            or (kind == "base" and place[1] not in EMBEDDING_MODULES)
+            or (kind in ("A", "B") and ("_embedding_" in end) != (place[1] == "embed_tokens"))
         ):
-            self._foreign(key)
-        if part.is_whole:
-            return part
+            self._refuse(key)
+        return part
+
+    def _check_target(self, key: str, part: Part) -> None:
+        """Check that the adapter, and a slot, has this part."""
         layer, module = part.place
+        setting = _SETTINGS.get(part.kind)
         if layer >= self._spec.num_layers:
-            self._folder.invalid_weights(
+            invalid_weights(
                 f"{key!r}: the base model has layers 0..{self._spec.num_layers - 1}; was the adapter "
                 "trained on another model?"
             )
         if module not in self._modules:
-            self._folder.invalid_weights(
+            invalid_weights(
                 f"{key!r}: the slots do not hold {module}; they hold {self._kinds(self._modules)}: "
                 f"add {module} to LoRAConfig.target_modules"
             )
         if part.place not in self.targets:
-            self._folder.invalid_weights(
-                f"{key!r}: {CONFIG_FILE} does not target {self._spec.module_name(layer, module)}"
-            )
-        if part.kind == "bias" and not self._config.lora_bias:
-            self._folder.invalid_weights(f"{key!r}: is a bias, but {CONFIG_FILE} does not set lora_bias")
-        if part.kind == "magnitude" and not self._config.use_dora:
-            self._folder.invalid_weights(f"{key!r}: belongs to DoRA, but {CONFIG_FILE} does not set use_dora")
-        return part
-
-    def _named(self, name: str) -> Part | None:
-        """Return what a key names, whether the adapter has it or not; None: nothing that is known."""
-        match = _KEY.fullmatch(name)
-        kind = None if match is None else _ENDS.get(match[2].replace(".default", "", 1))
-        if match is None or kind is None:
-            return None
-        if match[1] in self._config.heads and kind in ("saved", "head_bias"):
-            return Part((NO_LAYER, match[1]), "head" if kind == "saved" else kind)
-        place = self._spec.find_module(match[1])
-        if place is None and self._config.feature_extraction:
-            place = self._spec.find_module(_INNER + match[1])
-        if place is None or (kind in ("base", "head_bias") and place[1] not in EMBEDDING_MODULES):
-            return None
-        if kind in ("A", "B") and ("_embedding_" in match[2]) != (place[1] == "embed_tokens"):
-            return None
-        return None if kind == "head_bias" else Part(place, kind)
+            name = self._spec.module_name(layer, module)
+            invalid_weights(f"{key!r}: {CONFIG_FILE} does not target {name}")
+        if setting is not None and not getattr(self._config, setting):
+            invalid_weights(f"{key!r}: is a {part.kind}, but {CONFIG_FILE} does not set {setting}")
 
     def _expected(self, part: Part, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
         """Return the shape that a tensor must have, and what it follows from."""
         hidden = self._spec.hidden_size
         if part.kind in HEAD_KINDS:
             labels = min(max(1, shape[0]), MAX_LABELS) if shape else MAX_LABELS
-            return (labels, hidden)[
-                : 1 + (part.kind == "head")
-            ], f"a head of 1 to {MAX_LABELS} labels over {hidden} hidden units"
+            of = f"a head of 1 to {MAX_LABELS} labels over {hidden} hidden units"
+            return ((labels, hidden) if part.kind == "head" else (labels,)), of
         if part.is_whole:
             rows, of = self.embeddings.parts[part]
             return (rows, hidden), of
@@ -287,52 +258,48 @@ class Layout:
             return
         kinds = sorted(part.kind for part in found)
         if kinds not in (["head"], ["head", "head_bias"]) or len({part.place for part in found}) != 1:
-            self._folder.invalid_weights(
-                f"{CONFIG_FILE} has modules_to_save={sorted(self._config.heads)}, and the file "
-                "must have the "
+            invalid_weights(
+                f"{CONFIG_FILE} has modules_to_save={sorted(self._config.heads)}, and the file must have the "
                 f"weight of one of them; it has {', '.join(taken[part] for part in found) or 'none'}"
             )
         if len(set(found.values())) != 1:
-            self._folder.invalid_weights("the head's weight and bias have different numbers of labels")
+            invalid_weights("the head's weight and bias have different numbers of labels")
 
     def _kinds(self, modules: Sequence[str]) -> str:
         """Return modules for messages; those that all experts have once."""
         return ", ".join(dict.fromkeys(map(self._spec.kind_of, modules)))
 
-    @property
-    def _example(self) -> str:
-        """Return the name of a linear, for messages."""
-        places = self._spec.adaptable()
-        return next((self._spec.module_name(*p) for p in places if p[1] not in EMBEDDING_MODULES), "<linear>")
-
-    def _foreign(self, key: str) -> NoReturn:
-        if ".experts." in key and self._spec.impl == "transformers":
-            self._folder.invalid_weights(f"{key[:200]!r}: {_OF_EXPERTS}")
+    def _refuse(self, key: str) -> NoReturn:
+        """Say why a key is refused that names no part of an adapter of this kind."""
+        spec, places = self._spec, self._spec.adaptable()
+        if ".experts." in key and spec.impl == "transformers":
+            invalid_weights(f"{key[:200]!r}: {_OF_EXPERTS}")
+        linears = (spec.module_name(*place) for place in places if place[1] not in EMBEDDING_MODULES)
         reason = next(
             (reason for part, reason in _FOREIGN_KEYS if part in key),
-            f"unknown key; expected keys such as 'base_model.model.{self._example}.lora_<A|B>.weight' with "
-            f"a module of {self._kinds(self._spec.targets(None))}",
+            f"unknown key; expected keys such as 'base_model.model.{next(linears, '<linear>')}.lora_<A|B>."
+            f"weight' with a module of {self._kinds(spec.targets(None))}",
         )
-        self._folder.invalid_weights(f"{key[:200]!r}: {reason}")
+        invalid_weights(f"{key[:200]!r}: {reason}")
 
     def _check_complete(self, taken: Mapping[Part, str]) -> None:
-        needed = ["A", "B"] + ["bias"] * bool(self._config.lora_bias)
-        needed += ["magnitude"] * bool(self._config.use_dora)
         for part in self.embeddings.parts:
             if part not in taken:
                 field = "trainable_token_indices" if part.kind == "tokens" else "modules_to_save"
-                self._folder.invalid_weights(
+                invalid_weights(
                     f"{CONFIG_FILE} has {part.place[1]} in {field}, but the file has no weights for it; save "
                     f"the adapter again with PEFT, or {MERGE}"
                 )
+        needed = ["A", "B", *(kind for kind, field in _SETTINGS.items() if getattr(self._config, field))]
         for place, target in self.targets.items():
             missing = [kind for kind in needed if Part(place, kind) not in taken]
-            if not missing:
-                continue
-            found = next((key for part, key in taken.items() if part.place == place), None)
-            if found is None:
-                self._folder.invalid_weights(
+            found = next((key for part, key in taken.items() if missing and part.place == place), None)
+            if missing and found is None:
+                invalid_weights(
                     f"{CONFIG_FILE} targets {target.name}, but the file has no weights for it; save "
                     "the adapter again with PEFT"
                 )
-            self._folder.invalid_weights(f"{found!r} has no matching {_PART_NAMES[missing[0]]}")
+            if missing:
+                [end, *_] = (end for end, kind in _ENDS.items() if kind == missing[0])
+                why = f", which {_SETTINGS[missing[0]]} needs" if missing[0] in _SETTINGS else ""
+                invalid_weights(f"{found!r} has no matching {end}{why}")

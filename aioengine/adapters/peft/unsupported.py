@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from typing import NoReturn
+from collections.abc import Collection, Mapping
 
 import msgspec
+
+from aioengine.adapters.peft.folder import invalid_config
 
 # Initialisations that train A and B over the unchanged base model. The others (pissa, corda, olora,
 # loftq, lora_ga) subtract the initial B @ A from the base weights, which the adapter file does not hold.
@@ -54,39 +55,34 @@ _NEUTRAL = (
 _KNOWN = {*_NEUTRAL, *_UNSUPPORTED, "peft_type", "bias", "init_lora_weights"}
 
 
-def refuse_unsupported(
-    fields: Mapping[str, msgspec.Raw], used: Collection[str], invalid: Callable[[str], NoReturn]
-) -> None:
-    """Refuse what would change the computation in a way that this engine does not perform.
-
-    Args:
-        fields: All fields of the file.
-        used: Names of the fields that are read elsewhere.
-        invalid: Raises AdapterInvalid with a reason.
-    """
+def refuse_unsupported(fields: Mapping[str, msgspec.Raw], used: Collection[str]) -> None:
+    """Raise AdapterInvalid for what would change the computation in a way that this engine does not perform.
+    ``used`` are the names of the fields that are read elsewhere."""
     peft_type = _text("peft_type", fields)
     if not isinstance(peft_type, str):
-        invalid(f"peft_type={short(peft_type)}: expected 'LORA'; save the adapter with PEFT again")
+        invalid_config(f"peft_type={short(peft_type)}: expected 'LORA'; save the adapter with PEFT again")
     if peft_type != "LORA":
-        invalid(
+        invalid_config(
             f"peft_type={short(peft_type)}: only 'LORA' and methods that can be folded into it are "
             f"supported: {_METHODS.get(peft_type, MERGE)}"
         )
     for field, reason in _UNSUPPORTED.items():
         if field in fields and _is_set(fields[field]):
-            invalid(f"{field}={short(fields[field])}: {reason}")
+            invalid_config(f"{field}={short(fields[field])}: {reason}")
     bias = _text("bias", fields)
     if bias not in (None, "none"):
-        invalid(f"bias={short(bias)}: only 'none' is supported; trained biases cannot be swapped: {MERGE}")
+        invalid_config(
+            f"bias={short(bias)}: only 'none' is supported; trained biases cannot be swapped: {MERGE}"
+        )
     init = _text("init_lora_weights", fields)
     if init == "loftq":
-        invalid(
+        invalid_config(
             'init_lora_weights="loftq": LoftQ puts quantized weights in the place of the base model\'s; save '
             "that base (model.unload().save_pretrained), serve it, and set this to true, as LoftQ's own "
             "scripts do: over that base A and B are the whole adapter, over any other they are not"
         )
     if init is not None and not isinstance(init, bool) and init not in _PLAIN_INITS:
-        invalid(
+        invalid_config(
             f"init_lora_weights={short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
             "other initialisations change the base model's weights, so that A and B alone are not "
             "the whole adapter: save it with PEFT's path_initial_model_for_weight_conversion, or set this to "
@@ -94,7 +90,7 @@ def refuse_unsupported(
         )
     for field, value in fields.items():
         if field not in _KNOWN and field not in used and _is_set(value):
-            invalid(
+            invalid_config(
                 f"unknown field {field[:80]!r} = {short(value)} may change what the adapter "
                 "computes; remove it if it is only a note"
             )

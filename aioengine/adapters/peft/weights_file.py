@@ -13,8 +13,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.folder import OpenFile
-from aioengine.errors import AdapterInvalid
+from aioengine.adapters.peft.folder import OpenFile, invalid_weights
 from aioengine.model.buffer import Buffer
 
 _MAX_HEADER_BYTES = 1 << 20
@@ -70,54 +69,51 @@ class SafetensorsHeader(NamedTuple):
             needed = 8 + length if file.size >= 8 else 8
             file.truncated(f"the file has {file.size} bytes, but its header alone needs {needed}")
         if length > _MAX_HEADER_BYTES:
-            file.invalid(
+            invalid_weights(
                 f"the header has {length} bytes; that of a LoRA adapter has at most {_MAX_HEADER_BYTES}"
             )
-        return cls(bytes(prefix + file.read(length)), file.size - 8 - length)
+        return cls(prefix + file.read(length), file.size - 8 - length)
 
     def entries(self, file: OpenFile) -> list[Entry]:
         """Return the tensors sorted by offset, checked to cover the data exactly. Raises AdapterInvalid."""
         if self.raw.count(b":") > _MAX_COLONS:
-            file.invalid("the header has more entries than that of a LoRA adapter")
-        key = ""
+            invalid_weights("the header has more entries than that of a LoRA adapter")
+        key, entries = "", list[Entry]()
         try:
             described = msgspec.json.decode(self.raw[8:], type=dict[str, msgspec.Raw])
             described.pop("__metadata__", None)
             if len(described) > _MAX_TENSORS:
-                file.invalid(f"has {len(described)} tensors; a LoRA adapter has at most {_MAX_TENSORS}")
-            entries = []
+                invalid_weights(f"has {len(described)} tensors; a LoRA adapter has at most {_MAX_TENSORS}")
             for key, text in described.items():
-                entries.append(_checked(file, key, _DECODER.decode(text)))
+                entries.append(_checked(key, _DECODER.decode(text)))
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             what = f"{key[:200]!r}: malformed header entry" if key else "the header is not valid JSON"
-            raise AdapterInvalid(
-                f"{file.name}: {what}: {error}", name=file.folder.name, path=file.folder.path
-            ) from error
+            invalid_weights(f"{what}: {error}")
         if not entries:
-            file.invalid("contains no tensors")
+            invalid_weights("contains no tensors")
         entries.sort(key=lambda entry: (entry.begin, entry.nbytes))
         end = 0
         for entry in entries:
             if entry.begin != end:
-                file.invalid(f"{entry.key[:200]!r}: data begins at {entry.begin}, expected {end}")
+                invalid_weights(f"{entry.key[:200]!r}: data begins at {entry.begin}, expected {end}")
             end += entry.nbytes
-        if end != self.data_bytes:
-            reason = f"the header describes {end} bytes of data, the file has {self.data_bytes}"
-            if end > self.data_bytes:
-                file.truncated(reason)
-            file.invalid(f"malformed: {reason}")
+        reason = f"the header describes {end} bytes of data, the file has {self.data_bytes}"
+        if end > self.data_bytes:
+            file.truncated(reason)
+        if end < self.data_bytes:
+            invalid_weights(f"malformed: {reason}")
         return entries
 
 
-def _checked(file: OpenFile, key: str, described: _Described) -> Entry:
+def _checked(key: str, described: _Described) -> Entry:
     dtype, shape, (begin, end) = DTYPES.get(described.dtype), described.shape, described.data_offsets
     if dtype is None:
-        file.invalid(
+        invalid_weights(
             f"{key[:200]!r}: dtype {described.dtype[:80]!r} is not supported; expected {', '.join(DTYPES)}"
         )
     nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
-        file.invalid(
+        invalid_weights(
             f"{key[:200]!r}: data_offsets span {end - begin} bytes, but {described.dtype} of shape "
             f"{list(shape)} takes {nbytes}"
         )
@@ -130,8 +126,6 @@ def tensors_of(buffer: Buffer, entries: Iterable[Entry]) -> dict[str, Tensor]:
 
 
 def _tensor(buffer: Buffer, entry: Entry) -> Tensor:
-    if not entry.nbytes:
-        return torch.empty(entry.shape, dtype=entry.dtype)
     data = buffer.tensor[entry.begin : entry.begin + entry.nbytes]
     if entry.begin % entry.dtype.itemsize:
         data = data.clone()  # after an odd number of 16-bit values: allowed, although no library writes such

@@ -14,10 +14,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES, SAFETENSORS_FILE
+from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES, SAFETENSORS_FILE, invalid
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.checks import format_bytes
-from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
+from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
 
 T = TypeVar("T")
 
@@ -138,11 +138,9 @@ def is_plain_path(path: str) -> bool:
     return is_plain_name(path) and "::" not in path and all(map(_URL_PART.fullmatch, path.split("/")))
 
 
-def check_size(file: str, size: int, max_bytes: int, *, name: str, path: str) -> None:
+def check_size(file: str, size: int, max_bytes: int) -> None:
     """Raise AdapterInvalid if a file of an adapter is too large to fetch. ``max_bytes`` bounds the
     weights."""
-    of_config = file == CONFIG_FILE
-    limit, todo = MAX_CONFIG_BYTES if of_config else max_bytes, "" if of_config else "; raise max_bytes"
+    limit, todo = (MAX_CONFIG_BYTES, "") if file == CONFIG_FILE else (max_bytes, "; raise max_bytes")
     if size > limit:
-        text = f"{file} has {format_bytes(size)}, and at most {format_bytes(limit)} are fetched{todo}"
-        raise AdapterInvalid(text, name=name, path=path)
+        invalid(f"{file} has {format_bytes(size)}, and at most {format_bytes(limit)} are fetched{todo}")

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aioengine.adapters.peft.folder import CONFIG_FILE, NO_WEIGHTS, SAFETENSORS_FILE
+from aioengine.adapters.peft.folder import CONFIG_FILE, NO_WEIGHTS, SAFETENSORS_FILE, failed, invalid, naming
 from aioengine.adapters.resolvers.base import BlockingResolver, check_size, is_plain_name
 from aioengine.adapters.resolvers.local_copies import LocalCopies
 from aioengine.checks import parse_bytes
-from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
+from aioengine.errors import AdapterError, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.files.cache import cache_root
 from aioengine.model.files.remote import check_protocol, why_failed, without_credentials
 
@@ -62,13 +62,11 @@ class FsspecResolver(BlockingResolver):
         check_protocol(url)
         from fsspec.core import url_to_fs  # optional
 
+        self._url = without_credentials(url).rstrip("/")
         try:
             self._fs, self._base = url_to_fs(url, **(storage_options or {}))
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"url={without_credentials(url)!r}: {error}") from error
-        self._url = without_credentials(url).rstrip("/")
-        self._seen = False
-        """Whether anything has been seen below the URL."""
+            raise ConfigError(f"url={self._url!r}: {error}") from error
         self._max_bytes = parse_bytes(max_bytes, field="max_bytes")
         bound = None if max_cache_bytes is None else parse_bytes(max_cache_bytes, field="max_cache_bytes")
         root = cache_root() / "adapters" if cache_dir is None else Path(cache_dir).expanduser()
@@ -86,44 +84,35 @@ class FsspecResolver(BlockingResolver):
         Raises AdapterNotFound, AdapterInvalid, AdapterLoadError.
         """
         where = f"{self._url}/{folder}"
-        try:
-            remote = self._look(name, folder)
-            content = "\n".join(f"{r.file} {r.size} {r.stamp}" for r in remote)
-            return self._copies.get(
-                _key(where), _key(content), lambda staging: self._fetch(name, folder, remote, staging)
-            )
-        except AdapterError:
-            raise
-        except Exception as error:  # each filesystem raises its own types
-            reason, refused = why_failed(error)
-            raise AdapterLoadError(
-                reason if refused else f"cannot be fetched: {reason}",
-                name=name,
-                path=where,
-                transient=not refused,
-            ) from error
+        with naming(name, where):
+            try:
+                remote = self._look(folder)
+                content = "\n".join(f"{r.file} {r.size} {r.stamp}" for r in remote)
+                return self._copies.get(
+                    _key(where), _key(content), lambda staging: self._fetch(folder, remote, staging)
+                )
+            except AdapterError:
+                raise
+            except Exception as error:  # each filesystem raises its own types
+                reason, refused = why_failed(error)
+                text = reason if refused else f"cannot be fetched: {reason}"
+                raise AdapterLoadError(text, name="", transient=not refused) from error
 
-    def _look(self, name: str, folder: str) -> list[_Remote]:
+    def _look(self, folder: str) -> list[_Remote]:
         """Return the adapter's objects as they are now."""
         self._fs.invalidate_cache()  # cached listings would hide changes
-        where = f"{self._url}/{folder}"
         config = self._info(folder, CONFIG_FILE)
         if config is None:
-            raise AdapterNotFound(f"there is no {CONFIG_FILE}{self._nothing_at_all()}", name=name, path=where)
-        self._seen = True
+            reason = f"there is no {CONFIG_FILE}"
+            if not self._fs.exists(self._base):  # nor the bucket, perhaps
+                reason += f", and nothing else at {self._url}: check the bucket's name, and the endpoint"
+            raise AdapterNotFound(reason, name="")
         weights = self._info(folder, SAFETENSORS_FILE)
         if weights is None:
-            raise AdapterInvalid(NO_WEIGHTS, name=name, path=where)
+            invalid(NO_WEIGHTS)
         for found in (config, weights):
-            check_size(found.file, found.size, self._max_bytes, name=name, path=where)
+            check_size(found.file, found.size, self._max_bytes)
         return [config, weights]
-
-    def _nothing_at_all(self) -> str:
-        """Return what is to be checked if the URL itself, or its bucket, does not exist; "" if it does."""
-        self._seen = self._seen or bool(self._fs.exists(self._base))
-        if self._seen:
-            return ""
-        return f", and nothing else at {self._url}: check the bucket's name, and the endpoint that is asked"
 
     def _info(self, folder: str, file: str) -> _Remote | None:
         path = f"{self._base.rstrip('/')}/{folder}/{file}"
@@ -138,17 +127,14 @@ class FsspecResolver(BlockingResolver):
         )
         return _Remote(file, path, int(info.get("size") or 0), stamp or self._fs.ukey(path))
 
-    def _fetch(self, name: str, folder: str, remote: list[_Remote], to: Path) -> None:
-        where = f"{self._url}/{folder}"
+    def _fetch(self, folder: str, remote: list[_Remote], to: Path) -> None:
         for found in remote:
             with self._fs.open(found.path, "rb") as source, (to / found.file).open("xb") as target:
                 while piece := source.read(_PIECE):
                     target.write(piece)
-                    check_size(found.file, target.tell(), self._max_bytes, name=name, path=where)
-        if self._look(name, folder) != remote:
-            raise AdapterLoadError(
-                "it changed while it was fetched; try again", name=name, path=where, transient=True
-            )
+                    check_size(found.file, target.tell(), self._max_bytes)
+        if self._look(folder) != remote:
+            failed("it changed while it was fetched; try again", transient=True)
 
 
 def _key(text: str) -> str:

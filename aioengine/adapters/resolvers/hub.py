@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from aioengine.adapters.peft.folder import CONFIG_FILE
+from aioengine.adapters.peft.folder import CONFIG_FILE, failed, invalid, naming
 from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, check_size
 from aioengine.checks import parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
@@ -50,8 +51,7 @@ class HubResolver(BlockingResolver):
             raise ConfigError(f"owners={owners!r}: must be a list of owners' names, or None for any")
         self._owners = owners
         self._revision = revision
-        self._cache_dir = cache_dir
-        self._token = token
+        self._access: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
         self._local_files_only = local_files_only
         self._max_bytes = parse_bytes(max_bytes, field="max_bytes")
 
@@ -69,43 +69,49 @@ class HubResolver(BlockingResolver):
         return self._fetch(name, parse_hub_path(name, path))
 
     def _fetch(self, name: str, hub_id: HubId) -> Path:
-        from huggingface_hub import constants, errors  # optional
-
-        offline = self._local_files_only or constants.HF_HUB_OFFLINE
         repo = HubId(hub_id.repo, hub_id.revision or self._revision)
         path = f"hf:{repo.repo}" + (f"@{repo.revision}" if repo.revision else "")
-        try:
-            folder = self._from_cache(repo) if offline else self._download(name, repo, path)
-        except AdapterError:
-            raise
-        except Exception as error:  # it raises many unrelated types
-            missing = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError
-            not_cached = isinstance(error, errors.LocalEntryNotFoundError)
-            gone = (isinstance(error, missing) and not isinstance(error, errors.GatedRepoError)) or (
-                not_cached and offline
-            )
-            kind = AdapterNotFound if gone else AdapterLoadError
-            reason = "it is not in the local cache, and the Hub may not be asked (offline)"
-            reason = reason if not_cached and offline else explain(error)
-            raise kind(reason, name=name, path=path, transient=not_cached and not offline) from error
-        if not (folder / CONFIG_FILE).is_file():
-            raise AdapterNotFound(
-                f"the repository has no {CONFIG_FILE}: it is no adapter", name=name, path=path
-            )
+        with naming(name, path):
+            try:
+                folder = self._download(repo)
+            except AdapterError:
+                raise
+            except Exception as error:  # it raises many unrelated types
+                raise self._why(error) from error
+            if not (folder / CONFIG_FILE).is_file():
+                raise AdapterNotFound(f"the repository has no {CONFIG_FILE}: it is no adapter", name="")
         return folder
 
-    def _from_cache(self, repo: HubId) -> Path:
-        return download(
-            repo, ADAPTER_FILES, cache_dir=self._cache_dir, token=self._token, local_files_only=True
-        )
+    @property
+    def _offline(self) -> bool:
+        from huggingface_hub import constants  # optional
 
-    def _download(self, name: str, repo: HubId, path: str) -> Path:
+        return self._local_files_only or constants.HF_HUB_OFFLINE
+
+    def _why(self, error: Exception) -> AdapterError:
+        from huggingface_hub import errors  # optional
+
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            if self._offline:
+                reason = "it is not in the local cache, and the Hub may not be asked (offline)"
+                return AdapterNotFound(reason, name="")
+            return AdapterLoadError(explain(error), name="", transient=True)
+        missing = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError
+        gone = isinstance(error, missing) and not isinstance(error, errors.GatedRepoError)
+        return (AdapterNotFound if gone else AdapterLoadError)(explain(error), name="")
+
+    def _from_cache(self, repo: HubId) -> Path:
+        return download(repo, ADAPTER_FILES, **self._access, local_files_only=True)
+
+    def _download(self, repo: HubId) -> Path:
         """Download the adapter's files. If the Hub cannot be asked for their sizes, only the cache is
         used."""
         from huggingface_hub import HfApi, errors  # optional
 
+        if self._offline:
+            return self._from_cache(repo)
         try:
-            info = HfApi(token=self._token).model_info(
+            info = HfApi(token=self._access["token"]).model_info(
                 repo.repo, revision=repo.revision, files_metadata=True, timeout=HUB_SECONDS
             )
         except Exception as error:
@@ -118,14 +124,11 @@ class HubResolver(BlockingResolver):
         for file in info.siblings or ():
             if file.rfilename in ADAPTER_FILES:
                 if file.size is None:
-                    text = f"the Hub does not say how large {file.rfilename} is"
-                    raise AdapterInvalid(text, name=name, path=path)
-                check_size(file.rfilename, file.size, self._max_bytes, name=name, path=path)
-        folder = download(repo, ADAPTER_FILES, cache_dir=self._cache_dir, token=self._token)
+                    invalid(f"the Hub does not say how large {file.rfilename} is")
+                check_size(file.rfilename, file.size, self._max_bytes)
+        folder = download(repo, ADAPTER_FILES, **self._access)
         if info.sha != folder.name:
-            raise AdapterLoadError(
-                "it changed while it was downloaded; try again", name=name, path=path, transient=True
-            )
+            failed("it changed while it was downloaded; try again", transient=True)
         return folder
 
 

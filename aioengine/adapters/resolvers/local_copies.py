@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,76 +48,61 @@ class LocalCopies:
         """Return the copy of an adapter's version; both arguments are keys. If there is none, ``fetch`` fills
         an empty folder. Only one process at a time does so for an adapter."""
         folder = self.root / adapter / version
-        if not self._use(folder):
+        if not _use(folder):
             folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with (folder.parent / _LOCK).open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, too
-                if not self._use(folder):  # another process has fetched it meanwhile
-                    self._make(folder, fetch)
+                if not _use(folder):  # another process has fetched it meanwhile
+                    staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
+                    try:
+                        fetch(staging)
+                        _seal(folder).write_text(_digests(staging), encoding="utf-8")
+                        staging.rename(folder)
+                    finally:
+                        shutil.rmtree(staging, ignore_errors=True)
             self._prune(keep=folder)
         return folder
 
-    def _use(self, folder: Path) -> bool:
-        """Mark the copy as used now. Returns whether it exists, and is as it was fetched."""
-        try:
-            os.utime(folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError:  # another user's, or on a read-only disk
-            if not folder.is_dir():
-                return False
-        try:
-            good = _digests(folder) == _sealed(folder).read_text(encoding="utf-8")
-        except OSError:
-            good = False
-        if not good:
-            logger.warning("the local copy %s is fetched again: it is not as it was fetched", folder)
-            _delete(folder)
-        return good
-
-    def _make(self, folder: Path, fetch: Callable[[Path], None]) -> None:
-        staging = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
-        try:
-            fetch(staging)
-            seal = staging.with_name(f"{staging.name}.sha256")
-            seal.write_text(_digests(staging), encoding="utf-8")
-            seal.replace(_sealed(folder))
-            try:
-                staging.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else a process without the lock was first, with the same content
-                    raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
     def _prune(self, *, keep: Path) -> None:
         """Delete the least recently used copies, but not ``keep``, until the bound holds. Copies that cannot
-        be deleted stay."""
+        be deleted stay. Deletes what is left of processes that were killed."""
         if self._max_bytes is None:
             return
-        now = time.time()
-        copies = sorted(self._copies(now))
-        total = sum(size for _, size, _ in copies)
-        for used, size, folder in copies:
-            if total <= self._max_bytes or now - used < KEEP_SECONDS:
-                return
-            if folder != keep and _delete(folder):
-                total -= size
-
-    def _copies(self, now: float) -> Iterator[tuple[float, int, Path]]:
-        """Yield when each copy was used last, its size, and its folder. Deletes what is left of others."""
+        now, copies = time.time(), list[tuple[float, int, Path]]()
         for folder in self.root.glob("*/*"):
             with suppress(OSError):  # it may be deleted meanwhile
                 if not _KEY.fullmatch(folder.parent.name) or folder.is_symlink() or not folder.is_dir():
                     continue
                 used = folder.stat().st_mtime
                 if _KEY.fullmatch(folder.name):
-                    yield used, sum(file.stat().st_size for file in folder.iterdir()), folder
+                    copies.append((used, sum(file.stat().st_size for file in folder.iterdir()), folder))
                 elif folder.name.startswith(UNFINISHED) and now - used > STALE_SECONDS:
                     shutil.rmtree(folder, ignore_errors=True)
+        total = sum(size for _, size, _ in copies)
+        for used, size, folder in sorted(copies):
+            if total <= self._max_bytes or now - used < KEEP_SECONDS:
+                return
+            if folder != keep and _delete(folder):
+                total -= size
 
 
-def _sealed(folder: Path) -> Path:
+def _use(folder: Path) -> bool:
+    """Mark a copy as used now. Returns whether it exists, and is as it was fetched."""
+    if not folder.is_dir():
+        return False
+    with suppress(OSError):  # another user's, or on a read-only disk
+        os.utime(folder)
+    try:
+        good = _digests(folder) == _seal(folder).read_text(encoding="utf-8")
+    except OSError:
+        good = False
+    if not good:
+        logger.warning("the local copy %s is fetched again: it is not as it was fetched", folder)
+        _delete(folder)
+    return good
+
+
+def _seal(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.sha256")
 
 
@@ -136,6 +121,6 @@ def _delete(folder: Path) -> bool:
         folder.rename(gone)
     except OSError:
         return False
-    _sealed(folder).unlink(missing_ok=True)
+    _seal(folder).unlink(missing_ok=True)
     shutil.rmtree(gone, ignore_errors=True)
     return True

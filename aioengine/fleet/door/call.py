@@ -11,8 +11,7 @@ from aioengine.fleet.wire import Delta, unpack_error
 from aioengine.info import mix_name, without_versions
 from aioengine.request import FinishReason, Prompt, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import Answer, RequestOutput
-from aioengine.runtime.prompts import tokenize
-from aioengine.runtime.text_work import TextWork
+from aioengine.runtime.text_work import TextWork, tokenize
 from aioengine.schedulers.routing import RouteRequest
 
 if TYPE_CHECKING:

@@ -31,8 +31,7 @@ from aioengine.lab.calibration.serving import Serving
 from aioengine.lab.costs.model import CostModel, ModelShape
 from aioengine.lab.costs.steps import significant
 from aioengine.lab.workload.extra import needs_extra
-from aioengine.memory_plan import MemoryPlan
-from aioengine.model.spec import ModelSpec, Quantization
+from aioengine.model.spec import Quantization
 from aioengine.tasks import run_to_completion
 
 Progress = Callable[[int, int, str], None]
@@ -60,7 +59,7 @@ async def calibrate_async(
     *,
     name: str | None = None,
     design: Design | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total, what: None,
     **settings: Unpack[LiveSettings],
 ) -> CostModel:
     """Time the live engine with ``model`` for some minutes, and write the cost model to ``out``.
@@ -112,7 +111,7 @@ class Calibration:
         *,
         name: str,
         design: Design | None = None,
-        progress: Progress | None = None,
+        progress: Progress = lambda done, total, what: None,
         **settings: Unpack[LiveSettings],
     ) -> None:
         executor: ExecutorName = "process" if settings.get("tensor_parallel_size", 1) > 1 else "thread"
@@ -121,7 +120,6 @@ class Calibration:
         self._design = Design() if design is None else design
         self._progress = progress
         self._turns = 0
-        self._open = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as opened:
@@ -136,13 +134,21 @@ class Calibration:
         with needs_extra():  # rather now than after minutes
             import scipy.optimize  # noqa: F401
         design = self._design
-        self._folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-calibrate-")))
-        engine = await opened.enter_async_context(ProbedEngine(self._for_timing(self._config)))
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-calibrate-")))
+        engine = await opened.enter_async_context(ProbedEngine(self._for_timing()))
         self._engine = engine
         parts = design.parts(engine.plan.max_model_len)
-        await self._write_adapters(engine.model_spec)
+        paths = {
+            rank: [folder / f"{rank}-{i}" for i in range(max(*design.adapters, design.loads))]
+            for rank in sorted(design.ranks)
+        }
+        for rank, of_rank in paths.items():
+            for i, path in enumerate(of_rank):
+                await run_to_completion(
+                    asyncio.to_thread(write_random_adapter, path, engine.model_spec, rank, seed=i)
+                )
         # In this order none leaves something in a slot that has to be cleared for the next.
-        loads = [self._path(rank, i) for rank in sorted(design.ranks) for i in range(design.loads)]
+        loads = [path for of_rank in paths.values() for path in of_rank[: design.loads]]
         self._moved = len(loads)
         self._total = self._moved + design.repeats * (len(design.live_rows) + len(parts))
         self._serving = Serving(engine, design)
@@ -150,8 +156,8 @@ class Calibration:
         self._steps = DirectSteps(engine, seed=design.seed)
         await self._steps.fill(design.tokens, design.max_num_batched_tokens)
         for rank in design.ranks:
-            for i, adapter in enumerate(design.names(rank)):
-                await self._steps.place(adapter, self._path(rank, i))
+            for adapter, path in zip(design.names(rank), paths[rank], strict=False):
+                await self._steps.place(adapter, path)
         self._rounds = Rounds(parts, repeats=design.repeats, seconds=design.seconds, seed=design.seed)
 
     @property
@@ -174,15 +180,49 @@ class Calibration:
 
     def costs(self) -> CostModel:
         """Fit a cost model to what was timed up to now; a turn at least."""
-        engine = self._engine
-        found = _fit(self._rounds, self._serving, self._name, engine.model_spec, engine.plan)
-        return msgspec.structs.replace(found, quantization=self._config.quantization)
+        rounds, serving, plan = self._rounds, self._serving, self._engine.plan
+        points, paces = rounds.points(), rounds.paces()
+        found = fit_steps(points)
+        overhead, each = fit_overhead(serving.alone)
+        level = serving_level(found.costs, serving.calm)
+        steps = found.costs.scaled(level)
+        steps = msgspec.structs.replace(steps, sequence=steps.sequence + each)
+        disk, slot = (fit_stage(move_points(serving.moves, stage)).rounded() for stage in ("disk", "slot"))
+        costs = CostModel(
+            name=self._name,
+            source=f"measured: {machine()}; {versions()}",
+            estimate=False,
+            sources={
+                "steps": f"{len(points)} kinds; {rounds.disturbed} timings were disturbed and do not count",
+                "rounds": f"{len(paces)}, {min(paces, default=1):.3g} to {max(paces, default=1):.3g} times "
+                "as long as their mean",
+                "between steps": f"{len(serving.alone)} steps in serving",
+                "in serving": f"{len(serving.calm)} undisturbed steps, {level:.3g} times as long as alone",
+            },
+            model=ModelShape.of(self._engine.model_spec, plan.dtype),
+            steps=steps.rounded(),
+            step_overhead=significant(overhead),
+            disk=disk,
+            slot=slot,
+            device="cuda" if plan.device == "cuda" else "cpu",
+            device_memory=plan.available_bytes * (plan.num_ranks if plan.device == "cpu" else 1),
+            quantization=self._config.quantization,
+            tensor_parallel_size=plan.num_ranks,
+            fit=found.quality,
+        )
+        stages = {
+            name: msgspec.structs.replace(
+                stage, slowdown=significant(slowdown(costs, serving.beside, serving.moves, name))
+            )
+            for name, stage in (("disk", disk), ("slot", slot))
+        }
+        return msgspec.structs.replace(costs, **stages)
 
-    def _for_timing(self, config: EngineConfig) -> EngineConfig:
+    def _for_timing(self) -> EngineConfig:
         design = self._design
         adapters = len(design.ranks) * max(design.adapters) + 1  # one is moved while the others are in slots
         return msgspec.structs.replace(
-            config,
+            self._config,
             max_num_seqs=design.max_rows,
             max_num_batched_tokens=max(design.max_num_batched_tokens, design.max_rows),
             enable_prefix_caching=False,  # every prompt is computed
@@ -194,59 +234,8 @@ class Calibration:
             ),
         )
 
-    async def _write_adapters(self, spec: ModelSpec) -> None:
-        for rank in self._design.ranks:
-            for i in range(max(*self._design.adapters, self._design.loads)):
-                await run_to_completion(
-                    asyncio.to_thread(write_random_adapter, self._path(rank, i), spec, rank, seed=i)
-                )
-
-    def _path(self, rank: int, i: int) -> Path:
-        return self._folder / f"{rank}-{i}"
-
     def _tell(self, done: int, what: str) -> None:
-        if self._progress is not None:
-            self._progress(done, self._total, what)
-
-
-def _fit(rounds: Rounds, serving: Serving, name: str, spec: ModelSpec, plan: MemoryPlan) -> CostModel:
-    points, paces = rounds.points(), rounds.paces()
-    found = fit_steps(points)
-    overhead, each = fit_overhead(serving.alone)
-    level = serving_level(found.costs, serving.calm)
-    steps = found.costs.scaled(level)
-    steps = msgspec.structs.replace(steps, sequence=steps.sequence + each)
-    disk, slot = (fit_stage(move_points(serving.moves, stage)).rounded() for stage in ("disk", "slot"))
-    costs = CostModel(
-        name=name,
-        source=f"measured: {machine()}; {versions()}",
-        estimate=False,
-        sources={
-            "steps": f"{len(points)} kinds; {rounds.disturbed} timings were disturbed and do not count",
-            "rounds": f"{len(paces)}, {min(paces, default=1):.3g} to {max(paces, default=1):.3g} times as "
-            "long as their mean",
-            "between steps": f"{len(serving.alone)} steps in serving",
-            "in serving": f"{len(serving.calm)} undisturbed steps, {level:.3g} times as long as alone",
-        },
-        model=ModelShape.of(spec, plan.dtype),
-        steps=steps.rounded(),
-        step_overhead=significant(overhead),
-        disk=disk,
-        slot=slot,
-        device="cuda" if plan.device == "cuda" else "cpu",
-        device_memory=plan.available_bytes * (plan.num_ranks if plan.device == "cpu" else 1),
-        tensor_parallel_size=plan.num_ranks,
-        fit=found.quality,
-    )
-    slowed = {
-        stage: significant(slowdown(costs, serving.beside, serving.moves, stage))
-        for stage in ("disk", "slot")
-    }
-    return msgspec.structs.replace(
-        costs,
-        disk=msgspec.structs.replace(disk, slowdown=slowed["disk"]),
-        slot=msgspec.structs.replace(slot, slowdown=slowed["slot"]),
-    )
+        self._progress(done, self._total, what)
 
 
 def machine() -> str:

@@ -79,20 +79,11 @@ class DirectSteps:
         return -1 if row.adapter is None else self._slots[row.adapter]
 
     async def _execute(self, rows: Sequence[Row], block: int) -> Timing:
-        batch = self._batch(rows, block)
-        waits = Waits()
-        result = await run_step(self._engine.device, batch)
-        waited = waits.seconds()
-        for work in batch.sequences:
-            self._engine.device.forget(work.request_id)
-        return Timing(step_shape(batch), result.seconds[0], waited)
-
-    def _batch(self, rows: Sequence[Row], block: int) -> StepBatch:
         self._steps += 1
         sequences = []
         for i, row in enumerate(rows):
             until = row.start + row.tokens
-            blocks = -(-until // self._engine.plan.block_size)
+            blocks = range(block, block + -(-until // self._engine.plan.block_size))
             first = self._random.randrange(len(self._tokens))
             history = [self._tokens[(first + n) % len(self._tokens)] for n in range(until)]
             decodes = row.tokens == 1 and row.start > 0
@@ -102,7 +93,7 @@ class DirectSteps:
                     slot=self._slot(row),
                     tokens=history[row.start :],
                     start=row.start,
-                    block_table=list(range(block, block + blocks)),
+                    block_table=list(blocks),
                     sample=True,
                     params=SamplingParams(),
                     seed=i,
@@ -110,8 +101,14 @@ class DirectSteps:
                     prompt_len=row.start if decodes else until,
                 )
             )
-            block += blocks
-        return StepBatch(self._steps, sequences, self._ranks)
+            block = blocks.stop
+        batch = StepBatch(self._steps, sequences, self._ranks)
+        waits = Waits()
+        result = await run_step(self._engine.device, batch)
+        waited = waits.seconds()
+        for work in batch.sequences:
+            self._engine.device.forget(work.request_id)
+        return Timing(step_shape(batch), result.seconds[0], waited)
 
 
 class Rounds:
@@ -125,10 +122,9 @@ class Rounds:
         self._repeats = repeats
         self._seconds = seconds
         self._random = random.Random(seed)
-        self._timings: list[list[Timing]] = [[] for _ in parts]
-        self._rounds: list[list[tuple[int, Timing]]] = []
-        """Part and timing of those that count, in each round."""
-        self._until: float | None = None
+        self._rounds: list[dict[int, Timing]] = []
+        """The timing of each part in each round."""
+        self._until = float("inf")
 
     @property
     def done(self) -> int:
@@ -138,32 +134,28 @@ class Rounds:
     @property
     def goes_on(self) -> bool:
         """Whether another round is needed, and there is time for it."""
-        if self._until is None:
-            return True
         in_time = len(self._rounds) < self._repeats * TRIES and time.monotonic() <= self._until
         return in_time and self.done < len(self._parts) * self._repeats
 
     async def run(self, steps: DirectSteps, tell: Callable[[str], None]) -> None:
         """Run one round. ``tell`` is called before each timing, with what is timed."""
-        if self._until is None:
+        if not self._rounds:
             self._until = time.monotonic() + self._seconds
         order = [i for i in range(len(self._parts)) if self._calm(i) < self._repeats]
         self._random.shuffle(order)
-        counting = []
+        found: dict[int, Timing] = {}
+        self._rounds.append(found)
         for i in order:
             tell(self._parts[i].what)
-            timing = await steps.time(self._parts[i].rows)
-            self._timings[i].append(timing)
-            if timing.is_calm:
-                counting.append((i, timing))
-        self.disturbed += len(order) - len(counting)
-        self._rounds.append(counting)
+            found[i] = await steps.time(self._parts[i].rows)
+            self.disturbed += not found[i].is_calm
 
     def points(self) -> list[Timed]:
         """Return one point for each part: the mean of its timings that count or, if none does, the one that
         was disturbed the least."""
         points = []
-        for timings in self._timings:
+        for i in range(len(self._parts)):
+            timings = [found[i] for found in self._rounds if i in found]
             counting = [timing for timing in timings if timing.is_calm]
             counting = counting or [min(timings, key=lambda timing: timing.share)]
             points.append(Timed(counting[0].shape, usual_mean([timing.seconds for timing in counting])))
@@ -173,8 +165,11 @@ class Rounds:
         """Return how many times as long the steps of each round took as in all rounds, which tells how much
         the machine's speed varied. Rounds that only made a few timings again are left out."""
         usual = [point.seconds for point in self.points()]
-        ratios = [[timing.seconds / usual[i] for i, timing in found] for found in self._rounds]
+        ratios = [
+            [timing.seconds / usual[i] for i, timing in found.items() if timing.is_calm]
+            for found in self._rounds
+        ]
         return [statistics.fmean(found) for found in ratios if found and 2 * len(found) >= len(usual)]
 
     def _calm(self, i: int) -> int:
-        return sum(timing.is_calm for timing in self._timings[i])
+        return sum(i in found and found[i].is_calm for found in self._rounds)

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioengine.lab.calibration.probe import ProbedMove, ProbedStep
 from aioengine.lab.costs.model import CostModel, FitQuality, Stage
@@ -59,19 +59,15 @@ def fit_steps(points: Sequence[Timed]) -> StepFit:
         raise ValueError("a fit needs steps, each of which took more than 0 seconds")
     taken = np.array([point.seconds for point in points])
     shapes = [point.shape for point in points]
-    best: tuple[float, _Terms, Any, Any] | None = None
-    most = 1.0
+    fits = []
     for tile in TILES:
         terms = _Terms(shapes, tile)
         found = _solve(terms.matrix, taken)
-        errors = np.abs(terms.matrix @ found - taken) / taken
-        if best is None:
-            most = max(OUTLIER * float(np.median(errors)), 0.02)
-        loss = float(np.minimum(errors, most).mean())
-        if best is None or loss < best[0] - 1e-6:  # and not by a rounding
-            best = loss * (WORTH if best is None else 1.0), terms, found, errors
-    assert best is not None
-    _, terms, found, errors = best
+        fits.append((terms, found, np.abs(terms.matrix @ found - taken) / taken))
+    most = max(OUTLIER * float(np.median(fits[0][2])), 0.02)
+    losses = [float(np.minimum(errors, most).mean()) for _, _, errors in fits]
+    losses[0] = losses[0] * WORTH - 1e-6  # another must be better, and not by a rounding
+    terms, found, errors = fits[losses.index(min(losses))]
     quality = FitQuality(
         steps=len(points),
         median_error=significant(float(np.median(errors))),
@@ -88,7 +84,10 @@ class _Terms:
 
         self._tile = tile
         tokens = [in_tiles(shape.decode_rows + shape.prefill_tokens, tile) for shape in shapes]
-        self._knots = _knots(tokens)
+        self._knots = [KNOTS[0]]  # those with timings between them and beyond
+        for knot in KNOTS[1:]:
+            if any(self._knots[-1] < n <= knot for n in tokens) and max(tokens) > knot:
+                self._knots.append(knot)
         self._ranks = sorted({rank for shape in shapes for rank, _ in shape.adapters})
         self._columns: dict[str | tuple[str, int], list[float]] = {
             "least": [1.0] * len(shapes),
@@ -110,28 +109,12 @@ class _Terms:
         linears = [(float(self._knots[0]), values["least"])]
         for low, high in pairwise((*self._knots, 2 * self._knots[-1])):
             linears.append((float(high), linears[-1][1] + values["linears", low] * (high - low)))
-        return StepCosts(
-            linears=tuple(linears),
-            tile=self._tile,
-            sequence=values["sequence"],
-            decode_kv=values["decode_kv"],
-            prefill_pair=values["prefill_pair"],
-            lora_step=values["lora_step"],
-            adapter=self._by_rank("adapter", values),
-            lora_token=self._by_rank("lora_token", values),
-        )
-
-    def _by_rank(self, field: str, values: dict[Any, float]) -> Curve:
-        return tuple((float(rank), values[field, rank]) for rank in self._ranks) or NONE
-
-
-def _knots(tokens: Sequence[int]) -> list[int]:
-    """Return the :data:`KNOTS` with timings between them and beyond."""
-    knots = [KNOTS[0]]
-    for knot in KNOTS[1:]:
-        if any(knots[-1] < n <= knot for n in tokens) and max(tokens) > knot:
-            knots.append(knot)
-    return knots
+        by_rank: dict[str, Curve] = {
+            field: tuple((float(rank), values[field, rank]) for rank in self._ranks) or NONE
+            for field in ("adapter", "lora_token")
+        }
+        alone = {field: values[field] for field in ("sequence", "decode_kv", "prefill_pair", "lora_step")}
+        return StepCosts(linears=tuple(linears), tile=self._tile, **alone, **by_rank)
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -22,7 +22,6 @@ CALM = 0.02
 """A timing counts if the threads waited for a processor for at most this share of it."""
 DISTURBED = 0.05
 """Limit of this share for steps in serving, where the engine's own threads also wait for each other."""
-_TASKS = Path("/proc/self/task")
 
 
 class Waits:
@@ -43,17 +42,15 @@ class Waits:
 
     def seconds(self) -> float:
         """Return the sum over all threads, in seconds."""
-        if self._since is None:
-            return self._before
-        return self._before + max(_waited() - self._since, 0.0)  # less if a thread has ended
+        now = 0.0 if self._since is None else max(_waited() - self._since, 0.0)  # less if a thread has ended
+        return self._before + now
 
 
 def _waited() -> float:
     nanoseconds = 0
-    with suppress(OSError):
-        for task in _TASKS.iterdir():
-            with suppress(OSError, IndexError, ValueError):  # it has ended, or there are no such statistics
-                nanoseconds += int((task / "schedstat").read_text(encoding="ascii").split()[1])
+    for statistics in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, IndexError, ValueError):  # it has ended, or there are no such statistics
+            nanoseconds += int(statistics.read_text(encoding="ascii").split()[1])
     return nanoseconds * 1e-9
 
 
@@ -119,15 +116,12 @@ class Probe:
     def handle(self, event: events.Event) -> None:
         """Listen to the engine's events."""
         match event:
-            case events.AdapterLoading():
-                self._open["disk", event.adapter, event.version] = event.time
-            case events.AdapterPlacing():
-                self._open["slot", event.adapter, event.version] = event.time
+            case events.AdapterLoading() | events.AdapterPlacing():
+                self._open[_move(event)] = event.time
             case events.AdapterLoaded() | events.AdapterPlaced():
-                stage = "disk" if isinstance(event, events.AdapterLoaded) else "slot"
-                start = self._open.pop((stage, event.adapter, event.version), None)
+                start = self._open.pop(_move(event), None)
                 if start is not None:
-                    self.moves.append(ProbedMove(stage, start, event.time, event.nbytes))
+                    self.moves.append(ProbedMove(_move(event)[0], start, event.time, event.nbytes))
             case events.AdapterFailed() | events.AdapterUnloaded():  # the latter also ends a cancelled move
                 for stage in ("disk", "slot"):
                     self._open.pop((stage, event.adapter, event.version), None)
@@ -139,6 +133,12 @@ class Probe:
             self.waits.pause()
         else:
             self.waits.go_on()
+
+
+def _move(event: events.AdapterEvent) -> tuple[str, str, int]:
+    """Return stage, adapter and version of a move."""
+    stage = "disk" if isinstance(event, events.AdapterLoading | events.AdapterLoaded) else "slot"
+    return stage, event.adapter, event.version
 
 
 class ProbedEngine(AsyncEngine):

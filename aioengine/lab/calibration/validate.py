@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from itertools import product
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Unpack
 import msgspec
 
 from aioengine.config import EngineConfig
-from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.summary import times_of
 from aioengine.lab.calibration.calibrate import Calibration, LiveSettings, Progress, check_can_write
@@ -31,7 +30,6 @@ from aioengine.lab.runs.replay import replay
 from aioengine.lab.runs.rows import Kept, RequestRecord
 from aioengine.lab.runs.simulate import simulate
 from aioengine.lab.simulation.clock import run_in_virtual_time
-from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.request import SamplingParams
 from aioengine.tasks import run_to_completion
@@ -126,35 +124,6 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
             for metric in METRICS
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        values = msgspec.to_builtins(self)
-        assert isinstance(values, dict)
-        return values
-
-
-def errors(found: Measured, truth: Measured) -> dict[str, float]:
-    """Return the relative error of each metric."""
-    return {metric: relative_error(getattr(found, metric), getattr(truth, metric)) for metric in METRICS}
-
-
-def relative_error(found: float, truth: float) -> float:
-    """Return the error as a share of the truth; 0 if that is 0."""
-    return (found - truth) / truth if truth else 0.0
-
-
-def measured(runs: Sequence[Kept]) -> Measured:
-    """Compute the figures over the requests of all runs that have finished."""
-    import polars as pl
-
-    records = [record for run in runs for record in run.finished]
-    times = times_of(pl.DataFrame(records, schema=list(RequestRecord._fields), orient="row"))
-    seconds = sum(run.seconds for run in runs)
-    return Measured(
-        output_tokens_per_second=sum(record.output_tokens for record in records) / (seconds or 1.0),
-        median_ttft=float(times["ttft_seconds"].median() or 0.0),  # type: ignore[arg-type] # a column of floats
-        mean_inter_token=float(times["inter_token_seconds"].mean() or 0.0),  # type: ignore[arg-type] # a column of floats
-    )
-
 
 def validate(experiment: Experiment, model: str, **options: Any) -> Validation:
     """Do what :func:`validate_async` does where no loop runs."""
@@ -169,7 +138,7 @@ async def validate_async(
     repeats: int = 3,
     calibrate: Path | None = None,
     design: Design | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total, what: None,
     **settings: Unpack[LiveSettings],
 ) -> Validation:
     """Run the experiment's workload on the live engine and in simulation, and compare.
@@ -196,101 +165,69 @@ async def validate_async(
         raise ConfigError(f"repeats={repeats}: must be at least 1")
     if not all(load > 0 for load in loads):
         raise ConfigError(f"loads={', '.join(f'{load:g}' for load in loads)}: each must be more than 0")
-    seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
+    total = max(len(loads), 1) * repeats
     async with AsyncExitStack() as stack:
         calibration: Calibration | None = None
         if calibrate is None:
             costs = load_costs(experiment.preset)
         else:
             check_can_write(calibrate)
-            turns = max(len(loads), 1) * repeats + 1
-            if progress is not None:
-                progress(0, turns - 1, "calibrating")
-            design = msgspec.structs.replace(design or Design(), repeats=turns, seconds=float("inf"))
+            progress(0, total, "calibrating")
+            design = msgspec.structs.replace(design or Design(), repeats=total + 1, seconds=float("inf"))
             calibration = Calibration(model, name=calibrate.stem, design=design, **settings)
             await stack.enter_async_context(calibration)
             await calibration.turn()
             costs = calibration.costs()
-        offers = await _offers(seeds, loads, costs)
-        between = None if calibration is None else calibration.turn
-        lives = await _run_all(offers, model, costs, settings, progress, between)
+        offered = await _loads(experiment, repeats, loads, costs)
+        for done, (repeat, load) in enumerate(product(range(repeats), offered)):
+            progress(done, total, f"load {load.name}, live run {repeat + 1}")
+            load.live.append(await _live(load.experiments[repeat], model, settings, costs))
+            if calibration is not None:
+                await calibration.turn()
+        progress(total, total, "done")
         if calibration is not None:
             costs = calibration.costs()
-    found = await _compare_all(offers, lives, costs)
+    found = tuple([await _compare(load, costs) for load in offered])
     if calibrate is None:
         return Validation(preset=experiment.preset, comparisons=found)
     costs.write(calibrate)
     return Validation(preset=str(calibrate), comparisons=found, rounds=costs.sources["rounds"])
 
 
+class _Live(NamedTuple):
+    """A live run."""
+
+    kept: Kept
+    waited: float
+    steps: list[ProbedStep]
+    """Steps that others followed, while no adapter was moved."""
+
+
 class _Load(NamedTuple):
     name: str
     rate: float | None
     """Requests a second; None: as the workload has them."""
-    offers: list[tuple[Experiment, Workload]]
+    experiments: list[Experiment]
     """What each run is offered."""
+    live: list[_Live]
 
 
-async def _offers(seeds: Sequence[Experiment], loads: Sequence[float], costs: CostModel) -> list[_Load]:
-    if not loads:
-        return [_Load("as given", None, [(one, one.open_workload()) for one in seeds])]
-    capacity = statistics.fmean(
-        [await run_to_completion(asyncio.to_thread(_capacity, one, costs)) for one in seeds]
-    )
-    found = []
-    for share in loads:
-        rate = share * capacity
-        chosen = [_with_arrivals(one, f"poisson:rate={rate:.6g}") for one in seeds]
-        found.append(_Load(f"{share:.0%}", rate, [(one, one.open_workload()) for one in chosen]))
-    return found
-
-
-async def _run_all(
-    loads: Sequence[_Load],
-    model: str,
-    costs: CostModel,
-    settings: LiveSettings,
-    progress: Progress | None,
-    between: Callable[[], Awaitable[None]] | None = None,
-) -> list[list[_Live]]:
-    """Run every load live, in turns, and return the runs of each load. After each run await ``between``."""
-    found: list[list[_Live]] = [[] for _ in loads]
-    repeats = len(loads[0].offers)
-    for repeat, of_load in product(range(repeats), range(len(loads))):
-        load = loads[of_load]
-        if progress is not None:
-            done = repeat * len(loads) + of_load
-            progress(done, len(loads) * repeats, f"load {load.name}, live run {repeat + 1}")
-        chosen, workload = load.offers[repeat]
-        config = msgspec.structs.replace(chosen.engine_config(), model=model, **settings)
-        config = costs.engine_config(config)
-        run = await _live(config, costs, workload, chosen.seed)
-        if run.waited > DISTURBED:  # once more; the calmer one counts
-            again = await _live(config, costs, workload, chosen.seed)
-            run = min(run, again, key=lambda run: run.waited)
-        found[of_load].append(run)
-        if between is not None:
-            await between()
-    if progress is not None:
-        progress(len(loads) * repeats, len(loads) * repeats, "done")
-    return found
-
-
-async def _compare_all(
-    loads: Sequence[_Load], lives: Sequence[Sequence[_Live]], costs: CostModel
-) -> tuple[Comparison, ...]:
-    """Simulate the same, and compare."""
-    found = []
-    for load, live in zip(loads, lives, strict=True):
-        compared = _compare(load, live, await _simulated_all(load, costs), costs)
-        as_live = _with_longer_steps(costs, 1 / (1 + compared.step_error))
-        left = errors(measured(await _simulated_all(load, as_live)), compared.live)
-        found.append(msgspec.structs.replace(compared, error_as_live=left))
-    return tuple(found)
-
-
-async def _simulated_all(load: _Load, costs: CostModel) -> list[Kept]:
-    return [await run_to_completion(asyncio.to_thread(_simulated, *offer, costs)) for offer in load.offers]
+async def _loads(
+    experiment: Experiment, repeats: int, shares: Sequence[float], costs: CostModel
+) -> list[_Load]:
+    seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
+    if not shares:
+        return [_Load("as given", None, seeds, [])]
+    capacities = []
+    for run in await _simulated([_with_arrivals(one, ALL_AT_ONCE) for one in seeds], costs):
+        if not run.finished:
+            raise ConfigError("the workload has no requests: nothing can be compared")
+        capacities.append(len(run.finished) / run.seconds)
+    rates = {f"{share:.0%}": share * statistics.fmean(capacities) for share in shares}
+    return [
+        _Load(name, rate, [_with_arrivals(one, f"poisson:rate={rate:.6g}") for one in seeds], [])
+        for name, rate in rates.items()
+    ]
 
 
 def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
@@ -298,86 +235,104 @@ def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
     return msgspec.structs.replace(experiment, workload=workload)
 
 
-def _capacity(experiment: Experiment, costs: CostModel) -> float:
-    """Requests a second, if it is always busy."""
-    kept = _simulated(experiment, _with_arrivals(experiment, ALL_AT_ONCE).open_workload(), costs)
-    if not kept.finished:
-        raise ConfigError("the workload has no requests: nothing can be compared")
-    return len(kept.finished) / kept.seconds
+async def _simulated(experiments: Sequence[Experiment], costs: CostModel) -> list[Kept]:
+    def run(experiment: Experiment) -> Kept:
+        kept = Kept()
+        run_in_virtual_time(simulate(experiment, costs, experiment.open_workload(), kept))
+        return kept
+
+    return [await run_to_completion(asyncio.to_thread(run, one)) for one in experiments]
 
 
-def _with_longer_steps(costs: CostModel, factor: float) -> CostModel:
-    steps, overhead = costs.steps.scaled(factor), costs.step_overhead * factor
-    return msgspec.structs.replace(costs, steps=steps, step_overhead=overhead)
+async def _live(experiment: Experiment, model: str, settings: LiveSettings, costs: CostModel) -> _Live:
+    """Run an experiment live; once more if other programs disturbed it, and then the calmer run counts."""
+    config = msgspec.structs.replace(experiment.engine_config(), model=model, **settings)
+    config = costs.engine_config(config)
+    run = await _live_run(experiment, config, costs)
+    if run.waited > DISTURBED:
+        run = min(run, await _live_run(experiment, config, costs), key=lambda run: run.waited)
+    return run
 
 
-def _simulated(experiment: Experiment, workload: Workload, costs: CostModel) -> Kept:
-    kept = Kept()
-    run_in_virtual_time(simulate(experiment, costs, workload, kept))
-    return kept
-
-
-class _Live(NamedTuple):
-    kept: Kept
-    waited: float
-    steps: list[ProbedStep]
-    """Steps that others followed, while no adapter was moved."""
-
-
-async def _live(config: EngineConfig, costs: CostModel, workload: Workload, seed: int) -> _Live:
-    with tempfile.TemporaryDirectory(prefix="aioengine-validate-") as folder:
-        return await _live_run(config, costs, workload, seed, Path(folder))
-
-
-async def _live_run(
-    config: EngineConfig, costs: CostModel, workload: Workload, seed: int, folder: Path
-) -> _Live:
-    kept = Kept()
-    async with ProbedEngine(config) as engine:
+async def _live_run(experiment: Experiment, config: EngineConfig, costs: CostModel) -> _Live:
+    kept, workload = Kept(), experiment.open_workload()
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-validate-"))
+        engine = await stack.enter_async_context(ProbedEngine(config))
         found = ModelShape.of(engine.model_spec, engine.plan.dtype)
         if found != costs.model:
-            raise ConfigError(
-                f"cost model {costs.name!r} is of a model with {_sizes(costs.model)}, and {config.model!r} "
-                f"has {_sizes(found)}; give the model that it was calibrated with"
+            of_costs, of_model = (
+                f"{shape.num_layers} layers of {shape.hidden_size} in {shape.dtype}"
+                for shape in (costs.model, found)
             )
-        paths = await _write_adapters(engine, workload, folder)
+            raise ConfigError(
+                f"cost model {costs.name!r} is of a model with {of_costs}, and {config.model!r} "
+                f"has {of_model}; give the model that it was calibrated with"
+            )
+        paths = {}
+        for i, shape in enumerate(workload.adapters):
+            write = partial(write_random_adapter, Path(folder, str(i)), engine.model_spec, shape.rank, seed=i)
+            paths[shape.name] = await run_to_completion(asyncio.to_thread(write))
         await engine.complete([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))  # warm-up
         engine.probe.steps.clear()
         engine.probe.waits = Waits()
-        await replay(engine, workload, kept, paths=paths, seed=seed)
+        await replay(engine, workload, kept, paths=paths, seed=experiment.seed)
         waited = engine.probe.waits.seconds()
-        steps = engine.probe.steps
     moving = Intervals(engine.probe.moves)
-    following = [s for s in steps if s.wall - s.seconds < IDLE_SECONDS and not moving.overlap(s)]
+    following = [
+        step
+        for step in engine.probe.steps
+        if step.wall - step.seconds < IDLE_SECONDS and not moving.overlap(step)
+    ]
     computed = sum(step.seconds for step in following)
     return _Live(kept, waited / computed if computed else 0.0, following)
 
 
-def _sizes(model: ModelShape) -> str:
-    return f"{model.num_layers} layers of {model.hidden_size} in {model.dtype}"
+def measured(runs: Sequence[Kept]) -> Measured:
+    """Compute the figures over the requests of all runs that have finished."""
+    import polars as pl
+
+    records = [record for run in runs for record in run.finished]
+    times = times_of(pl.DataFrame(records, schema=list(RequestRecord._fields), orient="row"))
+    seconds = sum(run.seconds for run in runs)
+    return Measured(
+        output_tokens_per_second=sum(record.output_tokens for record in records) / (seconds or 1.0),
+        median_ttft=float(times["ttft_seconds"].median() or 0.0),  # type: ignore[arg-type] # a column of floats
+        mean_inter_token=float(times["inter_token_seconds"].mean() or 0.0),  # type: ignore[arg-type] # floats
+    )
 
 
-async def _write_adapters(engine: AsyncEngine, workload: Workload, folder: Path) -> Mapping[str, Path]:
-    paths = {}
-    for i, shape in enumerate(workload.adapters):
-        write = partial(write_random_adapter, folder / str(i), engine.model_spec, shape.rank, seed=i)
-        paths[shape.name] = await run_to_completion(asyncio.to_thread(write))
-    return paths
+def relative_error(found: float, truth: float) -> float:
+    """Return the error as a share of the truth; 0 if that is 0."""
+    return (found - truth) / truth if truth else 0.0
 
 
-def _compare(load: _Load, runs: Sequence[_Live], simulations: Sequence[Kept], costs: CostModel) -> Comparison:
-    live, simulated = measured([run.kept for run in runs]), measured(simulations)
+async def _compare(load: _Load, costs: CostModel) -> Comparison:
+    """Simulate the same as was run live, and compare."""
+    live = measured([run.kept for run in load.live])
     times = StepTimes(costs.steps)
-    steps = [step for run in runs for step in run.steps]
+    steps = [step for run in load.live for step in run.steps]
     expected = sum(times(step.shape) + costs.step_overhead for step in steps)
+    step_error = relative_error(expected, sum(step.wall for step in steps))
+    factor = 1 / (1 + step_error)
+    as_live = msgspec.structs.replace(
+        costs, steps=costs.steps.scaled(factor), step_overhead=costs.step_overhead * factor
+    )
+    simulated, with_other_steps = [
+        measured(await _simulated(load.experiments, model)) for model in (costs, as_live)
+    ]
+    error, error_as_live = (
+        {name: relative_error(getattr(one, name), getattr(live, name)) for name in METRICS}
+        for one in (simulated, with_other_steps)
+    )
     return Comparison(
         load=load.name,
         requests_per_second=load.rate,
         live=live,
-        runs=tuple(measured([run.kept]) for run in runs),
-        waited=tuple(run.waited for run in runs),
+        runs=tuple(measured([run.kept]) for run in load.live),
+        waited=tuple(run.waited for run in load.live),
         simulated=simulated,
-        error=errors(simulated, live),
-        step_error=relative_error(expected, sum(step.wall for step in steps)),
-        error_as_live={},
+        error=error,
+        step_error=step_error,
+        error_as_live=error_as_live,
     )

@@ -17,7 +17,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.model import CostModel, ModelShape, Stage
 from aioengine.lab.costs.steps import Curve, StepCosts, significant
-from aioengine.lab.workload.distributions import MAX_RANK
+from aioengine.lab.workload.lengths import MAX_RANK
 from aioengine.memory_plan import spec_from_config, spec_of_a_rank
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aioengine.errors import ConfigError
-from aioengine.lab.report.charts import CONFIG, Figure, images, script
+from aioengine.lab.report.charts import Figure, config, images, script
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -42,7 +42,7 @@ def write_report_files(
             **values,
             script=script(),
             figures=figures,
-            charts=in_script({"config": CONFIG, "charts": [figure.whole() for figure in figures]}),
+            charts=in_script({"config": config(), "charts": [figure.spec for figure in figures]}),
             parameters=list(parameter_rows(settings)),
         )
         (folder / "report.html").write_text(page, encoding="utf-8")

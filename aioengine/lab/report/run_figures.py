@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aioengine.lab.analysis.fairness import by_client, service_gap
 from aioengine.lab.analysis.numbers import seconds_text, share_text, shorten
 from aioengine.lab.analysis.summary import slots_of, summarize_frames, times_of
-from aioengine.lab.report import charts
-from aioengine.lab.report.charts import Figure, Row, Spec
+from aioengine.lab.report.charts import COLORS, MAX_POINTS, Figure, Row, figure, shares_up_to
 from aioengine.lab.runs.rows import Frames, load_frames
 
 if TYPE_CHECKING:
@@ -20,18 +19,17 @@ if TYPE_CHECKING:
 BINS = 48
 """Number of intervals in charts of counts over time."""
 MOST = 20
-"""Maximum number of adapters in a chart with their names."""
+"""Maximum number of clients in a chart with their names."""
 MOST_STAYS = 4000
 """Stays in slots above which only a part of the run is shown."""
-NO_GAP = (
-    "no difference of service is shown: as VTC defines it, it counts only clients that have requests queued "
-    "at the same time"
-)
+TIMES = {
+    "inter_token_seconds": "between tokens",
+    "ttft_seconds": "first token",
+    "latency_seconds": "whole answer",
+}
 LEVELS = {"slot": "in a slot", "cpu": "on the CPU", "loading": "being loaded", "disk": "on disk"}
-LEVEL_COLORS = ("#0072b2", "#7cc1ea", "#f3c766", "#d55e00")
+STAGES = {"slot": "CPU to slot", "disk": "disk to CPU"}
 OTHERS = "others"
-BY_TIME = {"x": charts.field("time", title="seconds", bin={"binned": True}), "x2": {"field": "end"}}
-"""Encoding of what :func:`binned` returns."""
 
 
 class Run(NamedTuple):
@@ -40,79 +38,37 @@ class Run(NamedTuple):
     frames: Frames
     summary: dict[str, Any]
 
-    @property
-    def end(self) -> float:
-        """End of the run, in seconds; more than 0."""
+    def binned(self, frame: pl.DataFrame, time: str, by: str, amount: pl.Expr) -> Iterator[Row]:
+        """Yield the amounts by interval of a time, and by a column."""
+        import polars as pl
+
         ends = [self.frames.samples["time"].max(), self.frames.requests["ended"].max()]
-        return max([float(end) for end in ends if end is not None], default=0.0) or 1.0  # type: ignore[arg-type] # floats
+        width = max([float(end) for end in ends if end is not None]) / BINS  # type: ignore[arg-type] # floats
+        at = (pl.col(time) / width).cast(pl.Int64).clip(upper_bound=BINS - 1)
+        found = frame.group_by(at.alias("at"), by).agg(amount.alias("amount")).sort("at", by)
+        for place, key, number in found.iter_rows():
+            yield {"time": place * width, "end": (place + 1) * width, by: key, "amount": number}
 
 
-def binned(run: Run, frame: pl.DataFrame, time: str, by: str, amount: pl.Expr) -> list[Row]:
-    """Return the amounts by interval of a time, and by a column."""
-    import polars as pl
-
-    width = run.end / BINS
-    at = (pl.col(time) / width).cast(pl.Int64).clip(upper_bound=BINS - 1)
-    found = frame.group_by(at.alias("at"), by).agg(amount.alias("amount")).sort("at", by)
-    return [
-        {"time": place * width, "end": (place + 1) * width, by: key, "amount": number}
-        for place, key, number in found.iter_rows()
-    ]
-
-
-def draw_latency(run: Run) -> tuple[str, Spec]:
-    """The height of a curve at a time is the share that was served by then."""
+def draw_latency(run: Run) -> Figure:
     ttft, latency = run.summary["ttft_seconds"], run.summary["latency_seconds"]
     title = (
         f"Half of the first tokens came within {seconds_text(ttft['p50'])}, 99% within "
         f"{seconds_text(ttft['p99'])}; half of the answers were whole after {seconds_text(latency['p50'])}"
     )
     times = times_of(run.frames.requests)
-    names = {
-        "inter_token_seconds": "between tokens",
-        "ttft_seconds": "first token",
-        "latency_seconds": "whole answer",
-    }
-    rows = [row for group, name in names.items() for row in charts.shares_up_to(times[group], name=name)]
-    if not rows:
-        return title, charts.note("No request finished.")
-    return title, charts.distributions(rows, list(names.values()), "seconds")
+    rows = [row for group, name in TIMES.items() for row in shares_up_to(times[group], name=name)]
+    return figure("latency", title, rows)
 
 
-def draw_load(run: Run) -> tuple[str, Spec]:
-    """Requests in the engine, and the tokens that it computed."""
-    engine, samples = run.summary["engine"], run.frames.samples
-    if samples.is_empty() or engine["mean_running"] is None:
-        return "No step was sampled", charts.note("No sample was taken.")
+def draw_load(run: Run) -> Figure:
+    engine = run.summary["engine"]
     title = (
-        f"{engine['mean_running']:.1f} requests ran and {engine['mean_waiting']:.1f} waited on average "
-        f"(at most {engine['max_waiting']:,}); a step had {engine['tokens_per_step'] or 0:.0f} tokens"
+        f"{engine['mean_running'] or 0:.1f} requests ran and {engine['mean_waiting'] or 0:.1f} waited on "
+        f"average (at most {engine['max_waiting'] or 0:,}); a step had {engine['tokens_per_step'] or 0:.0f} "
+        "tokens"
     )
-    table = thin(samples)
-    levels = ("running", "waiting", "most_waiting")
-    time = charts.field("time", title=None)
-    queue = charts.mark(
-        "line",
-        {
-            "x": time,
-            "y": charts.number("requests", "requests"),
-            "color": charts.color("what", levels, [charts.PALETTE[0], charts.PALETTE[1], "#f0b27a"]),
-        },
-    )
-    queue["transform"] = [{"fold": list(levels), "as": ["what", "requests"]}]
-    stages = [
-        charts.panel(
-            70,
-            charts.mark(
-                "area", {"x": time, "y": charts.number(stage, f"{stage} tokens/s")}, color=hue, opacity=0.8
-            ),
-        )
-        for stage, hue in (("prefill", charts.PALETTE[4]), ("decode", charts.PALETTE[2]))
-    ]
-    return title, {
-        "data": charts.data(table.iter_rows(named=True)),
-        "vconcat": [charts.panel(140, queue), *stages],
-    }
+    return figure("load", title, thin(run.frames.samples).iter_rows(named=True))
 
 
 def thin(samples: pl.DataFrame) -> pl.DataFrame:
@@ -121,115 +77,82 @@ def thin(samples: pl.DataFrame) -> pl.DataFrame:
     of a part of its time, goes with those before."""
     import polars as pl
 
-    step = -(-samples.height // charts.MAX_POINTS)
+    step = -(-samples.height // MAX_POINTS) or 1
     last = max((samples.height - 1) // step - 1, 1)
     length = pl.col("time").diff().fill_null(pl.col("time").first()).clip(1e-9)
     seconds = pl.col("length").sum()
+    levels = [(pl.col(name) * pl.col("length")).sum() / seconds for name in ("running", "waiting")]
     return (
         samples.with_columns(length.alias("length"))
-        .group_by((pl.int_range(pl.len()) // step).clip(upper_bound=last), maintain_order=True)
+        .group_by((pl.int_range(pl.len()) // step).clip(upper_bound=last).alias("part"), maintain_order=True)
         .agg(
-            time=pl.col("time").last(),
-            running=(pl.col("running") * pl.col("length")).sum() / seconds,
+            pl.col("time").last(),
+            *levels,
             most_waiting=pl.col("waiting").max(),
-            waiting=(pl.col("waiting") * pl.col("length")).sum() / seconds,
             prefill=pl.col("prefill_tokens").sum() / seconds,
             decode=pl.col("decode_tokens").sum() / seconds,
         )
-        .drop("literal", strict=False)
+        .drop("part")
     )
 
 
-def draw_timeline(run: Run) -> tuple[str, Spec]:
-    """A row is a slot, a bar an adapter's stay in it, pale while it is being written. On the page, the wheel
-    zooms."""
-    slots, spans = run.summary["slots"]["slots"], run.frames.slots
-    if spans.is_empty():
-        return "No adapter came into a slot", charts.note("The slots stayed empty.")
+def draw_timeline(run: Run) -> Figure:
+    spans = run.frames.slots
+    title = f"{spans.height:,} stays of {spans['adapter'].n_unique():,} adapters in slots"
     shown = spans.sort("start", "slot")
-    title = f"{spans.height:,} stays of {spans['adapter'].n_unique():,} adapters in {slots:,} slots"
     if spans.height > MOST_STAYS:
         shown = shown.slice((spans.height - MOST_STAYS) // 2, MOST_STAYS)
         title += f"; shown are {MOST_STAYS:,} in the middle"
-    held: Counter[str] = Counter()
-    rows = []
-    for slot, adapter, start, ready, end, steps in shown.iter_rows():
-        held[adapter] += end - start
-        ready = end if ready is None else ready
-        rows.append(
-            {"slot": slot, "adapter": adapter, "start": start, "ready": ready, "end": end, "steps": steps}
-        )
-    most = sorted(held, key=lambda name: (-held[name], name))[: len(charts.PALETTE)]
-    names = [shorten(name) for name in sorted(most)]
-    for row in rows:
-        row["shown"] = shorten(row["adapter"]) if row["adapter"] in most else OTHERS
-    tooltip = [charts.field(name, "nominal", name) for name in ("adapter", "start", "ready", "end", "steps")]
-    encoding = {
-        "y": charts.field("slot", "ordinal", "slot"),
-        "color": charts.color("shown", [*names, OTHERS], [*charts.PALETTE[: len(names)], charts.NEUTRAL]),
-        "tooltip": tooltip,
-    }
-    ends = [
-        charts.mark(
-            "bar",
-            {**encoding, "x": charts.field(begin, title="seconds"), "x2": {"field": end}},
-            opacity=opacity,
-            clip=True,
-        )
-        for begin, end, opacity in (("start", "ready", 0.35), ("ready", "end", 1.0))
+    stays: Counter[str] = Counter()
+    for _, adapter, start, _, end, _ in shown.iter_rows():
+        stays[adapter] += end - start
+    most = sorted(sorted(stays, key=lambda name: (-stays[name], name))[:COLORS])
+    rows = [
+        {
+            "slot": slot,
+            "adapter": adapter,
+            "shown": shorten(adapter) if adapter in most else OTHERS,
+            "start": start,
+            "ready": end if ready is None else ready,
+            "end": end,
+            "steps": steps,
+        }
+        for slot, adapter, start, ready, end, steps in shown.iter_rows()
     ]
-    zoom = {"name": "zoom", "select": {"type": "interval", "encodings": ["x"]}, "bind": "scales"}
-    ends[0]["params"] = [zoom]
-    return title, {"data": charts.data(rows), **charts.panel(12 * min(max(slots, 3), 60), *ends)}
+    return figure("timeline", title, rows, domains={"shown": [*map(shorten, most), OTHERS]})
 
 
-def draw_hits(run: Run) -> tuple[str, Spec]:
-    """By the time of arrival. What is in a slot runs at once, what is on disk waits longest."""
+def draw_hits(run: Run) -> Figure:
     import polars as pl
 
     hits = run.summary["hits"]
     parts = [f"{share_text(share)} {LEVELS[level]}" for level in LEVELS if (share := hits[f"{level}_share"])]
-    title = f"Requests found their adapter {', '.join(parts)}" if parts else "No request had an adapter"
     wanted = run.frames.requests.drop_nulls("found").with_columns(pl.col("found").replace(LEVELS))
-    if wanted.is_empty():
-        return title, charts.note("All requests were for the base model.")
-    encoding = {
-        **BY_TIME,
-        "y": charts.number("amount", "share of requests", "share", stack="normalize"),
-        "color": charts.color("found", list(LEVELS.values()), LEVEL_COLORS),
-        "order": {"field": "found"},
-    }
-    rows = binned(run, wanted, "arrival", "found", pl.len())
-    return title, {"data": charts.data(rows), **charts.panel(170, charts.mark("bar", encoding))}
+    rows = run.binned(wanted, "arrival", "found", pl.len()) if wanted.height else ()
+    return figure("hits", f"Requests found their adapter {', '.join(parts) or 'nowhere'}", rows)
 
 
-def draw_swaps(run: Run) -> tuple[str, Spec]:
-    """Bytes of adapters that were moved, by the time at which the move ended."""
+def draw_swaps(run: Run) -> Figure:
     import polars as pl
 
     swaps = run.summary["swaps"]
     title = (
         f"{swaps['slot_copies']:,} copies into slots ({swaps['slot_copy_bytes'] / 1e9:.3g} GB), "
-        f"{swaps['disk_loads']:,} loads from disk ({swaps['disk_load_bytes'] / 1e9:.3g} GB)"
+        f"{swaps['disk_loads']:,} loads from disk ({swaps['disk_load_bytes'] / 1e9:.3g} GB), "
+        f"{swaps['failed_moves']:,} failed"
     )
-    if swaps["failed_moves"]:
-        title += f"; {swaps['failed_moves']:,} failed"
-    stages = {"slot": "CPU to slot", "disk": "disk to CPU"}
-    moves = run.frames.moves.filter(pl.col("error").is_null()).with_columns(pl.col("stage").replace(stages))
+    moves = run.frames.moves.filter(pl.col("error").is_null()).with_columns(pl.col("stage").replace(STAGES))
     if moves.is_empty():
-        return title, charts.note("Nothing was moved.")
-    encoding = {
-        **BY_TIME,
-        "y": charts.number("amount", "MB a second"),
-        "color": charts.field("stage", "nominal", legend=None),
-        "row": charts.field("stage", "nominal"),
-    }
-    rows = binned(run, moves, "end", "stage", pl.col("nbytes").sum() / 1e6 / (run.end / BINS))
-    return title, {"data": charts.data(rows), **charts.panel(80, charts.mark("bar", encoding))}
+        return figure("swaps", title)
+    megabytes = pl.col("nbytes").sum() / 1e6
+    rows = [
+        {**row, "amount": row["amount"] / (row["end"] - row["time"])}
+        for row in run.binned(moves, "end", "stage", megabytes)
+    ]
+    return figure("swaps", title, rows)
 
 
-def draw_fairness(run: Run) -> tuple[str, Spec]:
-    """Who is served how fast; below, if there is any, the difference that fair schedulers bound."""
+def draw_fairness(run: Run) -> Figure:
     fairness = run.summary["fairness"]
     clients = fairness["service_between"]
     client: Any = clients.removesuffix("s")
@@ -237,64 +160,30 @@ def draw_fairness(run: Run) -> tuple[str, Spec]:
     index = fairness[clients]["jain_latency"]
     difference = fairness["max_service_difference_tokens"]
     title = (
-        f"{table.height:,} {clients if table.height != 1 else client}: Jain's index of their mean latencies "
-        f"is {'–' if index is None else f'{index:.2f}'} (1 is even)"
+        f"{table.height:,} {clients}: Jain's index of their mean latencies is "
+        f"{'–' if index is None else f'{index:.2f}'} (1 is even); while two had requests queued, their "
+        f"service came to differ by {difference:,} tokens"
     )
-    seen = table.drop_nulls("latency_seconds").select("client", "offered", "latency_seconds")
-    if seen.is_empty():
-        return title, charts.note("No request finished.")
-    latency = charts.number("latency_seconds", "mean latency, seconds")
-    name = charts.field("client", "nominal", sort=None)
-    if seen.height <= MOST // 2:
-        bars = charts.mark(
-            "bar", {"x": latency, "y": name, "tooltip": [name, charts.field("offered", title="requests")]}
-        )
-        spread = charts.panel(22 * seen.height, bars)
-    else:
-        requests = charts.logarithmic("offered", f"requests of the {client}")
-        spread = charts.panel(160, charts.mark("point", {"x": requests, "y": latency, "tooltip": [name]}))
-    spread["data"] = charts.data(seen.iter_rows(named=True))
-    if not difference:
-        return f"{title}; {NO_GAP}", spread
-    title += f"; while two had requests queued, their service came to differ by {difference:,} tokens"
+    seen = table.drop_nulls("latency_seconds").select("client", "offered", "latency_seconds").head(MOST)
     series = service_gap(run.frames.requests, run.frames.samples).series
-    step = -(-len(series) // charts.MAX_POINTS) or 1
+    step = -(-len(series) // MAX_POINTS) or 1
     gaps = [
         {"time": series[at][0], "tokens": max(value for _, value in series[at : at + step])}
         for at in range(0, len(series), step)
     ]
-    area = charts.mark(
-        "area",
-        {"x": charts.field("time", title="seconds"), "y": charts.number("tokens", "tokens")},
-        interpolate="step-after",
-        color=charts.PALETTE[3],
-    )
-    below = "Largest difference of service between two that both have requests queued"
-    return title, {"vconcat": [spread, {"data": charts.data(gaps), **charts.panel(90, area, title=below)}]}
+    return figure("fairness", title, clients=seen.iter_rows(named=True), gaps=gaps)
 
 
-def draw_starvation(run: Run) -> tuple[str, Spec]:
-    """The adapters with the longest waits."""
+def draw_starvation(run: Run) -> Figure:
     table = by_client(run.frames.requests, "adapter").drop_nulls("worst_wait_seconds")
-    count = table.height
-    if not count:
-        return "No request was accepted", charts.note("No request waited.")
-    table = table.sort("worst_wait_seconds", "client", descending=[True, False]).head(MOST)
-    title = (
-        f"The longest wait for a first token was {seconds_text(table['worst_wait_seconds'][0])}, by "
-        f"{shorten(table['client'][0], 30)}"
-    )
-    if count > table.height:
-        title += f"; shown are the {table.height} longest of {count:,} adapters"
-    name = charts.field("client", "nominal", sort=None)
-    waits = charts.number("worst_wait_seconds", "seconds to the first token: the worst, and the mean")
-    bars = charts.mark("bar", {"x": waits, "y": name}, color=charts.PALETTE[1])
-    means = charts.mark("point", {"x": charts.number("ttft_seconds", None), "y": name}, color="#1b2230")
-    rows = table.select("client", "worst_wait_seconds", "ttft_seconds").iter_rows(named=True)
-    return title, {"data": charts.data(rows), **charts.panel(18 * table.height, bars, means)}
+    table = table.sort("worst_wait_seconds", "client", descending=[True, False])
+    worst = seconds_text(run.summary["starvation"]["worst_wait_seconds"])
+    rows = table.select("client", "worst_wait_seconds", "ttft_seconds").head(MOST).iter_rows(named=True)
+    title = f"The longest wait for a first token was {worst}, of {table.height:,} adapters'"
+    return figure("starvation", title, rows)
 
 
-PLOTS: Mapping[str, Callable[[Run], tuple[str, Spec]]] = {
+PLOTS: Mapping[str, Callable[[Run], Figure]] = {
     "latency": draw_latency,
     "load": draw_load,
     "timeline": draw_timeline,
@@ -303,13 +192,13 @@ PLOTS: Mapping[str, Callable[[Run], tuple[str, Spec]]] = {
     "fairness": draw_fairness,
     "starvation": draw_starvation,
 }
-"""Figures by name: each returns its title and its chart, and its docstring is its caption."""
+"""Figures by name."""
 
 
 def draw_run(run: Run) -> Iterator[Figure]:
     """Draw all figures, one at a time."""
-    for name, draw in PLOTS.items():
-        yield Figure(name, *draw(run), caption=charts.caption_of(draw))
+    for draw in PLOTS.values():
+        yield draw(run)
 
 
 def load_run(folder: str | Path) -> Run:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from aioengine.checks import read_json
+from aioengine.checks import from_plain, read_json
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.statistics import estimate, paired, regret
 from aioengine.lab.analysis.summary import flatten
@@ -107,7 +107,7 @@ def compare(
     *,
     jobs: int = 1,
     allow_fallback: bool = False,
-    report: Callable[[Report], None] | None = None,
+    report: Callable[[Report], None] = lambda found: None,
     say: Callable[[str], None] = lambda text: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Compared:
@@ -127,14 +127,6 @@ def compare(
     """
     out = Path(out)
     tasks = comparison.tasks(out)
-    ended: dict[int, Report] = {}
-
-    def heard(found: Report) -> None:
-        if found.kind != "progress":
-            ended[found.key] = found
-        if report is not None:
-            report(found)
-
     # What all runs need is checked before any of them begins.
     experiment = comparison.experiment
     _, too_long = fitting(experiment, load_costs(experiment.preset).plan(experiment.engine_config()))
@@ -149,23 +141,54 @@ def compare(
         write_comparison(comparison, out / "comparison.json")
     except OSError as error:
         raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error
+    ended: dict[int, Report] = {}
+
+    def heard(found: Report) -> None:
+        if found.kind != "progress":
+            ended[found.key] = found
+        report(found)
+
     run_all(tasks, jobs, heard, stopping)
-    failures = list(_failures(tasks, ended, allow_fallback))
-    results = _results(tasks, ended, failures, comparison.label)
+    rows, failures = [], []
+    for task in tasks:
+        failure = _failure(task, ended[task.key], allow_fallback)
+        failures += [] if failure is None else [failure]
+        rows.append(_row(task, comparison.label(task.experiment), ended[task.key], failure))
+    with needs_extra():
+        import polars as pl
+    # Counts are floats, too: a column has one type, even if a run has no value for it.
+    texts, numbers = ("policy", "folder", "error"), ("slots", "seed")
+    names = dict.fromkeys(name for row in rows for name in row)
+    schema = {
+        name: pl.String if name in texts else pl.Int64 if name in numbers else pl.Float64 for name in names
+    }
+    results = pl.DataFrame(rows, schema=schema)
     results.write_csv(out / "results.csv")
     results.write_parquet(out / "results.parquet")
     estimates(results).write_csv(out / "estimates.csv")
     return Compared(results, failures)
 
 
-def _failures(tasks: list[Task], ended: dict[int, Report], allow_fallback: bool) -> Iterator[Failure]:
-    for task in tasks:
-        found = ended[task.key]
-        policy = (found.summary or {}).get("policy", {})
-        if found.kind == "failed":
-            yield Failure(task.out.name, found.error or "")
-        elif not (policy["valid"] or allow_fallback):
-            yield Failure(task.out.name, invalid_text(policy), invalid=True)
+def _failure(task: Task, found: Report, allow_fallback: bool) -> Failure | None:
+    if found.summary is None:
+        return Failure(task.out.name, found.error or "")
+    policy = found.summary["policy"]
+    if policy["valid"] or allow_fallback:
+        return None
+    return Failure(task.out.name, invalid_text(policy), invalid=True)
+
+
+def _row(task: Task, label: str, found: Report, failure: Failure | None) -> dict[str, Any]:
+    figures = flatten(found.summary or {}) if failure is None else {}
+    return {
+        "policy": label,
+        "slots": task.experiment.slots,
+        "scale": float(task.experiment.workload.scale),
+        "seed": task.experiment.seed,
+        "folder": task.out.name,
+        "error": None if failure is None else failure.error,
+        **{name: None if value is None else float(value) for name, value in figures.items()},
+    }
 
 
 def invalid_text(policy: Mapping[str, Any]) -> str:
@@ -191,10 +214,7 @@ def read_comparison(path: str | Path) -> Comparison:
     data = read_json(path)
     if "comparison" not in data:
         raise ConfigError(f"{path}: is no comparison; 'aioengine lab compare' writes comparison.json")
-    try:
-        return msgspec.convert(data["comparison"], Comparison)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {error.__cause__ or error}") from error
+    return from_plain(Comparison, data["comparison"], str(path))
 
 
 def load_results(folder: str | Path) -> pl.DataFrame:
@@ -208,43 +228,6 @@ def load_results(folder: str | Path) -> pl.DataFrame:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
-def _results(
-    tasks: list[Task],
-    ended: dict[int, Report],
-    failures: list[Failure],
-    label: Callable[[Experiment], str],
-) -> pl.DataFrame:
-    with needs_extra():
-        import polars as pl
-    rows = []
-    errors = {failure.folder: failure.error for failure in failures}
-    for task in tasks:
-        error = errors.get(task.out.name)
-        summary = (ended[task.key].summary or {}) if error is None else {}
-        rows.append(
-            {
-                "policy": label(task.experiment),
-                "slots": task.experiment.slots,
-                "scale": float(task.experiment.workload.scale),
-                "seed": task.experiment.seed,
-                "folder": task.out.name,
-                "error": error,
-                # Counts, too: a column has one type, even if a run has no value for it.
-                **{k: None if v is None else float(v) for k, v in flatten(summary).items()},
-            }
-        )
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    types = {
-        "policy": pl.String,
-        "slots": pl.Int64,
-        "seed": pl.Int64,
-        "folder": pl.String,
-        "error": pl.String,
-    }
-    schema: dict[str, Any] = {name: types.get(name, pl.Float64) for name in names}
-    return pl.DataFrame(rows, schema=schema)
-
-
 def estimates(results: pl.DataFrame) -> pl.DataFrame:
     """Means over the seeds with their 95% intervals: a row for each setting and figure.
 
@@ -254,14 +237,11 @@ def estimates(results: pl.DataFrame) -> pl.DataFrame:
     """
     with needs_extra():
         import polars as pl
-    rows = list(_estimate_rows(results))
-    names = ("mean", "difference", "regret")
     schema: dict[str, Any] = {"policy": pl.String, "slots": pl.Int64, "scale": pl.Float64}
-    schema |= {"figure": pl.String, "runs": pl.Int64}
-    for name in names:
-        prefix = "" if name == "mean" else f"{name}_"
-        schema |= {name: pl.Float64, f"{prefix}low": pl.Float64, f"{prefix}high": pl.Float64}
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    schema |= {"figure": pl.String, "runs": pl.Int64, "mean": pl.Float64, "low": pl.Float64}
+    schema |= dict.fromkeys(("high", "difference", "difference_low", "difference_high"), pl.Float64)
+    schema |= dict.fromkeys(("regret", "regret_low", "regret_high"), pl.Float64)
+    return pl.DataFrame(list(_estimate_rows(results)), schema=schema, orient="row")
 
 
 def _estimate_rows(results: pl.DataFrame) -> Iterator[tuple[Any, ...]]:

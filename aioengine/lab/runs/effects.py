@@ -10,10 +10,10 @@ from aioengine.errors import ConfigError
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.workload import traces
 from aioengine.lab.workload.draw import OfferedWorkload
-from aioengine.lab.workload.popularity import parse_popularity
+from aioengine.lab.workload.popularity import Drift, Flip, Shift, parse_popularity
 from aioengine.lab.workload.spec import WorkloadSpec
 
-OVER_TIME = {"shift", "drift", "flip"}
+OVER_TIME = (Shift, Drift, Flip)
 """Kinds of popularity that change as time goes on."""
 
 
@@ -44,42 +44,28 @@ def set_fields(spec: WorkloadSpec) -> set[str]:
 def _without_effect(spec: WorkloadSpec, given: Collection[str]) -> Iterator[tuple[Collection[str], str]]:
     """Yield fields, each with the reason why they would change nothing."""
     closed = spec.concurrency is not None
-    drawn = spec.arrivals is not None or (closed and spec.sessions is not None)
-    """Whether the rows of a trace are not played; lengths may be taken from it."""
     if not closed:
         yield ["think"], "is for a closed loop; give concurrency with it"
-    if (spec.trace is None or drawn) and spec.repeat:
+    if not spec.plays_trace and spec.repeat:
         yield ["repeat"], "there is no trace that is played to its end"
-    if drawn and not {None, "trace"} & {spec.prompt_tokens, spec.output_tokens}:
+    if spec.trace is not None and not spec.plays_trace and spec.draws_lengths:
         yield ["trace"], "nothing is taken from it, because prompt_tokens and output_tokens are given"
     if not spec.tenants:
         yield ["tenant_shares"], "there are no tenants to spread requests over; give tenants"
     if not spec.adapters:
-        why = "there are no adapters to spread requests over; give adapters"
-        yield ["popularity", "base_share"], why
+        yield ["popularity", "base_share"], "there are no adapters to spread requests over; give adapters"
         if {"ranks", "adapter_bytes"} & set(given) and not OfferedWorkload(spec, 0).adapters:
             yield ["ranks", "adapter_bytes"], "there are no adapters; give adapters"
-    if closed:
-        yield from _without_effect_in_a_closed_loop(spec, drawn)
-
-
-def _without_effect_in_a_closed_loop(
-    spec: WorkloadSpec, drawn: bool
-) -> Iterator[tuple[Collection[str], str]]:
-    changing = bool(spec.adapters) and parse_popularity("popularity", spec.popularity).name in OVER_TIME
-    timed = spec.arrivals is not None
-    if spec.trace is not None and not drawn:
-        timed = traces.has_times(spec.trace)
+    if not closed:
+        return
+    changing = bool(spec.adapters) and isinstance(parse_popularity("popularity", spec.popularity), OVER_TIME)
+    timed = traces.has_times(str(spec.trace)) if spec.plays_trace else spec.arrivals is not None
     if not timed:
         why = "the requests of this closed loop have no times; give arrivals, or leave it out"
-        yield ["scale", "seconds", "tenant_bursts"], why
-        if changing:
-            yield ["popularity"], f"it does not change, because {why}"
+        yield ["scale", "seconds", "tenant_bursts", *["popularity"] * changing], why
     elif spec.seconds is None and not changing and spec.tenant_bursts is None:
-        why = "in a closed loop, requests are sent when others have ended; leave it out"
-        yield ["scale"], why
-        if spec.trace is None or spec.sessions is not None:
-            yield ["arrivals"], why
+        drawn = ["arrivals"] if spec.trace is None or spec.sessions is not None else []
+        yield ["scale", *drawn], "in a closed loop, requests are sent when others have ended; leave it out"
 
 
 def _refuse(

@@ -117,19 +117,14 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for name, value in OF_A_FLEET.items():
             if getattr(self, name) is None:
                 msgspec.structs.force_setattr(self, name, value)
-        for name, load in (("router", load_router), ("placement", load_placement)):
-            try:
-                load(getattr(self, name))
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
         parse_faults(self.faults or "", replicas)
-        if self.autoscale is None:
-            return
         try:
-            policy = load_autoscaler(self.autoscale)
+            load_router(str(self.router))
+            load_placement(str(self.placement))
+            policy = None if self.autoscale is None else load_autoscaler(self.autoscale)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if not policy.least <= replicas <= policy.most:
+        if policy is not None and not policy.least <= replicas <= policy.most:
             raise ConfigError(
                 f"replicas={replicas}: must be within the bounds of autoscale={self.autoscale!r}, "
                 f"which are {policy.least} and {policy.most}"
@@ -149,26 +144,18 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def engine_config(self) -> EngineConfig:
         """Return the configuration of the simulated engine."""
-        return EngineConfig(
-            model=self.preset,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            block_size=self.block_size,
-            kv_cache_memory=self.kv_cache_memory,
-            enable_prefix_caching=self.enable_prefix_caching,
-            seed=self.seed,
-            max_waiting=self.max_waiting,
-            policy=self.policy,
-            lora=LoRAConfig(
-                max_loras=self.slots,
-                max_lora_rank=self.max_lora_rank,
-                slot_memory=self.slot_memory,
-                max_cpu_loras=self.cpu_loras,
-                max_cpu_lora_bytes=self.max_cpu_lora_bytes,
-                max_concurrent_loads=self.max_concurrent_loads,
-            ),
+        of_engine = (
+            *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory"),
+            *("enable_prefix_caching", "seed", "max_waiting", "policy"),
         )
+        of_lora = ("max_lora_rank", "slot_memory", "max_cpu_lora_bytes", "max_concurrent_loads")
+        lora = LoRAConfig(
+            max_loras=self.slots,
+            max_cpu_loras=self.cpu_loras,
+            **{name: getattr(self, name) for name in of_lora},
+        )
+        engine = {name: getattr(self, name) for name in of_engine}
+        return EngineConfig(model=self.preset, lora=lora, **engine)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the experiment as plain data, with defaults filled in."""

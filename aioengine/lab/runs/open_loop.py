@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioengine.errors import AioEngineError, ConfigError, EngineDead, EngineStopped
 from aioengine.lab.workload.requests import Arrival, Workload
-from aioengine.runtime.output import RequestOutput
 
 if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
@@ -47,49 +47,35 @@ class Replayed(NamedTuple):
     """From the start to the end of the last request."""
 
 
+@dataclass(kw_only=True)
 class OpenLoop:
     """Sends a workload and waits for all of it. No more of it is held than the requests that have not ended.
-
-    Args:
-        lengths: Where the target finds the lengths of outputs, by request; None: it needs none.
-        state: Describes the target's state, for the message that nothing moves.
 
     Raises ConfigError if ``sample_seconds`` is not more than 0.
     """
 
-    def __init__(
-        self,
-        target: AsyncEngine | SimulatedFleet,
-        recorder: Recorder,
-        workload: Workload,
-        requests: SimulatedRequests | LiveRequests,
-        *,
-        start: float,
-        sample_seconds: float = 1.0,
-        progress: Progress | None = None,
-        total: int | None = None,
-        lengths: dict[str, int] | None = None,
-        state: Callable[[], str] = lambda: "requests are in flight",
-    ) -> None:
-        if not sample_seconds > 0:
-            raise ConfigError(f"sample_seconds={sample_seconds}: must be more than 0")
-        self._target = target
-        self._recorder = recorder
-        self._workload = workload
-        self._requests = requests
-        self._start = start
-        self._sample_seconds = sample_seconds
-        self._progress = progress
-        self._total = total
-        self._lengths = lengths
-        self._state = state
+    target: AsyncEngine | SimulatedFleet
+    recorder: Recorder
+    workload: Workload
+    requests: SimulatedRequests | LiveRequests
+    start: float
+    sample_seconds: float = 1.0
+    progress: Progress | None = None
+    total: int | None = None
+    lengths: dict[str, int] | None = None
+    """Where the target finds the lengths of outputs, by request; None: it needs none."""
+    state: Callable[[], str] = lambda: "requests are in flight"
+    """Describes the target's state, for the message that nothing moves."""
+    _ends: dict[int, asyncio.Event] = field(default_factory=dict)
+    """The ends that others wait for, by the request's number."""
+
+    def __post_init__(self) -> None:
+        if not self.sample_seconds > 0:
+            raise ConfigError(f"sample_seconds={self.sample_seconds}: must be more than 0")
         self._loop = asyncio.get_running_loop()
         self._finished = self._refused = self._failed = 0
-        self._ends: dict[int, asyncio.Event] = {}
-        """The ends that others wait for, by the request's number."""
-        self._callers: asyncio.Semaphore | None = None
-        if workload.concurrency is not None:
-            self._callers = asyncio.Semaphore(workload.concurrency)
+        callers = self.workload.concurrency
+        self._callers = None if callers is None else asyncio.Semaphore(callers)
 
     async def send_all(self) -> Replayed:
         """Send all requests and wait for them. Raises RunStalled if nothing has moved for
@@ -102,31 +88,33 @@ class OpenLoop:
                     await self._send_each(requests)
                 watch.cancel()
         except* AioEngineError as errors:
-            raise _first(errors) from None
+            first: BaseException = errors  # several at a time are usually alike
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
         count = self._finished + self._refused + self._failed
-        seconds = self._loop.time() - self._start
+        seconds = self._loop.time() - self.start
         return Replayed(count, self._finished, self._refused, self._failed, seconds)
 
     def close(self) -> None:
         """Record the rest, when nothing more comes."""
         now = self._loop.time()
-        self._recorder.close(now)
+        self.recorder.close(now)
         self._tell(now)
 
     def _tell(self, now: float) -> None:
         """Report how far it is."""
-        if self._progress is not None:
-            self._progress(self._recorder.ended, self._total, now - self._start)
+        if self.progress is not None:
+            self.progress(self.recorder.ended, self.total, now - self.start)
 
     async def _send_each(self, group: asyncio.TaskGroup) -> None:
-        loop, start = self._loop, self._start
-        for index, arrival in enumerate(self._workload):
+        for index, arrival in enumerate(self.workload):
             if self._callers is None:
-                wait = start + arrival.time - loop.time()
+                wait = self.start + arrival.time - self._loop.time()
                 if wait > 0:
                     await asyncio.sleep(wait)
                 if arrival.is_alone:
-                    group.create_task(self._send(f"r{index}", index, arrival))
+                    group.create_task(self._send(index, arrival))
                     continue
             elif arrival.first:
                 await self._callers.acquire()
@@ -141,25 +129,25 @@ class OpenLoop:
             await before.wait()
             await asyncio.sleep(arrival.think)
         try:
-            await self._send(f"r{index}", index, arrival._replace(time=self._loop.time() - self._start))
+            await self._send(index, arrival._replace(time=self._loop.time() - self.start))
         finally:
             if arrival.more:
                 self._ends.pop(index).set()
         if arrival.last and self._callers is not None:
-            await asyncio.sleep(self._workload.think)
+            await asyncio.sleep(self.workload.think)
             self._callers.release()
 
-    async def _send(self, request_id: str, index: int, arrival: Arrival) -> None:
+    async def _send(self, index: int, arrival: Arrival) -> None:
         """Send one request, and count how it ends."""
-        self._recorder.expect(request_id, arrival)
-        if self._lengths is not None:
-            self._lengths[request_id] = arrival.output_tokens
-        failed: AioEngineError | None = None
-        output: RequestOutput | None = None
+        request_id = f"r{index}"
+        self.recorder.expect(request_id, arrival)
+        if self.lengths is not None:
+            self.lengths[request_id] = arrival.output_tokens
+        failed = output = None
         try:
-            output = await self._target.complete(
-                self._requests.prompt(index, arrival),
-                self._requests.params(arrival),
+            output = await self.target.complete(
+                self.requests.prompt(index, arrival),
+                self.requests.params(arrival),
                 adapter=arrival.adapter,
                 request_id=request_id,
                 priority=arrival.priority,
@@ -168,40 +156,37 @@ class OpenLoop:
                 expected_tokens=arrival.expected_tokens,
             )
         except AioEngineError as error:
-            if self._lengths is None and isinstance(error, (EngineDead, EngineStopped)):
+            if self.lengths is None and isinstance(error, (EngineDead, EngineStopped)):
                 raise  # there is nothing more to be had of a live engine
             failed = error
         finally:
-            if self._lengths is not None:
-                del self._lengths[request_id]
-        accepted = self._recorder.settled(request_id, self._loop.time(), failed, output)
+            if self.lengths is not None:
+                del self.lengths[request_id]
+        accepted = self.recorder.settled(request_id, self._loop.time(), failed, output)
         self._finished += failed is None
         self._failed += failed is not None and accepted
         self._refused += not accepted
 
     async def _watch(self) -> None:
         """Sample at regular times, and check that something moves."""
-        loop, recorder, tick = self._loop, self._recorder, 0
+        recorder, tick = self.recorder, 0
         while True:
             tick += 1
-            await asyncio.sleep(self._start + tick * self._sample_seconds - loop.time())
-            now = loop.time()
+            await asyncio.sleep(self.start + tick * self.sample_seconds - self._loop.time())
+            now = self._loop.time()
             recorder.sample(now)
             self._tell(now)
             if not recorder.under_way:
                 recorder.last_progress = now
-            elif now - recorder.last_progress > STALL_SECONDS:
-                raise self._stalled(now, f"no step and no move of an adapter ended for {STALL_SECONDS:g} s")
+                continue
+            if now - recorder.last_progress > STALL_SECONDS:
+                what = f"no step and no move of an adapter ended for {STALL_SECONDS:g} s"
             elif recorder.since_token > MOST_WITHOUT_TOKEN:
-                count = f"{recorder.since_token:,} steps and moves of adapters"
-                raise self._stalled(now, f"no request had a token in the last {count}")
-
-    def _stalled(self, now: float, what: str) -> RunStalled:
-        at = now - self._start
-        return RunStalled(f"at {at:g} s: {what}, while {self._state()}; see what the policy waits for")
-
-
-def _first(errors: BaseExceptionGroup[AioEngineError]) -> AioEngineError:
-    """Return the first of several simultaneous errors, which are usually alike."""
-    error = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+                what = (
+                    f"no request had a token in the last {recorder.since_token:,} steps and moves of adapters"
+                )
+            else:
+                continue
+            raise RunStalled(
+                f"at {now - self.start:g} s: {what}, while {self.state()}; see what the policy waits for"
+            )

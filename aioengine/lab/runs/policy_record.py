@@ -2,29 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 from aioengine import events
-
-
-class PolicyRecord(NamedTuple):
-    """Record of the policy under test."""
-
-    steps: int
-    """Steps of the model in the run."""
-    fallback_steps: int
-    """Decisions that the built-in safe policy made in its place."""
-    failures: int
-    """Calls of the policy that raised, or whose answer was not valid."""
-    reason: str | None = None
-    """The first failure."""
-    traceback: str | None = None
-
-    @property
-    def valid(self) -> bool:
-        """Whether every decision and every order of eviction was the policy's own, and it heard all events.
-        Otherwise the figures of the run are those of another policy."""
-        return self.failures == 0 and self.fallback_steps == 0
 
 
 class PolicyWatch:
@@ -33,28 +13,32 @@ class PolicyWatch:
     HEARD = (events.StepsFinished, events.PolicyFailed, events.PolicyOverran, events.PolicyReplaced)
 
     def __init__(self) -> None:
-        self._steps = self._fallback = self._failures = 0
+        self._counts = {"steps": 0, "fallback_steps": 0, "failures": 0}
         self._is_replaced = False
-        self._reason: str | None = None
-        self._traceback: str | None = None
+        self._first: tuple[str | None, str | None] = (None, None)
+        """Reason and traceback of the first failure."""
 
     def __call__(self, event: events.Event) -> None:
         if isinstance(event, events.StepsFinished):
-            self._steps += len(event.seconds)
-            self._fallback += len(event.seconds) * self._is_replaced
-        elif isinstance(event, events.PolicyFailed):
-            self._failures += 1
-            self._fallback += event.call == "schedule"
-            self._note(event.error, event.traceback)
-        elif isinstance(event, events.PolicyOverran):
-            self._failures += 1
-            self._note(f"a decision took {event.seconds:.4f} s, the budget is {event.budget:g} s", None)
+            self._counts["steps"] += len(event.seconds)
+            self._counts["fallback_steps"] += len(event.seconds) * self._is_replaced
         elif isinstance(event, events.PolicyReplaced):
             self._is_replaced = True
+        elif isinstance(event, events.PolicyFailed):
+            self._counts["fallback_steps"] += event.call == "schedule"
+            self._failed(event.error, event.traceback)
+        elif isinstance(event, events.PolicyOverran):
+            self._failed(f"a decision took {event.seconds:.4f} s, the budget is {event.budget:g} s", None)
 
-    def _note(self, reason: str, traceback: str | None) -> None:
-        if self._reason is None:
-            self._reason, self._traceback = reason, traceback
+    def _failed(self, reason: str, traceback: str | None) -> None:
+        if not self._counts["failures"]:
+            self._first = reason, traceback
+        self._counts["failures"] += 1
 
-    def record(self) -> PolicyRecord:
-        return PolicyRecord(self._steps, self._fallback, self._failures, self._reason, self._traceback)
+    def summary(self, name: str) -> dict[str, Any]:
+        """Return the part ``policy`` of a summary. A run is valid if every decision and every order of
+        eviction was the policy's own, and it heard all events; otherwise its figures are those of another
+        policy."""
+        reason, traceback = self._first
+        valid = not (self._counts["failures"] or self._counts["fallback_steps"])
+        return {"name": name, **self._counts, "reason": reason, "traceback": traceback, "valid": valid}

@@ -15,12 +15,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from aioengine.lab.runs.experiment import Experiment
-
-if TYPE_CHECKING:
-    from multiprocessing.context import SpawnProcess
 
 _POLL_SECONDS = 0.2
 """Seconds between two checks of whether to stop."""
@@ -45,18 +42,31 @@ class Report(NamedTuple):
 
 
 class _Worker:
+    """A process, and the task that it has."""
+
     def __init__(self) -> None:
         # Not forked: the parent may hold threads of polars and of the progress bar.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.task: Task | None = None
-        self.process: SpawnProcess = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 
     def give(self, task: Task) -> None:
         self.task = task
         self.pipe.send(task)
+
+    def hear(self, task: Task) -> Report:
+        """Return what it reports of its task, or how it has ended."""
+        try:
+            found: Report = self.pipe.recv()
+            return found
+        except (EOFError, ConnectionError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            return Report(task.key, "failed", error=f"its process {how} (out of memory?)")
 
     def end(self) -> None:
         self.pipe.close()
@@ -85,31 +95,21 @@ def run_all(
             if stopping():
                 raise KeyboardInterrupt
             for index, worker in enumerate(workers):
-                if worker.pipe in ready and worker.task is not None:
-                    found = _hear(worker, worker.task)
-                    report(found)
-                    if found.kind == "progress":
-                        continue
-                    worker.task = None
-                    if upcoming:
-                        if not worker.process.is_alive() or worker.pipe.closed:
-                            workers[index] = worker = _Worker()
-                        worker.give(upcoming.popleft())
+                if worker.pipe not in ready or worker.task is None:
+                    continue
+                found = worker.hear(worker.task)
+                report(found)
+                if found.kind == "progress":
+                    continue
+                worker.task = None
+                if upcoming and not worker.process.is_alive():
+                    worker.end()
+                    workers[index] = worker = _Worker()
+                if upcoming:
+                    worker.give(upcoming.popleft())
     finally:
         for worker in workers:
             worker.end()
-
-
-def _hear(worker: _Worker, task: Task) -> Report:
-    try:
-        found: Report = worker.pipe.recv()
-    except (EOFError, ConnectionError):
-        worker.process.join()
-        code = worker.process.exitcode or 0
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        worker.end()
-        return Report(task.key, "failed", error=f"its process {how} (out of memory?)")
-    return found
 
 
 def _work(pipe: Connection) -> None:
@@ -126,12 +126,11 @@ def _work(pipe: Connection) -> None:
                 pipe.send(Report(key, "progress", done, total))
 
             try:
-                result = run(task.experiment, task.out, progress)
+                found = Report(task.key, "done", summary=run(task.experiment, task.out, progress).summary)
             except Exception as error:
                 text = " ".join(str(error).split())
-                pipe.send(Report(task.key, "failed", error=f"{type(error).__name__}: {text}"))
-            else:
-                pipe.send(Report(task.key, "done", summary=result.summary))
+                found = Report(task.key, "failed", error=f"{type(error).__name__}: {text}")
+            pipe.send(found)
 
 
 def _end_with_parent() -> None:

@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -17,8 +17,7 @@ import msgspec
 
 from aioengine.checks import read_json
 from aioengine.errors import ConfigError
-from aioengine.lab.runs.experiment import Experiment, Policy
-from aioengine.lab.workload.spec import WorkloadSpec
+from aioengine.lab.runs.experiment import Experiment
 
 RESULTS = ("requests.csv", "slots.csv", "moves.csv", "samples.csv", "summary.json")
 """Files of a run that depend on its experiment alone."""
@@ -40,41 +39,36 @@ class Rerun(NamedTuple):
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
     """Return what an experiment's results depend on beside its own fields, as far as it can be known."""
+    policy = experiment.policy
+    name = policy if isinstance(policy, str) else str(policy.get("name", ""))
+    workload = json.dumps(experiment.workload.to_dict(), sort_keys=True).encode()
     return {
         "command": command(experiment),
         "seed": experiment.seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "workload_sha256": _hash(
-            json.dumps(experiment.workload.to_dict(), sort_keys=True).encode(), experiment.workload.trace
-        ),
-        "preset_sha256": _hash(b"", experiment.preset if experiment.preset.endswith(".json") else None),
-        "policy_sha256": _hash(b"", _policy_file(experiment.policy)),
+        "workload_sha256": _hash(workload, experiment.workload.trace),
+        "preset_sha256": _hash(None, experiment.preset, ".json"),
+        "policy_sha256": _hash(None, name.partition(":")[0], ".py"),
     }
 
 
 def command(experiment: Experiment) -> str:
     """Return the command that runs an experiment, by the flags that differ from their defaults."""
-    flags = _flags(experiment.workload, WorkloadSpec.__struct_fields__)
-    names = [name for name in Experiment.__struct_fields__ if name != "workload"]
-    flags += _flags(experiment, names)
+    flags = [*_flags(experiment.workload), *_flags(experiment)]
     if isinstance(experiment.policy, dict):  # a table cannot be a flag
         flags = ["--experiment", "experiment.json"]
     return shlex.join(["aioengine", "lab", "run", *flags])
 
 
-def _flags(values: msgspec.Struct, names: Sequence[str]) -> list[str]:
-    defaults = {field.name: field.default for field in msgspec.structs.fields(values)}
-    flags: list[str] = []
-    for name in names:
-        value = getattr(values, name)
-        if value == defaults[name]:
+def _flags(values: msgspec.Struct) -> Iterator[str]:
+    for field in msgspec.structs.fields(values):
+        value, flag = getattr(values, field.name), field.name.replace("_", "-")
+        if value == field.default or field.name == "workload":
             continue
-        flag = name.replace("_", "-")
         if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
+            yield f"--{flag}" if value else f"--no-{flag}"
         else:
-            flags += [f"--{flag}", str(value)]
-    return flags
+            yield from (f"--{flag}", str(value))
 
 
 def rerun(folder: str | Path, run: Callable[[Experiment, Path], object], out: Path | None = None) -> Rerun:
@@ -87,22 +81,18 @@ def rerun(folder: str | Path, run: Callable[[Experiment, Path], object], out: Pa
 
     Raises ConfigError if the folder has no experiment, and what ``run`` raises.
     """
-    folder = Path(folder)
-    if not (folder / "experiment.json").is_file():
+    described = Path(folder) / "experiment.json"
+    if not described.is_file():
         raise ConfigError(f"{folder}: has no experiment.json; 'aioengine lab run' writes one into --out")
-    experiment = Experiment.read(folder / "experiment.json")
+    experiment = Experiment.read(described)
     with tempfile.TemporaryDirectory() as temporary:
         new = Path(temporary) / "run" if out is None else out
         run(experiment, new)
-        differing = {
-            name: difference
-            for name in RESULTS
-            if (difference := _difference(folder / name, new / name)) is not None
-        }
-        before, now = _read(folder / "experiment.json"), _read(new / "experiment.json")
-        changed = _changed(before.get("provenance"), now.get("provenance"))
-        changed += [f"{key}: is another" for key in ("costs", "workload") if before.get(key) != now.get(key)]
-    return Rerun(differing, changed)
+        pairs = {name: _difference(described.with_name(name), new / name) for name in RESULTS}
+        before, now = read_json(described), read_json(new / "experiment.json")
+    changed = _changed(before.get("provenance"), now.get("provenance"))
+    changed += [f"{key}: is another" for key in ("costs", "workload") if before.get(key) != now.get(key)]
+    return Rerun({name: text for name, text in pairs.items() if text is not None}, changed)
 
 
 def _difference(before: Path, now: Path) -> str | None:
@@ -128,33 +118,21 @@ def _changed(before: Any, now: Any, name: str = "") -> list[str]:
     return [] if before == now else [f"{name}: was {before}, is {now}"]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except ConfigError:
-        return {}
-
-
-def _hash(data: bytes, file: str | None) -> str | None:
-    """Return the hash of the data and of the file's content; None if there is neither, or the file cannot be
-    read."""
-    if not data and file is None:
+def _hash(data: bytes | None, file: str | None, suffix: str = "") -> str | None:
+    """Return the hash of the data and of the file's content; None if there is neither, or the file, whose
+    name must end in ``suffix``, cannot be read."""
+    path = None if file is None or not file.endswith(suffix) else Path(file).expanduser()
+    if data is None and path is None:
         return None
-    digest = sha256(data)
-    if file is not None:
-        try:
-            with open(Path(file).expanduser(), "rb") as opened:
+    digest = sha256(data or b"")
+    try:
+        if path is not None:
+            with path.open("rb") as opened:
                 while chunk := opened.read(2**20):
                     digest.update(chunk)
-        except OSError:
-            return None
+    except OSError:
+        return None
     return digest.hexdigest()
-
-
-def _policy_file(policy: Policy) -> str | None:
-    name = policy if isinstance(policy, str) else str(policy.get("name", ""))
-    path, _, _ = name.partition(":")
-    return path if path.endswith(".py") else None
 
 
 @cache  # it takes a millisecond, and a comparison has hundreds of runs

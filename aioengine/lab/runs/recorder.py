@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from aioengine import events
 from aioengine.engine import AsyncEngine
 from aioengine.lab.runs.policy_record import PolicyWatch
 from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan
-from aioengine.lab.workload.requests import Arrival, Objective
+from aioengine.lab.workload.requests import Arrival, Workload
 from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers.policy import SlotState
 
@@ -45,24 +45,13 @@ class _Span:
     busy_steps: int = 0
 
 
-@dataclass(slots=True)
-class _Totals:
-    steps: int = 0
-    seconds: float = 0.0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    adapters: int = 0
-
-
 class Recorder:
     """Recorder of a run. It holds only what has not ended yet. Slots are numbered throughout: those of the
     second engine follow those of the first.
 
     Args:
         start: Time of the clock at the start of the run.
-        ranks: Rank of each adapter.
         slots: Number of an engine's slots.
-        objective: That of the workload.
         delay: Seconds that a message of a replica takes to the gateway; None: there is no gateway.
         listener: Called with the events of all engines, too.
     """
@@ -70,11 +59,10 @@ class Recorder:
     def __init__(
         self,
         sink: Sink,
+        workload: Workload,
         *,
         start: float,
-        ranks: Mapping[str, int],
         slots: int = 0,
-        objective: Objective | None = None,
         delay: float | None = None,
         listener: PolicyWatch | None = None,
     ) -> None:
@@ -85,11 +73,13 @@ class Recorder:
         self.sink = sink
         self.start = start
         self.requests: dict[str, _Request] = {}
-        self.totals = _Totals()
+        self.totals: Counter[str] = Counter()
+        """Counts of steps since the last sample, by its fields."""
+        self.step_seconds = 0.0
         self.service: Counter[str] = Counter()
-        self._ranks = ranks
+        self._ranks = {shape.name: shape.rank for shape in workload.adapters}
+        self._objective = workload.objective
         self._slots = slots
-        self._objective = objective
         self._delay = delay
         self._listener = listener
         self._engines: dict[int, _EngineRecorder] = {}
@@ -135,17 +125,17 @@ class Recorder:
         request = self.requests.pop(request_id)
         arrival, added, ended = request.arrival, request.added, request.ended
         self.ended += 1
-        through_gateway = self._delay is not None
-        time, first_token = arrival.time, request.first_token
-        if added is not None and not through_gateway:
-            time = added.time - self.start
-        if first_token is not None:
-            first_token += self._delay or 0.0
+        time, first_token, over, reason = arrival.time, request.first_token, now, "error"
+        if self._delay is None:
+            time = time if added is None else added.time - self.start
+            over = now if ended is None else ended.time
+        elif first_token is not None:
+            first_token += self._delay
+        if added is None:
+            reason = "refused"
+        elif error is None and ended is not None:
+            reason = ended.reason
         seconds = arrival.deadline if self._objective is None else self._objective(arrival.output_tokens)
-        over = now if ended is None or through_gateway else ended.time
-        reason = (
-            "refused" if added is None else "error" if error is not None or ended is None else ended.reason
-        )
         self.sink.request(
             RequestRecord(
                 request_id=request_id,
@@ -163,7 +153,7 @@ class Recorder:
                 preemptions=request.preemptions,
                 worst_gap=request.worst_gap,
                 deadline=None if seconds is None else arrival.time + seconds,
-                rank=0 if arrival.adapter is None else self._ranks.get(arrival.adapter, 0),
+                rank=self._ranks.get(arrival.adapter or "", 0),
                 error=None if error is None else type(error).__name__,
             )
         )
@@ -175,24 +165,24 @@ class Recorder:
         loads = [engine.engine.load() for engine in engines]  # simulated engines take in what has ended
         for engine in engines:
             engine.count_service()
-        totals, self.totals = self.totals, _Totals()
         free = [load.kv_tokens_free / load.kv_tokens for load in loads]
+        counted = ("prefill_tokens", "decode_tokens", "adapters")
         self.sink.sample(
             Sample(
                 time=now - self.start,
                 running=sum(load.running for load in loads),
                 waiting=sum(load.waiting for load in loads),
-                steps=totals.steps,
-                step_seconds=totals.seconds,
-                prefill_tokens=totals.prefill_tokens,
-                decode_tokens=totals.decode_tokens,
-                adapters=totals.adapters,
+                steps=self.totals["steps"],
+                step_seconds=self.step_seconds,
+                **{name: self.totals[name] for name in counted},
                 kv_used=1.0 - sum(free) / max(len(free), 1) if free else 0.0,
                 slots_ready=sum(engine.slots_ready for engine in engines),
                 cpu_adapters=sum(engine.cpu_adapters for engine in engines),
                 service=json.dumps(self.service, sort_keys=True, separators=(",", ":")),
             )
         )
+        self.totals.clear()
+        self.step_seconds = 0.0
         self.service.clear()
 
     def close(self, now: float) -> None:
@@ -211,17 +201,18 @@ class _EngineRecorder:
         self._run = run
         self._core = engine._core  # how far each request has come is in no event
         self._first_slot = first_slot
-        self._served: dict[str, int] = {}
-        """Tokens computed for each request that samples have counted."""
         self._clients: dict[str, str] = {}
+        """Whom the service of each request counts for."""
+        self._served: Counter[str] = Counter()
+        """Tokens computed for each request that samples have counted."""
         self._cached: dict[str, int] = {}
-        self._reads: dict[tuple[str, int], float] = {}
-        """Begin of each read, by an adapter's name and version."""
-        self._copies: dict[tuple[str, int], tuple[int, float]] = {}
-        self._spans: dict[int, _Span] = {}
-        for slot in engine.slots().slots:
-            if slot.adapter is not None:
-                self._spans[slot.index] = _Span(slot.adapter, run.start, run.start)
+        self._moves: dict[tuple[str, str, int], tuple[float, int]] = {}
+        """Begin and slot of each move under way, by stage, adapter and version."""
+        self._spans = {
+            slot.index: _Span(slot.adapter, run.start, run.start)
+            for slot in engine.slots().slots
+            if slot.adapter is not None
+        }
         self.on: dict[type[events.Event], Callable[[Any], None]] = {
             events.RequestAdded: self._added,
             events.RequestAdmitted: self._admitted,
@@ -251,7 +242,6 @@ class _EngineRecorder:
     # Requests
 
     def _added(self, event: events.RequestAdded) -> None:
-        self._served[event.request_id] = 0
         self._clients[event.request_id] = event.tenant or event.adapter or BASE
         request = self._run.requests.get(event.request_id)
         if request is not None and request.added is None:
@@ -267,8 +257,7 @@ class _EngineRecorder:
             request.cached_tokens = event.cached_tokens
 
     def _preempted(self, event: events.RequestPreempted) -> None:
-        request = self._run.requests.get(event.request_id)
-        if request is not None:
+        if request := self._run.requests.get(event.request_id):
             request.preemptions += 1
 
     def _first_token(self, event: events.FirstToken) -> None:
@@ -285,8 +274,7 @@ class _EngineRecorder:
             self._serve(name, event.prompt_tokens - cached + event.output_tokens)
         self._served.pop(name, None)
         self._clients.pop(name, None)
-        request = self._run.requests.get(name)
-        if request is not None:
+        if request := self._run.requests.get(name):
             request.output_tokens += event.output_tokens
             request.ended = event
             if event.worst_gap is not None:
@@ -294,9 +282,9 @@ class _EngineRecorder:
 
     def _serve(self, request_id: str, tokens: int) -> None:
         """Add the tokens that have been computed for a request since it was accepted."""
-        before = self._served.get(request_id)
-        if before is not None and tokens > before:  # less after a preemption: it is not counted twice
-            self._run.service[self._clients[request_id]] += tokens - before
+        more = tokens - self._served[request_id]
+        if request_id in self._clients and more > 0:  # less after a preemption: it is not counted twice
+            self._run.service[self._clients[request_id]] += more
             self._served[request_id] = tokens
 
     def count_service(self) -> None:
@@ -309,19 +297,18 @@ class _EngineRecorder:
     # Adapters
 
     def _loading(self, event: events.AdapterLoading) -> None:
-        self._reads[event.adapter, event.version] = event.time
+        self._moves["disk", event.adapter, event.version] = event.time, -1
 
     def _loaded(self, event: events.AdapterLoaded) -> None:
-        self._move("disk", event, self._reads.pop((event.adapter, event.version), event.time), event.nbytes)
+        self._moved("disk", event, event.nbytes)
 
     def _placing(self, event: events.AdapterPlacing) -> None:
-        self._copies[event.adapter, event.version] = event.slot, event.time
+        self._moves["slot", event.adapter, event.version] = event.time, event.slot
         self._close_span(event.slot, event.time)  # a copy that was lost with the device leaves one
         self._spans[event.slot] = _Span(event.adapter, event.time)
 
     def _placed(self, event: events.AdapterPlaced) -> None:
-        _, start = self._copies.pop((event.adapter, event.version), (event.slot, event.time))
-        self._move("slot", event, start, event.nbytes)
+        self._moved("slot", event, event.nbytes)
         if event.slot in self._spans:
             self._spans[event.slot].ready = event.time
 
@@ -330,18 +317,15 @@ class _EngineRecorder:
             self._close_span(event.slot, event.time)
 
     def _failed(self, event: events.AdapterFailed) -> None:
-        key, error = (event.adapter, event.version), type(event.error).__name__
-        copy = self._copies.pop(key, None)
-        if copy is not None:
-            slot, start = copy
-            self._move("slot", event, start, 0, error)
-            self._close_span(slot, event.time)
-        elif key in self._reads:
-            self._move("disk", event, self._reads.pop(key), 0, error)
+        for stage in ("slot", "disk"):
+            under_way = self._moves.get((stage, event.adapter, event.version))
+            if under_way is not None:
+                self._moved(stage, event, 0, type(event.error).__name__)
+                self._close_span(under_way[1], event.time)
+                return
 
-    def _move(
-        self, stage: str, event: events.AdapterEvent, start: float, nbytes: int, error: str | None = None
-    ) -> None:
+    def _moved(self, stage: str, event: events.AdapterEvent, nbytes: int, error: str | None = None) -> None:
+        start, _ = self._moves.pop((stage, event.adapter, event.version), (event.time, -1))
         self._run.last_progress = event.time
         self.since_token += 1
         begin, end = start - self._run.start, event.time - self._run.start
@@ -350,9 +334,8 @@ class _EngineRecorder:
     def _close_span(self, slot: int, now: float) -> None:
         span = self._spans.pop(slot, None)
         if span is not None:
-            start = self._run.start
+            start, number = self._run.start, slot + self._first_slot
             ready = None if span.ready is None else span.ready - start
-            number = slot + self._first_slot
             self._run.sink.span(
                 SlotSpan(number, span.adapter, span.start - start, ready, now - start, span.busy_steps)
             )
@@ -364,15 +347,15 @@ class _EngineRecorder:
     # Steps
 
     def _steps(self, event: events.StepsFinished) -> None:
-        count = len(event.seconds)
-        self._run.last_progress = event.time
+        run, spans, count = self._run, self._spans, len(event.seconds)
+        run.last_progress = event.time
         self.since_token = 0 if event.decode_tokens else self.since_token + count
-        totals, spans = self._run.totals, self._spans
-        totals.steps += count
+        totals = run.totals
+        totals["steps"] += count
         for seconds in event.seconds:
-            totals.seconds += seconds
-        totals.prefill_tokens += count * event.prefill_tokens
-        totals.decode_tokens += count * event.decode_tokens
-        totals.adapters += count * event.adapters
+            run.step_seconds += seconds
+        totals["prefill_tokens"] += count * event.prefill_tokens
+        totals["decode_tokens"] += count * event.decode_tokens
+        totals["adapters"] += count * event.adapters
         for slot in event.slots:
             spans[slot].busy_steps += count

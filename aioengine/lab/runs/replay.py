@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
 from aioengine.engine import AsyncEngine
 from aioengine.fleet.config import FleetConfig
@@ -20,6 +21,16 @@ from aioengine.lab.workload.prompts import SimulatedRequests
 from aioengine.lab.workload.requests import Workload
 
 
+class Watching(TypedDict, total=False):
+    """How a run is watched."""
+
+    sample_seconds: float
+    """Between two samples; ``progress`` is told as often."""
+    progress: Progress | None
+    total: int | None
+    """How many requests there are, for ``progress``."""
+
+
 async def replay(
     engine: AsyncEngine,
     workload: Workload,
@@ -27,10 +38,8 @@ async def replay(
     *,
     paths: Mapping[str, str | Path] | None = None,
     seed: int = 0,
-    sample_seconds: float = 1.0,
-    progress: Progress | None = None,
-    total: int | None = None,
     listener: PolicyWatch | None = None,
+    **watching: Unpack[Watching],
 ) -> Replayed:
     """Send every request at its time, whether or not earlier ones have ended (an open loop), and wait for all
     of them. Only requests that have not ended are in memory.
@@ -40,8 +49,6 @@ async def replay(
         paths: Where a live engine finds the adapters, by name; those that are not in it must be
             registered, or found by its resolver.
         seed: For the prompts, which are random tokens on a live engine.
-        sample_seconds: Between two samples; ``progress`` is told as often.
-        total: How many requests there are, for ``progress``.
         listener: Called with the engine's events.
 
     Raises:
@@ -49,31 +56,36 @@ async def replay(
             ``MOST_WITHOUT_TOKEN`` steps and moves.
         ConfigError: ``sample_seconds`` is not more than 0.
     """
-    requests: SimulatedRequests | LiveRequests
-    lengths: dict[str, int] | None = None
+    of_engine: dict[str, Any]
     if isinstance(engine, SimulatedEngine):
         engine.add_adapters(workload.adapters)
-        requests, lengths = SimulatedRequests(engine.model_spec.vocab_size), engine.lengths
+        requests = SimulatedRequests(engine.model_spec.vocab_size)
+        of_engine = {"requests": requests, "lengths": engine.lengths}
     else:
-        requests = LiveRequests(engine.model_spec, seed)
+        of_engine = {"requests": LiveRequests(engine.model_spec, seed)}
         known = {info.name for info in engine.adapters()}
         for shape in workload.adapters:
             if paths is not None and shape.name in paths and shape.name not in known:
                 engine.register_adapter(shape.name, paths[shape.name])
+
+    def state() -> str:
+        stats = engine.stats()
+        slots = ", ".join(f"{slot.adapter or 'empty'} ({slot.state})" for slot in stats.slots[:8])
+        return (
+            f"{stats.waiting} requests wait ({stats.waiting_for_adapter} of them for an adapter) and "
+            f"{stats.running} run; slots: {slots}{', ...' if len(stats.slots) > 8 else ''}"
+        )
+
     start = asyncio.get_running_loop().time()
-    ranks = {shape.name: shape.rank for shape in workload.adapters}
-    recorder = Recorder(sink, start=start, ranks=ranks, objective=workload.objective, listener=listener)
+    recorder = Recorder(sink, workload, start=start, listener=listener)
     loop = OpenLoop(
-        engine,
-        recorder,
-        workload,
-        requests,
+        target=engine,
+        recorder=recorder,
+        workload=workload,
         start=start,
-        sample_seconds=sample_seconds,
-        progress=progress,
-        total=total,
-        lengths=lengths,
-        state=lambda: _state(engine),
+        state=state,
+        **of_engine,
+        **watching,
     )
     unwatch = recorder.watch(engine)
     try:
@@ -84,15 +96,6 @@ async def replay(
     return replayed
 
 
-def _state(engine: AsyncEngine) -> str:
-    stats = engine.stats()
-    slots = ", ".join(f"{slot.adapter or 'empty'} ({slot.state})" for slot in stats.slots[:8])
-    return (
-        f"{stats.waiting} requests wait ({stats.waiting_for_adapter} of them for an adapter) and "
-        f"{stats.running} run; slots: {slots}{', ...' if len(stats.slots) > 8 else ''}"
-    )
-
-
 async def replay_on_fleet(
     workload: Workload,
     sink: Sink,
@@ -100,10 +103,8 @@ async def replay_on_fleet(
     config: FleetConfig,
     make_engine: Callable[[], SimulatedEngine],
     conditions: Conditions | None = None,
-    sample_seconds: float = 1.0,
-    progress: Progress | None = None,
-    total: int | None = None,
     listener: PolicyWatch | None = None,
+    **watching: Unpack[Watching],
 ) -> tuple[Replayed, SimulatedFleet]:
     """Start a fleet, send every request at its time, wait for all of them, and stop the fleet. Returns it,
     too, because it knows what happened.
@@ -117,28 +118,18 @@ async def replay_on_fleet(
     conditions = conditions or Conditions()
     start = asyncio.get_running_loop().time() + START_SECONDS
     first = make_engine()
-    lora = first.config.lora
-    recorder = Recorder(
-        sink,
-        start=start,
-        ranks={shape.name: shape.rank for shape in workload.adapters},
-        slots=0 if lora is None else lora.max_loras,
-        delay=conditions.delay,
-        objective=workload.objective,
-        listener=listener,
-    )
+    slots = 0 if first.config.lora is None else first.config.lora.max_loras
+    recorder = Recorder(sink, workload, start=start, slots=slots, delay=conditions.delay, listener=listener)
     async with SimulatedFleet(config, make_engine, conditions, watch=recorder.watch) as fleet:
         fleet.add_adapters(workload.adapters)
         loop = OpenLoop(
-            fleet,
-            recorder,
-            workload,
-            SimulatedRequests(first.costs.spec.vocab_size),
+            target=fleet,
+            recorder=recorder,
+            workload=workload,
+            requests=SimulatedRequests(first.costs.spec.vocab_size),
             start=start,
-            sample_seconds=sample_seconds,
-            progress=progress,
-            total=total,
             lengths=fleet.lengths,
+            **watching,
         )
         replayed = await loop.send_all()
         fleet.check_invariants()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import types
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_args, get_type_hints
 
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.extra import needs_extra
@@ -92,10 +92,10 @@ class Sample(NamedTuple):
 class Sink(Protocol):
     """Receiver of records."""
 
-    def request(self, record: RequestRecord) -> None: ...
-    def span(self, record: SlotSpan) -> None: ...
-    def move(self, record: Move) -> None: ...
-    def sample(self, record: Sample) -> None: ...
+    def request(self, record: RequestRecord, /) -> None: ...
+    def span(self, record: SlotSpan, /) -> None: ...
+    def move(self, record: Move, /) -> None: ...
+    def sample(self, record: Sample, /) -> None: ...
 
 
 class Kept:
@@ -106,10 +106,8 @@ class Kept:
         self.spans: list[SlotSpan] = []
         self.moves: list[Move] = []
         self.samples: list[Sample] = []
-        self.request = self.requests.append
-        self.span = self.spans.append
-        self.move = self.moves.append
-        self.sample = self.samples.append
+        self.request, self.span = self.requests.append, self.spans.append
+        self.move, self.sample = self.moves.append, self.samples.append
 
     @property
     def finished(self) -> list[RequestRecord]:
@@ -138,43 +136,23 @@ class CsvFiles:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._files: list[IO[str]] = []
-        self._requests, self._spans, self._moves, self._samples = (
-            self._open(folder / f"{name}.csv", kind._fields) for name, kind in FILES.items()
+        self._files = ExitStack()
+        self.request, self.span, self.move, self.sample = (
+            self._writer(folder / f"{name}.csv", kind._fields) for name, kind in FILES.items()
         )
 
-    def _open(self, path: Path, fields: Sequence[str]) -> Any:
-        file = path.open("w", encoding="utf-8", newline="")
-        self._files.append(file)
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(fields)
-        return writer
-
-    def request(self, record: RequestRecord) -> None:
-        self._requests.writerow(_rounded(record))
-
-    def span(self, record: SlotSpan) -> None:
-        self._spans.writerow(_rounded(record))
-
-    def move(self, record: Move) -> None:
-        self._moves.writerow(_rounded(record))
-
-    def sample(self, record: Sample) -> None:
-        self._samples.writerow(_rounded(record))
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
+    def _writer(self, path: Path, fields: Sequence[str]) -> Any:
+        """Return what writes a row into a new file."""
+        file = self._files.enter_context(path.open("w", encoding="utf-8", newline=""))
+        write = csv.writer(file, lineterminator="\n").writerow
+        write(fields)
+        return lambda row: write([round(one, DIGITS) if type(one) is float else one for one in row])
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _rounded(record: Sequence[Any]) -> list[Any]:
-    return [round(value, DIGITS) if type(value) is float else value for value in record]
+        self._files.close()
 
 
 class Frames(NamedTuple):
@@ -203,14 +181,14 @@ def load_frame(folder: str | Path, name: str) -> pl.DataFrame:
     with needs_extra():
         import polars as pl
     path = Path(folder) / f"{name}.csv"
-    columns = _columns(FILES[name])
     kinds: dict[type, Any] = {int: pl.Int64, float: pl.Float64, str: pl.String}
-    schema = {column: kinds[kind] for column, kind in columns.items()}
+    hints = get_type_hints(FILES[name]).items()
+    schema = {column: kinds[(get_args(hint) or (hint,))[0]] for column, hint in hints}
     try:
         with path.open(encoding="utf-8") as file:
             header = file.readline().rstrip("\r\n")
-        if header != ",".join(columns):
-            raise ConfigError(f"{path}: no file of a run: columns {header!r}, not {','.join(columns)!r}")
+        if header != ",".join(schema):
+            raise ConfigError(f"{path}: no file of a run: columns {header!r}, not {','.join(schema)!r}")
         return pl.read_csv(path, schema=schema)
     except FileNotFoundError as error:
         raise ConfigError(
@@ -218,15 +196,3 @@ def load_frame(folder: str | Path, name: str) -> pl.DataFrame:
         ) from error
     except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-
-
-def _columns(record: type[Any]) -> dict[str, type]:
-    """Return the names of the fields, with their types without None."""
-    return {name: _plain(hint) for name, hint in get_type_hints(record).items()}
-
-
-def _plain(hint: Any) -> type:
-    if isinstance(hint, types.UnionType):
-        (hint,) = (part for part in get_args(hint) if part is not type(None))
-    assert isinstance(hint, type)
-    return hint

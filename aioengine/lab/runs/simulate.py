@@ -20,9 +20,9 @@ from aioengine.lab.fleet.conditions import Conditions, parse_faults
 from aioengine.lab.fleet.fleet import START_SECONDS, fleet_config
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.open_loop import Progress, Replayed
-from aioengine.lab.runs.policy_record import PolicyRecord, PolicyWatch
+from aioengine.lab.runs.policy_record import PolicyWatch
 from aioengine.lab.runs.provenance import provenance
-from aioengine.lab.runs.replay import replay, replay_on_fleet
+from aioengine.lab.runs.replay import Watching, replay, replay_on_fleet
 from aioengine.lab.runs.rows import CsvFiles, Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -35,6 +35,8 @@ from aioengine.schedulers.policies.fcfs import FCFS
 
 NEVER = 1e12
 """Seconds; no request waits this long."""
+Future = Callable[[], list[tuple[float, str]]]
+"""Returns the times of all arrivals to come, with their adapters."""
 
 
 class RunResult(NamedTuple):
@@ -82,19 +84,30 @@ def run(
     run_in_virtual_time(_start(experiment, costs, plan))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(out / "experiment.json", _description(experiment, workload, costs))
+        description = {
+            "aioengine": version("aioengine"),
+            "python": platform.python_version(),
+            "experiment": experiment.to_dict(),
+            "workload": workload.describe(),
+            "costs": msgspec.to_builtins(costs),
+            "provenance": provenance(experiment),
+        }
+        _write_json(out / "experiment.json", description)
         with CsvFiles(out) as files:
-            replayed, fleet = run_in_virtual_time(
-                simulate(experiment, costs, workload, files, progress, watch, plan=plan)
-            )
+            simulation = simulate(experiment, costs, workload, files, progress, watch, plan=plan)
+            replayed, fleet = run_in_virtual_time(simulation)
     except OSError as error:
         raise ConfigError(f"cannot write the run's files into {out}: {error.strerror or error}") from error
-    summary = {**summarize(out), "policy": _policy(experiment, watch.record())}
+    summary = {**summarize(out), "policy": watch.summary(policy_label(experiment.policy))}
     summary["too_long"] = {**too_long._asdict(), "on_too_long": experiment.on_too_long}
     if fleet is not None:
         summary["fleet"] = fleet
     _write_json(out / "summary.json", summary)
     return RunResult(out, replayed, summary)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def fitting(experiment: Experiment, plan: MemoryPlan) -> tuple[Workload, TooLong]:
@@ -105,9 +118,9 @@ def fitting(experiment: Experiment, plan: MemoryPlan) -> tuple[Workload, TooLong
     :meth:`Experiment.open_workload` raises.
     """
     workload = experiment.open_workload()
-    limit = plan.max_model_len
-    found = count_too_long(workload, limit, None if experiment.on_too_long == "fail" else COUNTED)
-    if found.requests and experiment.on_too_long == "fail":
+    fails = experiment.on_too_long == "fail"
+    found = count_too_long(workload, plan.max_model_len, None if fails else COUNTED)
+    if found.requests and fails:
         raise ConfigError(f"on_too_long='fail': {found}")
     if experiment.on_too_long == "truncate":
         return experiment.open_workload(found.limit), found
@@ -116,11 +129,9 @@ def fitting(experiment: Experiment, plan: MemoryPlan) -> tuple[Workload, TooLong
 
 def too_long_text(experiment: Experiment, found: TooLong) -> str:
     """Return the warning before a run in which requests are too long."""
-    done = (
-        "their prompts are cut"
-        if experiment.on_too_long == "truncate"
-        else "prompts that do not fit are refused, other outputs end where the context ends"
-    )
+    done = "prompts that do not fit are refused, other outputs end where the context ends"
+    if experiment.on_too_long == "truncate":
+        done = "their prompts are cut"
     return f"{found}: {done} (--on-too-long reject|truncate|fail)"
 
 
@@ -141,56 +152,27 @@ async def simulate(
     of an engine, if it is known already.
     """
     spec = experiment.policy if experiment.ageing else without_ageing(experiment.policy)
-    if experiment.replicas is not None:
-        return await _simulate_fleet(experiment, spec, costs, workload, sink, progress, watch, plan)
-    policy = lab_policy(spec, workload, start=asyncio.get_running_loop().time())
     config = experiment.engine_config()
-    async with SimulatedEngine(config, costs, policy, metrics=False, plan=plan) as engine:
-        replayed = await replay(
-            engine,
-            workload,
-            sink,
-            sample_seconds=experiment.sample_seconds,
-            progress=progress,
-            total=experiment.workload.limit,
-            listener=watch,
-        )
-        engine.check_invariants()
-        return replayed, None
-
-
-async def _simulate_fleet(
-    experiment: Experiment,
-    spec: Policy,
-    costs: CostModel,
-    workload: Workload,
-    sink: Sink,
-    progress: Progress | None,
-    watch: PolicyWatch | None,
-    plan: MemoryPlan | None,
-) -> tuple[Replayed, dict[str, Any]]:
-    assert experiment.replicas is not None
-    router, placement, start_seconds = experiment.router, experiment.placement, experiment.start_seconds
-    assert router is not None and placement is not None and start_seconds is not None
-    start = asyncio.get_running_loop().time() + START_SECONDS
-    config = experiment.engine_config()
-    plan = plan or costs.plan(config)
+    known_plan = plan or costs.plan(config)
+    start = asyncio.get_running_loop().time() + (0.0 if experiment.replicas is None else START_SECONDS)
+    total = experiment.workload.limit
+    watching = Watching(sample_seconds=experiment.sample_seconds, progress=progress, total=total)
 
     def make_engine() -> SimulatedEngine:
         policy = lab_policy(spec, workload, start=start)
-        return SimulatedEngine(config, costs, policy, metrics=False, plan=plan)
+        return SimulatedEngine(config, costs, policy, metrics=False, plan=known_plan)
 
+    if experiment.replicas is None:
+        async with make_engine() as engine:
+            replayed = await replay(engine, workload, sink, listener=watch, **watching)
+            engine.check_invariants()
+            return replayed, None
+    fields = {name: getattr(experiment, name) for name in ("replicas", "router", "placement")}
+    start_seconds = experiment.start_seconds or 0.0
     replayed, fleet = await replay_on_fleet(
         workload,
         sink,
-        config=fleet_config(
-            config,
-            start_seconds=start_seconds,
-            replicas=experiment.replicas,
-            router=router,
-            placement=placement,
-            autoscale=experiment.autoscale,
-        ),
+        config=fleet_config(config, start_seconds=start_seconds, autoscale=experiment.autoscale, **fields),
         make_engine=make_engine,
         conditions=Conditions(
             start_seconds=start_seconds,
@@ -198,14 +180,10 @@ async def _simulate_fleet(
             faults=parse_faults(experiment.faults or "", experiment.replicas),
         ),
         listener=watch,
-        sample_seconds=experiment.sample_seconds,
-        progress=progress,
-        total=experiment.workload.limit,
+        **watching,
     )
     found = {
-        "replicas": experiment.replicas,
-        "router": router,
-        "placement": placement,
+        **fields,
         "requests_by_replica": fleet.by_replica,
         "migrations": fleet.migrations,
         "rejected": fleet.rejected,
@@ -244,57 +222,25 @@ def ageing_text(policies: Sequence[Policy], ageing: bool) -> str:
         policy = check_policy(spec if ageing else without_ageing(spec))
         wait = policy.max_wait if isinstance(policy, FCFS) else math.inf
         waits[policy_label(spec)] = "none" if wait >= NEVER else f"after {wait:g} s"
+    text = ", ".join(f"{wait} in {name}" for name, wait in waits.items())
     if len(set(waits.values())) == 1:
         text = f"{next(iter(waits.values()))} in all policies"
-    else:
-        text = ", ".join(f"{wait} in {name}" for name, wait in waits.items())
     return f"ageing (requests that have waited this long are served out of turn): {text}"
 
 
-def check_policy(spec: str | dict[str, Any]) -> SchedulerPolicy:
+def check_policy(spec: Policy) -> SchedulerPolicy:
     """Return the policy that ``spec`` names, which knows no arrivals. Raises PolicyError if there is none."""
     return _load_policy(spec, list)
 
 
-def lab_policy(spec: str | dict[str, Any], workload: Workload, *, start: float = 0.0) -> SchedulerPolicy:
-    """Return the policy that ``spec`` names. One that takes ``future`` gets the workload's arrivals.
-
-    Args:
-        start: Time of the engine's clock when the workload begins.
-
-    Raises:
-        PolicyError: There is none.
-    """
-
-    def future() -> list[tuple[float, str]]:
-        return [(arrival.time, arrival.adapter) for arrival in workload if arrival.adapter is not None]
-
-    return _load_policy(spec, future, start)
+def lab_policy(spec: Policy, workload: Workload, *, start: float = 0.0) -> SchedulerPolicy:
+    """Return the policy that ``spec`` names. One that takes ``future`` gets the workload's arrivals; when the
+    workload begins, the engine's clock shows ``start``. Raises PolicyError if there is none."""
+    return _load_policy(spec, lambda: [(a.time, a.adapter) for a in workload if a.adapter is not None], start)
 
 
-def _load_policy(
-    spec: str | dict[str, Any], future: Callable[[], list[tuple[float, str]]], start: float = 0.0
-) -> SchedulerPolicy:
+def _load_policy(spec: Policy, future: Future, start: float = 0.0) -> SchedulerPolicy:
     try:
         return load_policy(spec, supply={"future": future, "start": lambda: start})
     except ValueError as error:
         raise PolicyError(str(error)) from error
-
-
-def _description(experiment: Experiment, workload: Workload, costs: CostModel) -> dict[str, Any]:
-    return {
-        "aioengine": version("aioengine"),
-        "python": platform.python_version(),
-        "experiment": experiment.to_dict(),
-        "workload": workload.describe(),
-        "costs": msgspec.to_builtins(costs),
-        "provenance": provenance(experiment),
-    }
-
-
-def _policy(experiment: Experiment, record: PolicyRecord) -> dict[str, Any]:
-    return {"name": policy_label(experiment.policy), **record._asdict(), "valid": record.valid}
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,18 +13,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
 from aioengine import events
 from aioengine.checks import plain
 from aioengine.errors import ConfigError
+from aioengine.lab.workload.traces import MAX_LINE
 
 if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
@@ -70,25 +70,24 @@ class TraceWriter:
 
     def __init__(self, path: str | Path, *, held: int = HELD) -> None:
         self.path = Path(path)
-        self._held = held
-        self._file = _open(self.path)
-        self._rows: deque[RecordedRow] = deque()
-        """Rows in order of arrival: open requests, and ended ones that wait for these."""
-        self._under_way: dict[str, RecordedRow] = {}
-        self._lines: list[bytes] = []
-        self._size = 0
-        self._pending = 0
-        """Bytes that the thread has not written yet."""
-        self._encoder = msgspec.json.Encoder(enc_hook=plain)
-        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
-        self._timer: asyncio.TimerHandle | None = None
-        self._detach: Callable[[], None] | None = None
         self.rows = 0
         """Lines that were written, or handed to the thread."""
         self.left_out = 0
         """Requests that lasted too long."""
         self.failed = False
         """Whether the writer ended before it was told to."""
+        self._held = held
+        self._file = _open(self.path)
+        self._waiting: deque[RecordedRow] = deque()
+        """Rows in order of arrival: open requests, and ended ones that wait for these."""
+        self._under_way: dict[str, RecordedRow] = {}
+        self._lines = bytearray()
+        self._pending = 0
+        """Bytes that the thread has not written yet."""
+        self._encode = msgspec.json.Encoder(enc_hook=plain).encode
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._timer: asyncio.TimerHandle | None = None
+        self._detach: Callable[[], None] | None = None
 
     def attach(self, engine: AsyncEngine) -> None:
         """Begin, on the running loop. ``engine`` has been started."""
@@ -116,9 +115,8 @@ class TraceWriter:
             return
         if not self.failed:
             self._detach()
-            for row in self._rows:
+            for row in self._waiting:
                 self._take(row)
-            self._forget()
             self.flush()
         self._queue.put(None)
         try:
@@ -132,25 +130,20 @@ class TraceWriter:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._lines:
-            return
-        if self._pending + self._size > MAX_PENDING:
+        if self._pending + len(self._lines) > MAX_PENDING:
             self._fail(f"the disk is {self._pending} bytes behind")
-            return
-        self._pending += self._size
-        self._queue.put(b"".join(self._lines))
-        self._lines.clear()
-        self._size = 0
+        elif self._lines:
+            self._pending += len(self._lines)
+            self._queue.put(bytes(self._lines))
+            self._lines.clear()
 
     def handle(self, event: events.Event) -> None:
         """Listen to the engine's events."""
         if isinstance(event, events.RequestAdded):
             self._added(event)
-        elif isinstance(event, events.RequestEnded):
-            row = self._under_way.pop(event.request_id, None)
-            if row is not None:
-                row.output_tokens = event.output_tokens
-                self._take_ended()
+        elif isinstance(event, events.RequestEnded) and event.request_id in self._under_way:
+            self._under_way.pop(event.request_id).output_tokens = event.output_tokens
+            self._take_ended()
 
     def _added(self, event: events.RequestAdded) -> None:
         due = event.deadline
@@ -163,44 +156,36 @@ class TraceWriter:
             priority=event.priority,
             deadline=None if due is None else round(due - event.time, 6),
         )
-        self._rows.append(row)
+        self._waiting.append(row)
         self._under_way[event.request_id] = row
-        if len(self._rows) > self._held:
-            self._leave_out_first()
-
-    def _leave_out_first(self) -> None:
-        """Leave out the oldest request, which has not ended, so that the rows behind it can be written."""
-        oldest = self._rows.popleft()
-        self._under_way = {key: row for key, row in self._under_way.items() if row is not oldest}
-        self.left_out += 1
-        if self.left_out == 1:
-            logger.warning(
-                "recording to %s: a request has lasted while %d others came, and is left out (said only now)",
-                self.path,
-                self._held,
-            )
-        self._take_ended()
+        if len(self._waiting) > self._held:  # the oldest, which has not ended, keeps the others waiting
+            oldest = self._waiting.popleft()
+            self._under_way = {key: row for key, row in self._under_way.items() if row is not oldest}
+            self.left_out += 1
+            if self.left_out == 1:
+                logger.warning(
+                    "recording to %s: a request has lasted while %d others came, and is left out (said only "
+                    "now)",
+                    self.path,
+                    self._held,
+                )
+            self._take_ended()
 
     def _take_ended(self) -> None:
-        while self._rows and self._rows[0].output_tokens is not None:
-            self._take(self._rows.popleft())
-        if self._size >= FLUSH_BYTES:
+        while self._waiting and self._waiting[0].output_tokens is not None:
+            self._take(self._waiting.popleft())
+        if len(self._lines) >= FLUSH_BYTES:
             self.flush()
         elif self._lines and self._timer is None:
             self._timer = self._loop.call_later(FLUSH_SECONDS, self.flush)
 
     def _take(self, row: RecordedRow) -> None:
-        if row.output_tokens is None:
-            return
-        line = self._encoder.encode(row) + b"\n"
-        self._lines.append(line)
-        self._size += len(line)
-        self.rows += 1
+        if row.output_tokens is not None:
+            self._lines += self._encode(row) + b"\n"
+            self.rows += 1
 
-    def _written(self, size: int, error: OSError | None) -> None:
+    def _written(self, size: int) -> None:
         self._pending -= size
-        if error is not None:
-            self._fail(error.strerror or str(error))
 
     def _fail(self, reason: str) -> None:
         if self.failed:
@@ -211,76 +196,58 @@ class TraceWriter:
                 self._detach()
         if self._timer is not None:
             self._timer.cancel()
-        self._forget()
-        self._lines.clear()
+        for kept in (self._waiting, self._under_way, self._lines):
+            kept.clear()
         logger.warning("recording to %s has ended, and serving goes on: %s", self.path, reason)
-
-    def _forget(self) -> None:
-        self._rows.clear()
-        self._under_way.clear()
 
     # In the thread
 
     def _write_all(self) -> None:
         failed = False
         while (data := self._queue.get()) is not None:
-            error = None if failed else _write(self._file, data)
-            failed = failed or error is not None
-            self._tell(partial(self._written, len(data), error))
+            try:
+                if not failed:
+                    _write(self._file, data)
+            except OSError as error:
+                failed = True
+                self._tell(self._fail, error.strerror or str(error))
+            self._tell(self._written, len(data))
         with suppress(OSError):
             self._file.close()
         self._tell(self._closed.set)
 
-    def _tell(self, callback: Callable[[], None]) -> None:
+    def _tell(self, callback: Callable[..., None], *args: Any) -> None:
         with suppress(RuntimeError):  # the loop has been closed, and nobody waits
-            self._loop.call_soon_threadsafe(callback)
+            self._loop.call_soon_threadsafe(callback, *args)
 
 
 def _open(path: Path) -> FileIO:
+    """Open a file, and cut off a line that a crash has left unfinished. Raises ConfigError if that fails, or
+    the file is no recording."""
     try:
         file = open(path, "a+b", buffering=0)  # noqa: SIM115 # closed by close()
-        try:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                _check_end(file, path)
-        except BaseException:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.seek(0)
+        if not _FIRST_FIELD.startswith(file.read(len(_FIRST_FIELD))):
             file.close()
-            raise
+            raise ConfigError(f"cannot record to {path}: it is there, and is no recording; give another name")
+        begin = max(file.seek(0, os.SEEK_END) - MAX_LINE, 0)
+        file.seek(begin)
+        file.truncate(begin + file.read().rfind(b"\n") + 1)
     except OSError as error:
         raise ConfigError(f"cannot record to {path}: {error.strerror}") from error
     return file
 
 
-def _check_end(file: FileIO, path: Path) -> None:
-    """Cut off a line that a crash has left unfinished. Raises ConfigError if the file is no recording."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    start = file.read(len(_FIRST_FIELD))
-    if not _FIRST_FIELD.startswith(start):
-        raise ConfigError(f"cannot record to {path}: it is there, and is no recording; give another name")
-    keep = size
-    while keep > 0:
-        begin = max(keep - FLUSH_BYTES, 0)
-        file.seek(begin)
-        newline = file.read(keep - begin).rfind(b"\n")
-        if newline >= 0:
-            keep = begin + newline + 1
-            break
-        keep = begin
-    if keep < size:
-        file.truncate(keep)
-
-
-def _write(file: FileIO, data: bytes) -> OSError | None:
-    """Write all of ``data`` or, if that fails, nothing of it. Returns the error; None if there is none."""
-    before = None
+def _write(file: FileIO, data: bytes) -> None:
+    """Write all of ``data`` or, if that fails, nothing of it. Raises OSError."""
+    before = os.fstat(file.fileno()).st_size
+    rest = memoryview(data)
     try:
-        before = os.fstat(file.fileno()).st_size
-        rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]
-    except OSError as error:
-        if before is not None:
-            with suppress(OSError):
-                file.truncate(before)
-        return error
-    return None
+    except OSError:
+        with suppress(OSError):
+            file.truncate(before)
+        raise

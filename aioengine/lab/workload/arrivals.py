@@ -6,85 +6,97 @@ libraries do not add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import pi, sin
 from random import Random
+from typing import Annotated
 
+from msgspec import Meta
+
+from aioengine.lab.workload.forms import Form, parse_form
 from aioengine.lab.workload.random_streams import exponential, gamma
-from aioengine.lab.workload.spec_text import Option, parse_form
 
-_RATE = Option(high=1e5)
-FORMS = {
-    "poisson": {"rate": _RATE},
-    "gamma": {"rate": _RATE, "cv": Option(1.0, low=0.01, high=100.0, above=False)},
-    "onoff": {"rate": _RATE, "on": Option(low=1e-3, above=False), "off": Option(low=1e-3, above=False)},
-    "diurnal": {
-        "rate": _RATE,
-        "period": Option(86_400.0, low=1e-3, above=False),
-        "depth": Option(0.8, high=1.0, above=False),
-    },
-}
-ArrivalProcess = Callable[[Random], Iterator[int]]
-"""Gives arrivals without end: microseconds from the start, none before the last."""
+Rate = Annotated[float, Meta(gt=0, le=1e5)]
+"""Requests a second."""
+Spell = Annotated[float, Meta(ge=1e-3)]
+"""Seconds."""
 
 
-def parse_arrivals(field: str, text: str, *, scale: float = 1.0) -> ArrivalProcess:
-    """Parse "poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=2,on=10,off=30",
-    "diurnal:rate=2,period=86400,depth=0.8": rates in requests a second; ``scale`` multiplies them. Raises
-    ConfigError."""
-    name, values = parse_form(field, text, FORMS)
-    values["rate"] *= scale
-    processes: dict[str, Callable[..., Iterator[int]]] = {
-        "poisson": _poisson,
-        "gamma": _gamma,
-        "onoff": _on_off,
-        "diurnal": _diurnal,
-    }
-    return lambda rng: processes[name](rng, **values)
+class ArrivalProcess(Form):
+    """Process with a mean rate; poisson: independent arrivals."""
+
+    rate: Rate
+
+    def times(self, rng: Random, scale: float = 1.0) -> Iterator[int]:
+        """Yield arrivals without end, in microseconds from the start; ``scale`` multiplies the rate."""
+        now = 0
+        while True:
+            now += self.gap(rng, self.rate * scale)
+            yield now
+
+    def gap(self, rng: Random, rate: float) -> int:
+        """Draw the microseconds between two arrivals."""
+        return _microseconds(exponential(rng) / rate)
 
 
-def _poisson(rng: Random, rate: float) -> Iterator[int]:
-    """Yield independent arrivals."""
-    now = 0
-    while True:
-        now += _microseconds(exponential(rng) / rate)
-        yield now
+class Gamma(ArrivalProcess):
+    """Process whose gaps have a Gamma distribution with the coefficient of variation ``cv``: 1 is Poisson,
+    more is burstier. As in S-LoRA (arXiv 2311.03285): shape 1/cv^2, scale cv^2/rate."""
+
+    cv: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+
+    def gap(self, rng: Random, rate: float) -> int:
+        spread = self.cv * self.cv
+        return _microseconds(gamma(rng, 1.0 / spread) * spread / rate)
 
 
-def _gamma(rng: Random, rate: float, cv: float) -> Iterator[int]:
-    """Yield arrivals whose gaps have a Gamma distribution with the coefficient of variation ``cv``: 1 is
-    Poisson, more is burstier. As in S-LoRA (arXiv 2311.03285): shape 1/cv^2, scale cv^2/rate."""
-    spread, now = cv * cv, 0
-    while True:
-        now += _microseconds(gamma(rng, 1.0 / spread) * spread / rate)
-        yield now
-
-
-def _on_off(rng: Random, rate: float, on: float, off: float) -> Iterator[int]:
-    """Yield bursts: Poisson arrivals for a while, and then none for a while. Both last exponential times, of
-    the means ``on`` and ``off`` seconds (the interrupted Poisson process of Kuczura, 1973). It begins with a
+class OnOff(ArrivalProcess):
+    """Bursts: Poisson arrivals for a while, and then none for a while. Both last exponential times, of the
+    means ``on`` and ``off`` seconds (the interrupted Poisson process of Kuczura, 1973). It begins with a
     burst."""
-    now = 0
-    until = _microseconds(exponential(rng) * on)
-    while True:
-        # A gap that reaches beyond the burst is dropped; exponential gaps have no memory.
-        then = now + _microseconds(exponential(rng) / rate)
-        if then < until:
-            now = then
-            yield now
-        else:
-            now = until + _microseconds(exponential(rng) * off)
-            until = now + _microseconds(exponential(rng) * on)
+
+    on: Spell
+    off: Spell
+
+    def times(self, rng: Random, scale: float = 1.0) -> Iterator[int]:
+        now, until = 0, _microseconds(exponential(rng) * self.on)
+        while True:
+            # A gap that reaches beyond the burst is dropped; exponential gaps have no memory.
+            then = now + self.gap(rng, self.rate * scale)
+            if then < until:
+                now = then
+                yield now
+            else:
+                now = until + _microseconds(exponential(rng) * self.off)
+                until = now + _microseconds(exponential(rng) * self.on)
 
 
-def _diurnal(rng: Random, rate: float, period: float, depth: float) -> Iterator[int]:
-    """Yield arrivals with a rate that follows a sine around ``rate`` with amplitude ``depth * rate`` and
-    ``period`` seconds; it begins at the mean and rises. Drawn by thinning (Lewis and Shedler, 1979)."""
-    highest, turns, now = 1.0 + depth, 2.0 * pi / (period * 1e6), 0
-    while True:
-        now += _microseconds(exponential(rng) / (rate * highest))
-        if rng.random() * highest < 1.0 + depth * sin(turns * now):
-            yield now
+class Diurnal(ArrivalProcess):
+    """Rate that follows a sine around ``rate`` with amplitude ``depth * rate`` and ``period`` seconds; it
+    begins at the mean and rises. Drawn by thinning (Lewis and Shedler, 1979)."""
+
+    period: Spell = 86_400.0
+    depth: Annotated[float, Meta(ge=0, le=1)] = 0.8
+
+    def times(self, rng: Random, scale: float = 1.0) -> Iterator[int]:
+        highest, turns = 1.0 + self.depth, 2.0 * pi / (self.period * 1e6)
+        for now in super().times(rng, scale * highest):
+            if rng.random() * highest < 1.0 + self.depth * sin(turns * now):
+                yield now
+
+
+FORMS: dict[str, type[ArrivalProcess]] = {
+    "poisson": ArrivalProcess,
+    "gamma": Gamma,
+    "onoff": OnOff,
+    "diurnal": Diurnal,
+}
+
+
+def parse_arrivals(field: str, text: str) -> ArrivalProcess:
+    """Parse "poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=2,on=10,off=30" or
+    "diurnal:rate=2,period=86400,depth=0.8": rates in requests a second. Raises ConfigError."""
+    return parse_form(field, text, FORMS)
 
 
 def _microseconds(seconds: float) -> int:

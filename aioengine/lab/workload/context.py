@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from aioengine.lab.workload.requests import Workload
 
+COUNTED = 100_000
+"""Maximum number of requests that are counted before a run, so that a run of millions begins soon."""
+
 
 class TooLong(NamedTuple):
     """Number of a workload's requests that do not fit into the context."""
@@ -24,10 +27,6 @@ class TooLong(NamedTuple):
             f"{self.requests:,} of {self.of:,} requests are longer than the model's context of "
             f"{self.limit:,} tokens (the longest has {self.longest:,})"
         )
-
-
-COUNTED = 100_000
-"""Maximum number of requests that are counted before a run, so that a run of millions begins soon."""
 
 
 def count_too_long(workload: Workload, limit: int, first: int | None = COUNTED) -> TooLong:

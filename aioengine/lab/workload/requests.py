@@ -63,27 +63,16 @@ class Arrival(NamedTuple):
 class Workload(ABC):
     """Requests of a run. Every iteration gives the same arrivals, one at a time, sorted by time."""
 
-    @property
-    @abstractmethod
-    def adapters(self) -> Sequence[AdapterShape]:
-        """All adapters that may be requested, whether or not they are."""
-
-    @property
-    def objective(self) -> Objective | None:
-        """Seconds from its arrival within which a request should end, by its output tokens. This is measured
-        but not enforced. None: requests are measured by their deadlines."""
-        return None
-
-    @property
-    def concurrency(self) -> int | None:
-        """Number of callers, each of which sends its next request when its previous one has ended (a closed
-        loop), without regard to arrival times. None: requests are sent at their times (an open loop)."""
-        return None
-
-    @property
-    def think(self) -> float:
-        """Seconds between the end of a caller's request or session and its next one, in a closed loop."""
-        return 0.0
+    adapters: Sequence[AdapterShape]
+    """All adapters that may be requested, whether or not they are."""
+    objective: Objective | None = None
+    """Seconds from its arrival within which a request should end, by its output tokens. This is measured but
+    not enforced. None: requests are measured by their deadlines."""
+    concurrency: int | None = None
+    """Number of callers, each of which sends its next request when its previous one has ended (a closed
+    loop), without regard to arrival times. None: requests are sent at their times (an open loop)."""
+    think: float = 0.0
+    """Seconds between the end of a caller's request or session and its next one, in a closed loop."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Arrival]: ...

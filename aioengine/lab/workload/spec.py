@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, Self
 
 import msgspec
@@ -11,11 +12,17 @@ from msgspec import Meta
 from aioengine.checks import Share, check_fields, from_plain
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
-from aioengine.lab.workload.distributions import MAX_TOKENS, parse_lengths, parse_ranks, parse_sizes
-from aioengine.lab.workload.popularity import check_tenants, parse_bursts, parse_popularity
-from aioengine.lab.workload.predictions import parse_deadline, parse_view
-from aioengine.lab.workload.sessions import check_sessions
-from aioengine.lab.workload.spec_text import normalised, parse_number, parse_shares
+from aioengine.lab.workload.forms import normalised, parse_number, parse_shares
+from aioengine.lab.workload.lengths import (
+    MAX_TOKENS,
+    parse_deadline,
+    parse_lengths,
+    parse_ranks,
+    parse_sizes,
+    parse_view,
+)
+from aioengine.lab.workload.popularity import Popularity, Tenant, Zipf, parse_bursts, parse_popularity
+from aioengine.lab.workload.sessions import parse_sessions, parse_shared
 
 MAX_PRIORITY = 2**31
 Text = Annotated[str, Meta(min_length=1, extra={"is": "text that is not empty"})]
@@ -30,7 +37,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     of a trace. What they lack is drawn, each aspect from random numbers of its own, so that changing one
     leaves the others as they are. What a row of a trace says of itself wins.
 
-    Raises :class:`~aioengine.errors.ConfigError` on construction; files are looked at by :meth:`open`.
+    Raises :class:`~aioengine.errors.ConfigError` on construction; files are looked at when it is opened.
     """
 
     trace: Text | None = None
@@ -111,72 +118,69 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._check_source()
-        check_sessions(self.sessions, self.shared_prefix)
-        if self.arrivals is not None:
-            parse_arrivals("arrivals", self.arrivals)
-        if parse_popularity("popularity", self.popularity).name == "tenant" and self.adapters:
-            check_tenants(self.adapters, self.tenants)
+        for field, is_wrong, why in self._wrong():
+            if is_wrong:
+                raise ConfigError(f"{field}={getattr(self, field)!r}: {why}")
+        parse_sessions(self.sessions)
+        parse_shared(self.shared_prefix)
+        popularity = parse_popularity("popularity", self.popularity)
+        if isinstance(popularity, Tenant) and self.adapters:
+            popularity.check(self.adapters, self.tenants)
         self.tenant_weights()
-        if self.tenant_bursts is not None:
-            parse_bursts("tenant_bursts", self.tenant_bursts)
-            if not self.tenants:
-                raise ConfigError(f"tenant_bursts={self.tenant_bursts!r}: there are no tenants; give tenants")
-        if self.priority is not None:
-            parse_shares("priority", self.priority, low=-MAX_PRIORITY, high=MAX_PRIORITY)
         parse_ranks("ranks", self.ranks)
-        if self.adapter_bytes is not None:
-            parse_sizes("adapter_bytes", self.adapter_bytes)
-        for field in ("prompt_tokens", "output_tokens"):
-            value = getattr(self, field)
-            if value == "trace" and self.trace is None:
-                raise ConfigError(f"{field}='trace': there is no trace; give one, or a distribution")
-            if value not in (None, "trace"):
-                parse_lengths(field, value)
         parse_view("lengths", self.lengths)
-        for field in ("deadline", "timeout", "slo"):
+        parsers: dict[str, Callable[[str, Any], object]] = {
+            "arrivals": parse_arrivals,
+            "tenant_bursts": parse_bursts,
+            "priority": partial(parse_shares, low=-MAX_PRIORITY, high=MAX_PRIORITY),
+            "adapter_bytes": parse_sizes,
+            "prompt_tokens": _parse_lengths,
+            "output_tokens": _parse_lengths,
+            "deadline": parse_deadline,
+            "timeout": parse_deadline,
+            "slo": parse_deadline,
+        }
+        for field, parse in parsers.items():
             if (value := getattr(self, field)) is not None:
-                parse_deadline(field, value)
+                parse(field, value)
 
-    def _check_source(self) -> None:
-        """Check that there are requests, that they end, and that nothing is given in vain."""
-        given = {"trace": self.trace, "arrivals": self.arrivals, "concurrency": self.concurrency}
-        if all(value is None for value in given.values()):
+    @property
+    def plays_trace(self) -> bool:
+        """Whether requests are the rows of a trace; else only lengths may be taken from it."""
+        drawn = self.arrivals is not None or (self.concurrency is not None and self.sessions is not None)
+        return self.trace is not None and not drawn
+
+    @property
+    def draws_lengths(self) -> bool:
+        """Whether no length is taken from a trace."""
+        return not {None, "trace"} & {self.prompt_tokens, self.output_tokens}
+
+    def _wrong(self) -> Iterator[tuple[str, object, str]]:
+        """Yield fields with whether they are wrong, and why: there must be requests, they must end, and
+        nothing may be given in vain."""
+        endless = self.limit is None and self.seconds is None
+        closed, timed = self.concurrency is not None, self.arrivals is not None
+        if not (self.trace or timed or closed):
             raise ConfigError(
                 "no requests: give trace (a path), arrivals (such as 'poisson:rate=2') or concurrency"
             )
-        endless = self.limit is None and self.seconds is None
-        closed, timed = self.concurrency is not None, self.arrivals is not None
-        drawn = not {None, "trace"} & {self.prompt_tokens, self.output_tokens}
-        wrong = {
-            "think": (self.think and not closed, "is for a closed loop; give concurrency with it"),
-            "sessions": (self.sessions and not (timed or closed), "give arrivals or concurrency with it"),
-            "shared_prefix": (
-                self.shared_prefix and not (timed or closed),
-                "give arrivals or concurrency with it",
-            ),
-            "trace": (
-                self.trace and timed and drawn,
-                "nothing is taken from it, with arrivals, prompt_tokens and output_tokens all given; leave "
-                "one of the four out",
-            ),
-            "limit": (
-                closed and self.trace is None and self.limit is None,
-                f"with concurrency={self.concurrency} the loop never ends; give limit",
-            ),
-            "repeat": (
-                self.repeat and (timed or endless),
-                "arrivals never end; leave it out" if timed else "say when to end, by limit or seconds",
-            ),
-            "arrivals": (timed and endless, "they never end; give limit or seconds"),
-            "timeout": (
-                self.deadline is not None and self.timeout is not None,
-                f"with deadline={self.deadline!r}: give one of the two",
-            ),
-        }
-        for field, (is_wrong, why) in wrong.items():
-            if is_wrong:
-                raise ConfigError(f"{field}={getattr(self, field)!r}: {why}")
+        yield "think", self.think and not closed, "is for a closed loop; give concurrency with it"
+        for field in ("sessions", "shared_prefix"):
+            given = getattr(self, field)
+            yield field, given and not (timed or closed), "give arrivals or concurrency with it"
+        for field in ("prompt_tokens", "output_tokens"):
+            in_vain = getattr(self, field) == "trace" and self.trace is None
+            yield field, in_vain, "there is no trace; give one, or a distribution"
+        why = "nothing is taken from it, with arrivals, prompt_tokens and output_tokens given; leave one out"
+        yield "trace", self.trace and timed and self.draws_lengths, why
+        why = f"with concurrency={self.concurrency} the loop never ends; give limit"
+        yield "limit", closed and self.trace is None and self.limit is None, why
+        yield "repeat", self.repeat and timed, "arrivals never end; leave it out"
+        yield "repeat", self.repeat and endless, "say when to end, by limit or seconds"
+        yield "arrivals", timed and endless, "they never end; give limit or seconds"
+        yield "tenant_bursts", self.tenant_bursts and not self.tenants, "there are no tenants; give tenants"
+        both = self.deadline is not None and self.timeout is not None
+        yield "timeout", both, f"with deadline={self.deadline!r}: give one of the two"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "workload") -> Self:
@@ -194,16 +198,19 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Return each tenant's share of the requests; they add up to 1."""
         text = self.tenant_shares
         if text[0].isalpha():
-            name, values = parse_popularity("tenant_shares", text)
-            if name not in ("uniform", "zipf"):
+            popularity = parse_popularity("tenant_shares", text)
+            if type(popularity) not in (Popularity, Zipf):
                 raise ConfigError(
                     f"tenant_shares={text!r}: write uniform, zipf:ALPHA or weights such as 3,1,1"
                 )
-            weights = [float(i) ** -values.get("alpha", 0.0) for i in range(1, self.tenants + 1)]
-        else:
-            weights = [parse_number("tenant_shares", text, part) for part in text.split(",")]
-            if len(weights) != self.tenants:
-                raise ConfigError(
-                    f"tenant_shares={text!r}: has {len(weights)} weights for tenants={self.tenants}"
-                )
-        return normalised("tenant_shares", text, weights) if weights else []
+            return popularity.shares(self.tenants)
+        weights = [parse_number("tenant_shares", text, part) for part in text.split(",")]
+        if len(weights) != self.tenants:
+            raise ConfigError(
+                f"tenant_shares={text!r}: has {len(weights)} weights for tenants={self.tenants}"
+            )
+        return normalised("tenant_shares", text, weights)
+
+
+def _parse_lengths(field: str, value: int | str) -> object:
+    return value == "trace" or parse_lengths(field, value)

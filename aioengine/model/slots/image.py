@@ -191,7 +191,9 @@ def build_image(
 
     def put(key: Key, column: Column, values: Tensor, rows: int, width: int, factor: float = 1.0) -> None:
         begin = shape.begin(key, column)
-        target = data[begin : begin + rows * width].view(rows, width)[: len(values), : values.shape[1]]
+        target = data[begin : begin + rows * width]
+        if values.shape != (rows, width):
+            target = target.view(rows, width)[: len(values), : values.shape[1]]
         if factor == 1.0:
             copies.extend(serial_copies(values, target))
         else:

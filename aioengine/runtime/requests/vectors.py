@@ -7,7 +7,7 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from operator import mul
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
@@ -25,15 +25,8 @@ MAX_DOCUMENTS = 1024
 """Maximum documents of one call of ``score``."""
 _MAX_CONFIG_BYTES = 1 << 20
 
-T = TypeVar("T")
-
-
-class Complete(Protocol):
-    """``AsyncEngine.complete`` for one caller."""
-
-    def __call__(
-        self, prompt: requests.Prompt, params: requests.SamplingParams
-    ) -> Awaitable[RequestOutput]: ...
+Complete = Callable[[requests.Prompt, requests.SamplingParams], Awaitable[RequestOutput]]
+"""``AsyncEngine.complete`` for one caller."""
 
 
 def pooling_params(pooling: requests.PoolingKind | None) -> requests.SamplingParams:
@@ -138,20 +131,15 @@ async def score(
     if labels == 1:
         prompts = [await _pair(query, document, pair) for document in documents]
         outputs = await together([complete(prompt, pooling_params("classify")) for prompt in prompts])
-        return requests.Scores(
-            scores=[sigmoid((output.pooled or [0.0])[0]) for output in outputs],
-            prompt_tokens=sum(output.prompt_tokens for output in outputs),
-            adapter=outputs[0].adapter if outputs else None,
-        )
-    outputs = await together([complete(text, pooling_params(None)) for text in (query, *documents)])
-    vectors = [output.pooled or [] for output in outputs]
-    pairs = [(0, index) for index in range(1, len(outputs))]
-    size = SHORT + sum(map(len, vectors))
-    return requests.Scores(
-        scores=await work.run(size, lambda: cosines(vectors, pairs), tenant),
-        prompt_tokens=sum(output.prompt_tokens for output in outputs),
-        adapter=outputs[0].adapter,
-    )
+        scores = [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
+    else:
+        outputs = await together([complete(text, pooling_params(None)) for text in (query, *documents)])
+        vectors = [output.pooled or [] for output in outputs]
+        pairs = [(0, index) for index in range(1, len(outputs))]
+        size = SHORT + sum(map(len, vectors))
+        scores = await work.run(size, lambda: cosines(vectors, pairs), tenant)
+    tokens = sum(output.prompt_tokens for output in outputs)
+    return requests.Scores(scores=scores, prompt_tokens=tokens, adapter=outputs[0].adapter)
 
 
 def scaled_adapter(wanted: requests.Wanted) -> str | None:

@@ -6,13 +6,14 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from aioengine import errors, events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.sources import AdapterSources
 from aioengine.core.adapters.failures import frameless
 from aioengine.runtime.loop import EngineLoop
-from aioengine.runtime.transfers import log_failure
+from aioengine.runtime.transfers import log_failure, reason_of
 
 MAX_LOOKUPS = 128
 """Maximum look-ups under way at once. A tenant's next name waits while the tenant has as many look-ups under
@@ -27,13 +28,16 @@ Key = tuple[str, str]
 class _Lookup:
     def __init__(self, key: Key) -> None:
         self.key = key
-        self.task: asyncio.Task[str]
-        self.turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when the look-up may begin."""
+        self.task: asyncio.Task[str] | None = None
+        """None until its turn."""
         self.charged: Tenant = None
         """The tenant in whose turn it began."""
         self.waiting: Counter[Tenant] = Counter()
         """Number of waiting callers, by tenant."""
+
+    @property
+    def done(self) -> bool:
+        return self.task is not None and self.task.done()
 
 
 class Resolution:
@@ -75,17 +79,17 @@ class Resolution:
         Raises AdapterNotFound, AdapterLoadError, or another adapter error of the resolver's; any unexpected
         exception becomes an AdapterLoadError. ConfigError if an extra that is needed is not installed.
         """
-        if self._closed is not None:
-            raise self._closed
-        lookup = self._lookups.get((name, source)) or self._add((name, source))
+        key = name, source
+        self._check_open()
+        lookup = self._lookups.setdefault(key, _Lookup(key))
         lookup.waiting[tenant] += 1
-        if not lookup.turn.done():
-            self._queues.setdefault(tenant, {})[lookup.key] = lookup
+        if lookup.task is None:
+            self._queues.setdefault(tenant, {})[key] = lookup
             self._begin_next()
 
         def ended() -> bool:
             check()
-            return lookup.task.done() or self._closed is not None
+            return lookup.done or self._closed is not None
 
         try:
             await self._loop.until(ended, name)
@@ -93,24 +97,17 @@ class Resolution:
             lookup.waiting -= Counter({tenant: 1})
             if tenant not in lookup.waiting:
                 self._unqueue(lookup, tenant)
-            if not lookup.waiting and not lookup.task.done():
+            if not lookup.waiting and not lookup.done:
                 self._forget(lookup)
-                lookup.task.cancel()
-        if self._closed is not None:
-            raise self._closed
+                if lookup.task is not None:
+                    lookup.task.cancel()
+        self._check_open()
+        assert lookup.task is not None
         if lookup.task.cancelled():
             raise errors.AdapterLoadError("its resolver was cancelled; try again", name=name, transient=True)
         return lookup.task.result()
 
-    def _add(self, key: Key) -> _Lookup:
-        lookup = self._lookups[key] = _Lookup(key)
-        ask = self._ask(lookup, *key)
-        lookup.task = asyncio.get_running_loop().create_task(ask, name=f"aioengine-resolve-{key[0]}")
-        lookup.task.add_done_callback(lambda _: self._ended(lookup))
-        return lookup
-
-    async def _ask(self, lookup: _Lookup, name: str, source: str) -> str:
-        await lookup.turn
+    async def _ask(self, name: str, source: str) -> str:
         try:
             if source:
                 return str(await within(self._timeout, name, self._sources.resolve_path(name, source)))
@@ -130,8 +127,13 @@ class Resolution:
         self._closed = error
         self._queues.clear()
         for lookup in list(self._lookups.values()):
-            lookup.task.cancel()
+            if lookup.task is not None:
+                lookup.task.cancel()
             self._loop.ask_again(lookup.key[0])
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise self._closed
 
     # Turns
 
@@ -150,7 +152,9 @@ class Resolution:
                 self._queues[tenant] = self._queues.pop(tenant)  # the last one in turn
             lookup.charged = tenant
             self._under_way[tenant] += 1
-            lookup.turn.set_result(None)
+            name = f"aioengine-resolve-{lookup.key[0]}"
+            lookup.task = asyncio.get_running_loop().create_task(self._ask(*lookup.key), name=name)
+            lookup.task.add_done_callback(partial(self._ended, lookup))
 
     def _unqueue(self, lookup: _Lookup, tenant: Tenant) -> None:
         queue = self._queues.get(tenant, {})
@@ -159,19 +163,16 @@ class Resolution:
             if not queue:
                 del self._queues[tenant]
 
-    def _ended(self, lookup: _Lookup) -> None:
+    def _ended(self, lookup: _Lookup, task: asyncio.Task[str]) -> None:
         self._forget(lookup)
-        if lookup.turn.done() and not lookup.turn.cancelled():
-            self._under_way -= Counter({lookup.charged: 1})
-        for tenant in lookup.waiting:  # it was cancelled before its turn
-            self._unqueue(lookup, tenant)
+        self._under_way -= Counter({lookup.charged: 1})
         name, now = lookup.key[0], asyncio.get_running_loop().time()
         # Read even if nobody waits, because asyncio would log it.
-        error = None if lookup.task.cancelled() else lookup.task.exception()
-        reason: events.LoadFailure = "invalid" if isinstance(error, errors.AdapterInvalid) else "io"
-        if isinstance(error, errors.ConfigError):
-            self._loop.report(events.ResolverFailed(time=now, adapter=name, reason="internal", error=error))
-        elif isinstance(error, errors.AdapterError) and not isinstance(error, errors.AdapterNotFound):
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, (errors.AdapterError, errors.ConfigError)) and not isinstance(
+            error, errors.AdapterNotFound
+        ):
+            reason = reason_of(error)
             self._loop.report(events.ResolverFailed(time=now, adapter=name, reason=reason, error=error))
         if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
             known = self._loop.core.residency.names.of(name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, PeftLoraConfig, named_by
-from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft.folder import CONFIG_FILE, invalid_config, invalid_weights
 from aioengine.adapters.peft.part import Part
 from aioengine.adapters.peft.unsupported import MERGE
 from aioengine.adapters.peft.values import is_finite
@@ -27,13 +27,13 @@ class EmbeddingParts:
     """The rows and matrices that ``config`` says a file has. Raises AdapterInvalid if they cannot be served
     over this model."""
 
-    def __init__(self, folder: AdapterFolder, config: PeftLoraConfig, spec: ModelSpec) -> None:
-        self._folder, self._spec = folder, spec
+    def __init__(self, config: PeftLoraConfig, spec: ModelSpec) -> None:
+        self._spec = spec
         trained = EMBEDDING_MODULES if config.tokens or config.saved else ()
         if trained and spec.impl != "native":
-            folder.invalid_config(
-                f"trained tokens (trainable_token_indices, modules_to_save) are supported "
-                f"only in models that the native decoder runs: {MERGE}"
+            invalid_config(
+                "trained tokens (trainable_token_indices, modules_to_save) are supported only in models that "
+                f"the native decoder runs: {MERGE}"
             )
         names = {module: spec.module_name(NO_LAYER, module) for module in trained}
         self._ids = {
@@ -53,28 +53,26 @@ class EmbeddingParts:
             self._saved = set(EMBEDDING_MODULES)
         for module, ids in self._ids.items():
             if max(ids) >= spec.vocab_size:
-                folder.invalid_config(
-                    f"trainable_token_indices has token {max(ids)} of {module}, and the "
-                    f"base model has {spec.vocab_size}; resized embeddings cannot be served: {MERGE}"
+                invalid_config(
+                    f"trainable_token_indices has token {max(ids)} of {module}, and the base model has "
+                    f"{spec.vocab_size}; resized embeddings cannot be served: {MERGE}"
                 )
-        for module in self._saved & self._ids.keys():
-            folder.invalid_config(f"{module} in trainable_token_indices and in modules_to_save")
-
+            if module in self._saved:
+                invalid_config(f"{module} in trainable_token_indices and in modules_to_save")
         listed = f"trainable_token_indices of {CONFIG_FILE}"
         whole = "the base model's; were the embeddings resized, or was the adapter trained on another model?"
         self.parts = {
             Part((NO_LAYER, module), "tokens"): (len(ids), listed) for module, ids in self._ids.items()
-        }
-        self.parts |= {Part((NO_LAYER, module), "saved"): (spec.vocab_size, whole) for module in self._saved}
+        } | {Part((NO_LAYER, module), "saved"): (spec.vocab_size, whole) for module in self._saved}
         """The tensors that the file must have: their numbers of rows, and why."""
 
     def check_targets(self, targets: Set[str]) -> None:
         """Raise AdapterInvalid if one of the ``targets`` of LoRA is replaced as well."""
         replaced = self._ids.keys() | self._saved | ({"lm_head"} if self.tied else set())
         for module in sorted(targets & replaced):
-            self._folder.invalid_config(
-                f"LoRA on {module}, whose rows are trained as well (trainable_token_indices "
-                "or modules_to_save), which PEFT cannot compute either: train it with one of the two"
+            invalid_config(
+                f"LoRA on {module}, whose rows are trained as well (trainable_token_indices or "
+                "modules_to_save), which PEFT cannot compute either: train it with one of the two"
             )
 
     def trained(
@@ -101,7 +99,7 @@ class EmbeddingParts:
                 ids = self._ids[module]
                 order = sorted(range(len(ids)), key=ids.__getitem__)
                 tables[module] = TokenTable(tuple(sorted(ids)), len(rows))
-            elif order := self._differing(module, tensor, base_weight(module)):
+            elif order := _differing(module, tensor, base_weight(module)):
                 tables[module] = TokenTable(tuple(order), len(rows))
             rows += [tensor[row] for row in order]
         if not rows:
@@ -111,7 +109,7 @@ class EmbeddingParts:
         torch._foreach_copy_([to for to, _ in copies], [piece for _, piece in copies])
         for module, table in tables.items() if finite else ():
             if not is_finite(whole[table.first : table.first + len(table.ids)]):
-                self._folder.invalid_weights(
+                invalid_weights(
                     f"rows of {module} overflow {dtype}, or contain NaN or infinity; set lora_dtype to "
                     "bfloat16 or float32"
                 )
@@ -119,23 +117,24 @@ class EmbeddingParts:
         head = tables.get("lm_head", embedding if self.tied else TokenTable())
         return TrainedTokens(TokenTables(embedding, head, len(whole)), whole)
 
-    def _differing(self, module: str, saved: Tensor, base: Tensor) -> list[int]:
-        """Return the tokens whose rows are not the base model's, in the less exact of both dtypes."""
-        if base.shape != saved.shape:
-            self._folder.invalid_weights(
-                f"whole {module} in modules_to_save need tensor_parallel_size=1; train the tokens "
-                "with trainable_token_indices instead"
-            )
-        ids: list[int] = []
-        step = max(1, SERIAL_ELEMENTS // saved.shape[1])
-        for begin in range(0, len(saved), step):
-            theirs, ours = saved[begin : begin + step], base[begin : begin + step].to("cpu")
-            differs = (theirs.to(ours.dtype) != ours).logical_and_(ours.to(theirs.dtype) != theirs)
-            ids += [begin + row for row in differs.any(1).nonzero().flatten().tolist()]
-        if len(ids) > MAX_TRAINED_TOKENS:
-            self._folder.invalid_weights(
-                f"{len(ids)} of {len(saved)} rows of {module} differ from the base model's, and at "
-                f"most {MAX_TRAINED_TOKENS} can be swapped: train single tokens with "
-                f"trainable_token_indices, or {MERGE}"
-            )
-        return ids
+
+def _differing(module: str, saved: Tensor, base: Tensor) -> list[int]:
+    """Return the tokens whose rows are not the base model's, in the less exact of both dtypes."""
+    if base.shape != saved.shape:
+        invalid_weights(
+            f"whole {module} in modules_to_save need tensor_parallel_size=1; train the tokens with "
+            "trainable_token_indices instead"
+        )
+    ids: list[int] = []
+    step = max(1, SERIAL_ELEMENTS // saved.shape[1])
+    for begin in range(0, len(saved), step):
+        theirs, ours = saved[begin : begin + step], base[begin : begin + step].to("cpu")
+        differs = (theirs.to(ours.dtype) != ours).logical_and_(ours.to(theirs.dtype) != theirs)
+        ids += [begin + row for row in differs.any(1).nonzero().flatten().tolist()]
+    if len(ids) > MAX_TRAINED_TOKENS:
+        invalid_weights(
+            f"{len(ids)} of {len(saved)} rows of {module} differ from the base model's, and at most "
+            f"{MAX_TRAINED_TOKENS} can be swapped: train single tokens with trainable_token_indices, or "
+            f"{MERGE}"
+        )
+    return ids

@@ -37,44 +37,39 @@ def add_up(
         AdapterChanged: the files of one have changed since it was loaded.
     """
     found = [packed for _, packed in parts]
-    digest = ""
-    if all(packed.digest for packed in found):  # a rank that has only shares does not know it
-        digest = mix_digest([part for part, _ in parts], [packed.digest for packed in found])
-    version = ";".join(packed.version for packed in found)
-    scaled = [(_scaled(packed.tensors, part.weight), packed) for part, packed in parts]
+    digests = [packed.digest for packed in found]
+    # A rank that has only shares does not know it.
+    digest = mix_digest([part for part, _ in parts], digests) if all(digests) else ""
     biases: dict[Place, Tensor] = {}
     for part, packed in parts:
         for place, bias in packed.biases.items():
             biases[place] = biases.get(place, 0) + bias * part.weight
-    if len(parts) == 1:
-        [(part, only)] = parts
-        return replace(
-            only, name=name, path=path, digest=digest, version=version, tensors=scaled[0][0], biases=biases,
-            computed=_scaled(only.computed, part.weight),
-        )  # fmt: skip
+    (first, only), *others = parts
+    mix = replace(
+        only,
+        name=name,
+        path=path,
+        find_digest=lambda: digest,
+        version=";".join(packed.version for packed in found),
+        tensors=_scaled(only.tensors, first.weight),
+        computed=_scaled(only.computed, first.weight),
+        biases=biases,
+    )
+    if not others:
+        return mix
     for part, packed in parts:
         _check(name, path, part, packed)
+    scaled = [mix.tensors, *(_scaled(packed.tensors, part.weight) for part, packed in others)]
     tensors: dict[Place, tuple[Tensor, Tensor]] = {}
-    for place in dict.fromkeys(place for pairs, _ in scaled for place in pairs):
-        pairs = [_filled(slot, place[1], *own[place]) for own, _ in scaled if place in own]
+    for place in dict.fromkeys(place for pairs in scaled for place in pairs):
+        pairs = [_filled(slot, place[1], *own[place]) for own in scaled if place in own]
         b = torch.cat([b for _, b in pairs], dim=1)
         if b.shape[1] > MAX_RANK:
             ranks = " + ".join(str(b.shape[1]) for _, b in pairs)
-            raise AdapterTooLarge(
-                f"{place[1]} of layer {place[0]} has rank {ranks}, more than {MAX_RANK}: mix fewer",
-                name=name,
-                path=path,
-            )
+            why = f"{place[1]} of layer {place[0]} has rank {ranks}, more than {MAX_RANK}: mix fewer"
+            raise AdapterTooLarge(why, name=name, path=path)
         tensors[place] = torch.cat([a for a, _ in pairs]), b
-    return PackedAdapter(
-        name=name,
-        path=path,
-        rank=max(b.shape[1] for _, b in tensors.values()),
-        digest=digest,
-        tensors=tensors,
-        biases=biases,
-        version=version,
-    )
+    return replace(mix, tensors=tensors, rank=max(b.shape[1] for _, b in tensors.values()), pooling=None)
 
 
 def _scaled(pairs: Matrices, weight: float) -> Matrices:
@@ -90,17 +85,13 @@ def _filled(layout: SlotLayout, module: str, a: Tensor, b: Tensor) -> tuple[Tens
 
 
 def _check(name: str, path: str, part: MixPart, packed: PackedAdapter) -> None:
-    more = [
-        what
-        for what, has in (
-            ("DoRA's magnitudes, which are of the weights with this adapter alone", packed.magnitudes),
-            ("invocation tokens", packed.invocation),
-            ("a classification head", packed.head is not None),
-            ("trained tokens", packed.tokens is not None),
-        )
-        if has
-    ]
-    if more:
+    kinds = (
+        ("DoRA's magnitudes, which are of the weights with this adapter alone", packed.magnitudes),
+        ("invocation tokens", packed.invocation),
+        ("a classification head", packed.head is not None),
+        ("trained tokens", packed.tokens is not None),
+    )
+    if more := [what for what, has in kinds if has]:
         raise AdapterInvalid(
             f"{part.name!r} has {' and '.join(more)}, and so it can be scaled but not mixed with others: ask "
             "for it alone",

@@ -17,11 +17,11 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, named_by
-from aioengine.adapters.peft.folder import CONFIG_FILE, AdapterFolder
+from aioengine.adapters.peft.folder import CONFIG_FILE, invalid_config, invalid_weights, too_large
 from aioengine.adapters.peft.folding.fold import Fields, Folded, Shapes, parse_plain
 from aioengine.adapters.peft.targets import WRAPPERS, modules_of
 from aioengine.model.slots.layout import SlotLayout
-from aioengine.model.spec import ModelSpec
+from aioengine.model.spec import LinearShape, ModelSpec
 
 _FIELD = "target_parameters"
 _PREFIX = "base_model.model."
@@ -36,103 +36,92 @@ class _Parameter(NamedTuple):
     """Beginning of its keys in the file."""
     experts: Sequence[Sequence[str]]
     """For each expert the names of its linears, one below the other in B, or with alternating rows."""
+    linears: Sequence[tuple[str, LinearShape]]
+    """Modules and shapes of one expert's."""
     rank: int
     scaling: float
     alternating: bool
 
 
-class ParameterFold:
-    """An adapter with ``target_parameters`` on a model that has such parameters."""
-
-    def __init__(self, config: PeftLoraConfig, wanted: Sequence[str], folder: AdapterFolder) -> None:
-        self.config = config
-        self._wanted = wanted
-        self._folder = folder
-
-    @classmethod
-    def of(cls, fields: Fields, folder: AdapterFolder, spec: ModelSpec) -> ParameterFold | None:
-        """Return how to fold an adapter; None if it has no ``target_parameters``, or the model takes none.
-        Raises AdapterInvalid."""
-        if _FIELD not in fields or next(spec.bare_parameters(), None) is None:
-            return None
-        try:
-            wanted = msgspec.json.decode(fields[_FIELD], type=_Names | None)
-        except (msgspec.MsgspecError, UnicodeError):
-            folder.invalid_config(f"{_FIELD}: expected a list of at most {MAX_PARAMETERS} strings")
-        if not wanted:
-            return None
-        others = {name: value for name, value in fields.items() if name != _FIELD}
-        if bytes(others.get("target_modules", b"null")) == b"null":
-            others["target_modules"] = msgspec.Raw(b"[]")
-        return cls(parse_plain(others, folder, _FIELD), wanted, folder)
-
-    def plan(self, shapes: Shapes, slot: SlotLayout) -> Folded:
-        spec, known = slot.spec, {WRAPPERS.sub("", key): key for key in shapes}
-        config = self.config.on(modules_of(shapes)) if self.config.unmatched else self.config
-        keys: dict[str, tuple[_Parameter, str]] = {}
-        folded: dict[str, tuple[int, float]] = {}
-        for parameter in self._parameters(spec):
-            self._check_room(parameter, slot)
-            keys |= {
-                known[self._key(parameter, part, known, shapes, spec)]: (parameter, part) for part in "AB"
-            }
-            for name in (name for names in parameter.experts for name in names):
-                folded[name] = parameter.rank, parameter.scaling
-                place = spec.find_module(name)
-                if place is not None and not spec.is_bare(place[1]) and config.targets(name):
-                    self._folder.invalid_config(f"{name} is in {_FIELD} and in target_modules")
-        return Folded(replace(config, folded=folded), lambda tensors: dict(_tensors(tensors, keys)))
-
-    def _parameters(self, spec: ModelSpec) -> Iterator[_Parameter]:
-        """The targeted parameters, by the rules of PEFT's ``_inject_parameters``."""
-        for owner, parameters in groupby(spec.bare_parameters(), lambda parameter: parameter.owner):
-            wanted = [one for one in parameters if named_by(f"{owner}.{one.name}", self._wanted)]
-            for inside, one in enumerate(wanted):
-                name, key = f"{owner}.{one.name}", owner + ".base_layer" * (len(wanted) - 1 - inside)
-                rank = self.config.rank(name)
-                yield _Parameter(key, one.experts, rank, self.config.scaling(name, rank), one.alternating)
-
-    def _key(
-        self, parameter: _Parameter, part: str, known: Mapping[str, str], shapes: Shapes, spec: ModelSpec
-    ) -> str:
-        """Return the key of A or B, whose shape is right."""
-        spellings = [
-            f"{prefix}{parameter.key}.lora_{part}.{suffix}"
-            for prefix in (_PREFIX, "")
-            for suffix in ("weight", "default.weight")
-        ]
-        key = next((key for key in spellings if key in known), None)
-        if key is None:
-            self._folder.invalid_weights(
-                f"{CONFIG_FILE} targets a parameter, but the file has no {spellings[0]!r}; save the adapter "
-                "again with PEFT"
-            )
-        places = [spec.find_module(name) for name in parameter.experts[0]]
-        linears = [spec.linear(place[1]) for place in places if place is not None]
-        rows = parameter.rank * len(parameter.experts)
-        outputs = sum(linear.out_features for linear in linears)
-        expected = (rows, linears[0].in_features) if part == "A" else (outputs, rows)
-        if shapes[known[key]] != expected:
-            self._folder.invalid_weights(
-                f"{key!r}: expected shape {list(expected)} (rank {parameter.rank} of {CONFIG_FILE}, "
-                f"{len(parameter.experts)} experts), found {list(shapes[known[key]])[:8]}"
-            )
-        return key
-
-    def _check_room(self, parameter: _Parameter, slot: SlotLayout) -> None:
-        for name in parameter.experts[0]:
+def fold_parameters(fields: Fields, shapes: Shapes, slot: SlotLayout) -> Folded | None:
+    """Check an adapter with ``target_parameters``, and return what it is folded to; None if it has none, or
+    the model takes none. Raises AdapterInvalid, and AdapterTooLarge."""
+    if _FIELD not in fields or next(slot.spec.bare_parameters(), None) is None:
+        return None
+    try:
+        wanted = msgspec.json.decode(fields[_FIELD], type=_Names | None)
+    except (msgspec.MsgspecError, UnicodeError):
+        invalid_config(f"{_FIELD}: expected a list of at most {MAX_PARAMETERS} strings")
+    if not wanted:
+        return None
+    others = {name: value for name, value in fields.items() if name != _FIELD}
+    if bytes(others.get("target_modules", b"null")) == b"null":
+        others["target_modules"] = msgspec.Raw(b"[]")
+    config = parse_plain(others, _FIELD)
+    config = config.on(modules_of(shapes)) if config.unmatched else config
+    known = {WRAPPERS.sub("", key): key for key in shapes}
+    keys: dict[str, tuple[_Parameter, str]] = {}
+    folded: dict[str, tuple[int, float]] = {}
+    for parameter in _parameters(config, wanted, slot.spec):
+        _check_room(parameter, slot)
+        keys |= {_key(parameter, part, known, shapes): (parameter, part) for part in "AB"}
+        for name in (name for names in parameter.experts for name in names):
+            folded[name] = parameter.rank, parameter.scaling
             place = slot.spec.find_module(name)
-            if place is not None and place[1] not in slot.modules:
-                self._folder.invalid_config(
-                    f"{_FIELD} means {name}, and the slots do not hold {slot.spec.kind_of(place[1])}: add it "
-                    "to LoRAConfig.target_modules"
-                )
-        if parameter.rank > slot.max_rank:
-            self._folder.too_large(
-                f"{parameter.experts[0][0]} has rank {parameter.rank}, but max_lora_rank is {slot.max_rank}; "
-                "raise LoRAConfig.max_lora_rank (PEFT doubles the rank of gate_up_proj, which holds two "
-                "linears, where 'all-linear' or the names of these have chosen it)"
+            if place is not None and not slot.spec.is_bare(place[1]) and config.targets(name):
+                invalid_config(f"{name} is in {_FIELD} and in target_modules")
+    return Folded(replace(config, folded=folded), lambda tensors: dict(_tensors(tensors, keys)))
+
+
+def _parameters(config: PeftLoraConfig, wanted: Sequence[str], spec: ModelSpec) -> Iterator[_Parameter]:
+    """The targeted parameters, by the rules of PEFT's ``_inject_parameters``."""
+    for owner, parameters in groupby(spec.bare_parameters(), lambda parameter: parameter.owner):
+        chosen = [one for one in parameters if named_by(f"{owner}.{one.name}", wanted)]
+        for inside, one in enumerate(chosen):
+            name, key = f"{owner}.{one.name}", owner + ".base_layer" * (len(chosen) - 1 - inside)
+            places = [spec.find_module(linear) for linear in one.experts[0]]
+            linears = [(place[1], spec.linear(place[1])) for place in places if place is not None]
+            rank = config.rank(name)
+            yield _Parameter(key, one.experts, linears, rank, config.scaling(name, rank), one.alternating)
+
+
+def _key(parameter: _Parameter, part: str, known: Mapping[str, str], shapes: Shapes) -> str:
+    """Return the key of A or B in the file, whose shape is right. ``known``: keys by what they name."""
+    spellings = [
+        f"{prefix}{parameter.key}.lora_{part}.{suffix}"
+        for prefix in (_PREFIX, "")
+        for suffix in ("weight", "default.weight")
+    ]
+    key = next((known[key] for key in spellings if key in known), None)
+    if key is None:
+        invalid_weights(
+            f"{CONFIG_FILE} targets a parameter, but the file has no {spellings[0]!r}; save the adapter "
+            "again with PEFT"
+        )
+    rows = parameter.rank * len(parameter.experts)
+    outputs = sum(linear.out_features for _, linear in parameter.linears)
+    expected = (rows, parameter.linears[0][1].in_features) if part == "A" else (outputs, rows)
+    if shapes[key] != expected:
+        invalid_weights(
+            f"{key!r}: expected shape {list(expected)} (rank {parameter.rank} of {CONFIG_FILE}, "
+            f"{len(parameter.experts)} experts), found {list(shapes[key])[:8]}"
+        )
+    return key
+
+
+def _check_room(parameter: _Parameter, slot: SlotLayout) -> None:
+    for name, (module, _) in zip(parameter.experts[0], parameter.linears, strict=False):
+        if module not in slot.modules:
+            invalid_config(
+                f"{_FIELD} means {name}, and the slots do not hold {slot.spec.kind_of(module)}: add it to "
+                "LoRAConfig.target_modules"
             )
+    if parameter.rank > slot.max_rank:
+        too_large(
+            f"{parameter.experts[0][0]} has rank {parameter.rank}, but max_lora_rank is {slot.max_rank}; "
+            "raise LoRAConfig.max_lora_rank (PEFT doubles the rank of gate_up_proj, which holds two "
+            "linears, where 'all-linear' or the names of these have chosen it)"
+        )
 
 
 def _tensors(
