@@ -17,7 +17,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError, DeadlineExceeded, RequestInvalid
 from aioengine.info import without_versions
 from aioengine.metrics.page.plumbing import Scope, departure_of, disconnected, respond
-from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenLogprob, for_choice
+from aioengine.request import CachePin, RequestOptions, SamplingParams, for_choice
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
@@ -166,24 +166,16 @@ class Answer:
             stream = self._engine.generate(
                 self._prompt(index), self._params[index], options=options, request_id=self._id_of(index)
             )
-            try:
-                async for output in stream:
+            async with contextlib.aclosing(stream) as outputs:
+                async for output in outputs:
                     if output.logprobs_delta or output.pooled is not None:
                         self._hold_numbers(index, output)
                     self._last[index] = output
                     yield output
-            finally:
-                await stream.aclose()
 
     async def last_outputs(self) -> list[RequestOutput]:
         """Return the last output of every choice. If one fails, the others are aborted."""
-        turns = asyncio.Semaphore(AT_ONCE)
-
-        async def last(index: int) -> RequestOutput:
-            async with turns:
-                return await self._last_output(index)
-
-        return await together([last(index) for index in range(len(self))])
+        return await together([self._last_output(index) for index in range(len(self))])
 
     async def _last_output(self, index: int) -> RequestOutput:
         params = self._params[index]
@@ -213,11 +205,10 @@ class Answer:
     async def _begun(self, index: int) -> AsyncIterator[RequestOptions]:
         """Context of a choice, from its turn to its end. Yields its options: the engine counts a deadline
         from now on, so the time that the choice has waited is taken off."""
-        room: contextlib.AbstractAsyncContextManager[None] = contextlib.nullcontext()
-        if self._room is not None:
-            await self._context.starts.turn(self._options.tenant, self._record)
-            room = self._room.holding(len(self._prompt(index)))
-        async with room:
+        room = self._room
+        async with contextlib.nullcontext() if room is None else room.holding(len(self._prompt(index))):
+            if room is not None:
+                await self._context.starts.turn(self._options.tenant, self._record)
             options = self._options
             if self._has_waited:
                 options = msgspec.structs.replace(options, deadline=self._time_left())
@@ -243,11 +234,7 @@ class Answer:
     def _numbers_held(self) -> Iterator[None]:
         """Context in which log-probabilities and vectors are counted: those of prompts now, others as they
         come. Raises ApiError if requests hold too many."""
-        scored = sum(
-            len(self._prompt(index)) * (1 + own.prompt_logprobs)
-            for index, own in enumerate(self._params)
-            if own.prompt_logprobs is not None
-        )
+        scored = sum(map(self._prompt_scores, range(len(self))))
         if scored > MAX_SCORES:
             raise invalid(
                 "prompt",
@@ -263,14 +250,11 @@ class Answer:
 
     def _hold(self, more: int) -> None:
         if more and not self._context.numbers.take(self._options.tenant, more):
-            raise ApiError(
-                429,
-                "too many log-probabilities or vectors are being computed; try again later, or ask for fewer "
-                "of them",
-                type="rate_limit_error",
-                code="engine_overloaded",
-                retry_after=self._context.settings.retry_after,
+            text = (
+                "too many log-probabilities or vectors are being computed; try again later, or ask for fewer"
             )
+            later = self._context.settings.retry_after
+            raise ApiError(429, f"{text} of them", code="engine_overloaded", retry_after=later)
         self._held += more
 
     def _hold_numbers(self, index: int, output: RequestOutput) -> None:
@@ -281,11 +265,19 @@ class Answer:
             output.pooled = cast("list[float]", array("d", output.pooled))  # a list takes four times as much
         self._hold(more)
 
-    def _prompt_values(self, index: int) -> int:
-        """Return how many values are to be formatted for the prompt of one choice."""
+    def _prompt_scores(self, index: int) -> int:
+        """Return how many log-probabilities the prompt of one choice has."""
         most_likely = self._params[index].prompt_logprobs
-        scored = 0 if most_likely is None else VALUES_PER_SCORE * (1 + most_likely)
-        return len(self._prompt(index)) * (scored + self._with_ids)
+        return 0 if most_likely is None else len(self._prompt(index)) * (1 + most_likely)
+
+    def _numbers(self, index: int, output: RequestOutput, scores: int, ids: int, *, first: bool) -> int:
+        """Return how many numbers are written of a choice: ``scores`` tokens with log-probabilities, values
+        of a vector, its ids, and with its first part those of its prompt."""
+        found = scores * (1 + (self._params[index].logprobs or 0)) + len(output.pooled or ())
+        if first:
+            found += self._prompt_scores(index)
+            ids += len(self._prompt(index))
+        return found + (ids // VALUES_PER_SCORE if self._with_ids else 0)
 
     async def _formed(self, numbers: int, form: Callable[[], T]) -> T:
         """Return ``form()``, which writes so many log-probabilities: if they are many, from a thread, in
@@ -320,32 +312,29 @@ class Answer:
     async def _answer(self, body: BoundedBody, send: Sender) -> None:
         await self.prepare()
         body.release(self.kept)  # it has become tokens
-        await (self._stream(send) if self._is_stream else self._whole(send))
-
-    async def _whole(self, send: Sender) -> None:
+        if self._is_stream:
+            writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
+            await together([self._stream(index, send, writing) for index in range(len(self))])
+            await self._send(send, self.reply.last_events(self.usage), last=True)
+            return
         outputs = await self.last_outputs()
-        values = sum(map(self._prompt_values, range(len(self))))
-        values += sum(len(output.token_ids) for output in outputs) if self._with_ids else 0
-        numbers = values // VALUES_PER_SCORE + sum(_numbers(output, output.logprobs) for output in outputs)
-        body = await self._formed(numbers, lambda: self.reply.whole(outputs, self.usage))
-        await respond(send, 200, [(b"content-type", b"application/json")], body)
+        numbers = sum(
+            self._numbers(i, output, len(output.logprobs or ()), output.output_tokens, first=True)
+            for i, output in enumerate(outputs)
+        )
+        whole = await self._formed(numbers, lambda: self.reply.whole(outputs, self.usage))
+        await respond(send, 200, [(b"content-type", b"application/json")], whole)
 
-    async def _stream(self, send: Sender) -> None:
-        writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
-
-        async def choice(index: int) -> None:
-            numbers = self._prompt_values(index) // VALUES_PER_SCORE  # they come with the first
-            async with contextlib.aclosing(self.outputs(index)) as outputs:
-                async for output in outputs:
-                    numbers += _numbers(output, output.logprobs_delta)
-                    events = await self._formed(numbers, partial(self.reply.events, index, output))
-                    numbers = 0
-                    if events is not None:
-                        async with writing:
-                            await self._send(send, events)
-
-        await together([choice(index) for index in range(len(self))])
-        await self._send(send, self.reply.last_events(self.usage), last=True)
+    async def _stream(self, index: int, send: Sender, writing: asyncio.Lock) -> None:
+        is_first = True
+        async with contextlib.aclosing(self.outputs(index)) as outputs:
+            async for output in outputs:
+                numbers = self._numbers(index, output, len(output.logprobs_delta), 0, first=is_first)
+                events = await self._formed(numbers, partial(self.reply.events, index, output))
+                is_first = False
+                if events is not None:
+                    async with writing:
+                        await self._send(send, events)
 
     async def _send(self, send: Sender, body: bytes, *, last: bool = False) -> None:
         if not send.started:
@@ -400,28 +389,30 @@ class Answer:
 
 
 class Room:
-    """Prompt tokens that one answer may have in the engine at a time: half of what the bounds on waiting
-    tokens leave it, or else one with many long prompts could never be accepted. One prompt is let in whatever
-    its length."""
+    """Choices that one answer may have in the engine at a time: ``AT_ONCE``, with prompts of half of what the
+    bounds on waiting tokens leave it, or else one with many long prompts could never be accepted. One is let
+    in whatever its length."""
 
     def __init__(self, config: EngineConfig) -> None:
         bounds = (config.max_waiting_tokens, config.max_waiting_tokens_per_tenant)
         self._most = min((bound // 2 for bound in bounds if bound is not None), default=math.inf)
         self._held = 0
         self._freed = asyncio.Condition()
+        self._at_once = asyncio.Semaphore(AT_ONCE)
 
     @contextlib.asynccontextmanager
     async def holding(self, tokens: int) -> AsyncIterator[None]:
-        """Context in which a prompt is in the engine; waits until there is room for it."""
-        async with self._freed:
-            await self._freed.wait_for(lambda: not self._held or self._held + tokens <= self._most)
-            self._held += tokens
-        try:
-            yield
-        finally:
-            self._held -= tokens
+        """Context in which a choice is in the engine; waits until there is room for its prompt."""
+        async with self._at_once:
             async with self._freed:
-                self._freed.notify_all()
+                await self._freed.wait_for(lambda: not self._held or self._held + tokens <= self._most)
+                self._held += tokens
+            try:
+                yield
+            finally:
+                self._held -= tokens
+                async with self._freed:
+                    self._freed.notify_all()
 
 
 def _of_shares(record: RequestRecord, choices: int) -> str | None:
@@ -431,10 +422,3 @@ def _of_shares(record: RequestRecord, choices: int) -> str | None:
     separate owner, so that a single request does not wait for hundreds of choices.
     """
     return f"{record.owner}, several choices" if record.tenant is None and choices > 1 else record.owner
-
-
-def _numbers(output: RequestOutput, logprobs: Sequence[TokenLogprob] | None) -> int:
-    """Return how many numbers an output has: those of ``logprobs``, or values of a vector."""
-    if logprobs:
-        return len(logprobs) * (1 + len(logprobs[-1].top))
-    return len(output.pooled or ())

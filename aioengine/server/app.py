@@ -30,18 +30,15 @@ from aioengine.server.access.gate import Gate
 from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.bounds import UNREAD, Shares
 from aioengine.server.context import Context
-from aioengine.server.endpoint import Requests, endpoint
 from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.openapi import make_documents
 from aioengine.server.pace import Pace
-from aioengine.server.routes import METRICS, OPEN, ROUTES
+from aioengine.server.routes import METRICS, OPEN, ROUTES, Requests
 from aioengine.server.settings import ServerSettings
-from aioengine.server.transport.sender import Sender, send_error
+from aioengine.server.transport.sender import Sender
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
-
-    from aioengine.metrics.remote_spans import HttpSpans
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
 _PROBES = frozenset(route.path for route in ROUTES if route.scopes == OPEN)
@@ -77,10 +74,14 @@ class ServerApp:
         with_keys = not self._gate.is_open
         context.documents = SharedRead("aioengine-docs", lambda: make_documents(ROUTES, with_keys=with_keys))
         self.requests = Requests(context, self._gate, ignores_unknown=settings.ignore_unknown_fields)
-        self._routes = Router([endpoint(route, self.requests) for route in ROUTES], redirect_slashes=False)
+        self._routes = Router(self.requests.endpoints(), redirect_slashes=False)
         self.unread = Shares(UNREAD)
         self._pace = Pace(settings.retry_after)
-        self._spans = None if tracer_provider is None else _http_spans(tracer_provider)
+        self._spans = None
+        if tracer_provider is not None:
+            from aioengine.metrics.remote_spans import HttpSpans
+
+            self._spans = HttpSpans(tracer_provider)
         self._tells_active = False
         """Whether the metrics know where to ask for ``active``."""
 
@@ -153,7 +154,7 @@ class ServerApp:
             refused = self._refused(error, record, path)
             if not sender.started:
                 with contextlib.suppress(ClientDisconnected):
-                    await send_error(sender, refused, path)
+                    await respond(sender, refused.status, refused.headers, refused.body_for(path))
             elif isinstance(error, ClientDisconnected):
                 record.status = refused.status
             else:
@@ -183,8 +184,7 @@ class ServerApp:
             if error.status_code == 404:
                 part = path.removeprefix("/v1/").partition("/")[0] if path.startswith("/v1/") else ""
                 why = next((f": {why}" for why, parts in _NOT_SERVED.items() if part in parts), "")
-                text = f"there is no {path[:200]}{why}"
-                error = ApiError(404, text, code="not_found")
+                error = ApiError(404, f"there is no {path[:200]}{why}", code="not_found")
             else:
                 text = f"{record.method} is not allowed for {path[:200]}"
                 error = ApiError(error.status_code, text, code="method_not_allowed")
@@ -231,9 +231,3 @@ def create_app(
 def _is_quiet(path: str) -> bool:
     """Whether it is asked for again and again, by programs and pages."""
     return path in _PROBES or path in _PAGES or path.startswith("/assets/")
-
-
-def _http_spans(provider: TracerProvider) -> HttpSpans:
-    from aioengine.metrics.remote_spans import HttpSpans
-
-    return HttpSpans(provider)

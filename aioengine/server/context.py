@@ -1,20 +1,23 @@
-"""Context of every route: the engine, the settings, and what is made of them once."""
+"""Context of every route: the engine, the settings, and what is made of them once; and a request on its way
+to a route's function."""
 
 from __future__ import annotations
 
 import logging
 import random
 import time
+from collections.abc import Callable, Sized
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from aioengine.adapters.read_threads import SharedRead
 from aioengine.guided import Guide
+from aioengine.metrics.page.plumbing import Receive, Scope
 from aioengine.runtime.client import EngineClient
 from aioengine.runtime.requests.vectors import read_label_names
-from aioengine.runtime.text_work import SHORT
+from aioengine.runtime.text_work import EACH, SHORT
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.adapter_root import adapter_root
 from aioengine.server.bounds import NUMBERS, Shares
@@ -32,17 +35,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioengine.server")
 
 
-class Documents(NamedTuple):
-    """The API's description, for programs and for people."""
-
-    openapi: bytes
-    page: bytes
-
-
 class Context:
     page: MetricsApp
-    documents: SharedRead[Documents]
-    """The API's description, made on first use."""
+    documents: SharedRead[tuple[bytes, bytes]]
+    """The API's description, for programs and for people; made on first use."""
 
     def __init__(self, engine: EngineClient, settings: ServerSettings) -> None:
         self.engine = engine
@@ -120,13 +116,9 @@ class Context:
         """Return the formats of the model's answers. Raises ApiError if it has no tokenizer."""
         if self._formats is None:
             tokenizer, settings = self.tokenizer, self.settings
-            known = self._formats = AnswerFormats.chosen(
-                tokenizer.chat_template,
-                settings.tool_call_parser,
-                settings.reasoning_parser,
-                tokenizer.added_tokens,
-            )
-            logger.info("formats of answers: tools=%s reasoning=%s", known.tools, known.reasoning)
+            names = settings.tool_call_parser, settings.reasoning_parser
+            self._formats = AnswerFormats.chosen(tokenizer.chat_template, *names, tokenizer.added_tokens)
+            logger.info("formats of answers: tools=%s reasoning=%s", *self._formats[:2])
         return self._formats
 
     async def note_hidden_tools(self) -> None:
@@ -149,3 +141,36 @@ class Context:
     def guide(self) -> Guide:
         """The guide. Raises ConfigError if guided decoding is not available."""
         return Guide(self.engine)
+
+
+class Call(NamedTuple):
+    """A request on its way to a route's function."""
+
+    context: Context
+    record: RequestRecord
+    scope: Scope
+    receive: Receive
+
+
+class Sent(NamedTuple):
+    """An answer in one piece."""
+
+    body: bytes
+    status: int = 200
+    kind: bytes = b"application/json"
+
+
+def sent(value: Any) -> Sent:
+    """Return the answer that is ``value``: a text, or what is encoded to JSON."""
+    if isinstance(value, Sent):
+        return value
+    if isinstance(value, str):
+        return Sent(value.encode(), kind=b"text/plain; charset=utf-8")
+    return Sent(msgspec.json.encode(value))
+
+
+async def listing(call: Call, found: Sized, make: Callable[[], object]) -> Sent:
+    """Answer with ``make()``, a list of what was ``found``, of which there may be thousands: beside the loop,
+    in turns with other requests."""
+    work = call.context.engine.text_work
+    return await work.run(EACH * len(found), lambda: sent(make()), call.record.owner)

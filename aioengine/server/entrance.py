@@ -8,10 +8,6 @@ from aioengine.metrics.page.plumbing import Receive, Scope, Send, respond
 from aioengine.metrics.starting import starting_metrics
 from aioengine.server.app import ServerApp
 from aioengine.server.errors import ApiError
-from aioengine.server.transport.sender import send_error
-
-RETRY_AFTER = 2
-"""Seconds."""
 
 
 class Starting(msgspec.Struct):
@@ -58,19 +54,16 @@ class Entrance:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is not None:
             await self.app(scope, receive, send)
-            return
-        if scope["type"] != "http":
-            return
-        path = scope["path"]
+        elif scope["type"] == "http":
+            await respond(send, *self._answer(scope["path"]))
+
+    def _answer(self, path: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
         if path in ("/health", "/ready"):
-            body, status = msgspec.json.encode(self._starting), 200 if path == "/health" else 503
-            await respond(send, status, [(b"content-type", b"application/json")], body)
-        elif path == "/metrics":  # without a key: it says what the probes say
+            kind = [(b"content-type", b"application/json")]
+            return 200 if path == "/health" else 503, kind, msgspec.json.encode(self._starting)
+        if path == "/metrics":  # without a key: it says what the probes say
             content_type, body = starting_metrics(self._engine_name)
-            await respond(send, 200, [(b"content-type", content_type.encode())], body)
-        else:
-            text = "the engine is still starting: see /ready"
-            error = ApiError(
-                503, text, type="server_error", code="starting", retry_after=RETRY_AFTER, close=True
-            )
-            await send_error(send, error, path)
+            return 200, [(b"content-type", content_type.encode())], body
+        text = "the engine is still starting: see /ready"
+        error = ApiError(503, text, code="starting", retry_after=2, close=True)
+        return error.status, error.headers, error.body_for(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -13,21 +13,11 @@ from aioengine.server.settings import ServerSettings
 
 logger = logging.getLogger("aioengine.server")
 
-
-class ErrorDetail(msgspec.Struct, kw_only=True):
-    message: str
-    type: str
-    param: str | None = None
-    """The request's field that caused it."""
-    code: str | None = None
-
-
-class ErrorBody(msgspec.Struct):
-    error: ErrorDetail
-
+T = TypeVar("T")
 
 THREAD_NOT_FOUND = "thread_not_found"
 """Code that makes Anthropic's client send a whole conversation again."""
+_TYPES = {403: "permission_error", 429: "rate_limit_error", 499: "client_error", 504: "timeout_error"}
 _MESSAGES_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -48,10 +38,23 @@ _LONGEST = 2000
 """Characters of a message."""
 
 
+class ErrorDetail(msgspec.Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None = None
+    """The request's field that caused it."""
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: ErrorDetail
+
+
 class FullQueue(NamedTuple):
     """A queue that has no place for another request: one tenant's or one adapter's."""
 
-    bound: Literal["tenant", "adapter"]
+    bound: str
+    """"tenant" or "adapter"."""
     waiting: int
     """Requests that wait in it."""
     adapter: str | None = None
@@ -76,7 +79,6 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        type: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
@@ -87,7 +89,8 @@ class ApiError(Exception):
         message = _shortened(message)
         super().__init__(message)
         self.status, self.retry_after = status, retry_after
-        self.detail = ErrorDetail(message=message, type=type, param=param, code=code)
+        kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.detail = ErrorDetail(message=message, type=kind, param=param, code=code)
         headers = {
             b"content-type": "application/json",
             b"retry-after": None if retry_after is None else str(retry_after),
@@ -102,10 +105,8 @@ class ApiError(Exception):
         detail = self.detail
         if path.startswith("/v1/messages"):
             kind = "invalid_request_error" if self.status < 500 else "api_error"
-            error: dict[str, Any] = {
-                "type": _MESSAGES_TYPES.get(self.status, kind),
-                "message": detail.message,
-            }
+            error: dict[str, Any] = {"type": _MESSAGES_TYPES.get(self.status, kind)}
+            error["message"] = detail.message
             if detail.code == THREAD_NOT_FOUND:
                 error["details"] = {"error_code": detail.code}
             return msgspec.json.encode({"type": "error", "error": error})
@@ -136,6 +137,13 @@ def unsupported(field: str, why: str) -> ApiError:
     return invalid(field, why, "unsupported_parameter")
 
 
+def needed(value: T | None, field: str) -> T:
+    """Return the value. Raises ApiError if the field is not given."""
+    if value is None:
+        raise invalid(field, "is missing")
+    return value
+
+
 def _shortened(text: str) -> str:
     """Shorten a long message in the middle, because it may quote what a client has sent."""
     half = _LONGEST // 2
@@ -151,8 +159,7 @@ def validation_error(error: msgspec.ValidationError) -> ApiError:
     text = _shortened(str(error))
     found = _PATH.match(text)
     what, path = (found["what"], found["path"]) if found else (text, "")
-    field = _FIELD.search(what)
-    if field:
+    if field := _FIELD.search(what):
         path = f"{path}.{field[1]}"
     param = path.removeprefix(".") or None
     code = "unknown_parameter" if "unknown field" in what else "invalid_value"
@@ -168,17 +175,17 @@ _OVERLOADED = {
     "pinned": "pinned adapters leave no room for this adapter; whoever runs the server can unpin one",
 }
 """Messages by the owner of the bound that is reached."""
-_KINDS: dict[type[BaseException], tuple[int, str, str | None]] = {
-    errors.RequestInvalid: (400, "invalid_request_error", "invalid_value"),
-    errors.ConfigError: (400, "invalid_request_error", None),
-    errors.EngineOverloaded: (429, "rate_limit_error", "engine_overloaded"),
-    errors.RequestRejected: (429, "rate_limit_error", "request_rejected"),
-    errors.DeadlineExceeded: (504, "timeout_error", "deadline_exceeded"),
-    errors.EngineDead: (503, "server_error", "unavailable"),
-    errors.EngineStopped: (503, "server_error", "unavailable"),
-    errors.AioEngineError: (500, "server_error", "engine_error"),
+_KINDS: dict[type[BaseException], tuple[int, str | None]] = {
+    errors.RequestInvalid: (400, "invalid_value"),
+    errors.ConfigError: (400, None),
+    errors.EngineOverloaded: (429, "engine_overloaded"),
+    errors.RequestRejected: (429, "request_rejected"),
+    errors.DeadlineExceeded: (504, "deadline_exceeded"),
+    errors.EngineDead: (503, "unavailable"),
+    errors.EngineStopped: (503, "unavailable"),
+    errors.AioEngineError: (500, "engine_error"),
 }
-"""Status, type and code of the engine's errors; the first that fits holds."""
+"""Status and code of the engine's errors; the first that fits holds."""
 
 
 def to_api_error(
@@ -202,7 +209,7 @@ def to_api_error(
 def _api_error(error: BaseException, retry_after: int) -> ApiError:
     match error:
         case ClientDisconnected():
-            return ApiError(499, "the client closed the connection", type="client_error")
+            return ApiError(499, "the client closed the connection")
         case msgspec.ValidationError():
             return validation_error(error)
         case msgspec.DecodeError():
@@ -214,33 +221,27 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
             return ApiError(400, "something in the body is nested too deeply", code="invalid_value")
         case errors.AdapterNotFound():
             return model_not_found(error.name)
-        case errors.AdapterLoadError():
-            return ApiError(
-                503,
-                _reason(error),
-                type="server_error",
-                code="adapter_load_error",
-                retry_after=retry_after if error.transient else None,
-                retry=error.transient,
-            )
         case errors.AdapterError():
-            return ApiError(400, _reason(error), param="model", code="adapter_invalid")
+            text = f"adapter {error.name!r}: {without_places(error.reason)}"
+            if not isinstance(error, errors.AdapterLoadError):
+                return ApiError(400, text, param="model", code="adapter_invalid")
+            later, again = retry_after if error.transient else None, error.transient
+            return ApiError(503, text, code="adapter_load_error", retry_after=later, retry=again)
     known = next((kind for type_, kind in _KINDS.items() if isinstance(error, type_)), None)
     if known is None:
         logger.error("a request failed unexpectedly", exc_info=error)
-        return ApiError(500, "internal error; the server's log says more", type="server_error")
-    status, kind, code = known
+        return ApiError(500, "internal error; the server's log says more")
+    status, code = known
     named = _NAMED_FIELD.match(str(error)) if isinstance(error, errors.RequestInvalid) else None
     message = "the engine has failed" if isinstance(error, errors.EngineDead) else str(error)
     queue: FullQueue | None = None
     if isinstance(error, errors.EngineOverloaded) and error.bound is not None:
         message = f"{_OVERLOADED[error.bound]}; try again later"
-        if error.waiting is not None and (error.bound == "tenant" or error.bound == "adapter"):
+        if error.waiting is not None and error.bound in ("tenant", "adapter"):
             queue = FullQueue(error.bound, error.waiting, error.adapter)
     found = ApiError(
         status,
         message,
-        type=kind,
         param=named[1] if named else None,
         code=code,
         retry_after=retry_after if status in (429, 503) else None,
@@ -248,10 +249,6 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
     )
     found.queue = queue
     return found
-
-
-def _reason(error: errors.AdapterError) -> str:
-    return f"adapter {error.name!r}: {without_places(error.reason)}"
 
 
 def without_places(text: str) -> str:

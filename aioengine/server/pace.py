@@ -33,14 +33,10 @@ class Pace:
 
     def retry_after(self, waiting: int, now: float, queue: QueueName | None = None) -> int:
         """Estimate the seconds until ``waiting`` requests are answered, between ``least`` and
-        ``LONGEST_SECONDS``.
-
-        They wait in ``queue``, or if that is None among all. A queue without an answer in the last minute is
-        taken to be as fast as all together.
-        """
-        rate = None if queue is None else _rate(self._of.get(queue), now)
-        if rate is None:
-            rate = _rate(self._all, now)
+        ``LONGEST_SECONDS``: those of ``queue``, or all. A queue without an answer in the last minute is taken
+        to be as fast as all together."""
+        own = None if queue is None else self._of.get(queue)
+        rate = _rate(own, now) or _rate(self._all, now)
         if rate is None:  # nothing is known: most likely a server that has just begun
             return self._least
         return max(self._least, min(math.ceil(waiting / rate), LONGEST_SECONDS))

@@ -35,13 +35,6 @@ async def encode_pairs(
 ) -> list[list[int]]:
     """Encode pairs of texts as :func:`encode` does single ones. Raises ApiError if they are too long."""
     tokenizer, limit = context.tokenizer, context.max_model_len
-
-    def make() -> list[list[int]]:
-        try:
-            return tokenizer.encode_pairs(pairs, limit=limit)
-        except PromptTooLong as error:
-            raise too_long(context, error.tokens, field="documents", at_least=error.at_least) from None
-
     size = sum(len(first) + len(second) for first, second in pairs)
     most = PAIRS_PER_BODY * context.max_body_bytes
     if size > most:
@@ -50,6 +43,10 @@ async def encode_pairs(
             f"they and the query, which is read with each of them, have {size} characters together, and one "
             f"request may have {most}; send fewer documents at a time",
         )
+
+    def make() -> list[list[int]]:
+        return _fitting(context, "documents", lambda: tokenizer.encode_pairs(pairs, limit=limit))
+
     return await context.engine.text_work.run(size + EACH * len(pairs), make, record.owner)
 
 
@@ -82,12 +79,16 @@ def _encoder(
     def make(texts: Sequence[str]) -> list[list[int]]:
         if keep is not None and keep <= limit:
             return tokenizer.encode_ends(texts, keep, add_special_tokens)
-        try:
-            return tokenizer.encode_all(texts, add_special_tokens, limit=limit)
-        except PromptTooLong as error:
-            raise too_long(context, error.tokens, field=field, at_least=error.at_least) from None
+        return _fitting(context, field, lambda: tokenizer.encode_all(texts, add_special_tokens, limit=limit))
 
     return make
+
+
+def _fitting(context: Context, field: str, encode: Callable[[], list[list[int]]]) -> list[list[int]]:
+    try:
+        return encode()
+    except PromptTooLong as error:
+        raise too_long(context, error.tokens, field=field, at_least=error.at_least) from None
 
 
 async def texts_of(
@@ -121,12 +122,12 @@ def check_prompts(
     context: Context, prompts: Sequence[list[int]], n: int, *, field: str, max_tokens: int | None = None
 ) -> None:
     """Raise ApiError for prompts that the engine cannot take, with the code that clients know."""
-    if len(prompts) * n > context.settings.max_choices:
-        raise invalid(
-            "n",
-            f"{len(prompts)} prompts with {n} choices each are too many; one request may have "
-            f"{context.settings.max_choices} choices",
+    most = context.settings.max_choices
+    if len(prompts) * n > most:
+        text = (
+            f"{len(prompts)} prompts with {n} choices each are too many; one request may have {most} choices"
         )
+        raise invalid("n", text)
     longest = max(map(len, prompts))
     if longest > context.max_model_len - (max_tokens != 0):
         raise too_long(context, longest, field=field)

@@ -18,7 +18,7 @@ from aioengine import __version__
 from aioengine.info import AdapterInfo, EngineStats
 from aioengine.metrics.page.plumbing import Receive, Scope, Send
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.call import Call, Sent, listing, sent
+from aioengine.server.context import Call, Sent, listing, sent
 from aioengine.server.errors import model_not_found
 from aioengine.server.transport.sender import unless
 
@@ -134,19 +134,14 @@ class OpenRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     status: int = 0
     """HTTP status; 0 if nothing has been sent yet."""
 
-    @classmethod
-    def of(cls, record: RequestRecord) -> OpenRequest:
-        return cls(
-            request_id=record.request_id,
-            route=record.route,
-            seconds=round(time.perf_counter() - record.started, 3),
-            tenant=record.tenant,
-            adapter=record.adapter,
-            stream=record.stream,
-            prompt_tokens=record.prompt_tokens,
-            output_tokens=record.so_far(),
-            status=record.status,
-        )
+
+_SAME = ("request_id", "route", "tenant", "adapter", "stream", "prompt_tokens", "status")
+
+
+def _open_request(record: RequestRecord) -> OpenRequest:
+    same = {name: getattr(record, name) for name in _SAME}
+    seconds = round(time.perf_counter() - record.started, 3)
+    return OpenRequest(**same, seconds=seconds, output_tokens=record.so_far())
 
 
 class Now(msgspec.Struct, kw_only=True):
@@ -180,7 +175,7 @@ async def debug_requests(call: Call) -> Annotated[Sent, Now]:
     )
 
     def described() -> Now:
-        now.requests = sorted(map(OpenRequest.of, found), key=lambda request: -request.seconds)
+        now.requests = sorted(map(_open_request, found), key=lambda request: -request.seconds)
         return now
 
     return await listing(call, found, described)
@@ -194,11 +189,6 @@ async def debug_adapters(call: Call) -> Annotated[Sent, list[AdapterInfo]]:
 
 async def debug_stacks(call: Call) -> str:
     """Where every thread and task stands."""
-    return _stacks()
-
-
-def _stacks() -> str:
-    """Return the stacks of all threads, and of all tasks of this loop."""
     text = io.StringIO()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():
@@ -217,12 +207,12 @@ def _stacks() -> str:
 
 async def docs(call: Call) -> Annotated[Sent, str]:
     """The description of the API for people."""
-    return Sent((await call.context.documents.result()).page, kind=b"text/html; charset=utf-8")
+    return Sent((await call.context.documents.result())[1], kind=b"text/html; charset=utf-8")
 
 
 async def openapi(call: Call) -> Annotated[Sent, dict[str, Any]]:
     """The description of the API for programs."""
-    return Sent((await call.context.documents.result()).openapi)
+    return Sent((await call.context.documents.result())[0])
 
 
 async def page(call: Call) -> ASGIApp:

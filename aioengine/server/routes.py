@@ -1,23 +1,43 @@
-"""The table of routes, and which scopes a key needs for each."""
+"""The table of routes, and the way from the framework to a route's function."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+import msgspec
+from starlette import routing
+from starlette.datastructures import QueryParams
+
+from aioengine.metrics.page.plumbing import Receive, Scope, respond
 from aioengine.server import reports
-from aioengine.server.access.keys import SCOPES, Scope
+from aioengine.server.access.gate import Gate
+from aioengine.server.access.keys import SCOPES
+from aioengine.server.access.keys import Scope as KeyScope
+from aioengine.server.access_log import RequestRecord
+from aioengine.server.bounds import BODIES, UPLOADS, Shares
+from aioengine.server.context import Call, Context, sent
+from aioengine.server.errors import ApiError
 from aioengine.server.messages import routes as messages
 from aioengine.server.openai import adapters, chat, completions, tokens, uploads
 from aioengine.server.responses import routes as responses
+from aioengine.server.transport.body import BoundedBody, JsonDecoder, check_kind
 from aioengine.server.vectors import routes as vectors
 
-OPEN: tuple[Scope, ...] = ()
-GENERATE: tuple[Scope, ...] = ("generate",)
-MODELS: tuple[Scope, ...] = ("generate", "adapters")
-ADAPTERS: tuple[Scope, ...] = ("adapters",)
-ADMIN: tuple[Scope, ...] = ("admin",)
-METRICS: tuple[Scope, ...] = ("metrics",)
+OPEN: tuple[KeyScope, ...] = ()
+GENERATE: tuple[KeyScope, ...] = ("generate",)
+MODELS: tuple[KeyScope, ...] = ("generate", "adapters")
+ADAPTERS: tuple[KeyScope, ...] = ("adapters",)
+ADMIN: tuple[KeyScope, ...] = ("admin",)
+METRICS: tuple[KeyScope, ...] = ("metrics",)
+
+PAGE_ROUTE = "/metrics"
+"""What metrics and the log call all routes of the metrics application."""
+DECODED_AT_ONCE = 64 * 1024
+"""Size up to which a body is decoded on the loop, in two milliseconds at most."""
+DRAIN_RETRY_AFTER = 5
+"""Seconds until another replica, or this one after a restart, may be ready."""
 
 
 class Route(NamedTuple):
@@ -27,24 +47,14 @@ class Route(NamedTuple):
     path: str
     function: Callable[..., Awaitable[Any]]
     """Takes a Call and, if they are to be decoded, the body as ``data`` and the query as ``query``."""
-    scopes: tuple[Scope, ...]
+    scopes: tuple[KeyScope, ...]
     """A key needs one of them ("admin" includes all); empty if no key is required."""
 
-    @property
-    def takes(self) -> Any:
-        """Type of the body; None if it is not decoded."""
-        return get_type_hints(self.function).get("data")
-
-    @property
-    def query(self) -> Any:
-        """Type of the query; None if it is not decoded."""
-        return get_type_hints(self.function).get("query")
-
-    @property
-    def gives(self) -> Any:
-        """Type of the answer's JSON; ``str`` for a text."""
-        given = get_type_hints(self.function, include_extras=True)["return"]
-        return get_args(given)[-1] if get_args(given) else given
+    def type_of(self, what: str) -> Any:
+        """Type of the body (``data``), the query (``query``), or the answer's JSON (``return``; ``str`` for a
+        text); None if it is not decoded."""
+        given = get_type_hints(self.function, include_extras=what == "return").get(what)
+        return get_args(given)[-1] if what == "return" and get_args(given) else given
 
 
 ROUTES = (
@@ -84,3 +94,97 @@ ROUTES = (
     Route("GET", "/assets/{file}", reports.page, METRICS),
 )
 """In the order in which they are looked for: those that get many requests come first."""
+
+
+class Requests:
+    """The requests of one server that have reached their routes."""
+
+    def __init__(self, context: Context, gate: Gate, *, ignores_unknown: bool) -> None:
+        self.context, self.gate = context, gate
+        self.idle = asyncio.Event()
+        """Set while none with a body is open."""
+        self.idle.set()
+        self.bodies, self.uploads = Shares(BODIES), Shares(UPLOADS)
+        self._decode = JsonDecoder(ignores_unknown=ignores_unknown).decode
+
+    async def decoded(self, call: Call, type_: Any) -> Any:
+        """Read the body, and decode it as a ``type_``."""
+        check_kind(call.scope)
+        assert isinstance(call.receive, BoundedBody)
+        content = await call.receive.whole()
+        call.record.body_size = len(content)
+        if len(content) <= DECODED_AT_ONCE:
+            return self._decode(content, type_)
+        work = self.context.engine.text_work
+        return await work.run(len(content), lambda: self._decode(content, type_), call.record.owner)
+
+    def body(self, call: Call, route: Route) -> BoundedBody:
+        settings, limit = self.context.settings, self.context.max_body_bytes
+        shares, bound = self.bodies, BODIES
+        if route.function is uploads.upload and settings.max_upload_bytes is not None:
+            shares, bound, limit = self.uploads, UPLOADS, settings.max_upload_bytes
+        shares.most = bound.most * limit
+        timeout, owner = settings.read_timeout, call.record.owner
+        return BoundedBody(call.receive, call.scope, shares, owner, limit=limit, timeout=timeout)
+
+    def enter(self, record: RequestRecord) -> None:
+        self.context.open_requests.add(record)
+        self.idle.clear()
+
+    def leave(self, record: RequestRecord) -> None:
+        self.context.open_requests.discard(record)
+        record.so_far = int  # the record may live on; its function would keep the answer in memory
+        if not self.context.open_requests:
+            self.idle.set()
+
+    def endpoints(self) -> list[routing.Route]:
+        """Return the routes as the framework looks for them."""
+        return [
+            routing.Route(route.path.replace("}", ":path}"), _Endpoint(route, self), methods=[route.method])
+            for route in ROUTES
+        ]
+
+
+class _Endpoint:
+    """An ASGI application: what is sent to one route. Raises ApiError for what is refused."""
+
+    def __init__(self, route: Route, requests: Requests) -> None:
+        self._route, self._requests = route, requests
+        self._takes, self._query = route.type_of("data"), route.type_of("query")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
+        record: RequestRecord = scope["state"]["record"]
+        route, requests = self._route, self._requests
+        record.route = PAGE_ROUTE if route.scopes == METRICS else route.path
+        call = Call(requests.context, record, scope, receive)
+        if route.method != "POST":
+            requests.gate.admit(route.scopes, scope, record)
+            await self._run(call, send)
+            return
+        if requests.context.draining:
+            text = "the server is shutting down and accepts no new requests"
+            raise ApiError(503, text, code="unavailable", retry_after=DRAIN_RETRY_AFTER, close=True)
+        requests.gate.admit(route.scopes, scope, record)
+        body = requests.body(call, route)
+        requests.enter(record)
+        try:
+            await self._run(call._replace(receive=body), send)
+        finally:
+            body.release()
+            requests.leave(record)
+
+    async def _run(self, call: Call, send: Any) -> None:
+        given: dict[str, Any] = {}
+        if self._query is not None:
+            query = dict(QueryParams(call.scope.get("query_string", b"")))
+            given["query"] = msgspec.convert(query, self._query)
+        if self._takes is not None:
+            given["data"] = await self._requests.decoded(call, self._takes)
+        made = self._route.function(call, **given)
+        given.clear()  # nothing of the request is kept here while it is answered
+        found = await made
+        if callable(found):
+            await found(call.scope, call.receive, send)
+        else:
+            body, status, kind = sent(found)
+            await respond(send, status, [(b"content-type", kind)], body)

@@ -12,7 +12,7 @@ from support.engine_fixtures import Tiny
 from support.server_fixtures import MODEL, Serve, until
 from support.server_process import serving
 
-from aioengine.server import endpoint
+from aioengine.server import routes
 from aioengine.server.bounds import Bound
 from aioengine.server.transport import body as module
 
@@ -81,7 +81,7 @@ async def test_one_client_leaves_room_for_others(tiny_text: Tiny) -> None:
 
 async def test_the_budget_is_given_back_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FREE_BYTES", 100)
-    monkeypatch.setattr(endpoint, "BODIES", Bound(1))
+    monkeypatch.setattr(routes, "BODIES", Bound(1))
     async with serve(settings={"max_body_bytes": 10_000}) as served:
         budget = served.app.requests.bodies
         host, _, port = served.url.removeprefix("http://").rpartition(":")

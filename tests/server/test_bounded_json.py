@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.server.errors import ApiError
-from aioengine.server.transport import json_body
+from aioengine.server.transport import body as module
 
 TEXTS = st.text(alphabet='ab"\\[]{},:\n\u00e9\U0001f600', max_size=8)
 VALUES = st.recursive(
@@ -37,23 +37,23 @@ def test_as_many_are_allowed_as_is_said(value: Any, containers: int, strings: in
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     found = counts(value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_body, "MAX_CONTAINERS", containers)
-        patch.setattr(json_body, "MAX_STRINGS", strings)
+        patch.setattr(module, "MAX_CONTAINERS", containers)
+        patch.setattr(module, "MAX_STRINGS", strings)
         if found[0] > containers or found[1] > strings:
             with pytest.raises(ApiError) as refused:
-                json_body.JsonDecoder(ignores_unknown=False).decode(body, Any)
+                module.JsonDecoder(ignores_unknown=False).decode(body, Any)
             assert refused.value.status == 400
         else:
-            assert json_body.JsonDecoder(ignores_unknown=False).decode(body, Any) == value
+            assert module.JsonDecoder(ignores_unknown=False).decode(body, Any) == value
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='"\\[]{},:1a', max_size=60).map(str.encode))
 def test_what_is_no_json_is_refused_as_such(body: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_body, "MAX_CONTAINERS", 3)
-        patch.setattr(json_body, "MAX_STRINGS", 3)
+        patch.setattr(module, "MAX_CONTAINERS", 3)
+        patch.setattr(module, "MAX_STRINGS", 3)
         with contextlib.suppress(ApiError, msgspec.MsgspecError, UnicodeDecodeError):
-            json_body.JsonDecoder(ignores_unknown=False).decode(body, Any)
+            module.JsonDecoder(ignores_unknown=False).decode(body, Any)
 
 
 @given(VALUES, st.integers(0, 12), st.booleans())
@@ -66,10 +66,10 @@ def test_values_of_json_that_is_a_text_are_counted(value: Any, most: int, ascii_
 
     text = json.dumps(value, ensure_ascii=ascii_only).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_body, "MAX_VALUES", most)
-        json_body.check_counts(text)  # a body's own have other bounds
+        patch.setattr(module, "MAX_VALUES", most)
+        module.check_counts(text)  # a body's own have other bounds
         if commas(value) > most:
             with pytest.raises(ApiError, match=f"messages: holds more than {most} values"):
-                json_body.check_counts(text, "messages")
+                module.check_counts(text, "messages")
         else:
-            json_body.check_counts(text, "messages")
+            module.check_counts(text, "messages")

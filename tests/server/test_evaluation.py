@@ -11,7 +11,7 @@ from support.engine_fixtures import Tiny
 from support.server_fixtures import MODEL, Serve, Served
 from support.tiny_models import reference_logits
 
-from aioengine.server.transport.json_body import MAX_LOGGED_NAMES
+from aioengine.server.transport.body import MAX_LOGGED_NAMES
 
 BASE: dict[str, Any] = {"model": MODEL, "temperature": 0, "ignore_eos": True, "max_tokens": 3}
 USER = [{"role": "user", "content": "Hi"}]

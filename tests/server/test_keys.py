@@ -25,9 +25,8 @@ from aioengine.cli.config.checked import ServerFlags
 from aioengine.cli.main import main
 from aioengine.errors import ConfigError
 from aioengine.server import ServerSettings
-from aioengine.server.access import keys_watch, refusals
-from aioengine.server.access.keys import SCOPES, KeysFile, hash_key, parse_keys_file
-from aioengine.server.access.keys_watch import KeysWatch
+from aioengine.server.access import gate, keys
+from aioengine.server.access.keys import SCOPES, KeysFile, KeysWatch, hash_key, parse_keys_file
 from aioengine.server.access.limits import Admission, Bucket, Meter
 from aioengine.server.errors import ApiError
 
@@ -463,7 +462,7 @@ async def test_a_tenants_bound_on_waiting_requests_is_the_engines(serve: Serve, 
 async def test_changes_are_read_and_broken_files_are_not(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(keys, "POLL_SECONDS", 0.005)
     file = tmp_path / "keys.toml"
     old = {"KEY": "old", "tenant": "t"}
     file.write_text(keys_text(old, t={"requests_per_minute": 2}))
@@ -508,8 +507,8 @@ async def test_changes_are_read_and_broken_files_are_not(
 async def test_a_disk_that_hangs_is_told_and_leaves_the_keys(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.005)
-    monkeypatch.setattr(keys_watch, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(keys, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(keys, "SLOW_SECONDS", 0.01)
     file, old = tmp_path / "keys.toml", keys_text({"KEY": "old", "tenant": "t"})
     file.write_text(old)
 
@@ -539,7 +538,7 @@ async def test_whatever_fails_once_the_keys_are_watched_further(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The file is not touched again, and yet its keys are used once there is no fault any more."""
-    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(keys, "POLL_SECONDS", 0.001)
     file = tmp_path / "keys.toml"
     file.write_text(keys_text({"KEY": "old", "tenant": "t"}))
     used: list[str] = []
@@ -589,7 +588,7 @@ async def test_whatever_fails_once_the_keys_are_watched_further(
 async def test_keys_expire_while_their_file_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(keys, "POLL_SECONDS", 0.001)
     file = tmp_path / "keys.toml"
     file.write_text(keys_text({"KEY": "old", "tenant": "t"}))
     checks = 0
@@ -616,7 +615,7 @@ async def test_keys_expire_while_their_file_is_missing(
 async def test_a_key_that_is_revoked_ends_its_requests(
     change: str, stream: bool, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(keys, "POLL_SECONDS", 0.005)
     file = tmp_path / "keys.toml"
     mine, other = {"KEY": "mine", "tenant": "t"}, {"KEY": "other", "tenant": "t"}
     file.write_text(keys_text(mine, other))
@@ -658,7 +657,7 @@ async def test_a_key_that_is_revoked_ends_its_requests(
 async def test_access_to_versions_and_mixes_is_that_to_their_adapters(
     asked: dict[str, Any], serve: Serve, tiny_text: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys_watch, "POLL_SECONDS", 0.005)
+    monkeypatch.setattr(keys, "POLL_SECONDS", 0.005)
     file = tmp_path / "keys.toml"
     mine, other = {"KEY": "mine", "tenant": "t", "adapters": ["a", "b"]}, {"KEY": "other", "tenant": "o"}
     file.write_text(keys_text(mine))
@@ -702,7 +701,7 @@ async def test_wrong_keys_are_throttled_and_good_ones_are_not(
     serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "aioengine.server")
-    monkeypatch.setattr(refusals, "PER_MINUTE", 6)
+    monkeypatch.setattr(gate, "PER_MINUTE", 6)
     async with serve(settings={"api_keys": {"sk-good": "alice"}}, key="sk-wrong") as served:
         answers = [await served.http.get("/v1/models") for _ in range(100)]
         statuses = [answer.status_code for answer in answers]

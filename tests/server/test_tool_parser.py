@@ -16,7 +16,7 @@ from support.machine import slowness
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
 from aioengine.server.formats.calls import JSON_TEXT, MAX_CALLS, json_calls
-from aioengine.server.formats.registry import REASONING, TOOLS, AnswerFormats, arguments_parser
+from aioengine.server.formats.registry import REASONING, TOOLS, AnswerFormats
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import Function, Tool
 from aioengine.server.openai.form import ToolPlan, plan_tools
@@ -305,7 +305,7 @@ def test_arguments_are_passed_on_as_they_are_written(name: str, number: str, tex
     answer = form.begin + form.opening.format("f") + written + form.closing + form.end
     parsers = [formats.held(NAMES, single=True)]
     if formats.tools is None:
-        found = arguments_parser("f").push(written)
+        found = formats.held(frozenset(), single=False, forced="f").push(written)
         assert [call.function.arguments for call in found.calls] == [expected]
     else:
         free = formats.free(NAMES, single=True, is_thinking=False)

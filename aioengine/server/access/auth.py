@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from aioengine.server.access.keys import KeyEntry, Scope
 from aioengine.server.access.limits import Meter
-from aioengine.server.errors import ApiError
 
 _WILD = re.compile(r"[*?\[]")
 
@@ -94,8 +93,3 @@ def presented_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
         if name.lower() == b"x-api-key":
             found = value.strip() or None
     return found
-
-
-def refusal(message: str) -> ApiError:
-    challenge = 'Bearer realm="aioengine", Basic realm="aioengine"'
-    return ApiError(401, message, code="invalid_api_key", challenge=challenge)

@@ -81,4 +81,4 @@ def _shown(value: bytes) -> str:
 
 
 def _refusal(text: str, code: str) -> ApiError:
-    return ApiError(403, text, type="permission_error", code=code)
+    return ApiError(403, text, code=code)

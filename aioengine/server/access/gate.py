@@ -5,24 +5,42 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
+import math
 import secrets
 import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 
 from aioengine.errors import EngineStopped
 from aioengine.metrics.page.plumbing import Scope as HttpScope
 from aioengine.runtime.client import Usage
-from aioengine.server.access.auth import Identity, presented_key, refusal
-from aioengine.server.access.keys import SCOPES, KeyEntry, KeysFile, Limits, Scope, TenantLimits, hash_key
-from aioengine.server.access.keys_watch import KeysWatch
-from aioengine.server.access.limits import Admission, Meter
-from aioengine.server.access.refusals import Refusals
+from aioengine.server.access.auth import Identity, presented_key
+from aioengine.server.access.keys import (
+    SCOPES,
+    KeyEntry,
+    KeysFile,
+    KeysWatch,
+    Limits,
+    Scope,
+    TenantLimits,
+    hash_key,
+)
+from aioengine.server.access.limits import Admission, Bucket, Meter
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.bounds import network_of
 from aioengine.server.errors import ApiError
 from aioengine.server.settings import ServerSettings
 
+logger = logging.getLogger("aioengine.server")
+
+PER_MINUTE = 60
+"""Number of 401 answers per address and minute; further ones are 429."""
+MAX_ADDRESSES = 4096
+"""Maximum number of addresses; beyond it the one refused longest ago is forgotten."""
+LOG_SECONDS = 60.0
+_CHALLENGE = 'Bearer realm="aioengine", Basic realm="aioengine"'
 _WITHOUT_ADMIN = frozenset(SCOPES) - {"admin"}
 
 
@@ -107,7 +125,7 @@ class Gate:
                 text = f"A key with the scope {names} is needed. Send it as 'Authorization: Bearer KEY'."
                 raise self._refused(scope, record, text)
             text = f"this API key may not do that; use a key with the scope {names}"
-            raise ApiError(403, text, type="permission_error", code=self._missing_scope_code)
+            raise ApiError(403, text, code=self._missing_scope_code)
         if needed == ("generate",) and (identity.meters or identity.adapter_meters):
             record.admission = Admission(identity.meters, time.monotonic())
         if identity.key is not None:
@@ -141,19 +159,20 @@ class Gate:
             assert record.identity.key is not None and record.ended is not None
             found = self._known.get(record.identity.key)
             if found is None or not found.is_valid:
-                why = "the API key was revoked, or has expired, while the request was being answered"
+                why = "was revoked, or has expired,"
             elif needed and not any(map(found.may, needed)):
-                why = "the API key lost the scope for this while the request was being answered"
+                why = "lost the scope for this"
             elif record.completion_id is not None and not all(map(found.models.allow, record.wanted)):
-                why = "the API key lost access to the model while the request was being answered"
+                why = "lost access to the model"
             else:
                 continue
             if not record.ended.done():
-                record.ended.set_result(ApiError(401, why, code="invalid_api_key"))
+                text = f"the API key {why} while the request was being answered"
+                record.ended.set_result(ApiError(401, text, code="invalid_api_key"))
 
     def _refused(self, scope: HttpScope, record: RequestRecord, text: str) -> ApiError:
         record.counted = True
-        return self._refusals.refuse(_client_of(scope), refusal(text))
+        return self._refusals.refuse(_client_of(scope), text)
 
     def _use_settings(self, settings: ServerSettings) -> None:
         """Use keys from flags: admin keys have all scopes; other keys have "adapters" if there is no admin
@@ -199,3 +218,57 @@ def _client_of(scope: HttpScope) -> str:
     """Identify the client of a request by its network; behind a trusted proxy, the proxy's client."""
     client = scope.get("client")
     return network_of(str(client[0])) if client else "unknown"
+
+
+class Refusals:
+    """Counts refusals by client address. A valid key is never refused, whatever its address has sent: keys
+    cannot be guessed, so the limit protects processor time and the log, not the keys."""
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._counts: Counter[str] = Counter()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def refuse(self, address: str, text: str) -> ApiError:
+        """Return the error to send to ``address``: a 401, or a 429 after too many of these."""
+        loop = asyncio.get_running_loop()
+        self._note(address, loop)
+        bucket = self._buckets.setdefault(address, Bucket(PER_MINUTE))
+        self._buckets.move_to_end(address)
+        if len(self._buckets) > MAX_ADDRESSES:
+            self._buckets.popitem(last=False)
+        wait = math.ceil(bucket.wait(loop.time()))
+        if wait:
+            text = "too many requests without a valid API key from this address; correct the key"
+            return ApiError(429, text, code="too_many_invalid_keys", retry_after=wait, close=True)
+        bucket.take(1, loop.time())
+        return ApiError(401, text, code="invalid_api_key", challenge=_CHALLENGE)
+
+    def close(self) -> None:
+        """Log the remaining counts."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._tell()
+
+    def _note(self, address: str, loop: asyncio.AbstractEventLoop) -> None:
+        """Count a refusal. The first is logged at once, those of the next ``LOG_SECONDS`` in one line."""
+        if self._timer is None:
+            logger.warning("refused a request from %s: no valid API key", address)
+            self._timer = loop.call_later(LOG_SECONDS, self._due, loop)
+        else:
+            is_known = address in self._counts or len(self._counts) < MAX_ADDRESSES
+            self._counts[address if is_known else "others"] += 1
+
+    def _due(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = loop.call_later(LOG_SECONDS, self._due, loop) if self._counts else None
+        self._tell()
+
+    def _tell(self) -> None:
+        """Log the counted refusals."""
+        for address, most in self._counts.most_common(1):
+            logger.warning(
+                "refused %d more requests without a valid API key, from %d addresses; most, %d, from %s",
+                *(self._counts.total(), len(self._counts), most, address),
+            )
+        self._counts.clear()

@@ -14,31 +14,34 @@ _LONGEST_GUESS = 60
 
 
 class Bucket:
-    """A token bucket: it holds an allowance of one minute, is full at first, and fills evenly."""
+    """A token bucket: it holds an allowance of one minute, is full at first, and fills evenly. None: it never
+    gets empty."""
 
     __slots__ = ("_at", "_level", "per_minute")
 
-    def __init__(self, per_minute: int) -> None:
+    def __init__(self, per_minute: int | None = None) -> None:
         self.per_minute = per_minute
-        self._level = float(per_minute)
+        self._level = float(per_minute or 0)
         self._at = 0.0
 
-    def resize(self, per_minute: int, now: float) -> None:
+    def resize(self, per_minute: int | None, now: float) -> None:
         """Change the allowance; what is spent stays spent."""
-        spent = self.per_minute - self._filled(now)
-        self.per_minute, self._level, self._at = per_minute, per_minute - spent, now
+        spent = 0.0 if self.per_minute is None else self.per_minute - self._filled(self.per_minute, now)
+        self.per_minute, self._level, self._at = per_minute, (per_minute or 0) - spent, now
 
     def wait(self, now: float) -> float:
         """Return the seconds until 1 can be taken; 0 if it can be now."""
-        return max(0.0, 1 - self._filled(now)) * 60 / self.per_minute
+        most = self.per_minute
+        return 0.0 if most is None else max(0.0, 1 - self._filled(most, now)) * 60 / most
 
     def take(self, amount: int, now: float) -> None:
         """Take an amount. More than is there becomes a debt, which must fill up before anything can be taken
         again."""
-        self._level, self._at = self._filled(now) - amount, now
+        if self.per_minute is not None:
+            self._level, self._at = self._filled(self.per_minute, now) - amount, now
 
-    def _filled(self, now: float) -> float:
-        return min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60)
+    def _filled(self, most: int, now: float) -> float:
+        return min(most, self._level + (now - self._at) * most / 60)
 
 
 class Meter:
@@ -52,15 +55,14 @@ class Meter:
         """Requests that other doors to the same fleet are answering."""
         self._new_requests = self._new_tokens = 0
         self._mean_seconds = 1.0
-        self._requests: Bucket | None = None
-        self._tokens: Bucket | None = None
-        self.limit(limits, 0.0)
+        self._most = limits.max_concurrent
+        self._requests, self._tokens = Bucket(limits.requests_per_minute), Bucket(limits.tokens_per_minute)
 
     def limit(self, limits: Limits, now: float) -> None:
         """Change the limits."""
         self._most = limits.max_concurrent
-        self._requests = _resized(self._requests, limits.requests_per_minute, now)
-        self._tokens = _resized(self._tokens, limits.tokens_per_minute, now)
+        self._requests.resize(limits.requests_per_minute, now)
+        self._tokens.resize(limits.tokens_per_minute, now)
 
     def check(self, now: float) -> None:
         """Raise ApiError (429) if no request may begin."""
@@ -68,25 +70,23 @@ class Meter:
         if most is not None and self.active + self.elsewhere >= most:
             wait = min(math.ceil(self._mean_seconds / most), _LONGEST_GUESS)
             raise self._refusal(f"{most} requests at once", wait)
-        self._check(self._requests, "requests", now)
+        if seconds := self._requests.wait(now):
+            raise self._refusal(f"{self._requests.per_minute} requests per minute", seconds)
         self.check_tokens(now)
 
     def check_tokens(self, now: float) -> None:
         """Raise ApiError (429) if no tokens are left."""
-        self._check(self._tokens, "tokens", now)
-
-    def _check(self, bucket: Bucket | None, what: str, now: float) -> None:
-        if bucket is not None and (seconds := bucket.wait(now)):
-            raise self._refusal(f"{bucket.per_minute} {what} per minute", seconds)
+        if seconds := self._tokens.wait(now):
+            raise self._refusal(f"{self._tokens.per_minute} tokens per minute", seconds)
 
     def begin(self, now: float) -> None:
         self.active += 1
         self._new_requests += 1
-        _take(self._requests, 1, now)
+        self._requests.take(1, now)
 
     def spend(self, tokens: int, now: float) -> None:
         self._new_tokens += tokens
-        _take(self._tokens, tokens, now)
+        self._tokens.take(tokens, now)
 
     def end(self, seconds: float) -> None:
         self.active -= 1
@@ -104,25 +104,13 @@ class Meter:
     def used_elsewhere(self, usage: Usage, now: float) -> None:
         """Count what other doors have let in."""
         self.elsewhere = usage.active
-        _take(self._requests, usage.requests, now)
-        _take(self._tokens, usage.tokens, now)
+        self._requests.take(usage.requests, now)
+        self._tokens.take(usage.tokens, now)
 
     def _refusal(self, what: str, seconds: float) -> ApiError:
         wait = max(1, math.ceil(seconds))
         text = f"{self.name} may have {what}; try again in {wait} s"
-        return ApiError(429, text, type="rate_limit_error", code="rate_limit_exceeded", retry_after=wait)
-
-
-def _take(bucket: Bucket | None, amount: int, now: float) -> None:
-    if bucket is not None:
-        bucket.take(amount, now)
-
-
-def _resized(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket | None:
-    if bucket is None or per_minute is None:
-        return None if per_minute is None else Bucket(per_minute)
-    bucket.resize(per_minute, now)
-    return bucket
+        return ApiError(429, text, code="rate_limit_exceeded", retry_after=wait)
 
 
 class Admission:

@@ -8,12 +8,9 @@ from typing import NamedTuple
 
 from aioengine.checks import nearest
 from aioengine.errors import ConfigError
-from aioengine.server.formats import calls, gemma, harmony
+from aioengine.server.formats import calls
 from aioengine.server.formats.calls import CallText, Read
-from aioengine.server.formats.source import NO_MARKS, AnswerParser, Marks, Reasoning, Source, Steps
-
-THINK, END_THINK = "<think>", "</think>"
-_THINK_END = Marks(END_THINK)
+from aioengine.server.formats.source import NO_MARKS, AnswerParser, Source, Steps
 
 
 class ToolFormat(NamedTuple):
@@ -31,50 +28,19 @@ class ToolFormat(NamedTuple):
     """Whether marks of the format are special tokens, which an answer's text otherwise leaves out."""
 
 
+_MISTRAL = {calls.ARGUMENTS: calls.MISTRAL_TEXT, "": calls.MISTRAL_LIST_TEXT}
+_HERMES = (calls.TOOL_CALL, calls.END_TOOL_CALL)
+_LLAMA = ("<|start_header_id|>", '"parameters"')
 TOOLS = {
-    "harmony": ToolFormat(harmony.harmony, (harmony.CHANNEL,), {"": harmony.TEXT}),
-    "mistral": ToolFormat(
-        calls.mistral,
-        (calls.TOOL_CALLS,),
-        {calls.ARGUMENTS: calls.MISTRAL_TEXT, "": calls.MISTRAL_LIST_TEXT},
-    ),
-    "gemma": ToolFormat(gemma.gemma, (gemma.OPEN,), {}, gemma.CLOSE),
-    "hermes": ToolFormat(
-        calls.hermes,
-        (calls.TOOL_CALL, calls.END_TOOL_CALL),
-        {"": calls.HERMES_TEXT},
-        calls.END_TOOL_CALL,
-        special=False,
-    ),
-    "llama3": ToolFormat(calls.llama3, ("<|start_header_id|>", '"parameters"'), {"": calls.LLAMA_TEXT}),
+    "harmony": ToolFormat(calls.harmony, (calls.CHANNEL,), {"": calls.HARMONY_TEXT}),
+    "mistral": ToolFormat(calls.mistral, (calls.TOOL_CALLS,), _MISTRAL),
+    "gemma": ToolFormat(calls.gemma, (calls.GEMMA_OPEN,), {}, calls.GEMMA_CLOSE),
+    "hermes": ToolFormat(calls.hermes, _HERMES, {"": calls.HERMES_TEXT}, calls.END_TOOL_CALL, special=False),
+    "llama3": ToolFormat(calls.llama3, _LLAMA, {"": calls.LLAMA_TEXT}),
 }
 """The first format that a chat template shows is the model's."""
-REASONING = {"harmony": (harmony.CHANNEL,), "think": (THINK, END_THINK)}
+REASONING = {"harmony": (calls.CHANNEL,), "think": (calls.THINK, calls.END_THINK)}
 """Name -> texts in the chat template of a model that writes reasoning so."""
-NO_TOKENS: Mapping[str, int] = MappingProxyType({})
-
-
-def think(then: Read, *, is_open: bool) -> Read:
-    """Parse reasoning between ``<think>`` and ``</think>`` (Qwen 3, DeepSeek R1 and many others), if the
-    prompt has opened it (``is_open``) or the answer begins with the tag. ``then`` parses the rest. White
-    space beside the tags is dropped."""
-
-    def steps(source: Source) -> Steps[None]:
-        space = yield from source.blank()
-        if (yield from source.literal(THINK)) or is_open:
-            yield from source.blank()
-            yield from source.until(_THINK_END, Reasoning)
-            yield from source.blank()
-        elif space:
-            yield space
-        yield from then(source)
-
-    return steps
-
-
-def plain(source: Source) -> Steps[None]:
-    """Parse an answer that is text alone."""
-    yield from source.until(NO_MARKS)
 
 
 class AnswerFormats(NamedTuple):
@@ -82,13 +48,14 @@ class AnswerFormats(NamedTuple):
 
     tools: str | None
     reasoning: str | None
-    chat_template: str
-    tokens: Mapping[str, int]
+    written: CallText | None = None
+    """Form in which the model writes calls; None if that is not known, or if arguments are not JSON."""
+    tokens: Mapping[str, int] = MappingProxyType({})
     """Texts that are tokens of their own, and their ids."""
 
     @classmethod
     def chosen(
-        cls, chat_template: str | None, tools: str, reasoning: str, tokens: Mapping[str, int] = NO_TOKENS
+        cls, chat_template: str | None, tools: str, reasoning: str, tokens: Mapping[str, int] | None = None
     ) -> AnswerFormats:
         """Choose formats by name. "auto" is the format that the chat template shows, "none" is none."""
         template = chat_template or ""
@@ -99,19 +66,15 @@ class AnswerFormats(NamedTuple):
                 return next(shown, None)
             return None if name == "none" else name
 
-        shown_by = {name: known.shown_by for name, known in TOOLS.items()}
-        return cls(choose(tools, shown_by), choose(reasoning, REASONING), template, tokens)
+        tool = choose(tools, {name: known.shown_by for name, known in TOOLS.items()})
+        texts = {} if tool is None else TOOLS[tool].written
+        written = next((text for shown, text in texts.items() if shown in template), None)
+        return cls(tool, choose(reasoning, REASONING), written, tokens or {})
 
     @property
     def closing(self) -> str | None:
         """Text that ends every call."""
         return None if self.tools is None else TOOLS[self.tools].closing
-
-    @property
-    def written(self) -> CallText | None:
-        """Form in which the model writes calls; None if that is not known, or if arguments are not JSON."""
-        known = {} if self.tools is None else TOOLS[self.tools].written
-        return next((text for shown, text in known.items() if shown in self.chat_template), None)
 
     @property
     def required(self) -> CallText:
@@ -128,29 +91,31 @@ class AnswerFormats(NamedTuple):
         ``is_thinking`` says whether the prompt has begun the model's reasoning."""
         if "harmony" in (self.tools, self.reasoning):
             known = names if self.tools == "harmony" else frozenset[str]()
-            return AnswerParser(harmony.harmony(known, self.reasoning == "harmony"), single=single)
-        read: Read = plain
+            return AnswerParser(calls.harmony(known, self.reasoning == "harmony"), single=single)
+        read: Read = _plain
         if names and self.tools is not None:
             read = TOOLS[self.tools].read(names)
         elif self.reasoning is None:
             return None
         if self.reasoning == "think":
-            read = think(read, is_open=is_thinking)
+            read = calls.think(read, is_open=is_thinking)
         return AnswerParser(read, single=single, closing=self.closing)
 
-    def held(self, names: frozenset[str], *, single: bool) -> AnswerParser:
-        """Make a parser for an answer that a grammar of :attr:`required` holds to calls."""
-        is_known = self.written is not None and self.tools is not None
-        read = TOOLS[self.tools].read(names) if is_known and self.tools is not None else calls.json_calls
+    def held(self, names: frozenset[str], *, single: bool, forced: str | None = None) -> AnswerParser:
+        """Make a parser for an answer that a grammar of :attr:`required` holds to calls; of a ``forced``
+        function without a known form, to its arguments alone."""
+        if self.written is not None and self.tools is not None:
+            return AnswerParser(TOOLS[self.tools].read(names), single=single)
+        read = calls.json_calls if forced is None else calls.named_call(forced)
         return AnswerParser(read, single=single)
 
 
-NO_FORMATS = AnswerFormats(None, None, "", NO_TOKENS)
+NO_FORMATS = AnswerFormats(None, None)
 
 
-def arguments_parser(name: str) -> AnswerParser:
-    """Make a parser for an answer that a grammar holds to the arguments of ``name``."""
-    return AnswerParser(calls.named_call(name))
+def _plain(source: Source) -> Steps[None]:
+    """Parse an answer that is text alone."""
+    yield from source.until(NO_MARKS)
 
 
 def check_name(field: str, name: str, known: Collection[str]) -> None:

@@ -23,8 +23,7 @@ class Reasoning(str):
     """Text of an answer that is the model's reasoning."""
 
 
-Piece = str | Reasoning | ToolCall
-Steps = Generator[Piece | None, None, T]
+Steps = Generator[str | Reasoning | ToolCall | None, None, T]
 """Yields pieces, and None when it needs more text; returns a T."""
 
 
@@ -54,6 +53,8 @@ class Marks:
 
 
 NO_MARKS = Marks()
+_BLANK = re.compile(r"\s*")
+_JSON_MARKS = re.compile(r'\\.|["{}\[\]<\n]', re.DOTALL)
 
 
 class Source:
@@ -72,7 +73,7 @@ class Source:
         begin, self._at = self._at, end
         return self._text[begin:end]
 
-    def until(self, marks: Marks, kind: Callable[[str], Piece] = str) -> Steps[str]:
+    def until(self, marks: Marks, kind: type[str] = str) -> Steps[str]:
         """Yield the text before the next of ``marks`` as ``kind``; return the mark, or "" at the end."""
         while True:
             found = marks.pattern.search(self._text, self._at)
@@ -96,92 +97,69 @@ class Source:
                 piece = next(steps)
             except StopIteration as ended:
                 return "".join(parts), ended.value
-            if piece is None:
-                yield None
-            else:
-                assert isinstance(piece, str)
+            if isinstance(piece, str):
                 parts.append(piece)
+            else:
+                yield None
 
     def literal(self, text: str) -> Steps[bool]:
         """Take ``text`` if it comes next. Returns whether it did."""
         while True:
             if self._text.startswith(text, self._at):
-                self._take(self._at + len(text))
+                self._at += len(text)
                 return True
             if self.ended or not text.startswith(self._text[self._at :]):
                 return False
             yield None
 
-    def matching(self, pattern: re.Pattern[str], most: int) -> Steps[str]:
+    def matching(self, pattern: re.Pattern[str], most: int = 2**31) -> Steps[str]:
         """Take the characters that match ``pattern``, a repeated class, but at most about ``most``."""
         parts: list[str] = []
         size = 0
         while True:
             found = pattern.match(self._text, self._at)
-            part = self._take(found.end()) if found else ""
-            parts.append(part)
-            size += len(part)
+            parts.append(self._take(found.end()) if found else "")
+            size += len(parts[-1])
             if self._at < len(self._text) or self.ended or size > most:
                 return "".join(parts)
             yield None
 
     def blank(self) -> Steps[str]:
         """Take white space."""
-        return (yield from self.matching(_BLANK, 2**31))
+        return (yield from self.matching(_BLANK))
 
     def json_object(self) -> Steps[tuple[str, bool]]:
         """Take a JSON object, if one begins here. Returns its text, and whether it is complete. The text ends
         early where the answer ends, and at a character that JSON cannot have there: "<" outside of strings, a
         line end within them."""
-        if not (yield from self._opens()):
+        while self._at == len(self._text) and not self.ended:
+            yield None
+        if not self._text.startswith("{", self._at):
             return "", False
         parts: list[str] = []
         depth, in_text = 0, False
         while True:
-            at, end = self._at, len(self._text)
-            while found := _JSON_MARKS.search(self._text, at):
-                mark, at = found[0], found.end()
-                if in_text:
-                    if mark == "\\":
-                        if at == end and not self.ended:
-                            end -= 1  # it is read again, with what it escapes
-                        at += 1
-                    elif mark == '"':
-                        in_text = False
-                    elif mark == "\n":
-                        parts.append(self._take(found.start()))
-                        return "".join(parts), False
-                elif mark == '"':
-                    in_text = True
-                elif mark in "{[":
-                    depth += 1
-                elif mark in "}]":
-                    depth -= 1
-                    if depth == 0:
-                        parts.append(self._take(at))
-                        return "".join(parts), True
-                elif mark == "<":
+            seen = self._at
+            for found in _JSON_MARKS.finditer(self._text, self._at):
+                mark, seen = found[0], found.end()
+                if mark == '"':
+                    in_text = not in_text
+                elif mark == ("\n" if in_text else "<"):
                     parts.append(self._take(found.start()))
                     return "".join(parts), False
-                if at >= len(self._text):
-                    break
-            parts.append(self._take(end))
+                elif not in_text and mark in "{[":
+                    depth += 1
+                elif not in_text and mark in "}]":
+                    depth -= 1
+                    if depth == 0:
+                        parts.append(self._take(seen))
+                        return "".join(parts), True
+            # A backslash at the end is read again, with what it escapes.
+            is_cut = self._text.endswith("\\") and seen < len(self._text) and not self.ended
+            parts.append(self._take(len(self._text) - is_cut))
             if self.ended:
                 return "".join(parts), False
             yield None
-
-    def _opens(self) -> Steps[bool]:
-        while self._at == len(self._text) and not self.ended:
-            yield None
-        return self._text.startswith("{", self._at)
-
-
-_BLANK = re.compile(r"\s*")
-_JSON_MARKS = re.compile(r'[\\"{}\[\]<\n]')
-_SPACE = re.compile(r'("(?:[^"\\]|\\.)*")|\s+')
-"""White space outside of texts, or a text, which is a group."""
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_NULL, _NOTHING = msgspec.Raw(b"null"), msgspec.Raw(b"{}")
 
 
 class AnswerParser:
@@ -220,8 +198,13 @@ class AnswerParser:
                 self._space, self._in_text, self._called = [], False, True
             elif isinstance(piece, Reasoning):
                 reasoning.append(piece)
-            else:
-                texts.append(self._told(piece))
+            elif self._in_text:
+                texts.append(piece)
+            else:  # not the whole space again: it may be long
+                self._space.append(piece)
+                if piece and not piece.isspace():
+                    self._in_text = True
+                    texts += self._take_space()
         return Parsed("".join(texts), calls, "".join(reasoning))
 
     def finish(self, stopped_by: str | int | None = None) -> Parsed:
@@ -229,21 +212,17 @@ class AnswerParser:
             self._source.add(self._closing)
         self._source.ended = True
         last = self.push("")
-        return last if self._called else last._replace(text=last.text + self._take_space())
+        return last if self._called else last._replace(text=last.text + "".join(self._take_space()))
 
-    def _told(self, text: str) -> str:
-        """Return the part of the text that can be sent now."""
-        if self._in_text:
-            return text
-        if not text or text.isspace():  # not the whole space again: it may be long
-            self._space.append(text)
-            return ""
-        self._in_text = True
-        return self._take_space() + text
-
-    def _take_space(self) -> str:
-        space, self._space = "".join(self._space), []
+    def _take_space(self) -> list[str]:
+        space, self._space = self._space, []
         return space
+
+
+_SPACE = re.compile(r'("(?:[^"\\]|\\.)*")|\s+')
+"""White space outside of texts, or a text, which is a group."""
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NULL, _NOTHING = msgspec.Raw(b"null"), msgspec.Raw(b"{}")
 
 
 def call_of(body: str, names: frozenset[str] | None) -> ToolCall | None:

@@ -16,11 +16,11 @@ import msgspec
 
 from aioengine.errors import RequestInvalid
 from aioengine.request import MAX_PINS, CachePin
-from aioengine.server.call import Call
+from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, invalid
 from aioengine.server.messages.api import CacheControl, Content, CountRequest, MessageParam, MessagesRequest
 from aioengine.server.messages.read import prompt_of
-from aioengine.server.openai.api import ChatRequest, Message
+from aioengine.server.openai.api import Message
 from aioengine.server.openai.chat import encode_messages
 from aioengine.server.openai.form import plan_tools
 
@@ -41,11 +41,8 @@ def breakpoints(data: MessagesRequest) -> list[Breakpoint]:
     """Return the request's breakpoints in their order. Raises ApiError if there are more than 4."""
     found = list(islice(_breakpoints(data), MAX_PINS + 1))  # each holds a copy of what precedes it
     if len(found) > MAX_PINS:
-        raise invalid(
-            "cache_control",
-            f"at most {MAX_PINS} blocks may have it, and more do; leave it on the last block of each part "
-            "that later requests repeat",
-        )
+        text = f"at most {MAX_PINS} blocks may have it, and more do; leave it on the last block of each part "
+        raise invalid("cache_control", f"{text}that later requests repeat")
     return found
 
 
@@ -86,12 +83,8 @@ async def find_pins(call: Call, prompt: Sequence[int], wanted: Sequence[Breakpoi
     config = call.context.engine.config
     if not config.enable_prefix_caching or not config.max_prefix_pins:
         return []
-    lengths = [await _length(call, prompt, part) for part, _ in wanted]
-    return [
-        CachePin(tokens=tokens, seconds=seconds)
-        for tokens, (_, seconds) in zip(lengths, wanted, strict=True)
-        if tokens
-    ]
+    found = [(await _length(call, prompt, part), seconds) for part, seconds in wanted]
+    return [CachePin(tokens=tokens, seconds=seconds) for tokens, seconds in found if tokens]
 
 
 def hour_tokens(pins: Sequence[CachePin], block_size: int) -> int:
@@ -104,19 +97,19 @@ async def _length(call: Call, prompt: Sequence[int], part: CountRequest) -> int:
     """Return how many tokens of the prompt are those of ``part``."""
     chat = prompt_of(part)
     chat.continue_final_message, chat.add_generation_prompt = None, False
-    more = [[*chat.messages, Message(role="user", content=text)] for text in ("a", "b")]
-    for ends in ([chat.messages], more):  # many templates take no chat without a user's turn
-        try:
-            return min([await _common(call, prompt, chat, messages) for messages in ends])
-        except (ApiError, RequestInvalid):
-            pass
-    return 0
-
-
-async def _common(call: Call, prompt: Sequence[int], chat: ChatRequest, messages: list[Message]) -> int:
     plan = plan_tools(chat.tools, chat.tool_choice)
-    asked = msgspec.structs.replace(chat, messages=messages)
-    return common(prompt, await encode_messages(call, asked, plan))
+
+    async def length(*more: Message) -> int:
+        asked = msgspec.structs.replace(chat, messages=[*chat.messages, *more])
+        return common(prompt, await encode_messages(call, asked, plan))
+
+    try:
+        return await length()
+    except (ApiError, RequestInvalid):  # many templates take no chat without a user's turn
+        try:
+            return min([await length(Message(role="user", content=text)) for text in "ab"])
+        except (ApiError, RequestInvalid):
+            return 0
 
 
 def common(first: Sequence[T], second: Sequence[T]) -> int:

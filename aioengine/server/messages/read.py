@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
-from aioengine.server.errors import THREAD_NOT_FOUND, ApiError, invalid, unsupported
+from aioengine.server.errors import THREAD_NOT_FOUND, ApiError, needed, unsupported
 from aioengine.server.messages.api import Block, Content, CountRequest, MessagesRequest
 from aioengine.server.openai import api
 
@@ -17,6 +17,7 @@ _THINKING = "enable_thinking"
 """What most templates call it."""
 _SAME = ("temperature", "top_p", "top_k", "stream", "priority", "cache_salt")
 """Fields that a chat has, too."""
+_CHOICES: dict[str, api.ToolChoice] = {"auto": "auto", "none": "none", "any": "required"}
 
 
 def to_chat(data: MessagesRequest) -> api.ChatRequest:
@@ -42,6 +43,21 @@ def schema_format(
     return api.ResponseFormat(type="json_schema", json_schema=wanted)
 
 
+def function_tool(
+    name: str, description: str | None, parameters: api.Schema | None, strict: bool | None
+) -> api.Tool:
+    function = api.Function(name=name, description=description, parameters=parameters, strict=strict)
+    return api.Tool(function=function)
+
+
+def function_call(id_: str, name: str, arguments: str) -> api.ToolCall:
+    return api.ToolCall(id=id_, function=api.FunctionCall(name=name, arguments=arguments))
+
+
+def named_tool(name: str) -> api.NamedTool:
+    return api.NamedTool(function=api.FunctionName(name=name))
+
+
 def with_thinking(data: C, template: str | None) -> C:
     """Return the request with ``thinking`` as a variable of the chat template. Raises ApiError if the
     template has none for it."""
@@ -52,102 +68,67 @@ def with_thinking(data: C, template: str | None) -> C:
     if _THINKING in (template or ""):
         variables = {_THINKING: wanted, **variables}
     elif wanted:
-        raise unsupported(
-            "thinking",
-            f"the model's chat template has no variable {_THINKING}; set its own in chat_template_kwargs",
-        )
+        why = f"the model's chat template has no variable {_THINKING}; set its own in chat_template_kwargs"
+        raise unsupported("thinking", why)
     return msgspec.structs.replace(data, thinking=None, chat_template_kwargs=variables)
 
 
 def prompt_of(data: CountRequest) -> api.ChatRequest:
     """Convert the part of a request that determines the prompt. Raises ApiError for what is not supported."""
-    choice = data.tool_choice
-    single = None if choice is None else choice.disable_parallel_tool_use
     for i, tool in enumerate(data.tools or ()):
         if tool.type not in (None, "custom"):
             why = f"{tool.type[:100]!r} is not supported: only tools with input_schema"
             raise unsupported(f"tools[{i}].type", why)
+    tools = [function_tool(t.name, t.description, t.input_schema, t.strict) for t in data.tools or ()]
+    choice, parallel = data.tool_choice, None
+    found: api.ToolChoice | None = None
+    if choice is not None:
+        is_named = choice.type == "tool"
+        found = named_tool(needed(choice.name, "tool_choice.name")) if is_named else _CHOICES[choice.type]
+        single = choice.disable_parallel_tool_use
+        parallel = None if single is None else not single
     return api.ChatRequest(
         model=data.model,
         adapters=data.adapters,
         messages=list(_messages(data)),
-        tools=[
-            function_tool(tool.name, tool.description, tool.input_schema, tool.strict) for tool in data.tools
-        ]
-        if data.tools
-        else None,
-        tool_choice=_choice(data),
-        parallel_tool_calls=None if single is None else not single,
+        tools=tools or None,
+        tool_choice=found,
+        parallel_tool_calls=parallel,
         chat_template_kwargs=data.chat_template_kwargs,
         # The client has begun the answer.
         continue_final_message=(bool(data.messages) and data.messages[-1].role == "assistant") or None,
     )
 
 
-def function_tool(
-    name: str, description: str | None, parameters: api.Schema | None, strict: bool | None
-) -> api.Tool:
-    function = api.Function(name=name, description=description, parameters=parameters, strict=strict)
-    return api.Tool(function=function)
-
-
-def _choice(data: CountRequest) -> api.ToolChoice | None:
-    choice = data.tool_choice
-    if choice is None or choice.type == "any":
-        return None if choice is None else "required"
-    if choice.type != "tool":
-        return choice.type
-    if choice.name is None:
-        raise invalid("tool_choice.name", "is missing")
-    return api.NamedTool(function=api.FunctionName(name=choice.name))
-
-
 def _messages(data: CountRequest) -> Iterator[api.Message]:
+    """Convert the turns. Results of tools become separate messages, in order, between a user's texts."""
     if data.system:
         yield api.Message(role="system", content=_text(data.system, "system"))
     for i, message in enumerate(data.messages):
-        where, content = f"messages[{i}].content", message.content
-        if isinstance(content, str) or message.role == "system":
-            yield api.Message(role=message.role, content=_text(content, where))
-        elif message.role == "assistant":
-            yield _of_assistant(content, where)
-        else:
-            yield from _of_user(content, where)
-
-
-def _of_user(blocks: list[Block], where: str) -> Iterator[api.Message]:
-    """Convert a user's turn. Results of tools become separate messages, in order, between the texts."""
-    texts: list[str] = []
-    for i, block in enumerate(blocks):
-        if block.type != "tool_result":
-            texts.append(_block_text(block, f"{where}[{i}]"))
+        role, content, where = message.role, message.content, f"messages[{i}].content"
+        if isinstance(content, str) or role == "system":
+            yield api.Message(role=role, content=_text(content, where))
             continue
-        if texts:
-            yield api.Message(role="user", content="\n".join(texts))
-            texts = []
-        if block.tool_use_id is None:
-            raise invalid(f"{where}[{i}].tool_use_id", "is missing")
-        text = _text(block.content or "", f"{where}[{i}].content")
-        yield api.Message(role="tool", tool_call_id=block.tool_use_id, content=text)
-    if texts or not blocks:
-        yield api.Message(role="user", content="\n".join(texts))
-
-
-def _of_assistant(blocks: list[Block], where: str) -> api.Message:
-    texts: list[str] = []
-    calls: list[api.ToolCall] = []
-    for i, block in enumerate(blocks):
-        if block.type in ("thinking", "redacted_thinking"):
-            continue
-        if block.type != "tool_use":
-            texts.append(_block_text(block, f"{where}[{i}]"))
-            continue
-        if block.id is None or block.name is None:
-            raise invalid(f"{where}[{i}].{'id' if block.id is None else 'name'}", "is missing")
-        arguments = msgspec.json.encode(block.input or {}).decode()
-        function = api.FunctionCall(name=block.name, arguments=arguments)
-        calls.append(api.ToolCall(id=block.id, function=function))
-    return api.Message(role="assistant", content="\n".join(texts), tool_calls=calls or None)
+        texts: list[str] = []
+        calls: list[api.ToolCall] = []
+        for j, block in enumerate(content):
+            at = f"{where}[{j}]"
+            if role == "assistant" and block.type in ("thinking", "redacted_thinking"):
+                continue
+            if role == "assistant" and block.type == "tool_use":
+                id_, name = needed(block.id, f"{at}.id"), needed(block.name, f"{at}.name")
+                calls.append(function_call(id_, name, msgspec.json.encode(block.input or {}).decode()))
+            elif role == "user" and block.type == "tool_result":
+                if texts:
+                    yield api.Message(role="user", content="\n".join(texts))
+                    texts = []
+                id_ = needed(block.tool_use_id, f"{at}.tool_use_id")
+                result = _text(block.content or "", f"{at}.content")
+                yield api.Message(role="tool", tool_call_id=id_, content=result)
+            else:
+                texts.append(_block_text(block, at))
+        if texts or role == "assistant" or not content:
+            yield api.Message(role=role, content="\n".join(texts), tool_calls=calls or None)
 
 
 def _text(content: Content, where: str) -> str:
@@ -159,6 +140,4 @@ def _text(content: Content, where: str) -> str:
 def _block_text(block: Block, where: str) -> str:
     if block.type != "text":
         raise unsupported(f"{where}.type", f"{block.type[:100]!r} is not supported here: only texts are")
-    if block.text is None:
-        raise invalid(f"{where}.text", "is missing")
-    return block.text
+    return needed(block.text, f"{where}.text")

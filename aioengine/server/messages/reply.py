@@ -1,4 +1,5 @@
-"""Formats a chat's outputs as a message: a list of texts and calls, whole or as events."""
+"""Formats a chat's outputs as a list of texts and calls, whole or as events: as a message, here, and as a
+response."""
 
 from __future__ import annotations
 
@@ -14,15 +15,92 @@ from aioengine.server.openai.api import ToolCall, Usage
 from aioengine.server.openai.replies import event, parse_output
 
 _encode = msgspec.json.Encoder().encode
-_BLOCKS: dict[str, dict[str, Any]] = {
-    "text": {"type": "text", "text": ""},
-    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
-}
-"""Blocks before they are filled. Reasoning is not signed, because clients may send back any."""
 
 
-class MessagesReply:
-    """The reply of a message. Every block is started, filled and stopped before the next one.
+class ListReply:
+    """The reply of an answer that is a list of items: reasoning, texts and calls. Each is begun, filled and
+    ended before the next one. Methods that write return the events, which are empty unless it is a stream."""
+
+    def __init__(self, parser: AnswerParser | None) -> None:
+        self._parser = parser
+        self._items: list[dict[str, Any]] = []
+        """Items that have ended."""
+        self._open: str | None = None
+        """Type of the item that has begun: "text" or "thinking"."""
+        self._parts: list[str] = []
+        """Its text so far."""
+        self._last: RequestOutput | None = None
+        self._is_whole = False
+
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
+        told = self._begin(output) if self._last is None else b""
+        return told + self._add(output, output.text_delta) or None
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        [output] = outputs
+        self._is_whole = True
+        self._add(output, output.text)
+        return _encode(self._finished(output, usage))
+
+    def _add(self, output: RequestOutput, new: str) -> bytes:
+        text, calls, reasoning = parse_output(self._parser, new, output)
+        self._last, told = output, b""
+        for kind, part in (("thinking", reasoning), ("text", text)):
+            if part:
+                told += self._fill(kind, part)
+        for call in calls:
+            told += self._close() + self._call(call)
+        if output.finished:
+            if self._open is None and not self._items:
+                told += self._fill("text", "")
+            told += self._close(output)
+        return told
+
+    def _fill(self, kind: str, text: str) -> bytes:
+        told = b""
+        if self._open != kind:
+            told = self._close() + self._start(kind)
+            self._open = kind
+        self._parts.append(text)
+        return told + self._delta(kind, text) if text else told
+
+    def _close(self, last: RequestOutput | None = None) -> bytes:
+        if self._open is None:
+            return b""
+        kind, self._open = self._open, None
+        text = "".join(self._parts)
+        self._parts.clear()
+        return self._end(kind, text, last)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        return b"" if self._is_whole else event(_encode({"type": kind, **fields}), kind)
+
+    def _begin(self, output: RequestOutput) -> bytes:
+        """Begin the answer."""
+        raise NotImplementedError
+
+    def _start(self, kind: str) -> bytes:
+        """Begin an item."""
+        raise NotImplementedError
+
+    def _delta(self, kind: str, text: str) -> bytes:
+        raise NotImplementedError
+
+    def _end(self, kind: str, text: str, last: RequestOutput | None) -> bytes:
+        """End an item with its ``text``. ``last``: the answer ends with it."""
+        raise NotImplementedError
+
+    def _call(self, call: ToolCall) -> bytes:
+        """Add a call, from its beginning to its end."""
+        raise NotImplementedError
+
+    def _finished(self, output: RequestOutput, usage: Usage) -> dict[str, Any]:
+        """Return the answer."""
+        raise NotImplementedError
+
+
+class MessagesReply(ListReply):
+    """The reply of a message.
 
     Args:
         hour_tokens: Number of tokens of the prompt, from the first on, that are to be kept for an hour; other
@@ -39,62 +117,49 @@ class MessagesReply:
         *,
         hour_tokens: int = 0,
     ) -> None:
+        super().__init__(parser)
         self._message: dict[str, Any] = {"id": message_id, "type": "message", "role": "assistant"}
-        self._message["seed"] = seed
-        self._message["model"] = model
+        self._message |= {"seed": seed, "model": model}
         self._hour_tokens = hour_tokens
-        self._parser = parser
         self._stop_sequences = frozenset(stop_sequences)
-        self._blocks = 0
-        """Number of blocks that have ended."""
-        self._called = False
-        self._open: str | None = None
-        """Type of the block that has begun: "text" or "thinking"."""
-        self._last: RequestOutput | None = None
-
-    def events(self, index: int, output: RequestOutput) -> bytes | None:
-        text, calls, reasoning = parse_output(self._parser, output.text_delta, output)
-        told = b""
-        if self._last is None:
-            usage = self._usage(output, 0)
-            begun: dict[str, Any] = {
-                "content": [],
-                "stop_reason": None,
-                "stop_sequence": None,
-                "usage": usage,
-            }
-            told = _event("message_start", message={**self._message, **begun})
-        self._last = output
-        for kind, part in (("thinking", reasoning), ("text", text)):
-            if part:
-                told += self._begin(kind) + self._delta({"type": f"{kind}_delta", kind: part})
-        for call in calls:
-            self._called = True
-            told += self._end() + self._start(_tool_use(call, b"{}"))
-            told += self._delta({"type": "input_json_delta", "partial_json": call.function.arguments})
-            told += self._stop()
-        if output.finished:
-            told += self._end()
-        return told or None
 
     def last_events(self, usage: Usage) -> bytes:
         assert self._last is not None
-        delta = self._ending(self._last, self._called)
-        told = _event("message_delta", delta=delta, usage=self._usage(self._last, usage.completion_tokens))
-        return told + _event("message_stop")
+        used = self._usage(self._last, usage.completion_tokens)
+        told = self._event("message_delta", delta=self._ending(self._last), usage=used)
+        return told + self._event("message_stop")
 
     def failure(self, error: ApiError) -> bytes:
         return event(error.body_for("/v1/messages"), "error")
 
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        [output] = outputs
-        text, calls, reasoning = parse_output(self._parser, output.text, output)
-        content = [{**_BLOCKS["thinking"], "thinking": reasoning}] if reasoning else []
-        content += [{**_BLOCKS["text"], "text": text}] if text or not (calls or reasoning) else []
-        content += [_tool_use(call, call.function.arguments.encode()) for call in calls]
-        ending = self._ending(output, bool(calls))
-        told = {**self._message, "content": content, **ending}
-        return _encode({**told, "usage": self._usage(output, usage.completion_tokens)})
+    def _begin(self, output: RequestOutput) -> bytes:
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
+        message = {**self._message, **empty, "usage": self._usage(output, 0)}
+        return self._event("message_start", message=message)
+
+    def _start(self, kind: str) -> bytes:
+        return self._event("content_block_start", index=len(self._items), content_block=_block(kind, ""))
+
+    def _delta(self, kind: str, text: str) -> bytes:
+        delta = {"type": f"{kind}_delta", kind: text}
+        return self._event("content_block_delta", index=len(self._items), delta=delta)
+
+    def _end(self, kind: str, text: str, last: RequestOutput | None) -> bytes:
+        self._items.append(_block(kind, text))
+        return self._event("content_block_stop", index=len(self._items) - 1)
+
+    def _call(self, call: ToolCall) -> bytes:
+        index, arguments = len(self._items), call.function.arguments
+        use = {"type": "tool_use", "id": call.id, "name": call.function.name}
+        self._items.append({**use, "input": msgspec.Raw(arguments.encode())})
+        told = self._event("content_block_start", index=index, content_block={**use, "input": {}})
+        delta = {"type": "input_json_delta", "partial_json": arguments}
+        told += self._event("content_block_delta", index=index, delta=delta)
+        return told + self._event("content_block_stop", index=index)
+
+    def _finished(self, output: RequestOutput, usage: Usage) -> dict[str, Any]:
+        used = self._usage(output, usage.completion_tokens)
+        return {**self._message, "content": self._items, **self._ending(output), "usage": used}
 
     def _usage(self, output: RequestOutput, output_tokens: int) -> dict[str, Any]:
         """Build the usage. ``input_tokens`` counts the tokens of the prompt that were neither in the cache
@@ -113,45 +178,17 @@ class MessagesReply:
             "output_tokens": output_tokens,
         }
 
-    def _ending(self, output: RequestOutput, called: bool) -> dict[str, Any]:
-        reason = "end_turn"
-        sequence: str | int | None = None
+    def _ending(self, output: RequestOutput) -> dict[str, Any]:
+        reason, sequence = "end_turn", None
         if output.finish_reason == "length":
             reason = "max_tokens"
-        elif called:
+        elif any(item["type"] == "tool_use" for item in self._items):
             reason = "tool_use"
         elif output.stop_reason in self._stop_sequences:
             reason, sequence = "stop_sequence", output.stop_reason
         return {"stop_reason": reason, "stop_sequence": sequence}
 
-    def _start(self, block: dict[str, Any]) -> bytes:
-        return _event("content_block_start", index=self._blocks, content_block=block)
 
-    def _delta(self, delta: dict[str, str]) -> bytes:
-        return _event("content_block_delta", index=self._blocks, delta=delta)
-
-    def _stop(self) -> bytes:
-        self._blocks += 1
-        return _event("content_block_stop", index=self._blocks - 1)
-
-    def _begin(self, kind: str) -> bytes:
-        """Begin a block of this type, unless it has begun."""
-        if self._open == kind:
-            return b""
-        told = self._end()
-        self._open = kind
-        return told + self._start(_BLOCKS[kind])
-
-    def _end(self) -> bytes:
-        if self._open is None:
-            return b""
-        self._open = None
-        return self._stop()
-
-
-def _event(kind: str, **fields: Any) -> bytes:
-    return event(_encode({"type": kind, **fields}), kind)
-
-
-def _tool_use(call: ToolCall, arguments: bytes) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id, "name": call.function.name, "input": msgspec.Raw(arguments)}
+def _block(kind: str, text: str) -> dict[str, str]:
+    """Return a block. Reasoning is not signed, because clients may send back any."""
+    return {"type": kind, kind: text} | ({"signature": ""} if kind == "thinking" else {})

@@ -8,7 +8,7 @@ import msgspec
 
 from aioengine.request import CachePin
 from aioengine.server.answer import Answer
-from aioengine.server.call import Call
+from aioengine.server.context import Call
 from aioengine.server.messages.api import CountRequest, MessagesRequest
 from aioengine.server.messages.cache_control import breakpoints, find_pins, hour_tokens
 from aioengine.server.messages.read import prompt_of, to_chat, with_thinking

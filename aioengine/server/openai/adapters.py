@@ -7,7 +7,7 @@ from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.adapters.resolvers.base import within
 from aioengine.errors import AdapterConflict, AdapterError, AdapterNotFound
 from aioengine.server.adapter_root import AdapterRoot
-from aioengine.server.call import Call
+from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, to_api_error, without_places
 from aioengine.server.openai.api import Strict
 
@@ -101,10 +101,9 @@ def load_error(call: Call, error: AdapterError, *, replace: bool) -> ApiError:
 def _root(call: Call) -> AdapterRoot:
     root = call.context.adapter_root
     if root is None:
-        text = (
-            "adapters cannot be loaded or unloaded over HTTP: the server was started without an adapter root"
-        )
-        raise ApiError(403, text, type="permission_error", code="adapter_loading_disabled")
+        why = "the server was started without an adapter root"
+        text = f"adapters cannot be loaded or unloaded over HTTP: {why}"
+        raise ApiError(403, text, code="adapter_loading_disabled")
     return root
 
 
@@ -118,4 +117,4 @@ def _not_found(text: str, param: str) -> ApiError:
 
 def _not_allowed(what: str, param: str) -> ApiError:
     text = f"this API key may not load an adapter {what}"
-    return ApiError(403, text, type="permission_error", param=param, code="adapter_not_allowed")
+    return ApiError(403, text, param=param, code="adapter_not_allowed")

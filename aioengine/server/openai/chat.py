@@ -8,17 +8,16 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from aioengine.server.answer import Answer
-from aioengine.server.call import Call
-from aioengine.server.context import Context
+from aioengine.server.context import Call, Context
 from aioengine.server.errors import invalid, unsupported
-from aioengine.server.formats.registry import THINK
+from aioengine.server.formats.calls import THINK
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import ChatRequest, Message, Tool
 from aioengine.server.openai.form import ToolPlan, plan_tools, wanted_form
 from aioengine.server.openai.replies import ChatCompletion, ChatReply
 from aioengine.server.openai.sampling import sampling_params
 from aioengine.server.prompts import check_prompts, encode_chat, kept, last_tokens
-from aioengine.server.transport.json_body import check_counts
+from aioengine.server.transport.body import check_counts
 
 _OWN_VARIABLES = ("messages", "tools", "continue_final_message")
 _UNSUPPORTED = {
@@ -73,22 +72,20 @@ async def start_chat(call: Call, data: ChatRequest, *, prefix: str) -> Chat:
     [prompt] = last_tokens([await encode_messages(call, data, tools, keep=keep)], keep)
     check_prompts(context, [prompt], data.n or 1, max_tokens=asked, field="messages")
     defaults = await context.defaults()
-    room = context.max_model_len - len(prompt)
+    room = context.settings.default_max_tokens or context.max_model_len - len(prompt)
     params = sampling_params(
         data,
         defaults,
-        max_tokens=defaults.bounded(context.settings.default_max_tokens or room) if asked is None else asked,
+        max_tokens=defaults.bounded(room) if asked is None else asked,
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
         prompt_logprobs=data.prompt_logprobs,
     )
     params = tools.sampling(params, formats)
     answer = Answer(context, data, [prompt], params, form, call.record, prefix=prefix)
-    is_thinking = form is None and formats.reasoning == "think" and _ends_thinking(context, prompt)
+    is_thinking = False
+    if form is None and formats.reasoning == "think":
+        is_thinking = context.tokenizer.decode(prompt[-16:], False).rstrip().endswith(THINK)
     return Chat(answer, [tools.parser(formats, is_thinking=is_thinking) for _ in range(len(answer))])
-
-
-def _ends_thinking(context: Context, prompt: list[int]) -> bool:
-    return context.tokenizer.decode(prompt[-16:], False).rstrip().endswith(THINK)
 
 
 async def encode_messages(
@@ -121,18 +118,24 @@ def _to_template(message: Message, where: str) -> dict[str, Any]:
     if message.tool_calls:
         found["tool_calls"] = [msgspec.to_builtins(call) for call in message.tool_calls]
         for i, call in enumerate(found["tool_calls"]):
-            call["function"]["arguments"] = _arguments(call, f"{where}.tool_calls[{i}].function.arguments")
+            text = call["function"]["arguments"]
+            try:  # some clients send an empty text for a function without parameters
+                call["function"]["arguments"] = msgspec.json.decode(text) if text.strip() else {}
+            except msgspec.DecodeError as error:
+                raise invalid(
+                    f"{where}.tool_calls[{i}].function.arguments", f"is not JSON: {error}"
+                ) from error
     return found
 
 
 def _text(message: Message, where: str) -> str:
     content = message.content
+    if isinstance(content, str):
+        return content
     if content is None:
         if message.role == "assistant":
             return message.refusal or ""
         raise invalid(f"{where}.content", "is missing")
-    if isinstance(content, str):
-        return content
     texts = []
     for i, part in enumerate(content):
         is_refusal = part.type == "refusal" and message.role == "assistant"
@@ -142,16 +145,6 @@ def _text(message: Message, where: str) -> str:
             raise invalid(f"{where}.content[{i}]", why, "unsupported_parameter", param=f"{where}.content")
         texts.append(text)
     return "\n".join(texts)
-
-
-def _arguments(call: dict[str, Any], where: str) -> Any:
-    text = call["function"]["arguments"]
-    if not text.strip():  # some clients send this for a function without parameters
-        return {}
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
-        raise invalid(where, f"is not JSON: {error}") from error
 
 
 def _variables(data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
@@ -189,11 +182,8 @@ def _refuse_unsupported(data: ChatRequest, context: Context) -> None:
         if not isinstance(data.reasoning_effort, str):
             raise invalid("reasoning_effort", "must be a text")
         if "reasoning_effort" not in (context.tokenizer.chat_template or ""):
-            raise unsupported(
-                "reasoning_effort",
-                "the model's chat template has no such variable; set those that it has in "
-                "chat_template_kwargs",
-            )
+            why = "the chat template has no such variable; set those that it has in chat_template_kwargs"
+            raise unsupported("reasoning_effort", why)
     if data.modalities not in (None, ["text"]):
         raise unsupported("modalities", "answers are text")
     if data.top_logprobs and not data.logprobs:

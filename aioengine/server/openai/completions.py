@@ -7,7 +7,7 @@ from sys import getsizeof
 from typing import Annotated, Any
 
 from aioengine.server.answer import Answer
-from aioengine.server.call import Call
+from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, invalid, unsupported
 from aioengine.server.openai.api import CompletionRequest
 from aioengine.server.openai.form import wanted_form
@@ -30,14 +30,12 @@ async def completions(call: Call, data: CompletionRequest) -> Annotated[Answer, 
     whole, texts = await _prompts(call, data, keep)
     prompts = last_tokens(whole, keep)
     check_prompts(context, prompts, data.n or 1, max_tokens=max_tokens, field="prompt")
-    logprobs = _count(data.logprobs)
-    params = sampling_params(
-        data,
-        defaults,
-        max_tokens=max_tokens,
-        logprobs=logprobs,
-        prompt_logprobs=_of_prompt(data, max_tokens),
-    )
+    logprobs = None if data.logprobs is None or data.logprobs is False else int(data.logprobs)
+    of_prompt = [data.prompt_logprobs]
+    if data.echo:
+        of_prompt += [logprobs, 0 if max_tokens == 0 else None]
+    most = max((count for count in of_prompt if count is not None), default=None)
+    params = sampling_params(data, defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=most)
     form = wanted_form(data, context.settings.schemas)
     answer = Answer(context, data, prompts, params, form, call.record, prefix="cmpl-")
     echoed = None
@@ -54,18 +52,6 @@ async def completions(call: Call, data: CompletionRequest) -> Annotated[Answer, 
         token_bytes=context.token_bytes(),
     )
     return answer
-
-
-def _count(logprobs: int | bool | None) -> int | None:
-    return None if logprobs is None or logprobs is False else int(logprobs)
-
-
-def _of_prompt(data: CompletionRequest, max_tokens: int) -> int | None:
-    """Return the number of prompt log-probabilities that the engine must compute."""
-    wanted = [data.prompt_logprobs]
-    if data.echo:
-        wanted += [_count(data.logprobs), 0 if max_tokens == 0 else None]
-    return max((count for count in wanted if count is not None), default=None)
 
 
 async def _prompts(

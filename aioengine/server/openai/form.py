@@ -22,10 +22,10 @@ from aioengine.guided import Guide
 from aioengine.request import SamplingParams, TokenConstraint
 from aioengine.server.errors import ApiError, invalid
 from aioengine.server.formats.calls import FIRST_ARGUMENTS, CallText
-from aioengine.server.formats.registry import NO_FORMATS, AnswerFormats, arguments_parser
+from aioengine.server.formats.registry import NO_FORMATS, AnswerFormats
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai import api
-from aioengine.server.transport.json_body import check_counts
+from aioengine.server.transport.body import check_counts
 
 _LINE = re.compile(r"\bat (\d+)\(\d+\)")
 
@@ -90,23 +90,16 @@ class ToolPlan(NamedTuple):
 
     def form(self, options: SchemaOptions, formats: AnswerFormats) -> Form:
         """Return the form of an answer that must be calls."""
-        if self.forced is None:
-            return self._form("tools", options, formats)
-        at = self.names.index(self.forced)
-        plan = self._replace(tools=[self.tools[at]], places=[self.places[at]], parallel=False)
-        param = f"tools[{plan.places[0]}].function.parameters"
-        if formats.written is not None:
-            return plan._form(param, options, formats)
-
-        def arguments() -> tuple[PreparedSchema, Sequence[str]]:
-            prepared = _arguments(plan.tools[0], options, SchemaBudget())
-            return prepared, prepared.not_enforced
-
-        return Form(param, Guide.prepared_schema, arguments)
-
-    def _form(self, param: str, options: SchemaOptions, formats: AnswerFormats) -> Form:
+        plan, param = self, "tools"
+        if self.forced is not None:
+            at = self.names.index(self.forced)
+            plan = self._replace(tools=[self.tools[at]], places=[self.places[at]], parallel=False)
+            param = f"tools[{plan.places[0]}].function.parameters"
+            if formats.written is None:
+                tool = plan.tools[0]
+                return _of_schema(param, lambda: _arguments(tool, options, SchemaBudget()))
         written, tokens = formats.required, formats.tokens
-        return Form(param, Guide.lark, lambda: self.grammar(options, written, tokens), self.blame)
+        return Form(param, Guide.lark, lambda: plan.grammar(options, written, tokens), plan.blame)
 
     def grammar(
         self, options: SchemaOptions, written: CallText, tokens: Mapping[str, int]
@@ -116,18 +109,16 @@ class ToolPlan(NamedTuple):
 
         Raises ApiError that names the tool.
         """
-        schemas: list[str] = []
-        not_enforced: dict[str, None] = {}
+        prepared: list[PreparedSchema] = []
         budget = SchemaBudget()
         for place, tool in zip(self.places, self.tools, strict=True):
             try:
-                prepared = _arguments(tool, options, budget)
+                prepared.append(_arguments(tool, options, budget))
             except RequestInvalid as error:
                 raise invalid(f"tools[{place}].function.parameters", str(error)) from error
-            not_enforced.update(dict.fromkeys(prepared.not_enforced))
-            schemas.append(prepared.text)
+        schemas = [schema.text for schema in prepared]
         grammar = written.grammar(self.names, schemas, tokens, parallel=bool(self.parallel))
-        return grammar, tuple(not_enforced)
+        return grammar, tuple(dict.fromkeys(each for schema in prepared for each in schema.not_enforced))
 
     def blame(self, reason: str) -> str | None:
         """Return the field whose part of the grammar was refused for ``reason``; None if it is not known."""
@@ -138,12 +129,10 @@ class ToolPlan(NamedTuple):
     def parser(self, formats: AnswerFormats, *, is_thinking: bool) -> AnswerParser | None:
         """Make the parser for one answer; None if nothing is looked for. ``is_thinking`` says that the prompt
         has begun the model's reasoning, and that no constraint keeps the answer from going on with it."""
-        names, single = frozenset(self.names), self.forced is not None or self.parallel is False
-        if self.forced is not None and formats.written is None:
-            return arguments_parser(self.forced)
-        if not self.is_free:
-            return formats.held(names, single=single)
-        return formats.free(names, single=single, is_thinking=is_thinking)
+        single = self.forced is not None or self.parallel is False
+        if self.is_free:
+            return formats.free(frozenset(self.names), single=single, is_thinking=is_thinking)
+        return formats.held(frozenset(self.names), single=single, forced=self.forced)
 
     def sampling(self, params: SamplingParams, formats: AnswerFormats) -> SamplingParams:
         """Return ``params``, changed so that the answer's text has what parsers look for. An answer without a
@@ -160,29 +149,23 @@ def plan_tools(
 ) -> ToolPlan:
     """Make the plan. Raises ApiError if ``choice`` does not fit ``tools``."""
     functions = list(tools or ())
-    if not functions and choice is not None and choice not in ("none", "auto"):
+    if not functions and choice not in (None, "none", "auto"):
         raise invalid("tool_choice", "there are no tools to choose from")
     if choice == "none" or not functions:
         return ToolPlan([], [])
     plan = ToolPlan(functions, list(range(len(functions))), required=choice == "required", parallel=parallel)
-    if isinstance(choice, api.NamedTool):
-        _check_known(plan, [choice])
-        return plan._replace(forced=choice.function.name)
-    if isinstance(choice, api.AllowedTools):
-        wanted = _check_known(plan, choice.allowed_tools.tools)
-        places = [place for place, name in enumerate(plan.names) if name in wanted]
-        is_required = choice.allowed_tools.mode == "required"
-        return plan._replace(tools=[functions[i] for i in places], places=places, required=is_required)
-    return plan
-
-
-def _check_known(plan: ToolPlan, wanted: Sequence[api.NamedTool]) -> set[str]:
-    """Return the names of these tools. Raises ApiError for one that is not there."""
-    names = [named.function.name for named in wanted]
-    for name in names:
+    if isinstance(choice, str) or choice is None:
+        return plan
+    named = [choice] if isinstance(choice, api.NamedTool) else choice.allowed_tools.tools
+    wanted = [tool.function.name for tool in named]
+    for name in wanted:
         if name not in plan.names:
             raise invalid("tool_choice", f"there is no tool {name[:100]!r}")
-    return set(names)
+    if isinstance(choice, api.NamedTool):
+        return plan._replace(forced=wanted[0])
+    places = [place for place, name in enumerate(plan.names) if name in wanted]
+    is_required = choice.allowed_tools.mode == "required"
+    return plan._replace(tools=[functions[i] for i in places], places=places, required=is_required)
 
 
 def _arguments(tool: api.Tool, options: SchemaOptions, budget: SchemaBudget) -> PreparedSchema:
@@ -199,13 +182,13 @@ def wanted_form(
     """Return the form of a request's answers; None if they are unconstrained. Where the answer must be calls,
     ``response_format`` has no effect, as in OpenAI's API: some clients send both. Raises ApiError if the
     request asks for two forms, or for one that ``ignore_eos`` contradicts."""
-    found: dict[str, Form] = {}
+    found: list[tuple[str, Form]] = []
     must_call = tools is not None and not tools.is_free
     wanted = fields.response_format
     if wanted is not None and wanted.type != "text" and not must_call:
-        found["response_format"] = _of_format(wanted, options)
+        found.append(("response_format", _of_format(wanted, options)))
     if fields.structured_outputs is not None:
-        found["structured_outputs"] = _of_outputs(fields.structured_outputs, options)
+        found.append(("structured_outputs", _of_outputs(fields.structured_outputs, options)))
     older = api.StructuredOutputs(
         json=fields.guided_json,
         regex=fields.guided_regex,
@@ -214,34 +197,35 @@ def wanted_form(
     )
     if older != api.StructuredOutputs():
         form = _of_outputs(older, options, "guided_{}")
-        found[form.param] = form
+        found.append((form.param, form))
     if must_call and tools is not None:
-        found["tool_choice"] = tools.form(options, formats)
+        found.append(("tool_choice", tools.form(options, formats)))
+    if not found:
+        return None
+    field, form = found[0]
     if len(found) > 1:
-        first, second, *_ = found
-        raise ApiError(400, f"{first} and {second} cannot both hold", param=second, code="invalid_value")
-    if found and fields.ignore_eos:
-        raise invalid(
-            "ignore_eos", f"not with {next(iter(found))}, which decides where the answer ends; leave it out"
-        )
-    return next(iter(found.values()), None)
+        param = found[1][0]
+        raise ApiError(400, f"{field} and {param} cannot both hold", param=param, code="invalid_value")
+    if fields.ignore_eos:
+        raise invalid("ignore_eos", f"not with {field}, which decides where the answer ends; leave it out")
+    return form
 
 
 def _of_format(wanted: api.ResponseFormat, options: SchemaOptions) -> Form:
-    if wanted.type == "json_object":
-        return _of_schema("response_format", {"type": "object"}, options)
-    given = wanted.json_schema
-    if given is None or given.schema is None:
+    schema: api.Schema | None = {"type": "object"}
+    if wanted.type == "json_schema":
+        given = wanted.json_schema
+        schema = None if given is None else given.schema
+        options = options if given is None else options.for_strict(given.strict)
+    if schema is None:
         param = "response_format.json_schema.schema"
         raise invalid("response_format", "json_schema.schema is missing", param=param)
-    return _of_schema("response_format", given.schema, options.for_strict(given.strict))
+    return _of_schema("response_format", lambda: prepare_schema(schema, options))
 
 
-def _of_schema(param: str, schema: Any, options: SchemaOptions) -> Form:
+def _of_schema(param: str, prepare: Callable[[], PreparedSchema]) -> Form:
     def write() -> tuple[PreparedSchema, Sequence[str]]:
-        if isinstance(schema, str):
-            check_counts(schema.encode(), param)
-        prepared = prepare_schema(schema, options)
+        prepared = prepare()
         return prepared, prepared.not_enforced
 
     return Form(param, Guide.prepared_schema, write)
@@ -261,10 +245,17 @@ def _of_outputs(
         why = "give exactly one of json, regex, choice and grammar"
         raise invalid(", ".join(fields), why, param=fields[-1])
     [(name, value)] = given.items()
+    field = param.format(name)
     if name != "json":
-        return Form(param.format(name), _KINDS[name], lambda: (value, ()))
+        return Form(field, _KINDS[name], lambda: (value, ()))
     if wanted.disable_any_whitespace is not None:
         options = msgspec.structs.replace(options, any_whitespace=not wanted.disable_any_whitespace)
     if wanted.disable_additional_properties is not None:
         options = msgspec.structs.replace(options, open_objects=not wanted.disable_additional_properties)
-    return _of_schema(param.format(name), value, options)
+
+    def prepare() -> PreparedSchema:
+        if isinstance(value, str):
+            check_counts(value.encode(), field)
+        return prepare_schema(value, options)
+
+    return _of_schema(field, prepare)

@@ -23,19 +23,6 @@ class PromptLogprob(msgspec.Struct, gc=False):
     decoded_token: str
 
 
-class CompletionLogprobs(msgspec.Struct):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    """Null for a prompt's first token."""
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-    """Offset of each token in the choice's text."""
-
-    def followed_by(self, other: CompletionLogprobs) -> CompletionLogprobs:
-        own, more = msgspec.structs.astuple(self), msgspec.structs.astuple(other)
-        return CompletionLogprobs(*(before + after for before, after in zip(own, more, strict=True)))
-
-
 class TopLogprob(msgspec.Struct):
     token: str
     logprob: float
@@ -76,27 +63,49 @@ class TextOffsets:
         return begin
 
 
-def completion_logprobs(
-    entries: Sequence[TokenLogprob], token_bytes: TokenBytes, offsets: TextOffsets
-) -> CompletionLogprobs:
-    """Format log-probabilities of the answer's tokens; ``offsets`` has consumed the tokens before them."""
-    result = CompletionLogprobs([], [], [], [])
-    for entry in entries:
-        _add(result, entry.token_id, entry, len(entry.top), token_bytes, offsets)
-    return result
+class CompletionLogprobs(msgspec.Struct):
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    """Null for a prompt's first token."""
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []
+    """Offset of each token in the choice's text."""
 
+    def add_answer(
+        self, entries: Sequence[TokenLogprob], token_bytes: TokenBytes, offsets: TextOffsets
+    ) -> None:
+        """Add the answer's tokens; ``offsets`` has consumed the tokens before them."""
+        for entry in entries:
+            self._add(entry.token_id, entry, len(entry.top), token_bytes, offsets)
 
-def echoed_logprobs(
-    output: RequestOutput, count: int, text: str, token_bytes: TokenBytes
-) -> CompletionLogprobs:
-    """Format the log-probabilities of the prompt with this text, with at most ``count`` of the most likely
-    tokens."""
-    result, offsets = CompletionLogprobs([], [], [], []), TextOffsets(text)
-    token_bytes = functools.cache(token_bytes)  # a prompt and what may follow it have few tokens, often
-    entries = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
-    for token, entry in zip(output.prompt_token_ids, entries, strict=True):
-        _add(result, token, entry, count, token_bytes, offsets)
-    return result
+    def add_prompt(self, output: RequestOutput, count: int, text: str, token_bytes: TokenBytes) -> None:
+        """Add the tokens of the prompt with this text, each with at most ``count`` of the most likely."""
+        offsets = TextOffsets(text)
+        token_bytes = functools.cache(token_bytes)  # a prompt and what may follow it have few tokens, often
+        entries = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
+        for token, entry in zip(output.prompt_token_ids, entries, strict=True):
+            self._add(token, entry, count, token_bytes, offsets)
+
+    def _add(
+        self,
+        token: int,
+        entry: TokenLogprob | None,
+        count: int,
+        token_bytes: TokenBytes,
+        offsets: TextOffsets,
+    ) -> None:
+        data = token_bytes(token)
+        text = _text(data)
+        self.tokens.append(text)
+        self.text_offset.append(offsets.take(data))
+        if entry is None:
+            self.token_logprobs.append(None)
+            self.top_logprobs.append(None)
+            return
+        self.token_logprobs.append(_finite(entry.logprob))
+        top = {_text(token_bytes(best)): _finite(logprob) for best, logprob in reversed(entry.top[:count])}
+        top.setdefault(text, _finite(entry.logprob))
+        self.top_logprobs.append(_encoded(top))
 
 
 def prompt_logprobs(
@@ -105,20 +114,18 @@ def prompt_logprobs(
     """Format the prompt's log-probabilities as vLLM does: for each token but the first, itself and the
     ``count`` most likely ones, by token id."""
     token_bytes = functools.cache(token_bytes)
-    return [
-        None if entry is None else _encoded(_ranked(entry, count, token_bytes))
-        for entry in output.prompt_logprobs or ()
-    ]
 
+    def ranked(entry: TokenLogprob) -> dict[str, PromptLogprob]:
+        found = {
+            str(token): PromptLogprob(_finite(logprob), rank, _text(token_bytes(token)))
+            for rank, (token, logprob) in enumerate(entry.top[:count], start=1)
+        }
+        own = PromptLogprob(_finite(entry.logprob), None, _text(token_bytes(entry.token_id)))
+        found.setdefault(str(entry.token_id), own)
+        return found
 
-def _ranked(entry: TokenLogprob, count: int, token_bytes: TokenBytes) -> dict[str, PromptLogprob]:
-    found = {
-        str(token): PromptLogprob(_finite(logprob), rank, _text(token_bytes(token)))
-        for rank, (token, logprob) in enumerate(entry.top[:count], start=1)
-    }
-    own = PromptLogprob(_finite(entry.logprob), None, _text(token_bytes(entry.token_id)))
-    found.setdefault(str(entry.token_id), own)
-    return found
+    entries = output.prompt_logprobs or ()
+    return [None if entry is None else _encoded(ranked(entry)) for entry in entries]
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob], token_bytes: TokenBytes) -> ChatLogprobs:
@@ -132,28 +139,6 @@ def chat_logprobs(entries: Sequence[TokenLogprob], token_bytes: TokenBytes) -> C
         best = [top(token, logprob) for token, logprob in entry.top]
         content.append(_encoded(ChatTokenLogprob(own.token, own.logprob, own.bytes, best)))
     return ChatLogprobs(content)
-
-
-def _add(
-    result: CompletionLogprobs,
-    token: int,
-    entry: TokenLogprob | None,
-    count: int,
-    token_bytes: TokenBytes,
-    offsets: TextOffsets,
-) -> None:
-    data = token_bytes(token)
-    text = _text(data)
-    result.tokens.append(text)
-    result.text_offset.append(offsets.take(data))
-    if entry is None:
-        result.token_logprobs.append(None)
-        result.top_logprobs.append(None)
-        return
-    result.token_logprobs.append(_finite(entry.logprob))
-    top = {_text(token_bytes(best)): _finite(logprob) for best, logprob in reversed(entry.top[:count])}
-    top.setdefault(text, _finite(entry.logprob))
-    result.top_logprobs.append(_encoded(top))
 
 
 def _encoded(value: Any) -> Any:

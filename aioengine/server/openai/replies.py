@@ -9,7 +9,6 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from aioengine.request import TokenLogprob
 from aioengine.runtime.output import RequestOutput
 from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser, Parsed
@@ -28,8 +27,6 @@ from aioengine.server.openai.logprobs import (
     TextOffsets,
     TokenBytes,
     chat_logprobs,
-    completion_logprobs,
-    echoed_logprobs,
     prompt_logprobs,
 )
 
@@ -55,15 +52,18 @@ class Head(msgspec.Struct, kw_only=True):
     model: str
 
 
-class CompletionChoice(msgspec.Struct, kw_only=True):
+class Choice(msgspec.Struct, kw_only=True):
     index: int
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class CompletionChoice(Choice, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
-    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(Head, kw_only=True):
@@ -94,16 +94,12 @@ class AnswerMessage(msgspec.Struct, kw_only=True):
     tool_calls: list[AnswerCall] | UnsetType = UNSET
 
 
-class ChatChoice(msgspec.Struct, kw_only=True):
-    index: int
+class ChatChoice(Choice, kw_only=True):
     message: AnswerMessage | UnsetType = UNSET
     """The answer as a whole."""
     delta: AnswerMessage | UnsetType = UNSET
     """What is new of it in a stream."""
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | UnsetType | None = UNSET
-    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(Head, kw_only=True):
@@ -129,20 +125,24 @@ class _Reply:
         self._prompt_logprobs = fields.prompt_logprobs
         self._token_bytes = token_bytes
 
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
+        part = self._next_part(index, output, self._usage_so_far(output) if self._continuous_usage else None)
+        return None if part is None else event(_encode(part))
+
     def last_events(self, usage: Usage) -> bytes:
-        return event(self._part([], usage)) + DONE if self._include_usage else DONE
+        return event(_encode(self._part([], usage))) + DONE if self._include_usage else DONE
 
     def failure(self, error: ApiError) -> bytes:
         return event(error.body_for()) + DONE
 
-    def _part(self, choices: list[Any], usage: Usage | None) -> bytes:
-        """Write a part of a stream."""
+    def _next_part(self, index: int, output: RequestOutput, usage: Usage | None) -> Head | None:
+        """Make the next part of a stream; None if there is nothing to send."""
         raise NotImplementedError
 
-    def _usage_so_far(self, output: RequestOutput) -> Usage | None:
-        """Return a choice's usage so far, if each chunk should report it."""
-        if not self._continuous_usage:
-            return None
+    def _part(self, choices: list[Any], usage: Usage | None) -> Head:
+        raise NotImplementedError
+
+    def _usage_so_far(self, output: RequestOutput) -> Usage:
         prompt, answer = output.prompt_tokens, output.output_tokens
         return Usage(
             prompt_tokens=prompt,
@@ -151,9 +151,12 @@ class _Reply:
             prompt_tokens_details=PromptTokensDetails(output.cached_tokens),
         )
 
-    def _scored_prompt(self, output: RequestOutput) -> PromptLogprobs | UnsetType:
-        count = self._prompt_logprobs
-        return UNSET if count is None else prompt_logprobs(output, count, self._token_bytes)
+    def _add_prompt(self, to: CompletionChoice | ChatCompletion, output: RequestOutput) -> None:
+        """Add what was asked for of the prompt."""
+        if self._prompt_logprobs is not None:
+            to.prompt_logprobs = prompt_logprobs(output, self._prompt_logprobs, self._token_bytes)
+        if self._with_ids:
+            to.prompt_token_ids = output.prompt_token_ids
 
 
 class CompletionReply(_Reply):
@@ -178,49 +181,40 @@ class CompletionReply(_Reply):
         self._offsets = [TextOffsets(begin=len(text or "")) for text in self._echoed]
         self._begun: set[int] = set()
 
-    def events(self, index: int, output: RequestOutput) -> bytes | None:
-        choice = self._choice(index, output, output.text_delta, output.logprobs_delta)
-        if self._with_ids:
-            choice.token_ids = output.token_ids_delta
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        choices = [self._choice(i, output, is_whole=True) for i, output in enumerate(outputs)]
+        return _encode(self._part(choices, usage))
+
+    def _next_part(self, index: int, output: RequestOutput, usage: Usage | None) -> Completion | None:
+        choice = self._choice(index, output, is_whole=False)
         if not choice.text and not output.finished and choice.logprobs is None and not choice.token_ids:
             return None
-        return event(self._part([choice], self._usage_so_far(output)))
+        return self._part([choice], usage)
 
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        choices = []
-        for index, output in enumerate(outputs):
-            choices.append(self._choice(index, output, output.text, output.logprobs or ()))
-            if self._with_ids:
-                choices[-1].token_ids = output.token_ids
-        return self._part(choices, usage)
+    def _part(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
+        return Completion(**self._head, choices=choices, usage=usage)
 
-    def _part(self, choices: list[CompletionChoice], usage: Usage | None) -> bytes:
-        return _encode(Completion(**self._head, choices=choices, usage=usage))
-
-    def _choice(
-        self, index: int, output: RequestOutput, text: str, entries: Sequence[TokenLogprob]
-    ) -> CompletionChoice:
+    def _choice(self, index: int, output: RequestOutput, *, is_whole: bool) -> CompletionChoice:
+        text = output.text if is_whole else output.text_delta
         choice = CompletionChoice(
             index=index, text=text, finish_reason=output.finish_reason, stop_reason=output.stop_reason
         )
-        if self._logprobs is not None:  # that of the token that ends the answer, too
-            choice.logprobs = completion_logprobs(entries, self._token_bytes, self._offsets[index])
+        if self._with_ids:
+            choice.token_ids = output.token_ids if is_whole else output.token_ids_delta
+        if self._logprobs is not None:
+            choice.logprobs = CompletionLogprobs()
         if index not in self._begun:
             self._begun.add(index)
-            self._begin(choice, output)
+            self._add_prompt(choice, output)
+            echoed = self._echoed[index]
+            if echoed is not None:
+                choice.text = echoed + choice.text
+                if choice.logprobs is not None and self._logprobs is not None:
+                    choice.logprobs.add_prompt(output, self._logprobs, echoed, self._token_bytes)
+        if choice.logprobs is not None:  # that of the token that ends the answer, too
+            entries = output.logprobs if is_whole else output.logprobs_delta
+            choice.logprobs.add_answer(entries or (), self._token_bytes, self._offsets[index])
         return choice
-
-    def _begin(self, choice: CompletionChoice, output: RequestOutput) -> None:
-        """Add the prompt's part to a choice's first chunk."""
-        echoed = self._echoed[choice.index]
-        if echoed is not None:
-            choice.text = echoed + choice.text
-            if choice.logprobs is not None and self._logprobs is not None:
-                before = echoed_logprobs(output, self._logprobs, echoed, self._token_bytes)
-                choice.logprobs = before.followed_by(choice.logprobs)
-        choice.prompt_logprobs = self._scored_prompt(output)
-        if self._with_ids:
-            choice.prompt_token_ids = output.prompt_token_ids
 
 
 class ChatReply(_Reply):
@@ -245,7 +239,13 @@ class ChatReply(_Reply):
         self._with_logprobs = with_logprobs
         self._echoed = echoed
 
-    def events(self, index: int, output: RequestOutput) -> bytes | None:
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        choices = [self._whole_choice(index, output) for index, output in enumerate(outputs)]
+        answer = ChatCompletion(**self._head, choices=choices, usage=usage)
+        self._add_prompt(answer, outputs[0])
+        return _encode(answer)
+
+    def _next_part(self, index: int, output: RequestOutput, usage: Usage | None) -> ChatCompletion | None:
         text, calls, reasoning = parse_output(self._parsers[index], output.text_delta, output)
         logprobs = self._logprobs(output, output.logprobs_delta)
         has_numbers = (logprobs and logprobs.content) or (self._with_ids and output.token_ids_delta)
@@ -253,14 +253,16 @@ class ChatReply(_Reply):
             return None
         delta = AnswerMessage()
         choice = ChatChoice(index=index, delta=delta, logprobs=logprobs)
-        before = self._calls.get(index)
-        if before is None:
+        part = self._part([choice], usage)
+        count = self._calls.get(index)
+        if count is None:
+            count = 0
             delta.role, delta.content = "assistant", self._echoed + text
+            self._add_prompt(part, output)
         elif text:
             delta.content = text
         if reasoning:
             delta.reasoning_content = reasoning
-        count = before or 0
         if calls:
             delta.tool_calls = [
                 AnswerCall(index=count + i, id=call.id, function=call.function)
@@ -268,27 +270,12 @@ class ChatReply(_Reply):
             ]
         count = self._calls[index] = count + len(calls)
         if output.finished:
-            choice.finish_reason = _finish_reason(output, count)
-            choice.stop_reason = output.stop_reason
-        chunk = self._chunk([choice], self._usage_so_far(output))
+            choice.finish_reason, choice.stop_reason = _finish_reason(output, count), output.stop_reason
         if self._with_ids:
             choice.token_ids = output.token_ids_delta
-            if before is None:
-                chunk.prompt_token_ids = output.prompt_token_ids
-        return event(_encode(chunk))
+        return part
 
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        choices = [self._whole_choice(index, output) for index, output in enumerate(outputs)]
-        answer = ChatCompletion(**self._head, choices=choices, usage=usage)
-        answer.prompt_logprobs = self._scored_prompt(outputs[0])
-        if self._with_ids:
-            answer.prompt_token_ids = outputs[0].prompt_token_ids
-        return _encode(answer)
-
-    def _part(self, choices: list[ChatChoice], usage: Usage | None) -> bytes:
-        return _encode(self._chunk(choices, usage))
-
-    def _chunk(self, choices: list[ChatChoice], usage: Usage | None) -> ChatCompletion:
+    def _part(self, choices: list[ChatChoice], usage: Usage | None) -> ChatCompletion:
         return ChatCompletion(**self._head, object="chat.completion.chunk", choices=choices, usage=usage)
 
     def _whole_choice(self, index: int, output: RequestOutput) -> ChatChoice:
@@ -310,7 +297,7 @@ class ChatReply(_Reply):
             token_ids=output.token_ids if self._with_ids else UNSET,
         )
 
-    def _logprobs(self, output: RequestOutput, entries: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+    def _logprobs(self, output: RequestOutput, entries: Sequence[Any]) -> ChatLogprobs | None:
         if not self._with_logprobs:
             return None
         if output.finished and isinstance(output.stop_reason, int):  # it is not part of the text

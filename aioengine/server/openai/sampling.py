@@ -49,11 +49,9 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
 def chosen_defaults(wanted: str, model: Path | None) -> SamplingDefaults:
     """Return the defaults that ``ServerSettings.generation_config`` names; ``model`` is the model's folder.
     Raises ConfigError."""
-    if wanted not in ("auto", "none"):
-        return read_sampling_defaults(Path(wanted))
-    if wanted == "auto" and model is not None and (model / FILE_NAME).is_file():
-        return read_sampling_defaults(model)
-    return SamplingDefaults()
+    if wanted == "none" or (wanted == "auto" and (model is None or not (model / FILE_NAME).is_file())):
+        return SamplingDefaults()
+    return read_sampling_defaults(model if wanted == "auto" and model is not None else Path(wanted))
 
 
 def read_sampling_defaults(where: Path) -> SamplingDefaults:

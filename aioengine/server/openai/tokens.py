@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from aioengine.server.call import Call
+from aioengine.server.context import Call
 from aioengine.server.errors import invalid
 from aioengine.server.names import adapter_of
 from aioengine.server.openai.api import MAX_MESSAGES, MAX_TOOLS, Message, Strict, TokenId, Tool

@@ -1,18 +1,48 @@
-"""Bounds on request bodies: size, time to arrive, and memory of all bodies together."""
+"""A request's body: bounds on its size, its time and the memory of all bodies; and its JSON, read strictly.
+
+Building Python objects holds the interpreter lock, and each list or object brings the garbage collector's
+next run nearer, which visits all of them: a megabyte of ``[[],[],...]`` takes as long as a hundred megabytes
+of text. So lists and objects are counted in the bytes before anything is built.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import difflib
+import functools
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
 
 from aioengine.metrics.page.plumbing import Message, Receive, Scope
 from aioengine.server.bounds import Shares
-from aioengine.server.errors import ApiError, ClientDisconnected
+from aioengine.server.errors import ApiError, ClientDisconnected, validation_error
+
+logger = logging.getLogger("aioengine.server")
 
 MIN_RATE = 16 * 1024
 """Minimum rate of a body in bytes a second, after its first ``timeout`` seconds."""
 FREE_BYTES = 64 * 1024
 """Bytes of each body that are not counted, so that small requests are accepted whatever large ones hold."""
-RETRY_AFTER = 1
+MAX_CONTAINERS = 2**15
+"""Lists and objects in one body. A chat of 2,048 messages in parts has 8,192 of them."""
+MAX_STRINGS = 2**17
+"""Names of fields included."""
+MAX_VALUES = 2**17
+"""Values of JSON that is a text in a body, counted by their commas. (Those of a body itself have bounds by
+their types.)"""
+MAX_LOGGED_NAMES = 64
+"""Ignored names that are logged, because clients can invent names; and places of one body that have such."""
+_STRING = re.compile(rb'"[^"]*"')
+_UNKNOWN = re.compile(
+    r"^Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL
+)
+_STEP = re.compile(r"\.([^.\[]+)|\[[^\]]*\]")
+_SUCCESSORS = dict.fromkeys(("guided_json", "guided_regex", "guided_choice"), "structured_outputs")
+"""Older names that are still accepted, and their current names."""
 
 
 class BoundedBody:
@@ -49,10 +79,8 @@ class BoundedBody:
             async with asyncio.timeout_at(min(due, now + self._timeout)):
                 message = await self._receive()
         except TimeoutError:
-            text = (
-                f"the body came too slowly: nothing for {self._timeout} seconds, or less than {MIN_RATE} "
-                "bytes a second"
-            )
+            text = f"nothing for {self._timeout} seconds, or less than {MIN_RATE} bytes a second"
+            text = f"the body came too slowly: {text}"
             raise ApiError(408, text, code="request_timeout", close=True) from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnected
@@ -65,15 +93,11 @@ class BoundedBody:
 
     async def whole(self) -> bytes:
         """Return the content."""
-        message = await self()
-        if not message.get("more_body", False):
-            return bytes(message["body"])
-        parts = [message["body"]]
+        parts: list[bytes] = []
         try:
-            while message.get("more_body", False):
-                message = await self()
-                parts.append(message["body"])
-            return b"".join(parts)
+            while not self._complete:
+                parts.append((await self())["body"])
+            return parts[0] if len(parts) == 1 else b"".join(parts)
         finally:
             parts.clear()  # an error that is raised refers to this frame, and lives as long as its answer
 
@@ -86,17 +110,121 @@ class BoundedBody:
 
     def _hold(self, more: int) -> None:
         if more and not self._shares.take(self._owner, more, alone=self._limit):
-            raise ApiError(
-                503,
-                "the server is receiving as many large requests, or as many of yours, as it can; try again "
-                "later",
-                type="server_error",
-                code="overloaded",
-                retry_after=RETRY_AFTER,
-                close=True,
-            )
+            text = "the server is receiving as many large requests, or as many of yours, as it can"
+            raise ApiError(503, f"{text}; try again later", code="overloaded", retry_after=1, close=True)
         self._held += more
 
     def _too_large(self) -> ApiError:
         text = f"the body is larger than the {self._limit} bytes that are allowed"
         return ApiError(413, text, code="request_too_large")
+
+
+def check_kind(scope: Scope) -> None:
+    """Raise ApiError unless the body is JSON as it is."""
+    headers = dict(scope["headers"])
+    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
+        text = "bodies are not decompressed: send the body without content-encoding"
+        raise ApiError(415, text, param="content-encoding", code="unsupported_media_type")
+    # Browsers send anything else to other sites without asking them first.
+    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+        raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
+
+
+def check_counts(body: bytes, param: str | None = None) -> None:
+    """Count lists, objects and strings of JSON, in time linear in its length.
+
+    Call it also for JSON that is a text in a body, before that is decoded: then it counts all values. Raises
+    ApiError that names ``param`` if there are too many.
+    """
+    commas = 0 if param is None else body.count(b",")
+    if _containers(body) <= MAX_CONTAINERS and body.count(b'"') <= 2 * MAX_STRINGS and commas <= MAX_VALUES:
+        return
+    # There are too many of these characters, but they may be inside texts. So texts are removed first, and
+    # before that the escapes, each of which is a backslash and one more character.
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    strings = plain.count(b'"')
+    plain = _STRING.sub(b"", plain) if strings <= 2 * MAX_STRINGS else plain
+    for is_over, what in (
+        (strings > 2 * MAX_STRINGS, f"{MAX_STRINGS} strings"),
+        (_containers(plain) > MAX_CONTAINERS, f"{MAX_CONTAINERS} lists and objects"),
+        (commas and plain.count(b",") > MAX_VALUES, f"{MAX_VALUES} values"),
+    ):
+        if is_over:
+            where = "the body holds" if param is None else f"{param}: holds"
+            text = f"{where} more than {what}, which are not decoded"
+            raise ApiError(400, text, param=param, code="invalid_value")
+
+
+def _containers(text: bytes) -> int:
+    return text.count(b"[") + text.count(b"{")
+
+
+class JsonDecoder:
+    """Decodes bodies. Unknown fields are refused, with the name that may have been meant, or left out."""
+
+    def __init__(self, *, ignores_unknown: bool) -> None:
+        self._ignores_unknown = ignores_unknown
+        self._logged: set[str] = set()
+
+    def decode(self, body: bytes, type_: Any) -> Any:
+        """Decode ``body`` as a ``type_``, strictly: "1" is not a number. Raises ApiError if it holds too many
+        values or an unknown field, and msgspec's errors."""
+        if not body:
+            raise ApiError(400, "the body is empty; it must be JSON", code="invalid_json")
+        check_counts(body)
+        for _ in range(MAX_LOGGED_NAMES + 1):
+            try:
+                return _decoder(type_).decode(body)
+            except msgspec.ValidationError as error:
+                found = _UNKNOWN.match(str(error))
+                if found is None:
+                    raise
+                name, path = found["name"], found["path"] or ""
+                if not self._ignores_unknown:
+                    raise _refusal(error, type_, name) from error
+            steps = [step[1] for step in _STEP.finditer(path)]
+            fields = msgspec.json.decode(body)
+            for dropped in _drop(fields, steps, _names(type_) - {name}):
+                self._note(".".join((*filter(None, steps), dropped[:64])))
+            body = msgspec.json.encode(fields)
+        raise ApiError(400, "the body has too many unknown fields", code="invalid_value")
+
+    def _note(self, field: str) -> None:
+        if field not in self._logged and len(self._logged) < MAX_LOGGED_NAMES:
+            self._logged.add(field)
+            logger.warning("the unknown field %s is ignored, in this request and in later ones", field)
+
+
+@functools.cache
+def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(type_)
+
+
+@functools.cache
+def _names(type_: Any) -> frozenset[str]:
+    """Return the names of a request's fields, those within other fields included."""
+    known = msgspec.json.schema(type_).get("$defs", {}).values()
+    return frozenset(name for struct in known for name in struct.get("properties", ()))
+
+
+def _refusal(error: msgspec.ValidationError, type_: Any, name: str) -> ApiError:
+    refusal = validation_error(error)
+    for close in difflib.get_close_matches(name[:64], _names(type_), n=1):
+        meant = close + (f", today {_SUCCESSORS[close]}" if close in _SUCCESSORS else "")
+        refusal.detail.message += f" (did you mean {meant}?)"
+    return refusal
+
+
+def _drop(value: Any, steps: list[str | None], known: frozenset[str]) -> Iterator[str]:
+    """Remove what is not ``known`` from the objects that ``steps`` lead to: names, and None for each item of
+    a list. Yields the names that were removed."""
+    if not isinstance(value, dict | list):
+        return
+    if not steps:
+        for name in [name for name in value if name not in known]:
+            del value[name]
+            yield name
+        return
+    inner = value if isinstance(value, list) else [value.get(steps[0])] if steps[0] else value.values()
+    for item in inner:
+        yield from _drop(item, steps[1:], known)

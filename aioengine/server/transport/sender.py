@@ -6,24 +6,13 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from aioengine.metrics.page.plumbing import (
-    PART_BYTES,
-    Message,
-    Scope,
-    Send,
-    in_parts,
-    respond,
-    watch_of,
-)
+from aioengine.metrics.page.plumbing import PART_BYTES, Message, Scope, Send, in_parts, watch_of
 from aioengine.server.access.browsers import BrowserRules
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.bounds import Shares, seconds_of
 from aioengine.server.errors import ApiError, ClientDisconnected
 
 T = TypeVar("T")
-
-RETRY_AFTER = 1
-"""Seconds after which there may be room for another large answer."""
 
 
 class Sender:
@@ -62,11 +51,10 @@ class Sender:
         elif self._scope["method"] == "HEAD":
             message = {**message, "body": b""}
         try:
-            if self._seconds is None:
-                for part in in_parts(message):
+            for part in in_parts(message):
+                if self._seconds is None:
                     await self._send(part)
-            else:
-                for part in in_parts(message):
+                else:
                     async with asyncio.timeout(self._seconds):
                         await self._send(part)
         except OSError as error:  # it went away in the middle of a message; TimeoutError is one
@@ -83,19 +71,13 @@ class Sender:
         if size <= PART_BYTES:
             return
         if size > most:
-            raise ApiError(
-                400,
-                f"the answer has {size} bytes, and may have {most}: ask for fewer log-probabilities, "
-                "choices or tokens, or for a stream",
-                code="answer_too_large",
-            )
+            text = f"the answer has {size} bytes, and may have {most}: ask for fewer log-probabilities, "
+            raise ApiError(400, f"{text}choices or tokens, or for a stream", code="answer_too_large")
         if not await self._unread.take_soon(owner, size, seconds_of("room for a large answer"), alone=size):
             why = "of others wait to be read, and leave no room for this one; try again later"
             if self._unread.has(owner):
                 why = "of yours wait to be read, and have as many bytes as they may; read them first"
-            raise ApiError(
-                503, f"answers {why}", type="server_error", code="overloaded", retry_after=RETRY_AFTER
-            )
+            raise ApiError(503, f"answers {why}", code="overloaded", retry_after=1)
         self._held = size
 
     def _headers(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -110,11 +92,6 @@ class Sender:
         if record.status >= 400 and any(name == b"expect" for name, _ in self._scope["headers"]):
             found.append((b"connection", b"close"))
         return found + self._browsers.permission(self._scope)
-
-
-async def send_error(send: Send, error: ApiError, path: str) -> None:
-    """Answer a request for ``path`` with an error, in the form that this path's clients know."""
-    await respond(send, error.status, error.headers, error.body_for(path))
 
 
 async def unless(

@@ -3,12 +3,14 @@ Cohere's."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from aioengine.server.openai import api
+
+T = TypeVar("T")
 
 MAX_INPUTS = 2048
 """Texts in one request; OpenAI's bound."""
@@ -99,30 +101,15 @@ class ScoreData(msgspec.Struct, kw_only=True):
     object: Literal["score"] = "score"
 
 
-class VectorList(msgspec.Struct, kw_only=True):
-    """Fields that the answers of all routes but ``/rerank`` share; ``data`` is in the order of the input."""
+class VectorList(msgspec.Struct, Generic[T], kw_only=True):
+    """The answer of all routes but ``/rerank``; ``data`` is in the order of the input."""
 
     id: str
     model: str
     usage: VectorUsage
     created: int
+    data: list[T]
     object: Literal["list"] = "list"
-
-
-class EmbeddingList(VectorList, kw_only=True):
-    data: list[EmbeddingData]
-
-
-class PoolingList(VectorList, kw_only=True):
-    data: list[PoolingData]
-
-
-class ClassList(VectorList, kw_only=True):
-    data: list[ClassData]
-
-
-class ScoreList(VectorList, kw_only=True):
-    data: list[ScoreData]
 
 
 class RankedData(msgspec.Struct, kw_only=True, omit_defaults=True):

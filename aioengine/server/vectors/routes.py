@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from sys import getsizeof
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from aioengine.runtime.requests.vectors import (
 )
 from aioengine.runtime.text_work import size_of_all
 from aioengine.server.answer import Answer
-from aioengine.server.call import Call
+from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, invalid
 from aioengine.server.names import wanted_adapter
 from aioengine.server.openai.api import GenerationFields, Usage
@@ -32,103 +32,15 @@ Form = Callable[[Sequence[RequestOutput]], dict[str, Any]]
 """Makes an answer's own fields from the outputs. It must keep nothing large of the request."""
 
 
-async def embeddings(call: Call, data: api.EmbeddingRequest) -> Annotated[Answer, api.EmbeddingList]:
-    """Vectors of texts."""
-    normalize, dimensions, encoding = data.normalize is not False, data.dimensions, data.encoding_format
-
-    def form(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        found = [embedding_of(output, normalize=normalize, dimensions=dimensions) for output in outputs]
-        items = [
-            api.EmbeddingData(index=i, embedding=_encoded(one.vector, encoding))
-            for i, one in enumerate(found)
-        ]
-        return {"data": items}
-
-    prompts = await _prompts(call, data, data.input)
-    return _answer(call, data, prompts, data.pooling or "auto", VectorReply(api.EmbeddingList, form), "embd-")
-
-
-async def pooling(call: Call, data: api.PoolingRequest) -> Annotated[Answer, api.PoolingList]:
-    """Vectors of texts, of any length."""
-    encoding = data.encoding_format
-
-    def form(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        vectors = [_encoded(output.pooled or [], encoding) for output in outputs]
-        return {"data": [api.PoolingData(index=i, data=vector) for i, vector in enumerate(vectors)]}
-
-    prompts = await _prompts(call, data, data.input)
-    return _answer(call, data, prompts, data.pooling or "auto", VectorReply(api.PoolingList, form), "pool-")
-
-
-async def classify(call: Call, data: api.InputFields) -> Annotated[Answer, api.ClassList]:
-    """Labels of texts."""
-    prompts = await _prompts(call, data, data.input)
-    names = await call.context.label_names.result()
-
-    def form(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        found = [classification_of(output, names) for output in outputs]
-        items = [
-            api.ClassData(
-                index=i,
-                label=one.label,
-                probs=_encoded(one.probabilities, "float"),
-                num_classes=len(one.probabilities),
-            )
-            for i, one in enumerate(found)
-        ]
-        return {"data": items}
-
-    return _answer(call, data, prompts, "classify", VectorReply(api.ClassList, form), "classify-")
-
-
-async def score(call: Call, data: api.ScoreRequest) -> Annotated[Answer, api.ScoreList]:
-    """How well texts fit."""
-    firsts = [data.text_1] if isinstance(data.text_1, str) else data.text_1
-    seconds = [data.text_2] if isinstance(data.text_2, str) else data.text_2
-    if len(firsts) == 1:
-        firsts = firsts * len(seconds)
-    if len(firsts) != len(seconds):
-        raise invalid(
-            "text_1", f"has {len(firsts)} texts, text_2 has {len(seconds)}; give one text_1, or as many"
-        )
-
-    def form(scores: list[float]) -> dict[str, Any]:
-        return {"data": [api.ScoreData(index=i, score=score) for i, score in enumerate(scores)]}
-
-    return await _scored(call, data, firsts, seconds, api.ScoreList, form, prefix="score-")
-
-
-async def rerank(call: Call, data: api.RerankRequest) -> Annotated[Answer, api.Ranked]:
-    """Documents, the best first."""
-    texts = [document if isinstance(document, str) else document.text for document in data.documents]
-    top_n = data.top_n or None
-    shown = None if data.return_documents is False else texts
-
-    def form(scores: list[float]) -> dict[str, Any]:
-        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
-        results = [
-            api.RankedData(
-                index=index,
-                relevance_score=scores[index],
-                document=None if shown is None else api.Document(text=shown[index]),
-            )
-            for index in best
-        ]
-        return {"results": results}
-
-    answer = await _scored(call, data, [data.query] * len(texts), texts, api.Ranked, form, prefix="rerank-")
-    answer.kept = sum(map(getsizeof, shown or ()))
-    return answer
-
-
 class VectorReply:
     """The reply of one of these endpoints, which has no streams."""
 
-    head: dict[str, Any]
-    """Fields that are known before the outputs."""
+    def __init__(self, head: dict[str, Any], form: Form) -> None:
+        self._head, self._form = head, form
 
-    def __init__(self, type_: type[api.VectorList | api.Ranked], form: Form) -> None:
-        self._type, self._form = type_, form
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        used = api.VectorUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens)
+        return msgspec.json.encode({**self._head, **self._form(outputs), "usage": used})
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
         raise NotImplementedError
@@ -139,9 +51,84 @@ class VectorReply:
     def failure(self, error: ApiError) -> bytes:
         raise NotImplementedError
 
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        used = api.VectorUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens)
-        return msgspec.json.encode(self._type(**self.head, **self._form(outputs), usage=used))
+
+async def embeddings(
+    call: Call, data: api.EmbeddingRequest
+) -> Annotated[Answer, api.VectorList[api.EmbeddingData]]:
+    """Vectors of texts."""
+    normalize, dimensions, encoding = data.normalize is not False, data.dimensions, data.encoding_format
+
+    def form(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        found = [embedding_of(output, normalize=normalize, dimensions=dimensions) for output in outputs]
+        vectors = [_encoded(one.vector, encoding) for one in found]
+        return _list(api.EmbeddingData(index=i, embedding=vector) for i, vector in enumerate(vectors))
+
+    prompts = await _prompts(call, data, data.input)
+    return _answer(call, data, prompts, data.pooling or "auto", form, "embd-")
+
+
+async def pooling(call: Call, data: api.PoolingRequest) -> Annotated[Answer, api.VectorList[api.PoolingData]]:
+    """Vectors of texts, of any length."""
+    encoding = data.encoding_format
+
+    def form(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        vectors = [_encoded(output.pooled or [], encoding) for output in outputs]
+        return _list(api.PoolingData(index=i, data=vector) for i, vector in enumerate(vectors))
+
+    prompts = await _prompts(call, data, data.input)
+    return _answer(call, data, prompts, data.pooling or "auto", form, "pool-")
+
+
+async def classify(call: Call, data: api.InputFields) -> Annotated[Answer, api.VectorList[api.ClassData]]:
+    """Labels of texts."""
+    prompts = await _prompts(call, data, data.input)
+    names = await call.context.label_names.result()
+
+    def item(index: int, output: RequestOutput) -> api.ClassData:
+        one = classification_of(output, names)
+        count, probs = len(one.probabilities), _encoded(one.probabilities)
+        return api.ClassData(index=index, label=one.label, probs=probs, num_classes=count)
+
+    def form(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        return _list(item(index, output) for index, output in enumerate(outputs))
+
+    return _answer(call, data, prompts, "classify", form, "classify-")
+
+
+async def score(call: Call, data: api.ScoreRequest) -> Annotated[Answer, api.VectorList[api.ScoreData]]:
+    """How well texts fit."""
+    firsts = [data.text_1] if isinstance(data.text_1, str) else data.text_1
+    seconds = [data.text_2] if isinstance(data.text_2, str) else data.text_2
+    if len(firsts) == 1:
+        firsts = firsts * len(seconds)
+    if len(firsts) != len(seconds):
+        text = f"has {len(firsts)} texts, text_2 has {len(seconds)}; give one text_1, or as many"
+        raise invalid("text_1", text)
+
+    def form(scores: list[float]) -> dict[str, Any]:
+        return _list(api.ScoreData(index=i, score=score) for i, score in enumerate(scores))
+
+    return await _scored(call, data, firsts, seconds, form, prefix="score-")
+
+
+async def rerank(call: Call, data: api.RerankRequest) -> Annotated[Answer, api.Ranked]:
+    """Documents, the best first."""
+    texts = [document if isinstance(document, str) else document.text for document in data.documents]
+    top_n = data.top_n or None
+    shown = None if data.return_documents is False else texts
+
+    def form(scores: list[float]) -> dict[str, Any]:
+        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
+        documents = [None if shown is None else api.Document(text=shown[index]) for index in best]
+        results = [
+            api.RankedData(index=index, relevance_score=scores[index], document=document)
+            for index, document in zip(best, documents, strict=True)
+        ]
+        return {"results": results}
+
+    answer = await _scored(call, data, [data.query] * len(texts), texts, form, prefix="rerank-")
+    answer.kept = sum(map(getsizeof, shown or ()))
+    return answer
 
 
 def _answer(
@@ -149,15 +136,15 @@ def _answer(
     data: api.VectorFields,
     prompts: Sequence[list[int]],
     kind: PoolingKind,
-    reply: VectorReply,
+    form: Form,
     prefix: str,
 ) -> Answer:
     fields = GenerationFields(
         model=data.model, adapters=data.adapters, request_id=data.request_id, priority=data.priority
     )
     answer = Answer(call.context, fields, prompts, pooling_params(kind), None, call.record, prefix=prefix)
-    reply.head = {"id": answer.id, "model": data.model, "created": call.context.created}
-    answer.reply = reply
+    head = {"id": answer.id, "model": data.model, "created": call.context.created}
+    answer.reply = VectorReply(head, form)
     return answer
 
 
@@ -166,7 +153,6 @@ async def _scored(
     data: api.VectorFields,
     firsts: list[str],
     seconds: list[str],
-    type_: type[api.VectorList | api.Ranked],
     form: Callable[[list[float]], dict[str, Any]],
     *,
     prefix: str,
@@ -175,10 +161,8 @@ async def _scored(
     vectors."""
     labels = await call.context.engine.head_labels(wanted_adapter(call.context, data, call.record))
     if labels > 1:
-        raise invalid(
-            "model",
-            f"its head has {labels} labels, but a score needs a head of one label, or none; use /classify",
-        )
+        text = f"its head has {labels} labels, but a score needs a head of one label, or none; use /classify"
+        raise invalid("model", text)
     if labels == 1:
         pairs = list(zip(firsts, seconds, strict=True))
         prompts = _bounded(call, data, await encode_pairs(call.context, pairs, call.record))
@@ -186,7 +170,7 @@ async def _scored(
         def by_head(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
             return form([sigmoid((output.pooled or [0.0])[0]) for output in outputs])
 
-        return _answer(call, data, prompts, "classify", VectorReply(type_, by_head), prefix)
+        return _answer(call, data, prompts, "classify", by_head, prefix)
     texts = list(dict.fromkeys((*firsts, *seconds)))  # each is computed once
     prompts = await _prompts(call, data, texts, most=2 * api.MAX_INPUTS)
     place = {text: index for index, text in enumerate(texts)}
@@ -195,24 +179,21 @@ async def _scored(
     def by_cosine(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         return form(cosines([output.pooled or [] for output in outputs], places))
 
-    return _answer(call, data, prompts, "auto", VectorReply(type_, by_cosine), prefix)
+    return _answer(call, data, prompts, "auto", by_cosine, prefix)
 
 
 async def _prompts(
     call: Call, data: api.VectorFields, given: Any, *, most: int = api.MAX_INPUTS
 ) -> Sequence[list[int]]:
     """Tokenize the input, if it is text. Raises ApiError."""
-    items: Any = given
-    if isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int):
-        items = [given]
-    if isinstance(items, list) and len(items) > most:
+    is_one = isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int)
+    items: Any = [given] if is_one else given if isinstance(given, list) else []
+    if len(items) > most:
         raise invalid("input", f"at most {most} texts")
-    kinds = set(map(type, items)) if isinstance(items, list) else set()
+    kinds = set(map(type, items))
     if kinds == {str}:
-        keep, special = (
-            kept(call.context, data.truncate_prompt_tokens, 0),
-            data.add_special_tokens is not False,
-        )
+        keep = kept(call.context, data.truncate_prompt_tokens, 0)
+        special = data.add_special_tokens is not False
         tokens = await encode(call.context, items, call.record, add_special_tokens=special, keep=keep)
         return _bounded(call, data, tokens)
     if kinds == {list}:
@@ -237,7 +218,11 @@ def _bounded(call: Call, data: api.VectorFields, prompts: list[list[int]]) -> Se
     return found
 
 
-def _encoded(vector: Sequence[float], encoding: str | None) -> Any:
+def _list(items: Iterable[msgspec.Struct]) -> dict[str, Any]:
+    return {"object": "list", "data": list(items)}
+
+
+def _encoded(vector: Sequence[float], encoding: str | None = None) -> Any:
     """Encode each vector to JSON by itself, because there may be thousands, and a call for all of them would
     occupy the interpreter."""
     if encoding != "base64":
