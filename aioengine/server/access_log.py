@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import Any
 
 import msgspec
 
@@ -93,14 +92,6 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
             text = f"{text[:_LONGEST_LIST].rpartition(', ')[0]}, ..."
         self.not_enforced = text or None
 
-    def fields(self) -> dict[str, Any]:
-        """Return the known fields, for a structured log."""
-        return {
-            name: round(value, 6) if type(value) is float else value
-            for name, value in zip(_LOGGED, _logged(self), strict=True)
-            if value is not None and value is not False
-        }
-
 
 _LOGGED = (
     *("request_id", "method", "path", "status", "tenant", "adapter", "stream", "trace_id", "completion_id"),
@@ -117,7 +108,11 @@ def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
     if not logger.isEnabledFor(level):
         return
     record.seconds = time.perf_counter() - record.started
-    fields = record.fields()
+    fields = {
+        name: round(value, 6) if type(value) is float else value
+        for name, value in zip(_LOGGED, _logged(record), strict=True)
+        if value is not None and value is not False
+    }
     line = [record.method, _plain(record.path), str(record.status)]
     line += [f"{k}={_plain(v)}" for k, v in fields.items() if k not in ("method", "path", "status")]
     # Not Logger.log, which looks for the caller's place each time.

@@ -26,10 +26,8 @@ def adapter_of(context: Context, model: str, identity: Identity, field: str = "m
     adapter = None if names_base or model in context.model_names else model
     name = None if adapter is None else _VERSION.sub("", adapter)
     # Any text, however long, would be logged as the adapter's name.
-    if name is not None and NAME_RULE.fullmatch(name) is None:
+    if (name is not None and NAME_RULE.fullmatch(name) is None) or not identity.models.allow(name):
         raise model_not_found(model[:300], field)
-    if not identity.models.allow(name):
-        raise model_not_found(model, field)
     return adapter
 
 
@@ -42,9 +40,8 @@ def wanted_adapter(context: Context, fields: ModelFields, record: RequestRecord)
     if mix is None:
         return adapter
     if adapter is not None:
-        raise invalid(
-            "adapters", f"with this field, model must be the base model's name ({context.model_names[0]})"
-        )
+        base = context.model_names[0]
+        raise invalid("adapters", f"with this field, model must be the base model's name ({base})")
     if not mix:
         raise invalid("adapters", "is empty")
     record.named_in = "adapters"

@@ -39,8 +39,7 @@ async def health(call: Call) -> Annotated[Sent, Health]:
     engine = call.context.engine
     if call.context.stuck:
         return sent(Health("stuck"))._replace(status=503)
-    is_alive = engine.state not in ("dead", "stopping", "stopped")
-    return _state(call, engine.state, is_good=is_alive)
+    return _state(call, engine.state, is_good=engine.state not in ("dead", "stopping", "stopped"))
 
 
 async def ready(call: Call) -> Annotated[Sent, Health]:
@@ -85,22 +84,15 @@ class ModelList(msgspec.Struct, kw_only=True):
 def _cards(call: Call, adapters: Iterable[AdapterInfo]) -> Iterator[ModelCard]:
     """Yield the names of the base model, and those of ``adapters`` that the key may use."""
     context, identity = call.context, call.record.identity
-    shows_paths = identity.may("admin")
-
-    def card(name: str, path: str, parent: str | None) -> ModelCard:
-        return ModelCard(
-            id=name,
-            created=context.created,
-            root=path if shows_paths else name,
-            parent=parent,
-            max_model_len=context.max_model_len,
-        )
-
+    base, place = context.model_names[0], context.engine.config.model
+    found: list[tuple[str, str, str | None]] = []
     if identity.models.allow(None):
-        yield from (card(name, context.engine.config.model, None) for name in context.model_names)
-    for info in adapters:
-        if identity.models.allow(info.name):
-            yield card(info.name, info.path, context.model_names[0])
+        found += [(name, place, None) for name in context.model_names]
+    found += [(info.name, info.path, base) for info in adapters if identity.models.allow(info.name)]
+    shows_paths, created, most = identity.may("admin"), context.created, context.max_model_len
+    for name, path, parent in found:
+        root = path if shows_paths else name
+        yield ModelCard(id=name, created=created, root=root, parent=parent, max_model_len=most)
 
 
 async def models(call: Call) -> Annotated[Sent, ModelList]:

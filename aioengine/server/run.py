@@ -20,7 +20,7 @@ from aioengine.errors import ConfigError
 from aioengine.metrics.page.server import EmbeddedServer
 from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
-from aioengine.server.transport.protocol import BoundedProtocol, bounded_protocol
+from aioengine.server.transport.protocol import BoundedProtocol, Limits
 from aioengine.server.transport.tls import Certificate
 from aioengine.server.transport.tls_listener import TlsListener
 from aioengine.tasks import end_tasks
@@ -49,9 +49,6 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds for a TLS handshake, and again for a request's headers."""
     keep_alive: Seconds = 75.0
     """How long a connection may be idle between two requests."""
-    send_timeout: Seconds | None = None
-    """Seconds in which a client has to read 16 KiB of its answers, or all of them. None: ``send_timeout`` of
-    the application's :class:`ServerSettings`."""
     tls: Certificate | None = None
     """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""
 
@@ -63,38 +60,40 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
             except ValueError as error:
                 raise ConfigError(f"trusted_proxies: {proxy!r} is no address or network: {error}") from error
 
+    @property
+    def url(self) -> str:
+        """The URL without the port."""
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'http' if self.tls is None else 'https'}://{name}"
+
 
 class _Server(EmbeddedServer):
-    def __init__(self, config: uvicorn.Config, settings: ListenSettings) -> None:
+    """uvicorn with connections that are bounded, and with TLS."""
+
+    def __init__(self, config: uvicorn.Config, settings: ListenSettings, limits: Limits) -> None:
         super().__init__(config)
-        self._settings = settings
+        self._settings, self._limits = settings, limits
         self.listens = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
-        tls, bound = self._settings.tls, sockets or []
-        if tls is not None:
-            secured: Any = TlsListener(
-                bound[0],
-                tls.context,
-                self._protocol,
-                timeout=self._settings.header_timeout,
-                at_once=_ACCEPTS,
-            )
-            secured.listen(_BACKLOG)
-            self.servers.append(secured)
-        else:
-            loop = asyncio.get_running_loop()
-            for each in bound:
-                self.servers.append(await loop.create_server(self._protocol, sock=each, backlog=_BACKLOG))
+        tls, seconds = self._settings.tls, self._settings.header_timeout
+        loop = asyncio.get_running_loop()
+        for bound in sockets or []:
+            if tls is None:
+                server: Any = await loop.create_server(self._protocol, sock=bound, backlog=_BACKLOG)
+                self.servers.append(server)
+            elif not self.servers:
+                bound.listen(_BACKLOG)
+                server = TlsListener(bound, tls.context, self._protocol, timeout=seconds, at_once=_ACCEPTS)
+                self.servers.append(server)
         self.listens.set()
 
     def _protocol(self) -> BoundedProtocol:
-        kind: Any = self.config.http_protocol_class
-        made: BoundedProtocol = kind(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        state = self.lifespan.state
+        return BoundedProtocol(
+            self._limits, config=self.config, server_state=self.server_state, app_state=state
         )
-        return made
 
 
 def bind(settings: ListenSettings) -> socket.socket:
@@ -129,17 +128,10 @@ async def listening(
     available.
     """
     with contextlib.ExitStack() as sockets:
-        tls = settings.tls
         bound = sockets.enter_context(bind(settings) if bound is None else bound)
         same = [sockets.enter_context(bound.dup()) for _ in range(_ACCEPTS - 1)]
         config = uvicorn.Config(
             app,
-            http=bounded_protocol(
-                settings.max_connections,
-                settings.header_timeout,
-                lambda: app.active > 0,
-                send_timeout=settings.send_timeout,
-            ),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -149,11 +141,11 @@ async def listening(
             forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # any number of seconds will do
         )
-        server = _Server(config, settings)
+        limits = Limits(settings.max_connections, settings.header_timeout, lambda: app.active > 0)
+        server = _Server(config, settings, limits)
         task = asyncio.get_running_loop().create_task(
             server.serve(sockets=[bound, *same]), name="aioengine-http"
         )
-        name = f"[{settings.host}]" if ":" in settings.host else settings.host
         port = bound.getsockname()[1]
         listens = asyncio.ensure_future(server.listens.wait())
         try:
@@ -161,7 +153,7 @@ async def listening(
             error = task.exception() if task.done() else None
             if error is not None:  # another process listened first, after both had bound the port
                 raise _cannot_listen(settings, error) from error
-            yield f"{'http' if tls is None else 'https'}://{name}:{port}"
+            yield f"{settings.url}:{port}"
         finally:
             listens.cancel()
             app.close()

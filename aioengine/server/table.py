@@ -20,11 +20,9 @@ _LISTENING = (
     *("keep_alive", "grace_seconds", "drain_delay", "keep_dead", "log_format", "otlp_endpoint"),
 )
 """Fields that concern the process which listens, and not its answers."""
-_SAME = (
-    *("max_body_bytes", "max_upload_bytes", "max_choices", "share_prefix_cache", "generation_config"),
-    *("tool_call_parser", "reasoning_parser", "default_max_tokens", "ignore_unknown_fields"),
-    *("read_timeout", "send_timeout", "stuck_step_seconds"),
-)
+_NOT_SAME = {"api_keys", "admin_keys", "keys_file", "schemas", "reword", "retry_after", "seed"}
+_NOT_SAME |= {"served_model_names", "allowed_hosts", "allow_origins", "request_timeout"}
+_SAME = tuple(name for name in ServerSettings.__struct_fields__ if name not in _NOT_SAME)
 """Fields that ServerSettings has under the same name."""
 _SECRET = ("api_key", "admin_key")
 _SCHEMAS = {"open_objects": "open_objects", "any_whitespace": "any_whitespace", "lenient_schemas": "lenient"}

@@ -33,14 +33,8 @@ LATE_SECONDS = 1.0
 """Time that a connection gets, again and again, while what its client has sent in time is not parsed yet."""
 
 
-def bounded_protocol(
-    max_connections: int,
-    header_timeout: float,
-    is_busy: Callable[[], bool] = lambda: False,
-    *,
-    send_timeout: float | None = None,
-) -> type[BoundedProtocol]:
-    """Return a protocol class for ``uvicorn.Config(http=...)``.
+class Limits:
+    """What the connections of one server share.
 
     Args:
         max_connections: Maximum open connections, of which one address may have a part; further ones are
@@ -49,17 +43,13 @@ def bounded_protocol(
             of its headers; then the connection is closed. Between requests uvicorn's own keep-alive
             time holds.
         is_busy: Whether requests are open whose steps a flood of small requests must not slow down.
-        send_timeout: Seconds in which a client has to read a part of what was written for it; else the
-            connection is cut off. None: what the application says.
     """
 
-    class Bounded(BoundedProtocol):
-        connections_held = Shares(CONNECTIONS._replace(most=max_connections))
-        input_held = Shares(INPUT)
-        turns = Turns(is_busy)
-
-    Bounded.header_timeout, Bounded.send_timeout = header_timeout, send_timeout
-    return Bounded
+    def __init__(self, max_connections: int, header_timeout: float, is_busy: Callable[[], bool]) -> None:
+        self.connections = Shares(CONNECTIONS._replace(most=max_connections))
+        self.input = Shares(INPUT)
+        self.turns = Turns(is_busy)
+        self.header_timeout = header_timeout
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -67,15 +57,11 @@ class BoundedProtocol(HttpToolsProtocol):
     a request may end. So a connection has one request at a time: the next is parsed in a separate turn, once
     the first is answered."""
 
-    connections_held: Shares
-    input_held: Shares
-    header_timeout: float
-    send_timeout: float | None
-    turns: Turns
     reader: ReaderWatch
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._limits, self.turns = limits, limits.turns
         self.has_asked = False
         self._real: asyncio.Transport
         self._input = b""
@@ -105,13 +91,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
         self._real = transport
-        self.reader = ReaderWatch(transport, self.send_timeout, self.loop)
+        self.reader = ReaderWatch(transport, self.loop)
         super().connection_made(AnswerTransport(transport, self))  # type: ignore[arg-type] # it has what is used
         if self.counted_as is None and not self.enter(self.owner):
             self._answer(503, b"Service Unavailable", b"retry-after: 1\r\n")
             self._real.close()
         else:
-            self._watch(self.header_timeout)
+            self._watch(self._limits.header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.leave()
@@ -124,7 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def enter(self, owner: str) -> bool:
         """Count the connection, if there is room for it; returns whether there is. Called by whoever has
         accepted it, if that is before :meth:`connection_made`."""
-        if not self.connections_held.take(owner, 1):
+        if not self._limits.connections.take(owner, 1):
             return False
         self.counted_as = owner
         return True
@@ -132,7 +118,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def leave(self) -> None:
         """Count the connection no longer; safe to call again."""
         if self.counted_as is not None:
-            self.connections_held.give_back(self.counted_as, 1)
+            self._limits.connections.give_back(self.counted_as, 1)
             self.counted_as = None
 
     @property
@@ -238,7 +224,7 @@ class BoundedProtocol(HttpToolsProtocol):
         left = self._left
         if left <= self._held:
             self._hold_input(left)
-        elif self.input_held.take(self.owner, left - self._held):
+        elif self._limits.input.take(self.owner, left - self._held):
             self._held = left
         else:
             self._drop_input()
@@ -248,7 +234,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _hold_input(self, left: int) -> None:
         if left < self._held:
-            self.input_held.give_back(self.owner, self._held - left)
+            self._limits.input.give_back(self.owner, self._held - left)
             self._held = left
 
     def _drop_input(self) -> None:
@@ -272,7 +258,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._header_bytes = self._header_count = self._left_bytes = self._body_left = 0
         self._has_headers, self._unseen = False, 0
-        self._watch(self.header_timeout)
+        self._watch(self._limits.header_timeout)
         super().on_message_begin()
         self.scope["extensions"] = {WATCH: self.reader, DEPARTURE: self._gone}  # type: ignore[dict-item] # for this server's own code
 

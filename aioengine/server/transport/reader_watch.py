@@ -27,20 +27,12 @@ _ACKED = struct.Struct("=120xQ")  # of tcp_info in linux/tcp.h: tcpi_bytes_acked
 
 
 class ReaderWatch:
-    """Watches what a connection's client reads of that which is written for it.
+    """Watches what a connection's client reads of that which is written for it. It is aborted if its client
+    reads less than ``READ_BYTES``, and not all that there was, in a period; but see ``AHEAD_BYTES``."""
 
-    Args:
-        transport: The connection. It is aborted if its client reads less than ``READ_BYTES``, and not all
-            that there was, in a period; but see ``AHEAD_BYTES``.
-        seconds: Length of a period. None: what :meth:`within` says, or ``SEND_TIMEOUT``.
-    """
-
-    def __init__(
-        self, transport: asyncio.WriteTransport, seconds: float | None, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, transport: asyncio.WriteTransport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
-        self._is_fixed = seconds is not None
-        self._seconds = SEND_TIMEOUT if seconds is None else seconds
+        self._seconds = SEND_TIMEOUT
         self._loop = loop
         self._socket: Any = transport.get_extra_info("socket")
         self._written = self._read = self._due = self._ahead = 0
@@ -54,9 +46,8 @@ class ReaderWatch:
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     def within(self, seconds: float) -> None:
-        """Use the application's limit from the next period on, if the server has none of its own."""
-        if not self._is_fixed:
-            self._seconds = seconds
+        """Use the application's length of a period from the next one on."""
+        self._seconds = seconds
 
     def wrote(self, size: int) -> None:
         """Note that ``size`` bytes were written."""
@@ -95,24 +86,22 @@ class ReaderWatch:
 def queued_bytes(connection: Any) -> int:
     """Return how many bytes the system keeps for a client because its system has not acknowledged them; 0
     where it does not tell. ``connection`` is a socket."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, ValueError):
-            return int.from_bytes(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    return 0
+    return _asked(connection, termios.TIOCOUTQ) if sys.platform == "linux" else 0
 
 
 def unread_bytes(connection: Any) -> int:
-    """Return how many bytes have come that this process has not read; 0 where the system does not tell.
-    ``connection`` is a socket."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, ValueError):
-            return int.from_bytes(fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+    """Return how many bytes have come that this process has not read; 0 where the system does not tell."""
+    return _asked(connection, termios.FIONREAD) if sys.platform == "linux" else 0
+
+
+def _asked(connection: Any, what: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return int.from_bytes(fcntl.ioctl(connection.fileno(), what, bytes(4)), sys.byteorder)
     return 0
 
 
 def acknowledged_bytes(connection: Any) -> int:
-    """Return how many bytes a client's system has acknowledged; 0 where the system does not tell.
-    ``connection`` is a socket."""
+    """Return how many bytes a client's system has acknowledged; 0 where the system does not tell."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, struct.error):
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED.size)

@@ -30,7 +30,7 @@ class TlsListener:
     requests of all connections, so that many at once do not hold the loop.
 
     Args:
-        bound: The socket; it is closed by whoever has bound it.
+        bound: The socket, which listens; it is closed by whoever has bound it.
         context: What connections are secured with.
         make: Makes a connection's protocol.
         timeout: Seconds from a connection's beginning to the end of its handshake, and in which a client has
@@ -53,12 +53,8 @@ class TlsListener:
         self._open: set[asyncio.Task[None]] = set()
         """Connections before their handshakes and during them."""
         self._rest: asyncio.TimerHandle | None = None
-
-    def listen(self, backlog: int) -> None:
-        """Begin to accept connections. Raises OSError if another socket listens on the port."""
-        self._bound.listen(backlog)
-        self._bound.setblocking(False)
-        self._loop.add_reader(self._bound, self._accept)
+        bound.setblocking(False)
+        self._loop.add_reader(bound, self._accept)
 
     def close(self) -> None:
         """Accept no more, and end the handshakes that are under way."""
@@ -81,9 +77,8 @@ class TlsListener:
                 return
             except OSError:
                 self._loop.remove_reader(self._bound)
-                self._rest = self._loop.call_later(
-                    REST_SECONDS, self._loop.add_reader, self._bound, self._accept
-                )
+                again = self._loop.add_reader, self._bound, self._accept
+                self._rest = self._loop.call_later(REST_SECONDS, *again)
                 return
             protocol = self._make()
             if protocol.enter(network_of(str(address[0]))):
@@ -97,36 +92,30 @@ class TlsListener:
     async def _begin(self, accepted: socket.socket, protocol: BoundedProtocol) -> None:
         """Wait for the client's first bytes and for a turn, and do the handshake."""
         is_ours, is_secured = True, False  # until the event loop has it
+        came = asyncio.Event()
         try:
             with contextlib.suppress(OSError):  # a failed handshake, and TimeoutError, are such
                 async with asyncio.timeout(self._timeout):
-                    await self._greeted(accepted)
+                    self._loop.add_reader(accepted, came.set)
+                    try:
+                        await came.wait()
+                    finally:
+                        self._loop.remove_reader(accepted)
                     start = Start(protocol.counted_as or "")
                     protocol.turns.ask(start)
                     await start.begun
                     is_ours = False
-                    await self._secure(accepted, protocol)
+                    # To its end a client may say nothing, too: by itself a loop would wait for half a minute.
+                    await self._loop.connect_accepted_socket(
+                        lambda: protocol,
+                        accepted,
+                        ssl=self._context,
+                        ssl_handshake_timeout=self._timeout,
+                        ssl_shutdown_timeout=self._timeout,
+                    )
                     is_secured = True
         finally:
             if is_ours:
                 accepted.close()
             if not is_secured:
                 protocol.leave()
-
-    async def _greeted(self, accepted: socket.socket) -> None:
-        came = asyncio.Event()
-        self._loop.add_reader(accepted, came.set)
-        try:
-            await came.wait()
-        finally:
-            self._loop.remove_reader(accepted)
-
-    async def _secure(self, accepted: socket.socket, protocol: BoundedProtocol) -> None:
-        # To its end a client may say nothing, too: by itself a loop would wait for that for half a minute.
-        await self._loop.connect_accepted_socket(
-            lambda: protocol,
-            accepted,
-            ssl=self._context,
-            ssl_handshake_timeout=self._timeout,
-            ssl_shutdown_timeout=self._timeout,
-        )

@@ -24,12 +24,11 @@ class Connection(Protocol):
     """Whether it is in the queue; only :class:`Turns` writes it."""
 
     @property
-    def is_closing(self) -> bool:
-        """Whether there is nothing to be parsed any more."""
+    def owner(self) -> str: ...
 
     @property
-    def owner(self) -> str:
-        """The connection's owner."""
+    def is_closing(self) -> bool:
+        """Whether there is nothing to be parsed any more."""
 
     def take_turn(self) -> None:
         """Parse one request, or one slice of a body."""
@@ -135,10 +134,7 @@ class Starts:
 
     One small request may ask for 128 choices, and each one that begins takes the loop a good part of a
     millisecond. So a few such requests at once would hold up everybody; and most of what a client has asked
-    for that leaves at once is never begun.
-
-    Args:
-        open_requests: Returns the number of open requests.
+    for that leaves at once is never begun. ``open_requests`` returns the number of open requests.
     """
 
     def __init__(
