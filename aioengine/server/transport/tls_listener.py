@@ -77,8 +77,8 @@ class TlsListener:
                 return
             except OSError:
                 self._loop.remove_reader(self._bound)
-                again = self._loop.add_reader, self._bound, self._accept
-                self._rest = self._loop.call_later(REST_SECONDS, *again)
+                bound, accept = self._bound, self._accept
+                self._rest = self._loop.call_later(REST_SECONDS, self._loop.add_reader, bound, accept)
                 return
             protocol = self._make()
             if protocol.enter(network_of(str(address[0]))):
