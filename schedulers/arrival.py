@@ -17,5 +17,4 @@ def cold_by_arrival(view: SchedulerView) -> Iterator[str]:
 
 def by_arrival(view: SchedulerView, names: Iterable[str | None]) -> Iterator[RequestView]:
     """Yield the requests that wait for these adapters (None: the base model) in order of arrival."""
-    queues = [view.waiting_for(name) for name in names if name is None or view.adapters[name].waiting]
-    return merge(*queues, key=attrgetter("arrival"))
+    return merge(*map(view.waiting_for, names), key=attrgetter("arrival"))

@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from heapq import nsmallest
 from itertools import chain, islice
-from math import inf
 from typing import Any
 
 from aioengine.schedulers.arrival import by_arrival, cold_by_arrival
@@ -74,18 +73,19 @@ class Ordering(Part):
         """Return the sort key, comparable with the keys of other requests."""
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        """Return the first ``limit`` waiting requests for these adapters (None: the base model), in order."""
+        """Return the first ``limit`` waiting requests for these adapters (None: the base model), in order.
+        Adapters that no request waits for may be left out of ``names``."""
         waiting = chain.from_iterable(map(view.waiting_for, names))
         return nsmallest(limit, waiting, key=lambda r: (self.key(r, view), r.arrival))
 
-    def adapter_key(self, view: SchedulerView, name: str) -> Any:
-        """Return the key of the first of an adapter's waiting requests."""
-        return min((self.key(r, view), r.arrival) for r in view.waiting_for(name))
-
     def cold(self, view: SchedulerView) -> Iterator[str]:
-        """Yield adapters that requests wait for and that no slot holds, in the order to bring them in."""
-        names = (n for n in view.waiting_adapters if n is not None and is_cold(view, n))
-        return iter(sorted(names, key=lambda name: self.adapter_key(view, name)))
+        """Yield adapters that requests wait for and that no slot holds, in the order to bring them in: that
+        of their first requests."""
+
+        def first(name: str) -> Any:
+            return min((self.key(r, view), r.arrival) for r in view.waiting_for(name))
+
+        return iter(sorted(cold_by_arrival(view), key=first))
 
 
 class Arrival(Ordering):
@@ -99,10 +99,6 @@ class Arrival(Ordering):
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
         return list(islice(by_arrival(view, names), limit))
-
-    def adapter_key(self, view: SchedulerView, name: str) -> float:
-        oldest = view.adapters[name].oldest_arrival
-        return inf if oldest is None else oldest
 
     def cold(self, view: SchedulerView) -> Iterator[str]:
         return cold_by_arrival(view)
@@ -129,30 +125,22 @@ class Prefetch(Part):
     """Chooses the adapters to bring from disk to the CPU. A cold adapter is read in any case as soon as there
     is an idle slot that it could have."""
 
+    asks_always: bool = True
+    """Whether the policy is asked before every step, because ``choose`` may have something to add although
+    there was no event."""
+
     @abstractmethod
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
         """Return at most ``view.load_room`` names. ``cold`` yields the adapters that requests wait for and
         that no slot holds, the most urgent first; it is lazy, so take no more than needed."""
 
-    def ask_again(self, view: SchedulerView) -> float | None:
-        """Return the time until which ``choose`` has nothing to add unless there is an event, as in
-        ``Decision.ask_again``; by default None: ask before every step."""
-        return None
-
 
 class Preemption(Part):
     """Chooses requests to preempt, beyond those that the core preempts for lack of KV blocks."""
 
+    asks_always: bool = True
+    """As of a :class:`Prefetch`."""
+
     @abstractmethod
     def choose(self, view: SchedulerView) -> Sequence[str]:
         """Return the ids of the requests to preempt."""
-
-    def ask_again(self, view: SchedulerView) -> float | None:
-        """Return the time until which ``choose`` has nothing to add unless there is an event, as in
-        ``Decision.ask_again``; by default None: ask before every step."""
-        return None
-
-
-def is_cold(view: SchedulerView, name: str) -> bool:
-    """Whether the adapter is in no slot, nor on the way to one."""
-    return view.adapters[name].slot is None

@@ -55,12 +55,10 @@ class Composed(FCFS):
         room, names = view.free_seqs, plan.open
         admit = list(self.order.admit(view, names, room)) if room > 0 else []
         able = len(view.waiting_for(None)) + sum(view.adapters[name].waiting for name in names if name)
-        times = [plan.ask_again, self.prefetch.ask_again(view), self.preempt.ask_again(view)]
-        if len(admit) < min(room, able):
-            times.append(None)  # the ordering holds requests back
         read = [*self._read_for_slots(view, plan, cold_too), *self.prefetch.choose(view, cold_again)]
-        if 0 < len(read) < view.load_room:
-            times.append(None)  # others could be read
+        holds_back = len(admit) < min(room, able)
+        more_to_read = 0 < len(read) < view.load_room
+        always = holds_back or more_to_read or self.prefetch.asks_always or self.preempt.asks_always
         admit += plan.fill(room - len(admit), self.order.fill_within)
         return Decision(
             admit=[request.request_id for request in admit],
@@ -69,7 +67,7 @@ class Composed(FCFS):
             preempt=self.preempt.choose(view),
             evict=plan.evict,
             discard=self.replace.discard(view),
-            ask_again=None if None in times else min(time for time in times if time is not None),
+            ask_again=None if always else plan.ask_again,
         )
 
     def _read_for_slots(self, view: SchedulerView, plan: SlotPlan, cold: Iterator[str]) -> Iterator[str]:

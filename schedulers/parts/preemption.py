@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import inf
 
 from aioengine.schedulers.parts.base import Preemption
-from aioengine.schedulers.parts.fixed_key import SortedRequests
+from aioengine.schedulers.policies.by_key import SortedRequests
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView, SlotState
 
 
 class NoPreemption(Preemption):
     """Lets every running request finish."""
 
+    asks_always = False
+
     def choose(self, view: SchedulerView) -> Sequence[str]:
         return ()
-
-    def ask_again(self, view: SchedulerView) -> float | None:
-        return inf
 
 
 class PreemptLower(Preemption):

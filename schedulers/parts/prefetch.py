@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from math import inf
 
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Prefetch
@@ -15,11 +14,10 @@ from aioengine.schedulers.policy import Location, PolicyEvent, SchedulerView
 class NoPrefetch(Prefetch):
     """Reads an adapter only when a slot is available."""
 
+    asks_always = False
+
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
         return ()
-
-    def ask_again(self, view: SchedulerView) -> float | None:
-        return inf
 
 
 class Lookahead(Prefetch):
@@ -31,6 +29,7 @@ class Lookahead(Prefetch):
     """
 
     source = "aioengine's own; S-LoRA (Sheng et al. 2023) reads ahead for its waiting queue likewise"
+    asks_always = False
 
     def __init__(self, k: int = 8) -> None:
         at_least(1, k=k)
@@ -39,9 +38,6 @@ class Lookahead(Prefetch):
     def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
         ahead = islice((n for n in cold if view.adapters[n].location is not Location.LOADING), self.k)
         return [name for name in ahead if view.adapters[name].location is Location.DISK]
-
-    def ask_again(self, view: SchedulerView) -> float | None:
-        return inf
 
 
 class Popular(Lookahead):
@@ -75,10 +71,6 @@ class Popular(Lookahead):
         room = min(view.load_room, view.cpu_room) - len(names)
         if room <= 0 or next(cold, None) is not None:
             return names  # keep the rest of the room for adapters of later requests
-        return names + list(islice(self._guesses(view, set(names)), room))
-
-    def _guesses(self, view: SchedulerView, chosen: set[str]) -> Iterator[str]:
-        for name in islice(self.requests.most(), self.top):
-            adapter = view.adapters.get(name)
-            if adapter is not None and adapter.location is Location.DISK and name not in chosen:
-                yield name
+        popular = (name for name in islice(self.requests.most(), self.top) if name in view.adapters)
+        on_disk = (name for name in popular if view.adapters[name].location is Location.DISK)
+        return names + list(islice((name for name in on_disk if name not in names), room))

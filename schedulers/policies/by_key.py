@@ -2,9 +2,120 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from heapq import merge
+from itertools import islice
+from typing import Any, NamedTuple
+
+from sortedcontainers import SortedList
+
 from aioengine.schedulers.checks import finite_weights
-from aioengine.schedulers.parts.fixed_key import FixedKeyOrdering
-from aioengine.schedulers.policy import RequestView
+from aioengine.schedulers.parts.base import Ordering
+from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
+
+
+class _Entry(NamedTuple):
+    """A waiting request; ``number`` is unique, so that requests are never compared."""
+
+    key: Any
+    arrival: float
+    number: int
+    request: RequestView
+
+
+class SortedRequests:
+    """The waiting requests of each adapter in the order of their keys, equal ones by arrival.
+
+    Args:
+        key: Must not change while a request waits.
+    """
+
+    def __init__(self, key: Callable[[RequestView], Any]) -> None:
+        self._key = key
+        self._count = 0
+        self._queues: dict[str | None, SortedList[_Entry]] = {}
+        self._firsts: SortedList[_Entry] = SortedList()
+        """The first entry of each queue."""
+        self._entries: dict[str, _Entry] = {}
+
+    def on_event(self, event: PolicyEvent) -> None:
+        request = event.request
+        if request is None:
+            if event.kind == "adapter_retired" and event.was in self._queues:
+                self._queues[event.adapter] = self._queues.pop(event.was)
+        elif event.kind in ("request_added", "request_preempted"):
+            self._add(request)
+        elif (entry := self._entries.pop(request.request_id, None)) is not None:
+            queue = self._queues[request.adapter]
+            first = queue[0]
+            queue.remove(entry)
+            self._replace_first(first, queue)
+            if not queue:
+                del self._queues[request.adapter]
+
+    def sync(self, view: SchedulerView) -> None:
+        """Read all requests again if events were missed, so that the numbers differ."""
+        if len(self._entries) != len(view.waiting):
+            self._queues.clear()
+            self._firsts.clear()
+            self._entries.clear()
+            for request in view.waiting:
+                self._add(request)
+
+    def waiting_for(self, names: Collection[str | None]) -> Iterator[RequestView]:
+        """Yield the requests for these adapters (None: the base model)."""
+        return (entry.request for entry in merge(*(self._queues.get(name, ()) for name in names)))
+
+    def adapters(self) -> Iterator[str | None]:
+        """Yield the adapters in the order of their first requests."""
+        return (entry.request.adapter for entry in self._firsts)
+
+    def _add(self, request: RequestView) -> None:
+        self._count += 1
+        entry = _Entry(self._key(request), request.arrival, self._count, request)
+        self._entries[request.request_id] = entry
+        queue = self._queues.setdefault(request.adapter, SortedList())
+        first = queue[0] if queue else None
+        queue.add(entry)
+        self._replace_first(first, queue)
+
+    def _replace_first(self, was: _Entry | None, queue: SortedList[_Entry]) -> None:
+        first = queue[0] if queue else None
+        if first is not was:
+            if was is not None:
+                self._firsts.remove(was)
+            if first is not None:
+                self._firsts.add(first)
+
+
+class FixedKeyOrdering(Ordering):
+    """Smallest ``fixed_key`` first, equal ones in order of arrival."""
+
+    def __init__(self) -> None:
+        self._requests = SortedRequests(self.fixed_key)
+
+    @abstractmethod
+    def fixed_key(self, request: RequestView) -> Any:
+        """Return the sort key, which must not change while the request waits."""
+
+    def key(self, request: RequestView, view: SchedulerView) -> Any:
+        return self.fixed_key(request)
+
+    def on_event(self, event: PolicyEvent) -> None:
+        self._requests.on_event(event)
+
+    def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
+        self._requests.sync(view)
+        return list(islice(self._requests.waiting_for(names), limit))
+
+    def cold(self, view: SchedulerView) -> Iterator[str]:
+        self._requests.sync(view)
+        return (
+            name
+            for name in self._requests.adapters()
+            if name is not None and view.adapters[name].slot is None
+        )
 
 
 class SJF(FixedKeyOrdering):

@@ -195,15 +195,15 @@ class Fair(FCFS):
             plan.take(found, cold.adapter, now=at_once)
         else:
             plan.place.append(Place(cold.adapter.name))  # the read begins
-            plan.evict += [held.adapter.name for held in found]
-        names = {held.adapter.name for held in found}
+            plan.evict += [held.name for held in found]
+        names = {held.name for held in found}
         return self._preempt(view, [r for r in view.running if at_once and r.adapter in names])
 
     def _takable(
         self, view: SchedulerView, use: _Use, plan: SlotPlan, cold: Cold, *, under: bool
     ) -> Iterator[HeldSlot]:
         """Yield the slots that a tenant's adapter may take, those first where the least is computed again."""
-        for held in sorted(plan.held, key=lambda held: (use.computed[held.adapter.name], held.value)):
+        for held in sorted(plan.held, key=lambda held: (use.computed[held.name], held.value)):
             if self._may_take(view, use, cold, held, under=under):
                 yield held
                 use.held.subtract(use.users_of(held.adapter))
@@ -213,7 +213,7 @@ class Fair(FCFS):
         users = use.users_of(held.adapter)
         least = min((use.held[user] for user in users), default=use.share + 1)
         aged = cold.request.arrival + self.take_after <= view.now
-        settled = self.placed.get(held.adapter.name, -inf) <= view.now - self.stay
+        settled = self.placed.get(held.name, -inf) <= view.now - self.stay
         if under:
             if cold.client in users or (held.kind >= BUSY and view.step < self._preempts_from):
                 return False

@@ -27,7 +27,7 @@ from aioengine.schedulers.policy import (
     SlotView,
 )
 
-LOOKAHEAD = 8  # number of cold adapters, of those that are not being read, which are to be on the CPU
+LOOKAHEAD = 8  # cold adapters, of those that are not being read, that are to be on the CPU
 SCAN_LIMIT = 256  # most cold adapters, and requests of a closed slot, that one decision examines
 SLOT_BOUND = """for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras \
 older adapters that wait too, and once more"""
@@ -104,8 +104,7 @@ class FCFS(SchedulerPolicy):
 
 
 UNWANTED, WANTED, BUSY, SETTLING = range(4)
-"""Kinds of slots: idle without and with waiting requests, and busy since long or since so short a time that
-the slot is not closed."""
+"""Kinds of slots: idle without and with waiting requests, and busy since long or too short to be closed."""
 
 
 class HeldSlot(NamedTuple):
@@ -113,8 +112,9 @@ class HeldSlot(NamedTuple):
 
     kind: int
     value: float  # of the same kind, the slot with the lowest is given away first
-    adapter: AdapterView
     oldest: float  # arrival of the first request that waits for the adapter; infinity if none does
+    name: str
+    adapter: AdapterView
 
 
 class SlotPlan:
@@ -123,93 +123,98 @@ class SlotPlan:
     def __init__(self, view: SchedulerView, score: Score, policy: FCFS) -> None:
         self._view, self._score, self._policy = view, score, policy
         policy.no_room.update(item.item for item in view.refused if item.reason == "place_no_room")
-        self._cpu_room, self._cpu_bytes_room = view.cpu_room, view.cpu_bytes_room
         self.place, self.evict = list[Place](), list[str]()
         self.closed: dict[str, None] = {}  # adapters whose slots admit no requests, so that others get them
         self.ask_again: float | None = inf
+        self.free = 0
+        self._free_bytes = view.memory.free if view.memory.elastic else None
         self._left: Mapping[str | None, int] = {}
-        usable, adapters = (SlotState.READY, SlotState.DRAINING), view.adapters
-        held = [(slot, slot.adapter) for slot in view.slots if slot.state in usable]
-        self._usable = [(slot, name, adapters[name]) for slot, name in held if name is not None]
-        self.closes = view.free_seqs > 0 and any(adapter.waiting for _, _, adapter in self._usable)
-        self.free = sum(slot.adapter is None for slot in view.slots)
-        self._by_bytes, self._free_bytes = view.memory.elastic, view.memory.free
+        self._wanted = list[str]()  # adapters in slots that requests wait for
+        self._ready = list[tuple[SlotView, str, AdapterView, float]]()
+        for slot in view.slots:
+            name, state = slot.adapter, slot.state
+            if name is None:
+                self.free += 1
+            elif state is not SlotState.LOADING:
+                adapter = view.adapters[name]
+                oldest = adapter.oldest_arrival
+                if oldest is not None:
+                    self._wanted.append(name)
+                if state is SlotState.READY and not adapter.pinned:
+                    self._ready.append((slot, name, adapter, inf if oldest is None else oldest))
+        self.closes = bool(self._wanted) and view.free_seqs > 0
 
     @property
     def open(self) -> list[str | None]:
-        """The adapters whose requests may start; None: the base model."""
+        """The adapters that requests wait for and that may start; None: the base model."""
         leaving = {*self.closed, *self.evict}
-        return [None, *(name for _, name, _ in self._usable if name not in leaving)]
+        return [None, *(name for name in self._wanted if name not in leaving)]
 
     def lack(self, adapter: AdapterView) -> int:
         """Return the bytes that must leave the CPU cache before the adapter can be read; 0 if it has room."""
-        short = 0 if self._cpu_bytes_room is None else adapter.bytes - self._cpu_bytes_room
-        return max(short, int(self._cpu_room <= 0))
+        room = self._view.cpu_bytes_room
+        return max(0 if room is None else adapter.bytes - room, int(self._view.cpu_room <= 0))
 
     @cached_property
     def held(self) -> list[HeldSlot]:
         """The slots that can be given to others, the best first."""
-        policy, found, settled = self._policy, list[HeldSlot](), self._view.now - self._policy.stay
+        placed, settled = self._policy.placed, self._view.now - self._policy.stay
         left = self._left = self._view.tokens_left if self.closes else {}
-        for slot, name, adapter in self._usable:
-            if slot.state is SlotState.READY and not adapter.pinned:
-                oldest = inf if adapter.oldest_arrival is None else adapter.oldest_arrival
-                if adapter.running:
-                    kind = SETTLING if policy.placed.get(name, -inf) > settled else BUSY
-                    value: float = left.get(name, 0)
-                else:
-                    kind = UNWANTED if oldest == inf else WANTED
-                    value = self._score(slot, adapter)
-                found.append(HeldSlot(kind, value, adapter, oldest))
+        found = []
+        for slot, name, adapter, oldest in self._ready:
+            if adapter.running:
+                kind = SETTLING if placed.get(name, -inf) > settled else BUSY
+                value: float = left.get(name, 0)
+            else:
+                kind, value = UNWANTED if oldest == inf else WANTED, self._score(slot, adapter)
+            found.append(HeldSlot(kind, value, oldest, name, adapter))
         return sorted(found, key=itemgetter(0, 1))
 
-    def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> list[HeldSlot] | None:
+    def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> Sequence[HeldSlot] | None:
         """Return as many of ``candidates`` as must leave so that an adapter on the CPU has a slot and its
         memory, or one on disk can be read. None if they are too few."""
         on_disk = adapter.location is Location.DISK
-        if not on_disk and not self._by_bytes:  # each adapter takes one slot
-            return [] if self.free > 0 else list(islice(candidates, 1)) or None
+        if not on_disk and self._free_bytes is None:  # each adapter takes one slot
+            return () if self.free > 0 else list(islice(candidates, 1)) or None
         found, memory = list[HeldSlot](), self._view.memory
         slots, nbytes, more, lack = 1, 0, 0, self.lack(adapter) if on_disk else 0
         if not on_disk:
             needed = memory.bytes_of(adapter.name)
             more = min(needed * (1 + self._policy.no_room.get(adapter.name, 0)), memory.total) - needed
-            slots, nbytes = self.free, needed + more - self._free_bytes
+            slots, nbytes = self.free, needed + more - (self._free_bytes or 0)
         while slots <= 0 or nbytes > 0 or lack > 0:
             held = next(candidates, None)
             if held is None:
                 return found if on_disk or (slots > 0 and nbytes <= more) else None
             found.append(held)
             slots, lack = slots + 1, lack - held.adapter.bytes
-            nbytes -= memory.bytes_of(held.adapter.name)
+            nbytes -= memory.bytes_of(held.name)
         return found
 
     def take(self, found: Sequence[HeldSlot], adapter: AdapterView, *, now: bool) -> None:
         """Place an adapter where those in ``found`` leave. Not ``now``, or if it is on disk: close these."""
-        names = [held.adapter.name for held in found]
         if adapter.location is Location.DISK:
             now, self.ask_again = False, None  # idle slots admit requests again once the read has begun
         else:
             self.free += len(found) - 1
-            if self._by_bytes:
-                bytes_of = self._view.memory.bytes_of
-                self._free_bytes += sum(map(bytes_of, names)) - bytes_of(adapter.name)
+            if self._free_bytes is not None:
+                size = self._view.memory.bytes_of
+                self._free_bytes += sum(size(held.name) for held in found) - size(adapter.name)
             for held in found:
                 self.held.remove(held)
         if now:
             self.place.append(Place(adapter.name))
-            self.evict += names
+            self.evict += [held.name for held in found]
         else:
-            self.closed.update(dict.fromkeys(names))
+            for held in found:
+                self.closed[held.name] = None
 
     def fill(self, limit: int, within: float = 1.0) -> list[RequestView]:
-        """Return requests for closed slots with at most ``within`` times the tokens left of the longest
-        there."""
+        """Return requests for closed slots of at most ``within`` times the tokens left of the longest."""
         fitting = [
             request
-            for name, tokens in (self._left.items() if self.closed and limit > 0 else ())
-            if name in self.closed
+            for name in (self.closed if limit > 0 else ())
             for request in islice(self._view.waiting_for(name), SCAN_LIMIT)
-            if request.max_tokens - request.output_tokens <= tokens * within
+            if request.max_tokens - request.output_tokens <= self._left.get(name, 0) * within
         ]
         return sorted(fitting, key=attrgetter("arrival"))[:limit]

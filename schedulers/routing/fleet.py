@@ -18,14 +18,11 @@ from aioengine.schedulers.routing.interface import (
     RouteEventKind,
     RouteRequest,
 )
-from aioengine.schedulers.routing.prefixes import PinIndex, PrefixIndex
+from aioengine.schedulers.routing.prefixes import PrefixIndex
 from aioengine.schedulers.routing.replica import Clock, Replica, ReplicaLimits, Report
 
 MAX_PINS = 16384
-"""Pinned prefixes that a door remembers."""
-MAX_UNUSED = 1024
-"""Names that a door remembers only for the demand that there was for them. Clients can make up any number of
-mixes and of adapters that do not exist."""
+"""Pinned prefixes of each replica that a door remembers."""
 DEMAND_SECONDS = 60.0
 """Time constant of the moving average of demand."""
 CHANGED_SHARE = 0.25
@@ -81,10 +78,6 @@ class Adapter:
         difference = abs(self.demand - self._planned)
         return self._holders_changed or difference > max(CHANGED_SHARE * self._planned, NO_DEMAND)
 
-    def _used(self) -> bool:
-        """Whether the fleet has it, or a request does."""
-        return bool(self.registered or self.in_flight or self._holders or self._targets)
-
     def _copy(self, clock: Clock) -> Adapter:
         found = copy.copy(self)
         found._clock, found._holders, found._targets = clock, self._holders.copy(), self._targets.copy()
@@ -100,8 +93,8 @@ class View:
         clock: Clock,
         replicas: Mapping[str, Replica],
         adapters: Mapping[str, Adapter],
-        prefixes: PrefixIndex,
-        pins: PinIndex,
+        *,
+        prefix_blocks: int = 0,
         changed: Collection[str] | None = None,
     ) -> None:
         self._clock = clock
@@ -110,8 +103,7 @@ class View:
         self._known = adapters
         self._accepting: Sequence[ReplicaView] = tuple(one for one in replicas.values() if one.accepting)
         self._demand = Demand()
-        self._prefixes = prefixes
-        self._pins = pins
+        self._prefixes, self._pins = PrefixIndex(prefix_blocks), PrefixIndex(MAX_PINS)
         self._changed = changed
 
     now = property(attrgetter("_clock.now"))
@@ -133,14 +125,15 @@ class View:
         return self._prefixes.lookup(prefixes)
 
     def pinned_tokens(self, pins: Sequence[PinnedPrefix]) -> Mapping[str, int]:
-        return self._pins.lookup(pins, self._clock.now)
+        return self._pins.lasting(pins, self._clock.now)
 
 
 class FleetState:
     """The knowledge of one door, from the replicas' reports and from the door's own actions.
 
     Nothing here waits: ``clock`` is read at every call, and the owner of the state calls :meth:`check` at
-    intervals. All calls must come from one thread; :meth:`snapshot` makes a copy for another thread.
+    intervals. All calls must come from one thread; :meth:`snapshot` makes a copy for another thread. An
+    adapter is known as long as it is registered, requests for it run, or a replica has it or should have it.
 
     Args:
         clock: Returns seconds from any starting point; it must not go back.
@@ -160,12 +153,8 @@ class FleetState:
         self._clock = Clock(clock())
         self._replicas: dict[str, Replica] = {}
         self._adapters: dict[str, Adapter] = {}
-        self._unused: dict[str, None] = {}
-        """Adapters that may be of no more use; the first is the one that came first."""
-        self._prefixes = PrefixIndex(prefix_blocks)
-        self._pins = PinIndex(MAX_PINS)
         self._in_flight: dict[str, tuple[RouteRequest, str]] = {}
-        self._view = View(self._clock, self._replicas, self._adapters, self._prefixes, self._pins)
+        self._view = View(self._clock, self._replicas, self._adapters, prefix_blocks=prefix_blocks)
 
     @property
     def view(self) -> View:
@@ -192,13 +181,11 @@ class FleetState:
         self._tick()
         if self._replicas.pop(replica_id, None) is None:
             return []
-        self._prefixes.leave(replica_id)
-        self._pins.leave(replica_id)
+        self._view._prefixes.leave(replica_id)
+        self._view._pins.leave(replica_id)
         for adapter in list(self._adapters.values()):
             adapter._targets.pop(replica_id, None)
-            if replica_id in adapter._holders:
-                self._hold(adapter, replica_id, False)
-            self._may_forget(adapter)
+            self._hold(adapter, replica_id, False)
         self._accepting_changed()
         self._tell("replica_left", None, replica_id)
         lost = [request for request, where in self._in_flight.values() if where == replica_id]
@@ -228,8 +215,8 @@ class FleetState:
         for name in before ^ after:
             self._hold(self._adapter(name), replica_id, name in after)
         if report.tiers is not None:
-            for name, nbytes in report.tiers.nbytes.items():
-                self._adapter(name).nbytes = nbytes
+            for name in after & report.tiers.nbytes.keys():
+                self._adapters[name].nbytes = report.tiers.nbytes[name]
         self._decide(replica)
 
     def check(self) -> list[str]:
@@ -252,7 +239,7 @@ class FleetState:
         """Unregister an adapter: it is forgotten as soon as no replica holds it."""
         if name in self._adapters:
             self._adapters[name].registered = False
-            self._may_forget(self._adapters[name])
+            self._forget_unused(self._adapters[name])
 
     # Requests
 
@@ -265,16 +252,19 @@ class FleetState:
             raise ValueError(f"request {request.request_id!r} is in flight already")
         expected = request.expected_tokens if request.expected_tokens is not None else request.max_tokens
         tokens = 0 if request.tried else request.prompt_tokens + expected  # the same are not counted twice
-        self._view._demand = self._view._demand.plus(tokens, now)
+        view = self._view
+        view._demand = view._demand.plus(tokens, now)
         replica._send(request)
         if request.adapter is not None:
             adapter = self._adapter(request.adapter)
             adapter._demand = adapter._demand.plus(tokens, now)
             adapter.in_flight += 1
-            if replica_id not in adapter._holders:
-                self._hold(adapter, replica_id, True)
-        self._prefixes.add(replica_id, request.prefixes)
-        self._pins.add(replica_id, request.pins, now)
+            self._hold(adapter, replica_id, True)
+        # The last block first, so that the end of a prefix is forgotten before its beginning.
+        for blocks in range(len(request.prefixes), 0, -1):
+            view._prefixes.add(replica_id, request.prefixes[blocks - 1], blocks)
+        for pin in request.pins:
+            view._pins.add(replica_id, pin.digest, pin.tokens, now + pin.seconds)
         self._in_flight[request.request_id] = request, replica_id
         self._tell("routed", request, replica_id)
 
@@ -284,7 +274,8 @@ class FleetState:
         self._tick()
         if request_id in self._in_flight:
             request, replica_id = self._in_flight[request_id]
-            self._pins.correct(replica_id, request.pins, pinned_tokens)
+            for pin in request.pins:
+                self._view._pins.shorten(replica_id, pin.digest, pinned_tokens)
             self._tell("started", request, replica_id)
 
     def ended(self, request_id: str) -> None:
@@ -306,24 +297,20 @@ class FleetState:
         """Return a copy of the fleet's state, for a placement policy in another thread. Its ``changed`` has
         the changes since the last snapshot; pass it to :meth:`not_planned` if it leads to no plan."""
         clock = Clock(self._tick())
-        changed = set()
-        for name, adapter in list(self._adapters.items()):
-            if adapter._changed():
-                changed.add(name)
-                adapter._planned, adapter._holders_changed = adapter.demand, False
-            elif not adapter._used() and adapter.demand < NO_DEMAND:
-                del self._adapters[name]
+        changed = frozenset(self._view.changed)
+        for name in changed:
+            adapter = self._adapters[name]
+            adapter._planned, adapter._holders_changed = adapter.demand, False
         replicas = {name: replica._copy(clock) for name, replica in self._replicas.items()}
         adapters = {name: adapter._copy(clock) for name, adapter in self._adapters.items()}
-        view = View(clock, replicas, adapters, PrefixIndex(0), PinIndex(0), frozenset(changed))
+        view = View(clock, replicas, adapters, changed=changed)
         view._demand = self._view._demand
         return view
 
     def not_planned(self, snapshot: View) -> None:
         """Note that a snapshot led to no plan: its changes count for the next one."""
-        for name in snapshot.changed:
-            if name in self._adapters:
-                self._adapters[name]._holders_changed = True
+        for name in self._adapters.keys() & snapshot.changed:
+            self._adapters[name]._holders_changed = True
 
     def planned(self, moves: Iterable[Move]) -> None:
         """Remember which replicas should hold which adapters, because this plan is carried out."""
@@ -334,7 +321,7 @@ class FleetState:
                     adapter._targets[move.replica] = None
                 elif move.kind == "unload":
                     adapter._targets.pop(move.replica, None)
-                self._may_forget(adapter)
+                self._forget_unused(adapter)
 
     # Inside
 
@@ -349,24 +336,19 @@ class FleetState:
 
     def _hold(self, adapter: Adapter, replica_id: str, holds: bool) -> None:
         """Note that a replica holds an adapter now, or no longer."""
-        adapter._holders_changed = True
-        if holds:
-            adapter._holders[replica_id] = None
-        else:
-            del adapter._holders[replica_id]
-            self._may_forget(adapter)
+        if holds != (replica_id in adapter._holders):
+            adapter._holders_changed = True
+            if holds:
+                adapter._holders[replica_id] = None
+            else:
+                del adapter._holders[replica_id]
+        self._forget_unused(adapter)
 
-    def _may_forget(self, adapter: Adapter) -> None:
-        """Note that an adapter may be of no more use. The first of more than ``MAX_UNUSED`` are forgotten."""
-        if adapter._used():
-            return
-        self._unused.pop(adapter.name, None)
-        self._unused[adapter.name] = None
-        while len(self._unused) > MAX_UNUSED:
-            name = next(iter(self._unused))
-            del self._unused[name]
-            if name in self._adapters and not self._adapters[name]._used():
-                del self._adapters[name]
+    def _forget_unused(self, adapter: Adapter) -> None:
+        """Forget an adapter that neither the fleet nor a request has. Clients can make up any number of mixes
+        and of adapters that do not exist."""
+        if not (adapter.registered or adapter.in_flight or adapter._holders or adapter._targets):
+            del self._adapters[adapter.name]
 
     def _decide(self, replica: Replica) -> bool:
         """Decide whether the replica may get requests. Returns whether that has changed."""
@@ -394,7 +376,7 @@ class FleetState:
         if request.adapter is not None:
             adapter = self._adapters[request.adapter]
             adapter.in_flight -= 1
-            self._may_forget(adapter)
+            self._forget_unused(adapter)
 
     def _tell(self, kind: RouteEventKind, request: RouteRequest | None, replica: str | None) -> None:
         event = RouteEvent(kind, self._clock.now, request, replica)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import msgspec
 
 from aioengine.schedulers.checks import error_text
 from aioengine.schedulers.overruns import Overruns
-from aioengine.schedulers.routing import interface
+from aioengine.schedulers.routing.interface import (
+    FleetView,
+    Move,
+    PlacementPolicy,
+    Route,
+    RouteEvent,
+    RouteRequest,
+    RouterPolicy,
+)
+from aioengine.schedulers.routing.routers.common import candidates
 from aioengine.schedulers.routing.routers.simple import LeastLoaded
 
-MAX_REPLICAS = 4096
-"""Maximum replicas of one answer that are examined."""
 MAX_REASON = 200
 """Characters of a reason that are kept."""
 PLAN_SECONDS = 5.0
@@ -29,7 +38,37 @@ Failed = Callable[[str, str], None]
 """Callback for a failure: its kind, one of ``FAILURES``, and a description."""
 
 
-class RouterGuard:
+class Guard:
+    """Counts the failures of a policy, and tells of them."""
+
+    def __init__(self, policy: RouterPolicy | PlacementPolicy, failed: Failed) -> None:
+        self.name = type(policy).__name__
+        self.failures: Counter[str] = Counter()
+        """Failures by kind, one of ``FAILURES``."""
+        self._report = failed
+
+    def _fail(self, kind: str, text: str) -> None:
+        self.failures[kind] += 1
+        self._report(kind, text)
+
+    def _call(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+        """Return what the policy answers; None if it raises."""
+        try:
+            return call(*args)
+        except BaseException as error:
+            # Nothing is awaited here, so the policy itself has raised this CancelledError.
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            kind = "nonsense" if isinstance(error, _Nonsense) else "raised"
+            self._fail(kind, f"{what}: {error_text(error).lstrip('_')}")
+            return None
+
+
+class _Nonsense(ValueError):
+    """The answer is none that can be used."""
+
+
+class RouterGuard(Guard):
     """Stands between a door and a router.
 
     If a router raises or returns an invalid answer, ``LeastLoaded`` decides for that request. If it takes
@@ -44,7 +83,7 @@ class RouterGuard:
 
     def __init__(
         self,
-        router: interface.RouterPolicy,
+        router: RouterPolicy,
         *,
         timer: Callable[[], float] | None = None,
         processor: Callable[[], float] | None = None,
@@ -52,10 +91,8 @@ class RouterGuard:
         max_overruns: int = 100,
         failed: Failed = lambda kind, text: None,
     ) -> None:
+        super().__init__(router, failed)
         self.router = router
-        self.name = type(router).__name__
-        self.failures: Counter[str] = Counter()
-        """Failures by kind, one of ``FAILURES``."""
         self.reasons: Counter[str] = Counter()
         """Decisions by the reason that the router gave; rejected ones as "rejected". At most ``MAX_REASONS``,
         and "other"."""
@@ -64,63 +101,57 @@ class RouterGuard:
         self._safe = LeastLoaded()
         self._timer = timer
         self._processor = timer if processor is None else processor
-        self._report = failed
         self._overruns = Overruns(budget, max_overruns)
 
-    def route(self, request: interface.RouteRequest, view: interface.FleetView) -> interface.Route:
+    def route(self, request: RouteRequest, view: FleetView) -> Route:
         """Return a route whose replicas all accept requests and have not been tried; an empty one with a
         reason if the request is rejected or no such replica exists."""
-        start = 0.0 if self._timer is None else self._timer()
-        used = 0.0 if self._processor is None else self._processor()
-        route = self._ask(self.router, request, view)
-        if route is None and self.router is not self._safe:
-            route = self._ask(self._safe, request, view)
-        if route is None:
-            route = interface.Route(reject=NO_REPLICA, reason="no replica")
-        if self._timer is not None and self._processor is not None:
-            used = self._processor() - used
-            self._measure(start, used)
+        route = Route(reject=NO_REPLICA)
+        if candidates(request, view):
+            start = self._times()
+            found = self._call(self.name, self._ask, request, view)
+            route = self._safe.route(request, view) if found is None else found
+            self._measure(start)
         reason = "rejected" if route.reject is not None else route.reason
         known = reason in self.reasons or len(self.reasons) < MAX_REASONS
         self.reasons[reason if known else "other"] += 1
         return route
 
-    def tell(self, event: interface.RouteEvent) -> None:
+    def tell(self, event: RouteEvent) -> None:
         """Pass an event on; exceptions of the router are counted."""
-        for router in {id(self._safe): self._safe, id(self.router): self.router}.values():
-            try:
-                router.on_event(event)
-            except BaseException as error:  # as in _ask
-                if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                    raise
-                self._fail("raised", f"{type(router).__name__}.on_event: {error_text(error)}")
+        self._call(f"{self.name}.on_event", self.router.on_event, event)
 
-    def _ask(
-        self, router: interface.RouterPolicy, request: interface.RouteRequest, view: interface.FleetView
-    ) -> interface.Route | None:
-        name, kind = type(router).__name__, "raised"
+    def _ask(self, request: RouteRequest, view: FleetView) -> Route:
+        """Return the router's answer, without the replicas that cannot take the request."""
+        answer = self.router.route(request, view)
         try:
-            answer = router.route(request, view)
-            kind = "nonsense"
-            route = _usable(answer, request, view)
-        except BaseException as error:  # also of the answer's own methods
-            # Nothing is awaited here, so the router itself raised this CancelledError.
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            self._fail(kind, f"{name}: {error_text(error)}")
-            return None
-        if route is None and view.accepting and not _all_tried(request, view):
-            self._fail("nonsense", f"{name}: named no replica that can take the request, and no reason why")
-        return route
+            replicas, reject, reason = msgspec.convert(
+                tuple(answer), Route
+            )  # a Route itself would not be checked
+        except Exception as error:  # of the answer's own methods, too
+            raise _Nonsense(f"route() returned no Route: {error_text(error)}") from error
+        reason = reason[:MAX_REASON]
+        if reject is not None:
+            return Route((), reject[:MAX_REASON] or "rejected by the router", reason)
+        for replica_id in replicas:
+            if replica_id not in view.replicas:
+                raise _Nonsense(f"there is no replica {replica_id!r}")
+        usable = [i for i in replicas if view.replicas[i].accepting and i not in request.tried]
+        if not usable:
+            raise _Nonsense("named no replica that can take the request, and no reason why")
+        return Route(usable, None, reason)
 
-    def _fail(self, kind: str, text: str) -> None:
-        self.failures[kind] += 1
-        self._report(kind, text)
+    def _times(self) -> tuple[float, float]:
+        """Return the time, and the processor time; 0 where they are not measured."""
+        if self._timer is None or self._processor is None:
+            return 0.0, 0.0
+        return self._timer(), self._processor()
 
-    def _measure(self, start: float, used: float) -> None:
-        assert self._timer is not None
-        end = self._timer()
-        self.seconds = end - start
+    def _measure(self, start: tuple[float, float]) -> None:
+        if self._timer is None:
+            return
+        end, processor = self._times()
+        self.seconds, used = end - start[0], processor - start[1]
         if self._overruns.add(self.seconds, used, end):
             limit = f"more than {self._overruns.budget * 1e3:g} ms"
             self._fail("slow", f"{self.name} took {used * 1e3:.3g} ms of processor time, {limit}")
@@ -130,7 +161,7 @@ class RouterGuard:
             self._fail("replaced", f"{self.name} {complaint}: it is asked no more")
 
 
-class PlacementGuard:
+class PlacementGuard(Guard):
     """Stands between a fleet and a placement policy. No error of the policy is raised here.
 
     Args:
@@ -141,83 +172,32 @@ class PlacementGuard:
 
     def __init__(
         self,
-        placement: interface.PlacementPolicy,
+        placement: PlacementPolicy,
         *,
         timer: Callable[[], float] | None = None,
         failed: Failed = lambda kind, text: None,
     ) -> None:
+        super().__init__(placement, failed)
         self.placement = placement
-        self.name = type(placement).__name__
-        self.failures: Counter[str] = Counter()
         self._timer = timer
-        self._report = failed
 
-    def plan(self, view: interface.FleetView) -> Sequence[interface.Move] | None:
+    def plan(self, view: FleetView) -> Sequence[Move] | None:
         """Return moves that can be carried out, or None if there is no plan."""
         start = self._timer() if self._timer is not None else 0.0
-        try:
-            moves = _moves(self.placement.plan(view), view)
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            kind = "nonsense" if isinstance(error, _Nonsense) else "raised"
-            self._fail(kind, f"{self.name}: {error_text(error).lstrip('_')}")
-            return None
+        moves: list[Move] | None = self._call(self.name, self._ask, view)
         if self._timer is not None and (seconds := self._timer() - start) > PLAN_SECONDS:
             limit = f"more than {PLAN_SECONDS:g} s"
             self._fail("slow", f"{self.name} took {seconds:.3g} s of processor time, {limit}")
             return None
+        return moves
+
+    def _ask(self, view: FleetView) -> list[Move]:
+        answer = self.placement.plan(view)
+        try:
+            moves = msgspec.convert([tuple(move) for move in answer], list[Move])
+        except Exception as error:  # of the answer's own methods, too
+            raise _Nonsense(f"plan() returned no sequence of Move: {error_text(error)}") from error
+        for move in moves:
+            if move.replica not in view.replicas or move.adapter not in view.adapters:
+                raise _Nonsense(f"{move}: there is no such adapter or replica")
         return moves[:MAX_MOVES]
-
-    def _fail(self, kind: str, text: str) -> None:
-        self.failures[kind] += 1
-        self._report(kind, text)
-
-
-class _Nonsense(ValueError):
-    """The answer is not a valid plan."""
-
-
-def _usable(
-    answer: Any, request: interface.RouteRequest, view: interface.FleetView
-) -> interface.Route | None:
-    """Return the route without the replicas that cannot take the request; None if none is left."""
-    if type(answer) is not interface.Route:
-        raise TypeError(f"route() returned {type(answer).__name__}, not Route")
-    replicas, reject, reason = answer
-    if type(reason) is not str:
-        raise TypeError(f"reason is {reason!r}, not a str")
-    if reject is not None:
-        if not isinstance(reject, str):
-            raise TypeError(f"reject is {reject!r}, not a str")
-        return interface.Route((), reject[:MAX_REASON] or "rejected by the router", reason[:MAX_REASON])
-    if isinstance(replicas, str) or not isinstance(replicas, Collection) or len(replicas) > MAX_REPLICAS:
-        raise TypeError(f"replicas is {str(replicas)[:MAX_REASON]!r}, not a sequence of replica ids")
-    known, tried = view.replicas, request.tried
-    usable = []
-    for replica_id in replicas:
-        if type(replica_id) is not str:
-            raise TypeError(f"replicas contains {replica_id!r}, not a str")
-        found = known.get(replica_id)
-        if found is None:
-            raise ValueError(f"there is no replica {replica_id!r}")
-        if found.accepting and replica_id not in tried:
-            usable.append(replica_id)
-    return interface.Route(usable, None, reason[:MAX_REASON]) if usable else None
-
-
-def _all_tried(request: interface.RouteRequest, view: interface.FleetView) -> bool:
-    return all(replica.replica_id in request.tried for replica in view.accepting)
-
-
-def _moves(answer: Any, view: interface.FleetView) -> list[interface.Move]:
-    if isinstance(answer, str) or not isinstance(answer, Collection):
-        raise _Nonsense(f"plan() returned {str(answer)[:MAX_REASON]!r}, not a sequence of Move")
-    for move in answer:
-        if type(move) is not interface.Move or move.kind not in ("load", "unload", "pin", "unpin"):
-            raise _Nonsense(f"the plan contains {str(move)[:MAX_REASON]!r}, not a Move")
-        if move.replica not in view.replicas:
-            raise _Nonsense(f"there is no replica {move.replica!r}")
-        if move.adapter not in view.adapters:
-            raise _Nonsense(f"there is no adapter {move.adapter!r}")
-    return list(answer)

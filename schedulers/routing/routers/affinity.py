@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Set
-from itertools import islice
-from math import ceil, inf
+from collections.abc import Collection, Mapping, Sequence
+from math import ceil
 from operator import attrgetter
 
 from aioengine.schedulers.policy import Location
@@ -14,7 +13,6 @@ from aioengine.schedulers.routing.interface import (
     FleetView,
     ReplicaView,
     Route,
-    RouteEvent,
     RouteRequest,
     RouterPolicy,
 )
@@ -25,7 +23,7 @@ from aioengine.schedulers.routing.routers.common import (
     candidates,
 )
 
-_DEFAULTS = {"seconds_per_token": 1e-4, "load_seconds": 0.25, "slot_seconds": 0.02}
+_DEFAULTS = {"seconds_per_token": 1e-4, "load_seconds": 0.25, "slot_seconds": 0.02, "service_seconds": 0.0}
 """Speeds while no replica has measured one."""
 CROWDING = 0.05
 """Share of additional time that a request takes in a full batch."""
@@ -34,15 +32,10 @@ MAX_HOLDERS = 4
 queues."""
 FRESH_SECONDS = 1.0
 """Reports up to this age count as new; each second beyond counts as a second of waiting."""
-SHRINK = 0.7
-"""The number of homes falls when this share of the capacity of fewer homes would be enough."""
 SLACK_SECONDS = 0.02
 SLACK_SHARE = 0.25
 """Costs that differ by less than either count as equal, because measured speeds of equal machines differ a
 little."""
-SERVICE_MEMORY = 0.02
-"""Weight of the newest request in the moving average of how long requests run."""
-
 
 _QUEUE = attrgetter("queue_seconds")
 _REQUESTS = attrgetter("waiting", "running", "max_running")
@@ -86,11 +79,6 @@ class Affinity(RouterPolicy):
         """The replicas of this decision, by id."""
         self._assumed: dict[str, float] = {}
         """Speeds that this decision assumes for replicas that have not measured theirs."""
-        self._homes: dict[str, int] = {}
-        """Adapters with more than one home."""
-        self._started: dict[str, float] = {}
-        self._service = 0.0
-        """Seconds from a request's first token to its end: a moving average."""
 
     def route(self, request: RouteRequest, view: FleetView) -> Route:
         found = candidates(request, view)
@@ -103,38 +91,24 @@ class Affinity(RouterPolicy):
         cached = cached_tokens(request, view)
         near = {*_two_shortest(found), *cached}
         homes: Collection[str] = ()
-        holding: Set[str] = frozenset()
+        holding: Collection[str] = ()
         if name is None:
             shares = [(waiting + running + 1) / most for waiting, running, most in map(_REQUESTS, found)]
             near.add(found[shares.index(min(shares))].replica_id)
         else:
             adapter = view.adapters.get(name)
-            holding = frozenset() if adapter is None else adapter.holders
-            homes = self._homes_of(name, adapter, view)
-            if request.parts and not holding:
-                homes = _with_most(request.parts, view, index) or homes
+            if adapter is not None:
+                holding = [replica for replica in adapter.holders if replica in index]
+            homes = self._homes(request, adapter, holding, view)
             near.update(homes)
-            near.update(holding if len(holding) <= MAX_HOLDERS else self._two_of(holding))
+            if len(holding) > MAX_HOLDERS:
+                near.update(_two_shortest([index[replica] for replica in holding]))
+            else:
+                near.update(holding)
         costs, loads = self._costs(request, near & index.keys(), cached, homes)
         named = _by_cost(costs, loads, index, cached)
         reason = "base" if name is None else "holder" if named[0] in holding else "spill"
         return Route(named, reason="home" if reason == "spill" and named[0] in homes else reason)
-
-    def on_event(self, event: RouteEvent) -> None:
-        if event.request is None:
-            return
-        if event.kind == "started":
-            self._started[event.request.request_id] = event.now
-        elif event.kind in ("ended", "failed"):
-            start = self._started.pop(event.request.request_id, None)
-            if start is not None and event.kind == "ended":
-                self._service += SERVICE_MEMORY * (event.now - start - self._service)
-
-    def _two_of(self, holding: Set[str]) -> list[str]:
-        """Return the two of these replicas with the shortest queues; none if all replicas are among them."""
-        if len(holding) >= len(self._found):
-            return []
-        return _two_shortest([self._index[i] for i in holding if i in self._index])
 
     def _costs(
         self,
@@ -146,23 +120,23 @@ class Affinity(RouterPolicy):
         """Return for each replica the seconds before the request's first token there, and how many of these
         are for its adapter. They are the work before it, its own prompt, and the wait until other requests
         end if the batch is full."""
-        service, adapter = self._service, request.adapter
         costs, loads = {}, {}
         for replica_id in replicas:
             replica = self._index[replica_id]
+            service = replica.service_seconds or self._fastest("service_seconds")
             share = _share(replica)
             # With more running requests each is slower; if the batch is full, some must end first.
             seconds = service * (CROWDING * share if share <= 1.0 else CROWDING + share - 1.0)
-            stale = replica.age - FRESH_SECONDS
-            if stale > 0:
-                seconds += stale
+            seconds += max(replica.age - FRESH_SECONDS, 0.0)
             tokens = request.prompt_tokens
             if cached:
                 tokens = max(tokens - cached.get(replica_id, 0), 1)
             seconds += replica.queue_seconds + tokens * (
                 replica.seconds_per_token or self._fastest("seconds_per_token")
             )
-            load = 0.0 if adapter is None else self._load(replica, adapter, at_home=replica_id in homes)
+            load = 0.0
+            if request.adapter is not None:
+                load = self._load(replica, request.adapter, service, at_home=replica_id in homes)
             costs[replica_id], loads[replica_id] = seconds + load, load
         return costs, loads
 
@@ -175,13 +149,13 @@ class Affinity(RouterPolicy):
             known = self._assumed[speed] = min(measured, default=_DEFAULTS[speed])
         return known
 
-    def _load(self, replica: ReplicaView, adapter: str, *, at_home: bool) -> float:
+    def _load(self, replica: ReplicaView, adapter: str, service: float, *, at_home: bool) -> float:
         where = replica.location(adapter)
         if where is Location.SLOT:
             return 0.0
         slot = replica.slot_seconds or self._fastest("slot_seconds")
         # Adapters that already wait for a slot come first, and each waits until one is free.
-        slot += replica.adapters_waiting * (slot + self._service / max(replica.slots, 1))
+        slot += replica.adapters_waiting * (slot + service / max(replica.slots, 1))
         if where is Location.CPU:
             return slot
         disk = replica.load_seconds or self._fastest("load_seconds")
@@ -189,45 +163,34 @@ class Affinity(RouterPolicy):
             return slot + disk / 2
         return slot + disk * (1.0 if at_home else self._margin)
 
-    def _homes_of(self, name: str, adapter: AdapterView | None, view: FleetView) -> Collection[str]:
-        """Return the replicas that should hold the adapter: those of the plan, or as many as it needs, in
-        order of hash, first holders and then others."""
-        index, count, holding = self._index, 1, frozenset[str]()
+    def _homes(
+        self, request: RouteRequest, adapter: AdapterView | None, holding: Collection[str], view: FleetView
+    ) -> Collection[str]:
+        """Return the replicas that should hold the adapter: those of the plan, or those with the most parts
+        of a new mix, or as many as it needs, in order of hash, first holders and then others."""
+        index, name, count = self._index, str(request.adapter), 1
         if adapter is not None:
-            planned = [i for i in adapter.target_holders if i in index]
+            planned = [replica for replica in adapter.target_holders if replica in index]
             if planned:
                 return planned
-            count, holding = self._count(name, adapter, view), frozenset(adapter.holders & index.keys())
-            if count == 1 and 0 < len(holding) <= MAX_HOLDERS:  # usual: no order of all replicas is needed
-                return [self._order.first(name, view, list(holding))]
-        order = self._order.of(name, view)
-        homes = list(islice((i for i in order if i in holding), count)) if holding else []
-        homes += islice((i for i in order if i in index and i not in holding), count - len(homes))
-        return homes
+            count = self._count(adapter, view)
+        if request.parts and not holding:
+            parts = [view.adapters[part] for part in request.parts if part in view.adapters]
+            counts = Counter(replica for part in parts for replica in part.holders if replica in index)
+            if counts:
+                most = max(counts.values())
+                return [replica for replica, parts_there in counts.items() if parts_there == most]
+        if count == 1 and 0 < len(holding) <= MAX_HOLDERS:  # usual: no order of all replicas is needed
+            return [self._order.first(name, view, holding)]
+        order = [replica for replica in self._order.of(name, view) if replica in index]
+        return sorted(order, key=lambda replica: replica not in holding)[:count]
 
-    def _count(self, name: str, adapter: AdapterView, view: FleetView) -> int:
+    def _count(self, adapter: AdapterView, view: FleetView) -> int:
         """Return how many homes the adapter needs, by the time of its tokens or by its concurrent requests.
         All replicas are assumed to be as fast and as large as the first one."""
         first = view.accepting[0]
         share = adapter.demand * (first.seconds_per_token or self._fastest("seconds_per_token"))
-        share = max(share, adapter.in_flight / first.max_running) / self._home_share
-        if share <= SHRINK:
-            self._homes.pop(name, None)
-            return 1
-        count, before = max(ceil(share), 1), self._homes.get(name, 1)
-        if count < before and share > SHRINK * (before - 1):
-            count = before
-        if count > 1:
-            self._homes[name] = count
-        return count
-
-
-def _with_most(parts: Sequence[str], view: FleetView, index: Mapping[str, ReplicaView]) -> Collection[str]:
-    """Return the replicas that hold the most of these adapters; none if they hold none."""
-    found = [view.adapters[part] for part in parts if part in view.adapters]
-    counts = Counter(i for part in found for i in part.holders if i in index)
-    most = max(counts.values(), default=0)
-    return [i for i, count in counts.items() if count == most]
+        return max(ceil(max(share, adapter.in_flight / first.max_running) / self._home_share), 1)
 
 
 def _share(replica: ReplicaView) -> float:
@@ -242,7 +205,7 @@ def _two_shortest(replicas: Sequence[ReplicaView]) -> list[str]:
     for _ in queues[:2]:
         place = queues.index(min(queues))
         chosen.append(replicas[place].replica_id)
-        queues[place] = inf
+        queues[place] = float("inf")
     return chosen
 
 
@@ -256,16 +219,12 @@ def _by_cost(
     the most of the prompt cached take turns: the one with the fewest requests is first."""
     # Equal replicas by name, so that the same knowledge gives the same route.
     ranked = sorted(zip(costs.values(), costs, strict=True))
-    order = [i for _, i in ranked]
     least, best = ranked[0]
-    load = loads[best]
-    most = least + max(SLACK_SECONDS, SLACK_SHARE * (least - load))
-    equals = [i for cost, i in ranked if cost <= most and loads[i] <= load]
-    if cached and len(equals) > 1:
-        longest = max(cached.get(i, 0) for i in equals)
-        equals = [i for i in equals if cached.get(i, 0) == longest]
-    if len(equals) > 1 or equals[0] != best:
-        best = min(equals, key=lambda i: _share(index[i]))
-        order.remove(best)
-        order.insert(0, best)
-    return order[:MAX_NAMED]
+    most = least + max(SLACK_SECONDS, SLACK_SHARE * (least - loads[best]))
+    equals = [replica for cost, replica in ranked if cost <= most and loads[replica] <= loads[best]]
+    if len(equals) > 1:
+        longest = max(cached.get(replica, 0) for replica in equals)
+        equals = [replica for replica in equals if cached.get(replica, 0) == longest]
+        best = min(equals, key=lambda replica: _share(index[replica]))
+    others = [replica for _, replica in ranked if replica != best]
+    return [best, *others][:MAX_NAMED]

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 
-from aioengine.schedulers.routing.interface import FleetView, ReplicaView, RouteRequest
+from aioengine.schedulers.routing.interface import FleetView, ReplicaView, Route, RouteRequest
 
 MAX_NAMED = 4
 """Maximum replicas in a route: the door takes the next if one fails, and asks again after the last."""
@@ -28,24 +28,21 @@ def candidates(request: RouteRequest, view: FleetView) -> Sequence[ReplicaView]:
 def cached_tokens(request: RouteRequest, view: FleetView) -> Mapping[str, int]:
     """Return how many of the prompt's first tokens a replica probably has in its KV cache, by replica id;
     replicas with none are left out."""
-    found = view.cached_blocks(request.prefixes) if request.prefixes else {}
-    if found:
-        found = {replica: blocks * request.prefix_block for replica, blocks in found.items()}
+    blocks = view.cached_blocks(request.prefixes) if request.prefixes else {}
+    found = {replica: count * request.prefix_block for replica, count in blocks.items()}
     if request.pins:
-        pinned = view.pinned_tokens(request.pins)
-        found = {**found, **{name: max(tokens, found.get(name, 0)) for name, tokens in pinned.items()}}
+        for replica, tokens in view.pinned_tokens(request.pins).items():
+            found[replica] = max(tokens, found.get(replica, 0))
     return found
 
 
-def load(replica: ReplicaView) -> int:
-    """Return the load of a replica: its requests, where a waiting one counts as four running ones, as in
-    vLLM's balancer between data-parallel ranks, because its work has not begun."""
-    return _WAITING_WEIGHT * replica.waiting + replica.running
+def by_load(replicas: Collection[ReplicaView], reason: str) -> Route:
+    """Return the route to the least loaded replicas; equal ones in the given order.
 
-
-def by_load(replicas: Collection[ReplicaView]) -> list[str]:
-    """Return the ids by load, the least loaded first; equal ones in the given order."""
-    return [replica.replica_id for replica in sorted(replicas, key=load)[:MAX_NAMED]]
+    A waiting request counts as four running ones, as in vLLM's balancer between data-parallel ranks, because
+    its work has not begun."""
+    ranked = sorted(replicas, key=lambda replica: _WAITING_WEIGHT * replica.waiting + replica.running)
+    return Route([replica.replica_id for replica in ranked[:MAX_NAMED]], reason=reason)
 
 
 class RendezvousOrder:
@@ -61,19 +58,17 @@ class RendezvousOrder:
     def of(self, key: str, view: FleetView) -> tuple[str, ...]:
         """Return the ids of all known replicas, accepting or not."""
         self._see(view)
-        orders = self._orders
-        found = orders.get(key)
-        if found is not None:
-            orders.move_to_end(key)
-            return found
-        seed = _digest(key)
-        scores = {name: _score(seed, weight) for name, weight in self._weights.items()}
-        found = orders[key] = tuple(sorted(scores, key=scores.__getitem__, reverse=True))
-        if len(orders) > _KEYS:
-            orders.popitem(last=False)
+        found = self._orders.pop(key, None)
+        if found is None:
+            seed = _digest(key)
+            scores = {name: _score(seed, weight) for name, weight in self._weights.items()}
+            found = tuple(sorted(scores, key=scores.__getitem__, reverse=True))
+        self._orders[key] = found  # the latest is the last
+        if len(self._orders) > _KEYS:
+            self._orders.popitem(last=False)
         return found
 
-    def first(self, key: str, view: FleetView, among: Sequence[str]) -> str:
+    def first(self, key: str, view: FleetView, among: Collection[str]) -> str:
         """Return the one of some known replicas that comes first in the order of all."""
         self._see(view)
         seed, weights = _digest(key), self._weights

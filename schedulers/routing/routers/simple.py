@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence, Set
-from math import ceil
+from math import ceil, inf
 from random import Random
 
 from aioengine.schedulers.checks import at_least
@@ -43,7 +43,7 @@ class RoundRobin(Simple):
         self._turn = 0
 
     def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
-        return Route([one.replica_id for one in self.in_turn(found)[:MAX_NAMED]], reason="turn")
+        return Route([replica.replica_id for replica in self.in_turn(found)[:MAX_NAMED]], reason="turn")
 
     def in_turn(self, found: Sequence[ReplicaView]) -> Sequence[ReplicaView]:
         """Return the replicas, each time beginning with the next one."""
@@ -61,7 +61,7 @@ class LeastLoaded(RoundRobin):
     worst_case = "a request is sent where its adapter must be loaded although a holder was as good"
 
     def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
-        return Route(by_load(self.in_turn(found)), reason="load")
+        return by_load(self.in_turn(found), "load")
 
 
 class PowerOfTwoChoices(Simple):
@@ -76,7 +76,7 @@ class PowerOfTwoChoices(Simple):
 
     def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
         two = found if len(found) <= 2 else self._random.sample(found, 2)
-        return Route(by_load(two), reason="two choices")
+        return by_load(two, "two choices")
 
 
 class Holder(Simple):
@@ -98,13 +98,9 @@ class Holder(Simple):
         self._spill = spill
 
     def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
-        holders = _holders(request, view)
-        having = [
-            replica
-            for replica in found
-            if replica.replica_id in holders and (not self._spill or replica.waiting < self._spill)
-        ]
-        return Route(by_load(having), reason="holder") if having else Route(by_load(found), reason="load")
+        holders, most = _holders(request, view), self._spill or inf
+        having = [replica for replica in found if replica.replica_id in holders and replica.waiting < most]
+        return by_load(having, "holder") if having else by_load(found, "load")
 
 
 class Tiers(Simple):
@@ -130,28 +126,26 @@ class Tiers(Simple):
 
     def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
         lora, queue, kv = self._weights
-        holders = _holders(request, view)
+        adapter, holders = request.adapter, _holders(request, view)
         shortest = min(replica.waiting for replica in found)
         longest = max(replica.waiting for replica in found)
-        scores: dict[str, float] = {}
-        for replica in found:
-            place = 1.0 if request.adapter is None else _place(replica, request.adapter, holders)
+
+        def score(replica: ReplicaView) -> float:
+            here = replica.replica_id in holders
+            if adapter is None or (here and replica.location(adapter) is Location.SLOT):
+                place = 1.0
+            else:
+                place = 0.8 if replica.free_slots else 0.6 if here else 0.0
             short = (longest - replica.waiting) / (longest - shortest) if longest > shortest else 1.0
-            free = replica.free_kv_tokens / max(replica.kv_tokens, 1)
-            scores[replica.replica_id] = lora * place + queue * short + kv * free
-        return Route(sorted(scores, key=scores.__getitem__, reverse=True)[:MAX_NAMED], reason="score")
+            return lora * place + queue * short + kv * replica.free_kv_tokens / max(replica.kv_tokens, 1)
+
+        best = sorted(found, key=score, reverse=True)[:MAX_NAMED]
+        return Route([replica.replica_id for replica in best], reason="score")
 
 
 def _holders(request: RouteRequest, view: FleetView) -> Set[str]:
     adapter = None if request.adapter is None else view.adapters.get(request.adapter)
     return frozenset() if adapter is None else adapter.holders
-
-
-def _place(replica: ReplicaView, adapter: str, holders: Set[str]) -> float:
-    here = replica.replica_id in holders
-    if here and replica.location(adapter) is Location.SLOT:
-        return 1.0
-    return 0.8 if replica.free_slots else 0.6 if here else 0.0
 
 
 class Rendezvous(Simple):
@@ -172,14 +166,14 @@ class Rendezvous(Simple):
     )
 
     def __init__(self, bound: float = 1.25) -> None:
-        if not 1 <= bound < float("inf"):
+        if not 1 <= bound < inf:
             raise ValueError(f"bound={bound}: must be at least 1")
         self._bound = bound
         self._order = RendezvousOrder()
 
     def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
         if request.adapter is None:
-            return Route(by_load(found), reason="load")
+            return by_load(found, "load")
         loads = {replica.replica_id: replica.waiting + replica.running for replica in found}
         most = ceil(self._bound * (sum(loads.values()) + 1) / len(loads))
         order = [name for name in self._order.of(request.adapter, view) if name in loads]
@@ -214,7 +208,7 @@ class ShuffleSharding(Simple):
         if not mine and all(name in request.tried for name in own):
             # The request itself may be the cause: it must not be tried on all replicas.
             return Route(reject="the replicas of this tenant have failed", reason="shard")
-        return Route(by_load(mine or found), reason="shard" if mine else "shard is down")
+        return by_load(mine or found, "shard" if mine else "shard is down")
 
 
 class Prefix(Simple):
@@ -247,6 +241,6 @@ class Prefix(Simple):
         most = min(requests.values()) + self._slack
         having = [i for i, count in requests.items() if cached.get(i, 0) >= enough and count <= most]
         if not having:
-            return Route(by_load(found), reason="load")
+            return by_load(found, "load")
         having.sort(key=lambda i: (-cached[i], requests[i]))
         return Route(having[:MAX_NAMED], reason="prefix")

@@ -205,7 +205,7 @@ class FleetMachine(RuleBasedStateMachine):
             assert adapter.nbytes in (0, SIZES.get(adapter.name))
             mine = sum(self.requests[one].adapter == adapter.name for one in self.in_flight)
             assert adapter.in_flight == mine
-        assert len(self.state._prefixes) <= 16 * len(self.truth)
+        assert len(self.state.view._prefixes) <= 16 * len(self.truth)
         assert not self.guard.failures, self.guard.failures
 
     def _route(self, request: RouteRequest) -> None:
@@ -360,7 +360,6 @@ class BrokenPlacement(PlacementPolicy):
     [
         (ZeroDivisionError(), "raised"),
         (None, "nonsense"),
-        ([("load", "a", "r0")], "nonsense"),
         ([Move("steal", "a", "r0")], "nonsense"),  # type: ignore[arg-type]
         ([Move("load", "a", "r9")], "nonsense"),
         ([Move("load", "z", "r0")], "nonsense"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.fleet_cases import Fleet, request
 
 from aioengine.schedulers.routing import PinnedPrefix, RouterPolicy, Tiers, load_router, prefix_pins
-from aioengine.schedulers.routing.prefixes import MAX_HASHES, PREFIX_BLOCK, PinIndex
+from aioengine.schedulers.routing.prefixes import MAX_HASHES, PREFIX_BLOCK, PrefixIndex
 
 SECONDS = 300.0
 
@@ -97,7 +97,7 @@ def test_a_digest_stands_for_the_tokens_before_it(
 @given(
     steps=st.lists(
         st.tuples(
-            st.sampled_from(["add", "correct", "leave", "wait"]),
+            st.sampled_from(["add", "shorten", "leave", "wait"]),
             st.sampled_from(["r0", "r1", "r2"]),
             st.integers(0, 4),
             st.integers(0, 100),
@@ -106,29 +106,28 @@ def test_a_digest_stands_for_the_tokens_before_it(
     most=st.integers(1, 4),
 )
 def test_the_index_knows_what_was_pinned_last(steps: list[tuple[str, str, int, int]], most: int) -> None:
-    index, now = PinIndex(most), 0.0
-    truth: dict[int, dict[str, tuple[float, int]]] = {}
+    index, now = PrefixIndex(most), 0.0
+    truth: dict[str, dict[int, tuple[float, int]]] = {"r0": {}, "r1": {}, "r2": {}}
     for what, replica, digest, number in steps:
-        pin = PinnedPrefix(digest, 50, float(number))
-        there = truth.get(digest, {})
+        there = truth[replica]
         if what == "add":
-            index.add(replica, [pin], now)
-            truth[digest] = {**truth.pop(digest, {}), replica: (now + number, 50)}
-        elif what == "correct":
-            index.correct(replica, [pin], number)
-            if replica in there:
-                there[replica] = there[replica][0], min(50, number)
+            index.add(replica, digest, 50, now + number)
+            there.pop(digest, None)
+            there[digest] = (now + number, 50)
+            if len(there) > most:
+                del there[next(iter(there))]
+        elif what == "shorten":
+            index.shorten(replica, digest, number)
+            if digest in there:
+                there[digest] = there[digest][0], min(50, number)
         elif what == "leave":
             index.leave(replica)
-            for known in truth.values():
-                known.pop(replica, None)
-            truth = {digest: known for digest, known in truth.items() if known}
+            there.clear()
         else:
             now += number
-        while len(truth) > most:
-            del truth[next(iter(truth))]
-        for name in range(5):
-            found = index.lookup([PinnedPrefix(name, 50, 1.0)], now)
-            expected = {r: tokens for r, (until, tokens) in truth.get(name, {}).items() if until >= now}
-            assert found == {r: tokens for r, tokens in expected.items() if tokens}
-        assert len(index) == len(truth)
+        for digest in range(5):
+            having = {name: known[digest] for name, known in truth.items() if digest in known}
+            assert index.lookup([digest]) == {name: tokens for name, (_, tokens) in having.items()}
+            lasting = {name: tokens for name, (until, tokens) in having.items() if until >= now and tokens}
+            assert index.lasting([PinnedPrefix(digest, 50, 1.0)], now) == lasting
+        assert len(index) == len(set().union(*truth.values()))

@@ -1,9 +1,10 @@
-"""Longest prefix match, and sessions that continue: requests with cached prefixes go first."""
+"""Orderings whose key changes while a request waits, of a window of the oldest requests: those with cached
+prefixes, and those that add the least to a step's time, go first."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -34,7 +35,7 @@ class Windowed(Arrival):
         """Return a key: requests with smaller keys go first, equal ones by arrival."""
 
     def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
-        first = list(islice(by_arrival(view, names), max(self.window, 1)))
+        first = list(islice(by_arrival(view, names), self.window))
         due = view.now - self.age
         aged = sum(request.arrival <= due for request in first)  # they are in order of arrival
         if aged >= limit or len(first) - aged <= 1:
@@ -88,3 +89,66 @@ class Session(Windowed):
 
     def rank(self, request: RequestView, view: SchedulerView) -> bool:
         return request.cached_tokens < self.share * request.prompt_tokens
+
+
+class Toppings(Windowed):
+    """Requests in the order of the time that their adapter adds to the step: those for adapters in the batch
+    and of low ranks first.
+
+    A step waits for its largest rank, so one request for a large adapter makes all others slower.
+    ``view.costs`` gives the time that each adapter would add: the time of a step with one more request and
+    the ranks that it would then have, minus the time of the present step. Equal requests go in order of
+    arrival. With ``max_step``, no request is admitted that would make a step longer than that, unless nothing
+    runs.
+
+    The paper's system chooses between servers: a request goes to the server where it adds the least to a
+    step, within its objective. Here it is the order within one engine.
+
+    Args:
+        max_step: Maximum seconds of a decoding step; 0: no limit.
+        window: Most waiting requests that a decision looks at, the oldest first.
+        age: Seconds for which a request may be put off in favour of later ones.
+    """
+
+    source = "Li et al. 2025, Toppings: CPU-Assisted, Rank-Aware Adapter Serving for LLM Inference (ATC'25)"
+
+    def __init__(self, max_step: float = 0.0, window: int = 128, age: float = 5.0) -> None:
+        super().__init__(window, age)
+        at_least(0, "seconds", max_step=max_step)
+        self.max_step = max_step
+        self._batch: dict[str | None, int] = {}
+        """Ranks of the adapters in the batch, 0 for the base model."""
+        self._added: dict[int, float] = {}
+        """Seconds that each rank would add to this decision's step."""
+
+    def admit(self, view: SchedulerView, names: Sequence[str | None], limit: int) -> Sequence[RequestView]:
+        running = view.running
+        self._batch = {name: _rank(view, name) for name in {request.adapter for request in running}}
+        self._added.clear()
+        admit = super().admit(view, names, limit)
+        if self.max_step:
+            batch = self._batch.copy()
+            for index, request in enumerate(admit, len(running)):
+                batch[request.adapter] = _rank(view, request.adapter)
+                seconds = _step(view, index + 1, batch.values())
+                if index > 0 and seconds is not None and seconds > self.max_step:
+                    return admit[: index - len(running)]
+        return admit
+
+    def rank(self, request: RequestView, view: SchedulerView) -> float:
+        rank = 0 if request.adapter in self._batch else _rank(view, request.adapter)
+        if rank not in self._added:
+            running, ranks = len(view.running), self._batch.values()
+            now = _step(view, running, ranks) if running else 0.0
+            then = _step(view, running + 1, [*ranks, rank])
+            # To the microsecond, so that what makes no difference is no difference.
+            self._added[rank] = 0.0 if now is None or then is None else round(then - now, 6)
+        return self._added[rank]
+
+
+def _rank(view: SchedulerView, name: str | None) -> int:
+    return 0 if name is None or name not in view.adapters else view.adapters[name].rank
+
+
+def _step(view: SchedulerView, tokens: int, ranks: Iterable[int]) -> float | None:
+    return view.costs.step(tokens, sorted(filter(None, ranks)))
