@@ -28,7 +28,7 @@ class Recorder:
         execute: Any = ModelRunner.execute
 
         def recorded(model: Any, batch: StepBatch) -> Any:
-            model.native.seconds = phases = torch.zeros(len(PHASES), dtype=torch.float64)
+            model.model.seconds = phases = torch.zeros(len(PHASES), dtype=torch.float64)
             began = time.perf_counter()
             result = execute(model, batch)
             prompts = any(len(work.tokens) > 1 for work in batch.sequences)

@@ -73,8 +73,8 @@ async def host(
     adapters: int = 8, rounds: int = 3,
 ) -> AsyncGenerator[Calls, None]:  # fmt: skip
     """Host time of a step: shares of a run outside of the model, and processor time of both threads."""
-    forward = Stopwatch(native.NativeForward, "forward")
-    again = Stopwatch(native.NativeForward, "decode_again")
+    forward = Stopwatch(native.NativeDecoder, "forward")
+    again = Stopwatch(native.NativeDecoder, "decode_again")
     executed = Stopwatch(runner.ModelRunner, "execute", time.thread_time)
     library = Stopwatch(load(), "aio_step", time.thread_time)
     steps: list[StepFinished] = []
