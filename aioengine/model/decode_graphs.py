@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels import LoRABatch, Span
-from aioengine.kernels.triton.fixed_step import FixedStep
 from aioengine.kernels.triton.launch import capability
-from aioengine.kernels.triton.mixed_step import MixedShape, MixedStep
 from aioengine.kernels.triton.query_tiles import rows_of_prompts
+from aioengine.kernels.triton.recorded_step import RecordedShape, RecordedStep
 from aioengine.kernels.triton.table import SHORT, expand_config, shrink_config
 from aioengine.model.cuda.working_memory import sizes
 from aioengine.model.model import StepInputs
@@ -71,19 +70,7 @@ class DecodeSteps:
     ) -> None:
         self._forward, self._slots = forward, slots
         self._max_rank = 1 if slots is None else slots.layout.max_rank
-        self._most = limits.max_num_seqs
-        self._steps = {
-            size: FixedStep(
-                size,
-                table_width=-(-limits.max_model_len // block_size),
-                block_size=block_size,
-                slots=0 if slots is None else slots.max_loras,
-                max_rank=self._max_rank,
-                device=device,
-            )
-            for size in sizes(limits.max_num_seqs)
-        }
-        shape = MixedShape(
+        shape = RecordedShape(
             limits.max_num_seqs,
             -(-limits.max_model_len // block_size),
             block_size,
@@ -93,23 +80,26 @@ class DecodeSteps:
             rows_of_prompts(8 * dtype.itemsize, head_dim, capability(device)),
             SHORT if slots is None else _prompt_tile(slots, 8 * dtype.itemsize),
         )
-        self._mixed = {size: MixedStep(size, shape, device) for size in sorted(limits.mixed)}
+        self._most = limits.max_num_seqs
+        self._decodes = [RecordedStep(n, shape, device, decodes=True) for n in sizes(self._most)]
+        self._mixed = [RecordedStep(size, shape, device) for size in sorted(limits.mixed)]
         # One for all sizes: the memory of a graph is used by the next one that is played.
         self._logits = torch.empty(limits.max_num_seqs, vocab_size, dtype=dtype, device=device)
-        self._recorded: dict[tuple[FixedStep | MixedStep, str], Step] = {}
+        self._recorded: dict[tuple[RecordedStep, str], Step] = {}
         with torch.inference_mode():
-            for step in reversed(self._every):  # the largest first: the others fit into its memory
+            for step in reversed(self.recorded):  # the largest first: the others fit into its memory
                 for kind in ("base",) if slots is None else ("base", "lora", "affine"):
                     self._recorded[step, kind] = record(partial(self._compute, step, kind))
 
     @property
     def nbytes(self) -> int:
         """Device memory of inputs and logits; what recorded steps compute in is not counted."""
-        return self._logits.nbytes + sum(step.nbytes for step in self._every)
+        return self._logits.nbytes + sum(step.nbytes for step in self.recorded)
 
     @property
-    def _every(self) -> list[FixedStep | MixedStep]:
-        return [*self._steps.values(), *self._mixed.values()]
+    def recorded(self) -> list[RecordedStep]:
+        """Steps of all sizes, decodes first."""
+        return [*self._decodes, *self._mixed]
 
     def run(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
         """Return the logits [N, vocab] of those sequences that ask for a token, valid until the next call;
@@ -121,45 +111,27 @@ class DecodeSteps:
         tokens = [] if self._slots is None else self._slots.tokens
         if any(work.slot >= 0 and tokens[work.slot] is not None for work in sequences if tokens):
             return None
-        if all(len(work.tokens) == 1 and work.sample for work in sequences):
-            return self._run_decode(sequences, slot_ranks)
-        return self._run_mixed(sequences, slot_ranks)
-
-    def _run_decode(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
-        step = next((step for size, step in self._steps.items() if size >= len(sequences)), None)
-        if step is None or any(len(work.block_table) > step.table_width for work in sequences):
-            return None
-        lora = self._batch(sequences, [1] * len(sequences), slot_ranks)
-        step.fill(
-            [work.tokens[0] for work in sequences],
-            [work.start for work in sequences],
-            [work.block_table for work in sequences],
-            lora,
-        )
-        self._recorded[step, _kind(lora)]()
-        return self._logits[: len(sequences)]
-
-    def _run_mixed(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
-        if not self._mixed or len(sequences) > self._most:
-            return None
         counts = [len(work.tokens) for work in sequences]
-        total = sum(counts)
-        step = next((step for size, step in self._mixed.items() if size >= total), None)
         asking = [i for i, work in enumerate(sequences) if work.sample]
+        decodes = len(asking) == sum(counts)
+        steps = self._decodes if decodes else self._mixed
+        step = next((step for step in steps if step.size >= sum(counts)), None)
         # The engine's first steps ask for nothing: they compile what launched steps need.
-        if step is None or not asking or any(work.draft or work.score for work in sequences):
+        if step is None or not asking or len(sequences) > self._most:
             return None
-        if any(len(work.block_table) > step.table_width for work in sequences):
+        if any(work.draft or work.score or len(work.block_table) > step.table_width for work in sequences):
             return None
         ends = list(accumulate(counts))
-        lora = self._batch(sequences, counts, slot_ranks)
+        lora = asked = self._batch(sequences, counts, slot_ranks)
+        if not decodes:
+            asked = self._batch([sequences[i] for i in asking], [1] * len(asking), slot_ranks)
         filled = step.fill(
             [token for work in sequences for token in work.tokens],
             [Span(end - n, n, work.start) for end, n, work in zip(ends, counts, sequences, strict=True)],
             [work.block_table for work in sequences],
             [ends[i] - 1 for i in asking],
             lora,
-            self._batch([sequences[i] for i in asking], [1] * len(asking), slot_ranks),
+            asked,
         )
         if not filled:
             return None
@@ -173,12 +145,8 @@ class DecodeSteps:
         ranks = () if self._slots is None else slot_ranks
         return LoRABatch([work.slot for work in sequences], counts, ranks, slot_affine=affine)
 
-    def _compute(self, step: FixedStep | MixedStep, kind: str) -> None:
-        lora: LoRABatch = getattr(step, kind)
-        sampled = lora
-        if isinstance(step, MixedStep) and kind != "base":
-            sampled = step.sample_lora if kind == "lora" else step.sample_affine
-        inputs = StepInputs(step.token_ids, step.rows, step.attention, lora, sampled)
+    def _compute(self, step: RecordedStep, kind: str) -> None:
+        inputs = StepInputs(step.token_ids, step.rows, step.attention, *step.plans[kind])
         self._logits[: len(step.rows)].copy_(self._forward(inputs))
 
 

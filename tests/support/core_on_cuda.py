@@ -125,7 +125,7 @@ class CudaSim(Sim):
             vocab_size=runner.spec.vocab_size, dtype=torch.float32, device=runner.model.device,
             record=lambda step: step,
         )  # fmt: skip
-        for step in steps._steps.values():
+        for step in steps.recorded:
             self.world.watch("a recorded step's inputs", step.token_ids)
             self.world.watch("a recorded step's inputs on the host", step._host.token_ids)
         self.world.watch("logits", steps._logits)

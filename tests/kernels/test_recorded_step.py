@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
-import torch
 
-from aioengine.kernels import LoRABatch
-from aioengine.kernels.triton.fixed_step import FixedStep, most_tiles
+from aioengine.kernels import LoRABatch, Span
 from aioengine.kernels.triton.plan import TilePlan, cut
 from aioengine.kernels.triton.query_tiles import QueryTiles
+from aioengine.kernels.triton.recorded_step import RecordedShape, RecordedStep, most_tiles
 from aioengine.model.cuda.working_memory import sizes
 
 
-def make(size: int, slots: int = 3) -> FixedStep:
-    return FixedStep(size, table_width=4, block_size=16, slots=slots, max_rank=8, device="cpu")
+def make(size: int, group: int = 4) -> RecordedStep:
+    return RecordedStep(size, RecordedShape(64, 4, 16, 3, 8, group, 64, 64), "cpu", decodes=True)
+
+
+def fill(step: RecordedStep, ids: list[int], at: list[int], tables: Sequence[Any], lora: LoRABatch) -> None:
+    spans = [Span(i, 1, start) for i, start in enumerate(at)]
+    assert step.fill(ids, spans, tables, range(len(ids)), lora, lora)
 
 
 def test_sizes_of_steps() -> None:
@@ -44,11 +50,11 @@ def test_tiles_fit_whatever_the_adapters_are(slots: int) -> None:
 
 def test_a_step_is_filled_and_emptied_in_place() -> None:
     step = make(4)
-    plan, tiles = step.attention, step.lora.derive(TilePlan)
+    plan, tiles = step.attention, step.plans["lora"][0].derive(TilePlan)
     query = plan.derive(QueryTiles).of(4, 64)[0]
     before = [t.data_ptr() for t in (plan.positions, plan.cells, plan.tables, query.table, tiles.tiles(16))]
     lora = LoRABatch([-1, 0, 2], [1, 1, 1], [8, 0, 4], slot_affine=[False, False, True])
-    step.fill([7, 8, 9], [0, 17, 33], [[5], [3, 2], [9, 8, 7]], lora)
+    fill(step, [7, 8, 9], [0, 17, 33], [[5], [3, 2], [9, 8, 7]], lora)
     assert step.token_ids.tolist() == [7, 8, 9, 0]
     assert plan.positions.tolist() == [0, 17, 33, 0]
     assert plan.cells.tolist() == [80, 33, 113, -1]
@@ -56,9 +62,10 @@ def test_a_step_is_filled_and_emptied_in_place() -> None:
     assert query.table.tolist() == [[0, 0, 1, 0], [1, 1, 1, 17], [2, 2, 1, 33], [3, 3, 0, 0]]
     assert tiles.tiles(16).tolist() == [[0, 1, 1, 8], [2, 2, 1, 4], [0, 0, 0, 0]]
     assert tiles.affine_tiles(16).tolist() == [[2, 2, 1, 4], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert step.lora.segments and not step.lora.affine and step.affine.affine and not step.base.segments
+    base, plain, affine = (step.plans[kind][0] for kind in ("base", "lora", "affine"))
+    assert plain.segments and not plain.affine and affine.affine and not base.segments
 
-    step.fill([6], [34], [[9, 8, 7]], LoRABatch([-1], [1], []))
+    fill(step, [6], [34], [[9, 8, 7]], LoRABatch([-1], [1], []))
     assert plan.cells.tolist() == [114, -1, -1, -1]
     assert plan.tables[0].tolist() == [9, 8, 7, 0]
     assert [tokens for _, _, tokens, _ in query.table.tolist()] == [1, 0, 0, 0]
@@ -68,35 +75,34 @@ def test_a_step_is_filled_and_emptied_in_place() -> None:
 
 
 def test_grids_do_not_depend_on_what_a_step_holds() -> None:
-    step = make(4)
-    query = step.attention.derive(QueryTiles).of(3, 64)
-    assert [(len(tiles.table), tiles.block_m, tiles.longest) for tiles in query] == [(4, 16, 64)]
-    assert step.attention.derive(QueryTiles).of(20, 64)[0].block_m == 32
-    assert step.lora.derive(TilePlan).longest == 16
-    assert torch.equal(step.rows, torch.arange(4))
+    for group, rows in ((3, 16), (20, 32)):
+        step = make(4, group)
+        query = step.attention.derive(QueryTiles).of(group, 64)
+        assert [(len(tiles.table), tiles.block_m, tiles.longest) for tiles in query] == [(4, rows, 64)]
+        assert step.plans["lora"][0].derive(TilePlan).longest == 16
 
 
 def test_a_table_is_written_when_it_has_changed() -> None:
     step = make(2)
     empty = LoRABatch([-1], [1], [])
     table = [1, 2]
-    step.fill([1], [30], [table], empty)
+    fill(step, [1], [30], [table], empty)
     table.append(3)  # the same list, longer
-    step.fill([1], [32], [table], empty)
+    fill(step, [1], [32], [table], empty)
     assert step.attention.tables[0].tolist() == [1, 2, 3, 0]
-    step.fill([1], [5], [[4]], empty)
-    step.fill([1], [32], [table], empty)
+    fill(step, [1], [5], [[4]], empty)
+    fill(step, [1], [32], [table], empty)
     assert step.attention.tables[0].tolist() == [1, 2, 3, 0]
     with pytest.raises(ValueError, match="holds no adapter"):
-        step.fill([1], [5], [[4]], LoRABatch([1], [1], [4, 0]))
+        fill(step, [1], [5], [[4]], LoRABatch([1], [1], [4, 0]))
 
 
 def test_a_table_that_is_no_list_is_written_once_as_well() -> None:
     step = make(2)
     empty = LoRABatch([-1], [1], [])
     for table in (range(1, 4), (1, 2, 3)):
-        step.fill([1], [32], [table], empty)
+        fill(step, [1], [32], [table], empty)
         step.attention.tables[0, :3] = 7  # on a CPU the host's memory is the device's
-        step.fill([1], [33], [type(table)(table) if table == (1, 2, 3) else range(1, 4)], empty)
+        fill(step, [1], [33], [type(table)(table) if table == (1, 2, 3) else range(1, 4)], empty)
         assert step.attention.tables[0].tolist() == [7, 7, 7, 0]
-        step.fill([1], [5], [[4]], empty)
+        fill(step, [1], [5], [[4]], empty)
