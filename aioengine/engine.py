@@ -605,9 +605,9 @@ class AsyncEngine:
         grammars = Grammars(
             lambda: Tokens(tokenizer.to_json(), spec.vocab_size, list(spec.eos_token_ids)),
             limits=limits,
-            told=self.metrics.grammars.compiled,
+            told=self.metrics.grammar_compiled,
         )
-        self.metrics.grammars.count(lambda: grammars.kept)
+        self.metrics.grammars_kept.append(lambda: grammars.kept)
         self.at_stop(grammars.close)
         return grammars
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry
@@ -13,21 +14,29 @@ from prometheus_client.registry import Collector
 
 from aioengine import events
 from aioengine.info import AdapterInfo, EngineStats
-from aioengine.metrics.collect.by_adapter import AdapterMetrics
-from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
-from aioengine.metrics.collect.compat import vllm_gauges, vllm_load_seconds
-from aioengine.metrics.collect.grammars import GrammarMetrics
+from aioengine.metrics.collect.compat import vllm_families
+from aioengine.metrics.collect.http import HttpMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
-from aioengine.metrics.collect.process import ProcessMetrics
-from aioengine.metrics.collect.residency import ResidencyTracker
-from aioengine.metrics.collect.snapshot import engine_state, gauge, gauges
-from aioengine.metrics.collect.waits import AdapterWaits
-from aioengine.metrics.families import definitions as d
+from aioengine.metrics.collect.residency import AdapterTracker
+from aioengine.metrics.collect.snapshot import ProcessMetrics, engine_gauges, engine_state
+from aioengine.metrics.families.definitions import OWN, PROCESS, VLLM
 from aioengine.metrics.families.exposition import OPENMETRICS, TEXT, TextWriter, to_metric
-from aioengine.metrics.families.storage import Counters, Family, Histograms
+from aioengine.metrics.families.labels import BoundedLabels
+from aioengine.metrics.families.storage import Family, Store, gauge
 
 _STEPS_TOGETHER = 64
 """Finished steps that wait to be counted at most, if nothing else happens and nobody reads."""
+
+_COUNTED: dict[type[events.Event], tuple[str, ...]] = {
+    events.RequestRefused: ("requests_refused", "bound"),
+    events.ResolverFailed: ("lora_resolver_failures", "reason"),
+    events.PolicyRefused: ("policy_refusals", "reason"),
+    events.PolicyFailed: ("policy_errors",),
+    events.PolicyOverran: ("policy_overruns",),
+    events.PolicyReplaced: ("policy_replacements",),
+    events.EngineRestarted: ("executor_restarts",),
+}
+"""Events that only add 1 to a counter, with those of their fields that are its labels."""
 
 
 class EngineMetrics(Collector):
@@ -42,7 +51,7 @@ class EngineMetrics(Collector):
 
     Args:
         max_adapter_labels: Maximum number of adapters with a separate ``adapter`` label in the request
-            metrics; see :class:`~aioengine.metrics.families.labels.AdapterLabels`.
+            metrics; see :class:`~aioengine.metrics.families.labels.BoundedLabels`.
         snapshot: Returns the engine's state now.
         adapters: Returns the registered adapters.
         engine: Value of the label ``engine`` of every series.
@@ -73,53 +82,46 @@ class EngineMetrics(Collector):
         self._adapters = adapters
         self._compat = compat
         self._model_name = model_name
+        self._state = state
+        self._build = build
         self._clock = clock
         self._on_loop = OnLoop()
         self._pending: deque[events.Event] = deque()
         self._applying = False
         """Whether ``_apply`` is to run soon."""
         self._writer = TextWriter()
-        self._residency = ResidencyTracker()
-        self._waits = AdapterWaits(self._residency)
-        self._requests = AdapterMetrics(max_adapter_labels, clock)
-        self._tenants = TenantMetrics(max_tenant_labels)
-        self.http = HttpMetrics(self._tenants)
+        self._store = Store({n: d for n, d in OWN.items() if not n.startswith(("http_", "tenant_"))})
+        self._tracker = AdapterTracker(self._store)
+        fold = partial(self._store.fold, "adapter")
+        self._labels = BoundedLabels(max_adapter_labels, fold, nobody="base", kind="adapter")
+        self.http = HttpMetrics(max_tenant_labels)
         """Metrics of the server that serves this engine."""
-        self.grammars = GrammarMetrics()
-        """Metrics of the compiler of this engine's grammars."""
-        self._state = state
-        self._build = build
-        self._process: ProcessMetrics | None = None
-        self._define_lora()
-        self._define_engine()
-        self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
-            events.RequestAdded: self._request_added,
-            events.RequestRefused: lambda e: self._refused.inc((e.bound,)),
-            events.RequestAdmitted: self._request_admitted,
-            events.RequestPreempted: self._request_preempted,
-            events.FirstToken: self._requests.first_token,
-            events.TokensProposed: self._requests.proposed,
-            events.RequestEnded: self._request_ended,
-            events.AdapterRegistered: self._adapter_registered,
-            events.AdapterLoading: lambda e: self._prefetched(self._residency.loading(e)),
-            events.AdapterLoaded: self._adapter_loaded,
-            events.AdapterPlacing: self._adapter_placing,
-            events.AdapterPlaced: self._adapter_placed,
-            events.AdapterEvicted: self._adapter_evicted,
-            events.AdapterFailed: self._adapter_failed,
-            events.ResolverFailed: lambda e: self._resolver_failures.inc((e.reason,)),
-            events.AdapterUnloaded: self._adapter_unloaded,
-            events.PolicyRefused: lambda e: self._refusals.inc((e.reason,)),
-            events.PolicyFailed: lambda e: self._policy_errors.inc(),
-            events.PolicyOverran: lambda e: self._overruns.inc(),
-            events.PolicyReplaced: lambda e: self._replacements.inc(),
-            events.StepFinished: self._step_finished,
-            events.EngineRestarted: lambda e: self._restarts.inc(),
-            events.LoopLag: lambda e: self._lag.at().observe(e.seconds),
-        }
+        self.grammars_kept: list[Callable[[], int]] = []
+        """Functions that count compiled grammars, called at each scrape."""
         self.dropped_log_lines: Callable[[], int] = int
         """Function that counts dropped log lines; called at each scrape. A program whose log may drop lines
         sets it."""
+        self._process: ProcessMetrics | None = None
+        tracker = self._tracker
+        self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
+            **{kind: self._counter(*counted) for kind, counted in _COUNTED.items()},
+            events.RequestAdded: self._request_added,
+            events.RequestAdmitted: self._request_admitted,
+            events.RequestPreempted: self._request_preempted,
+            events.FirstToken: self._first_token,
+            events.TokensProposed: self._proposed,
+            events.RequestEnded: self._request_ended,
+            events.AdapterRegistered: tracker.registered,
+            events.AdapterLoading: tracker.loading,
+            events.AdapterLoaded: tracker.loaded,
+            events.AdapterPlacing: tracker.placing,
+            events.AdapterPlaced: tracker.placed,
+            events.AdapterEvicted: tracker.evicted,
+            events.AdapterFailed: tracker.failed,
+            events.AdapterUnloaded: self._adapter_unloaded,
+            events.StepFinished: self._step_finished,
+            events.LoopLag: lambda e: self._store.observe("event_loop_lag_seconds", e.seconds),
+        }
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
@@ -127,6 +129,11 @@ class EngineMetrics(Collector):
         """Export the process's own metrics from now on. Only a program that is the whole process calls it,
         once; in an application, the application decides."""
         self._process = ProcessMetrics()
+
+    def grammar_compiled(self, outcome: str, seconds: float) -> None:
+        """Count a compile of a grammar, on the event loop's thread."""
+        self._store.inc("grammar_compiles", (outcome,))
+        self._store.observe("grammar_compile_seconds", seconds)
 
     def handle(self, event: events.Event) -> None:
         """Count one event; kinds that no metric needs are ignored."""
@@ -159,9 +166,9 @@ class EngineMetrics(Collector):
 
     def describe(self) -> Iterator[Metric]:
         """Return the families without series, so that a registry knows their names in advance."""
-        vllm = d.VLLM if self._compat == "vllm" else ()
-        process = () if self._process is None else d.PROCESS
-        return (to_metric(Family(definition, [])) for definition in (*d.OWN, *vllm, *process))
+        more = [VLLM] * (self._compat == "vllm") + [PROCESS] * (self._process is not None)
+        known = [definition for table in (OWN, *more) for definition in table.values()]
+        return (to_metric(Family(definition, [])) for definition in known)
 
     def expose(self, accept: str = "") -> tuple[bytes, str]:
         """Return the exposition and its content type: OpenMetrics, which has the exemplars, if the ``Accept``
@@ -173,144 +180,87 @@ class EngineMetrics(Collector):
 
     def _families(self) -> list[Family]:
         self._apply()
-        self._log_dropped.values[()] = self.dropped_log_lines()
-        stats, adapters = self._snapshot(), self._adapters()
-        self._pins_lost.values[()] = stats.kv_pins_lost
-        self._listener_failures.values[()] = stats.listener_failures
-        found = [*gauges(self.engine, stats, adapters, self._residency.rank)]
-        by_name = (*self._requests.metrics, *self._tenants.metrics)
-        found += [metric.family(self.engine) for metric in (*self._metrics, *by_name)]
-        found += [*self.http.families(self.engine), *self.grammars.families(self.engine), *self._identity()]
+        engine, stats, adapters = self.engine, self._snapshot(), self._adapters()
+        self._store.count("log_dropped", self.dropped_log_lines())
+        self._store.count("kv_pins_lost", stats.kv_pins_lost)
+        self._store.count("listener_failures", stats.listener_failures)
+        build = [tuple(self._build[label] for label in OWN["build_info"].labels)] if self._build else []
+        values = engine_gauges(stats, adapters, self._tracker.rank)
+        values["grammars_kept"] = sum(kept() for kept in self.grammars_kept)
+        values["build_info"] = dict.fromkeys(build, 1.0)
+        found = [gauge(engine, name, value) for name, value in values.items()]
+        found.append(
+            engine_state(engine, self._state()) if self._state else gauge(engine, "engine_state", {})
+        )
+        found += [*self._store.families(engine), *self.http.families(engine)]
         if self._process is not None:
-            found += self._process.families(self.engine)
+            found += self._process.families(engine)
         if self._compat == "vllm":
-            model = self._model_name()
-            found += vllm_gauges(self.engine, model, stats, adapters, self._clock())
-            found.append(vllm_load_seconds(self.engine, model, self._swap_seconds))
+            found += vllm_families(engine, self._model_name(), stats, adapters, self._clock(), self._store)
         return found
 
-    def _identity(self) -> Iterator[Family]:
-        yield engine_state(self.engine, self._state()) if self._state else gauge(self.engine, d.ENGINE_STATE)
-        build = [] if self._build is None else [tuple(self._build[label] for label in d.BUILD_INFO.labels)]
-        yield gauge(self.engine, d.BUILD_INFO, *((labels, 1.0) for labels in build))
+    # Events
 
-    # Definitions
-
-    def _define_lora(self) -> None:
-        self._swaps = Counters(d.LORA_SWAPS, ("load",), ("evict",), ("replace",), ("move",))
-        self._swap_seconds = Histograms(d.LORA_SWAP_SECONDS, ("disk",), ("cpu",), ("slot",))
-        self._swap_bytes = Counters(d.LORA_SWAP_BYTES, ("disk",), ("slot",))
-        pairs = [(level, result) for level in ("slot", "cpu") for result in ("hit", "miss")]
-        self._lookups = Counters(d.LORA_CACHE_REQUESTS, *pairs)
-        self._prefetches = Counters(d.LORA_PREFETCH, ("used",), ("wasted",), ("late",))
-        reasons = ("invalid", "too_large", "io", "internal")
-        self._load_failures = Counters(d.LORA_LOAD_FAILURES, *((reason,) for reason in reasons))
-        self._resolver_failures = Counters(d.LORA_RESOLVER_FAILURES, ("invalid",), ("io",), ("internal",))
-        self._slot_busy = Counters(d.LORA_SLOT_BUSY)
-
-    def _define_engine(self) -> None:
-        self._refused = Counters(d.REFUSED, ("server",), ("tenant",), ("adapter",))
-        self._preemptions = Counters(d.PREEMPTIONS)
-        self._cached_tokens = Counters(d.PROMPT_CACHED_TOKENS)
-        self._pins_lost = Counters(d.KV_PINS_LOST)
-        self._listener_failures = Counters(d.LISTENER_FAILURES)
-        self._steps = Histograms(d.STEP, ("prefill",), ("decode",), ("mixed",))
-        self._step_tokens = Counters(d.STEP_TOKENS, ("prefill",), ("decode",))
-        self._schedule = Histograms(d.SCHEDULE)
-        self._batch_sequences = Histograms(d.BATCH_SEQUENCES)
-        self._batch_adapters = Histograms(d.BATCH_ADAPTERS)
-        self._decisions = Histograms(d.POLICY_DECISION)
-        self._refusals = Counters(d.POLICY_REFUSALS)
-        self._policy_errors = Counters(d.POLICY_ERRORS)
-        self._overruns = Counters(d.POLICY_OVERRUNS)
-        self._replacements = Counters(d.POLICY_REPLACEMENTS)
-        self._restarts = Counters(d.EXECUTOR_RESTARTS)
-        self._log_dropped = Counters(d.LOG_DROPPED)
-        self._lag = Histograms(d.EVENT_LOOP_LAG)
-
-    @property
-    def _metrics(self) -> list[Counters | Histograms]:
-        return [metric for metric in vars(self).values() if isinstance(metric, (Counters, Histograms))]
-
-    # Requests
+    def _counter(self, name: str, *fields: str) -> Callable[[events.Event], None]:
+        return lambda event: self._store.inc(name, tuple(getattr(event, field) for field in fields))
 
     def _request_added(self, event: events.RequestAdded) -> None:
         if event.adapter is not None:
-            for lookup in self._residency.lookup(event.adapter, event.time):
-                self._lookups.inc((lookup.level, "hit" if lookup.hit else "miss"))
-            self._requests.labels.used(event.adapter)
-            self._waits.added(event)
+            self._tracker.added(event.adapter, event)
+            self._labels.used(event.adapter)
 
     def _request_admitted(self, event: events.RequestAdmitted) -> None:
-        wait = self._waits.admitted(event)
-        if not event.resumed:
-            self._requests.admitted(event, wait)
-            self._cached_tokens.inc(amount=event.cached_tokens)
+        wait = self._tracker.admitted(event)
+        if event.resumed:
+            return
+        label = self._labels.of(event.adapter)
+        self._store.observe("request_queue_seconds", event.queue_seconds, (label,))
+        self._store.inc("prompt_cached_tokens", amount=event.cached_tokens)
+        if wait is not None:
+            self._store.observe("request_adapter_wait_seconds", wait, (label,))
 
     def _request_preempted(self, event: events.RequestPreempted) -> None:
-        self._waits.preempted(event)
-        self._preemptions.inc()
+        self._tracker.preempted(event)
+        self._store.inc("preemptions")
+
+    def _first_token(self, event: events.FirstToken) -> None:
+        label = self._labels.of(event.adapter)
+        now = self._clock()
+        self._store.observe_request("request_ttft_seconds", event.seconds, label, event.request_id, now)
+
+    def _proposed(self, event: events.TokensProposed) -> None:
+        label = self._labels.of(event.adapter)
+        self._store.inc("speculation_proposed_tokens", (label,), event.proposed)
+        self._store.inc("speculation_accepted_tokens", (label,), event.accepted)
 
     def _request_ended(self, event: events.RequestEnded) -> None:
-        self._waits.ended(event)
-        self._requests.ended(event)
-        self._tenants.ended(event)
-
-    # Adapters
-
-    def _prefetched(self, result: str | None) -> None:
-        if result is not None:
-            self._prefetches.inc((result,))
-
-    def _adapter_registered(self, event: events.AdapterRegistered) -> None:
-        self._residency.registered(event)
-        if event.replaces is not None:
-            self._swaps.inc(("replace",))
-
-    def _adapter_loaded(self, event: events.AdapterLoaded) -> None:
-        self._residency.loaded(event)
-        self._swap_seconds.at(("disk",)).observe(event.seconds)
-        self._swap_bytes.inc(("disk",), event.nbytes)
-
-    def _adapter_placing(self, event: events.AdapterPlacing) -> None:
-        seconds = self._residency.placing(event)
-        if seconds is not None:
-            self._swap_seconds.at(("cpu",)).observe(seconds)
-
-    def _adapter_placed(self, event: events.AdapterPlaced) -> None:
-        self._prefetched(self._residency.placed(event))
-        self._swaps.inc(("move" if event.moved else "load",))
-        self._swap_seconds.at(("slot",)).observe(event.seconds)
-        self._swap_bytes.inc(("slot",), event.nbytes)
-
-    def _adapter_evicted(self, event: events.AdapterEvicted) -> None:
-        self._prefetched(self._residency.evicted(event))
-        if event.level == "slot":
-            self._swaps.inc(("evict",))
-
-    def _adapter_failed(self, event: events.AdapterFailed) -> None:
-        self._residency.failed(event)
-        self._load_failures.inc((event.reason,))
+        self._tracker.ended(event)
+        self.http.ended(event)
+        label = self._labels.of(event.adapter)
+        now = self._clock()
+        self._store.observe_request("request_e2e_seconds", event.seconds, label, event.request_id, now)
+        self._store.inc("prompt_tokens", (label,), event.prompt_tokens)
+        self._store.inc("generation_tokens", (label,), event.output_tokens)
+        self._store.inc("requests_finished", (label, event.reason))
 
     def _adapter_unloaded(self, event: events.AdapterUnloaded) -> None:
-        if self._residency.unloaded(event):
-            self._requests.labels.unloaded(event.adapter)
-
-    # Steps
+        if self._tracker.unloaded(event):
+            self._labels.gone(event.adapter)
 
     def _step_finished(self, event: events.StepFinished) -> None:
+        store = self._store
+        phase = "prefill" if event.prefill_tokens else "decode"
         if event.prefill_tokens and event.decode_tokens:
             phase = "mixed"
-        else:
-            phase = "prefill" if event.prefill_tokens else "decode"
-        self._steps.at((phase,)).observe(event.seconds)
-        self._step_tokens.inc(("prefill",), event.prefill_tokens)
-        self._step_tokens.inc(("decode",), event.decode_tokens)
-        self._schedule.at().observe(event.schedule_seconds)
-        self._decisions.at().observe(event.policy_seconds)
-        self._batch_sequences.at().observe(event.sequences)
-        self._batch_adapters.at().observe(event.adapters)
+        store.observe("step_seconds", event.seconds, (phase,))
+        store.inc("step_tokens", ("prefill",), event.prefill_tokens)
+        store.inc("step_tokens", ("decode",), event.decode_tokens)
+        store.observe("schedule_seconds", event.schedule_seconds)
+        store.observe("policy_decision_seconds", event.policy_seconds)
+        store.observe("batch_sequences", event.sequences)
+        store.observe("batch_adapters", event.adapters)
         for slot in event.slots:
-            self._slot_busy.inc((str(slot),), event.seconds)
-        for interval in event.intervals:
-            self._requests.interval(interval)
+            store.inc("lora_slot_busy_seconds", (str(slot),), event.seconds)
+        for adapter, seconds, tokens in event.intervals:
+            label = self._labels.of(adapter)
+            store.observe("request_inter_token_seconds", seconds, (label,), tokens)

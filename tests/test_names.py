@@ -22,7 +22,7 @@ SNAPSHOT = Path(__file__).with_name("names.txt")
 
 
 def names() -> Iterator[str]:
-    for definition in definitions.ALL:
+    for definition in definitions.ALL.values():
         yield f"metric {definition.exposed} {definition.kind} {','.join(definition.labels)}".rstrip()
     for family in door_families():  # without labels: those of counters that are 0 yet are not seen
         suffix = "_total" if family.type == "counter" else ""

@@ -17,7 +17,7 @@ from aioengine.step import BytesLike
 if TYPE_CHECKING:
     from aioengine.grammars.limits import GrammarLimits
     from aioengine.memory_plan import MemoryPlan
-    from aioengine.metrics.collect.by_tenant import HttpMetrics
+    from aioengine.metrics.collect.http import HttpMetrics
     from aioengine.model.text.tokenizer import Tokenizer
     from aioengine.runtime.text_work import TextWork
 

@@ -11,45 +11,42 @@ lists, so that their lengths add up to the adapters that compete for the slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from aioengine.info import AdapterInfo, EngineStats
-from aioengine.metrics.collect.snapshot import gauge, kv_usage
-from aioengine.metrics.families import definitions as d
-from aioengine.metrics.families.storage import Family, Histograms
+from aioengine.metrics.collect.snapshot import in_memory, kv_usage
+from aioengine.metrics.families.definitions import VLLM
+from aioengine.metrics.families.storage import Family, Store, Value, gauge
 
 _LEVELS = {"slot": "gpu", "cpu": "cpu"}
 _TRANSITIONS = {"disk": "load", "slot": "activate"}
 
 
-def vllm_gauges(
-    engine: str, model: str, stats: EngineStats, adapters: list[AdapterInfo], now: float
-) -> Iterator[Family]:
-    """Return the gauges. ``model`` is the base model's name in requests, ``now`` Unix time."""
+def vllm_families(
+    engine: str, model: str, stats: EngineStats, adapters: list[AdapterInfo], now: float, store: Store
+) -> list[Family]:
+    """Return them. ``model`` is the base model's name in requests, ``now`` Unix time; ``store`` has the
+    seconds of swaps."""
     ready = [slot.adapter for slot in stats.slots if slot.state == "READY" and slot.adapter is not None]
-    in_slot = set(ready)
-    waiting = [info.name for info in adapters if info.waiting and info.name not in in_slot]
-    lists = (str(len(stats.slots)), ",".join(ready), ",".join(waiting))
-    loaded = [info for info in adapters if info.location in _LEVELS]
-    yield gauge(engine, d.VLLM_RUNNING, ((model,), stats.running))
-    yield gauge(engine, d.VLLM_WAITING, ((model,), stats.waiting))
-    yield gauge(engine, d.VLLM_KV_CACHE_USAGE, ((model,), kv_usage(stats)))
-    yield gauge(engine, d.VLLM_LORA_REQUESTS, (lists, now))
-    yield gauge(engine, d.VLLM_LORA_LOADED, *(((model, *_residency(info)), 1.0) for info in loaded))
-    yield gauge(engine, d.VLLM_MAX_GPU_LORA, ((model,), len(stats.slots)))
-    yield gauge(engine, d.VLLM_GPU_LORA, ((model,), sum(info.location == "slot" for info in loaded)))
-    yield gauge(engine, d.VLLM_CPU_LORA, ((model,), len(loaded)))
-
-
-def vllm_load_seconds(engine: str, model: str, swap_seconds: Histograms) -> Family:
-    """Return :data:`~aioengine.metrics.families.definitions.LORA_SWAP_SECONDS` under vLLM's name and
-    transitions."""
-    points = [
-        ((engine, model, transition), swap_seconds.at((stage,)).point())
-        for stage, transition in _TRANSITIONS.items()
-    ]
-    return Family(d.VLLM_LORA_LOAD_SECONDS, [*points])
-
-
-def _residency(info: AdapterInfo) -> tuple[str, str, str, str]:
-    return info.name, _LEVELS[info.location], "true" if info.pinned else "false", str(info.rank)
+    waiting = [info.name for info in adapters if info.waiting and info.name not in set(ready)]
+    loaded = in_memory(adapters)
+    of_model: dict[str, float] = {
+        "num_requests_running": stats.running,
+        "num_requests_waiting": stats.waiting,
+        "kv_cache_usage_perc": kv_usage(stats),
+        "max_gpu_lora_adapters": len(stats.slots),
+        "num_gpu_loaded_lora_adapters": sum(info.location == "slot" for info in loaded),
+        "num_cpu_loaded_lora_adapters": len(loaded),
+    }
+    values: dict[str, Value] = {name: {(model,): value} for name, value in of_model.items()}
+    values["lora_requests_info"] = {(str(len(stats.slots)), ",".join(ready), ",".join(waiting)): now}
+    values["lora_adapter_loaded"] = {
+        (model, info.name, _LEVELS[info.location], str(info.pinned).lower(), str(info.rank)): 1
+        for info in loaded
+    }
+    seconds = Family(
+        VLLM["vllm:lora_adapter_load_seconds"],
+        [
+            ((engine, model, transition), store.series("lora_swap_seconds", (stage,)).point())
+            for stage, transition in _TRANSITIONS.items()
+        ],
+    )
+    return [*(gauge(engine, f"vllm:{name}", value) for name, value in values.items()), seconds]

@@ -1,86 +1,81 @@
-"""Gauges that are read from the engine at each scrape, so that they are always right."""
+"""Gauges that are read from the engine and its process at each scrape, so that they are always right."""
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import get_args
 
+import psutil
+from prometheus_client import ProcessCollector
+
 from aioengine.info import AdapterInfo, EngineStats, SlotStateName
-from aioengine.metrics.families import definitions as d
-from aioengine.metrics.families.storage import Family, HistogramPoint, Labels
+from aioengine.metrics.families.definitions import PROCESS
+from aioengine.metrics.families.storage import Family, Value, gauge
 
 STATES = ("starting", "ready", "draining", "degraded", "dead")
 _SHOWN = {"running": "ready", "stopping": "draining"}
-SLOT_STATES = tuple(state.lower() for state in get_args(SlotStateName))
+SLOT_STATES = [state.lower() for state in get_args(SlotStateName)]
 
 
-def gauges(
-    engine: str, stats: EngineStats, adapters: list[AdapterInfo], rank: Callable[[str, int], int]
-) -> Iterator[Family]:
+def engine_gauges(
+    stats: EngineStats, adapters: list[AdapterInfo], rank: Callable[[str, int], int]
+) -> dict[str, Value]:
     """Return the occupancy of slots, CPU cache, queues and KV cache. ``rank`` is that of a version.
 
     Slot and adapter series carry real adapter names: there are at most ``max_loras`` and
     ``max_cpu_loras`` of them at a time, however many adapters are registered.
     """
-    count = dict.fromkeys(SLOT_STATES, 0)
-    held: list[tuple[Labels, float]] = []
-    for slot in stats.slots:
-        count[slot.state.lower()] += 1
-        if slot.adapter is not None and slot.version is not None:
-            number = str(rank(slot.adapter, slot.version))
-            held.append(((str(slot.index), slot.adapter, str(slot.version), number), 1.0))
-    yield gauge(engine, d.LORA_SLOTS, *(((state,), number) for state, number in count.items()))
-    yield gauge(engine, d.LORA_SLOT_INFO, *held)
-    yield gauge(engine, d.LORA_ADAPTER_LOADED, *loaded(adapters))
-    held_bytes = ((info.name, info.location, info.bytes) for info in adapters)
-    inside = (((name, level), size) for name, level, size in held_bytes if level in ("slot", "cpu"))
-    yield gauge(engine, d.LORA_ADAPTER_BYTES, *inside)
+    states = Counter(slot.state.lower() for slot in stats.slots)
+    held = [(s.index, s.adapter, s.version) for s in stats.slots if s.adapter and s.version is not None]
+    inside = in_memory(adapters)
     free = stats.slot_memory - stats.slot_memory_used
-    yield gauge(
-        engine,
-        d.LORA_SLOT_BYTES,
-        (("used",), stats.slot_memory_used),
-        (("free",), free - stats.slot_memory_fragmented),
-        (("fragmented",), stats.slot_memory_fragmented),
-    )
-    yield gauge(engine, d.LORA_ADAPTERS, ((), stats.adapters))
-    yield gauge(engine, d.LORA_CPU_ADAPTERS, ((), stats.cpu_adapters))
-    yield gauge(engine, d.REQUESTS_RUNNING, ((), stats.running))
-    yield gauge(
-        engine,
-        d.REQUESTS_WAITING,
-        (("adapter",), stats.waiting_for_adapter),
-        (("capacity",), stats.waiting - stats.waiting_for_adapter - stats.waiting_preempted),
-        (("preempted",), stats.waiting_preempted),
-    )
-    yield gauge(engine, d.KV_CACHE_USAGE, ((), kv_usage(stats)))
-    yield gauge(engine, d.KV_CACHE_BLOCKS, ((), stats.kv_blocks))
-    unplanned = stats.memory_unplanned
-    yield gauge(engine, d.MEMORY_UNPLANNED, *([] if unplanned is None else [((), unplanned)]))
-    yield gauge(engine, d.KV_BLOCKS_PINNED, ((), stats.kv_blocks_pinned))
-    yield gauge(engine, d.REQUESTS_RUNNING_LIMIT, ((), stats.max_running))
-    yield gauge(engine, d.REQUESTS_WAITING_LIMIT, ((), _bound(stats.max_waiting)))
-    yield gauge(engine, d.WAITING_TOKENS, ((), stats.waiting_tokens))
-    yield gauge(engine, d.WAITING_TOKENS_LIMIT, ((), _bound(stats.max_waiting_tokens)))
-    yield gauge(engine, d.LORA_CPU_ADAPTERS_LIMIT, ((), stats.cpu_capacity))
-
-
-def _bound(most: int | None) -> float:
-    return math.inf if most is None else most
+    capacity = stats.waiting - stats.waiting_for_adapter - stats.waiting_preempted
+    return {
+        "lora_slots": {(state,): states[state] for state in SLOT_STATES},
+        "lora_slot_info": {
+            (str(index), name, str(version), str(rank(name, version))): 1 for index, name, version in held
+        },
+        "lora_adapter_loaded": {(info.name, info.location, str(info.pinned).lower()): 1 for info in inside},
+        "lora_adapter_bytes": {(info.name, info.location): info.bytes for info in inside},
+        "lora_slot_bytes": {
+            ("used",): stats.slot_memory_used,
+            ("free",): free - stats.slot_memory_fragmented,
+            ("fragmented",): stats.slot_memory_fragmented,
+        },
+        "lora_adapters": stats.adapters,
+        "lora_cpu_adapters": stats.cpu_adapters,
+        "lora_cpu_adapters_limit": stats.cpu_capacity,
+        "requests_running": stats.running,
+        "requests_running_limit": stats.max_running,
+        "requests_waiting": {
+            ("adapter",): stats.waiting_for_adapter,
+            ("capacity",): capacity,
+            ("preempted",): stats.waiting_preempted,
+        },
+        "requests_waiting_limit": math.inf if stats.max_waiting is None else stats.max_waiting,
+        "waiting_tokens": stats.waiting_tokens,
+        "waiting_tokens_limit": math.inf if stats.max_waiting_tokens is None else stats.max_waiting_tokens,
+        "kv_cache_usage_ratio": kv_usage(stats),
+        "kv_cache_blocks": stats.kv_blocks,
+        "kv_blocks_pinned": stats.kv_blocks_pinned,
+        "device_memory_unplanned_bytes": {}
+        if stats.memory_unplanned is None
+        else {(): stats.memory_unplanned},
+    }
 
 
 def engine_state(engine: str, now: str) -> Family:
-    """Return the gauge of the state. ``now`` is an :data:`~aioengine.engine.EngineState`; a stopped engine
-    has no state."""
-    shown = _SHOWN.get(now, now)
-    return gauge(engine, d.ENGINE_STATE, *(((name,), float(name == shown)) for name in STATES))
+    """Return the gauge of the state. ``now`` is an :data:`~aioengine.info.EngineState`; a stopped engine has
+    no state."""
+    return gauge(engine, "engine_state", {(name,): name == _SHOWN.get(now, now) for name in STATES})
 
 
-def loaded(adapters: list[AdapterInfo]) -> Iterator[tuple[Labels, float]]:
-    for info in adapters:
-        if info.location in ("slot", "cpu"):
-            yield (info.name, info.location, "true" if info.pinned else "false"), 1.0
+def in_memory(adapters: Iterable[AdapterInfo]) -> list[AdapterInfo]:
+    """Return the adapters that a slot or the CPU cache holds."""
+    return [info for info in adapters if info.location in ("slot", "cpu")]
 
 
 def kv_usage(stats: EngineStats) -> float:
@@ -88,8 +83,23 @@ def kv_usage(stats: EngineStats) -> float:
     return used / stats.kv_blocks if stats.kv_blocks else 0.0
 
 
-def gauge(engine: str, definition: d.Definition, *values: tuple[Labels, float]) -> Family:
-    points: list[tuple[Labels, float | HistogramPoint]] = [
-        ((engine, *labels), float(value)) for labels, value in values
-    ]
-    return Family(definition, points)
+class ProcessMetrics:
+    """Metrics of the process, from ``prometheus_client`` and psutil. Those that need ``/proc`` are exported
+    only where it exists."""
+
+    def __init__(self) -> None:
+        self._collector = ProcessCollector(registry=None)
+        self._process = psutil.Process()
+
+    def families(self, engine: str) -> list[Family]:
+        values: dict[str, Value] = {
+            metric.name: metric.samples[0].value
+            for metric in self._collector.collect()
+            if metric.name in PROCESS and metric.samples
+        }
+        values["process_threads"] = self._process.num_threads()
+        try:
+            values["event_loop_tasks"] = len(asyncio.all_tasks())
+        except RuntimeError:  # the loop has ended
+            values["event_loop_tasks"] = 0
+        return [gauge(engine, name, value) for name, value in values.items()]

@@ -12,8 +12,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
-from aioengine.metrics.families.definitions import Definition
-from aioengine.metrics.families.storage import ExemplarPoint, Family, HistogramPoint, Labels
+from aioengine.metrics.families.definitions import Definition, Labels
+from aioengine.metrics.families.storage import ExemplarPoint, Family, HistogramPoint
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"

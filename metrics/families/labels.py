@@ -70,21 +70,3 @@ class BoundedLabels:
 
     def _take(self, name: str) -> None:
         self._folded(self._labels.pop(name))
-
-
-class AdapterLabels(BoundedLabels):
-    """Labels of adapters; the base model (None) is "base"."""
-
-    def __init__(self, limit: int, folded: Callable[[str], None]) -> None:
-        super().__init__(limit, folded, nobody=BASE, kind="adapter")
-
-    def unloaded(self, adapter: str) -> None:
-        """Free the label of a name that no longer stands for an adapter."""
-        self.gone(adapter)
-
-
-class TenantLabels(BoundedLabels):
-    """Labels of tenants; requests without one (None) are "none"."""
-
-    def __init__(self, limit: int, folded: Callable[[str], None]) -> None:
-        super().__init__(limit, folded, nobody=NOBODY, kind="tenant")

@@ -7,11 +7,11 @@ one series to another. That would cost too much for a step of 256 requests.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from aioengine.metrics.families.definitions import Definition
-
-Labels = tuple[str, ...]
+from aioengine.metrics.families.definitions import ALL, Definition, Labels
+from aioengine.metrics.families.labels import OTHER
 
 
 class ExemplarPoint(NamedTuple):
@@ -38,27 +38,14 @@ class Family(NamedTuple):
     points: list[tuple[Labels, float | HistogramPoint]]
 
 
-class Counters:
-    """One counter metric: a number for each tuple of label values."""
+Value = float | Mapping[Labels, float]
+"""The value of a metric without labels, or those of its series."""
 
-    __slots__ = ("definition", "values")
 
-    def __init__(self, definition: Definition, *initial: Labels) -> None:
-        """``initial``: label values known beforehand, whose series exist from the start, at 0."""
-        self.definition = definition
-        self.values: dict[Labels, float] = dict.fromkeys(initial if definition.labels else [()], 0.0)
-
-    def inc(self, labels: Labels = (), amount: float = 1.0) -> None:
-        values = self.values
-        values[labels] = values.get(labels, 0.0) + amount
-
-    def fold(self, label: str, into: str) -> None:
-        """Add the series whose first label is ``label`` to those with ``into``, and remove them."""
-        for labels in [key for key in self.values if key[0] == label]:
-            self.inc((into, *labels[1:]), self.values.pop(labels))
-
-    def family(self, engine: str) -> Family:
-        return Family(self.definition, [((engine, *labels), value) for labels, value in self.values.items()])
+def gauge(engine: str, name: str, value: Value) -> Family:
+    """Return a family of numbers that are read at each scrape."""
+    series = value if isinstance(value, Mapping) else {(): value}
+    return Family(ALL[name], [((engine, *labels), float(number)) for labels, number in series.items()])
 
 
 class Series:
@@ -72,18 +59,6 @@ class Series:
         self.total = 0.0
         self.exemplars: list[ExemplarPoint | None] = [None] * (len(bounds) + 1)
 
-    def observe(self, value: float, count: int = 1) -> None:
-        """Record ``count`` observations of the same value."""
-        self.counts[bisect_left(self.bounds, value)] += count
-        self.total += value * count
-
-    def observe_request(self, value: float, request_id: str, time: float) -> None:
-        """Record one observation, which becomes its bucket's exemplar. ``time`` is Unix time."""
-        index = bisect_left(self.bounds, value)
-        self.counts[index] += 1
-        self.total += value
-        self.exemplars[index] = ExemplarPoint(request_id, value, time)
-
     def add(self, other: Series) -> None:
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
@@ -94,28 +69,64 @@ class Series:
         return HistogramPoint(tuple(self.counts), self.total, tuple(self.exemplars))
 
 
-class Histograms:
-    """One histogram metric: a series for each tuple of label values."""
+class Store:
+    """Counters and histograms, by their names in the table of definitions."""
 
-    __slots__ = ("definition", "series")
+    def __init__(self, definitions: Mapping[str, Definition]) -> None:
+        self._counters: dict[str, dict[Labels, float]] = {}
+        self._histograms: dict[str, dict[Labels, Series]] = {}
+        for name, definition in definitions.items():
+            if definition.kind == "counter":
+                self._counters[name] = dict.fromkeys(definition.initial, 0.0)
+            elif definition.kind == "histogram":
+                self._histograms[name] = {labels: Series(definition.buckets) for labels in definition.initial}
 
-    def __init__(self, definition: Definition, *initial: Labels) -> None:
-        self.definition = definition
-        self.series: dict[Labels, Series] = {}
-        for labels in initial if definition.labels else [()]:
-            self.at(labels)
+    def inc(self, name: str, labels: Labels = (), amount: float = 1.0) -> None:
+        """Add to a counter."""
+        values = self._counters[name]
+        values[labels] = values.get(labels, 0.0) + amount
 
-    def at(self, labels: Labels = ()) -> Series:
-        found = self.series.get(labels)
+    def count(self, name: str, total: float) -> None:
+        """Set a counter without labels to what somebody else has counted."""
+        self._counters[name][()] = total
+
+    def observe(self, name: str, value: float, labels: Labels = (), count: int = 1) -> None:
+        """Record ``count`` observations of the same value in a histogram."""
+        series = self._histograms[name].get(labels) or self.series(name, labels)
+        series.counts[bisect_left(series.bounds, value)] += count
+        series.total += value * count
+
+    def observe_request(self, name: str, value: float, label: str, request_id: str, time: float) -> None:
+        """Record one observation, which becomes its bucket's exemplar. ``time`` is Unix time."""
+        self.observe(name, value, (label,))
+        series = self.series(name, (label,))
+        series.exemplars[bisect_left(series.bounds, value)] = ExemplarPoint(request_id, value, time)
+
+    def series(self, name: str, labels: Labels) -> Series:
+        """Return a series of a histogram, which is made if it is not there."""
+        known = self._histograms[name]
+        found = known.get(labels)
         if found is None:
-            found = self.series[labels] = Series(self.definition.buckets)
+            found = known[labels] = Series(ALL[name].buckets)
         return found
 
-    def fold(self, label: str, into: str) -> None:
-        """Merge the series of one label into those of another, as :meth:`Counters.fold` does."""
-        for labels in [key for key in self.series if key[0] == label]:
-            self.at((into, *labels[1:])).add(self.series.pop(labels))
+    def fold(self, kind: str, label: str) -> None:
+        """Add the series whose first label, of this kind, is ``label`` to those of "other", and remove
+        them."""
+        for name, values in self._counters.items():
+            for labels in _of(values, name, kind, label):
+                self.inc(name, (OTHER, *labels[1:]), values.pop(labels))
+        for name, series in self._histograms.items():
+            for labels in _of(series, name, kind, label):
+                self.series(name, (OTHER, *labels[1:])).add(series.pop(labels))
 
-    def family(self, engine: str) -> Family:
-        points = [((engine, *labels), series.point()) for labels, series in self.series.items()]
-        return Family(self.definition, list(points))
+    def families(self, engine: str) -> Iterator[Family]:
+        for name, values in self._counters.items():
+            yield gauge(engine, name, values)
+        for name, series in self._histograms.items():
+            yield Family(ALL[name], [((engine, *labels), one.point()) for labels, one in series.items()])
+
+
+def _of(series: Iterable[Labels], name: str, kind: str, label: str) -> list[Labels]:
+    """Return the labels of a metric's series that begin with ``label``, if its first label is a ``kind``."""
+    return [labels for labels in series if labels[0] == label] if ALL[name].labels[:1] == (kind,) else []

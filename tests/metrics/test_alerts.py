@@ -132,6 +132,8 @@ def test_every_alert_leads_to_its_section_of_the_runbook() -> None:
 
 def test_the_runbook_speaks_of_metrics_that_there_are() -> None:
     page = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
-    exported = {definition.exposed for definition in definitions.ALL} | set(series_names(door_families()))
+    exported = {definition.exposed for definition in definitions.ALL.values()} | set(
+        series_names(door_families())
+    )
     asked_for = set(re.findall(r"`((?:aioengine|process)_\w+)", page))
     assert asked_for and asked_for <= exported

@@ -104,7 +104,7 @@ def test_naming_rules() -> None:
     made = metrics(*script, snapshot=stats(slot(0, "READY", "a", 1)))
     found = families(made)
     assert [family.name for family in found] == [*dict.fromkeys(family.name for family in found)]
-    assert {family.name for family in found} == {definition.name for definition in definitions.OWN}
+    assert {family.name for family in found} == {definition.name for definition in definitions.OWN.values()}
     for family in found:
         assert re.fullmatch(r"aioengine_[a-z0-9]+(_[a-z0-9]+)*", family.name)
         assert family.documentation.endswith((".", "?")), f"{family.name} has no help text"

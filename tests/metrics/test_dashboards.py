@@ -19,12 +19,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "metrics" / "dashboards"
 BOARD: dict[str, Any] = json.loads((FOLDER / "aioengine.json").read_text(encoding="utf-8"))
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
 
-LABELS = {
-    label
-    for value in vars(definitions).values()
-    if isinstance(value, definitions.Definition)
-    for label in value.labels
-}
+LABELS = {label for definition in definitions.ALL.values() for label in definition.labels}
 LABELS |= {"cause", "kind", "reason", "replica"}
 """Those of a fleet."""
 MADE_BY_PROMETHEUS = {"instance", "job", "le"}

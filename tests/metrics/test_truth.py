@@ -25,7 +25,7 @@ __all__ = ["make_engine", "tiny", "tiny_of"]  # fixtures
 def assert_true(found: Samples, record: list[e.Event]) -> None:
     """Every counter and histogram series is as the record says, and no other has a value."""
     truth = Truth(record).numbers
-    gauges = {d.name for d in definitions.ALL if d.kind == "gauge"}
+    gauges = {d.name for d in definitions.ALL.values() if d.kind == "gauge"}
     summed = {k: v for k, v in found.items() if k[0] not in gauges}
     wrong = {
         key: (summed.get(key), truth.get(key))

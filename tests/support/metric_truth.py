@@ -47,7 +47,7 @@ class Truth:
 
     def _histogram(self, name: str, labels: dict[str, str], values: list[float]) -> None:
         full = f"aioengine_{name}"
-        bounds = next(d.buckets for d in definitions.ALL if d.name == full)
+        bounds = definitions.ALL[name].buckets
         labels = {"engine": "default", **labels}
         for bound in (*bounds, float("inf")):
             text = "+Inf" if bound == float("inf") else repr(bound)

@@ -19,13 +19,11 @@ from prometheus_client.registry import Collector
 from aioengine.fleet.door.dispatcher import Dispatcher
 from aioengine.fleet.door.members import CAUSES, Members
 from aioengine.info import EngineStats, is_mix
-from aioengine.metrics.collect.by_tenant import HttpMetrics, TenantMetrics
+from aioengine.metrics.collect.http import HttpMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
-from aioengine.metrics.collect.process import ProcessMetrics
-from aioengine.metrics.collect.snapshot import engine_state, gauge
-from aioengine.metrics.families.definitions import LOG_DROPPED
+from aioengine.metrics.collect.snapshot import ProcessMetrics, engine_state
 from aioengine.metrics.families.exposition import TextWriter
-from aioengine.metrics.families.storage import Family
+from aioengine.metrics.families.storage import Family, gauge
 from aioengine.schedulers.routing.guard import FAILURES
 
 SCRAPE_SECONDS = 3.0
@@ -50,8 +48,7 @@ class FleetMetrics:
         self._members = members
         self._dispatcher = dispatcher
         self._engine = members.config.engine.name
-        self._tenants = TenantMetrics(members.config.engine.max_tenant_labels)
-        self.http = HttpMetrics(self._tenants)
+        self.http = HttpMetrics(members.config.engine.max_tenant_labels)
         self.dropped_log_lines: Callable[[], int] = int
         """Function that counts the door's dropped log lines; called at each scrape."""
         self._state = state
@@ -98,10 +95,10 @@ class FleetMetrics:
     def _families(self) -> list[Family]:
         """Return those of the door that an engine has, too."""
         engine = self._engine
-        found = [*self.http.families(engine), *[m.family(engine) for m in self._tenants.metrics]]
-        found += [
+        found = [
+            *self.http.families(engine),
             engine_state(engine, self._state()),
-            gauge(engine, LOG_DROPPED, ((), self.dropped_log_lines())),
+            gauge(engine, "log_dropped", self.dropped_log_lines()),
         ]
         return found if self._process is None else [*found, *self._process.families(engine)]
 
