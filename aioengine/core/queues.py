@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from sortedcontainers import SortedDict
@@ -24,21 +25,24 @@ class RequestQueues:
         self.heads: SortedDict[int, AdapterEntry | None] = SortedDict()
         """Adapters that requests wait for (None: the base model), by the ``seq`` of the oldest waiting
         request."""
-        self._head_of: dict[int, int] = {}
 
     def queue_of(self, adapter: AdapterEntry | None) -> ArrivalQueue[Request]:
         return self.base if adapter is None else adapter.waiting
 
     def add(self, request: Request) -> None:
         self.all.add(request)
-        self.queue_of(request.adapter).add(request)
-        self._reindex(request.adapter)
+        queue = self.queue_of(request.adapter)
+        queue.add(request)
+        if queue.head is request:
+            self.heads[request.seq] = request.adapter
 
     def put_back(self, request: Request) -> None:
         self.room.returned += 1
         self.all.put_back(request)
-        self.queue_of(request.adapter).put_back(request)
-        self._reindex(request.adapter)
+        queue = self.queue_of(request.adapter)
+        before = queue.head
+        queue.put_back(request)
+        self._move_head(request.adapter, before)
 
     def remove(self, request: Request) -> None:
         if request.ticket is None:
@@ -47,21 +51,19 @@ class RequestQueues:
             request.ticket.leave()
             request.ticket = None
         self.all.remove(request)
-        self.queue_of(request.adapter).remove(request)
-        self._reindex(request.adapter)
+        queue = self.queue_of(request.adapter)
+        before = queue.head
+        queue.remove(request)
+        self._move_head(request.adapter, before)
 
-    def _reindex(self, adapter: AdapterEntry | None) -> None:
-        uid, heads = -1 if adapter is None else adapter.uid, self.heads
+    def _move_head(self, adapter: AdapterEntry | None, before: Request | None) -> None:
+        """Note that a queue's head may be another than ``before``."""
         head = self.queue_of(adapter).head
-        old = self._head_of.get(uid)
-        if head is not None and head.seq == old:
-            return
-        if old is not None:
-            del heads[old]
-            del self._head_of[uid]
-        if head is not None:
-            heads[head.seq] = adapter
-            self._head_of[uid] = head.seq
+        if head is not before:
+            if before is not None:
+                del self.heads[before.seq]
+            if head is not None:
+                self.heads[head.seq] = adapter
 
     def check(self) -> None:
         found = {self.queue_of(adapter).head for adapter in self.heads.values()}
@@ -76,11 +78,10 @@ class RequestQueues:
 
     def by_adapter(self) -> dict[str | None, int]:
         """Return the numbers of requests by the names of what they wait for."""
-        found: dict[str | None, int] = {}
+        found: Counter[str | None] = Counter()
         for entry in self.heads.values():
-            name = None if entry is None else entry.label
-            found[name] = found.get(name, 0) + len(self.queue_of(entry))
-        return found
+            found[None if entry is None else entry.label] += len(self.queue_of(entry))
+        return dict(found)
 
     def __len__(self) -> int:
         return len(self.all)

@@ -7,8 +7,6 @@ the others out. With a single tenant, or none named, new requests are refused.
 A bound on the tokens of their prompts is shared in equal parts. A tenant may have all of it while nobody else
 waits; when others come, the newest requests of those that have more than their part are displaced. One
 request of each tenant is always accepted, or else a long prompt would never be.
-
-Every change takes O(log tenants).
 """
 
 from __future__ import annotations
@@ -16,8 +14,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
-
-from sortedcontainers import SortedDict
 
 from aioengine.core.limits import CoreLimits
 from aioengine.errors import Bound, EngineOverloaded
@@ -51,14 +47,10 @@ class WaitingRoom:
     """
 
     def __init__(self, limits: CoreLimits) -> None:
-        self.max_waiting = limits.max_waiting
-        self.max_per_tenant = limits.max_waiting_per_tenant
-        self.max_per_adapter = limits.max_waiting_per_adapter
-        self.max_tokens = limits.max_waiting_tokens
-        self.max_tokens_per_tenant = limits.max_waiting_tokens_per_tenant
+        self._limits = limits
         self.max_of_tenant: Mapping[str, int] = {}
-        """Bounds of single tenants, which take precedence over ``max_per_tenant``; may be replaced at any
-        time."""
+        """Bounds of single tenants, which take precedence over ``max_waiting_per_tenant``; may be replaced at
+        any time."""
         self.returned = 0
         """Preempted requests that wait again."""
         self._all = _Shares()
@@ -80,35 +72,33 @@ class WaitingRoom:
         Raises EngineOverloaded, which says which bound is reached.
         """
         if tokens is not None:
-            self.check_tokens(tenant, tokens)
-        own = self.max_per_tenant
+            self._check_tokens(tenant, tokens)
+        most, own = self._limits.max_waiting_per_adapter, self._limits.max_waiting_per_tenant
         if tenant is not None:
             own = self.max_of_tenant.get(tenant, own)
-        has = self._all.count(tenant)
+        has = self._all.sums[tenant]
         if own is not None and has >= own:
-            text = f"{has} requests of tenant {tenant!r} are waiting, and it may have {own}; retry later, or "
-            raise EngineOverloaded(f"{text}raise max_waiting_per_tenant", bound="tenant", waiting=has)
+            text = f"{has} requests of tenant {tenant!r} are waiting, and it may have {own}"
+            raise _overloaded(f"{text}; retry later, or raise max_waiting_per_tenant", "tenant", has)
         victims: dict[Ticket, str] = {}
-        most = inf if self.max_per_adapter is None else self.max_per_adapter
         for adapter in adapters:
             places = self._of_adapter.get(adapter, _NOBODY)
-            if places.total - sum(adapter in victim.adapters for victim in victims) >= most:
+            if most is not None and places.total - sum(adapter in v.adapters for v in victims) >= most:
                 named = f"max_waiting_per_adapter={most} requests wait for {adapter!r}"
                 victims[_displaced_by(tenant, places, named, "adapter", places.total, adapter)] = named
-        if self.max_waiting is not None and len(self) - len(victims) >= self.max_waiting:
-            named = f"{len(self)} requests are waiting and max_waiting={self.max_waiting}"
+        bound = self._limits.max_waiting
+        if bound is not None and len(self) - len(victims) >= bound:
+            named = f"{len(self)} requests are waiting and max_waiting={bound}"
             places = _NOBODY if victims else self._all
             victims[_displaced_by(tenant, places, named, "server", len(self))] = named
         for victim, named in victims.items():
-            text = f"{named}; tenant {victim.tenant!r} has most, so another tenant's took this one's place"
-            self._displace(victim, text, now)
+            self._displace(victim, f"{named}; tenant {victim.tenant!r} has most", now)
         ticket = Ticket(tenant, adapters, self)
         self._all.add(ticket)
-        for adapter in adapters if most < inf else ():
+        for adapter in adapters if most is not None else ():
             self._of_adapter.setdefault(adapter, _Shares()).add(ticket)
         if tokens is not None:
-            self._tokens.add(ticket, tokens)
-            self._share_tokens(ticket, now)
+            self._count_tokens(ticket, tokens, now)
         return ticket
 
     def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
@@ -117,47 +107,44 @@ class WaitingRoom:
         Raises EngineOverloaded, which says which bound is reached; the ticket keeps its place.
         """
         if self._all.has(ticket):
-            self.check_tokens(ticket.tenant, tokens)
-            self._tokens.add(ticket, tokens)
-            self._share_tokens(ticket, now)
+            self._check_tokens(ticket.tenant, tokens)
+            self._count_tokens(ticket, tokens, now)
 
-    def check_tokens(self, tenant: Tenant, tokens: int) -> None:
+    def _check_tokens(self, tenant: Tenant, tokens: int) -> None:
         """Raise EngineOverloaded if the bounds on tokens refuse a prompt of this length, whomever it could
         displace."""
-        if not self._tokens.count(tenant):
+        has, tenants = self._tokens.sums[tenant], len(self._tokens.of)
+        if not has:
             return
-        has, tenants = self._tokens.of(tenant), self._tokens.tenants
-        named = f"prompts of {has} tokens of tenant {tenant!r} are waiting"
-        own = self.max_tokens_per_tenant
+        named = f"prompts of {has} tokens of tenant {tenant!r} are waiting, and {tokens} more exceed "
+        own, most = self._limits.max_waiting_tokens_per_tenant, self._limits.max_waiting_tokens
+        bound: Bound = "tenant"
         if own is not None and has + tokens > own:
-            text = f"{named}, and {tokens} more exceed max_waiting_tokens_per_tenant={own}"
-            count = self._all.count(tenant)
-            raise EngineOverloaded(f"{text}; retry later, or raise it", bound="tenant", waiting=count)
-        most = self.max_tokens
-        if most is not None and self.tokens + tokens > most and has + tokens > most / tenants:
-            text = f"{named}, and {tokens} more exceed its part of max_waiting_tokens={most}"
-            bound: Bound = "server" if tenants == 1 else "tenant"
-            count = len(self) if bound == "server" else self._all.count(tenant)
-            raise EngineOverloaded(f"{text}; retry later, or raise it", bound=bound, waiting=count)
-
-    def _share_tokens(self, newcomer: Ticket, now: float) -> None:
-        """Displace what makes the prompts too long, except the newcomer."""
-        most = self.max_tokens
-        if most is None or self.tokens <= most:
+            named += f"max_waiting_tokens_per_tenant={own}"
+        elif most is not None and self.tokens + tokens > most and has + tokens > most / tenants:
+            named += f"its part of max_waiting_tokens={most}"
+            bound = "server" if tenants == 1 else "tenant"
+        else:
             return
-        part = most / self._tokens.tenants
-        while self.tokens > most and self._tokens.largest[0] > part:
+        waiting = len(self) if bound == "server" else self._all.sums[tenant]
+        raise _overloaded(f"{named}; retry later, or raise it", bound, waiting)
+
+    def _count_tokens(self, newcomer: Ticket, tokens: int, now: float) -> None:
+        """Count the newcomer's tokens, and displace what makes the prompts too long, except the newcomer."""
+        self._tokens.add(newcomer, tokens)
+        most = self._limits.max_waiting_tokens
+        part = inf if most is None else most / len(self._tokens.of)
+        while most is not None and self.tokens > most:
             victim = self._tokens.newest_of_largest()
-            if victim.tenant == newcomer.tenant:
+            if victim is None or victim.tenant == newcomer.tenant or self._tokens.sums[victim.tenant] <= part:
                 break
-            text = f"prompts of more than max_waiting_tokens={most} tokens are waiting; tenant "
-            text += f"{victim.tenant!r} has more than its part, and another's took this one's place"
-            self._displace(victim, text, now)
+            named = f"prompts of more than max_waiting_tokens={most} tokens are waiting; "
+            self._displace(victim, f"{named}tenant {victim.tenant!r} has more than its part", now)
 
     def _displace(self, victim: Ticket, text: str, now: float) -> None:
         victim.leave()
-        count = self._all.count(victim.tenant)
-        victim.displaced(EngineOverloaded(f"{text}; retry later", bound="tenant", waiting=count), now)
+        text += ", and another's took this one's place; retry later"
+        victim.displaced(_overloaded(text, "tenant", self._all.sums[victim.tenant]), now)
 
     def leave(self, ticket: Ticket) -> None:
         """Give the ticket's place back, if it has one."""
@@ -172,90 +159,57 @@ class WaitingRoom:
     def check(self) -> None:
         """Assert that all counts agree."""
         for shares in (self._all, self._tokens, *self._of_adapter.values()):
-            shares.check()
+            assert shares.sums == Counter({tenant: sum(own.values()) for tenant, own in shares.of.items()})
+            assert all(shares.of.values()) and shares.total == shares.sums.total()
         assert all(places.total for places in self._of_adapter.values())
-        if self.max_per_adapter is not None:
-            named = Counter(adapter for ticket in self._all.tickets() for adapter in ticket.adapters)
+        if self._limits.max_waiting_per_adapter is not None:
+            tickets = [ticket for own in self._all.of.values() for ticket in own]
+            named = Counter(adapter for ticket in tickets for adapter in ticket.adapters)
             assert named == {adapter: places.total for adapter, places in self._of_adapter.items()}
 
 
 class _Shares:
-    """Tickets under one bound, each with what it counts for, by tenant; and the tenants with several tickets
-    by what these count for. Only such a tenant still has a request if one is displaced."""
+    """Tickets under one bound, by tenant, each with what it counts for."""
 
     def __init__(self) -> None:
         self.total = 0
-        self._of: dict[Tenant, OrderedDict[Ticket, int]] = {}
-        self._sums: dict[Tenant, int] = {}
-        self._several: SortedDict[tuple[int, str], Tenant] | None = None
-        """None until that is asked."""
-
-    @property
-    def tenants(self) -> int:
-        """Number of tenants that have a ticket."""
-        return len(self._of)
-
-    def count(self, tenant: Tenant) -> int:
-        """Return the number of a tenant's tickets."""
-        return len(self._of.get(tenant, ()))
-
-    def of(self, tenant: Tenant) -> int:
-        """Return what a tenant's tickets count for."""
-        return self._sums.get(tenant, 0)
+        self.of: dict[Tenant, OrderedDict[Ticket, int]] = {}
+        """Each tenant's tickets, the newest at the end."""
+        self.sums: Counter[Tenant] = Counter()
+        """What they count for."""
 
     def has(self, ticket: Ticket) -> bool:
-        return ticket in self._of.get(ticket.tenant, ())
-
-    def tickets(self) -> list[Ticket]:
-        return [ticket for own in self._of.values() for ticket in own]
+        return ticket in self.of.get(ticket.tenant, ())
 
     def add(self, ticket: Ticket, weight: int = 1) -> None:
-        self._change(ticket, weight)
+        self.of.setdefault(ticket.tenant, OrderedDict())[ticket] = weight
+        self.sums[ticket.tenant] += weight
+        self.total += weight
 
     def remove(self, ticket: Ticket) -> None:
         """Remove a ticket, if it is here."""
         if self.has(ticket):
-            self._change(ticket, None)
+            own = self.of[ticket.tenant]
+            weight = own.pop(ticket)
+            self.sums[ticket.tenant] -= weight
+            self.total -= weight
+            if not own:
+                del self.of[ticket.tenant], self.sums[ticket.tenant]
 
-    @property
-    def largest(self) -> tuple[int, str]:
-        """What the tickets of the tenant with the most count for, and its name."""
-        if self._several is None:
-            self._several = SortedDict(self._having_several())
-        found: tuple[int, str] = self._several.peekitem()[0] if self._several else (0, "")
-        return found
-
-    def newest_of_largest(self) -> Ticket:
-        """Return the newest ticket of that tenant."""
-        assert self._several
-        return next(reversed(self._of[self._several[self.largest]]))
-
-    def _change(self, ticket: Ticket, weight: int | None) -> None:
-        tenant = ticket.tenant
-        own, before = self._of.setdefault(tenant, OrderedDict()), self.of(tenant)
-        if self._several is not None and len(own) > 1:
-            del self._several[before, repr(tenant)]
-        if weight is None:
-            weight = -own.pop(ticket)
-        else:
-            own[ticket] = weight
-        self.total += weight
-        self._sums[tenant] = before + weight
-        if not own:
-            del self._of[tenant], self._sums[tenant]
-        elif self._several is not None and len(own) > 1:
-            self._several[before + weight, repr(tenant)] = tenant
-
-    def _having_several(self) -> dict[tuple[int, str], Tenant]:
-        return {(self._sums[who], repr(who)): who for who, own in self._of.items() if len(own) > 1}
-
-    def check(self) -> None:
-        assert self._sums == {tenant: sum(own.values()) for tenant, own in self._of.items()}
-        assert all(self._of.values()) and self.total == sum(self._sums.values())
-        assert self._several is None or dict(self._several) == self._having_several()
+    def newest_of_largest(self) -> Ticket | None:
+        """Return the newest ticket of the tenant whose tickets count for the most, among those with several:
+        only such a tenant still has a request if one is displaced. None if there is none."""
+        several = [tenant for tenant, own in self.of.items() if len(own) > 1]
+        if not several:
+            return None
+        return next(reversed(self.of[max(several, key=lambda tenant: (self.sums[tenant], repr(tenant)))]))
 
 
 _NOBODY = _Shares()
+
+
+def _overloaded(text: str, bound: Bound, waiting: int, adapter: str | None = None) -> EngineOverloaded:
+    return EngineOverloaded(text, bound=bound, waiting=waiting, adapter=adapter)
 
 
 def _displaced_by(
@@ -263,7 +217,7 @@ def _displaced_by(
 ) -> Ticket:
     """Choose the ticket that the new request displaces: the newest of the tenant with the most, if the
     newcomer's tenant would still have no more than that tenant. Raises EngineOverloaded if there is none."""
-    if places.count(newcomer) + 1 >= places.largest[0]:
-        text = f"{named}; retry later, or raise this bound"
-        raise EngineOverloaded(text, bound=bound, waiting=waiting, adapter=adapter)
-    return places.newest_of_largest()
+    victim = places.newest_of_largest()
+    if victim is None or places.sums[newcomer] + 1 >= places.sums[victim.tenant]:
+        raise _overloaded(f"{named}; retry later, or raise this bound", bound, waiting, adapter)
+    return victim

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heapreplace
+from typing import NamedTuple
 
 Tenant = str | None
 
 
-@dataclass(slots=True)
-class _Pin:
+class _Pin(NamedTuple):
     owner: Tenant
     seconds: float
     until: float
@@ -32,8 +31,8 @@ class PrefixPins:
         self._pins: dict[bytes, _Pin] = {}
         self._of: dict[Tenant, OrderedDict[bytes, None]] = {}
         """Each tenant's pins, the least recently used first."""
-        self._ends: list[tuple[float, bytes]] = []
-        """Heap of times and pins. Each pin has an entry whose time is not after the pin's end."""
+        self.next_end: float | None = None
+        """A time before which no pin ends."""
 
     def __len__(self) -> int:
         return len(self._pins)
@@ -49,96 +48,61 @@ class PrefixPins:
         their last use. A block that is pinned already keeps the later end, and from now on it counts as this
         tenant's. Returns the blocks that are not pinned any more."""
         for digest in reversed(prefix[: self.most_per_tenant]):
-            pin = self._pins.get(digest)
-            if pin is None:
-                self._pins[digest] = _Pin(tenant, seconds, now + seconds)
-                heappush(self._ends, (now + seconds, digest))
-            else:
-                self._leave(pin.owner, digest)
-                pin.owner = tenant
-                pin.seconds = max(pin.seconds, seconds)
-                pin.until = max(pin.until, now + seconds)
+            old = self.remove(digest) or _Pin(tenant, 0.0, 0.0)
+            until = max(old.until, now + seconds)
+            self._pins[digest] = _Pin(tenant, max(old.seconds, seconds), until)
             self._of.setdefault(tenant, OrderedDict())[digest] = None
-        lost = [self._least_recent(tenant) for _ in range(self.count(tenant) - self.most_per_tenant)]
-        return [*lost, *self._over_all(tenant)]
-
-    def _over_all(self, newcomer: Tenant) -> list[bytes]:
-        """Remove what is over the bound in all, each from the tenant that has the most then; the newcomer
-        loses first among equals."""
+            self.next_end = until if self.next_end is None else min(self.next_end, until)
+        lost = [self._lose(tenant) for _ in range(self.count(tenant) - self.most_per_tenant)]
         over = len(self._pins) - self.most
-        if over <= 0:
-            return []
-        tenants = list(self._of)
-        sizes = [(-len(own), tenants[i] != newcomer, i) for i, own in enumerate(self._of.values())]
-        heapify(sizes)
-        lost = []
-        for _ in range(over):
-            size, other, i = sizes[0]
-            lost.append(self._least_recent(tenants[i]))
-            heapreplace(sizes, (size + 1, other, i))
+        if over > 0:  # each from the tenant that has the most then; the newcomer loses first among equals
+            tenants = list(self._of)
+            sizes = [(-self.count(who), who != tenant, place) for place, who in enumerate(tenants)]
+            heapify(sizes)
+            for _ in range(over):
+                size, other, place = sizes[0]
+                lost.append(self._lose(tenants[place]))
+                heapreplace(sizes, (size + 1, other, place))
         return lost
 
     def use(self, prefix: Sequence[bytes], now: float) -> None:
         """Note a use of a prefix: the ends of its pins move."""
-        if not self._pins:
-            return
-        for digest in reversed(prefix):
+        for digest in reversed(prefix) if self._pins else ():
             pin = self._pins.get(digest)
             if pin is not None:
-                pin.until = max(pin.until, now + pin.seconds)
+                self._pins[digest] = pin._replace(until=max(pin.until, now + pin.seconds))
                 self._of[pin.owner].move_to_end(digest)
-
-    @property
-    def next_end(self) -> float | None:
-        """A time before which no pin ends."""
-        return self._ends[0][0] if self._ends else None
 
     def expire(self, now: float) -> list[bytes]:
         """Remove the pins that have ended, and return their blocks."""
-        lost = []
-        while self._ends and self._ends[0][0] <= now:
-            digest = self._ends[0][1]
-            pin = self._pins.get(digest)
-            if pin is not None and pin.until > now:
-                heapreplace(self._ends, (pin.until, digest))
-                continue
-            heappop(self._ends)
-            if pin is not None:
-                self._drop(digest)
-                lost.append(digest)
-        return lost
+        if self.next_end is None or self.next_end > now:
+            return []
+        ended = [digest for digest, pin in self._pins.items() if pin.until <= now]
+        for digest in ended:
+            self.remove(digest)
+        self.next_end = min((pin.until for pin in self._pins.values()), default=None)
+        return ended
 
-    def remove(self, digest: bytes) -> None:
-        """Remove a pin, if there is one, because its block is reused."""
-        if digest in self._pins:
-            self._drop(digest)
-            self._tidy()
+    def remove(self, digest: bytes) -> _Pin | None:
+        """Remove a pin, if there is one, because its block is reused. Returns it."""
+        pin = self._pins.pop(digest, None)
+        if pin is not None:
+            own = self._of[pin.owner]
+            del own[digest]
+            if not own:
+                del self._of[pin.owner]
+        return pin
 
     def clear(self) -> None:
         self._pins.clear()
         self._of.clear()
-        self._ends.clear()
+        self.next_end = None
 
-    def _least_recent(self, tenant: Tenant) -> bytes:
+    def _lose(self, tenant: Tenant) -> bytes:
+        """Remove the pin that a tenant has used least recently."""
         digest = next(iter(self._of[tenant]))
-        self._drop(digest)
-        self._tidy()
+        self.remove(digest)
         return digest
-
-    def _drop(self, digest: bytes) -> None:
-        self._leave(self._pins.pop(digest).owner, digest)
-
-    def _leave(self, tenant: Tenant, digest: bytes) -> None:
-        own = self._of[tenant]
-        del own[digest]
-        if not own:
-            del self._of[tenant]
-
-    def _tidy(self) -> None:
-        """Rebuild the heap when most of its entries are of pins that were removed."""
-        if len(self._ends) > 2 * len(self._pins) + 16:
-            self._ends = [(pin.until, digest) for digest, pin in self._pins.items()]
-            heapify(self._ends)
 
     def check(self) -> None:
         """Assert that all counts agree and that the bounds hold."""
@@ -147,7 +111,4 @@ class PrefixPins:
         assert all(self._of.values())
         assert sum(map(len, self._of.values())) == len(self._pins) <= self.most
         assert all(len(own) <= self.most_per_tenant for own in self._of.values())
-        first: dict[bytes, float] = {}
-        for at, digest in self._ends:
-            first[digest] = min(at, first.get(digest, at))
-        assert all(first[digest] <= pin.until for digest, pin in self._pins.items())
+        assert all(self.next_end is not None and self.next_end <= pin.until for pin in self._pins.values())
