@@ -411,11 +411,13 @@ class AsyncEngine:
         that already wait are not affected. Raises ConfigError, and changes nothing, if one is not valid."""
         self.config = config = msgspec.structs.replace(self.config, **bounds)
         room = self._core.room
-        room.max_waiting = config.max_waiting
-        room.max_per_tenant = config.max_waiting_per_tenant
-        room.max_per_adapter = config.max_waiting_per_adapter
-        room.max_tokens = config.max_waiting_tokens
-        room.max_tokens_per_tenant = config.max_waiting_tokens_per_tenant
+        room.limits = room.limits._replace(
+            max_waiting=config.max_waiting,
+            max_waiting_per_tenant=config.max_waiting_per_tenant,
+            max_waiting_per_adapter=config.max_waiting_per_adapter,
+            max_waiting_tokens=config.max_waiting_tokens,
+            max_waiting_tokens_per_tenant=config.max_waiting_tokens_per_tenant,
+        )
 
     def change_policy(self, policy: str) -> None:
         """Use another scheduling policy from the next step on. ``config`` is replaced. Raises PolicyError,

@@ -121,9 +121,6 @@ class AdapterPlacing(AdapterEvent, frozen=True, kw_only=True, gc=False):
     """Start of an adapter's copy from the CPU cache into a slot."""
 
     slot: int
-    moved: bool = False
-    """Whether it was in the slot before: it goes to another place of the memory, so that holes become
-    one."""
 
 
 class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -131,8 +128,6 @@ class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
     rank: int
     nbytes: int
     seconds: float
-    moved: bool = False
-    """Whether it was in the slot before."""
 
 
 class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):

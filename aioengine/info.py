@@ -154,7 +154,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     slot_memory_used: int = 0
     """Bytes that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
     slot_memory_fragmented: int = 0
-    """Free bytes outside of the largest hole. Idle adapters must be moved before they can be used."""
+    """Free bytes outside of the largest hole. Before they can be used, idle adapters must leave."""
     memory_unplanned: int | None = None
     """Bytes that the start took beyond the memory plan, on the rank where they are most; None on a CPU."""
     slot_hits: int

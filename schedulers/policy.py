@@ -181,7 +181,7 @@ class MemoryView(Protocol):
 
     Where slots share it by bytes, an adapter takes only as much as its own ranks and modules need; otherwise
     a slot of one size or, if it is larger, several. ``elastic`` says whether adapters differ in what they
-    take at present. Free memory in several holes can be joined: idle adapters are moved for that."""
+    take at present. Free memory in several holes is used when what lies between them leaves."""
 
     @property
     def elastic(self) -> bool: ...
@@ -191,7 +191,7 @@ class MemoryView(Protocol):
     def free(self) -> int: ...
     @property
     def largest_hole(self) -> int:
-        """Bytes of the largest adapter that can be placed without an eviction or a move."""
+        """Bytes of the largest adapter that can be placed without an eviction."""
 
     @property
     def evictable(self) -> int:

@@ -16,7 +16,7 @@ from sortedcontainers import SortedDict
 from aioengine import events
 from aioengine.core.adapters.failures import changed
 from aioengine.core.adapters.moves import Move
-from aioengine.core.adapters.placing import Placing, adapters_shut_out
+from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
@@ -316,7 +316,8 @@ class Core:
         self.blocks.expire(now)
         news = self.guard.changes != self._arranged_at
         if news and self.residency.names.pinned:
-            for entry, error in adapters_shut_out(self.queues.heads.values(), self.slots):
+            self.residency.refuse_shut_out(now)
+            for entry, error in self.placing.shut_out(self.queues.heads.values()):
                 self._fail_waiting(entry, now, error)
         # After what ends requests: one may be the last of a retired adapter.
         self.residency.sweep(now)

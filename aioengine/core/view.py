@@ -61,8 +61,7 @@ class CoreMemoryView(RecordView):
     @property
     def evictable(self) -> int:
         slots = self._of.slots
-        idle = [slot.entry for slot in slots.slots if slot.may_leave(())]
-        return sum(slots.arena.rounded(entry.slot_nbytes) for entry in idle if entry is not None)
+        return sum(slots.arena.rounded(slot.entry.slot_nbytes) for slot in slots.victims(()) if slot.entry)
 
     def bytes_of(self, adapter: str) -> int:
         nbytes = self._of.names.known[adapter].slot_nbytes

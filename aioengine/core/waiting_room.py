@@ -47,7 +47,8 @@ class WaitingRoom:
     """
 
     def __init__(self, limits: CoreLimits) -> None:
-        self._limits = limits
+        self.limits = limits
+        """Their bounds on waiting requests hold; they may be replaced at any time."""
         self.max_of_tenant: Mapping[str, int] = {}
         """Bounds of single tenants, which take precedence over ``max_waiting_per_tenant``; may be replaced at
         any time."""
@@ -73,7 +74,7 @@ class WaitingRoom:
         """
         if tokens is not None:
             self._check_tokens(tenant, tokens)
-        most, own = self._limits.max_waiting_per_adapter, self._limits.max_waiting_per_tenant
+        most, own = self.limits.max_waiting_per_adapter, self.limits.max_waiting_per_tenant
         if tenant is not None:
             own = self.max_of_tenant.get(tenant, own)
         has = self._all.sums[tenant]
@@ -86,7 +87,7 @@ class WaitingRoom:
             if most is not None and places.total - sum(adapter in v.adapters for v in victims) >= most:
                 named = f"max_waiting_per_adapter={most} requests wait for {adapter!r}"
                 victims[_displaced_by(tenant, places, named, "adapter", places.total, adapter)] = named
-        bound = self._limits.max_waiting
+        bound = self.limits.max_waiting
         if bound is not None and len(self) - len(victims) >= bound:
             named = f"{len(self)} requests are waiting and max_waiting={bound}"
             places = _NOBODY if victims else self._all
@@ -117,7 +118,7 @@ class WaitingRoom:
         if not has:
             return
         named = f"prompts of {has} tokens of tenant {tenant!r} are waiting, and {tokens} more exceed "
-        own, most = self._limits.max_waiting_tokens_per_tenant, self._limits.max_waiting_tokens
+        own, most = self.limits.max_waiting_tokens_per_tenant, self.limits.max_waiting_tokens
         bound: Bound = "tenant"
         if own is not None and has + tokens > own:
             named += f"max_waiting_tokens_per_tenant={own}"
@@ -132,7 +133,7 @@ class WaitingRoom:
     def _count_tokens(self, newcomer: Ticket, tokens: int, now: float) -> None:
         """Count the newcomer's tokens, and displace what makes the prompts too long, except the newcomer."""
         self._tokens.add(newcomer, tokens)
-        most = self._limits.max_waiting_tokens
+        most = self.limits.max_waiting_tokens
         part = inf if most is None else most / len(self._tokens.of)
         while most is not None and self.tokens > most:
             victim = self._tokens.newest_of_largest()
@@ -162,7 +163,7 @@ class WaitingRoom:
             assert shares.sums == Counter({tenant: sum(own.values()) for tenant, own in shares.of.items()})
             assert all(shares.of.values()) and shares.total == shares.sums.total()
         assert all(places.total for places in self._of_adapter.values())
-        if self._limits.max_waiting_per_adapter is not None:
+        if self.limits.max_waiting_per_adapter is not None:
             tickets = [ticket for own in self._all.of.values() for ticket in own]
             named = Counter(adapter for ticket in tickets for adapter in ticket.adapters)
             assert named == {adapter: places.total for adapter, places in self._of_adapter.items()}

@@ -59,7 +59,7 @@ class AdapterMoves:
                 self._core.adapter_load_cancelled(entry)
         for slot in self._core.slots.slots:
             if slot.loading and slot.entry is not None:  # the copy was lost with the device
-                self._core.slots.cancel(slot.entry, asyncio.get_running_loop().time())
+                self._core.slots.cancel(slot.entry)
 
     def device_lost(self) -> None:
         """Forget the moves under way; call after ``core.device_lost``."""

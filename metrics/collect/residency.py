@@ -130,9 +130,7 @@ class AdapterTracker:
     def placing(self, event: events.AdapterPlacing) -> None:
         version = self._of(event)
         version.copying = True
-        if event.moved:  # it leaves its slot for a moment
-            version.absent_since = event.time
-        elif version.blocked_since is not None:
+        if version.blocked_since is not None:
             self._store.observe("lora_swap_seconds", event.time - version.blocked_since, ("cpu",))
             version.blocked_since = None
 
@@ -143,7 +141,7 @@ class AdapterTracker:
         version.absent_seconds = version.absent(event.time)
         version.absent_since = None
         self._prefetched(version, "used")
-        self._store.inc("lora_swaps", ("move" if event.moved else "load",))
+        self._store.inc("lora_swaps", ("load",))
         self._store.observe("lora_swap_seconds", event.seconds, ("slot",))
         self._store.inc("lora_swap_bytes", ("slot",), event.nbytes)
 

@@ -46,9 +46,8 @@ lora_adapter_loaded{adapter,level,pinned} gauge: 1 for each adapter in memory; l
     holds it, slot or cpu.
 lora_adapters gauge: Registered adapters, wherever they are.
 lora_cpu_adapters gauge: Adapters in the CPU cache, those in slots and being read included.
-lora_swaps{kind=load|evict|replace|move} counter: Adapters copied into a slot (load), taken out of one
-    (evict), superseded by a new version (replace), and copied to another place of the slots' memory, so that
-    holes in it become one (move).
+lora_swaps{kind=load|evict|replace} counter: Adapters copied into a slot (load), taken out of one (evict),
+    superseded by a new version (replace).
 lora_swap_seconds{stage=disk|cpu|slot} histogram swap: Stages of a swap: the read from disk to the CPU (disk);
     on the CPU, with requests waiting for the adapter, until a slot was there (cpu); the copy into the slot
     (slot).

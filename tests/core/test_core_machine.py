@@ -141,7 +141,7 @@ class CoreMachine(RuleBasedStateMachine):
             request.params = msgspec.structs.replace(request.params, presence_penalty=penalty)
             sim.read(request, stop, late=late)
         except EngineOverloaded as error:
-            if sim.core.limits.max_waiting_tokens is not None:
+            if sim.core.room.limits.max_waiting_tokens is not None:
                 self.check_tokens_refusal(error, tenant, len(prompt))
             else:
                 self.check_refusal(error, tenant)
@@ -330,7 +330,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.sim.check_reader(reader)
         reserved = sum(ticket not in self.lost for ticket in self.tickets)
         assert len(core.room) == len(core.queues) + reserved
-        if core.limits.max_waiting_tokens is not None:
+        if core.room.limits.max_waiting_tokens is not None:
             fresh = [request for request in core.queues if request.ticket is not None]
             assert core.room.tokens == sum(request.prompt_len for request in fresh)
             tenants = {request.options.tenant for request in fresh}

@@ -1,4 +1,4 @@
-"""Slots that share one memory: who comes, who goes, and who is moved."""
+"""Slots that share one memory: who comes, and who goes."""
 
 from __future__ import annotations
 
@@ -138,29 +138,19 @@ def test_what_is_busy_or_pinned_never_leaves() -> None:
     assert sim.layout == "zzbbcccc", "the core's own choice where the policy's is no good"
 
 
-def test_idle_adapters_move_where_only_the_holes_are_too_small() -> None:
+def test_idle_neighbours_leave_where_only_the_holes_are_too_small() -> None:
     sim = MemorySim()
     sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
     sim.decide(["a", "b", "c", "d", "e"])
-    assert sim.layout == "abbcddee"
     for name in "bd":
         sim.core.residency.names.of(name).unload(sim.now)
     sim.decide([])
     assert sim.layout == "a..c..ee"
-    sim.policy.next = Decision(place=[Place("x")])
-    sim.now += 1
-    sim.schedule()
-    moved = [e.adapter for e in sim.events if isinstance(e, events.AdapterPlacing) and e.moved]
-    assert moved == ["c"]
-    assert [entry.name for entry, _ in sim.copies] == ["x", "c"], "the newcomer comes first"
-    assert not [e for e in sim.events if isinstance(e, events.AdapterEvicted) and e.adapter == "c"]
-    sim.add("c")
-    assert sim.schedule() is None, "it waits for the copy"
-    while sim.copies:
-        sim.finish_copy()
-    assert sim.layout == "acxxx.ee"
-    placed = [e for e in sim.events if isinstance(e, events.AdapterPlaced)]
-    assert [e.moved for e in placed if e.adapter == "c"] == [False, True]
+    assert sim.decide(["x"]) == []
+    assert sim.layout == "xxxc..ee"
+    assert sim.core.residency.current["a"].location is Location.CPU, "it is copied again when it is needed"
+    sim.add("a")
+    sim.decide(["a"])
     sim.run()
     sim.core.check()
 
@@ -175,25 +165,6 @@ def test_a_running_adapter_stays_where_it_is() -> None:
     sim.decide([])
     assert sim.decide(["x"], evict=["e"]) == []
     assert sim.layout == "a..cxxx."
-
-
-def test_a_move_that_fails_leaves_the_adapter_on_the_cpu() -> None:
-    sim = MemorySim()
-    sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
-    sim.decide(["a", "b", "c", "d", "e"])
-    for name in "bd":
-        sim.core.residency.names.of(name).unload(sim.now)
-    sim.decide([])
-    sim.policy.next = Decision(place=[Place("x")])
-    sim.schedule()
-    sim.finish_copy()
-    sim.finish_copy(fail=True)
-    sim.core.check()
-    assert sim.core.residency.current["c"].location is Location.CPU
-    assert sim.layout == "a.xxx.ee"
-    assert [e.level for e in sim.events if isinstance(e, events.AdapterEvicted) and e.adapter == "c"] == [
-        "slot"
-    ]
 
 
 def test_an_adapter_that_is_larger_than_the_memory_is_refused_when_it_is_read() -> None:

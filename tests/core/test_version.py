@@ -8,7 +8,6 @@ import pytest
 
 from aioengine.core.adapters.version import (
     LIVES,
-    LOCATIONS,
     STATES,
     Change,
     Life,
@@ -53,6 +52,6 @@ def test_every_change_in_every_state(state: State, life: Life, change: Change) -
     else:
         version.change(change)
         assert (version.state, version.life) == ((expected, life) if change in STATES else (state, expected))
-    assert version.location is LOCATIONS[version.state]
+    assert version.location is version.state.value[1]
     assert version.stalled == (version.state is State.STALLED)
     assert version.retired == (version.life in (Life.RETIRED, Life.FREED))

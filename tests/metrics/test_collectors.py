@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import msgspec
 from support.metric_script import (
     added,
     admitted,
@@ -26,13 +25,6 @@ from support.metric_script import (
 
 from aioengine import events
 from aioengine.metrics.families import definitions
-
-
-def test_moves_within_the_memory_of_the_slots_are_swaps_of_their_own_kind() -> None:
-    again = msgspec.structs.replace(placed("sql", 0), moved=True)
-    found = samples(metrics(registered("sql"), loaded("sql"), placed("sql", 0), again))
-    assert value(found, "lora_swaps_total", kind="move") == 1
-    assert value(found, "lora_swaps_total", kind="load") == 1
 
 
 def test_policy_and_event_loop() -> None:

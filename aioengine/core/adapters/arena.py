@@ -6,21 +6,18 @@ Best fit: an adapter goes into the smallest hole with room. So the waste is boun
 - between: an allocation of n bytes fails only if every hole is smaller than n. There is at most one hole more
 than there are regions, so with k regions less than (k + 1) * n bytes are free then.
 
-Moving idle adapters together makes the bytes between regions usable again: see :func:`compaction`.
+Where holes are too small, idle neighbours have to go: see :func:`find_room`.
 Knuth, The Art of Computer Programming, volume 1, 2.5 (best fit).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from aioengine.step import SLOT_GRANULE
 
 GRANULE = SLOT_GRANULE
 """Bytes of the smallest granule."""
-TRIES = 3
-"""Maximum number of searches for a window between evictions; each search visits all regions."""
 
 
 class Arena:
@@ -78,12 +75,6 @@ class Arena:
         self.regions[offset] = size
         return offset
 
-    def allocate_at(self, offset: int, nbytes: int) -> None:
-        """Take a region at ``offset``, where a hole with enough room must begin."""
-        size = self.rounded(nbytes)
-        assert self.holes.get(offset, 0) >= size
-        self.regions[offset] = size
-
     def release(self, offset: int) -> None:
         """Give a region back. Raises KeyError if no region begins at ``offset``."""
         del self.regions[offset]
@@ -97,89 +88,29 @@ class Arena:
         assert at <= self.size
 
 
-class Window(NamedTuple):
-    """A stretch of the memory in which all regions are moved to its beginning, so that one hole remains."""
+def find_room(arena: Arena, nbytes: int, order: Sequence[int]) -> list[int] | None:
+    """Return which regions have to go so that one hole has room for ``nbytes``: [] if one has it already,
+    None if they cannot make it. Changes nothing.
 
-    begin: int
-    regions: Sequence[int]
-    """Offsets of the regions to move, in order."""
-    moved: int
-    """Bytes of these regions."""
-
-
-def compaction(arena: Arena, nbytes: int, may_move: Callable[[int], bool]) -> Window | None:
-    """Find the window whose holes together have room for ``nbytes``, and in which the fewest bytes must be
-    moved.
-
-    ``may_move`` takes a region's offset and says whether the region may be moved. Other regions stay, so a
-    window does not contain them. None if there is no such window. Linear in the number of regions.
+    Only those whose offsets are in ``order`` may go. They are neighbours, and of all such neighbours those of
+    which the last in that order comes first. Linear in the number of regions, but for a sort.
     """
-    size, regions = arena.rounded(nbytes), arena.regions
-    parts = sorted([*regions.items(), *arena.holes.items()])
-    best: Window | None = None
-    first = free = moved = 0
+    if arena.fits(nbytes):
+        return []
+    places = {offset: place for place, offset in enumerate(order)}
+    parts = sorted([*arena.regions.items(), *arena.holes.items()])
+    best: list[int] | None = None
+    first = together = 0
     for last, (offset, length) in enumerate(parts):
-        if offset in regions:
-            moved += length
-            if not may_move(offset):
-                first, free, moved = last + 1, 0, 0
+        if offset in arena.regions and offset not in places:
+            first, together = last + 1, 0
             continue
-        free += length
-        # A window begins with a hole, and ends with the hole that makes the room sufficient.
-        while first < last:
-            front, extent = parts[first]
-            if front in regions:
-                moved -= extent
-            elif free - extent >= size:
-                free -= extent
-            else:
-                break
+        together += length
+        while together - parts[first][1] >= arena.rounded(nbytes):
+            together -= parts[first][1]
             first += 1
-        if free >= size and (best is None or moved < best.moved):
-            inside = [at for at, _ in parts[first : last + 1] if at in regions]
-            best = Window(parts[first][0], inside, moved)
-    return best
-
-
-class Room(NamedTuple):
-    """Steps that make a hole large enough."""
-
-    evict: list[int]
-    move: Window | None
-
-
-def find_room(
-    arena: Arena,
-    nbytes: int,
-    leaving: Sequence[int],
-    victims: Sequence[int],
-    last: Sequence[int],
-    may_move: Callable[[int], bool],
-) -> Room | None:
-    """Find room for ``nbytes``, once the regions ``leaving`` are gone. Changes nothing.
-
-    Adapters are evicted one by one, in the order of ``victims``, until there is room. A move that copies no
-    more bytes than the newcomer has is preferred to the next eviction. When all of these are evicted, others
-    are moved at any cost. Only then are those in ``last`` evicted, too. ``may_move`` says whether the adapter
-    at an offset may be moved. None if there is no room.
-    """
-    size, tries = arena.rounded(nbytes), TRIES
-    if arena.free + sum(arena.regions[offset] for offset in (*leaving, *victims, *last)) < size:
-        return None
-    arena = arena.copy()
-    for offset in leaving:
-        arena.release(offset)
-    evict: list[int] = []
-    waiting = [*victims, *last]
-    while not arena.fits(nbytes):
-        at_any_cost = len(evict) >= len(victims)
-        if arena.free >= size and (tries > 0 or len(evict) in (len(victims), len(victims) + len(last))):
-            tries -= 1
-            window = compaction(arena, nbytes, may_move)
-            if window is not None and (window.moved <= size or at_any_cost):
-                return Room(evict, window)
-        if len(evict) == len(waiting):
-            return None
-        evict.append(waiting[len(evict)])
-        arena.release(evict[-1])
-    return Room(evict, None)
+        if together >= arena.rounded(nbytes):
+            inside = [places[at] for at, _ in parts[first : last + 1] if at in places]
+            inside.sort(reverse=True)
+            best = inside if best is None else min(best, inside)
+    return None if best is None else [order[place] for place in reversed(best)]

@@ -17,13 +17,14 @@ takes the place of another one of that tenant's. So they have no more slots, eit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from aioengine import events
 from aioengine.core.adapters.failures import too_large
 from aioengine.core.adapters.moves import DropMove, Move
-from aioengine.core.adapters.version import Change
+from aioengine.core.adapters.version import Change, State
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry
@@ -44,25 +45,18 @@ class Share(NamedTuple):
 _NOTHING = Share()
 
 
-def _came_before(one: AdapterEntry, other: AdapterEntry) -> bool:
-    """Whether the oldest request for ``one`` came before that for ``other``, of the same time. Otherwise both
-    could wait for each other's place."""
-    first, second = one.waiting.head, other.waiting.head
-    return first is not None and second is not None and first.seq < second.seq
-
-
 class CpuCache:
     """Adapters with at most ``cpu_capacity`` places, and at most ``cpu_max_bytes`` (None: no bound),
     together."""
 
     def __init__(self, limits: CoreLimits, order: Order, moves: list[Move], guard: PolicyGuard) -> None:
         self.capacity = limits.cpu_capacity
-        self.num_slots = limits.num_slots
         self.max_bytes = limits.cpu_max_bytes
         self.entries: dict[int, AdapterEntry] = {}
         """Adapters that are resident or being read, by uid."""
         self.used = _NOTHING
         """What these take together."""
+        self._num_slots = limits.num_slots
         self._shares: dict[int, Share] = {}
         self._order = order
         self._moves = moves
@@ -72,11 +66,11 @@ class CpuCache:
     def room(self) -> int:
         """Number of adapters of one place that fit without an eviction, each with as many bytes as the
         largest known one."""
-        places = self.capacity - self.used.places
-        if self.bytes_room is None or not places:
+        places, left = self.capacity - self.used.places, self.bytes_room
+        if left is None or not places:
             return places
         largest = max((share.nbytes for share in self._shares.values()), default=0)
-        return min(places, self.bytes_room // largest) if largest > 0 else places
+        return min(places, left // largest) if largest > 0 else places
 
     @property
     def bytes_room(self) -> int | None:
@@ -84,18 +78,18 @@ class CpuCache:
         return None if self.max_bytes is None else self.max_bytes - self.used.nbytes
 
     def fits(self, entry: AdapterEntry) -> bool:
-        """Whether the adapter can be added now without an eviction."""
-        return self._has_room(self._reserved(entry)) and self._beyond_own_share(entry) <= 0
+        """Whether the adapter can be added now without an eviction or, if it is here, can stay."""
+        return self._has_room(self._more(entry)) and self._beyond_own_share(entry) <= 0
 
     def add(self, entry: AdapterEntry) -> None:
-        assert self.fits(entry) and entry.uid not in self.entries
+        assert entry.uid not in self.entries
+        share = self._more(entry)
         self.entries[entry.uid] = entry
-        self._count(entry, self._reserved(entry))
+        self._count(entry, share)
 
-    def resize(self, entry: AdapterEntry) -> bool:
-        """Set the adapter's size, now that it is known; returns whether the bounds still hold."""
+    def resize(self, entry: AdapterEntry) -> None:
+        """Set the adapter's size, now that it is known. The bounds may not hold then."""
         self._count(entry, Share(entry.nbytes, entry.places))
-        return self._has_room(_NOTHING)
 
     def remove(self, entry: AdapterEntry) -> None:
         self._count(entry, _NOTHING)
@@ -110,15 +104,14 @@ class CpuCache:
             self._guard.tell("adapter_dropped", now, adapter=entry.name)
         self._guard.say(events.AdapterEvicted, entry, now, level="cpu", slot=None, nbytes=entry.nbytes)
 
-    def pinned(self, besides: AdapterEntry) -> Share:
+    def _pinned(self, besides: AdapterEntry) -> Share:
         """Return what the pinned adapters but one take."""
-        pinned = [entry for entry in self.entries.values() if entry.pinned and entry is not besides]
-        return Share(sum(entry.nbytes for entry in pinned), sum(entry.places for entry in pinned))
+        return self._sum(entry for entry in self.entries.values() if entry.pinned and entry is not besides)
 
     def refusal(self, entry: AdapterEntry, nbytes: int, places: int) -> AdapterTooLarge | None:
         """Return the reason why the adapter, with so many bytes and places, can never be kept; None if it
         can."""
-        pinned = self.pinned(entry)
+        pinned = self._pinned(entry)
         for unit, where, takes, most, held, setting in (
             ("places", " in the CPU cache", places, self.capacity, pinned.places, "max_cpu_loras"),
             ("bytes", " of CPU memory", nbytes, self.max_bytes, pinned.nbytes, "max_cpu_lora_bytes"),
@@ -148,36 +141,30 @@ class CpuCache:
         admits requests to them. Adapters that earlier requests wait for stay too, unless their tenant has
         more than its share, or they are ``offered``: the policy gives their slots to the newcomer.
         """
-        more = _NOTHING if newcomer.uid in self.entries else self._reserved(newcomer)
-        excess = self._beyond_own_share(newcomer)
-        since = newcomer.needed_since
-        limit = now if since is None else since
+        more, excess = self._more(newcomer), self._beyond_own_share(newcomer)
+        head = newcomer.waiting.head
+        limit = now if newcomer.needed_since is None else newcomer.needed_since
         tiers: dict[tuple[bool, ...], list[AdapterEntry]] = {}
         beyond: set[int] | None = None  # found when it is asked for the first time
         for entry in self.entries.values():
-            in_slot = entry.location is Location.SLOT
-            copied = not in_slot and (entry.location is not Location.CPU or entry.slot is not None)
-            if (
-                entry is newcomer
-                or entry.pinned
-                or entry.running
-                or copied
-                or (in_slot and entry.uid in keep)
-            ):
+            in_slot, needed = entry.state is State.IN_SLOT, entry.needed_since
+            resident = in_slot or entry.state is State.ON_CPU
+            if entry is newcomer or entry.pinned or entry.running or not resident:
                 continue
-            needed = entry.needed_since
-            earlier = needed is not None and (
-                needed < limit or (needed == limit and not _came_before(newcomer, entry))
-            )
+            if in_slot and entry.uid in keep:
+                continue
+            earlier = needed is not None and needed <= limit
+            if earlier and needed == limit and head is not None and entry.waiting.head is not None:
+                # Of the same time: otherwise both could wait for each other's place.
+                earlier = entry.waiting.head.seq < head.seq
             if earlier and entry not in offered:
                 beyond = self._beyond_their_share(newcomer) if beyond is None else beyond
                 if entry.uid not in beyond:
                     continue
             alive = needed is not None or not entry.retired
             others = excess > 0 and entry.owner != newcomer.owner
-            tier = others, earlier, alive, in_slot, needed is not None
-            tiers.setdefault(tier, []).append(entry)
-        if not self._has_room(more, self._sum([entry for tier in tiers.values() for entry in tier])):
+            tiers.setdefault((others, earlier, alive, in_slot, needed is not None), []).append(entry)
+        if not self._has_room(more, self._sum(entry for tier in tiers.values() for entry in tier)):
             return None
         victims: list[AdapterEntry] = []
         for victim in (entry for tier in sorted(tiers) for entry in self._order(tiers[tier])):
@@ -189,7 +176,7 @@ class CpuCache:
             victims.append(victim)
         return victims if excess <= 0 else None
 
-    def _sum(self, entries: Sequence[AdapterEntry]) -> Share:
+    def _sum(self, entries: Iterable[AdapterEntry]) -> Share:
         shares = [self._shares[entry.uid] for entry in entries]
         return Share(sum(share.nbytes for share in shares), sum(share.places for share in shares))
 
@@ -204,28 +191,28 @@ class CpuCache:
                 own += 0 if entry is newcomer else self._shares[entry.uid].places
             elif entry.wanted_by is not None:
                 tenants.add(entry.wanted_by)
-        return min(own, own + newcomer.places - self.num_slots // len(tenants))
+        return min(own, own + newcomer.places - self._num_slots // len(tenants))
 
     def _beyond_their_share(self, newcomer: AdapterEntry) -> set[int]:
         """Return the uids of the adapters of tenants that have more than their share of the places; none if
         the tenant that has waited longest for ``newcomer`` has its share."""
         if newcomer.waiting.head is None:
             return set()
-        of_tenant: dict[str | None, list[AdapterEntry]] = {newcomer.wanted_by: []}
-        for entry in self.entries.values():
-            if entry is not newcomer and (entry.waiting or entry.running):
-                of_tenant.setdefault(entry.wanted_by, []).append(entry)
-        used = {who: self._sum(entries).places for who, entries in of_tenant.items()}
+        used = Counter({newcomer.wanted_by: 0})
+        needed = [e for e in self.entries.values() if e is not newcomer and (e.waiting or e.running)]
+        for entry in needed:
+            used[entry.wanted_by] += self._shares[entry.uid].places
         share = max(1, self.capacity // len(used))
         if used[newcomer.wanted_by] >= share:
             return set()
-        return {entry.uid for who, own in of_tenant.items() if used[who] > share for entry in own}
+        return {entry.uid for entry in needed if used[entry.wanted_by] > share}
 
-    def _reserved(self, entry: AdapterEntry) -> Share:
-        """Return what to reserve for an adapter that is to be read. One that can never fit is read all the
-        same, and fails when its size is known."""
-        pinned = self.pinned(entry)
-        nbytes, places = entry.nbytes, entry.places
+    def _more(self, entry: AdapterEntry) -> Share:
+        """Return what an adapter that is to be read takes; nothing more if it is here. One that can never fit
+        is read all the same, and fails when its size is known."""
+        if entry.uid in self.entries:
+            return _NOTHING
+        pinned, nbytes, places = self._pinned(entry), entry.nbytes, entry.places
         if self.max_bytes is not None and nbytes + pinned.nbytes > self.max_bytes:
             nbytes = 0
         return Share(nbytes, places if places + pinned.places <= self.capacity else 1)
@@ -237,17 +224,13 @@ class CpuCache:
         return self.max_bytes is None or self.used.nbytes + more.nbytes - fewer.nbytes <= self.max_bytes
 
     def _count(self, entry: AdapterEntry, share: Share) -> None:
-        before = self._shares.get(entry.uid, _NOTHING)
+        before, (nbytes, places) = self._shares.get(entry.uid, _NOTHING), self.used
         self._shares[entry.uid] = share
-        nbytes, places = self.used
         self.used = Share(nbytes + share.nbytes - before.nbytes, places + share.places - before.places)
 
     def check(self) -> None:
-        nbytes, places = self.used
-        assert places == sum(share.places for share in self._shares.values()) <= self.capacity
-        assert nbytes == sum(share.nbytes for share in self._shares.values())
-        assert self.max_bytes is None or nbytes <= self.max_bytes
         assert self.entries.keys() == self._shares.keys()
+        assert self.used == self._sum(self.entries.values()) and self._has_room(_NOTHING)
         for uid, entry in self.entries.items():
             assert entry.location is not Location.DISK
             assert entry.location is Location.LOADING or self._shares[uid].nbytes == entry.nbytes

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Collection, Iterable, Sequence
 
 from aioengine.core.adapters.arena import find_room
 from aioengine.core.adapters.failures import shut_out, too_large
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.adapters.slots import Slot, SlotTable
+from aioengine.core.adapters.slots import Slot
+from aioengine.core.adapters.version import State
 from aioengine.core.guard import PolicyGuard, Resolved
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import EngineOverloaded
@@ -32,12 +32,16 @@ class Placing:
         """Uids of the adapters whose slots admit no requests, because a pinned adapter waits for them."""
         self.pinned_wait = False
         """Whether a pinned adapter was in no slot at the last call of :meth:`place_pinned`."""
+        self._given: list[Slot] | None = None
+        """The slots that the decision gives up and that may be emptied; None until they are needed."""
+
+    # Pinned adapters
 
     def place_pinned(self, now: float) -> None:
         """Place each pinned adapter as soon as a slot can be had, whether or not the policy asks for it. If
-        no slot is idle, those of the least busy adapters are closed, as many as its bytes take: they admit no
-        requests until they are idle. Otherwise steady traffic would keep the adapter out for ever. One that
-        other pinned adapters leave no room for fails."""
+        none can, those of the least busy neighbours that have room for it are closed: they admit no requests
+        until they are idle. Otherwise steady traffic would keep the adapter out for ever. One that other
+        pinned adapters leave no room for fails."""
         self.closed.clear()
         outside = self._pinned_outside()
         self.pinned_wait = bool(outside)
@@ -50,17 +54,18 @@ class Placing:
                     text += "bytes at a place; unpin one, or raise LoRAConfig.slot_memory"
                     self._residency.fail(entry, now, too_large(entry, text), "too_large")
                 continue
-            keep = self._slots.superseded()
-            if (
-                now < _retry_at(entry)
-                or self._start(entry, None, (), self._slots.victims(keep), (), keep, now) is None
-            ):
+            held = [slot.entry for slot in self._slots.slots if slot.entry is not None]
+            # Old versions that accepted requests still wait for stay.
+            keep = {other.uid for other in held if other.retired and other.waiting}
+            idle = self._slots.victims(keep)
+            if now < _retry_at(entry) or self._start(entry, None, idle, now) is None:
                 continue
-            idle = [slot.entry for slot in self._slots.victims(keep) if slot.entry is not None]
-            missing = max(size - arena.free - sum(arena.rounded(other.slot_nbytes) for other in idle), 1)
-            while missing > 0 and (busy := self._slots.least_busy(self.closed | keep)) is not None:
-                self.closed.add(busy.uid)
-                missing -= arena.rounded(busy.slot_nbytes)
+            may_close = [e for e in held if e.state is State.IN_SLOT and not e.pinned and e.uid not in keep]
+            may_close.sort(key=lambda other: other.running)
+            uids = {self._slots.slot_of(other).offset: other.uid for other in may_close}
+            offsets = [offset for offset in uids if offset is not None]
+            leaving = find_room(arena, entry.slot_nbytes, offsets)
+            self.closed.update(uids[offset] for offset in leaving or offsets[:1])
 
     def next_retry(self, now: float) -> float | None:
         """Return when a pinned adapter whose copy has failed may be copied again; None if there is none."""
@@ -70,8 +75,27 @@ class Placing:
         """Return the pinned adapters that wait for a slot, in the order in which they were read."""
         if not self._residency.names.pinned:
             return ()
-        cached = self._residency.cpu.entries.values()
-        return [e for e in cached if e.pinned and e.slot is None and e.location is Location.CPU]
+        return [e for e in self._residency.cpu.entries.values() if e.pinned and e.state is State.ON_CPU]
+
+    def shut_out(self, entries: Iterable[AdapterEntry | None]) -> list[tuple[AdapterEntry, EngineOverloaded]]:
+        """Return the adapters outside the slots that can never get one as long as the pinned adapters stay,
+        and the reasons."""
+        room = self._slots.room_beside_pinned()
+        pinned = ", ".join(s.entry.label for s in self._slots.slots if s.entry is not None and s.pinned)
+        found: list[tuple[AdapterEntry, EngineOverloaded]] = []
+        for entry in entries:
+            if entry is None or entry.slot is not None:
+                continue
+            if self._slots.arena.rounded(entry.slot_nbytes) > room:
+                where, setting = "every slot holds a pinned adapter", "max_loras"
+                if room > 0:
+                    where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,}"
+                    setting = "slot_memory"
+                why = f"cannot get a slot, because {where} ({pinned})"
+                found.append((entry, shut_out(entry, why, f"unpin one, or raise LoRAConfig.{setting}")))
+        return found
+
+    # Decisions
 
     def apply(self, decision: Resolved, now: float) -> None:
         """Start what can be started of ``place`` and ``prefetch``, in order, but nothing in the places of
@@ -80,22 +104,30 @@ class Placing:
             return  # as in most steps
         admitting = {request.adapter.uid for request in decision.admit if request.adapter is not None}
         self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
-        told: set[int] = set()
+        self._given = None
         for entry, place in decision.place:
-            reason = self._place(entry, place, decision.evict, now, admitting, told)
+            reason = self._place(entry, place, decision.evict, now, admitting)
             if reason is not None:
-                self._guard.refuse(reason, entry.name)
+                self._guard.refuse(f"place_{reason}", entry.name)
         for entry in decision.prefetch:
             self._residency.start_load(entry, now, admitting)
         self._residency.start_wanted(now, admitting)
-        for entry in decision.discard:
-            if entry.slot is None:
-                continue
-            reason = _not_takable(self._slots.slot_of(entry), admitting)
-            if reason is None:
-                self._slots.evict(self._slots.slot_of(entry), now)
-            else:
-                self._guard.refuse(f"discard{reason.removeprefix('place_slot')}", entry.name)
+        for slot in self._takable(decision.discard, admitting, "discard"):
+            self._slots.evict(slot, now)
+
+    def _takable(self, entries: Iterable[AdapterEntry], admitting: Collection[int], item: str) -> list[Slot]:
+        """Return the slots of those of a decision's adapters that may leave; the others in slots are
+        refused."""
+        found: list[Slot] = []
+        for entry in dict.fromkeys(entries):
+            if entry.slot is not None:
+                slot = self._slots.slot_of(entry)
+                reason = slot.why_not(admitting)
+                if reason is None:
+                    found.append(slot)
+                else:
+                    self._guard.refuse(f"{item}_{reason}", entry.name)
+        return found
 
     def _place(
         self,
@@ -103,14 +135,16 @@ class Placing:
         place: Place,
         evict: Sequence[AdapterEntry],
         now: float,
-        admitting: set[int],
-        told: set[int],
+        admitting: Collection[int],
     ) -> str | None:
         """Begin to place an adapter, or to read it. Returns the reason why that may not be."""
         if entry.slot is not None:
-            return "place_already_placed"
-        known = place.slot is not None and 0 <= place.slot < len(self._slots.slots)
-        slot = self._slots.slots[place.slot] if known and place.slot is not None else None
+            return "already_placed"
+        slots = self._slots.slots
+        if place.slot is None:
+            slot = next((slot for slot in slots if slot.entry is None), None)
+        else:
+            slot = slots[place.slot] if 0 <= place.slot < len(slots) else None
         if entry.location is not Location.CPU:
             # The adapters whose slots the policy gives to the newcomer may leave the CPU cache, too.
             # Otherwise each could wait for the other for ever.
@@ -120,66 +154,44 @@ class Placing:
             return None
         if place.slot is not None:
             if slot is None:
-                return "place_slot_unknown"
-            reason = _not_takable(slot, admitting)
-            if reason is not None:
-                return reason
-        others = self._slots.victims(admitting)
-        unwanted = [slot for slot in others if slot.entry is not None and not slot.entry.waiting]
-        # With a slot of its own, the decision counts on nobody else's that requests wait for.
-        wanted = others[len(unwanted) :] if place.slot is None else ()
-        given = self._given_up(evict, admitting, told)
-        return self._start(entry, slot, given, unwanted, wanted, admitting, now)
+                return "slot_unknown"
+            if (reason := slot.why_not(admitting)) is not None:
+                return f"slot_{reason}"
+        order: list[Slot] = []
+        if slot is None or slot.entry is not None or not self._slots.arena.fits(entry.slot_nbytes):
+            if self._given is None:
+                self._given = self._takable(evict, admitting, "evict")
+            order = [s for s in self._given if s.entry is not None and s.why_not(admitting) is None]
+            # With a slot of its own, the decision counts on nobody else's that requests wait for.
+            others = self._slots.victims(admitting)
+            order += [
+                s for s in others if place.slot is None or (s.entry is not None and not s.entry.waiting)
+            ]
+        return self._start(entry, slot, list(dict.fromkeys(order)), now)
 
-    def _given_up(self, evict: Sequence[AdapterEntry], admitting: set[int], told: set[int]) -> Iterator[Slot]:
-        """Yield the slots that a decision gives up, in its order, if they may be emptied now: a request may
-        have started in one since the policy decided. The others are refused, once: ``told`` has these."""
-        for entry in evict:
-            if entry.slot is None:
-                continue
-            slot = self._slots.slot_of(entry)
-            reason = _not_takable(slot, admitting)
-            if reason is None:
-                yield slot
-            elif entry.uid not in told:
-                told.add(entry.uid)
-                self._guard.refuse(f"evict{reason.removeprefix('place_slot')}", entry.name)
-
-    def _start(
-        self,
-        entry: AdapterEntry,
-        slot: Slot | None,
-        given: Iterable[Slot],
-        others: Iterable[Slot],
-        last: Iterable[Slot],
-        keep: set[int],
-        now: float,
-    ) -> str | None:
-        """Begin a copy into ``slot``. None: into a free slot, or else the first of ``given``, ``others`` and
-        ``last``. If there is no room for the bytes, more of these slots are emptied, in the same order.
-        Returns the reason if the copy cannot begin."""
-        victims, last = chain(given, others), iter(last)
-        free = (slot for slot in self._slots.slots if slot.entry is None)
-        slot = slot or next(free, None) or next(victims, None) or next(last, None)
-        if slot is None:
-            return "place_no_slot"
+    def _start(self, entry: AdapterEntry, slot: Slot | None, order: Sequence[Slot], now: float) -> str | None:
+        """Begin a copy into ``slot``; None: into a free one, or one that has to be emptied. As many slots of
+        ``order`` are emptied as that takes. Returns the reason if the copy cannot begin."""
+        slot = slot or next((free for free in self._slots.slots if free.entry is None), None)
+        if slot is None and not order:
+            return "no_slot"
         arena = self._slots.arena
-        leaving = [] if slot.offset is None else [slot.offset]
-        by_offset = {other.offset: other for other in self._slots.slots if other.offset is not None}
-        first: list[int] = []
-        wanted: list[int] = []
-        if leaving or not arena.fits(entry.slot_nbytes):
-            first = [s.offset for s in dict.fromkeys(victims) if s is not slot and s.offset is not None]
-            wanted = [s.offset for s in last if s is not slot and s.offset is not None]
-            wanted = [offset for offset in wanted if offset not in first]
-        room = find_room(
-            arena, entry.slot_nbytes, leaving, first, wanted, lambda at: by_offset[at].may_leave(keep)
-        )
-        if room is None:
-            return "place_no_room"
-        for offset in room.evict:
-            self._slots.evict(by_offset[offset], now)
-        self._slots.start_copy(entry, slot, now, room.move)
+        if slot is not None and slot.offset is not None:
+            arena = arena.copy()
+            arena.release(slot.offset)
+        by_offset = {other.offset: other for other in order if other is not slot and other.offset is not None}
+        offsets = find_room(arena, entry.slot_nbytes, list(by_offset))
+        if offsets is None:
+            return "no_room"
+        leaving = [by_offset[offset] for offset in offsets]
+        if slot is None:
+            leaving = leaving or [order[0]]
+            slot = leaving[0]
+        elif slot.entry is not None:
+            leaving.append(slot)
+        for other in leaving:
+            self._slots.evict(other, now)
+        self._slots.start_copy(entry, slot, now)
         return None
 
 
@@ -187,39 +199,3 @@ def _retry_at(entry: AdapterEntry) -> float:
     """Return when a pinned adapter may be copied. The pause keeps a copy that always fails from running on
     and on."""
     return 0.0 if entry.copy_failed is None else entry.copy_failed + PIN_RETRY_SECONDS
-
-
-def _not_takable(slot: Slot, admitting: Collection[int]) -> str | None:
-    """Return the reason if a decision may not empty a slot."""
-    if slot.entry is None:
-        return None
-    if slot.loading:
-        return "place_slot_loading"
-    if slot.entry.running:
-        return "place_slot_busy"
-    if slot.pinned:
-        return "place_slot_pinned"
-    return "place_slot_admitted" if slot.entry.uid in admitting else None
-
-
-def adapters_shut_out(
-    entries: Iterable[AdapterEntry | None], slots: SlotTable
-) -> list[tuple[AdapterEntry, EngineOverloaded]]:
-    """Return the adapters outside the slots that can never get one as long as the pinned adapters stay, and
-    the reasons."""
-    room = slots.room_beside_pinned()
-    pinned = ", ".join(slot.entry.label for slot in slots.slots if slot.entry is not None and slot.pinned)
-    found: list[tuple[AdapterEntry, EngineOverloaded]] = []
-    for entry in entries:
-        if entry is None or entry.slot is not None or slots.arena.rounded(entry.slot_nbytes) <= room:
-            continue
-        where, setting = "every slot holds a pinned adapter", "max_loras"
-        if room > 0:
-            where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,} at a place"
-            setting = "slot_memory"
-        why, todo = (
-            f"cannot get a slot, because {where} ({pinned})",
-            f"unpin one, or raise LoRAConfig.{setting}",
-        )
-        found.append((entry, shut_out(entry, why, todo)))
-    return found

@@ -38,8 +38,9 @@ class Residency:
         """Published entries by name; new requests use these."""
         self.entries = self.names.entries
         self.wanted = self.names.wanted
+        self.load_room = limits.max_loads
+        """Number of reads that may be started now."""
         self._max_loads = limits.max_loads
-        self._loads = 0
         self._guard = guard
 
     def sweep(self, now: float) -> None:
@@ -50,10 +51,8 @@ class Residency:
                 self._moves.append(StopMove(entry))
             if entry.waiting or entry.running or entry.state is State.COPYING:
                 continue
-            if entry.slot is not None:
-                self.slots.evict(self.slots.slot_of(entry), now)
-            if entry.location is Location.CPU:
-                self.cpu.evict(entry, now)
+            if entry.location in (Location.CPU, Location.SLOT):
+                self._evict(entry, now)
             entry.change(Change.FREE)
             del self.names.retired[entry.uid], self.entries[entry.uid]
             self.slots.large.discard(entry.uid)
@@ -71,10 +70,7 @@ class Residency:
         """Set the bytes that an adapter takes in the CPU cache and in a slot, which it may not be in now."""
         entry.nbytes, entry.slot_nbytes = nbytes, slot_nbytes
         entry.places = self.slots.places_of(slot_nbytes)
-        if entry.places > 1:
-            self.slots.large.add(entry.uid)
-        else:
-            self.slots.large.discard(entry.uid)
+        (self.slots.large.add if entry.places > 1 else self.slots.large.discard)(entry.uid)
 
     # Reads that callers ask for
 
@@ -83,20 +79,14 @@ class Residency:
         pin it there. If it is already being read and there is no room when it arrives, it is read again.
         ``entry.error`` tells whether it failed."""
         if entry.location is Location.DISK or entry.location is Location.LOADING:
-            entry.error = None
-            entry.wanted_since = now
-            entry.pin_when_read = pin
+            entry.error, entry.wanted_since, entry.pin_when_read = None, now, pin
             self.wanted[entry.uid] = entry
-            self._refuse_shut_out(now)
+            self._guard.changes += 1
         elif pin:
-            self._pin(entry, now)
+            entry.error = None
+            self.names.of(entry.label).pin(now)
 
-    def _pin(self, entry: AdapterEntry, now: float) -> None:
-        entry.error = None
-        self.names.of(entry.label).pin(now)
-        self._refuse_shut_out(now)
-
-    def _refuse_shut_out(self, now: float) -> None:
+    def refuse_shut_out(self, now: float) -> None:
         """Fail wanted adapters when pinned adapters fill the CPU cache, because nothing else could ever be
         read into it."""
         pinned = [entry.label for entry in self.cpu.entries.values() if entry.pinned]
@@ -110,7 +100,7 @@ class Residency:
                 if entry.life is Life.NEW:
                     self.names.of(entry.label).retire(entry, now)
 
-    def start_wanted(self, now: float, keep: set[int], *, waited: float = 0.0) -> None:
+    def start_wanted(self, now: float, keep: Collection[int], *, waited: float = 0.0) -> None:
         """Begin the reads that were asked for at least ``waited`` seconds ago, as far as there is room."""
         for entry in list(self.wanted.values()):
             if entry.wanted_since is not None and now - entry.wanted_since >= waited:
@@ -118,13 +108,8 @@ class Residency:
 
     # Reads
 
-    @property
-    def load_room(self) -> int:
-        """Number of reads that may be started now."""
-        return self._max_loads - self._loads
-
     def start_load(
-        self, entry: AdapterEntry, now: float, keep: set[int], offered: Collection[AdapterEntry] = ()
+        self, entry: AdapterEntry, now: float, keep: Collection[int], offered: Collection[AdapterEntry] = ()
     ) -> None:
         """Begin a read if there is room, evicting others if needed, but no adapter whose uid is in ``keep``
         from its slot. Those ``offered`` may be evicted even if requests wait for them. An adapter that has
@@ -133,10 +118,10 @@ class Residency:
         again = entry.error is not None and entry.needed_since is None
         if entry.location is not Location.DISK or again or not self.load_room:
             return
-        if self.cpu.fits(entry) or self._make_room(entry, now, keep, offered):
+        if self._make_room(entry, now, keep, offered):
             self.cpu.add(entry)
             entry.change(Change.READ)
-            self._loads += 1
+            self.load_room -= 1
             self._moves.append(LoadMove(entry))
             self._guard.say(events.AdapterLoading, entry, now)
 
@@ -147,26 +132,32 @@ class Residency:
         keep: Collection[int] = (),
         offered: Collection[AdapterEntry] = (),
     ) -> bool:
+        """Evict others from the CPU cache, if that is needed. Returns False if too few can be now."""
+        if self.cpu.fits(entry):
+            return True
         victims = self.cpu.victims(entry, now, keep, offered)
         for victim in victims or ():
-            if victim.slot is not None:
-                self.slots.evict(self.slots.slot_of(victim), now)
-            self.cpu.evict(victim, now)
+            self._evict(victim, now)
         return victims is not None
+
+    def _evict(self, entry: AdapterEntry, now: float) -> None:
+        """Evict an adapter from its slot, if it has one, and from the CPU cache."""
+        if entry.slot is not None:
+            self.slots.evict(self.slots.slot_of(entry), now)
+        self.cpu.evict(entry, now)
 
     def load_stalled(self, entry: AdapterEntry) -> None:
         """Note that a read makes no progress. It goes on, but another may start in its place."""
         entry.change(Change.STALL)
-        self._loads -= 1
+        self.load_room += 1
         self.cpu.remove(entry)
 
     def load_cancelled(self, entry: AdapterEntry) -> None:
         """Note that a read was cancelled."""
-        stalled = entry.stalled
-        entry.change(Change.GIVE_UP)
-        if not stalled:
-            self._loads -= 1
+        if not entry.stalled:
+            self.load_room += 1
             self.cpu.remove(entry)
+        entry.change(Change.GIVE_UP)
 
     def refusal(self, entry: AdapterEntry, found: LoadedAdapter) -> AdapterError | None:
         """Return the reason if what was read may not be used, or can never be kept."""
@@ -182,34 +173,27 @@ class Residency:
 
     def loaded(self, entry: AdapterEntry, now: float, found: LoadedAdapter) -> AdapterError | None:
         """Take in an adapter that has been read. Returns the reason if it is not kept. Others are evicted if
-        ``max_bytes`` would be exceeded. If too few can be evicted now, it is dropped, and read again when
-        there is room: its size is known now."""
+        the cache's bounds would be exceeded. If too few can be evicted now, it is dropped, and read again
+        when there is room: its size is known now."""
         error = self.refusal(entry, found)
         if error is not None:
             self.load_failed(entry, now, error, "too_large" if isinstance(error, AdapterTooLarge) else "io")
             self._moves.append(DropMove(entry))
             return error
-        stalled = entry.stalled
-        entry.change(Change.ARRIVE)
-        self.names.of(entry.label).succeed()
-        entry.error = None
-        self.set_size(entry, found.nbytes, found.bytes_in_slot)
-        if stalled:
-            if not self.cpu.fits(entry) and not self._make_room(entry, now):
-                entry.change(Change.DROP)
-                self._moves.append(DropMove(entry))
-                self._refuse_shut_out(now)
-                return None
+        if entry.stalled:  # another read may have its place
             self.cpu.add(entry)
         else:
-            self._loads -= 1
+            self.load_room += 1
+        entry.change(Change.ARRIVE)
+        self.names.of(entry.label).succeed()
+        self.set_size(entry, found.nbytes, found.bytes_in_slot)
         entry.take(found)
-        entry.last_used = now
+        entry.error, entry.last_used = None, now
         took = {"rank": found.rank, "nbytes": found.nbytes, "seconds": found.seconds}
         self._guard.say(events.AdapterLoaded, entry, now, **took)
-        if not self.cpu.resize(entry) and not self._make_room(entry, now):
+        self.cpu.resize(entry)
+        if not self._make_room(entry, now):
             self.cpu.evict(entry, now)
-            self._refuse_shut_out(now)
             return None
         pin = entry.pin_when_read
         self.names.forget_want(entry)
@@ -218,7 +202,7 @@ class Residency:
         elif entry.published:
             self._guard.tell("adapter_loaded", now, adapter=entry.name)
         if pin:
-            self._pin(entry, now)
+            self.names.of(entry.label).pin(now)
         return None
 
     def load_failed(
@@ -240,7 +224,7 @@ class Residency:
 
     def place_failed(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         """Note that a copy into a slot has failed."""
-        self.slots.cancel(entry, now)
+        self.slots.cancel(entry)
         entry.copy_failed = now
         self.fail(entry, now, error, "internal")
 
@@ -254,10 +238,8 @@ class Residency:
                 self.load_cancelled(entry)
         for entry in list(self.cpu.entries.values()):
             if entry.state is State.COPYING:
-                self.slots.cancel(entry, now)
-            elif entry.slot is not None:
-                self.slots.evict(self.slots.slot_of(entry), now)
-            self.cpu.evict(entry, now)
+                self.slots.cancel(entry)
+            self._evict(entry, now)
         for entry in self.current.values():
             if entry.pinned and entry.wanted_since is None:
                 self.want(entry, now)
@@ -272,7 +254,7 @@ class Residency:
         self.slots.check()
         self.cpu.check()
         loading = sum(e.location is Location.LOADING and not e.stalled for e in self.entries.values())
-        assert loading == self._loads <= self._max_loads
+        assert 0 <= self.load_room == self._max_loads - loading
         assert self.names.pinned == sum(entry.pinned for entry in self.entries.values())
         assert {**self.names.known, **self.current} == self.names.known
         for entry in self.entries.values():

@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from aioengine import events
-from aioengine.core.adapters.arena import Arena, Window
+from aioengine.core.adapters.arena import Arena
 from aioengine.core.adapters.moves import CopyMove, Move
 from aioengine.core.adapters.version import Change, State
 from aioengine.core.guard import PolicyGuard
@@ -36,8 +36,6 @@ class Slot:
     offset: int | None = None
     """Offset of its region in the memory, in bytes; None if it is free."""
     last_used: float = 0.0
-    moving: bool = False
-    """Whether its adapter is being written again at another place."""
     view: CoreSlotView = field(init=False)
     """How policies see it."""
 
@@ -59,17 +57,21 @@ class Slot:
         return self.entry is not None and self.entry.state is State.COPYING
 
     @property
-    def idle(self) -> bool:
-        """Whether it holds an adapter that no running request uses."""
-        return self.entry is not None and not self.loading and self.entry.running == 0
-
-    @property
     def pinned(self) -> bool:
         return self.entry is not None and self.entry.pinned
 
-    def may_leave(self, keep: Collection[int]) -> bool:
-        """Whether its adapter may be evicted or moved, and is not among those (uids) to keep."""
-        return self.idle and self.entry is not None and not self.pinned and self.entry.uid not in keep
+    def why_not(self, keep: Collection[int]) -> str | None:
+        """Return the reason why its adapter may not leave now; adapters (by uid) in ``keep`` may not."""
+        entry = self.entry
+        if entry is None:
+            return None
+        if entry.state is State.COPYING:
+            return "loading"
+        if entry.running:
+            return "busy"
+        if entry.pinned:
+            return "pinned"
+        return "admitted" if entry.uid in keep else None
 
 
 class SlotTable:
@@ -93,34 +95,36 @@ class SlotTable:
 
     # Changes
 
-    def start_copy(self, entry: AdapterEntry, slot: Slot, now: float, window: Window | None = None) -> None:
-        """Begin a copy into a slot that is free or idle. The slots' memory must have room: now, or once the
-        adapters of ``window`` are moved together to its beginning. Each of these is copied again from CPU
-        memory, so its old place may be overwritten."""
-        first = len(self._moves)
-        if slot.entry is not None:
-            self.evict(slot, now)
-        by_offset = {slot.offset: slot for slot in self.slots}
-        moving = [by_offset[at] for at in window.regions] if window is not None else []
-        leaving = [(other, self._empty(other, Change.EVICT)) for other in moving]
-        at = 0 if window is None else window.begin
-        for other, moved in leaving:
-            self.arena.allocate_at(at, moved.slot_nbytes)
-            self._moves.append(self._begin(other, moved, at))
-            self._guard.say(events.AdapterPlacing, moved, now, slot=other.index, moved=True)
-            other.moving = True
-            at += self.arena.regions[at]
+    def start_copy(self, entry: AdapterEntry, slot: Slot, now: float) -> None:
+        """Begin a copy into a free slot. The slots' memory must have room."""
+        assert slot.entry is None and entry.slot is None
         offset = self.arena.allocate(entry.slot_nbytes)
         assert offset is not None, "room has not been made"
-        self._moves.insert(first, self._begin(slot, entry, offset))  # before those that are moved
-        self._guard.say(events.AdapterPlacing, entry, now, slot=slot.index)
-
-    def _begin(self, slot: Slot, entry: AdapterEntry, offset: int) -> CopyMove:
-        """Begin to write ``entry`` into a free slot, whose region begins at ``offset``."""
-        assert slot.entry is None and entry.slot is None
         entry.change(Change.COPY)
         slot.entry, slot.offset, entry.slot, self._ranks = entry, offset, slot.index, None
-        return CopyMove(entry, slot.index, offset)
+        self._moves.append(CopyMove(entry, slot.index, offset))
+        self._guard.say(events.AdapterPlacing, entry, now, slot=slot.index)
+
+    def placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
+        """Note that a copy is complete."""
+        slot = self.slot_of(entry)
+        entry.change(Change.PLACE)
+        entry.error, entry.slot_seconds, self._ranks = None, seconds, None
+        slot.last_used = entry.last_used = now
+        took = {"rank": entry.rank, "nbytes": entry.nbytes, "seconds": seconds}
+        self._guard.say(events.AdapterPlaced, entry, now, slot=slot.index, **took)
+        self._guard.tell("adapter_placed", now, adapter=entry.name)
+
+    def cancel(self, entry: AdapterEntry) -> None:
+        """Note that a copy has failed, or is given up."""
+        self._empty(self.slot_of(entry), Change.CANCEL)
+
+    def evict(self, slot: Slot, now: float) -> None:
+        """Empty an idle slot; its adapter stays in the CPU cache."""
+        entry = self._empty(slot, Change.EVICT)
+        entry.last_used = max(entry.last_used, slot.last_used)
+        self._guard.say(events.AdapterEvicted, entry, now, level="slot", slot=slot.index, nbytes=entry.nbytes)
+        self._guard.tell("adapter_evicted", now, adapter=entry.name)
 
     def _empty(self, slot: Slot, change: Change) -> AdapterEntry:
         """Empty a slot by a change of its adapter, which stays in the CPU cache."""
@@ -128,48 +132,8 @@ class SlotTable:
         assert entry is not None and slot.offset is not None and entry.running == 0
         entry.change(change)
         self.arena.release(slot.offset)
-        slot.entry, slot.offset, slot.moving, entry.slot = None, None, False, None
-        self._ranks = None
+        slot.entry = slot.offset = entry.slot = self._ranks = None
         return entry
-
-    def placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
-        """Note that a copy is complete."""
-        slot = self.slot_of(entry)
-        entry.change(Change.PLACE)
-        entry.error, entry.slot_seconds = None, seconds
-        moved, slot.moving, self._ranks = slot.moving, False, None
-        if not moved:
-            slot.last_used = entry.last_used = now
-        self._guard.say(
-            events.AdapterPlaced,
-            entry,
-            now,
-            slot=slot.index,
-            rank=entry.rank,
-            nbytes=entry.nbytes,
-            seconds=seconds,
-            moved=moved,
-        )
-        if not moved:
-            self._guard.tell("adapter_placed", now, adapter=entry.name)
-
-    def cancel(self, entry: AdapterEntry, now: float) -> None:
-        """Note that a copy has failed, or is given up."""
-        slot = self.slot_of(entry)
-        moved = slot.moving
-        self._empty(slot, Change.CANCEL)
-        if moved:  # policy and listeners know it as an adapter in a slot
-            self._say_evicted(entry, slot, now)
-
-    def evict(self, slot: Slot, now: float) -> None:
-        """Empty an idle slot; its adapter stays in the CPU cache."""
-        entry = self._empty(slot, Change.EVICT)
-        entry.last_used = max(entry.last_used, slot.last_used)
-        self._say_evicted(entry, slot, now)
-
-    def _say_evicted(self, entry: AdapterEntry, slot: Slot, now: float) -> None:
-        self._guard.say(events.AdapterEvicted, entry, now, level="slot", slot=slot.index, nbytes=entry.nbytes)
-        self._guard.tell("adapter_evicted", now, adapter=entry.name)
 
     def slot_of(self, entry: AdapterEntry) -> Slot:
         """Return the slot that holds an adapter, or is being written with it."""
@@ -189,39 +153,27 @@ class SlotTable:
 
     def room_beside_pinned(self) -> int:
         """Return the bytes of the largest adapter that may still get a slot while pinned adapters stay; 0 if
-        these hold every slot. Pinned adapters are not moved."""
+        these hold every slot."""
         held = [slot.offset for slot in self.slots if slot.pinned and slot.offset is not None]
         if len(self.slots) == len(held):
             return 0
-        beside = self.arena.copy()
+        beside = Arena(self.arena.size, self.arena.granule)
         beside.regions = {offset: self.arena.regions[offset] for offset in held}
         return beside.largest_hole
-
-    def superseded(self) -> set[int]:
-        """Return the uids of old versions in slots that accepted requests still wait for."""
-        held = [slot.entry for slot in self.slots if slot.entry is not None]
-        return {entry.uid for entry in held if entry.retired and entry.waiting}
-
-    def least_busy(self, besides: set[int]) -> AdapterEntry | None:
-        """Return the adapter with the fewest running requests whose slot a pinned one could have."""
-        keep = besides | self.superseded()
-        held = [slot.entry for slot in self.slots if slot.entry is not None and not slot.loading]
-        could = [entry for entry in held if not entry.pinned and entry.uid not in keep]
-        return min(could, key=lambda entry: entry.running, default=None)
 
     def ranks(self) -> Sequence[int]:
         """Return the rank in each usable slot, 0 elsewhere."""
         if self._ranks is None:
-            self._ranks = [0 if s.entry is None or s.loading else s.entry.rank for s in self.slots]
+            entries = [slot.entry for slot in self.slots]
+            self._ranks = [e.rank if e is not None and e.state is State.IN_SLOT else 0 for e in entries]
         return self._ranks
 
     def victims(self, keep: Collection[int]) -> list[Slot]:
         """Return the idle slots that are not pinned and whose adapter (by uid) is not in ``keep``. Those that
         no request waits for come first; among equals, the least recently used."""
-        return sorted(
-            (slot for slot in self.slots if slot.may_leave(keep)),
-            key=lambda slot: (slot.entry is not None and len(slot.entry.waiting) > 0, slot.last_used),
-        )
+        idle = [(s.entry, s) for s in self.slots if s.entry is not None and s.why_not(keep) is None]
+        idle.sort(key=lambda one: (len(one[0].waiting) > 0, one[1].last_used))
+        return [slot for _, slot in idle]
 
     def check(self) -> None:
         known, self._ranks = self._ranks, None
@@ -231,10 +183,9 @@ class SlotTable:
         for slot in self.slots:
             entry = slot.entry
             if entry is None:
-                assert slot.offset is None and not slot.moving
+                assert slot.offset is None
                 continue
             assert entry.slot == slot.index and entry.state in (State.COPYING, State.IN_SLOT)
-            assert not slot.loading or not entry.running, "a slot is written while in use"
-            assert slot.loading or not slot.moving
+            assert entry.state is State.IN_SLOT or not entry.running, "a slot is written while in use"
             taken[slot.offset] = self.arena.rounded(entry.slot_nbytes)
         assert taken == self.arena.regions, "the memory's regions are not those of the residents"

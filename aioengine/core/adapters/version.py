@@ -30,14 +30,14 @@ from aioengine.schedulers.policy import Location, SlotState
 
 
 class State(Enum):
-    """Where a version is."""
+    """Where a version is; the value says how policies see that."""
 
-    ON_DISK = "on disk"
-    LOADING = "being read"
-    STALLED = "being read, without progress"
-    ON_CPU = "in the CPU cache"
-    COPYING = "being copied into a slot"
-    IN_SLOT = "in a slot"
+    ON_DISK = "on disk", Location.DISK
+    LOADING = "being read", Location.LOADING
+    STALLED = "being read, without progress", Location.LOADING
+    ON_CPU = "in the CPU cache", Location.CPU
+    COPYING = "being copied into a slot", Location.CPU
+    IN_SLOT = "in a slot", Location.SLOT
 
 
 class Life(Enum):
@@ -90,17 +90,6 @@ LIVES: Mapping[Change, Mapping[Life, Life]] = MappingProxyType(
 )
 """The same of what it is for new requests."""
 
-LOCATIONS: Mapping[State, Location] = MappingProxyType(
-    {State.ON_DISK: Location.DISK, State.IN_SLOT: Location.SLOT}
-    | dict.fromkeys((State.LOADING, State.STALLED), Location.LOADING)
-    | dict.fromkeys((State.ON_CPU, State.COPYING), Location.CPU)
-)
-"""How policies see each state."""
-
-_SLOT_STATES: Mapping[State, SlotState] = MappingProxyType(
-    {State.COPYING: SlotState.LOADING, State.IN_SLOT: SlotState.READY}
-)
-
 
 class WrongChange(Exception):
     """A change that a version's state does not allow. It is a fault of the caller, and nothing has
@@ -123,17 +112,14 @@ class Version:
         """Carry out a change. Raises WrongChange, with the reason, if the state does not allow it."""
         life = LIVES[what].get(self.life) if what in LIVES else self.life
         state = STATES[what].get(self.state) if what in STATES else self.state
-        if life is None or state is None or self.life is Life.FREED:
-            befores = (*STATES.get(what, ()), *LIVES.get(what, ()))
-            allowed = " or ".join(before.value for before in befores)
-            now = self.state.value if life and self.life is not Life.FREED else self.life.value
-            raise WrongChange(f"{what.value}: the version is {now}, and must be {allowed}")
-        if life is Life.FREED and state is not State.ON_DISK:
-            raise WrongChange(f"{what.value}: a version that is {state.value} must leave first")
-        self.life, self.state, self.location = life, state, LOCATIONS[state]
-        self.slot_state = _SLOT_STATES.get(state, SlotState.FREE)
-        if self.retired and self.slot_state is SlotState.READY:
-            self.slot_state = SlotState.DRAINING
+        freed = self.life is Life.FREED
+        if life is None or state is None or freed or (life is Life.FREED and state is not State.ON_DISK):
+            where, _ = self.state.value
+            raise WrongChange(f"{what.value}: a version that is {where} and {self.life.value} must not")
+        self.life, self.state, (_, self.location) = life, state, state.value
+        self.slot_state = SlotState.LOADING if state is State.COPYING else SlotState.FREE
+        if state is State.IN_SLOT:
+            self.slot_state = SlotState.DRAINING if self.retired else SlotState.READY
         self.published = self.published or life is Life.CURRENT
 
     @property
