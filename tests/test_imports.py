@@ -101,7 +101,7 @@ ROOMS: dict[str, set[str]] = {
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "peft.folding", "resolvers"},
     "cli": {"config", "fleet", "generate", "lab", "serving"},
-    "core": {"adapters", "prefixes", "speculation"},
+    "core": {"adapters"},
     "executors": {"process", "ray"},
     "fleet": {"door"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit", "triton.quantized"},
@@ -160,7 +160,7 @@ FORBIDDEN: dict[str, set[str]] = {
 ONLY: dict[str, set[str]] = {
     "kernels": {"torch", "triton", "flashinfer", *sys.stdlib_module_names},
     "schedulers": {"msgspec", "sortedcontainers", *sys.stdlib_module_names},
-    "core": {"sortedcontainers", *sys.stdlib_module_names},
+    "core": {"msgspec", "sortedcontainers", *sys.stdlib_module_names},
 }
 """Room -> the only foreign top-level packages that it may import."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 
 from aioengine import events
@@ -14,7 +14,7 @@ from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
 from aioengine.core.queues import RequestQueues
-from aioengine.core.speculation.drafts import propose
+from aioengine.core.speculation import Drafting, propose
 from aioengine.core.state import Request, Status
 from aioengine.core.turns import Turns
 from aioengine.schedulers.policy import Location
@@ -88,51 +88,54 @@ class Batcher:
         first newcomer get a chunk, however little time there is, and so do further short ones and newcomers
         that need no more than a chunk together. A newcomer waits if one before it computes what it can share.
         """
-        self._now = now
-        size, preemptions = self.blocks.block_size, self.preemptions
-        decodes, growing, prefills = list[Request](), list[Request](), deque[Request]()
-        others = list[Request]()
-        """Decodes whose row is not that of a plain decode, or not yet."""
+        self._now, before = now, self.preemptions
+        decodes, prefills = list[Request](), deque[Request]()
         if self.blocks.window is not None:  # no step is in flight that has these blocks
             for request in self.running.values():
                 request.freed = self.blocks.give_back(request.blocks, request.freed, request.computed)
         for request in self.running.values():
             if request.decodes and (row := request.row) is not None:
-                row.start = computed = request.computed
-                row.tokens = request.tokens[-1:]
-                if not computed % size and computed >= len(request.blocks) * size:
-                    growing.append(request)
+                row.start, row.tokens = request.computed, request.tokens[-1:]
             elif request.computed < request.started and request.remaining > 1:
                 prefills.append(request)
                 continue
-            else:
-                others.append(request)
-                if len(request.tokens) > len(request.blocks) * size:
-                    growing.append(request)
             decodes.append(request)
-        if not (prefills or admit or others) and self._repeats(decodes, growing, slot_ranks):
+        if not (prefills or admit) and self._repeats(decodes, slot_ranks):
             return True
         if self._turns is not None:
-            decodes, every = self._turns.choose(decodes, self.running.values()), len(decodes)
-            if len(decodes) < every:
-                chosen = {request.seq for request in decodes}
-                growing = [request for request in growing if request.seq in chosen]
-                others = [request for request in others if request.seq in chosen]
-        # Growing one request may preempt another one of them, or itself.
-        for request in growing:
-            if request.status is Status.RUNNING:
+            decodes = self._turns.choose(decodes, self.running.values())
+        for request in decodes:  # growing one may preempt another one of them, or itself
+            grows = len(request.tokens) > len(request.blocks) * self.blocks.block_size
+            if grows and request.status is Status.RUNNING:
                 self._has_blocks(request, request.remaining)
-        if self.preemptions > preemptions:
-            decodes = [request for request in decodes if request.status is Status.RUNNING]
-            others = [request for request in others if request.status is Status.RUNNING]
+        if self.preemptions > before:  # short of blocks
+            decodes, admit = [request for request in decodes if request.status is Status.RUNNING], ()
+        others = [request for request in decodes if not request.decodes]
         for request in others:
             _fill(request, 1)
         room = self.limits.max_num_batched_tokens - len(decodes)
         room -= self._add_forced([r for r in others if r.remaining > 1], decodes, room, slot_ranks)
         if self.speculates:
             room -= self._draft(decodes, room, slot_ranks)
-        if self.preemptions > preemptions:  # short of blocks
-            admit = ()
+        work = self._add_prompts(prefills, admit, decodes, room, slot_ranks)
+        if self.preemptions > before:  # a request in ``work`` may have lost its blocks to a later one
+            work = [request for request in work if request.status is Status.RUNNING]
+        work.sort(key=_slot)
+        self.formed, self.sequences = work, list(map(_row, work))
+        whole = len(work) == len(self.running) and all(request.decodes for request in work)
+        self._decodes = decodes if whole and self.blocks.window is None else []
+        self._work = None
+        return False
+
+    def _add_prompts(
+        self,
+        prefills: deque[Request],
+        admit: Sequence[Request],
+        decodes: Sequence[Request],
+        room: int,
+        slot_ranks: Sequence[int],
+    ) -> list[Request]:
+        """Return the decodes and the requests with chunks of prompts beside them."""
         work, allowance = list(decodes), Allowance(room)
         oldest, prompts = None, list(prefills)
         if self.pacer is not None and (prefills or admit):
@@ -142,7 +145,10 @@ class Batcher:
                 allowance.hold(oldest)
                 prefills = deque(sorted(prefills, key=_remaining))
         short, new = Floor(), Floor()
-        for request in self._admissible(admit):
+        for request in admit:
+            if (reason := self._why_not(request)) is not None:
+                self._guard.refuse(reason, request.id)
+                continue
             while prefills and (oldest is None or prefills[0].remaining <= request.remaining):
                 self._compute(prefills.popleft(), allowance, short, work)
             if prompts and _is_under_way(request, prompts):
@@ -157,17 +163,10 @@ class Batcher:
         if oldest is not None:
             allowance.give_back()
             self._compute(oldest, allowance, Floor(), work)
-        if self.preemptions > preemptions:  # a request in ``work`` may have lost its blocks to a later one
-            work = [request for request in work if request.status is Status.RUNNING]
-        work.sort(key=_slot)
-        self.formed, self.sequences = work, list(map(_row, work))
-        whole = len(work) == len(self.running) and all(request.decodes for request in work)
-        self._decodes = decodes if whole and self.blocks.window is None else []
-        self._work = None
-        return False
+        return work
 
-    def _repeats(self, decodes: list[Request], growing: Sequence[Request], slot_ranks: Sequence[int]) -> bool:
-        """Whether a batch of these is the batch before, a token later. Then the ``growing`` have blocks."""
+    def _repeats(self, decodes: list[Request], slot_ranks: Sequence[int]) -> bool:
+        """Whether a batch of these is the batch before, a token later. Then all have blocks."""
         if not decodes or decodes != self._decodes or self.speculates:
             return False
         if self._turns is not None:
@@ -178,6 +177,8 @@ class Batcher:
                 self._work = self._work._replace(decode_pairs=pairs)
             if not self._turns.all_fit(self._work):
                 return False
+        size = self.blocks.block_size
+        growing = [request for request in decodes if request.computed >= len(request.blocks) * size]
         if not self.blocks.can_allocate(len(growing)):
             return False
         for request in growing:
@@ -206,7 +207,7 @@ class Batcher:
             allowance = self.pacer.allowance_of_decodes(StepWork.of(map(_row, decodes), slot_ranks), room)
         taken = 0
         for request in sorted(forced, key=_remaining):
-            more = allowance.take_more(request, request.remaining - 1)
+            more = allowance.take(request, request.remaining - 1)
             _fill(request, 1 + more)
             taken += more
         return taken
@@ -221,7 +222,10 @@ class Batcher:
             each = StepWork.of(map(_row, able), slot_ranks)
             fixed, room = self.pacer.fixed_tokens(each), min(room, self.pacer.drafts(each))
         taken = 0
-        for request, draft in zip(able, propose(able, limits, fixed, room), strict=True):
+        draftings = [request.drafting or Drafting() for request in able]
+        drafts = propose(draftings, [request.tokens for request in able], limits, fixed, room)
+        for request, drafting, draft in zip(able, draftings, drafts, strict=True):
+            request.drafting = drafting
             if draft and self._has_blocks(request, request.remaining + len(draft), only_free=True):
                 _fill(request, request.remaining, draft)
                 taken += len(draft)
@@ -238,7 +242,7 @@ class Batcher:
     def _compute(self, request: Request, allowance: Allowance, floor: Floor, work: list[Request]) -> None:
         """Add a chunk of the request's prompt, if the budget allows one."""
         if request.status is Status.RUNNING:
-            tokens = allowance.take(request, floor)
+            tokens = allowance.take(request, request.next_piece, floor)
             if tokens > 0 and self._has_blocks(request, tokens):
                 _fill(request, tokens)
                 work.append(request)
@@ -263,20 +267,13 @@ class Batcher:
         request.blocks += self.blocks.allocate(new)
         return True
 
-    def _admissible(self, admit: Sequence[Request]) -> Iterator[Request]:
-        """Return the requests that may be admitted now; the others are refused."""
-        for request in admit:
-            if request.status is not Status.WAITING:
-                self._guard.refuse("admit_not_waiting", request.id)
-                continue
-            entry = request.adapter
-            if entry is not None and entry.location is not Location.SLOT:
-                self._guard.refuse("admit_adapter_not_ready", request.id)
-                continue
-            if len(self.running) >= self.limits.max_num_seqs:
-                self._guard.refuse("admit_over_max_num_seqs", request.id)
-                continue
-            yield request
+    def _why_not(self, request: Request) -> str | None:
+        """Return the reason if a request may not be admitted now."""
+        if request.status is not Status.WAITING:
+            return "admit_not_waiting"
+        if request.adapter is not None and request.adapter.location is not Location.SLOT:
+            return "admit_adapter_not_ready"
+        return "admit_over_max_num_seqs" if len(self.running) >= self.limits.max_num_seqs else None
 
     def _start(self, request: Request) -> bool:
         """Move a request from WAITING to RUNNING with blocks for all its known tokens, as many as possible
@@ -293,9 +290,8 @@ class Batcher:
         kept = blocks.kept_beside(shared)
         if not blocks.can_allocate(new + kept, shared):
             # Pins give way if it would otherwise wait for them, and not for requests that end.
-            if not kept or (self.running and len(shared) + new + kept <= blocks.num_blocks):
-                return False
-            if not blocks.can_allocate(new, shared):
+            waits = self.running and len(shared) + new + kept <= blocks.num_blocks
+            if not kept or waits or not blocks.can_allocate(new, shared):
                 return False
         table = blocks.allocate(new, shared)
         request.blocks, request.freed = table[:1] * (1 + freed) + table[1:], freed
@@ -369,10 +365,10 @@ class Batcher:
         """Pin those of the request's ``cache_pins`` whose blocks are all in the prefix cache by now, once
         each. Tokens of a block that the pin covers in part are not kept."""
         size = self.blocks.block_size
-        while request.pins and request.pins[-1].tokens // size <= request.committed:
-            pin = request.pins.pop()
-            prefix = request.hashes[: pin.tokens // size]
-            count = self.blocks.pin(request.options.tenant, prefix, pin.seconds, self._now)
+        while request.pins and request.pins[-1][0] // size <= request.committed:
+            tokens, seconds = request.pins.pop()
+            prefix = request.hashes[: tokens // size]
+            count = self.blocks.pin(request.options.tenant, prefix, seconds, self._now)
             request.pinned_tokens = max(request.pinned_tokens, count * size)
 
     def release(self, request: Request) -> None:

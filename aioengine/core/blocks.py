@@ -6,7 +6,7 @@ its identity is the hash of everything that it depends on (the adapter's content
 own tokens) and of its request's salt. So blocks of different adapters, or of different contents of one
 adapter, can never be confused, and a request learns nothing about prompts that were sent with another salt.
 Freed blocks keep their contents until they are reused, the least recently freed first. Those with pinned
-contents (:mod:`aioengine.core.prefixes.pins`) are reused only when no others are free.
+contents (:mod:`aioengine.core.pins`) are reused only when no others are free.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Container, Sequence
 from hashlib import blake2b
 from itertools import chain
 
-from aioengine.core.prefixes.pins import PrefixPins
+from aioengine.core.pins import PrefixPins
 
 
 class BlockManager:
@@ -59,35 +59,27 @@ class BlockManager:
 
     @property
     def free(self) -> set[int]:
-        """The blocks that no sequence references, for checks."""
+        """These blocks, for checks."""
         return {*self._empty, *self._cached, *self._kept}
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
     def hash_blocks(
-        self,
-        key: bytes,
-        tokens: Sequence[int],
-        known: Sequence[bytes],
-        *,
-        turn: int = 0,
-        rest_key: bytes = b"",
+        self, key: bytes, tokens: Sequence[int], known: Sequence[bytes], turn: int = 0, rest_key: bytes = b""
     ) -> list[bytes]:
         """Return the chained hashes of all full blocks of ``tokens``; ``known`` is a prefix that is already
         hashed.
 
         ``key`` stands for everything else that two sequences must share to share blocks. If ``turn`` is not
         0, ``rest_key`` is hashed too, for the blocks from that one on."""
-        hashes = list(known)
+        hashes, size = list(known), self.block_size
         parent = hashes[-1] if hashes else blake2b(key, digest_size=16).digest()
-        for start in range(len(hashes) * self.block_size, len(tokens), self.block_size):
-            chunk = tokens[start : start + self.block_size]
-            if len(chunk) < self.block_size:
-                break
-            if turn and len(hashes) == turn:
+        for index in range(len(hashes), len(tokens) // size):
+            if turn and index == turn:
                 parent = blake2b(parent + rest_key, digest_size=16, person=b"turn").digest()
-            parent = blake2b(parent + array("q", chunk).tobytes(), digest_size=16).digest()
+            chunk = array("q", tokens[index * size : (index + 1) * size])
+            parent = blake2b(parent + chunk.tobytes(), digest_size=16).digest()
             hashes.append(parent)
         return hashes
 
@@ -113,11 +105,7 @@ class BlockManager:
 
     def can_allocate(self, new: int, shared: Sequence[int] = ()) -> bool:
         """Whether ``new`` blocks are free beside the ``shared`` ones from the cache."""
-        return self.num_free - (self.revived(shared) if shared else 0) >= new
-
-    def revived(self, shared: Sequence[int]) -> int:
-        """Count those of ``blocks`` that are free now."""
-        return sum(1 for block in shared if self._refs[block] == 0)
+        return self.num_free - sum(self._refs[block] == 0 for block in shared) >= new
 
     def kept_beside(self, shared: Sequence[int]) -> int:
         """Count the free blocks with pinned contents that are not among ``shared``."""
@@ -184,7 +172,7 @@ class BlockManager:
     # Pins
 
     def _list_of(self, block: int) -> OrderedDict[int, None]:
-        """Return the list that a block with cached contents is in when it is free."""
+        """Return the list that a free block with cached contents is in."""
         return self._kept if self._hash_of[block] in self.pins else self._cached
 
     def pin(self, tenant: str | None, hashes: Sequence[bytes], seconds: float, now: float) -> int:
@@ -205,9 +193,7 @@ class BlockManager:
 
     def expire(self, now: float) -> None:
         """End the pins whose time is over."""
-        end = self.pins.next_end
-        if end is not None and end <= now:
-            self._unpinned(self.pins.expire(now))
+        self._unpinned(self.pins.expire(now))
 
     def _unpinned(self, lost: Sequence[bytes]) -> None:
         for digest in lost:

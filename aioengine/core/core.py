@@ -8,7 +8,8 @@ adapter moves to start. The policy only proposes: the core checks every proposal
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict
@@ -24,7 +25,7 @@ from aioengine.core.costs import MeasuredCosts
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer
-from aioengine.core.prefixes.pins import PrefixPins
+from aioengine.core.pins import PrefixPins
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, Request, Status, where_is
 from aioengine.core.step_results import StepResults, TokensBefore, token_intervals
@@ -71,32 +72,25 @@ class Core:
         self.now = 0.0
         self.step = 0
         known: dict[str, AdapterEntry] = {}
-        self.guard = PolicyGuard(
-            policy,
-            FCFS,
-            limits,
-            requests=self.requests,
-            adapters=known,
-            timer=timer,
-            processor=processor,
-        )
+        self.guard = PolicyGuard(policy, FCFS, limits, self.requests, known, timer, processor)
         self.outbox = self.guard.outbox
         """The events so far; always the same list."""
         self.residency = Residency(limits, known, self.guard, self._cpu_order)
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.placing = Placing(self.residency, self.guard)
+        pins = PrefixPins(limits.max_pinned_blocks, limits.max_pinned_blocks_per_tenant)
         self.blocks = BlockManager(
             limits.num_blocks,
             limits.block_size,
             prefix_caching=limits.prefix_caching,
             window=limits.window,
-            pins=PrefixPins(limits.max_pinned_blocks, limits.max_pinned_blocks_per_tenant),
+            pins=pins,
         )
         self.room = WaitingRoom(limits)
         self.queues = RequestQueues(self.room)
-        paced = limits.max_step_seconds is not None
-        pacer = Pacer(limits.max_step_seconds or 0.0, limits.pair_tokens) if paced else None
+        seconds = limits.max_step_seconds
+        pacer = None if seconds is None else Pacer(seconds, limits.pair_tokens)
         self.batcher = Batcher(self.blocks, self.queues, self.guard, limits, pacer)
         self.running = self.batcher.running
         self._repeats = repeats
@@ -130,19 +124,24 @@ class Core:
 
         Raises EngineOverloaded if there is none.
         """
-        try:
+        with self._telling_refusals(tenant, adapters, now):
             return self.room.enter(tenant, adapters, now, tokens)
-        except EngineOverloaded as error:
-            self.guard.emit(_refusal(error, tenant, adapters, now))
-            raise
 
     def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
         """Count the tokens of a prompt whose place was reserved. Raises EngineOverloaded if they are too
         many."""
-        try:
+        with self._telling_refusals(ticket.tenant, ticket.adapters, now):
             self.room.weigh(ticket, tokens, now)
+
+    @contextmanager
+    def _telling_refusals(self, tenant: str | None, adapters: Sequence[str], now: float) -> Iterator[None]:
+        """Tell listeners of a request that finds no waiting place."""
+        try:
+            yield
         except EngineOverloaded as error:
-            self.guard.emit(_refusal(error, ticket.tenant, ticket.adapters, now))
+            adapter = error.adapter or next(iter(adapters), None)
+            bound = error.bound or "server"
+            self.guard.emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
             raise
 
     def add_request(
@@ -161,12 +160,10 @@ class Core:
     ) -> Request:
         """Accept a request (its prompt already checked against ``max_model_len``).
 
-        ``scale`` is what its adapter is multiplied by. ``given`` is unfinished output of another engine; the
-        request continues it.
-
-        ``adapter`` is the version for the adapter's name in ``options``, and ``deadline`` the time when the
-        request must have ended. ``ticket`` is its place among the waiting requests. Without one, raises
-        EngineOverloaded as ``reserve`` does.
+        ``adapter`` is the version for the adapter's name in ``options``, ``scale`` what it is multiplied by,
+        and ``deadline`` the time when the request must have ended. ``given`` is unfinished output of another
+        engine; the request continues it. ``ticket`` is its place among the waiting requests. Without one,
+        raises EngineOverloaded as ``reserve`` does.
         """
         assert request_id not in self.requests
         if ticket is None:
@@ -222,8 +219,7 @@ class Core:
         comes back."""
         if request.status is Status.ENDED:
             return
-        waited = request.status is Status.WAITING
-        if waited:
+        if request.status is Status.WAITING:
             self.queues.remove(request)
         else:
             del self.running[request.seq]
@@ -258,20 +254,17 @@ class Core:
     # Events in: adapters
 
     def adapter_loaded(self, entry: AdapterEntry, now: float, found: LoadedAdapter) -> AdapterError | None:
-        """Take in an adapter that has been read.
-
-        Returns the reason if it can never be kept; the requests that wait for it fail with this reason.
-
-        Otherwise it is in the cache, or dropped if there is no room for its bytes beside the adapters that
-        others need. Then it is read again when there is room.
-        """
+        """Take in an adapter that has been read. Returns the reason if it can never be kept; the requests
+        that wait for it fail with this reason. Otherwise it is in the cache, or dropped if there is no room
+        for its bytes beside the adapters that others need; then it is read again when there is room."""
         self.now = max(self.now, now)
         error = self.residency.loaded(entry, now, found)
         if error is not None:
             self._fail_waiting(entry, now, error)
         elif not entry.scalable:
             failure = changed(entry, "to a kind that is scaled in another way; try again")
-            self._fail_waiting(entry, now, failure, only_scaled=True)
+            for request in [waiting for waiting in entry.waiting if waiting.scale != 1.0]:
+                self.end(request, "error", now, failure)
         return error
 
     def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
@@ -298,13 +291,9 @@ class Core:
         self.residency.place_failed(entry, now, error)
         self._fail_waiting(entry, now, error)
 
-    def _fail_waiting(
-        self, entry: AdapterEntry, now: float, error: Exception, *, only_scaled: bool = False
-    ) -> None:
-        """Fail the requests that wait for it, or those of them that scale it."""
+    def _fail_waiting(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         for request in list(entry.waiting):
-            if request.scale != 1.0 or not only_scaled:
-                self.end(request, "error", now, error)
+            self.end(request, "error", now, error)
 
     # Scheduling
 
@@ -334,8 +323,10 @@ class Core:
             else:
                 self.guard.refuse("preempt_not_running", request.id)
         self.placing.apply(decision, now)
+        preemptions = self.batcher.preemptions
         batch = self._form_batch(decision.admit)
-        self.guard.carried_out(decision)
+        if self.batcher.preemptions == preemptions:
+            self.guard.carried_out(decision)
         busy = self.placing.pinned_wait or self.residency.wanted or self._costs.learner is not None
         if batch is not None and self._repeats and not busy:
             due, until = self.next_due(), self.guard.quiet_until
@@ -347,9 +338,7 @@ class Core:
     def _form_batch(self, admit: Sequence[Request]) -> StepBatch | None:
         ranks, closed = self.slots.ranks(), self.placing.closed
         if closed:
-            admit = [
-                request for request in admit if request.adapter is None or request.adapter.uid not in closed
-            ]
+            admit = [r for r in admit if r.adapter is None or r.adapter.uid not in closed]
         again = self.batcher.form(admit, self.now, ranks)
         if not self.batcher.formed:
             return None
@@ -471,11 +460,3 @@ class Core:
         self.queues.check()
         for request in self.queues:
             assert request.status is Status.WAITING and not request.blocks
-
-
-def _refusal(
-    error: EngineOverloaded, tenant: str | None, adapters: Sequence[str], now: float
-) -> events.RequestRefused:
-    bound = "server" if error.bound is None else error.bound
-    adapter = error.adapter or next(iter(adapters), None)
-    return events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
 from statistics import fmean
 from typing import Literal
 
@@ -35,28 +34,24 @@ class MeasuredCosts:
         return self._seconds([work])
 
     def prefill(self, tokens: int, rank: int = 0, *, cached: int = 0) -> float | None:
-        chunk = self._limits.max_num_batched_tokens
-        return self._seconds(_chunks(tokens, rank, cached, chunk))
+        chunks: list[StepWork] = []
+        for start in range(0, tokens, self._limits.max_num_batched_tokens):
+            count = min(self._limits.max_num_batched_tokens, tokens - start)
+            pairs = count * (cached + start + count / 2)
+            chunks.append(StepWork(1, count, pairs, 0, rank * (count + ADAPTER_TOKENS)))
+        return self._seconds(chunks)
 
     def load(self, adapter: str, stage: Literal["disk", "slot"]) -> float | None:
-        entry = self._adapters.get(adapter)
-        if entry is None:
+        def took(entry: AdapterEntry) -> float | None:
+            return entry.disk_seconds if stage == "disk" else entry.slot_seconds
+
+        if adapter not in self._adapters:
             return None
-        took = attrgetter(f"{stage}_seconds")
-        known = [each for each in map(took, self._adapters.values()) if each is not None]
-        own: float | None = took(entry)
-        return own if own is not None or not known else fmean(known)
+        own = took(self._adapters[adapter])
+        known = [seconds for seconds in map(took, self._adapters.values()) if seconds is not None]
+        return fmean(known) if own is None and known else own
 
     def _seconds(self, work: Iterable[StepWork]) -> float | None:
         if self.learner is None:
             self.learner = Pacer(1.0, self._limits.pair_tokens)
-        if not self.learner.has_learned:
-            return None
-        return sum(map(self.learner.seconds, work))
-
-
-def _chunks(tokens: int, rank: int, cached: int, chunk: int) -> Iterable[StepWork]:
-    for start in range(0, tokens, chunk):
-        count = min(chunk, tokens - start)
-        pairs = count * (cached + start + count / 2)
-        yield StepWork(1, count, pairs, 0, rank * (count + ADAPTER_TOKENS))
+        return sum(map(self.learner.seconds, work)) if self.learner.has_learned else None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import msgspec
 
 from aioengine import events
 from aioengine.core.limits import CoreLimits
@@ -26,11 +28,23 @@ from aioengine.schedulers.policy import (
     SchedulerView,
 )
 
-_Call = Literal["schedule", "cpu_victims", "on_event"]
-
-MAX_ITEMS = 4096
+MAX_ITEMS = msgspec.Meta(max_length=4096)
 """Maximum number of items in one field of a decision, because the core's checks take time too."""
 T = TypeVar("T")
+_Names = Annotated[list[str], MAX_ITEMS]
+
+
+class _Checked(msgspec.Struct):
+    """A decision whose fields have the right types."""
+
+    admit: _Names
+    place: Annotated[list[tuple[str, int | None]], MAX_ITEMS]
+    prefetch: _Names
+    preempt: _Names
+    reject: Annotated[list[tuple[str, str]], MAX_ITEMS]
+    evict: _Names
+    discard: _Names
+    ask_again: float | None
 
 
 class Resolved(NamedTuple):
@@ -59,7 +73,7 @@ class Resolved(NamedTuple):
         )
 
 
-_EMPTY, _NOTHING = Decision(), Resolved([], [], [], [], [], [], [])
+_NOTHING = Resolved([], [], [], [], [], [], [])
 
 
 class PolicyGuard:
@@ -80,11 +94,10 @@ class PolicyGuard:
         policy: SchedulerPolicy,
         make_safe: Callable[[], SchedulerPolicy],
         limits: CoreLimits,
-        *,
         requests: Mapping[str, Request],
         adapters: Mapping[str, AdapterEntry],
         timer: Callable[[], float] | None,
-        processor: Callable[[], float] | None = None,
+        processor: Callable[[], float] | None,
     ) -> None:
         self.seconds = 0.0
         """Seconds that the policy took for the last decision, including nested calls."""
@@ -100,13 +113,8 @@ class PolicyGuard:
         self._timer = timer
         self._processor = timer if processor is None else processor
         self._limits = limits
-        self._ask_again: float | None = None
-        """``ask_again`` of the decision that is being carried out."""
-        self._named: set[str] = set()
-        """Requests that this decision preempts or rejects, and adapters that it lets leave their slots."""
         self._now = 0.0
         """Time of the last decision."""
-        self._quiet_until = -math.inf
         self.change(policy)
 
     def change(self, policy: SchedulerPolicy) -> None:
@@ -115,8 +123,10 @@ class PolicyGuard:
         self.name = type(policy).__name__
         self._overruns = Overruns(self._limits.policy_time_budget, self._limits.policy_max_overruns)
         self._has_failed = False
-        self._ask_again, self._quiet_since = None, -1
-        """The latter: ``changes`` after the last decision that was carried out whole and named a time."""
+        self._ask_again: float | None = None
+        """``ask_again`` of the last decision."""
+        self._quiet_since = -1
+        """``changes`` after the last decision that was carried out whole and named a time."""
 
     # Decisions
 
@@ -127,42 +137,58 @@ class PolicyGuard:
         if view.now < self.quiet_until:
             return _NOTHING
         start = self._times()
-        decision = self._ask("schedule", view.now, lambda: _well_formed(self.policy.schedule(view)))
+        decision = self._ask("schedule", view.now, lambda: _checked(self.policy.schedule(view)))
         self._ask_again = None if decision is None else decision.ask_again
         if decision is None:
-            decision = self._in_its_place().schedule(view)
+            decision = _checked(self._in_its_place().schedule(view))
         self.refusals.clear()
         self._measure(view.now, start)
-        resolved = _NOTHING if decision is _EMPTY else self._resolve(decision)
-        self._named = {request.id for request in resolved.preempt}
-        self._named.update(request.id for request, _ in resolved.reject)
-        self._named.update(entry.name for entry in (*resolved.evict, *resolved.discard))
-        return resolved
+        requests, adapters, known = self._requests, self._adapters, self._known
+        return Resolved(
+            admit=known(decision.admit, requests, "admit_unknown_request"),
+            place=[
+                (entry, Place(entry.name, slot))
+                for adapter, slot in decision.place
+                for entry in known([adapter], adapters, "place_unknown_adapter")
+            ],
+            prefetch=known(decision.prefetch, adapters, "prefetch_unknown_adapter"),
+            preempt=known(decision.preempt, requests, "preempt_not_running"),
+            reject=[
+                (request, str.__str__(reason))
+                for request_id, reason in decision.reject
+                for request in known([request_id], requests, "reject_unknown_request")
+            ],
+            evict=known(decision.evict, adapters, "evict_unknown_adapter"),
+            discard=known(decision.discard, adapters, "discard_unknown_adapter"),
+        )
 
     def carried_out(self, decision: Resolved) -> None:
-        """Note that the core has done what it could of ``decision``. If that was all of it, and nothing else
-        happened meanwhile, the policy is not asked again before the time that it named."""
+        """Note that the core has done what it could of ``decision``. If that was all of it, the policy is not
+        asked again before the time that it named, unless something else happens."""
         if self._ask_again is not None and not self.refusals and decision.is_whole:
-            self._quiet_until, self._quiet_since = self._ask_again, self.changes
-        self._ask_again = None
+            self._quiet_since = self.changes
 
     @property
     def quiet_until(self) -> float:
         """The time until which the policy wants not to be asked unless there is an event."""
-        return self._quiet_until if self.changes == self._quiet_since else -math.inf
+        if self._ask_again is None or self.changes != self._quiet_since:
+            return -math.inf
+        return self._ask_again
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> list[str]:
-        """Ask for the policy's order of eviction; invalid entries are dropped."""
+        """Ask for the policy's order of eviction; invalid answers are dropped."""
         start = self._times()
         names = self._ask(
             "cpu_victims",
             view.now,
-            lambda: _strings("cpu_victims", self.policy.cpu_victims(view, candidates)),
+            lambda: msgspec.convert(self.policy.cpu_victims(view, candidates), list[str]),
         )
         self._measure(view.now, start)
-        return names or []
+        return [str.__str__(name) for name in names or ()]
 
-    def _ask(self, call: _Call, now: float, question: Callable[[], T]) -> T | None:
+    def _ask(
+        self, call: Literal["schedule", "cpu_victims", "on_event"], now: float, question: Callable[[], T]
+    ) -> T | None:
         """Return the policy's answer; None if it has failed."""
         try:
             return question()
@@ -177,33 +203,14 @@ class PolicyGuard:
             self.emit(events.PolicyFailed(time=now, error=text, call=call, traceback=trace))
             return None
 
-    def _resolve(self, decision: Decision) -> Resolved:
-        requests, adapters, known = self._requests, self._adapters, self._known
-        return Resolved(
-            reject=[
-                (request, reason)
-                for request_id, reason in decision.reject
-                for request in known([request_id], requests, "reject_unknown_request")
-            ],
-            place=[
-                (entry, item)
-                for item in decision.place
-                for entry in known([item.adapter], adapters, "place_unknown_adapter")
-            ],
-            admit=known(decision.admit, requests, "admit_unknown_request"),
-            prefetch=known(decision.prefetch, adapters, "prefetch_unknown_adapter"),
-            preempt=known(decision.preempt, requests, "preempt_not_running"),
-            evict=known(decision.evict, adapters, "evict_unknown_adapter"),
-            discard=known(decision.discard, adapters, "discard_unknown_adapter"),
-        )
-
     def _known(self, names: Sequence[str], known: Mapping[str, T], otherwise: str) -> list[T]:
         """Resolve names to records; unknown names are refused."""
         found: list[T] = []
         for name in names:
-            item = known.get(name)
+            # A class derived from str may have methods that raise where it is looked up.
+            item = known.get(plain := str.__str__(name))
             if item is None:
-                self.refuse(otherwise, name)
+                self.refuse(otherwise, plain)
             else:
                 found.append(item)
         return found
@@ -237,20 +244,9 @@ class PolicyGuard:
         self.changes += 1
         view = None if request is None else request.view
         event = PolicyEvent(kind, now, view, adapter if view is None else view.adapter, was)
-        if self._ask_again is not None and not self._is_expected(event):
-            self._ask_again = None
         if self._safe is not None and self.policy is not self._safe:
             self._safe.on_event(event)
         self._ask("on_event", now, lambda: self.policy.on_event(event))
-
-    def _is_expected(self, event: PolicyEvent) -> bool:
-        """Whether the event, which comes while a decision is carried out, is an effect of this decision."""
-        if event.kind in ("request_preempted", "request_finished"):
-            return event.request is not None and event.request.request_id in self._named
-        if event.kind == "adapter_dropped":  # from the CPU cache, for an adapter that is to be read
-            entry = self._adapters.get(event.adapter or "")
-            return entry is None or not entry.waiting
-        return event.kind == "request_admitted" or event.adapter in self._named
 
     # Failures
 
@@ -280,63 +276,11 @@ class PolicyGuard:
             self.emit(events.PolicyReplaced(time=now, reason=f"{self.name} {complaint}"))
 
 
-def _well_formed(answer: Any) -> Decision:
+def _checked(answer: Any) -> _Checked:
+    """Check the types of what ``schedule`` has returned. Raises TypeError or msgspec.ValidationError, which
+    name the field."""
     if not isinstance(answer, Decision):
         raise TypeError(f"schedule() returned {type(answer).__name__}, not Decision")
-    ask_again = None if answer.ask_again is None else _time(answer.ask_again)
-    if all(type(field) in (list, tuple) and not field for field in answer[:-1]):
-        return _EMPTY if ask_again is None else Decision(ask_again=ask_again)
-    return Decision(
-        admit=_strings("admit", answer.admit),
-        place=[_place(item) for item in _items("place", answer.place)],
-        prefetch=_strings("prefetch", answer.prefetch),
-        preempt=_strings("preempt", answer.preempt),
-        reject=[_rejection(item) for item in _items("reject", answer.reject)],
-        evict=_strings("evict", answer.evict),
-        discard=_strings("discard", answer.discard),
-        ask_again=ask_again,
-    )
-
-
-def _rejection(item: Any) -> tuple[str, str]:
-    if isinstance(item, tuple) and len(item) == 2 and all(isinstance(part, str) for part in item):
-        return _plain(item[0]), _plain(item[1])
-    raise TypeError(f"reject contains {item!r}, not a tuple of a request id and a reason")
-
-
-def _place(item: Any) -> Place:
-    adapter, slot = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
-    if not isinstance(adapter, str) or not (slot is None or type(slot) is int):
-        raise TypeError(f"place contains {item!r}, not Place(adapter: str, slot: int | None)")
-    return Place(_plain(adapter), slot)
-
-
-def _strings(field: str, items: Any) -> list[str]:
-    found = list(_items(field, items))
-    for index, item in enumerate(found):
-        if type(item) is not str:
-            if not isinstance(item, str):
-                raise TypeError(f"{field} contains {item!r}, not a str")
-            found[index] = _plain(item)
-    return found
-
-
-def _plain(text: str) -> str:
-    """Return the text itself: the methods of a class derived from ``str`` may raise where it is looked up."""
-    return text if type(text) is str else str.__str__(text)
-
-
-def _time(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
-        return float(value)
-    raise TypeError(f"ask_again is {value!r}, not a time in seconds or None")
-
-
-def _items(field: str, items: Any) -> Collection[Any]:
-    """Refuse a field without a length, which might never end, and a field longer than ``MAX_ITEMS``."""
-    if type(items) not in (list, tuple) and (isinstance(items, str) or not isinstance(items, Collection)):
-        raise TypeError(f"{field} is {items!r}, not a sequence")
-    if len(items) > MAX_ITEMS:
-        raise TypeError(f"{field} has {len(items)} items; at most {MAX_ITEMS} are looked at")
-    found: Collection[Any] = items
-    return found
+    if answer.ask_again != answer.ask_again:
+        raise TypeError("ask_again is not a number")
+    return msgspec.convert(answer._asdict(), _Checked)

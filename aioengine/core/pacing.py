@@ -32,29 +32,14 @@ _FIRST_DECODE_PAIRS = 3.0
 query."""
 _FIRST_RANK = 0.004
 """First estimate of what one rank of an adapter adds to a token's cost."""
-_RISE, _FALL, _FALL_AGAIN = 0.5, 0.2, 0.4
-"""Share of an upward and of a downward deviation that is learned at once, and of a downward one that follows
-another. Upward is larger, because too small a chunk is the safer error; but one that was too small again was
-no accident."""
-_FELL = -0.1
-"""A downward deviation that counts as one, as a logarithm: a tenth of the time, or one and a half of the
-deviations' mean, if that is more."""
-_SPREAD_STEPS = 32
-"""Steps over which that mean is taken, roughly."""
+_RISE, _FALL = 0.5, 0.35
+"""Share of an upward and of a downward deviation that is learned at once. Upward is larger, because too small
+a chunk is the safer error."""
 _SUDDEN = 1.5
 """A step that takes more than this many times its expected time is taken for a slower machine:
 ``_SUDDEN_RISE`` of the deviation is learned. If the next step fits better to what was known before, it was an
 accident, and is forgotten."""
 _SUDDEN_RISE = 0.85
-_EXCESS = 2.5
-"""How many times its expected time a step may take without consequence. If steps take longer again and again,
-the target is shortened, so that the next such step takes ``_EXCESS`` targets: only the second-longest of
-``_REMEMBERED`` steps counts."""
-_SHORTEST = 4.0
-"""The target is shortened by this factor at most."""
-_REMEMBERED = 64
-_SETTLED = 16
-"""Steps that are guesses, and count for nothing in that."""
 _BELIEVED = 4.0
 """A step that takes more than this many times its expected time counts as one that takes this many. (The
 machine may have been suspended.)"""
@@ -113,18 +98,10 @@ class Pacer:
         self._largest = _FIRST_TOKENS // 2
         """Tokens of the largest step so far."""
         self._steps = 0
-        self._fell = False
-        """Whether the last step took less time than expected."""
-        self._spread = 0.0
-        """Mean size of the deviations, as logarithms."""
         self._before: list[float] | None = None
         """The coefficients before the last step, if that took suddenly long."""
-        self._excesses: list[tuple[int, float]] = []
-        """Number and excess of the steps remembered that took longer than the target and ``_EXCESS`` times
-        what was expected."""
         in_tokens = (GRAIN, 1.0, pair_tokens, _FIRST_DECODE_PAIRS * pair_tokens, _FIRST_RANK)
-        first = max_step_seconds / _FIRST_TOKENS
-        self._coefficients = [first * tokens for tokens in in_tokens]
+        self._coefficients = [max_step_seconds / _FIRST_TOKENS * tokens for tokens in in_tokens]
 
     @property
     def has_learned(self) -> bool:
@@ -139,57 +116,30 @@ class Pacer:
         """Learn from a step's time."""
         if not 0 < seconds < math.inf:
             return
-        self._forget_accident(work, seconds)
-        # Term by term, without lists and loops: each step waits for this.
-        c0, c1, c2, c3, c4 = self._coefficients
-        t0, t1, t2, t3, t4 = c0 * work[0], c1 * work[1], c2 * work[2], c3 * work[3], c4 * work[4]
-        expected = t0 + t1 + t2 + t3 + t4
-        deviation = math.log(seconds / expected)
-        if self._steps > 0:
-            bound = math.log(_BELIEVED)
-            deviation = min(max(deviation, -bound), bound)
-        self._steps += 1
-        self._note_excess(seconds, expected)
-        fell_before, self._fell = self._fell, deviation < min(_FELL, -1.5 * self._spread)
-        self._spread += (abs(deviation) - self._spread) / _SPREAD_STEPS
-        fall = _FALL_AGAIN if fell_before and self._fell else _FALL
-        rate = max(_RISE if deviation > 0 else fall, 1 / self._steps)
-        if self._steps > 1 and deviation > math.log(_SUDDEN):
-            self._before, rate = self._coefficients, max(rate, _SUDDEN_RISE)
-        common = 1.0 if self._steps == 1 else _COMMON
-        own = (1 - common) * expected / (t0 * t0 + t1 * t1 + t2 * t2 + t3 * t3 + t4 * t4)
-        learned, exp = rate * deviation, math.exp
-        self._coefficients = [
-            c0 * exp(learned * (common + own * t0)),
-            c1 * exp(learned * (common + own * t1)),
-            c2 * exp(learned * (common + own * t2)),
-            c3 * exp(learned * (common + own * t3)),
-            c4 * exp(learned * (common + own * t4)),
-        ]
-        self._largest = max(self._largest, work.tokens)
-
-    def _forget_accident(self, work: StepWork, seconds: float) -> None:
-        """Forget what was learned from the last step, if it took suddenly long and this one does not."""
         before, self._before = self._before, None
         if before is not None:
-            now = abs(math.log(seconds / self.seconds(work)))
-            if abs(math.log(seconds / _sum(before, work))) < now:
+            now, then = seconds / self.seconds(work), seconds / _sum(before, work)
+            if abs(math.log(then)) < abs(math.log(now)):  # the last step was an accident
                 self._coefficients = before
-
-    def _note_excess(self, seconds: float, expected: float) -> None:
-        """Note a step that took much longer than expected, and longer than the target."""
-        if self._excesses and self._excesses[0][0] <= self._steps - _REMEMBERED:
-            del self._excesses[0]
-        times = seconds / expected / _EXCESS
-        if times > 1 and seconds > self.max_step_seconds and self._steps > _SETTLED:
-            self._excesses.append((self._steps, min(times, _SHORTEST)))
-
-    @property
-    def _target(self) -> float:
-        """The target, shortened where steps have taken much longer than expected."""
-        if len(self._excesses) < 2:
-            return self.max_step_seconds
-        return self.max_step_seconds / sorted(times for _, times in self._excesses)[-2]
+        terms = list(map(float.__mul__, self._coefficients, map(float, work)))
+        expected = sum(terms)
+        deviation, common = math.log(seconds / expected), _COMMON
+        self._steps += 1
+        if self._steps == 1:
+            rate = common = 1.0
+        else:
+            bound = math.log(_BELIEVED)
+            deviation = min(max(deviation, -bound), bound)
+            rate = max(_RISE if deviation > 0 else _FALL, 1 / self._steps)
+            if deviation > math.log(_SUDDEN):
+                self._before, rate = self._coefficients, max(rate, _SUDDEN_RISE)
+        own = (1 - common) * expected / sum(map(float.__mul__, terms, terms))
+        learned, exp = rate * deviation, math.exp
+        self._coefficients = [
+            coefficient * exp(learned * (common + own * term))
+            for coefficient, term in zip(self._coefficients, terms, strict=True)
+        ]
+        self._largest = max(self._largest, work.tokens)
 
     def fixed_tokens(self, decodes: StepWork) -> float:
         """Return the fixed cost of a step with these decodes, in units of the time for one more token."""
@@ -201,7 +151,7 @@ class Pacer:
     def drafts(self, decodes: StepWork) -> int:
         """Return how many tokens may be proposed in a step with these decodes, so that prompts have their
         least share of the target; at least a smallest chunk."""
-        left = self._target / (1 + LEAST_SHARE) - self.seconds(decodes)
+        left = self.max_step_seconds / (1 + LEAST_SHARE) - self.seconds(decodes)
         _, token, pair, _, rank = self._coefficients
         each = token + (pair * decodes.decode_pairs + rank * decodes.ranks) / max(decodes.tokens, 1)
         return max(int(left / each), GRAIN)
@@ -212,13 +162,12 @@ class Pacer:
         least share of the target. At least as many as that cost, so that no more than half of the time goes
         to it."""
         fixed = self._coefficients[0]
-        return max(self._target / (1 + LEAST_SHARE) - fixed, fixed)
+        return max(self.max_step_seconds / (1 + LEAST_SHARE) - fixed, fixed)
 
     def decode_seconds(self, decodes: StepWork) -> float:
         """Return the seconds that decodes take beside the fixed cost of their step: the sum of their
         ``decode_costs``."""
-        _, token, _, pair, rank = self._coefficients
-        return token * decodes.tokens + pair * decodes.decode_pairs + rank * decodes.ranks
+        return self.seconds(decodes._replace(steps=0, pairs=0.0))
 
     def decode_costs(self, decodes: Iterable[Request]) -> list[float]:
         """Return the seconds that one token of each request adds to a step."""
@@ -238,17 +187,17 @@ class Pacer:
         tokens."""
         taken = self.seconds(decodes)
         least = taken * (LEAST_SHARE if decodes.tokens else LEAST_SHARE_ALONE)
-        return self._allowance(decodes, tokens, max(self._target - taken, least))
+        return self._allowance(decodes, tokens, max(self.max_step_seconds - taken, least))
 
     def allowance_of_decodes(self, decodes: StepWork, tokens: int) -> Allowance:
         """Return the allowance for this many more tokens that count as decodes. They leave prompts the least
         share of the target."""
-        seconds = self._target / (1 + LEAST_SHARE) - self.seconds(decodes)
+        seconds = self.max_step_seconds / (1 + LEAST_SHARE) - self.seconds(decodes)
         return self._allowance(decodes, tokens, max(seconds, 0.0))
 
     def _allowance(self, decodes: StepWork, tokens: int, seconds: float) -> Allowance:
         grown = max(2 * self._largest - decodes.tokens, 2 * GRAIN)
-        return Allowance(min(tokens, grown), seconds, tuple(self._coefficients))
+        return Allowance(min(tokens, grown), seconds, self._coefficients)
 
 
 def _sum(coefficients: Sequence[float], work: StepWork) -> float:
@@ -272,49 +221,37 @@ class Floor:
 
 
 class Allowance:
-    """Tokens and seconds that chunks of prompts may take in one step; without ``coefficients`` the time is
-    not bounded."""
+    """Tokens and seconds that chunks of prompts may take in one step, of which the time need not be
+    bounded."""
 
-    def __init__(
-        self, tokens: int, seconds: float = math.inf, coefficients: Sequence[float] | None = None
-    ) -> None:
-        self.paced = coefficients is not None
+    def __init__(self, tokens: int, seconds: float = math.inf, coefficients: Sequence[float] = (0.0,) * 5):
         self._tokens = tokens
         self._seconds = seconds
-        self._coefficients = coefficients or (0.0,) * 5
+        self._coefficients = coefficients
         self._held = (0, 0.0)
 
     def has_room(self, request: Request, floor: Floor) -> bool:
         """Whether a request that is to start would get a chunk, or all that the prefix cache has not."""
         if self._tokens <= 0:
             return False
-        if not self.paced or floor.of(GRAIN):
+        if self._seconds == math.inf or floor.of(GRAIN):
             return True
         start = len(request.find_cached()) * request.cache.block_size
         tokens = min(request.remaining - start, GRAIN)
         each, half = self._costs(request, start)
         return floor.of(tokens) > 0 or tokens * (each + half * tokens) <= self._seconds
 
-    def take(self, request: Request, floor: Floor) -> int:
-        """Return how many of the request's tokens to compute. They are at least those of ``floor``, however
-        little time is left, if the step has room for them."""
-        count = min(request.next_piece, self._tokens)
-        if self.paced:
-            each, half = self._costs(request, request.computed)
-            fitting = _fitting(each, half, self._seconds)
-            if fitting < count:
-                count = min(count, max(fitting // GRAIN * GRAIN, floor.of(count)))
-            self._seconds -= count * (each + half * count)
-        self._tokens -= count
-        floor.take(count)
-        return count
-
-    def take_more(self, request: Request, tokens: int) -> int:
-        """Return how many of these ``tokens`` of a request to compute, all of them if that is allowed."""
-        each, half = self._costs(request, request.computed)
-        count = min(tokens, self._tokens, _fitting(each, half, self._seconds))
+    def take(self, request: Request, tokens: int, floor: Floor | None = None) -> int:
+        """Return how many of these ``tokens`` of a request to compute. With a ``floor`` they are whole
+        grains, and at least those of the floor, however little time is left, if the step has room."""
+        count, (each, half) = min(tokens, self._tokens), self._costs(request, request.computed)
+        fitting = _fitting(each, half, self._seconds)
+        if fitting < count:
+            count = fitting if floor is None else min(count, max(fitting // GRAIN * GRAIN, floor.of(count)))
         self._tokens -= count
         self._seconds -= count * (each + half * count)
+        if floor is not None:
+            floor.take(count)
         return count
 
     def hold(self, request: Request) -> None:

@@ -12,13 +12,13 @@ from typing import Literal, NamedTuple, Protocol
 from aioengine.core.adapters.version import Version
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
-from aioengine.core.prefixes.invocation import NOWHERE, last_occurrence
+from aioengine.core.invocation import NOWHERE, last_occurrence
 from aioengine.core.record_views import CoreAdapterView, CoreRequestView
-from aioengine.core.speculation.depth import Drafting
+from aioengine.core.speculation import Drafting
 from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
 from aioengine.info import mix_name, scaled_digest
-from aioengine.request import CachePin, RequestOptions, SamplingParams, TokenLogprob
+from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.schedulers.policy import Location
 from aioengine.step import AdapterSource, LoadedAdapter, SequenceWork
 
@@ -215,8 +215,8 @@ class Request:
     """Number of ``blocks``, from the first on, that the prefix cache knows."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when it was first admitted."""
-    pins: list[CachePin] = field(init=False)
-    """The pins that it asks for and that are not reached yet, the longest prefix first."""
+    pins: list[tuple[int, float]] = field(init=False)
+    """Tokens and seconds of the pins that it asks for and has not reached, the longest prefix first."""
     pinned_tokens: int = 0
     """Prompt tokens whose blocks it has pinned in the prefix cache."""
     admitted: float | None = None
@@ -235,9 +235,8 @@ class Request:
         self.view, self.given = CoreRequestView(self), len(self.tokens) - self.prompt_len
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = []
-        within = [(min(pin.tokens, self.prompt_len), pin.seconds) for pin in self.options.cache_pins]
-        self.pins = [CachePin(tokens=tokens, seconds=seconds) for tokens, seconds in within]
-        self.pins.sort(key=lambda pin: -pin.tokens)
+        pins = [(min(pin.tokens, self.prompt_len), pin.seconds) for pin in self.options.cache_pins]
+        self.pins = sorted(pins, reverse=True)
 
     @property
     def held(self) -> list[int]:
@@ -319,13 +318,11 @@ class Request:
     def hash_blocks(self, cache: BlockManager) -> list[bytes]:
         """Bring ``hashes`` up to date with ``tokens`` and with the adapter's content, which may have changed
         if the adapter was read again."""
-        keys = self._cache_key(self.content.encode()), 0, b""
-        turn = self.adapted_from // cache.block_size
-        if turn:  # the base model computes the tokens before the invocation
-            keys = self._cache_key(b""), turn, keys[0]
+        turn, own = self.adapted_from // cache.block_size, self._cache_key(self.content.encode())
+        # The base model computes the tokens before the invocation.
+        keys = (self._cache_key(b""), turn, own) if turn else (own, 0, b"")
         known = self.hashes if keys == self.hashed_for else []
-        self.hashes = cache.hash_blocks(keys[0], self.tokens, known, turn=turn, rest_key=keys[2])
-        self.hashed_for = keys
+        self.hashes, self.hashed_for = cache.hash_blocks(keys[0], self.tokens, known, *keys[1:]), keys
         return self.hashes
 
     @property

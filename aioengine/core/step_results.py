@@ -4,43 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from math import isfinite, isnan
-from typing import NamedTuple
+from operator import itemgetter
 
 from aioengine import events
 from aioengine.core.batcher import Batcher
 from aioengine.core.guard import PolicyGuard
-from aioengine.core.speculation.drafts import learn
 from aioengine.core.state import AdapterEntry, Request, Status
 from aioengine.errors import AdapterInvalid, AioEngineError, RequestInvalid
-from aioengine.request import FinishReason
+from aioengine.request import FinishReason, TokenLogprob
 from aioengine.step import Fault, SequenceWork, StepBatch, StepResult
 
 TokensBefore = defaultdict[tuple[AdapterEntry | None, float | None, int], int]
 """The number of requests by adapter, the time of the token before those that each has got, and their
 number."""
 
-_Intervals = defaultdict[tuple[AdapterEntry | None, float], int]
-
-
 End = Callable[[Request, events.EndReason, float, Exception | None], None]
 """Ends a request: ``Core.end``."""
-
-
-class _Coming(NamedTuple):
-    """A result that is being taken in."""
-
-    batch: StepBatch
-    result: StepResult
-    ends: Sequence[float]
-    """The end of each of its steps."""
-    longest: float
-    """The longest time between two of them."""
-    before: TokensBefore | None
-    """Filled with what :func:`token_intervals` needs, if that is wanted."""
-    done: list[tuple[float, Request, FinishReason]]
-    """Filled with the requests that end, when, and why."""
 
 
 class StepResults:
@@ -62,124 +43,84 @@ class StepResults:
         """Take in the result of ``batch``, in which ``requests`` were, in this order, and whose steps ended
         at ``ends``. ``before`` is filled with what :func:`token_intervals` needs, if that is wanted."""
         longest = max([after - first for first, after in pairwise(ends)], default=0.0)
-        coming = _Coming(batch, result, ends, longest, before, [])
-        self._take_rows(coming, requests)
-        if len(ends) > 1:
-            coming.done.sort(key=lambda end: end[0])
-        for time, request, finish in coming.done:
-            self._end(request, finish, time, None)
-
-    def _take_rows(self, coming: _Coming, requests: Sequence[Request]) -> None:
-        """Take in each row. Nearly all are plain decodes that got a token from each step and go on; for these
-        this is the same as ``_take_row``, but quick."""
-        result, ends, before, longest = coming.result, coming.ends, coming.before, coming.longest
-        each, size, plain = len(ends), self._batcher.blocks.block_size, result.is_plain
-        common = requests[0].last_token if requests else None
-        """The time of the last token of nearly all."""
-        adapters: list[AdapterEntry | None] = []
+        each, size, now, plain = len(ends), self._batcher.blocks.block_size, ends[-1], result.is_plain
+        done: list[tuple[float, Request, FinishReason]] = []
         until = 0
         for index, (request, count) in enumerate(zip(requests, result.counts, strict=True)):
             first, until = until, until + count
             known, last, new = request.tokens, request.last_token, result.tokens[first:until]
-            if (
-                not request.decodes
-                or last is None
-                or count != each
-                or not plain
-                or len(known) + each >= request.most_tokens
-                or not request.stops.isdisjoint(new)
-            ):
-                if request.status is Status.RUNNING:
-                    self._take_row(coming, index, request, new)
-                continue
+            computed = count
+            finish: FinishReason | None = None
+            error: tuple[str, Fault] | None = None
+            logprobs: Sequence[TokenLogprob] = ()
+            if not (
+                request.decodes
+                and plain
+                and count == each
+                and last is not None
+                and len(known) + count < request.most_tokens
+                and request.stops.isdisjoint(new)
+            ):  # all but plain decodes that got a token from each step and go on, as nearly all do
+                if request.status is not Status.RUNNING:
+                    continue
+                work, error = batch.sequences[index], result.errors.get(index)
+                computed = len(work.tokens) - len(work.draft) + (count - 1 if work.sample else 0)
+                if work.draft and (count or error is not None):
+                    self._learn_draft(request, len(work.draft), count - (error is None), now)
+                if not request.is_plain and not self._take_extras(index, request, work, result, now):
+                    continue
+                logprobs = result.logprobs.get(index, ())
+                if new:
+                    new, finish = _until_the_end(request, [*new, *result.forced.get(index, ())])
+                if not new:
+                    if finish is not None:  # no token was asked for
+                        done.append((now, request, finish))
+                        continue
+                    self._batcher.advance(request, computed)
+                    if error is not None:
+                        self._end(request, "error", now, _sampling_error(request, *error))
+                    continue
             known += new
-            got = each
+            got = len(new)
             if (sink := request.sink) is not None:
-                left = sink.push(new, (), is_stop=False)
+                left = sink.push(new, logprobs, is_stop=finish == "stop")
                 if left is not None:
-                    got = left
-                    del known[len(known) - each + got :]
-                    coming.done.append((ends[got - 1], request, "stop"))
-            computed = request.computed + got
-            if computed // size == request.computed // size:
-                request.computed = computed
+                    del known[len(known) - got + left :]
+                    got, finish = left, "stop"
+            computed = min(computed, computed + got - count)
+            if (request.computed + computed) // size == request.computed // size:
+                request.computed += computed
             else:
-                self._batcher.advance(request, got)
-            request.last_token = ends[got - 1]
-            if last == common and got == each:
-                adapters.append(request.adapter)
-            elif before is not None:
+                self._batcher.advance(request, computed)
+            time = request.last_token = ends[min(got, each) - 1]
+            if before is not None:
                 before[request.adapter, last, got] += 1
-            gap, worst = ends[0] - last, request.worst_gap
-            if gap < longest:
-                gap = longest
-            if worst is None or gap > worst:
+            gap, worst = longest, request.worst_gap
+            if last is None:
+                self._note_first(request, ends[0])
+            elif ends[0] - last > gap:
+                gap = ends[0] - last
+            if (worst is None or gap > worst) and (last is not None or got > 1):
                 request.worst_gap = gap
-        if before is not None:
-            for adapter, rows in groupby(adapters):  # they are sorted by slot
-                before[adapter, common, each] += len(list(rows))
+            if finish is not None:
+                done.append((time, request, finish))
+            elif error is not None:
+                self._end(request, "error", time, _sampling_error(request, *error))
+        for time, request, finish in sorted(done, key=itemgetter(0)):
+            self._end(request, finish, time, None)
 
-    def _take_row(self, coming: _Coming, index: int, request: Request, new: Sequence[int]) -> None:
-        """Take in the ``new`` tokens of one request: none, one or several."""
-        batch, result, ends, longest, before, done = coming
-        work, error, known = batch.sequences[index], result.errors.get(index), request.tokens
-        now, count = ends[-1], len(new)
-        computed = len(work.tokens) - len(work.draft) + (count - 1 if work.sample else 0)
-        if work.draft and (count or error is not None):
-            right = count - (error is None)
-            learn(request, len(work.draft), right)
-            told = events.TokensProposed(
-                time=now, adapter=request.label, proposed=len(work.draft), accepted=right
-            )
-            self._guard.emit(told)
-        if not request.is_plain and not self._take_extras(index, request, work, result, now):
-            return
-        if not new:
-            self._batcher.advance(request, computed)
-            self._take_error(request, error, now)
-            return
-        if index in result.forced:
-            new = [*new, *result.forced[index]]
-        finish: FinishReason | None = None
-        if len(known) + len(new) >= request.most_tokens or not request.stops.isdisjoint(new):
-            new, finish = _until_the_end(request, new)
-            if not new:  # no token was asked for
-                done.append((now, request, "length"))
-                return
-        known += new
-        if request.sink is not None:
-            left = request.sink.push(new, result.logprobs.get(index, ()), is_stop=finish == "stop")
-            if left is not None:
-                finish = "stop"
-                del known[len(known) - len(new) + left :]
-                new = new[:left]
-        got = len(new)
-        self._batcher.advance(request, min(computed, computed + got - count))
-        time = ends[got - 1] if len(ends) > 1 else now
-        last, request.last_token = request.last_token, time
-        gap = longest
-        if last is None:
-            request.first_token = first = ends[0]
-            seconds = first - request.arrival
-            self._guard.outbox.append(  # not a change for the policy
-                events.FirstToken(time=first, request_id=request.id, adapter=request.label, seconds=seconds)
-            )
-        else:
-            gap = max(longest, ends[0] - last)
-        if before is not None:
-            before[request.adapter, last, got] += 1
-        worst = request.worst_gap
-        if (worst is None or gap > worst) and (last is not None or got > 1):
-            request.worst_gap = gap
-        if finish is not None:
-            done.append((time, request, finish))
-        else:
-            self._take_error(request, error, time)
+    def _note_first(self, request: Request, first: float) -> None:
+        request.first_token, seconds = first, first - request.arrival
+        self._guard.outbox.append(  # not a change for the policy
+            events.FirstToken(time=first, request_id=request.id, adapter=request.label, seconds=seconds)
+        )
 
-    def _take_error(self, request: Request, error: tuple[str, Fault] | None, now: float) -> None:
-        """End a request that has no further token."""
-        if error is not None:
-            self._end(request, "error", now, _sampling_error(request, *error))
+    def _learn_draft(self, request: Request, proposed: int, right: int, now: float) -> None:
+        if request.drafting is not None:
+            request.drafting.learn(proposed, right)
+        self._guard.emit(
+            events.TokensProposed(time=now, adapter=request.label, proposed=proposed, accepted=right)
+        )
 
     def _take_extras(
         self, index: int, request: Request, work: SequenceWork, result: StepResult, now: float
@@ -219,29 +160,21 @@ def _until_the_end(request: Request, tokens: Sequence[int]) -> tuple[Sequence[in
 
 def token_intervals(before: TokensBefore, ends: Sequence[float]) -> list[tuple[events.TokenInterval, ...]]:
     """Return for each of the steps that ended at ``ends`` the times between its tokens and those before."""
-    counts: _Intervals = defaultdict(int)
+    found: list[defaultdict[tuple[AdapterEntry | None, float], int]] = [defaultdict(int) for _ in ends]
     for (adapter, last, tokens), rows in before.items():
         if last is not None:
-            counts[adapter, ends[0] - last] += rows
+            found[0][adapter, ends[0] - last] += rows
         if len(ends) == 1 and tokens > 1:
-            counts[adapter, 0.0] += rows * (tokens - 1)
-    found = [_intervals(counts)]
-    for step, (first, after) in enumerate(pairwise(ends), 1):
-        later: _Intervals = defaultdict(int)
-        for (adapter, _, tokens), rows in before.items():
-            if tokens > step:
-                later[adapter, after - first] += rows
-        found.append(_intervals(later))
-    return found
-
-
-def _intervals(counts: _Intervals) -> tuple[events.TokenInterval, ...]:
-    return tuple(
-        [
+            found[0][adapter, 0.0] += rows * (tokens - 1)
+        for step in range(1, min(tokens, len(ends))):
+            found[step][adapter, ends[step] - ends[step - 1]] += rows
+    return [
+        tuple(
             events.TokenInterval(None if entry is None else entry.label, seconds, tokens)
             for (entry, seconds), tokens in counts.items()
-        ]
-    )
+        )
+        for counts in found
+    ]
 
 
 def _pool(request: Request, work: SequenceWork, values: Sequence[float]) -> bool:

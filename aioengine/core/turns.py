@@ -8,7 +8,7 @@ requests of the tenants with the most take turns therefore, and tenants with few
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from aioengine.core.pacing import Pacer, StepWork
 from aioengine.core.state import Request
@@ -35,44 +35,35 @@ class Turns:
         Each tenant has its longest waiting request in each step, so none stands still. Then each has its
         second one, and so on, while there is time.
         """
-        costs = self._pacer.decode_costs(decodes)
-        left = self._pacer.decode_room
+        costs, left = self._pacer.decode_costs(decodes), self._pacer.decode_room
         if sum(costs) <= left:
             return decodes
         self._long_steps += 1
         self._seen |= dict.fromkeys((request.options.tenant for request in running), self._long_steps)
         oldest = self._long_steps - REMEMBERED
         self._seen = {tenant: at for tenant, at in self._seen.items() if at > oldest}
+        counts: Counter[str | None] = Counter()
+        ranked: list[tuple[int, float, int]] = []
+        """Each one's rank among its tenant's, since when it has waited, and its place in ``decodes``."""
+        for waited, place in sorted((_last(request), place) for place, request in enumerate(decodes)):
+            tenant = decodes[place].options.tenant
+            ranked.append((counts[tenant], waited, place))
+            counts[tenant] += 1
         chosen, shortened = set[int](), set[str | None]()
-        for rank, _, place in self._ranked(decodes):
-            request = decodes[place]
+        for rank, _, place in sorted(ranked):
             left -= costs[place]
             if rank == 0 or (left >= 0 and not shortened):
-                chosen.add(request.seq)
+                chosen.add(place)
             else:
-                shortened.add(request.options.tenant)
-        counts = Counter(request.options.tenant for request in decodes)
+                shortened.add(decodes[place].options.tenant)
         most = max(counts.values())
         if not any(2 * counts[tenant] <= most for tenant in self._seen.keys() - shortened):
             return decodes
-        return [request for request in decodes if request.seq in chosen]
+        return [request for place, request in enumerate(decodes) if place in chosen]
 
     def all_fit(self, decodes: StepWork) -> bool:
         """Whether all decodes of a step fit in its time, so that ``choose`` would choose all of them."""
         return self._pacer.decode_seconds(decodes) <= self._pacer.decode_room
-
-    @staticmethod
-    def _ranked(decodes: Sequence[Request]) -> list[tuple[int, float, int]]:
-        """Return (its rank among its tenant's, the time of its last token, its place in ``decodes``) of each,
-        in the order in which they get a place in the step."""
-        waited = sorted((_last(request), place) for place, request in enumerate(decodes))
-        ranks: dict[str | None, int] = {}
-        ranked = []
-        for last, place in waited:
-            tenant = decodes[place].options.tenant
-            ranks[tenant] = rank = ranks.get(tenant, -1) + 1
-            ranked.append((rank, last, place))
-        return sorted(ranked)
 
 
 def _last(request: Request) -> float:

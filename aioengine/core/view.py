@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 
@@ -10,7 +10,7 @@ from aioengine.core.adapters.residency import Residency
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.batcher import Batcher
 from aioengine.core.queues import RequestQueues
-from aioengine.core.record_views import CoreAdapterView, CoreRequestView, CoreSlotView, RecordView
+from aioengine.core.record_views import CoreRequestView, RecordView
 from aioengine.core.state import Request
 from aioengine.schedulers.policy import CostsView, Refusal
 
@@ -71,20 +71,6 @@ class CoreMemoryView(RecordView):
 class CoreView:
     """The :class:`~aioengine.schedulers.policy.SchedulerView` of a core's parts."""
 
-    __slots__ = (
-        "_adapters",
-        "_batcher",
-        "_costs",
-        "_memory",
-        "_now",
-        "_queues",
-        "_refusals",
-        "_residency",
-        "_slots",
-        "_step",
-        "_waiting_adapters",
-    )
-
     def __init__(
         self,
         residency: Residency,
@@ -107,39 +93,23 @@ class CoreView:
 
     now = property(attrgetter("_now"))
     step = property(attrgetter("_step"))
+    slots = property(attrgetter("_slots"))
+    adapters = property(attrgetter("_adapters"))
+    costs = property(attrgetter("_costs"))
+    memory = property(attrgetter("_memory"))
+    waiting_adapters = property(attrgetter("_waiting_adapters"))
     block_size = property(attrgetter("_batcher.blocks.block_size"))
     cpu_room = property(attrgetter("_residency.cpu.room"))
     cpu_bytes_room = property(attrgetter("_residency.cpu.bytes_room"))
     load_room = property(attrgetter("_residency.load_room"))
 
     @property
-    def slots(self) -> Sequence[CoreSlotView]:
-        return self._slots
-
-    @property
-    def adapters(self) -> Mapping[str, CoreAdapterView]:
-        return self._adapters
-
-    @property
-    def costs(self) -> CostsView:
-        return self._costs
-
-    @property
-    def memory(self) -> CoreMemoryView:
-        return self._memory
-
-    @property
     def waiting(self) -> _Waiting:
         return _Waiting(self._queues.all)
 
     def waiting_for(self, adapter: str | None) -> _Waiting:
-        return _Waiting(
-            self._queues.base if adapter is None else self._residency.names.known[adapter].waiting
-        )
-
-    @property
-    def waiting_adapters(self) -> _WaitingAdapters:
-        return self._waiting_adapters
+        entry = None if adapter is None else self._residency.names.known[adapter]
+        return _Waiting(self._queues.queue_of(entry))
 
     @property
     def running(self) -> Sequence[CoreRequestView]:

@@ -151,4 +151,4 @@ def test_a_time_to_ask_again_that_is_no_time_is_the_policy_s_failure(until: Any)
     sim.run()
     assert sim.ended == {"r1": "length"}
     failed = sim.of(events.PolicyFailed)
-    assert failed and "ask_again is" in failed[0].error  # type: ignore[attr-defined]
+    assert failed and "ask_again" in failed[0].error  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from support.device_memory import DeviceMemory
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
-from aioengine.core.prefixes.pins import PrefixPins
+from aioengine.core.pins import PrefixPins
 from aioengine.core.state import Request
 from aioengine.request import CachePin
 from aioengine.schedulers import load_policy

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from aioengine import events
-from aioengine.core.speculation.depth import Acceptance, Candidate, allot
-from aioengine.core.speculation.prompt_lookup import PromptLookup, copy
+from aioengine.core.speculation import Drafting, PromptLookup, allot, copy
 from aioengine.testing import LIMITS, Sim
 
 Text = list[int]
@@ -36,8 +35,7 @@ def test_a_text_is_looked_up_in_itself() -> None:
 
 def test_more_is_proposed_the_surer_it_is_and_the_fewer_decode() -> None:
     def tokens(chance: float, requests: int, fixed: float = 16.0, room: int = 1000) -> int:
-        candidates = [Candidate(chance, 16)] * requests
-        return sum(allot(candidates, requests, fixed, room))
+        return sum(allot([chance] * requests, [16] * requests, requests, fixed, room))
 
     assert tokens(0.95, 1) == 16 and tokens(0.5, 1) in range(2, 6) and tokens(0.02, 1) == 0
     assert tokens(0.5, 1, fixed=100.0) > tokens(0.5, 1)
@@ -45,14 +43,17 @@ def test_more_is_proposed_the_surer_it_is_and_the_fewer_decode() -> None:
     assert tokens(0.6, 64) == 0, "in a large batch only what is nearly sure"
     assert tokens(0.95, 8, room=10) == 10
 
-    acceptance = Acceptance()
-    first = acceptance.chance(3)
+    drafting, text = Drafting(), [1, 2, 3, 1, 2, 3]
+    assert drafting.draft(text, 4) == [1, 2, 3, 1]
+    first = drafting.chance
     for _ in range(20):
-        acceptance.learn(3, 4, 0)
-    assert acceptance.chance(3) < 0.06 < first == acceptance.chance(20)
+        drafting.learn(4, 0)
+    assert drafting.chance < 0.06 < first
     for _ in range(1000):
-        acceptance.passed_over(3)
-    assert acceptance.chance(3) > 0.2, "it is tried again"
+        drafting.passed_over()
+    assert drafting.chance > 0.2, "it is tried again"
+    drafting.draft(text * 4, 4)
+    assert drafting.chance == first, "a long match is another matter"
 
 
 def run(

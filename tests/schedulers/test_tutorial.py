@@ -70,8 +70,11 @@ def test_the_other_blocks_run() -> None:
 def test_every_refusal_of_the_core_is_documented() -> None:
     files = (DOC.parents[1] / "aioengine" / "core").rglob("*.py")
     source = "".join(path.read_text(encoding="utf-8") for path in files)
-    reasons = set(re.findall(r'"((?:admit|place|prefetch|preempt)_[a-z_]+)"', source))
-    assert len(reasons) >= 14
+    reasons = set(re.findall(r'"((?:admit|place|prefetch|preempt|evict|discard)_[a-z_]+)"', source))
+    assert len(reasons) >= 12
+    whys = re.findall(r'return "(loading|busy|pinned|admitted)"|"(admitted)" if', source)
+    reasons |= {f"{item}_{why or last}" for item in ("place_slot", "evict", "discard") for why, last in whys}
+    assert len(reasons) >= 24
     for reason in reasons:
         assert f"`{reason}`" in DOC.read_text(encoding="utf-8"), reason
 

@@ -108,7 +108,7 @@ class Placing:
         for entry, place in decision.place:
             reason = self._place(entry, place, decision.evict, now, admitting)
             if reason is not None:
-                self._guard.refuse(f"place_{reason}", entry.name)
+                self._guard.refuse(reason, entry.name)
         for entry in decision.prefetch:
             self._residency.start_load(entry, now, admitting)
         self._residency.start_wanted(now, admitting)
@@ -139,7 +139,7 @@ class Placing:
     ) -> str | None:
         """Begin to place an adapter, or to read it. Returns the reason why that may not be."""
         if entry.slot is not None:
-            return "already_placed"
+            return "place_already_placed"
         slots = self._slots.slots
         if place.slot is None:
             slot = next((slot for slot in slots if slot.entry is None), None)
@@ -154,9 +154,9 @@ class Placing:
             return None
         if place.slot is not None:
             if slot is None:
-                return "slot_unknown"
+                return "place_slot_unknown"
             if (reason := slot.why_not(admitting)) is not None:
-                return f"slot_{reason}"
+                return f"place_slot_{reason}"
         order: list[Slot] = []
         if slot is None or slot.entry is not None or not self._slots.arena.fits(entry.slot_nbytes):
             if self._given is None:
@@ -174,7 +174,7 @@ class Placing:
         ``order`` are emptied as that takes. Returns the reason if the copy cannot begin."""
         slot = slot or next((free for free in self._slots.slots if free.entry is None), None)
         if slot is None and not order:
-            return "no_slot"
+            return "place_no_slot"
         arena = self._slots.arena
         if slot is not None and slot.offset is not None:
             arena = arena.copy()
@@ -182,7 +182,7 @@ class Placing:
         by_offset = {other.offset: other for other in order if other is not slot and other.offset is not None}
         offsets = find_room(arena, entry.slot_nbytes, list(by_offset))
         if offsets is None:
-            return "no_room"
+            return "place_no_room"
         leaving = [by_offset[offset] for offset in offsets]
         if slot is None:
             leaving = leaving or [order[0]]

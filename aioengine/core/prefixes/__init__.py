@@ -1,1 +1,0 @@
-"""Prefixes: those that stay in the cache after their request, and where that of an activated adapter ends."""
