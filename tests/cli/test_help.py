@@ -13,7 +13,7 @@ import pytest
 from support.cli_programs import run_program
 
 from aioengine.cli.flags import EngineFlags
-from aioengine.cli.main import COMMANDS, build_app, main
+from aioengine.cli.main import COMMANDS, main
 from aioengine.cli.process import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 from aioengine.request import SamplingParams
 
@@ -61,17 +61,14 @@ def test_each_flag_is_described_in_plain_text(
 def test_the_first_page_has_the_commands_and_the_exit_codes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert main([]) == 0
+    assert "Commands:" in capsys.readouterr().out
     text = help_of("", capsys, monkeypatch)
     for command in TOP:
         (line,) = (line for line in text.splitlines() if line.startswith(f"  {command} "))
         assert len(line.split()) > 3  # it says what the command does
     for code in ("0 done", "1 some", "2 wrong", "130 interrupted", "141 the reader"):
         assert code in text
-
-
-def test_no_arguments_are_a_question_for_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    assert "Commands:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["generate", "plan"])
@@ -95,20 +92,6 @@ def test_the_document_leaves_nothing_out() -> None:
         assert (f'`"{name}"`' in document) == (name != "constraint")
     for code in (0, 1, 2, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE):
         assert f"\n| {code} |" in document
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion(shell: str, tmp_path: Path) -> None:
-    script = build_app().generate_completion(shell=shell)  # type: ignore[arg-type] # one of the literals
-    for word in ("generate", "policies", "max-lora-rank"):
-        assert word in script
-    path = tmp_path / "script"
-    path.write_text(script)
-    program = shutil.which(shell)
-    if program is not None:
-        checked = subprocess.run([program, "-n", str(path)], capture_output=True, check=False, timeout=30)
-        assert (checked.returncode, checked.stderr) == (0, b"")
 
 
 @pytest.mark.slow

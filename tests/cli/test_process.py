@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -164,3 +165,29 @@ def test_the_installed_program_is_the_module() -> None:
 
     (entry,) = entry_points(group="console_scripts", name="aioengine")
     assert entry.value == "aioengine.__main__:run"
+
+
+INTERRUPT_ITSELF = """
+import os, signal
+from aioengine.cli.process import process
+process.install()
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_pipe_that_nobody_reads_holds_up_no_end(full: bool) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    while full:
+        try:
+            os.write(write, b"x" * 4096)
+        except BlockingIOError:
+            break
+    os.set_blocking(write, True)
+    ended = subprocess.run([sys.executable, "-c", INTERRUPT_ITSELF], stderr=write, timeout=60, check=False)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        said = pipe.read().lstrip(b"x")
+    assert ended.returncode == 130
+    assert said == (b"" if full else INTERRUPTED.encode())
