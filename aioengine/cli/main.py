@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app = build_app(full_help=HELP_ALL in tokens, unknown=unknown)
         # Listed commands are imported for their one-line descriptions.
-        asked = tokens[:-1] if tokens[-1:] in ([HELP_ALL], *([flag] for flag in HELP_FLAGS)) else tokens
+        asked = tokens[:-1] if tokens and tokens[-1] in (*HELP_FLAGS, HELP_ALL) else tokens
         if not asked or (len(asked) == 1 and asked[0] in GROUPS):
             listed = app[asked[0]] if asked else app
             for name in listed:
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command, bound, beside_flags = app.parse_args(tokens)
         common = bound.arguments.get("common") or common
         common.configure_logging()
-        server = bound.arguments.get("server")
+        server = bound.arguments.get("server") if tokens[:1] == ["serve"] else None
         if server is not None and server.log_format == "json":  # errors before it serves are JSON, too
             configure_logging("json", common.log_level or "info")
         while unknown:

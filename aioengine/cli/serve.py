@@ -94,13 +94,17 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
     signals = Signals()
     # Before the model is loaded, so that a port in use is reported, and probes are answered.
     entrance = Entrance(config.name)
-    async with recording.writer() as writer, contextlib.AsyncExitStack() as ending:
+    async with (
+        recording.writer() as writer,
+        contextlib.AsyncExitStack() as after_engine,
+        contextlib.AsyncExitStack() as ending,
+    ):
         instance = f"{platform.node()}-{os.getpid()}"
         resource = {"service.instance.id": instance, "aioengine.engine": config.name}
         traces = otlp_provider(flags.otlp_endpoint, resource=resource)
         if traces is not None:
             logger.info("requests are traced, and their spans are sent by OTLP over HTTP")
-            ending.push_async_callback(end_tracing, traces)
+            after_engine.push_async_callback(end_tracing, traces)
         ending.enter_context(signals.reload_handled())
         if process.hung_up:
             signals.reload.set()
