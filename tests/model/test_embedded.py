@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -84,16 +83,6 @@ def test_it_is_converted_once(fake_package: Path) -> None:
     assert second == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written
     assert len(told) == count
-
-
-def test_what_a_killed_conversion_left_is_removed(fake_package: Path) -> None:
-    cache = fake_package.parents[1] / "cache" / "aioengine" / "models"
-    old, young = cache / ".smollm2-135m-abc-old", cache / ".smollm2-135m-abc-young"
-    for folder in (old, young):
-        folder.mkdir(parents=True)
-    os.utime(old, (0, 0))
-    embedded_model_dir()
-    assert not old.exists() and young.exists()
 
 
 def test_another_source_gets_another_folder(fake_package: Path) -> None:

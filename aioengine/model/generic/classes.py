@@ -24,7 +24,7 @@ _EXTRA = re.compile("nextn|mtp")
 """Settings that say that a checkpoint has layers for the tokens after the next one, too."""
 
 
-class Found:
+class TransformersClass:
     """The class that runs the model of a folder.
 
     Raises :class:`ConfigError` with the reason if transformers has no decoder for it.

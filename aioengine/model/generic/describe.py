@@ -13,7 +13,7 @@ import torch
 from aioengine.errors import ConfigError
 from aioengine.model.files.hf_config import special_tokens
 from aioengine.model.generic.caches import KeepsMore
-from aioengine.model.generic.classes import Found
+from aioengine.model.generic.classes import TransformersClass
 from aioengine.model.generic.spec import Adaptable, GenericSpec, Stack
 from aioengine.model.generic.trace import Trace, has_matrices, is_linear, observe
 from aioengine.model.generic.weights import linear_matrix
@@ -42,7 +42,7 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
 
     Raises ConfigError, with the reason, if transformers does not run it or the engine cannot serve it.
     """
-    found = Found(path)
+    found = TransformersClass(path)
     model = found.on_meta()
     if getattr(model, "_is_stateful", False) and not _attends(found.text_config):
         raise found.no_keys_and_values(f"{type(model).__name__} is a recurrent or hybrid model")
@@ -101,7 +101,7 @@ def _attends(text: Any) -> bool:
     return bool(kinds) and kinds <= _ATTENTION
 
 
-def _trace(found: Found, model: Any) -> tuple[Trace, bool]:
+def _trace(found: TransformersClass, model: Any) -> tuple[Trace, bool]:
     """Return the pass, and whether the model's attention can be the engine's."""
     errors: list[str] = []
     flat: Trace | None = None

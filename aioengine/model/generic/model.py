@@ -22,7 +22,7 @@ from aioengine.kernels import AttentionPlan, Backend, LoRABatch, Span
 from aioengine.model.generic import attention
 from aioengine.model.generic.adapters import EXPERTS, Adapters
 from aioengine.model.generic.caches import Pages, gathering, passing
-from aioengine.model.generic.classes import Found
+from aioengine.model.generic.classes import TransformersClass
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.generic.step import Holder, Step
 from aioengine.model.generic.trace import Implementations, cache_argument
@@ -65,7 +65,7 @@ class GenericModel(Model):
             )
         if progress is not None:
             progress("Loading weights with transformers", 0, 1)
-        found = Found(path)
+        found = TransformersClass(path)
         self.spec: GenericSpec = spec
         self.path = path
         self.dtype, self.device = dtype, device

@@ -8,10 +8,9 @@ a base row must pass the same test.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +36,8 @@ one changes everything."""
 
 
 def check(model: GenericModel) -> None:
-    """Try the ways in which the model can run, side by side first, and keep the first that is right.
-
-    Raises ConfigError, naming the layer that differs first.
-    """
+    """Try the ways in which the model can run, side by side first, and keep the first that is right. Raises
+    ConfigError if none is."""
     problems: list[str] = []
     with torch.inference_mode():
         probe = _Probe(model)
@@ -120,7 +117,7 @@ class _Probe:
             logger.debug("the probe failed", exc_info=True)
             return one_line(error)
         off = self._off(found, self.expected)
-        return None if off is None else f"logits {off}, first in {self._first_layer()}"
+        return None if off is None else f"logits {off}"
 
     def difference_with_adapter(self) -> str | None:
         """Return the same for an adapter in slot 0, beside a base row."""
@@ -173,53 +170,6 @@ class _Probe:
         if typical <= _TYPICAL[self.precision] and largest <= _LARGEST[self.precision]:
             return None
         return f"are off by {largest:.2g} of the largest one"
-
-    def _first_layer(self) -> str:
-        """Return the first numbered module whose output differs."""
-        model, tokens, table = self.model, self.sequences[0], self.tables[0]
-        split = len(tokens) - 2
-        with _outputs(model.model) as alone:
-            model.alone(tokens)
-        with _outputs(model.model) as first:
-            model.forward(inputs_of(model, [(tokens[:split], 0, table, -1)], []))
-        with _outputs(model.model) as second:
-            model.forward(inputs_of(model, [(tokens[split:], split, table, -1)], []))
-        for name, output in alone.items():
-            if name not in first or name not in second:
-                continue
-            both = torch.cat([first[name], second[name]], dim=1)
-            if both.shape != output.shape:
-                continue
-            error = (both.float() - output.float()).abs().max() / output.float().abs().max().clamp(min=1e-6)
-            if not float(error) <= _TYPICAL[self.precision]:
-                return name
-        return "a batch of several sequences"
-
-
-@contextmanager
-def _outputs(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Return the outputs [1, tokens, size] of the modules whose names end in a number, in the order of
-    calls."""
-    seen: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def saw(_: Any, __: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if isinstance(hidden, Tensor) and hidden.dim() == 3:
-                seen[name] = hidden.clone()
-
-        return saw
-
-    handles = [
-        module.register_forward_hook(watch(name))
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2].isdecimal()
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass

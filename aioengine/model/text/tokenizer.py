@@ -15,7 +15,6 @@ from aioengine.checks import read_json
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.model.text.chat_template import ChatTemplate, read_chat_template
 from aioengine.model.text.detokenizer import Detokenizer, TextStream, special_tokens
-from aioengine.model.text.text_per_token import text_per_token
 from aioengine.model.text.token_bytes import TokenBytes
 
 _SHORT = 512
@@ -26,6 +25,8 @@ _TEXT_PER_TOKEN = 8
 """Characters of a text's end that are taken for each wanted token at first."""
 _SETTLED = 64
 """Tokens after a cut that may be others than those of the whole text."""
+_SHRINKS = 4
+"""How many times shorter, in bytes of UTF-8, a Unicode normal form can be than its text."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -43,7 +44,8 @@ class Tokenizer:
         self._chat_template = chat_template
         self._compiled: ChatTemplate | None = None
         self._token_bytes: TokenBytes | None = None
-        self._text_per_token = text_per_token(tokenizer)
+        self._longest = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
+        """Bytes of the longest token."""
 
     @classmethod
     def from_tokenizer(
@@ -90,7 +92,7 @@ class Tokenizer:
         """Tokenize ``text``; other threads go on meanwhile.
 
         Args:
-            limit: Refuse a text of more tokens than this; if its length proves it, before tokenizing.
+            limit: Refuse a text of more tokens than this; if its length says so, before tokenizing.
 
         Raises :class:`~aioengine.errors.RequestInvalid` if ``text`` is not valid Unicode,
         :class:`~aioengine.errors.PromptTooLong` for ``limit``.
@@ -173,8 +175,9 @@ class Tokenizer:
         return found
 
     def least_tokens(self, text: str) -> int:
-        """Return a lower bound on the tokens of ``text`` from its length; special tokens do not count."""
-        return 0 if self._text_per_token is None else self._text_per_token.least_tokens(text)
+        """Return how many tokens ``text`` has at least, by its length and the longest token: normalizers make
+        a text up to four times shorter. (What a tokenizer drops altogether counts as well.)"""
+        return len(text.encode(errors="surrogatepass")) // (_SHRINKS * self._longest)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Decode tokens to text; other threads go on meanwhile."""

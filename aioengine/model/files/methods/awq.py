@@ -22,7 +22,7 @@ _OUTPUT_OF = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def awq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
     """Return the way of "awq"."""
-    wrong = scheme.Wrong(path, "awq")
+    wrong = scheme.CheckpointErrors(path, "awq")
     bits = config.get("bits", config.get("w_bit"))
     if bits != 4:
         raise wrong.setting("bits", bits, "only 4 is supported")

@@ -37,7 +37,7 @@ class _Settings(NamedTuple):
 
 def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
     """Return the way of "compressed-tensors"."""
-    wrong = scheme.Wrong(path, "compressed-tensors")
+    wrong = scheme.CheckpointErrors(path, "compressed-tensors")
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise wrong.setting("config_groups", groups, "must be a JSON object of groups")
@@ -114,7 +114,7 @@ def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf
     return layout
 
 
-def _settings(name: str, group: Any, config: Mapping[str, Any], wrong: scheme.Wrong) -> _Settings:
+def _settings(name: str, group: Any, config: Mapping[str, Any], wrong: scheme.CheckpointErrors) -> _Settings:
     where = f"config_groups.{name}"
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from aioengine.model.files.methods.scheme import (
     FLOATS,
     FP8_NAN,
+    CheckpointErrors,
     Header,
     Layout,
     LayoutOf,
-    Wrong,
     check_group,
 )
 from aioengine.model.files.packing import Packing
@@ -32,7 +32,7 @@ _SCALE_TYPES = (*FLOATS, "F8_E8M0")
 
 def fp8(path: Path, config: Mapping[str, Any]) -> LayoutOf:
     """Return the way of "fp8" and "fbgemm_fp8", and of float8 weights of compressed-tensors."""
-    wrong = Wrong(path, config["quant_method"])
+    wrong = CheckpointErrors(path, config["quant_method"])
     # fbgemm_fp8 has no other; static scales are not read.
     usual = "dynamic" if config["quant_method"] == "fbgemm_fp8" else None
     rounds = config.get("activation_scheme", usual) == "dynamic"

@@ -24,7 +24,7 @@ _FORMATS = {"gptq": 1, "gptq_v2": 0}
 
 def gptq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
     """Return the way of "gptq"."""
-    wrong = scheme.Wrong(path, "gptq")
+    wrong = scheme.CheckpointErrors(path, "gptq")
     bits, group = scheme.integer(config, "bits", wrong), scheme.integer(config, "group_size", wrong, -1)
     if bits not in (4, 8):
         raise wrong.setting("bits", bits, "4 and 8 are supported; use a checkpoint with one of them")

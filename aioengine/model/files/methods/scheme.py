@@ -44,7 +44,7 @@ linear is stored, None if it is not quantized. ``headers`` are its tensors, by t
 Raises ConfigError for what is not supported."""
 
 
-class Wrong:
+class CheckpointErrors:
     """Makes errors about one folder's ``quantization_config``."""
 
     def __init__(self, path: Path, method: str) -> None:
@@ -82,7 +82,7 @@ class Wrong:
 FLOATS = ("F16", "BF16", "F32")
 
 
-def check_groups(group_of: Tensor, groups: int, name: str, wrong: Wrong) -> None:
+def check_groups(group_of: Tensor, groups: int, name: str, wrong: CheckpointErrors) -> None:
     """Raise ConfigError unless all inputs are in one of so many groups."""
     if len(group_of) and not 0 <= int(group_of.min()) <= int(group_of.max()) < groups:
         raise wrong.tensor(name, "names groups that do not exist")
@@ -99,7 +99,7 @@ def unpack_int32(packed: Tensor, bits: int) -> Tensor:
     return torch.stack((data & 15, data >> 4), -1).flatten(1)
 
 
-def integer(config: Mapping[str, Any], key: str, wrong: Wrong, default: int | None = None) -> int:
+def integer(config: Mapping[str, Any], key: str, wrong: CheckpointErrors, default: int | None = None) -> int:
     """Return a whole number of ``quantization_config``."""
     value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool):
@@ -107,7 +107,7 @@ def integer(config: Mapping[str, Any], key: str, wrong: Wrong, default: int | No
     return value
 
 
-def check_group(group: int, k: int, name: str, wrong: Wrong) -> None:
+def check_group(group: int, k: int, name: str, wrong: CheckpointErrors) -> None:
     """Raise ConfigError for groups whose inputs are not whole bytes, or that are larger than a row."""
     if group < 0 or group % 8 or group > k:
         raise wrong.tensor(name, f"groups of {group} inputs, of {k}, are not supported; a multiple of 8 is")
