@@ -7,43 +7,16 @@ import contextlib
 import json
 
 import pytest
-from support.bystander import bystander, memory
+from support.bystander import bystander
 from support.engine_fixtures import Tiny
+from support.raw_http import POST as HEAD
+from support.raw_http import connected
 from support.server_fixtures import MODEL, Serve, until
 from support.server_process import serving
 
 from aioengine.server import routes
 from aioengine.server.bounds import Bound
 from aioengine.server.transport import body as module
-
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-
-
-@pytest.mark.slow
-async def test_bodies_in_flight_are_bounded(tiny_text: Tiny) -> None:
-    """150 connections that stop short of 8 MB, of which the server allows as much as the test says."""
-    flags = ["--served-model-name", "tiny", "--max-body-bytes", "8000000"]
-    async with serving(tiny_text.model, *flags) as server:
-        before = memory(server.process.pid)
-        writers: list[asyncio.StreamWriter] = []
-        statuses: list[bytes] = []
-
-        async def trickle() -> None:
-            reader, writer = await asyncio.open_connection(*server.address)
-            writers.append(writer)
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
-                writer.write(HEAD + b"content-length: 8000000\r\n\r\n{" + b" " * 7_900_000)
-                await asyncio.wait_for(writer.drain(), 20)
-                statuses.append((await asyncio.wait_for(reader.readuntil(b"\r\n"), 5))[9:12])
-
-        async with bystander(server.url) as seen:
-            await asyncio.gather(*(trickle() for _ in range(150)))
-            grown = memory(server.process.pid) - before
-        for writer in writers:
-            writer.transport.abort()
-        assert grown < 450 * 2**20
-        assert set(statuses) == {b"503"} and len(statuses) > 90
-    seen.check()
 
 
 async def test_one_client_leaves_room_for_others(tiny_text: Tiny) -> None:
@@ -84,11 +57,9 @@ async def test_the_budget_is_given_back_once(serve: Serve, monkeypatch: pytest.M
     monkeypatch.setattr(routes, "BODIES", Bound(1))
     async with serve(settings={"max_body_bytes": 10_000}) as served:
         budget = served.app.requests.bodies
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
         body = {"model": MODEL, "prompt": "x", "max_tokens": 2, "user": "u" * 6000}
 
-        _, writer = await asyncio.open_connection(host, int(port))
-        writer.write(HEAD + b"content-length: 9000\r\n\r\n{" + b" " * 8000)
+        _, writer = await connected(served.url, HEAD + b"content-length: 9000\r\n\r\n{" + b" " * 8000)
         await until(lambda: budget.held == 7901)
         refused = await served.http.post("/v1/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
@@ -115,9 +86,7 @@ async def test_a_body_has_a_time_in_all(serve: Serve, monkeypatch: pytest.Monkey
     """Byte after byte, each soon after the last."""
     monkeypatch.setattr(module, "MIN_RATE", 1000)
     async with serve(settings={"read_timeout": 0.3}) as served:
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(HEAD + b"content-length: 100000\r\n\r\n{")
+        reader, writer = await connected(served.url, HEAD + b"content-length: 100000\r\n\r\n{")
 
         async def trickle() -> None:
             while True:

@@ -59,12 +59,6 @@ async def sent(address: Address, data: bytes, *, read: bool = True) -> int:
     return size
 
 
-async def pipelined(address: Address) -> None:
-    for path in (b"/", b"/health", b"/nowhere"):
-        requests = (GET % path) * 8000
-        await asyncio.gather(*(sent(address, requests) for _ in range(30)))
-
-
 async def unread(address: Address) -> None:
     """Answers that nobody takes."""
     await asyncio.gather(*(sent(address, (GET % b"/") * 8000, read=False) for _ in range(100)))
@@ -72,10 +66,6 @@ async def unread(address: Address) -> None:
 
 async def without_carriage_returns(address: Address) -> None:
     await asyncio.gather(*(sent(address, b"GET / HTTP/1.1\n\n" * 15_000) for _ in range(10)))
-
-
-async def many_connections(address: Address) -> None:
-    await asyncio.gather(*(sent(address, GET % b"/") for _ in range(700)))
 
 
 async def pages(address: Address) -> None:
@@ -127,10 +117,8 @@ async def single_bytes(address: Address) -> None:
 
 
 ATTACKS = [
-    pipelined,
     unread,
     without_carriage_returns,
-    many_connections,
     pages,
     many_headers,
     tiny_chunks,

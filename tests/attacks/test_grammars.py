@@ -81,17 +81,6 @@ async def test_no_compile_is_noticed_by_others(served: Serving) -> None:
         assert len(grammar_processes(served)) <= before + 8
 
 
-async def test_ambiguous_grammars_are_not_noticed_by_others(served: Serving) -> None:
-    async with client(served) as http:
-        assert (await ask(http, {"regex": "warm"})).status_code == 200
-        async with bystander(served.url) as seen:
-            worse = 'start: e\ne: e e | e e e | e e e e | /[a-z]/ | /[a-z ]/ | "{}"'
-            grammars = [hostile.AMBIGUOUS, *(worse.replace("{}", "x" * i) for i in range(1, 8))]
-            answers = await asyncio.gather(*[ask(http, {"grammar": g}, 100) for g in grammars])
-        seen.check()
-        assert {answer.status_code for answer in answers} <= {200, 400}
-
-
 async def test_a_client_that_leaves_takes_its_compile_along(served: Serving) -> None:
     async with client(served) as http:
         assert (await ask(http, {"regex": "warm"})).status_code == 200

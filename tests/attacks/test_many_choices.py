@@ -8,6 +8,7 @@ import json
 
 import pytest
 from support.longest_hold import LongestHold
+from support.raw_http import POST, connected
 from support.server_fixtures import MODEL, Serve, until
 
 CHOICES = {"model": MODEL, "prompt": "Hi", "n": 128, "max_tokens": 20, "ignore_eos": True, "stream": True}
@@ -19,12 +20,10 @@ ms if all begin at once), and when all these clients leave at once."""
 @pytest.mark.timed
 async def test_many_choices_hold_nobody_up(serve: Serve) -> None:
     body = json.dumps(CHOICES).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    message = head + b"content-length: %d\r\n\r\n" % len(body) + body
+    message = POST + b"content-length: %d\r\n\r\n" % len(body) + body
     async with serve(max_num_seqs=4) as served:
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
         await served.http.post("/v1/completions", json={**CHOICES, "n": 2, "stream": False})
-        writers = [(await asyncio.open_connection(host, int(port)))[1] for _ in range(20)]
+        writers = [(await connected(served.url))[1] for _ in range(20)]
         gc.freeze()  # as a server does when it begins
         hold = LongestHold()
         for writer in writers:

@@ -119,6 +119,9 @@ def test_what_is_no_origin(origin: str) -> None:
         ("localhost", 200),
         ("LOCALHOST:80", 200),
         ("[::1]:80", 200),
+        ("", 403),
+        ("evil.example:80", 403),
+        ("localhost.evil.example", 403),
         ("localhost:1@evil.example", 403),
         ("[::1].evil.example", 403),
         ("[::1", 403),
@@ -133,3 +136,5 @@ async def test_a_host_is_checked_whole(host: str, status: int, serve: Serve) -> 
     async with serve(settings=settings) as served:
         answer = await served.http.post("/v1/completions", json=OK, headers={"host": host})
         assert answer.status_code == status
+        assert (await served.http.get("/metrics", headers={"host": host})).status_code == status
+        assert (await served.http.get("/health", headers={"host": host})).status_code == 200

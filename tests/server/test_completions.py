@@ -97,66 +97,6 @@ async def test_a_streamed_choice_does_not_wait_for_the_others(serve: Serve) -> N
         assert texts == [choice.text for choice in whole.choices]
 
 
-async def test_logprobs(serve: Serve) -> None:
-    async with serve() as served:
-        answer = await served.client.completions.create(
-            model=MODEL,
-            prompt=PROMPT,
-            max_tokens=6,
-            temperature=0,
-            logprobs=3,
-            extra_body={"ignore_eos": True},
-        )
-        found = answer.choices[0].logprobs
-        assert found is not None
-        assert (
-            found.tokens is not None and found.top_logprobs is not None and found.token_logprobs is not None
-        )
-        assert len(found.tokens) == len(found.token_logprobs) == 6
-        for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
-            assert top[token] == logprob == max(top.values())
-        assert found.text_offset == [sum(map(len, found.tokens[:i])) for i in range(6)]
-
-
-async def test_stop_strings_end_the_text(serve: Serve) -> None:
-    async with serve() as served:
-        text = (await served.engine.complete(PROMPT, greedy(12))).text
-        stop = text[5:7]
-        answer = await served.client.completions.create(
-            model=MODEL,
-            prompt=PROMPT,
-            max_tokens=12,
-            temperature=0,
-            stop=[stop],
-            extra_body={"ignore_eos": True},
-        )
-        assert answer.choices[0].text == text[: text.index(stop)]
-        assert answer.choices[0].finish_reason == "stop"
-
-
-async def test_logit_bias_forces_and_bans(serve: Serve) -> None:
-    async with serve() as served:
-        answer = await served.client.completions.create(
-            model=MODEL,
-            prompt=PROMPT,
-            max_tokens=4,
-            logit_bias={"68": 100},
-            logprobs=0,
-            extra_body={"ignore_eos": True},
-        )
-        assert answer.choices[0].text == served.engine.tokenizer.decode([68] * 4)  # type: ignore[union-attr]
-
-
-async def test_harmless_fields_are_ignored(serve: Serve) -> None:
-    async with serve() as served:
-        harmless = {"user": "u", "metadata": {"a": "b"}, "store": False, "echo": False, "suffix": None}
-        harmless |= {"prompt_cache_options": {"ttl": "30m"}, "prompt_cache_retention": "24h"}
-        answer = await served.client.completions.create(
-            model=MODEL, prompt=PROMPT, max_tokens=2, extra_body={**harmless, "best_of": 1}
-        )
-        assert answer.choices[0].finish_reason
-
-
 async def test_a_model_without_a_tokenizer_takes_token_ids(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine, served_by(engine) as served:
         for stream in (False, True):

@@ -12,7 +12,8 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
-from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.engine_fixtures import MakeEngine, Tiny
+from support.raw_http import HEALTH, POST, StubApp, address_of, connected, loops
 from support.server_fixtures import MODEL, Serve, until
 
 from aioengine import AsyncEngine
@@ -69,41 +70,13 @@ async def test_a_client_that_goes_away_with_requests_in_line(serve: Serve) -> No
     async with serve(max_model_len=500) as served:
         seen = steps_until_freed(served.engine)
         body = json.dumps({**LONG, "stream": True}).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        post = head + b"content-length: %d\r\n\r\n" % len(body) + body
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(post + post + b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        post = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+        reader, writer = await connected(served.url, post + post + HEALTH)
         await reader.readuntil(b"data: ")
         writer.transport.abort()
         await until(lambda: "abort" in seen)
         await until(lambda: served.app.active == 0)
         assert seen.count("abort") == 1 and served.engine.stats().running == 0
-
-
-@pytest.mark.timed
-async def test_a_slow_reader_holds_up_nobody_and_loses_nothing(serve: Serve) -> None:
-    async with serve(max_model_len=500) as served:
-        expected = (await served.engine.complete("Hello", greedy(400))).text
-        body = json.dumps({**LONG, "stream": True, "temperature": 0}).encode()
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
-        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        await until(lambda: served.engine.stats().running == 1)
-        # It reads nothing; others are served, and its own request finishes in the engine.
-        other = await served.client.completions.create(model=MODEL, prompt="Other", max_tokens=5)
-        assert other.choices[0].finish_reason
-        await until(lambda: served.engine.stats().running == 0)
-        text = ""
-        while True:
-            line = await asyncio.wait_for(reader.readline(), 60)
-            if line.strip() == b"data: [DONE]":
-                break
-            if line.startswith(b"data: "):
-                text += json.loads(line[6:])["choices"][0]["text"]
-        assert text == expected
-        writer.close()
 
 
 async def test_output_that_is_not_taken_is_gathered_in_one_chunk(
@@ -143,25 +116,6 @@ async def test_output_that_is_not_taken_is_gathered_in_one_chunk(
         await serving
         assert len(chunks) == 3
         assert chunks[-1] == b"data: [DONE]\n\n"
-
-
-@pytest.mark.slow
-async def test_a_thousand_idle_connections_are_nothing_to_the_others(serve: Serve) -> None:
-    async with serve() as served:
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
-        request = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
-        tasks = len(asyncio.all_tasks())
-        idle = []
-        for _ in range(1000):
-            reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(request)
-            await reader.readuntil(b"}")
-            idle.append(writer)
-        assert len(asyncio.all_tasks()) - tasks < 10
-        answer = await served.client.completions.create(model=MODEL, prompt="x", max_tokens=3)
-        assert answer.choices[0].finish_reason
-        for writer in idle:
-            writer.close()
 
 
 @pytest.mark.slow
@@ -243,14 +197,12 @@ async def test_an_offer_of_another_protocol_is_declined(cut: int | None, chunked
     """As Java's client makes it with every request; the body comes all the same."""
     async with serve() as served:
         body = json.dumps({**LONG, "max_tokens": 2}).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        head += b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+        head = POST + b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
         data = head + b"content-length: %d\r\n\r\n" % len(body) + body
         if chunked:
             chunks = b"10\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (body[:16], len(body) - 16, body[16:])
             data = head + b"transfer-encoding: chunked\r\n\r\n" + chunks
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await connected(served.url)
         for part in (data[:cut], data[cut:] if cut is not None else b""):
             writer.write(part)
             await writer.drain()
@@ -265,26 +217,18 @@ async def test_trailers_are_no_headers(in_one_piece: bool) -> None:
     """They come after the checks of the headers, and proxies may pass them on unseen."""
     seen: list[dict[bytes, bytes]] = []
 
-    class App:
-        active = 0
-
-        def close(self) -> None:
-            pass
-
+    class App(StubApp):
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
             seen.append(dict(scope["headers"]))
             while (await receive()).get("more_body"):
                 pass
             seen.append(dict(scope["headers"]))
-            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-            await send({"type": "http.response.body", "body": b""})
+            await super().__call__(scope, receive, send)
 
     head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
     body = b"1\r\nx\r\n0\r\nx-forwarded-for: 9.9.9.9\r\nauthorization: Bearer y\r\n\r\n"
     async with listening(cast(Any, App()), ListenSettings(port=0)) as url:
-        host, _, port = url.removeprefix("http://").rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(head + body if in_one_piece else head)
+        reader, writer = await connected(url, head + body if in_one_piece else head)
         if not in_one_piece:
             await until(lambda: bool(seen))
             writer.write(body)
@@ -316,10 +260,7 @@ CHUNKED = b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n"
 async def test_no_part_of_a_request_grows_for_ever(rest: bytes, serve: Serve) -> None:
     """It never comes to its end."""
     async with serve(listen={"header_timeout": 600}, settings={"read_timeout": 600}) as served:
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        writer.write(head + rest)
+        reader, writer = await connected(served.url, POST + rest)
         answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
         assert answer.startswith(b"HTTP/1.1 431")
         writer.close()
@@ -329,16 +270,11 @@ async def test_chunks_of_a_byte_are_no_flood_of_headers(serve: Serve) -> None:
     async with serve() as served:
         body = json.dumps({**LONG, "max_tokens": 2}).encode().ljust(20_000)
         chunks = b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in body) + b"0\r\na: b\r\n\r\n"
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(head + b"transfer-encoding: chunked\r\n\r\n" + chunks)
+        chunked = b"transfer-encoding: chunked\r\n\r\n"
+        reader, writer = await connected(served.url, POST + chunked + chunks)
         answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
         assert answer.startswith(b"HTTP/1.1 200")
         writer.close()
-
-
-GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET /hea"])
@@ -355,17 +291,37 @@ async def test_what_comes_while_the_loop_is_busy_comes_in_time(begun: bytes, ser
         return found
 
     async with serve(listen={"header_timeout": 1.0, "keep_alive": 1.0}) as served:
-        host, _, port = served.url.removeprefix("http://").rpartition(":")
-        address = host, int(port)
+        address = address_of(served.url)
         with socket.create_connection(address) as first, socket.create_connection(address) as second:
             for client in (first, second):
                 client.setblocking(False)
-            first.send(GET)
+            first.send(HEALTH)
             assert b" 200 " in await answer(first)
             first.send(begun)
-            second.send(GET)
+            second.send(HEALTH)
             assert b" 200 " in await answer(second)  # and so the server has read the first one's, too
-            first.send(GET[len(begun) :])
+            first.send(HEALTH[len(begun) :])
             time.sleep(1.1)  # noqa: ASYNC251 - the loop stands still
             assert b" 200 " in await answer(first)
             assert await answer(second) == b""  # nothing has come from this one
+
+
+def test_many_that_connect_at_once_are_accepted_in_few_passes() -> None:
+    """On uvloop, too, which accepts one connection for each listening socket in a pass."""
+
+    async def passes() -> int:
+        app = StubApp()
+        async with listening(cast(Any, app), ListenSettings(port=0)) as url:
+            clients = [socket.create_connection(address_of(url)) for _ in range(128)]
+            for client in clients:
+                client.sendall(HEALTH)
+            count = 0
+            while app.seen < len(clients) and count < 1000:
+                await asyncio.sleep(0)
+                count += 1
+            for client in clients:
+                client.close()
+        return count
+
+    with asyncio.Runner(loop_factory=loops()[-1]) as runner:
+        assert runner.run(passes()) < 64

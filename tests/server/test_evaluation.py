@@ -262,6 +262,7 @@ async def test_small_fields(serve: Serve) -> None:
             {"verbosity": "low"},
             {"reasoning_effort": "none"},
             {"best_of": 1},
+            {"user": "u", "metadata": {"a": "b"}, "store": False, "prompt_cache_options": {"ttl": "30m"}},
             {"guided_choice": ["x"], "ignore_eos": False},
         ):
             await posted(served, "chat/completions", messages=USER, **fields)

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import random
 import re
 
 import pytest
+from support.raw_http import HEALTH as NEXT
+from support.raw_http import POST as HEAD
+from support.raw_http import answered
 from support.server_fixtures import MODEL, Serve
 
 BODY = json.dumps({"model": MODEL, "prompt": "Hello", "max_tokens": 2}).encode()
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-NEXT = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 STATUS = re.compile(rb"HTTP/1\.1 (\d+) ")
 LENGTH, CHUNKED = b"content-length: %d" % len(BODY), b"transfer-encoding: chunked"
 AS_CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
 
 
-async def answered(url: str, data: bytes) -> list[int]:
+async def statuses(url: str, data: bytes) -> list[int]:
     """Return the statuses of all answers to ``data``, until the connection is closed."""
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(data)
-    answers = await asyncio.wait_for(reader.read(), 60)
-    writer.close()
-    return [int(status) for status in STATUS.findall(answers)]
+    return [int(status) for status in STATUS.findall(await answered(url, data))]
 
 
 TWICE = [b"\r\n".join(pair) for pair in itertools.product([LENGTH, CHUNKED, b"content-length: 0"], repeat=2)]
@@ -53,7 +48,7 @@ REFUSED += ODD_LINES
 async def test_a_request_without_a_certain_end_is_the_last(body: bytes, serve: Serve) -> None:
     async with serve() as served:
         for framing in REFUSED:
-            found = await answered(served.url, HEAD + framing + b"\r\n\r\n" + body + NEXT * 3)
+            found = await statuses(served.url, HEAD + framing + b"\r\n\r\n" + body + NEXT * 3)
             assert found == [400], (framing, found)
 
 
@@ -64,12 +59,12 @@ async def test_codings_that_nobody_knows_are_refused(body: bytes, serve: Serve) 
         for coding in ODD_CODINGS:
             for more in (b"", b"connection: upgrade\r\nupgrade: h2c\r\n"):
                 head = HEAD + more + b"transfer-encoding: " + coding + b"\r\n\r\n"
-                found = await answered(served.url, head + body + NEXT * 3)
+                found = await statuses(served.url, head + body + NEXT * 3)
                 assert found == [501], (coding, more, found)
 
 
 @pytest.mark.parametrize(
-    ("hosts", "version", "statuses"),
+    ("hosts", "version", "found"),
     [
         ([], b"1.1", [400]),
         ([b"x", b"y"], b"1.1", [400]),
@@ -82,12 +77,12 @@ async def test_codings_that_nobody_knows_are_refused(body: bytes, serve: Serve) 
 )
 @pytest.mark.slow
 async def test_a_request_has_one_host(
-    hosts: list[bytes], version: bytes, statuses: list[int], serve: Serve
+    hosts: list[bytes], version: bytes, found: list[int], serve: Serve
 ) -> None:
     lines = [b"GET /health HTTP/" + version, *(b"hOsT: " + host for host in hosts), b"", b""]
     last = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
     async with serve() as served:
-        assert await answered(served.url, b"\r\n".join(lines) + NEXT * 2 + last) == statuses
+        assert await statuses(served.url, b"\r\n".join(lines) + NEXT * 2 + last) == found
 
 
 SIZES = [
@@ -110,7 +105,7 @@ async def test_a_chunk_without_a_certain_size_is_the_last(serve: Serve) -> None:
     async with serve() as served:
         for size in SIZES:
             data = HEAD + CHUNKED + b"\r\n\r\n" + size + b"\r\n{}\r\n0\r\n\r\n" + NEXT * 3
-            found = await answered(served.url, data)
+            found = await statuses(served.url, data)
             assert found == [400], (size, found)
 
 
@@ -138,7 +133,7 @@ async def test_each_request_of_many_ends_where_it_says(seed: int, serve: Serve) 
     sent = [made() for _ in range(12)]
     last = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
     async with serve() as served:
-        found = await answered(served.url, b"".join(data for data, _ in sent) + last)
+        found = await statuses(served.url, b"".join(data for data, _ in sent) + last)
         assert found == [*(status for _, status in sent), 200]
         assert served.app.active == 0
 
@@ -157,13 +152,13 @@ async def test_each_request_of_many_ends_where_it_says(seed: int, serve: Serve) 
 @pytest.mark.slow
 async def test_other_protocols_are_refused(data: bytes, status: tuple[int, ...], serve: Serve) -> None:
     async with serve() as served:
-        [found] = await answered(served.url, data + NEXT * 3)
+        [found] = await statuses(served.url, data + NEXT * 3)
         assert found in status
 
 
-@pytest.mark.parametrize(("version", "statuses"), [(b"1.0", [200]), (b"1.1", [100, 200])])
+@pytest.mark.parametrize(("version", "found"), [(b"1.0", [200]), (b"1.1", [100, 200])])
 @pytest.mark.slow
-async def test_only_new_clients_are_told_to_go_on(version: bytes, statuses: list[int], serve: Serve) -> None:
+async def test_only_new_clients_are_told_to_go_on(version: bytes, found: list[int], serve: Serve) -> None:
     head = HEAD.replace(b"1.1", version) + b"expect: 100-continue\r\nconnection: close\r\n"
     async with serve() as served:
-        assert await answered(served.url, head + LENGTH + b"\r\n\r\n" + BODY) == statuses
+        assert await statuses(served.url, head + LENGTH + b"\r\n\r\n" + BODY) == found

@@ -138,14 +138,6 @@ async def test_stop_sequences_and_formats(serve: Serve) -> None:
         assert block.text.replace(" ", "") in ('{"color":"red"}', '{"color":"green"}')
 
 
-async def test_effort_has_no_effect(serve: Serve) -> None:
-    async with serve() as served, client_of(served) as client:
-        fields: Any = {"model": MODEL, "messages": USER, "max_tokens": 6, "extra_body": GREEDY}
-        plain = await client.messages.create(**fields)
-        low = await client.messages.create(**fields, output_config={"effort": "low"})
-        assert low.content == plain.content
-
-
 async def test_threads_are_not_kept(serve: Serve) -> None:
     """Anthropic's ``tool_runner`` begins one, and sends the whole conversation again on this very error."""
     async with serve() as served:

@@ -9,10 +9,11 @@ import random
 import re
 
 import pytest
+from support.raw_http import POST as HEAD
+from support.raw_http import answered, connected
 from support.server_fixtures import MODEL, Serve
 
 BODY = json.dumps({"model": MODEL, "prompt": "Hello\r\n\r\n", "max_tokens": 2}).encode()
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 REQUESTS = [
     (b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", 200),
     (b"\r\nGET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n", 404),
@@ -30,11 +31,6 @@ REQUESTS = [
     (b"HEAD /health HTTP/1.1\r\nhost: x\r\n\r\n", 200),
 ]
 STATUS = re.compile(rb"HTTP/1\.1 (\d+) ")
-
-
-async def connected(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    return await asyncio.open_connection(host, int(port))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -63,10 +59,7 @@ async def test_http_1_0_gets_no_chunks(stream: bool, serve: Serve) -> None:
     body = json.dumps({"model": MODEL, "prompt": "Hello", "max_tokens": 3, "stream": stream}).encode()
     head = b"POST /v1/completions HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\n"
     async with serve() as served:
-        reader, writer = await connected(served.url)
-        writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
-        answer = await asyncio.wait_for(reader.read(), 60)
-        writer.close()
+        answer = await answered(served.url, head + b"content-length: %d\r\n\r\n" % len(body) + body)
     headers, _, rest = answer.partition(b"\r\n\r\n")
     assert b" 200 " in headers and b"\r\nconnection: close" in headers
     assert b"transfer-encoding" not in headers and (b"content-length" in headers) != stream
@@ -139,17 +132,11 @@ async def test_who_asks_before_sending_is_told(size: int, status: bytes, serve: 
 @pytest.mark.slow
 async def test_refused_by_the_protocol(request_: bytes, status: bytes, serve: Serve) -> None:
     async with serve() as served:
-        reader, writer = await connected(served.url)
-        writer.write(request_ + b"GET / HTTP/1.1\r\n\r\n" * 1000)
-        answer = await asyncio.wait_for(reader.read(), 60)
+        answer = await answered(served.url, request_ + b"GET / HTTP/1.1\r\n\r\n" * 1000)
         assert answer.startswith(b"HTTP/1.1 " + status)
-        writer.close()
 
 
 async def test_lines_that_end_in_another_way_get_one_answer_at_most(serve: Serve) -> None:
     async with serve() as served:
-        reader, writer = await connected(served.url)
-        writer.write(b"GET /health HTTP/1.1\nhost: x\n\n" * 1000)
-        answer = await asyncio.wait_for(reader.read(), 60)
+        answer = await answered(served.url, b"GET /health HTTP/1.1\nhost: x\n\n" * 1000)
         assert len(STATUS.findall(answer)) <= 1
-        writer.close()

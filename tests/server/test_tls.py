@@ -6,7 +6,6 @@ import asyncio
 import random
 import signal
 import ssl
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -20,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.certificates import self_signed
 from support.engine_fixtures import Tiny
+from support.raw_http import StubApp, loops
 from support.server_process import serving
 
 from aioengine.errors import ConfigError
@@ -84,38 +84,6 @@ def test_when_a_certificate_expires(until: datetime, tmp_path_factory: pytest.Te
     assert certificate.expires == until.timestamp()
 
 
-@pytest.mark.slow
-async def test_a_handshake_that_does_not_come_is_not_waited_for(tiny_text: Tiny, tmp_path: Path) -> None:
-    cert, key = self_signed(tmp_path, "one")
-    flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--header-timeout", "0.5"]
-    async with serving(tiny_text.model, *flags) as server:
-        reader, writer = await asyncio.open_connection(*server.address)
-        async with asyncio.timeout(50):  # other libraries' own limit is 60 s
-            assert await reader.read() == b""
-        writer.close()
-
-
-class App:
-    """Answers every request with nothing."""
-
-    active = 0
-
-    def close(self) -> None:
-        pass
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body", "body": b""})
-
-
-def loops() -> list[Callable[[], asyncio.AbstractEventLoop]]:
-    if sys.platform == "win32":
-        return [asyncio.new_event_loop]
-    import uvloop
-
-    return [asyncio.new_event_loop, uvloop.new_event_loop]
-
-
 REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\n"
 
 
@@ -157,7 +125,7 @@ def test_a_client_that_stalls_anywhere_is_let_go(
 
     async def run() -> None:
         limits = ListenSettings(port=0, max_connections=200, header_timeout=0.4, tls=certificate)
-        async with asyncio.timeout(20), listening(cast(Any, App()), limits) as url:
+        async with asyncio.timeout(20), listening(cast(Any, StubApp()), limits) as url:
             port = int(url.rpartition(":")[2])
             places = [0, 10**6, *(rng.randrange(1, 900) for _ in range(38))]
             await asyncio.gather(*(stall_after(place, port, version) for place in places))
@@ -177,7 +145,7 @@ def test_a_connection_counts_before_its_handshake(
 
     async def run() -> None:
         limits = ListenSettings(port=0, max_connections=4, tls=certificate)
-        async with listening(cast(Any, App()), limits) as url:
+        async with listening(cast(Any, StubApp()), limits) as url:
             port = int(url.rpartition(":")[2])
 
             async def silent() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

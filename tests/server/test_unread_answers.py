@@ -10,12 +10,12 @@ import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny
+from support.raw_http import StubApp, address_of, connected, loops
 from support.server_fixtures import MODEL
 from support.waiting import until
 
@@ -39,34 +39,14 @@ from aioengine.server.transport.sender import Sender
 ASK = b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
-class App:
+class App(StubApp):
     """Answers with more than the system keeps for a client; ``/small`` with nothing."""
 
-    active = 0
-
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def close(self) -> None:
-        pass
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.seen += 1
+    def body(self, scope: Any) -> bytes:
         watch = watch_of(scope)
         assert isinstance(watch, ReaderWatch)
         watch.within(0.05)
-        body = b"" if scope["path"] == "/small" else bytes(64 << 20)
-        headers = [(b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-
-def loops() -> list[Callable[[], asyncio.AbstractEventLoop]]:
-    if sys.platform == "win32":
-        return [asyncio.new_event_loop]
-    import uvloop
-
-    return [asyncio.new_event_loop, uvloop.new_event_loop]
+        return b"" if scope["path"] == "/small" else bytes(64 << 20)
 
 
 @pytest.mark.parametrize("loop", loops())
@@ -74,10 +54,9 @@ def loops() -> list[Callable[[], asyncio.AbstractEventLoop]]:
 def test_a_client_that_reads_nothing_is_cut_off(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     """Its connection is the only one that there may be, so others are answered once it is gone."""
 
-    async def status(address: Any) -> bytes:
+    async def status(url: str) -> bytes:
         try:
-            reader, writer = await asyncio.open_connection(*address)
-            writer.write(ASK % b"small")
+            reader, writer = await connected(url, ASK % b"small")
             head = await reader.readuntil(b"\r\n\r\n")
             writer.close()
             return head[9:12]
@@ -88,13 +67,11 @@ def test_a_client_that_reads_nothing_is_cut_off(loop: Callable[[], asyncio.Abstr
         app = App()
         limits = ListenSettings(port=0, max_connections=1)
         async with listening(cast(Any, app), limits) as url:
-            parts = urlsplit(url)
-            address = parts.hostname, parts.port
-            with socket.create_connection(address) as silent:
+            with socket.create_connection(address_of(url)) as silent:
                 silent.sendall(ASK % b"large")
                 await until(lambda: app.seen == 1)
                 async with asyncio.timeout(60):
-                    while await status(address) != b"200":
+                    while await status(url) != b"200":
                         await asyncio.sleep(0.01)
 
     with asyncio.Runner(loop_factory=loop) as runner:
