@@ -28,8 +28,6 @@ UPDATE_SECONDS = 0.2
 SEND_SECONDS = 30.0
 """Seconds in which a client has to accept 64 KiB of an update, where the server does not watch it; else it is
 disconnected. An open page connects again."""
-WRITTEN_AT_ONCE = 200
-"""Adapters of an update up to which it is written on the loop."""
 MAX_STREAMS = 100
 """Maximum number of pages that are served at once; one address may have half of what others leave."""
 
@@ -194,10 +192,7 @@ class MetricsApp:
         while not gone.done():
             changes = watcher.next(loop.time())
             if changes is not None:
-                if len(changes.adapters) <= WRITTEN_AT_ONCE:
-                    text = changes.written()
-                else:
-                    text = await loop.run_in_executor(self._rendering, changes.written)
+                text = await loop.run_in_executor(self._rendering, changes.written)
                 body = b"data: " + text + b"\n\n"
                 message = {"type": "http.response.body", "body": body, "more_body": True}
                 sending = asyncio.ensure_future(send(message))

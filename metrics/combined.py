@@ -32,9 +32,8 @@ class _Combined(Collector):
         merged: dict[str, Family] = {}
         for source in self._sources:
             for family in source.families():
-                merged.setdefault(family.definition.name, Family(family.definition, [])).points.extend(
-                    family.points
-                )
+                known = merged.setdefault(family.definition.name, Family(family.definition, []))
+                known.points.extend(family.points)
         return map(to_metric, merged.values())
 
 
@@ -49,10 +48,7 @@ def combined_registry(*engines: HasMetrics) -> CollectorRegistry:
     sources = [engine.metrics for engine in engines]
     names = [source.engine for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"the engines are called {', '.join(names)}: give each another name (EngineConfig.name), "
-            "which is the label 'engine' of its series"
-        )
+        raise ValueError(f"the engines are called {', '.join(names)}: give each another EngineConfig.name")
     registry = CollectorRegistry()
     registry.register(_Combined(sources))
     return registry

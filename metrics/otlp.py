@@ -38,10 +38,9 @@ def check_endpoint(endpoint: str) -> None:
 def otlp_wanted(endpoint: str | None) -> bool:
     """Whether spans are to be sent: ``endpoint`` is given, or one of OpenTelemetry's variables names one and
     none of them turns traces off."""
-    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    if os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none":
-        return False
+    for name, off in (("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none")):
+        if os.environ.get(name, "").strip().lower() == off:
+            return False
     return endpoint is not None or any(os.environ.get(name) for name in _ENDPOINTS)
 
 
@@ -70,7 +69,7 @@ def otlp_provider(
             )
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
@@ -79,13 +78,9 @@ def otlp_provider(
         check_endpoint(endpoint)
         if urlsplit(endpoint).path in ("", "/"):
             endpoint = endpoint.rstrip("/") + _TRACES_PATH
-    own = {"service.name": SERVICE_NAME, **(resource or {})}
-    named = Resource.create().attributes
-    if os.environ.get("OTEL_SERVICE_NAME") or "service.name" in os.environ.get(
-        "OTEL_RESOURCE_ATTRIBUTES", ""
-    ):
-        own["service.name"] = str(named["service.name"])
-    made = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
+    own = Resource.create({"service.name": SERVICE_NAME, **(resource or {})})
+    named = OTELResourceDetector().detect()  # by OpenTelemetry's variables, which have precedence
+    made = TracerProvider(resource=own.merge(named), shutdown_on_exit=False)
     made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
     return made
 

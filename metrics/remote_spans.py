@@ -52,22 +52,17 @@ class HttpSpans:
 
 def _describe(span: trace.Span, record: Answered) -> None:
     span.update_name(f"{record.method} {record.route}")
-    span.set_attributes(
-        {
-            "http.request.method": record.method,
-            "http.route": record.route,
-            "http.response.status_code": record.status,
-            "url.path": record.path,
-            "aioengine.request_id": record.request_id,
-        }
-    )
-    for name, value in (
-        ("aioengine.tenant", record.tenant),
-        ("aioengine.adapter", record.adapter),
-        ("error.type", record.error),
-    ):
-        if value is not None:
-            span.set_attribute(name, value)
+    attributes: dict[str, str | int | None] = {
+        "http.request.method": record.method,
+        "http.route": record.route,
+        "http.response.status_code": record.status,
+        "url.path": record.path,
+        "aioengine.request_id": record.request_id,
+        "aioengine.tenant": record.tenant,
+        "aioengine.adapter": record.adapter,
+        "error.type": record.error,
+    }
+    span.set_attributes({name: value for name, value in attributes.items() if value is not None})
     if record.status >= 500:
         span.set_status(trace.Status(trace.StatusCode.ERROR, record.reason))
 

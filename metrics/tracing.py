@@ -12,6 +12,8 @@ from opentelemetry.trace import Span, Status, StatusCode, Tracer, TracerProvider
 from aioengine import events
 from aioengine.info import AdapterInfo, EngineStats
 
+_Change = events.RequestAdmitted | events.RequestPreempted | events.FirstToken | events.RequestEnded
+
 
 class Traceable(Protocol):
     """A running engine."""
@@ -82,14 +84,15 @@ class RequestTracer:
         match event:
             case events.RequestAdded():
                 self._added(event)
-            case events.RequestAdmitted():
-                self._admitted(event)
-            case events.RequestPreempted():
-                self._preempted(event)
-            case events.FirstToken():
-                self._first_token(event)
-            case events.RequestEnded():
-                self._ended(event)
+            case (
+                events.RequestAdmitted()
+                | events.RequestPreempted()
+                | events.FirstToken()
+                | events.RequestEnded()
+            ):
+                trace = self._traces.get(event.request_id)
+                if trace is not None:
+                    self._changed(trace, event)
             case events.StepFinished():
                 self._step = event.step + 1
             case events.AdapterRegistered():
@@ -107,9 +110,7 @@ class RequestTracer:
     def close(self, now: float) -> None:
         """End the spans of the requests that are under way."""
         for request_id in list(self._traces):
-            trace = self._drop(request_id, now)
-            if trace is not None:
-                trace.root.end(self._unix_ns(now))
+            self._end(request_id, now)
 
     def _added(self, event: events.RequestAdded) -> None:
         key = None if event.adapter is None else (event.adapter, self._versions.get(event.adapter, 0))
@@ -129,40 +130,30 @@ class RequestTracer:
         if key is not None and event.location != "slot":
             self._begin_wait(trace, event.time)
 
-    def _admitted(self, event: events.RequestAdmitted) -> None:
-        trace = self._traces.get(event.request_id)
-        if trace is None:
-            return
-        self._unqueue(event.request_id, trace, event.time)
-        if event.resumed:
-            trace.root.add_event("resumed", timestamp=self._unix_ns(event.time))
-        else:
-            trace.root.set_attribute("aioengine.cached_tokens", event.cached_tokens)
-        self._stage(trace, "decode" if trace.generating else "prefill", event.time)
-
-    def _preempted(self, event: events.RequestPreempted) -> None:
-        trace = self._traces.get(event.request_id)
-        if trace is not None:
-            trace.root.add_event("preempted", timestamp=self._unix_ns(event.time))
-            self._queue(event.request_id, trace, event.time)
-
-    def _first_token(self, event: events.FirstToken) -> None:
-        trace = self._traces.get(event.request_id)
-        if trace is not None:
-            trace.generating = True
-            self._stage(trace, "decode", event.time)
-
-    def _ended(self, event: events.RequestEnded) -> None:
-        trace = self._drop(event.request_id, event.time)
-        if trace is None:
-            return
-        trace.root.set_attribute("gen_ai.usage.output_tokens", event.output_tokens)
-        trace.root.set_attribute("gen_ai.response.finish_reasons", [event.reason])
-        if event.error is not None:
-            trace.root.record_exception(event.error, timestamp=self._unix_ns(event.time))
-        if event.reason == "error":
-            trace.root.set_status(Status(StatusCode.ERROR, str(event.error)))
-        trace.root.end(self._unix_ns(event.time))
+    def _changed(self, trace: _Trace, event: _Change) -> None:
+        request_id, now = event.request_id, self._unix_ns(event.time)
+        match event:
+            case events.RequestAdmitted():
+                self._unqueue(request_id, trace, event.time)
+                if event.resumed:
+                    trace.root.add_event("resumed", timestamp=now)
+                else:
+                    trace.root.set_attribute("aioengine.cached_tokens", event.cached_tokens)
+                self._stage(trace, "decode" if trace.generating else "prefill", event.time)
+            case events.RequestPreempted():
+                trace.root.add_event("preempted", timestamp=now)
+                self._queue(request_id, trace, event.time)
+            case events.FirstToken():
+                trace.generating = True
+                self._stage(trace, "decode", event.time)
+            case events.RequestEnded():
+                trace.root.set_attribute("gen_ai.usage.output_tokens", event.output_tokens)
+                trace.root.set_attribute("gen_ai.response.finish_reasons", [event.reason])
+                if event.error is not None:
+                    trace.root.record_exception(event.error, timestamp=now)
+                if event.reason == "error":
+                    trace.root.set_status(Status(StatusCode.ERROR, str(event.error)))
+                self._end(request_id, event.time)
 
     def _queue(self, request_id: str, trace: _Trace, now: float) -> None:
         self._stage(trace, "queue", now)
@@ -176,12 +167,11 @@ class RequestTracer:
             if not self._waiting[trace.key]:
                 del self._waiting[trace.key]
 
-    def _drop(self, request_id: str, now: float) -> _Trace | None:
-        trace = self._traces.pop(request_id, None)
-        if trace is not None:
-            self._unqueue(request_id, trace, now)
-            self._end_stage(trace, now)
-        return trace
+    def _end(self, request_id: str, now: float) -> None:
+        trace = self._traces.pop(request_id)
+        self._unqueue(request_id, trace, now)
+        self._end_stage(trace, now)
+        trace.root.end(self._unix_ns(now))
 
     def _stage(self, trace: _Trace, name: str, now: float) -> None:
         self._end_stage(trace, now)

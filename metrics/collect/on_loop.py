@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -58,17 +58,10 @@ class OnLoop:
             loop.call_soon_threadsafe(run)
         except RuntimeError:  # closed since we looked
             return function()
-        return self._wait(loop, future, function)
-
-    def _wait(self, loop: asyncio.AbstractEventLoop, future: Future[T], function: Callable[[], T]) -> T:
         end = time.monotonic() + self._timeout
-        while True:
-            try:
-                return future.result(_CHECK_SECONDS)
-            except TimeoutError:
-                if future.done():
-                    return future.result()
-                if not loop.is_running() and future.cancel():
-                    return function()
-                if time.monotonic() >= end and future.cancel():
-                    raise TimeoutError(f"the event loop did not answer within {self._timeout:g} s") from None
+        while not wait([future], _CHECK_SECONDS).done:
+            if not loop.is_running() and future.cancel():
+                return function()
+            if time.monotonic() >= end and future.cancel():
+                raise TimeoutError(f"the event loop did not answer within {self._timeout:g} s")
+        return future.result()

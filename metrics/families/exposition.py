@@ -6,7 +6,7 @@ a hundred adapters there are thousands of lines, in which only the numbers chang
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Exemplar
@@ -33,7 +33,9 @@ def to_metric(family: Family) -> Metric:
         if not isinstance(point, HistogramPoint):
             metric.add_sample(definition.exposed, labels, point)
             continue
-        for bound, number, exemplar in _buckets(definition, point):
+        number = 0
+        for bound, count, exemplar in zip(_bounds(definition), point.counts, point.exemplars, strict=True):
+            number += count
             found = None
             if exemplar is not None and _fits(exemplar):
                 found = Exemplar({EXEMPLAR_LABEL: exemplar.request_id}, exemplar.value, exemplar.time)
@@ -80,14 +82,8 @@ def _histogram(
     lines.append(f"{start[-1]}{_number(point.total)}\n")
 
 
-def _buckets(
-    definition: Definition, point: HistogramPoint
-) -> Iterator[tuple[str, int, ExemplarPoint | None]]:
-    number = 0
-    bounds = [*map(_number, definition.buckets), "+Inf"]
-    for bound, count, exemplar in zip(bounds, point.counts, point.exemplars, strict=True):
-        number += count
-        yield bound, number, exemplar
+def _bounds(definition: Definition) -> list[str]:
+    return [*map(_number, definition.buckets), "+Inf"]
 
 
 def _head(definition: Definition, openmetrics: bool) -> str:
@@ -105,8 +101,7 @@ def _starts(definition: Definition, values: Labels) -> list[str]:
     if definition.kind != "histogram":
         return [f"{definition.exposed}{_braces(labels)} "]
     name = definition.name
-    bounds = [*map(_number, definition.buckets), "+Inf"]
-    lines = [f"{name}_bucket{_braces({**labels, 'le': bound})} " for bound in bounds]
+    lines = [f"{name}_bucket{_braces({**labels, 'le': bound})} " for bound in _bounds(definition)]
     return [*lines, f"{name}_count{_braces(labels)} ", f"{name}_sum{_braces(labels)} "]
 
 

@@ -39,6 +39,15 @@ works."""
 Kind = Literal[
     "loading", "loaded", "placing", "placed", "draining", "evicted", "dropped", "failed", "unloaded"
 ]
+_MOVEMENTS: dict[type[events.Event], Kind] = {
+    events.AdapterLoading: "loading",
+    events.AdapterLoaded: "loaded",
+    events.AdapterPlacing: "placing",
+    events.AdapterPlaced: "placed",
+    events.AdapterFailed: "failed",
+    events.AdapterUnloaded: "unloaded",
+}
+_DETAILS = ("slot", "seconds", "nbytes", "reason")
 
 
 class ScrapedMetrics(Protocol):
@@ -110,7 +119,9 @@ class Changes(NamedTuple):
 
     def written(self) -> bytes:
         """Return it as JSON."""
-        self.update.adapters = [_row(info) for info in self.adapters]
+        self.update.adapters = [
+            Row(*(getattr(info, name) for name in Row.__struct_fields__)) for info in self.adapters
+        ]
         return msgspec.json.encode(self.update)
 
 
@@ -246,12 +257,8 @@ class Feed:
         return self._tick, Changes(update, adapters)
 
     def _numbers(self, stats: EngineStats) -> dict[str, int]:
-        numbers = {
-            name: value
-            for name in EngineStats.__struct_fields__
-            if isinstance(value := getattr(stats, name), int)
-        }
-        return {**numbers, **self._tokens}
+        values = msgspec.structs.asdict(stats)
+        return {name: value for name, value in values.items() if isinstance(value, int)} | self._tokens
 
 
 class Watcher:
@@ -275,39 +282,11 @@ class Watcher:
         self._feed.forget(self)
 
 
-def _row(info: AdapterInfo) -> Row:
-    return Row(
-        info.name,
-        info.version,
-        info.rank,
-        info.bytes,
-        info.location,
-        info.slot,
-        info.pinned,
-        info.running,
-        info.waiting,
-    )
-
-
 def _entry(event: events.AdapterEvent) -> Entry | None:
-    who = (event.adapter, event.version)
-    match event:
-        case events.AdapterLoading():
-            return Entry(event.time, "loading", *who)
-        case events.AdapterLoaded():
-            return Entry(event.time, "loaded", *who, seconds=event.seconds, bytes=event.nbytes)
-        case events.AdapterPlacing():
-            return Entry(event.time, "placing", *who, slot=event.slot)
-        case events.AdapterPlaced():
-            return Entry(
-                event.time, "placed", *who, slot=event.slot, seconds=event.seconds, bytes=event.nbytes
-            )
-        case events.AdapterEvicted(level="slot"):
-            return Entry(event.time, "evicted", *who, slot=event.slot)
-        case events.AdapterEvicted():
-            return Entry(event.time, "dropped", *who)
-        case events.AdapterFailed():
-            return Entry(event.time, "failed", *who, reason=event.reason)
-        case events.AdapterUnloaded():
-            return Entry(event.time, "unloaded", *who)
-    return None
+    kind = _MOVEMENTS.get(type(event))
+    if isinstance(event, events.AdapterEvicted):
+        kind = "evicted" if event.level == "slot" else "dropped"
+    if kind is None:
+        return None
+    slot, seconds, nbytes, reason = (getattr(event, name, None) for name in _DETAILS)
+    return Entry(event.time, kind, event.adapter, event.version, slot, seconds, nbytes, reason)
