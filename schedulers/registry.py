@@ -10,20 +10,13 @@ group ``aioengine.schedulers`` has policies and parts, which differ by their bas
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioengine.schedulers.checks import nearest
-from aioengine.schedulers.named import (
-    Supply,
-    build,
-    import_class,
-    options_text,
-    parse_named,
-    summary,
-    unknown,
-)
+from aioengine.schedulers.named import Supply, build, import_class, options_text, parse_named
 from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policy import SchedulerPolicy
@@ -41,27 +34,17 @@ PARTS = {
 }
 """The kinds of parts, and what each decides."""
 DEFAULT_PARTS = {"order": "fcfs", "replace": "lru", "prefetch": "lookahead", "preempt": "none"}
-
-
-class Kind(NamedTuple):
-    """A kind of class that is found by name."""
-
-    base: str
-    """"module:Class" below ``ROOT``."""
-    group: str
-    """The group of entry points."""
-
-
-KINDS: dict[str, Kind] = {
-    "policy": Kind("policy:SchedulerPolicy", ROOT),
-    "order": Kind("parts.base:Ordering", ROOT),
-    "replace": Kind("parts.base:Replacement", ROOT),
-    "prefetch": Kind("parts.base:Prefetch", ROOT),
-    "preempt": Kind("parts.base:Preemption", ROOT),
-    "router": Kind("routing.interface:RouterPolicy", "aioengine.routers"),
-    "placement": Kind("routing.interface:PlacementPolicy", "aioengine.placements"),
-    "autoscaler": Kind("routing.autoscaling:ScalingPolicy", "aioengine.autoscalers"),
+KINDS = {
+    "policy": (ROOT, "policy:SchedulerPolicy"),
+    "order": (ROOT, "parts.base:Ordering"),
+    "replace": (ROOT, "parts.base:Replacement"),
+    "prefetch": (ROOT, "parts.base:Prefetch"),
+    "preempt": (ROOT, "parts.base:Preemption"),
+    "router": ("aioengine.routers", "routing.interface:RouterPolicy"),
+    "placement": ("aioengine.placements", "routing.interface:PlacementPolicy"),
+    "autoscaler": ("aioengine.autoscalers", "routing.autoscaling:ScalingPolicy"),
 }
+"""Kind -> the group of entry points, and the base class below ``ROOT``."""
 BUILT_IN: dict[tuple[str, str], str] = {
     ("policy", "fcfs"): "policies.fcfs:FCFS",
     ("policy", "fair"): "policies.fair:Fair",
@@ -131,7 +114,8 @@ def available(kind: str) -> dict[str, PolicyInfo]:
     """Return what there is of a kind, by name. A package whose entry point cannot be imported is left out."""
     names = [name for of_kind, name in BUILT_IN if of_kind == kind]
     found = {name: _classes(name, name, (kind,))[kind] for name in names}
-    for point in entry_points(group=KINDS[kind].group):
+    group, _ = KINDS[kind]
+    for point in entry_points(group=group):
         try:
             found.setdefault(point.name, import_class(point.name, point.value, _base(kind)))
         except ValueError:
@@ -177,16 +161,13 @@ def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) 
     out of range.
     """
     what = f"policy {spec!r}"
-    if isinstance(spec, str):
-        named = [parse_named(what, token, _NAMES) for token in spec.split("+")]
-    elif "name" in spec:
-        named = [(str(spec["name"]), {key: value for key, value in spec.items() if key != "name"})]
-    else:
+    if not isinstance(spec, str) and "name" not in spec:
         allowed = (*PARTS, "max_wait", "name")
         for key in spec:
             if key not in allowed:
                 raise ValueError(f"policy: unknown key {key!r}{nearest(key, allowed)}; keys are {allowed}")
         return compose(**spec, supply=supply)
+    named = [_named(what, token) for token in (spec.split("+") if isinstance(spec, str) else (spec,))]
     if len(named) == 1 and (policy := _classes(what, named[0][0], ("policy", *PARTS)).get("policy")):
         built: SchedulerPolicy = build(what, policy, named[0][1], supply)
         return built
@@ -195,9 +176,7 @@ def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) 
     for name, options in named:
         if "max_wait" in options:
             max_wait["max_wait"] = options.pop("max_wait")
-        kinds = _classes(what, name, PARTS)
-        if not kinds:
-            raise ValueError(f"{what}: {unknown(name, available_policies())}")
+        kinds = _classes(what, name, PARTS) or _unknown(what, name, available_policies())
         kind = next((kind for kind in kinds if kind not in parts), None)
         if kind is None:
             raise ValueError(f"{what}: two parts of the kind {next(iter(kinds))!r}, the second {name!r}")
@@ -221,8 +200,8 @@ def compose(
     given = {"order": order, "replace": replace, "prefetch": prefetch, "preempt": preempt}
     parts: dict[str, Any] = {}
     for kind, value in given.items():
-        default = getattr(parts.get("order"), f"default_{kind}", DEFAULT_PARTS[kind])
-        parts[kind] = _part(kind, value or default, supply)
+        value = value or getattr(parts.get("order"), f"default_{kind}", DEFAULT_PARTS[kind])
+        parts[kind] = value if isinstance(value, _base(kind)) else _load(kind, value, supply)
     composed: Composed = build("policy", Composed, {**parts, "max_wait": max_wait}, supply)
     return composed
 
@@ -245,39 +224,39 @@ def load_autoscaler(spec: str) -> ScalingPolicy:
     return autoscaler
 
 
-def _part(kind: str, given: Any, supply: Supply | None) -> Any:
-    base = _base(kind)
-    if isinstance(given, base):
-        return given
-    if isinstance(given, str):
-        return _load(kind, given, supply=supply)
-    if isinstance(given, Mapping) and isinstance(given.get("name"), str):
-        return _load(
-            kind, given["name"], {key: value for key, value in given.items() if key != "name"}, supply
-        )
-    raise ValueError(f"{kind}={given!r}: must be a name, a table with a name, or a {base.__name__}")
-
-
-def _load(kind: str, spec: str, more: Mapping[str, Any] | None = None, supply: Supply | None = None) -> Any:
-    """Build what ``spec`` names, with its options and ``more``."""
+def _load(kind: str, spec: Any, supply: Supply | None = None) -> Any:
+    """Build what a text or a table names."""
     what = f"{kind}={spec!r}" if kind in PARTS else f"{kind} {spec!r}"
-    name, options = parse_named(what, spec, _NAMES)
-    cls = _classes(what, name, (kind,)).get(kind)
-    if cls is None:
-        raise ValueError(f"{what}: {unknown(name, available(kind))}")
-    return build(what, cls, {**options, **(more or {})}, supply)
+    name, options = _named(what, spec)
+    classes = _classes(what, name, (kind,)) or _unknown(what, name, available(kind))
+    return build(what, classes[kind], options, supply)
 
 
-def _classes(what: str, name: str, kinds: Iterable[str]) -> dict[str, type[Any]]:
+def _named(what: str, spec: Any) -> tuple[str, dict[str, Any]]:
+    """Return the name, and the options, of a text or a table."""
+    if isinstance(spec, Mapping) and isinstance(spec.get("name"), str):
+        name, options = _named(what, spec["name"])
+        return name, {**options, **{key: value for key, value in spec.items() if key != "name"}}
+    if isinstance(spec, str):
+        return parse_named(what, spec, _NAMES)
+    raise ValueError(f"{what}: must be a name, a table with a name, or an instance")
+
+
+def _unknown(what: str, name: str, known: Collection[str]) -> dict[str, type[Any]]:
+    raise ValueError(
+        f"{what}: there is no {name!r}{nearest(name, known)}; known are {', '.join(sorted(known))}, or give "
+        "'package.module:Class' or 'file.py:Class'"
+    )
+
+
+def _classes(what: str, name: str, kinds: Collection[str]) -> dict[str, type[Any]]:
     """Return the classes of this name by kind; none if the name is not known."""
-    kinds = tuple(kinds)  # all of one group
     built_in = {kind: BUILT_IN[kind, name] for kind in kinds if (kind, name) in BUILT_IN}
     if built_in:
         return {kind: import_class(what, f"{ROOT}.{at}", _base(kind)) for kind, at in built_in.items()}
+    group, _ = KINDS[next(iter(kinds))]  # all are of one group
+    targets = [name] if ":" in name else [point.value for point in entry_points(group=group, name=name)]
     bases = {kind: _base(kind) for kind in kinds}
-    targets = [name]
-    if ":" not in name:
-        targets = [point.value for point in entry_points(group=KINDS[kinds[0]].group, name=name)]
     for target in targets[:1]:
         cls = import_class(what, target, *bases.values())
         return {kind: cls for kind, base in bases.items() if issubclass(cls, base)}
@@ -285,12 +264,11 @@ def _classes(what: str, name: str, kinds: Iterable[str]) -> dict[str, type[Any]]
 
 
 def _base(kind: str) -> type[Any]:
-    return import_class(kind, f"{ROOT}.{KINDS[kind].base}", object)
+    return import_class(kind, f"{ROOT}.{KINDS[kind][1]}", object)
 
 
 def _info(name: str, kind: str, cls: type[Any]) -> PolicyInfo:
     text = {field: getattr(cls, field, "") for field in ("source", "starvation_bound", "worst_case")}
+    summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
     where = f"{cls.__module__}:{cls.__qualname__}"
-    return PolicyInfo(
-        name=name, kind=kind, summary=summary(cls), options=options_text(cls), where=where, **text
-    )
+    return PolicyInfo(name=name, kind=kind, summary=summary, options=options_text(cls), where=where, **text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from math import inf, log2
-from typing import NamedTuple
 
 from sortedcontainers import SortedList
 
@@ -26,7 +25,7 @@ class LRU(Replacement):
         return slot.last_used
 
 
-class Discard(Replacement):
+class Discard(LRU):
     """Keeps no adapter in a slot that no request uses or waits for: the slots are no cache.
 
     This is how S-LoRA treats adapters, and what Chameleon's cache is compared with. It is a baseline: the
@@ -37,9 +36,6 @@ class Discard(Replacement):
         "Sheng et al. 2023, S-LoRA (2311.03285); the baseline of Iliakopoulou et al. 2024, "
         "Chameleon (2411.17741)"
     )
-
-    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
-        return slot.last_used
 
     def discard(self, view: SchedulerView) -> Sequence[str]:
         idle = [s for s in view.slots if s.state is SlotState.READY and s.running == 0 and not s.pinned]
@@ -64,11 +60,9 @@ class DecayedCounts:
         self._weights: dict[str, float] = {}
         self._ranking: SortedList[tuple[float, str]] = SortedList()
 
-    def add(self, name: str, now: float, amount: float = 1.0) -> None:
-        """Count ``amount`` more."""
-        if amount <= 0:
-            return
-        weight = now * self._rate + log2(amount)
+    def add(self, name: str, now: float) -> None:
+        """Count one more."""
+        weight = now * self._rate
         old = self._weights.get(name)
         if old is not None:
             self._ranking.remove((old, name))
@@ -96,7 +90,18 @@ class DecayedCounts:
         return len(self._weights)
 
 
-class LFU(Replacement):
+class Counted(Replacement):
+    """Counts the admitted requests of each adapter, faded. Counts outlive the stay in a slot."""
+
+    def __init__(self, half_life: float) -> None:
+        self.counts = DecayedCounts(half_life)
+
+    def on_event(self, event: PolicyEvent) -> None:
+        if event.kind == "request_admitted" and event.adapter is not None:
+            self.counts.add(event.adapter, event.now)
+
+
+class LFU(Counted):
     """Evicts the least frequently used idle adapter; older uses count less.
 
     score = sum over the adapter's admitted requests of 2^(-age / half_life), on a scale of logarithms
@@ -111,25 +116,13 @@ class LFU(Replacement):
     )
 
     def __init__(self, half_life: float = 300.0) -> None:
-        self.counts = DecayedCounts(half_life)
-
-    def on_event(self, event: PolicyEvent) -> None:
-        if event.kind == "request_admitted" and event.adapter is not None:
-            self.counts.add(event.adapter, event.now)
+        super().__init__(half_life)
 
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
         return self.counts.weight(adapter.name)
 
     def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
         return self.counts.weight(adapter.name)
-
-
-class _Stay(NamedTuple):
-    """An adapter's time in a slot, or in the CPU cache."""
-
-    uses: int
-    base: float
-    """L at its last use."""
 
 
 class GreedyDual:
@@ -142,34 +135,32 @@ class GreedyDual:
 
     def __init__(self) -> None:
         self.inflation = 0.0
-        self._stays: dict[str, _Stay] = {}
+        self._stays: dict[str, tuple[int, float]] = {}
+        """Uses since each adapter came, and L at the last one."""
         self._scored: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._stays)
 
     def came(self, name: str) -> None:
-        self._stays[name] = _Stay(0, self.inflation)
+        self._stays[name] = 0, self.inflation
 
     def used(self, name: str) -> None:
-        uses = self._stays[name].uses if name in self._stays else 0
-        self._stays[name] = _Stay(uses + 1, self.inflation)
+        uses, _ = self._stays.get(name, (0, 0.0))
+        self._stays[name] = uses + 1, self.inflation
         self._scored.pop(name, None)
 
     def left(self, name: str) -> None:
         self._stays.pop(name, None)
         self.inflation = max(self.inflation, self._scored.pop(name, 0.0))
 
-    def renamed(self, was: str, name: str) -> None:
-        if was in self._stays:
-            self._stays[name] = self._stays.pop(was)
-        if was in self._scored:
-            self._scored[name] = self._scored.pop(was)
+    def forget(self, name: str) -> None:
+        self._stays.pop(name, None)
+        self._scored.pop(name, None)
 
     def value(self, name: str, worth: float) -> float:
-        uses, base = self._stays.get(name, _Stay(0, self.inflation))
-        value = base + max(1, uses) * worth
-        self._scored[name] = value
+        uses, base = self._stays.get(name, (0, self.inflation))
+        value = self._scored[name] = base + max(1, uses) * worth
         return value
 
 
@@ -201,24 +192,21 @@ class GDSF(Replacement):
         self.cpu = GreedyDual()
 
     def on_event(self, event: PolicyEvent) -> None:
-        name = event.adapter
-        if name is None:
-            return
-        match event.kind:
-            case "request_admitted":
+        match event.kind, event.adapter:
+            case "request_admitted", str(name):
                 self.slots.used(name)
                 self.cpu.used(name)
-            case "adapter_loaded":
+            case "adapter_loaded", str(name):
                 self.cpu.came(name)
-            case "adapter_placed":
+            case "adapter_placed", str(name):
                 self.slots.came(name)
-            case "adapter_evicted":
+            case "adapter_evicted", str(name):
                 self.slots.left(name)
-            case "adapter_dropped":
+            case "adapter_dropped", str(name):
                 self.cpu.left(name)
-            case "adapter_retired" if event.was is not None:
-                self.slots.renamed(event.was, name)
-                self.cpu.renamed(event.was, name)
+            case "adapter_retired", _ if event.was is not None:
+                self.slots.forget(event.was)
+                self.cpu.forget(event.was)
 
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
         read_again = view.cpu_room <= 0

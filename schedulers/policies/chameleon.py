@@ -5,13 +5,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
-from itertools import accumulate, islice, pairwise
-from typing import NamedTuple
+from itertools import islice, pairwise
+from math import inf
+from statistics import fmean
 
 from aioengine.schedulers.arrival import by_arrival
 from aioengine.schedulers.checks import at_least
-from aioengine.schedulers.parts.base import Arrival, Replacement
-from aioengine.schedulers.parts.replacement import DecayedCounts
+from aioengine.schedulers.parts.base import Arrival
+from aioengine.schedulers.parts.replacement import Counted
 from aioengine.schedulers.policy import AdapterView, PolicyEvent, RequestView, SchedulerView, SlotView
 
 FIRST_CLUSTERING = 16
@@ -77,7 +78,8 @@ class ChameleonOrder(Arrival):
         """Work seen in each lane."""
         self._recent: deque[tuple[int, int, str | None]] = deque(maxlen=window)
         self._period = self._until_refresh = min(refresh, FIRST_CLUSTERING)
-        self._largest = _Largest(1, 1, 1, 1)
+        self._largest = (1, 1, 1, 1)
+        """Most tokens of a prompt and of an output, bytes of the largest and of the smallest adapter."""
         self._lane_of: dict[str, int] = {}
         """Lanes of the requests that wait or run, since the last clustering."""
 
@@ -93,9 +95,9 @@ class ChameleonOrder(Arrival):
 
     def size(self, view: SchedulerView, tokens_in: int, tokens_out: int, adapter: str | None) -> float:
         """Return the weighted request size."""
-        most = self._largest
-        length = self.input_weight * tokens_in / most.input + self.output_weight * tokens_out / most.output
-        return length * min(1.0, (_bytes_of(view, adapter) or most.smallest_adapter) / most.adapter)
+        most_in, most_out, largest, smallest = self._largest
+        length = self.input_weight * tokens_in / most_in + self.output_weight * tokens_out / most_out
+        return length * min(1.0, (_bytes_of(view, adapter) or smallest) / largest)
 
     def lane(self, view: SchedulerView, request: RequestView) -> int:
         """Return a request's lane; 0 is that of the smallest."""
@@ -142,7 +144,7 @@ class ChameleonOrder(Arrival):
         self._until_refresh = self._period
         self._period = min(self.refresh, 2 * self._period)
         adapters = [size for size in {_bytes_of(view, name) for _, _, name in self._recent} if size]
-        self._largest = _Largest(
+        self._largest = (
             max(1, *(tokens_in for tokens_in, _, _ in self._recent)),
             max(1, *(tokens_out for _, tokens_out, _ in self._recent)),
             max(adapters, default=1),
@@ -166,15 +168,6 @@ def _surely_first(lanes: Sequence[Sequence[RequestView]], places: Sequence[int],
     return count
 
 
-class _Largest(NamedTuple):
-    """The largest values, which sizes are normalized by."""
-
-    input: int
-    output: int
-    adapter: int
-    smallest_adapter: int
-
-
 def _bytes_of(view: SchedulerView, name: str | None) -> int:
     """Return the adapter's bytes; 0 for the base model, and for an adapter that has not been read or is
     gone."""
@@ -185,28 +178,29 @@ def _bytes_of(view: SchedulerView, name: str | None) -> int:
 def cluster(sizes: Sequence[float], most: int) -> list[Sequence[float]]:
     """Split ascending numbers into the fewest clusters, at most ``most``, that leave at most a tenth of the
     variance within clusters. Uses k-means, which starts from equal parts."""
-    sums = [0.0, *accumulate(sizes)]
-    squares = [0.0, *accumulate(size * size for size in sizes)]
-
-    def spread(start: int, end: int) -> float:
-        return squares[end] - squares[start] - (sums[end] - sums[start]) ** 2 / (end - start)
-
-    def mean(start: int, end: int) -> float:
-        return (sums[end] - sums[start]) / (end - start)
-
-    total = spread(0, len(sizes))
+    total = spread([sizes])
     for k in range(1, most + 1):
         cuts = sorted({len(sizes) * i // k for i in range(k)} | {len(sizes)})
         for _ in range(50):
-            means = [mean(start, end) for start, end in pairwise(cuts)]
+            means = [fmean(sizes[start:end]) for start, end in pairwise(cuts)]
             inner = {bisect_right(sizes, (low + high) / 2) for low, high in pairwise(means)}
             moved = sorted(inner | {0, len(sizes)})
             if moved == cuts:
                 break
             cuts = moved
-        if sum(spread(start, end) for start, end in pairwise(cuts)) <= ENOUGH * total:
+        clusters = [sizes[start:end] for start, end in pairwise(cuts)]
+        if spread(clusters) <= ENOUGH * total:
             break
-    return [sizes[start:end] for start, end in pairwise(cuts)]
+    return clusters
+
+
+def spread(clusters: Sequence[Sequence[float]]) -> float:
+    """Return the squared distances to the means of the clusters."""
+    total = 0.0
+    for members in clusters:
+        mean = fmean(members)
+        total += sum((size - mean) ** 2 for size in members)
+    return total
 
 
 def shares(load: Sequence[float], places: int) -> list[int]:
@@ -222,17 +216,7 @@ def shares(load: Sequence[float], places: int) -> list[int]:
     return given
 
 
-class _Scale(NamedTuple):
-    """Normalization of the adapters in slots, for one decision."""
-
-    now: float
-    most_used: float
-    oldest: float
-    newest: float
-    largest: int
-
-
-class ChameleonCache(Replacement):
+class ChameleonCache(Counted):
     """Keeps adapters that are used often, were used lately, and are large, hence slow to load.
 
     score = 0.45 frequency + 0.10 recency + 0.45 size, each between 0 and 1 among the adapters in slots:
@@ -254,14 +238,11 @@ class ChameleonCache(Replacement):
         size: float = 0.45,
         half_life: float = 300.0,
     ) -> None:
+        super().__init__(half_life)
         at_least(0, frequency=frequency, recency=recency, size=size)
         self.frequency, self.recency, self.size = frequency, recency, size
-        self.counts = DecayedCounts(half_life)
-        self._scale: _Scale | None = None
-
-    def on_event(self, event: PolicyEvent) -> None:
-        if event.kind == "request_admitted" and event.adapter is not None:
-            self.counts.add(event.adapter, event.now)
+        self._scale = (-inf, 0.0, 0.0, 0.0, 0)
+        """Time, most uses, longest ago and latest use, and largest size of the adapters in slots."""
 
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
         return self._weigh(view, adapter, slot.last_used)
@@ -270,20 +251,13 @@ class ChameleonCache(Replacement):
         return self._weigh(view, adapter, adapter.last_used)
 
     def _weigh(self, view: SchedulerView, adapter: AdapterView, last_used: float) -> float:
-        if self._scale is None or self._scale.now != view.now:
-            self._scale = self._measure(view)
-        scale = self._scale
-        uses = self.counts.count(adapter.name, view.now) / (scale.most_used or 1.0)
-        recent = (last_used - scale.oldest) / ((scale.newest - scale.oldest) or 1.0)
-        large = adapter.bytes / (scale.largest or 1)
-        return self.frequency * uses + self.recency * recent + self.size * large
-
-    def _measure(self, view: SchedulerView) -> _Scale:
-        held = [(slot, slot.adapter) for slot in view.slots if slot.adapter is not None]
-        return _Scale(
-            view.now,
-            max((self.counts.count(name, view.now) for _, name in held), default=0.0),
-            min((slot.last_used for slot, _ in held), default=0.0),
-            max((slot.last_used for slot, _ in held), default=0.0),
-            max((view.adapters[name].bytes for _, name in held), default=0),
-        )
+        if self._scale[0] != view.now:
+            slots = {slot.adapter: slot.last_used for slot in view.slots if slot.adapter is not None}
+            uses = max((self.counts.count(name, view.now) for name in slots), default=0.0)
+            times = slots.values() or (0.0,)
+            largest = max((view.adapters[name].bytes for name in slots), default=0)
+            self._scale = (view.now, uses, min(times), max(times), largest)
+        _, most_used, longest_ago, latest, largest = self._scale
+        uses = self.counts.count(adapter.name, view.now) / (most_used or 1.0)
+        recent = (last_used - longest_ago) / ((latest - longest_ago) or 1.0)
+        return self.frequency * uses + self.recency * recent + self.size * adapter.bytes / (largest or 1)

@@ -85,29 +85,32 @@ class WaitingWork(ScalingPolicy):
         self._calm_since: float | None = None
 
     def replicas(self, view: FleetView, now: int, *, waiting: int = 0) -> Scaling:
-        bounded = min(max(now, self.least), self.most)
+        wanted, reason = self._wanted(view, now, waiting)
+        return Scaling(min(max(wanted, self.least), self.most), reason)
+
+    def _wanted(self, view: FleetView, now: int, waiting: int) -> Scaling:
         if now == 0:
-            return Scaling(max(bounded, 1), "requests wait") if waiting else Scaling(bounded, "nothing to do")
+            return Scaling(1, "requests wait") if waiting else Scaling(0, "nothing to do")
         work = sum(_work(replica) for replica in view.accepting)
         busy = any(replica.running or replica.waiting for replica in view.accepting)
         need = ceil(work / self._target)
         if need > now:
             self._calm_since = None
             if self._grown is not None and view.now - self._grown < self._settle:
-                return Scaling(bounded, "growing")
+                return Scaling(now, "growing")
             self._grown = view.now
-            return Scaling(min(max(min(need, 2 * now), self.least), self.most), "work waits")
+            return Scaling(min(need, 2 * now), "work waits")
         left = now - 1
         calm = work < self._low * self._target * left if left else not busy and not waiting
         if not calm:
             self._calm_since = None
-            return Scaling(bounded, "enough")
+            return Scaling(now, "enough")
         if self._calm_since is None:
             self._calm_since = view.now
         if view.now - self._calm_since < self._cool_down:
-            return Scaling(bounded, "cooling down")
+            return Scaling(now, "cooling down")
         self._calm_since = view.now
-        return Scaling(min(max(left, self.least), self.most), "idle")
+        return Scaling(left, "idle")
 
 
 def _work(replica: ReplicaView) -> float:

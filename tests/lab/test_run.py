@@ -118,7 +118,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
     ("fields", "error", "words"),
     [
         ({"policy": "fcsf"}, PolicyError, "did you mean 'fcfs'"),
-        ({"policy": "gone.py:Mine"}, PolicyError, "there is no file"),
+        ({"policy": "gone.py:Mine"}, PolicyError, "No such file"),
         ({"preset": "llama3-8b-h10"}, ConfigError, "did you mean 'llama3-8b-h100'"),
         ({"slots": 5000, "cpu_loras": 5000}, ConfigError, "lower"),
         ({"max_lora_rank": 8}, ConfigError, "has rank 64 .*raise max_lora_rank"),

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from hashlib import blake2b
 
-from aioengine.schedulers.routing.interface import FleetView, ReplicaView, Route, RouteRequest
+from aioengine.schedulers.routing.interface import FleetView, ReplicaView, RouteRequest
 
 MAX_NAMED = 4
 """Maximum replicas in a route: the door takes the next if one fails, and asks again after the last."""
@@ -36,13 +36,12 @@ def cached_tokens(request: RouteRequest, view: FleetView) -> Mapping[str, int]:
     return found
 
 
-def by_load(replicas: Collection[ReplicaView], reason: str) -> Route:
-    """Return the route to the least loaded replicas; equal ones in the given order.
+def by_load(replicas: Sequence[ReplicaView]) -> list[ReplicaView]:
+    """Return the least loaded replicas first; equal ones in the given order.
 
     A waiting request counts as four running ones, as in vLLM's balancer between data-parallel ranks, because
     its work has not begun."""
-    ranked = sorted(replicas, key=lambda replica: _WAITING_WEIGHT * replica.waiting + replica.running)
-    return Route([replica.replica_id for replica in ranked[:MAX_NAMED]], reason=reason)
+    return sorted(replicas, key=lambda replica: _WAITING_WEIGHT * replica.waiting + replica.running)
 
 
 class RendezvousOrder:

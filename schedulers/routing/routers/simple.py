@@ -18,17 +18,22 @@ from aioengine.schedulers.routing.routers.common import (
     candidates,
 )
 
+Replicas = Sequence[ReplicaView]
+
 
 class Simple(RouterPolicy):
-    """Chooses among the replicas that accept requests and have not failed this one."""
+    """Orders the replicas that accept requests and have not failed this one."""
 
     def route(self, request: RouteRequest, view: FleetView) -> Route:
         found = candidates(request, view)
-        return self.choose(request, found, view) if found else Route()
+        if not found:
+            return Route()
+        best, reason = self.order(request, found, view)
+        return Route([replica.replica_id for replica in best[:MAX_NAMED]], reason=reason)
 
     @abstractmethod
-    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
-        """Choose among ``found``, which is not empty."""
+    def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
+        """Return the replicas of ``found`` to name, the preferred one first, and the reason for that one."""
 
 
 class RoundRobin(Simple):
@@ -42,14 +47,10 @@ class RoundRobin(Simple):
     def __init__(self) -> None:
         self._turn = 0
 
-    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
-        return Route([replica.replica_id for replica in self.in_turn(found)[:MAX_NAMED]], reason="turn")
-
-    def in_turn(self, found: Sequence[ReplicaView]) -> Sequence[ReplicaView]:
-        """Return the replicas, each time beginning with the next one."""
+    def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
         start = self._turn % len(found)
         self._turn += 1
-        return (*found[start:], *found[:start])
+        return (*found[start:], *found[:start]), "turn"
 
 
 class LeastLoaded(RoundRobin):
@@ -60,8 +61,9 @@ class LeastLoaded(RoundRobin):
     source = "vLLM's balancer between data-parallel ranks: 4 x waiting + running"
     worst_case = "a request is sent where its adapter must be loaded although a holder was as good"
 
-    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
-        return by_load(self.in_turn(found), "load")
+    def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
+        in_turn, _ = super().order(request, found, view)
+        return by_load(in_turn), "load"
 
 
 class PowerOfTwoChoices(Simple):
@@ -74,9 +76,8 @@ class PowerOfTwoChoices(Simple):
     def __init__(self, seed: int = 0) -> None:
         self._random = Random(seed)
 
-    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
-        two = found if len(found) <= 2 else self._random.sample(found, 2)
-        return by_load(two, "two choices")
+    def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
+        return by_load(self._random.sample(found, min(len(found), 2))), "two choices"
 
 
 class Holder(Simple):
@@ -95,12 +96,17 @@ class Holder(Simple):
 
     def __init__(self, spill: int = 0) -> None:
         at_least(0, spill=spill)
-        self._spill = spill
+        self._most = spill or inf
 
-    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
-        holders, most = _holders(request, view), self._spill or inf
-        having = [replica for replica in found if replica.replica_id in holders and replica.waiting < most]
-        return by_load(having, "holder") if having else by_load(found, "load")
+    def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
+        holders = _holders(request, view)
+        having = [one for one in found if one.replica_id in holders and one.waiting < self._most]
+        return by_load(having or found), "holder" if having else "load"
+
+
+def _holders(request: RouteRequest, view: FleetView) -> Set[str]:
+    adapter = None if request.adapter is None else view.adapters.get(request.adapter)
+    return frozenset() if adapter is None else adapter.holders
 
 
 class Tiers(Simple):
@@ -124,7 +130,7 @@ class Tiers(Simple):
         at_least(0, lora=lora, queue=queue, kv=kv)
         self._weights = lora, queue, kv
 
-    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+    def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
         lora, queue, kv = self._weights
         adapter, holders = request.adapter, _holders(request, view)
         shortest = min(replica.waiting for replica in found)
@@ -139,13 +145,7 @@ class Tiers(Simple):
             short = (longest - replica.waiting) / (longest - shortest) if longest > shortest else 1.0
             return lora * place + queue * short + kv * replica.free_kv_tokens / max(replica.kv_tokens, 1)
 
-        best = sorted(found, key=score, reverse=True)[:MAX_NAMED]
-        return Route([replica.replica_id for replica in best], reason="score")
-
-
-def _holders(request: RouteRequest, view: FleetView) -> Set[str]:
-    adapter = None if request.adapter is None else view.adapters.get(request.adapter)
-    return frozenset() if adapter is None else adapter.holders
+        return sorted(found, key=score, reverse=True), "score"
 
 
 class Rendezvous(Simple):
@@ -171,14 +171,18 @@ class Rendezvous(Simple):
         self._bound = bound
         self._order = RendezvousOrder()
 
-    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+    def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
         if request.adapter is None:
-            return by_load(found, "load")
-        loads = {replica.replica_id: replica.waiting + replica.running for replica in found}
-        most = ceil(self._bound * (sum(loads.values()) + 1) / len(loads))
-        order = [name for name in self._order.of(request.adapter, view) if name in loads]
-        named = [name for name in order if loads[name] < most][:MAX_NAMED]
-        return Route(named or order[:MAX_NAMED], reason="home" if named[:1] == order[:1] else "bounded")
+            return by_load(found), "load"
+        known = {replica.replica_id: replica for replica in found}
+        ranked = [known[name] for name in self._order.of(request.adapter, view) if name in known]
+        most = ceil(self._bound * (sum(map(_requests, found)) + 1) / len(found))
+        named = [replica for replica in ranked if _requests(replica) < most] or ranked
+        return named, "home" if named[0] is ranked[0] else "bounded"
+
+
+def _requests(replica: ReplicaView) -> int:
+    return replica.waiting + replica.running
 
 
 class ShuffleSharding(Simple):
@@ -201,14 +205,20 @@ class ShuffleSharding(Simple):
         self._shards = shards
         self._order = RendezvousOrder()
 
-    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
-        key = request.tenant if request.tenant is not None else request.adapter or ""
-        own = self._order.of(key, view)[: self._shards]
-        mine = [replica for replica in found if replica.replica_id in own]
-        if not mine and all(name in request.tried for name in own):
+    def route(self, request: RouteRequest, view: FleetView) -> Route:
+        if request.tried and all(name in request.tried for name in self._own(request, view)):
             # The request itself may be the cause: it must not be tried on all replicas.
             return Route(reject="the replicas of this tenant have failed", reason="shard")
-        return by_load(mine or found, "shard" if mine else "shard is down")
+        return super().route(request, view)
+
+    def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
+        own = self._own(request, view)
+        mine = [replica for replica in found if replica.replica_id in own]
+        return by_load(mine or found), "shard" if mine else "shard is down"
+
+    def _own(self, request: RouteRequest, view: FleetView) -> Sequence[str]:
+        key = request.tenant if request.tenant is not None else request.adapter or ""
+        return self._order.of(key, view)[: self._shards]
 
 
 class Prefix(Simple):
@@ -234,13 +244,11 @@ class Prefix(Simple):
         self._share = share
         self._slack = slack
 
-    def choose(self, request: RouteRequest, found: Sequence[ReplicaView], view: FleetView) -> Route:
+    def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
         cached = cached_tokens(request, view)
         enough = max(self._share * request.prompt_tokens, 1)
-        requests = {replica.replica_id: replica.waiting + replica.running for replica in found}
-        most = min(requests.values()) + self._slack
-        having = [i for i, count in requests.items() if cached.get(i, 0) >= enough and count <= most]
+        most = min(map(_requests, found)) + self._slack
+        having = [r for r in found if cached.get(r.replica_id, 0) >= enough and _requests(r) <= most]
         if not having:
-            return by_load(found, "load")
-        having.sort(key=lambda i: (-cached[i], requests[i]))
-        return Route(having[:MAX_NAMED], reason="prefix")
+            return by_load(found), "load"
+        return sorted(having, key=lambda r: (-cached[r.replica_id], _requests(r))), "prefix"
