@@ -30,40 +30,40 @@ def board(console: Console, *, screen: bool = False) -> Iterator[Callable[[Rende
 
 def slots_table(slots: Sequence[Mapping[str, Any]], most: int, width: int) -> Table:
     """Return a table of the slots; if there are more than ``most``, of those in which most requests run."""
-    shown = list(slots)
     if len(slots) > most:
-        shown.sort(key=lambda slot: (slot["running"], slot["adapter"] is not None), reverse=True)
-        shown = shown[:most]
-    of_fleet = ["replica"] if any(slot.get("replica") is not None for slot in slots) else []
-    columns = [*of_fleet, "slot", "state", "adapter", "running", "pinned"]
+        slots = sorted(slots, key=lambda slot: (-slot["running"], slot["adapter"] is None))
+    of_fleet = any(slot.get("replica") is not None for slot in slots)
     rows = [
         {
-            "replica": str(slot.get("replica") or ""),
+            **({"replica": str(slot.get("replica") or "")} if of_fleet else {}),
             "slot": str(slot["index"]),
             "state": slot["state"].lower(),
             "adapter": "" if slot["adapter"] is None else f"{slot['adapter']} (v{slot['version']})",
             "running": str(slot["running"]),
             "pinned": "pinned" if slot["pinned"] else "",
         }
-        for slot in shown
+        for slot in slots
     ]
-    return cut_table(columns, rows, len(slots) - len(shown), width)
+    return cut_table(rows, most, width)
 
 
-def cut_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]], more: int, width: int) -> Table:
-    """Return a table of ``rows``, with a last line for the number of ``more``. What clients and tenants name
-    is cut where the terminal is narrow, so that the numbers are seen."""
+def cut_table(rows: Sequence[Mapping[str, str]], most: int, width: int) -> Table:
+    """Return a table of ``most`` rows, with a last line for the number of further ones. What clients and
+    tenants name is cut where the terminal is narrow, so that the numbers are seen."""
     gap = 1 if width < NARROW else 3
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
+    if not rows:
+        return table
+    columns = list(rows[0])
     named = [column for column in columns if column in ("tenant", "adapter")]
-    if more > 0:
-        rows = [*rows, dict.fromkeys(columns, "") | {named[0]: f"and {more} more"}]
-    others = [max(map(len, (name, *(row[name] for row in rows)))) for name in columns if name not in named]
+    shown = [*rows[:most]]
+    if len(rows) > most:
+        shown.append(dict.fromkeys(columns, "") | {named[0]: f"and {len(rows) - most} more"})
+    others = [max(map(len, (name, *(row[name] for row in shown)))) for name in columns if name not in named]
     room = max(7, (width - sum(others) - gap * len(columns)) // len(named))
     for column in columns:
-        table.add_column(
-            column, max_width=room if column in named else None, overflow="ellipsis", no_wrap=True
-        )
-    for row in rows:
-        table.add_row(*(row[name] for name in columns))
+        widest = room if column in named else None
+        table.add_column(column, max_width=widest, overflow="ellipsis", no_wrap=True)
+    for row in shown:
+        table.add_row(*row.values())
     return table

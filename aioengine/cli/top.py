@@ -167,15 +167,16 @@ def _requests(requests: list[dict[str, Any]], most: int, width: int) -> Any:
     from aioengine.cli.board import NARROW, cut_table
 
     narrow = width < NARROW
-    columns = ["seconds", "request", *([] if narrow else ["route"]), "tenant", "adapter", "prompt", "output"]
     rows = [
         {
             "seconds": f"{one['seconds']:.1f}",
             "request": str(one.get("request_id"))[: 8 if narrow else None],
+            **({} if narrow else {"route": str(one.get("route") or "")}),
+            "tenant": str(one.get("tenant") or ""),
+            "adapter": str(one.get("adapter") or ""),
             "prompt": str(one.get("prompt_tokens", "")),
             "output": str(one.get("output_tokens", 0)),
-            **{name: str(one.get(name) or "") for name in ("route", "tenant", "adapter")},
         }
-        for one in requests[:most]
+        for one in requests
     ]
-    return cut_table(columns, rows, len(requests) - len(rows), width)
+    return cut_table(rows, most, width)

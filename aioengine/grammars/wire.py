@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 
 LENGTH = NUMBER = struct.Struct("=I")
+NOTES = 16
+"""Texts that the worker can note that it is busy with."""
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, gc=False):

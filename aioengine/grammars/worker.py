@@ -25,6 +25,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
 from aioengine.grammars.wire import (
+    NOTES,
     NUMBER,
     Ask,
     Compile,
@@ -128,6 +129,8 @@ class _Worker:
         """Process ids of the children that try texts, by the texts' numbers."""
         self._quick: deque[tuple[float, int]] = deque()
         """Trials that have not taken long yet, and until when."""
+        self._long: set[int] = set()
+        """Texts whose trials have taken long, until they are compiled."""
         self._asked: tuple[OrderedDict[str | None, deque[Ask]], ...] = (OrderedDict(), OrderedDict())
         """Masks to compute, by owner; those of slow texts are apart, and give way to the others."""
         self._answers = bytearray()
@@ -230,6 +233,7 @@ class _Worker:
             _, number = self._quick.popleft()
             if (pid := self._trials.get(number)) is not None:
                 os.setpriority(os.PRIO_PROCESS, pid, LONG_NICE)
+                self._long.add(number)
 
     def _tried(self, order: Compile, reading: int) -> None:
         said = os.read(reading, 4 * MAX_REASON).decode(errors="replace")
@@ -241,14 +245,20 @@ class _Worker:
             threading.Thread(target=self._compile, args=(order, int(memory)), daemon=True).start()
         else:
             self._texts.pop(order.number, None)
+            self._long.discard(order.number)
             code = os.waitstatus_to_exitcode(status)
             self._tell(Compiled(order.number, code if code or said else -signal.SIGABRT, why))
 
     def _compile(self, order: Compile, memory: int) -> None:
         """Compile a text that has passed its trial; in a thread."""
-        self._note(1, order.number)
+        # A short one is no nicer: for moments it holds the interpreter, for which masks would wait.
+        if sys.platform == "linux" and order.number in self._long:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LONG_NICE)
+        place = 1 + order.number % (NOTES - 1)
+        self._note(place, order.number)
         matcher = LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)
-        self._note(1, 0)
+        self._note(place, 0)
+        self._long.discard(order.number)
         if order.number in self._texts:
             self._texts[order.number] = _Text(matcher, memory)
         self._tell(Compiled(order.number, why=_reason(matcher), memory=memory))
@@ -257,9 +267,9 @@ class _Worker:
         with self._telling:
             self._control.sendall(frame(message))
 
-    def _note(self, lane: int, number: int) -> None:
-        """Note which text may end this process now."""
-        os.pwrite(self._doing, NUMBER.pack(number), lane * NUMBER.size)
+    def _note(self, place: int, number: int) -> None:
+        """Note which text may end this process now. The first place is for masks."""
+        os.pwrite(self._doing, NUMBER.pack(number), place * NUMBER.size)
 
     # Masks
 

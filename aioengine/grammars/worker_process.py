@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 from aioengine.errors import ConfigError
 from aioengine.grammars.limits import GrammarLimits
 from aioengine.grammars.matching import Masks
-from aioengine.grammars.wire import LENGTH, NUMBER, Compile, Compiled, Drop, Hello, Inbox, frame
+from aioengine.grammars.wire import LENGTH, NOTES, NUMBER, Compile, Compiled, Drop, Hello, Inbox, frame
 from aioengine.tasks import end_tasks
 
 START_SECONDS = 60.0
@@ -146,7 +146,9 @@ class WorkerProcess:
     def _lose(self) -> None:
         if self.alive:
             self.alive = False
-            self._ended({number for (number,) in NUMBER.iter_unpack(os.pread(self._doing, 64, 0))})
+            self._ended(
+                {number for (number,) in NUMBER.iter_unpack(os.pread(self._doing, NOTES * NUMBER.size, 0))}
+            )
             os.close(self._doing)
         for done in self._compiles.values():
             if not done.done():

@@ -74,19 +74,20 @@ def show(
     flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
     config, adapters = server_config(engine_flags), engine_flags.adapters()
     replicas = (fleet or FleetFlags()).fleet_config(config, adapters, engine_flags)
+    parts: dict[str, tuple[object, Mapping[str, Any], Set[str]]] = {
+        "lora": (config.lora, msgspec.structs.asdict(LoRAConfig()), set()),
+        "fleet": (replicas, _defaults(FleetConfig), ELSEWHERE.keys()),
+        "server": (flags, vars(ServerFlags()), {"api_key", "admin_key"}),
+    }
     _print_fields(config, _defaults(EngineConfig), {"lora"})
-    if config.lora is not None:
-        print("\n[lora]")
-        _print_fields(config.lora, msgspec.structs.asdict(LoRAConfig()))
+    for title, (settings, defaults, left_out) in parts.items():
+        if settings is not None:
+            print(f"\n[{title}]")
+            _print_fields(settings, defaults, left_out)
     if adapters:
         print("\n[adapters]")
         for name, path in adapters.items():
             print(f"{_text(name)} = {_text(path)}")
-    if replicas is not None:
-        print("\n[fleet]")
-        _print_fields(replicas, _defaults(FleetConfig), ELSEWHERE.keys())
-    print("\n[server]")
-    _print_fields(flags, vars(ServerFlags()), {"api_key", "admin_key"})
     return 0
 
 
@@ -124,7 +125,7 @@ def _defaults(kind: type[msgspec.Struct]) -> dict[str, Any]:
     return {field.name: field.default for field in msgspec.structs.fields(kind)}
 
 
-def _print_fields(settings: object, defaults: Mapping[str, Any], left_out: Set[str] = frozenset()) -> None:
+def _print_fields(settings: object, defaults: Mapping[str, Any], left_out: Set[str]) -> None:
     for name, default in defaults.items():
         value = getattr(settings, name)
         if value is not None and name not in left_out:
