@@ -103,7 +103,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     "cli": {"config", "fleet", "generate", "lab", "serving"},
     "core": {"adapters"},
     "executors": {"process", "ray"},
-    "fleet": {"door"},
+    "fleet": {"gateway"},
     "kernels": {"cpu", "plan", "portable", "triton", "triton.jit", "triton.quantized"},
     "lab": {
         "analysis",
@@ -307,8 +307,8 @@ def test_each_ignored_type_error_has_a_reason() -> None:
 
 
 FILLED_LATER = {
-    "aioengine.fleet.door.discovery._latest",
-    "aioengine.fleet.door.discovery._watchers",
+    "aioengine.fleet.gateway.discovery._latest",
+    "aioengine.fleet.gateway.discovery._watchers",
 }
 """Collections that belong to the process, as its connection to Ray does."""
 

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.fleet_metrics import door_families
+from support.fleet_metrics import gateway_families
 
 from aioengine.cli.config.checked import ServerFlags
 from aioengine.cli.main import COMMANDS, GROUPS
@@ -24,7 +24,7 @@ SNAPSHOT = Path(__file__).with_name("names.txt")
 def names() -> Iterator[str]:
     for definition in definitions.ALL.values():
         yield f"metric {definition.exposed} {definition.kind} {','.join(definition.labels)}".rstrip()
-    for family in door_families():  # without labels: those of counters that are 0 yet are not seen
+    for family in gateway_families():  # without labels: those of counters that are 0 yet are not seen
         suffix = "_total" if family.type == "counter" else ""
         yield f"metric {family.name}{suffix} {family.type}"
     yield from (f"command {command}" for command in COMMANDS if command not in GROUPS)

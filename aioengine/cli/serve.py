@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from aioengine.engine import AsyncEngine
-    from aioengine.fleet.door.client import FleetClient
+    from aioengine.fleet.gateway.client import FleetClient
 
 EXPIRES_SOON_SECONDS = 14 * 24 * 3600.0
 """The log warns at the start if the TLS certificate expires within this time."""

@@ -1,4 +1,4 @@
-"""A fleet: several replicas of one engine behind one door, on Ray (extra ``fleet``).
+"""A fleet: several replicas of one engine behind one gateway, on Ray (extra ``fleet``).
 
 :data:`app` is a Serve application, built at first use from the TOML file that ``AIOENGINE_CONFIG`` names:
 ``serve run aioengine.fleet:app``. Importing this package imports neither Ray nor torch.
@@ -19,7 +19,7 @@ __all__ = ["FleetConfig", "app", "build_app"]
 
 
 def build_app(config: FleetConfig) -> Application:
-    """Build a Serve application of ``config.replicas`` engines and a door in front of them. Deploy it with
+    """Build a Serve application of ``config.replicas`` engines and a gateway in front of them. Deploy it with
     ``serve.run`` or ``serve build``.
 
     Raises ConfigError if Ray is missing or has another version, or if the configuration is not valid.

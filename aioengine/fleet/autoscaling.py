@@ -54,7 +54,7 @@ class ServeAutoscaler:
             self._clock(),
             [Load(**{k: v for k, v in load.items() if k in Load._fields}) for load in loads.values()],
         )
-        # Calls that wait at the doors for a replica: one is enough to start a replica when there is none.
+        # Calls that wait at the gateways for a replica: one is enough to start a replica when there is none.
         waiting = 0 if loads else ceil(context.total_queued_requests or 0)
         found = self._policy.replicas(view, context.target_num_replicas, waiting=waiting)
         return found.replicas, {"reason": found.reason}

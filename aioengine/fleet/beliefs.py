@@ -1,4 +1,4 @@
-"""Beliefs: what doors believed of a replica's memory when they chose it."""
+"""Beliefs: what gateways believed of a replica's memory when they chose it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from aioengine.fleet.wire import Delta
 
 
 class Beliefs:
-    """Adapters that doors believed to be in memory when they chose this replica. If such an adapter is on
-    disk when the request arrives, the door is told. It is a listener of the engine's events."""
+    """Adapters that gateways believed to be in memory when they chose this replica. If such an adapter is on
+    disk when the request arrives, the gateway is told. It is a listener of the engine's events."""
 
     def __init__(self) -> None:
         self._believed: dict[str, tuple[Outbox, int]] = {}
 
     def believed(self, request_id: str, box: Outbox, key: int) -> None:
-        """Note a door's belief about a request's adapter. ``key`` is the door's number for the request."""
+        """Note a gateway's belief about a request's adapter. ``key`` is the gateway's number for the
+        request."""
         self._believed[request_id] = box, key
 
     def forget(self, request_id: str) -> None:

@@ -33,7 +33,7 @@ TRANSPORT = {
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
 }
 """Variables that Serve reads when it is imported, the same in all processes of a fleet. With them, calls use
-gRPC and run on the event loops of the door and the replica, and Serve's own metrics, which count calls to
+gRPC and run on the event loops of the gateway and the replica, and Serve's own metrics, which count calls to
 replicas, do not wake these loops ten times a second."""
 _LOCAL = {
     "RAY_worker_niceness": "0",  # with Ray's default, workers starve beside other programs
@@ -45,8 +45,8 @@ _LOCAL = {
 95% full, by whatever program, it ends all replicas at once, and Serve's controller and the registry with
 them. A replica's memory is planned before it starts, and does not grow much."""
 ANSWER_SECONDS = 120.0
-"""How long the registry's answer to a new door may take. The first one waits for the start of its process, on
-whatever machine, and for its checkpoint."""
+"""How long the registry's answer to a new gateway may take. The first one waits for the start of its process,
+on whatever machine, and for its checkpoint."""
 HANGS_SECONDS = 20.0
 """How long the end of Ray may take until its head counts as hung."""
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -168,8 +168,8 @@ def _fewer_processes() -> Iterator[None]:
         parameter.RayParams = usual
 
 
-class Door:
-    """A door's connection to the replicas that it has deployed or found. ``handle`` is Serve's."""
+class Gateway:
+    """A gateway's connection to the replicas that it has deployed or found. ``handle`` is Serve's."""
 
     def __init__(self, config: FleetConfig, handle: Any, registry: Any) -> None:
         self.handle = handle
@@ -182,13 +182,15 @@ class Door:
         return self
 
     def close(self) -> None:
-        """End the connection, and the replicas, too, if this was the last door. Blocks."""
+        """End the connection, and the replicas, too, if this was the last gateway. Blocks."""
         import ray
         from ray.exceptions import RayError
 
         try:
             left = ray.get(self._registry.leave.remote(self.name), timeout=CONNECT_SECONDS)
-        except RayError:  # another door has taken itself for the last one, and ended all, or the head is gone
+        except (
+            RayError
+        ):  # another gateway has taken itself for the last one, and ended all, or the head is gone
             return
         if left == 0:
             _remove(self._config.name)
@@ -207,17 +209,17 @@ def _answer(call: Any, fleet: str) -> Any:
         raise ConfigError(
             f"the registry of the fleet {fleet!r} has not answered for {ANSWER_SECONDS:g} s; look for its "
             "process (ray::AdapterRegistry) on the node of Ray's head, and end it if it hangs: Ray starts it "
-            "again, and what was loaded comes back from --registry or from the other doors"
+            "again, and what was loaded comes back from --registry or from the other gateways"
         ) from None
     except Exception as error:
         raise config_error_in(error) or error from None
 
 
-def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
+def open_gateway(config: FleetConfig, application: Callable[[], Any]) -> Gateway:
     """Have Serve start ``application``, unless it runs already, and do not wait for its replicas. Blocks.
 
     Raises ConfigError if Serve refuses it; then nothing of the application is left. Also raises it if the
-    registry's checkpoint fails, or if replicas of another configuration have this name; what other doors
+    registry's checkpoint fails, or if replicas of another configuration have this name; what other gateways
     have started goes on.
     """
     import ray
@@ -227,24 +229,25 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
     registry = registry_actor(config.name, config.registry)
     wanted = msgspec.json.encode(config)
     told = registry.configure.remote(wanted)
-    # Serve's controller starts while the registry does. Had the fleet another door, Serve would run already.
+    # Serve's controller starts while the registry does. Had the fleet another gateway, Serve would run
+    # already.
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(proxy_location="Disabled", logging_config=quiet)
     try:
         found = _answer(told, config.name)
     except Exception:
-        if config.name not in serve.status().applications:  # else another door uses it and the registry
+        if config.name not in serve.status().applications:  # else another gateway uses it and the registry
             _remove(config.name)
             ray.kill(registry)
         raise
     if found != wanted:
         differs = _differences(msgspec.json.decode(found), msgspec.json.decode(wanted))
         raise ConfigError(
-            f"another door runs the fleet {config.name!r} with another configuration ({differs}); give this "
-            "one the same, or another name (--app-name)"
+            f"another gateway runs the fleet {config.name!r} with another configuration ({differs}); give "
+            "this one the same, or another name (--app-name)"
         )
     if config.name in serve.status().applications:
-        return Door(config, serve.get_deployment_handle("EngineReplica", config.name), registry).open()
+        return Gateway(config, serve.get_deployment_handle("EngineReplica", config.name), registry).open()
     try:
         target = serve.RunTarget(application(), name=config.name, route_prefix=None)
         [handle] = serve.run_many([target], wait_for_applications_running=False)
@@ -252,12 +255,12 @@ def open_door(config: FleetConfig, application: Callable[[], Any]) -> Door:
         _remove(config.name)
         ray.kill(registry)
         raise ConfigError(f"the fleet did not start: {error}") from error
-    return Door(config, handle, registry).open()
+    return Gateway(config, handle, registry).open()
 
 
 def why_it_failed(name: str) -> str | None:
-    """Return why an application that a door has started or found will not start: Serve has given up, with the
-    last line of each deployment's error, or the application is gone. None: it may still start. Blocks."""
+    """Return why an application that a gateway has started or found will not start: Serve has given up, with
+    the last line of each deployment's error, or the application is gone. None: it may still start. Blocks."""
     from ray import serve
     from ray.exceptions import ActorDiedError
     from ray.serve.schema import ApplicationStatus
@@ -267,7 +270,7 @@ def why_it_failed(name: str) -> str | None:
     except ActorDiedError:  # Serve was ended, with all applications
         application = None
     if application is None:
-        return f"another door or `serve delete` has removed the application {name!r} meanwhile; try again"
+        return f"another gateway or `serve delete` has removed the application {name!r} meanwhile; try again"
     if application.status is not ApplicationStatus.DEPLOY_FAILED:
         return None
     found = []

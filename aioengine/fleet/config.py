@@ -26,7 +26,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     In a TOML file the engine's fields are at the top, as in ``EngineConfig.from_toml``. The fleet's fields
     are in the table ``[fleet]``, and ``[adapters]`` has a line ``name = "path"`` for each adapter.
-    ``[server]`` has the flags of ``aioengine serve``; a door that Serve runs takes those that concern its
+    ``[server]`` has the flags of ``aioengine serve``; a gateway that Serve runs takes those that concern its
     answers.
 
     Raises ConfigError on construction if a value is out of range, or there is no such router.
@@ -45,10 +45,10 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     adapters: dict[str, str] = {}
     """Name -> path of the adapters that every replica knows from its start."""
     served_model_names: tuple[str, ...] = ()
-    """Names of the base model in requests, where Serve runs the door. ``served_model_name`` in ``[server]``
-    is the same for every door."""
+    """Names of the base model in requests, where Serve runs the gateway. ``served_model_name`` in
+    ``[server]`` is the same for every gateway."""
     server: dict[str, Any] = {}
-    """The table ``[server]``, for a door that Serve runs; ``aioengine serve`` has its own."""
+    """The table ``[server]``, for a gateway that Serve runs; ``aioengine serve`` has its own."""
     name: str = "aioengine"
     """Name of the Serve application."""
     cpus_per_replica: Count = 1
@@ -70,7 +70,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     placement_seconds: Seconds = 5.0
     """Seconds between two plans of ``placement``."""
     otlp_endpoint: str | None = None
-    """URL of the OpenTelemetry collector for the spans of doors and replicas; None: the one that
+    """URL of the OpenTelemetry collector for the spans of gateways and replicas; None: the one that
     OpenTelemetry's variables name, if any."""
     registry: str | None = None
     """Folder (any fsspec URL) where the registry of adapters is kept, so that it outlives Ray's head."""

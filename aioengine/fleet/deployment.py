@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
     from ray.serve import Application
 
-    from aioengine.fleet.door.client import FleetClient
+    from aioengine.fleet.gateway.client import FleetClient
     from aioengine.model.text.tokenizer import Tokenizer
 
 MAX_STREAMS = 10_000
-"""Maximum concurrent calls to a replica: one for each door, and short ones."""
+"""Maximum concurrent calls to a replica: one for each gateway, and short ones."""
 START_TRIES = 2
 """How often Serve starts a replica that fails; after that the fleet has failed, and reports the reason."""
 
@@ -37,25 +37,27 @@ def encode_config(config: FleetConfig) -> bytes:
 
 
 def replica_application(config: FleetConfig, *, inherit: bool = False) -> Application:
-    """Make an application of replicas alone, for a door in another process. ``inherit``: Ray was started with
-    the replicas' variables, so that its worker processes have them already."""
+    """Make an application of replicas alone, for a gateway in another process. ``inherit``: Ray was started
+    with the replicas' variables, so that its worker processes have them already."""
     return _replicas(config, inherit=inherit)
 
 
 def fleet_application(config: FleetConfig) -> Application:
-    """Make an application of replicas and a door that Serve runs behind its proxy. Raises ConfigError."""
+    """Make an application of replicas and a gateway that Serve runs behind its proxy. Raises ConfigError."""
     require_ray()
     from ray import serve
 
-    door = serve.deployment(
-        serve.ingress()(Door),  # its ASGI application is made after its start
-        name="Door",
+    gateway = serve.deployment(
+        serve.ingress()(Gateway),  # its ASGI application is made after its start
+        name="Gateway",
         num_replicas=1,
         max_ongoing_requests=MAX_STREAMS,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": dict(TRANSPORT)}},
         logging_config=_quiet(),
     )
-    return door.bind(config, _replicas(msgspec.structs.replace(config, server={})))  # keys are the door's
+    return gateway.bind(
+        config, _replicas(msgspec.structs.replace(config, server={}))
+    )  # keys are the gateway's
 
 
 def _replicas(config: FleetConfig, *, inherit: bool = False) -> Any:
@@ -63,7 +65,7 @@ def _replicas(config: FleetConfig, *, inherit: bool = False) -> Any:
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
-    from aioengine.fleet.door.obey import ROUTER_PATH
+    from aioengine.fleet.gateway.obey import ROUTER_PATH
 
     options: dict[str, Any] = {"num_cpus": config.cpus_per_replica}
     if not inherit:
@@ -140,8 +142,8 @@ def plan_replica(config: FleetConfig, *, share: int | None = None) -> tuple[Flee
     return msgspec.structs.replace(config, engine=engine), plan
 
 
-class DoorModel(NamedTuple):
-    """Parts of the model that a door needs."""
+class GatewayModel(NamedTuple):
+    """Parts of the model that a gateway needs."""
 
     plan: MemoryPlan
     """Memory plan of one replica."""
@@ -149,31 +151,33 @@ class DoorModel(NamedTuple):
     tokenizer: Tokenizer | None
 
 
-def read_model(config: FleetConfig, plan: MemoryPlan | None = None) -> DoorModel:
+def read_model(config: FleetConfig, plan: MemoryPlan | None = None) -> GatewayModel:
     """Read the model's description and its tokenizer. Blocks."""
     from aioengine.model.files.resolve import resolve_model
     from aioengine.runtime.assemble import load_tokenizer
 
     path = resolve_model(config.engine.model)
     tokenizer = load_tokenizer(path, config.engine.chat_template)
-    return DoorModel(plan_replica(config)[1] if plan is None else plan, path, tokenizer)
+    return GatewayModel(plan_replica(config)[1] if plan is None else plan, path, tokenizer)
 
 
 def make_client(
     config: FleetConfig,
     handle: Any,
-    model: DoorModel,
+    model: GatewayModel,
     tracer_provider: TracerProvider | None = None,
     *,
-    door: str | None = None,
+    gateway: str | None = None,
 ) -> FleetClient:
     """Make a client that is not started yet."""
-    from aioengine.fleet.door.client import FleetClient
+    from aioengine.fleet.gateway.client import FleetClient
 
-    return FleetClient(config, handle, model.plan, model.path, model.tokenizer, tracer_provider, door=door)
+    return FleetClient(
+        config, handle, model.plan, model.path, model.tokenizer, tracer_provider, gateway=gateway
+    )
 
 
-class Door:
+class Gateway:
     """The server of ``aioengine serve``, run by Serve: the deployment's class."""
 
     async def __init__(self, config: FleetConfig, replicas: Any) -> None:  # type: ignore[misc] # Serve awaits it

@@ -1,4 +1,4 @@
-"""A replica's side of the channels to doors: each door's requests, and their new output."""
+"""A replica's side of the channels to gateways: each gateway's requests, and their new output."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Outbox:
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
-        """Number of its channel among the door's."""
+        """Number of its channel among the gateway's."""
         self.replaced = False
-        """Whether the door has opened a later channel."""
+        """Whether the gateway has opened a later channel."""
         self.received = 0
-        """Number of requests from the door so far."""
+        """Number of requests from the gateway so far."""
         self.ended = 0
         self._deltas: list[Delta] = []
         self._filled = asyncio.Event()
@@ -35,7 +35,7 @@ class Outbox:
 
     @property
     def busy(self) -> bool:
-        """Whether a request of the door has not ended."""
+        """Whether a request of the gateway has not ended."""
         return bool(self._tasks)
 
     def abort(self, key: int) -> None:
@@ -64,7 +64,7 @@ class Outbox:
                 await self._filled.wait()
 
     async def close(self) -> None:
-        """Abort all of the door's requests, and wait until they have ended."""
+        """Abort all of the gateway's requests, and wait until they have ended."""
         await end_tasks(self._tasks.values())
 
     def _end(self, key: int) -> None:
@@ -73,44 +73,44 @@ class Outbox:
 
 
 class Outboxes:
-    """The outboxes of a replica's doors, each of the door's latest channel. What belongs to an earlier one
-    may come late; its requests run elsewhere then, or were sent again."""
+    """The outboxes of a replica's gateways, each of the gateway's latest channel. What belongs to an earlier
+    one may come late; its requests run elsewhere then, or were sent again."""
 
     def __init__(self) -> None:
-        self._by_door: dict[str, Outbox] = {}
+        self._by_gateway: dict[str, Outbox] = {}
 
     @asynccontextmanager
     async def opened(self, channel: str) -> AsyncIterator[Outbox]:
-        """Give an outbox for a channel that begins, as soon as the requests of the door's earlier one have
-        ended. Raises LookupError if the door has a later one."""
-        door, number = ChannelName.of(channel)
-        before = self._by_door.get(door)
+        """Give an outbox for a channel that begins, as soon as the requests of the gateway's earlier one have
+        ended. Raises LookupError if the gateway has a later one."""
+        gateway, number = ChannelName.of(channel)
+        before = self._by_gateway.get(gateway)
         if before is not None and before.number > number:
-            raise LookupError(f"channel {channel}: the door has a later one")
-        box = self._by_door[door] = Outbox(number)
+            raise LookupError(f"channel {channel}: the gateway has a later one")
+        box = self._by_gateway[gateway] = Outbox(number)
         try:
             if before is not None:
                 before.replaced = True
                 await before.close()
             yield box
         finally:
-            if self._by_door.get(door) is box:
-                del self._by_door[door]
+            if self._by_gateway.get(gateway) is box:
+                del self._by_gateway[gateway]
             await box.close()
 
     def of(self, channel: str) -> Outbox:
-        """Return the outbox of a channel. Raises LookupError if it is not the door's latest one."""
-        door, number = ChannelName.of(channel)
-        box = self._by_door.get(door)
+        """Return the outbox of a channel. Raises LookupError if it is not the gateway's latest one."""
+        gateway, number = ChannelName.of(channel)
+        box = self._by_gateway.get(gateway)
         if box is None or box.number != number:
-            raise LookupError(f"channel {channel}: the door has not opened it, or has a later one")
+            raise LookupError(f"channel {channel}: the gateway has not opened it, or has a later one")
         return box
 
     def wake(self) -> None:
         """Have each channel send a frame."""
-        for box in self._by_door.values():
+        for box in self._by_gateway.values():
             box.wake()
 
     async def close(self) -> None:
-        for box in list(self._by_door.values()):
+        for box in list(self._by_gateway.values()):
             await box.close()

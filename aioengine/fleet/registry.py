@@ -1,4 +1,4 @@
-"""The fleet's registry of adapters: an actor that outlives doors and, with a checkpoint, Ray's head."""
+"""The fleet's registry of adapters: an actor that outlives gateways and, with a checkpoint, Ray's head."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 NAMESPACE = "aioengine"
 LEASE_SECONDS = 30.0
-"""Seconds for which a door may change an adapter, and then others may; it renews this while it works. So a
-door that is lost meanwhile does not block others for longer."""
+"""Seconds for which a gateway may change an adapter, and then others may; it renews this while it works. So a
+gateway that is lost meanwhile does not block others for longer."""
 WAIT_SECONDS = 5.0
-"""How long the registry lets a door wait for its turn until the door has to ask again, which shows that it
-lives."""
+"""How long the registry lets a gateway wait for its turn until the gateway has to ask again, which shows that
+it lives."""
 MAX_CHANGES = 10_000
-"""Number of adapters whose last changes are remembered for doors that were not told yet."""
+"""Number of adapters whose last changes are remembered for gateways that were not told yet."""
 _FILE = "adapters.json"
 _BUCKETS = {"s3", "gs", "abfs", "oss", "oci"}
 """Protocols without folders: a new folder in a bucket that does not exist would make the bucket."""
@@ -99,8 +99,8 @@ class AdapterRegistry:
         self._changed: dict[str, int] = {}
         """Number of the last change of an adapter, in order; only of the last ``MAX_CHANGES`` adapters."""
         self._decided: dict[str, None] = {}
-        """Adapters that were put or removed in this life, the last ``MAX_CHANGES`` of them: what a door knows
-        from an earlier one is older."""
+        """Adapters that were put or removed in this life, the last ``MAX_CHANGES`` of them: what a gateway
+        knows from an earlier one is older."""
         self._leases: dict[str, tuple[str, float]] = {}
         """By adapter: who may change it, and until when."""
         self._waiting: set[tuple[str, str]] = set()
@@ -117,25 +117,26 @@ class AdapterRegistry:
             self._config = self._config or config
         return self._config
 
-    async def join(self, door: str, config: bytes) -> None:
-        """Note that a door exists. It calls this again if this actor was restarted and does not know it."""
+    async def join(self, gateway: str, config: bytes) -> None:
+        """Note that a gateway exists. It calls this again if this actor was restarted and does not know
+        it."""
         self._config = self._config or config
-        self._usage.join(door)
+        self._usage.join(gateway)
 
-    async def leave(self, door: str) -> int:
-        """Forget a door. Returns the number of doors left."""
-        return self._usage.leave(door)
+    async def leave(self, gateway: str) -> int:
+        """Forget a gateway. Returns the number of gateways left."""
+        return self._usage.leave(gateway)
 
-    async def exchange(self, door: str, usage: dict[str, Usage]) -> dict[str, Usage] | None:
-        """Exchange usage as :meth:`SharedUsage.exchange` does. This also shows that the door is alive."""
-        return self._usage.exchange(door, usage)
+    async def exchange(self, gateway: str, usage: dict[str, Usage]) -> dict[str, Usage] | None:
+        """Exchange usage as :meth:`SharedUsage.exchange` does. This also shows that the gateway is alive."""
+        return self._usage.exchange(gateway, usage)
 
     async def entries(self) -> list[Entry]:
         await self._restore()
         return list(self._entries.values())
 
     async def changes(self, since: Mark | None) -> Changes:
-        """Return what has changed since a mark, so that a door need not read all adapters each time; all
+        """Return what has changed since a mark, so that a gateway need not read all adapters each time; all
         adapters for None, for a mark of another life, and if too much has changed. Raises ConfigError as
         :meth:`entries` does."""
         entries = await self.entries()
@@ -205,10 +206,10 @@ class AdapterRegistry:
         await self._save()
 
     async def put_back(self, entries: Sequence[Entry], spent: SpentVersions) -> Changes:
-        """Take what a door knows from an earlier life. Returns all adapters as they are then.
+        """Take what a gateway knows from an earlier life. Returns all adapters as they are then.
 
-        Of several doors' entries the newest counts. What was put or removed in this life stays so, with a
-        version that no door knows, so that no replica takes it for older than what it has.
+        Of several gateways' entries the newest counts. What was put or removed in this life stays so, with a
+        version that no gateway knows, so that no replica takes it for older than what it has.
         """
         await self._restore()
         self._spent.add(spent)
@@ -270,7 +271,7 @@ class AdapterRegistry:
         except Exception as error:  # each filesystem raises its own types
             raise ConfigError(
                 f"registry={without_credentials(str(self._url))!r}: cannot be {done}: {why_failed(error)[0]}"
-            ) from None  # its cause may not survive the way to the door
+            ) from None  # its cause may not survive the way to the gateway
 
 
 def _read(url: str) -> _Checkpoint:
@@ -317,9 +318,9 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
 
 @asynccontextmanager
 async def lease(actor: Any, name: str, owner: str) -> AsyncIterator[Callable[[], bool]]:
-    """Change an adapter while nobody else does. Raises AdapterLoadError, and ends the change, once this door
-    has not renewed its right in time, whether the registry answers or not, because another one may change the
-    adapter then; also if the registry hangs before. Gives a function that returns whether that has
+    """Change an adapter while nobody else does. Raises AdapterLoadError, and ends the change, once this
+    gateway has not renewed its right in time, whether the registry answers or not, because another one may
+    change the adapter then; also if the registry hangs before. Gives a function that returns whether that has
     happened."""
     keeping: asyncio.Task[None] | None = None
     loop, right, begun = asyncio.get_running_loop(), asyncio.timeout(None), False
@@ -334,7 +335,7 @@ async def lease(actor: Any, name: str, owner: str) -> AsyncIterator[Callable[[],
         if not right.expired():
             raise
         seconds = f"{LEASE_SECONDS:g} s"
-        why = f"this door did not reach the registry for {seconds}, and another one may have changed it"
+        why = f"this gateway did not reach the registry for {seconds}, and another one may have changed it"
         if not begun:
             why = f"the fleet's registry has not answered for {seconds}; nothing was changed"
         raise AdapterLoadError(f"{why}; repeat the change", name=name, transient=True) from None

@@ -1,4 +1,4 @@
-"""EngineReplica: one engine in a separate process, and its side of the channels to the doors."""
+"""EngineReplica: one engine in a separate process, and its side of the channels to the gateways."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ from aioengine.grammars.service import Grammars
 from aioengine.info import without_versions
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.request import SamplingParams
+from aioengine.schedulers.routing import Report
 
 logger = logging.getLogger("aioengine.fleet")
 
 STATUS_SECONDS = 0.05
-"""The shortest time between two reports to a door."""
+"""The shortest time between two reports to a gateway."""
 MOVES = (
     events.AdapterLoaded,
     events.AdapterPlaced,
@@ -101,7 +102,7 @@ class EngineReplica:
     # Channels
 
     async def channel(self, channel: str, to: str | None = None) -> AsyncIterator[bytes]:
-        """Yield a door's messages, as encoded frames, until the door stops listening or opens another
+        """Yield a gateway's messages, as encoded frames, until the gateway stops listening or opens another
         channel. Then its requests end. ``channel``: a ChannelName as text."""
         _check_own(to)
         loop = asyncio.get_running_loop()
@@ -123,7 +124,7 @@ class EngineReplica:
         self._moves += 1
 
     async def submit(self, channel: str, orders: bytes, to: str | None = None) -> None:
-        """Carry out a door's orders. Raises LookupError if this is not the door's latest channel."""
+        """Carry out a gateway's orders. Raises LookupError if this is not the gateway's latest channel."""
         _check_own(to)
         box = self._boxes.of(channel)
         for order in decode_orders(orders):
@@ -154,7 +155,7 @@ class EngineReplica:
             if self._draining:
                 raise EngineStopped("the replica is draining")
             params = await self._params(order)
-            known, scored = len(options.output), False  # log-probabilities that the door has already
+            known, scored = len(options.output), False  # log-probabilities that the gateway has already
             owns = [self._versions.own(name, compared=order.content != "") for name in names]
             asked = dict(zip(owns, names, strict=True))
             mix = options.mix and {own: options.mix[name] for own, name in asked.items()}
@@ -231,7 +232,7 @@ class EngineReplica:
 
     def _status(self, box: Outbox, now: float) -> Status:
         load = self.engine.load()
-        return Status(
+        report = Report(
             sent_at=now,
             received=box.received,
             ended=box.ended,
@@ -240,15 +241,13 @@ class EngineReplica:
             waiting_tokens=load.waiting_tokens,
             running_tokens=load.running_tokens,
             free_kv_tokens=load.kv_tokens_free,
-            waiting_for=[(name and without_versions(name), n) for name, n in load.waiting_for.items()],
+            waiting_for={name and without_versions(name): n for name, n in load.waiting_for.items()},
             load_seconds=self._speed.load,
             slot_seconds=self._speed.slot,
             seconds_per_token=self._speed.token.seconds_per_token,
             service_seconds=self._speed.service,
-            step_age=load.step_age,
-            draining=self._draining,
-            state=self.engine.state,
         )
+        return Status(report, load.step_age, self._draining, self.engine.state)
 
     def _residency(self) -> Residency:
         replaced = {(info.name, info.version): info for info in self.engine.replaced()}
@@ -269,7 +268,7 @@ class EngineReplica:
         except AioEngineError as error:
             return error
         finally:
-            self._boxes.wake()  # doors hear of the change at once
+            self._boxes.wake()  # gateways hear of the change at once
 
     # Watching
 

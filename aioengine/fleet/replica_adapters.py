@@ -1,4 +1,4 @@
-"""The adapters of a replica, as doors change them for the whole fleet."""
+"""The adapters of a replica, as gateways change them for the whole fleet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aioengine.tasks import end_tasks
 
 
 class ReplicaAdapters:
-    """What doors ask of a replica's engine, in the fleet's version numbers."""
+    """What gateways ask of a replica's engine, in the fleet's version numbers."""
 
     def __init__(self, engine: AsyncEngine, versions: ReplicaVersions) -> None:
         self._engine = engine
@@ -25,7 +25,8 @@ class ReplicaAdapters:
         self._unloads: set[asyncio.Task[None]] = set()
 
     async def call(self, action: str, arguments: dict[str, Any]) -> Any:
-        """Do what a door asks for. ``version`` and ``digest`` among the arguments are of what comes of it."""
+        """Do what a gateway asks for. ``version`` and ``digest`` among the arguments are of what comes of
+        it."""
         calls: dict[str, Callable[..., Awaitable[Any]]] = {
             "load": self._engine.load_adapter,
             "unload": self._engine.unload_adapter,
@@ -95,9 +96,9 @@ class ReplicaAdapters:
 
 
 class PreparedVersions:
-    """Versions that the engine has prepared, at most one for each adapter. Each belongs to one door's change,
-    and no other change uses or drops it. ``change`` is a change's name among those of all doors; the last one
-    that has begun is the one that may go on."""
+    """Versions that the engine has prepared, at most one for each adapter. Each belongs to one gateway's
+    change, and no other change uses or drops it. ``change`` is a change's name among those of all gateways;
+    the last one that has begun is the one that may go on."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -139,5 +140,5 @@ class PreparedVersions:
 
 
 def _ended(name: str) -> AdapterLoadError:
-    why = "the door that changes it has given that up, or another one changes it; repeat the change"
+    why = "the gateway that changes it has given that up, or another one changes it; repeat the change"
     return AdapterLoadError(why, name=name, transient=True)

@@ -1,4 +1,4 @@
-"""Speed of a replica, as its door and its scaling policy are told."""
+"""Speed of a replica, as its gateway and its scaling policy are told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads: adapters that a door has received, in a folder that every replica reads."""
+"""Uploads: adapters that a gateway has received, in a folder that every replica reads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("aioengine.fleet")
 
 KEEP_SECONDS = 3600.0
 """How long an upload that no adapter is loaded from is kept since it was first seen so, or was seen to be
-written again: requests may still need the version that was replaced. It is this door's own time, because a
+written again: requests may still need the version that was replaced. It is this gateway's own time, because a
 store's clock may be another one, and a system's clock may be set."""
 
 
@@ -35,8 +35,8 @@ class Uploads:
 
     def __init__(self, registry: str | None) -> None:
         self.alone: Callable[[str], AbstractAsyncContextManager[object]] = NameLocks().hold
-        """Function that makes a context for a name in which no other caller is; a fleet's door gives one in
-        which no other door is, either, and which learns first what they have changed."""
+        """Function that makes a context for a name in which no other caller is; a fleet's gateway gives one
+        in which no other gateway is, either, and which learns first what they have changed."""
         self._root: str | None = None
         if registry is not None:
             place = registry if is_source(registry) else os.path.abspath(os.path.expanduser(registry))
@@ -46,14 +46,14 @@ class Uploads:
         self._due = False
         """Whether the task is to look for what is not in use (once more)."""
         self._unused: dict[str, tuple[float, float | None]] = {}
-        """By the folder of an upload that is not in use: when this door has first seen that, and when the
+        """By the folder of an upload that is not in use: when this gateway has first seen that, and when the
         store says that its last file was written."""
 
     @asynccontextmanager
     async def stored(
         self, name: str, config: bytes, weights: BytesLike, used: Callable[[], Collection[str]]
     ) -> AsyncIterator[str]:
-        """Write an adapter's files, and give their folder, which no door removes while it is loaded in the
+        """Write an adapter's files, and give their folder, which no gateway removes while it is loaded in the
         block. ``used`` returns the folders that adapters are loaded from. What is invalid is removed at once,
         because nobody can load it; what else has not been in use for long, in the background, until
         :meth:`stop`, because a store with many folders is slow.
@@ -63,8 +63,8 @@ class Uploads:
         if root is None:
             raise ConfigError(
                 f"adapter {name!r}: a fleet keeps uploads below its registry, so that every replica can read "
-                "them: set registry (--registry) to a folder or URL that doors and replicas share, or load "
-                "the adapter from such a folder"
+                "them: set registry (--registry) to a folder or URL that gateways and replicas share, or "
+                "load the adapter from such a folder"
             )
         digest = await asyncio.to_thread(_digest, config, weights)
         folder = f"{root}/{digest}"
@@ -87,7 +87,7 @@ class Uploads:
 
     @asynccontextmanager
     async def held(self, path: str | os.PathLike[str] | None, name: str) -> AsyncIterator[None]:
-        """Load ``name`` from ``path`` in the block: if an upload is there, no door removes it meanwhile.
+        """Load ``name`` from ``path`` in the block: if an upload is there, no gateway removes it meanwhile.
         Raises AdapterLoadError."""
         where = "" if path is None else os.fspath(path)
         if self._root is None or not where.startswith(f"{self._root}/"):
@@ -160,7 +160,7 @@ def _written(root: str) -> dict[str, float | None]:
     import fsspec
 
     system, path = fsspec.core.url_to_fs(root)
-    system.invalidate_cache()  # other doors write here, too
+    system.invalidate_cache()  # other gateways write here, too
     found: dict[str, float | None] = {}
     for folder in system.ls(path, detail=False):
         found[_name(folder)] = _newest(system, folder)
@@ -192,12 +192,12 @@ def _remove(root: str, name: str) -> None:
 
 
 def _name(folder: str) -> str:
-    """Return the last part, which says what is in it, wherever a door or a replica has the root."""
+    """Return the last part, which says what is in it, wherever a gateway or a replica has the root."""
     return folder.rstrip("/").rpartition("/")[2]
 
 
 def _store(root: str, folder: str, name: str, config: bytes, weights: BytesLike) -> None:
-    part = f".{uuid.uuid4().hex}"  # another door may be given the same
+    part = f".{uuid.uuid4().hex}"  # another gateway may be given the same
     try:
         check_protocol(root, "registry")
         write_file(f"{folder}/adapter_config.json", config, part=part)

@@ -126,8 +126,8 @@ class ReplicaVersions:
         ]
 
     def told(self, info: AdapterInfo) -> AdapterInfo:
-        """Return what the doors are told of an adapter in memory: a version has the fleet's number, and a mix
-        has its name without versions, because each engine counts its own."""
+        """Return what the gateways are told of an adapter in memory: a version has the fleet's number, and a
+        mix has its name without versions, because each engine counts its own."""
         if is_mix(info.name):
             return msgspec.structs.replace(info, name=without_versions(info.name))
         if info.name not in self._numbers:

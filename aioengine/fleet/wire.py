@@ -1,7 +1,7 @@
-"""Messages between a door and a replica: MessagePack, in frames that gather new output.
+"""Messages between a gateway and a replica: MessagePack, in frames that gather new output.
 
-A door sends lists of :data:`Order`. A replica sends one :class:`Frame` for each step with output for the
-door, and at least one in each heartbeat.
+A gateway sends lists of :data:`Order`. A replica sends one :class:`Frame` for each step with output for the
+gateway, and at least one in each heartbeat.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from aioengine.schedulers.routing import Report, Tiers
 
 
 class ChannelName(NamedTuple):
-    """Name of a channel: its door, and its number among the door's channels to any replicas. What belongs to
-    an earlier channel may come late, and must not count for the one that has taken its place."""
+    """Name of a channel: its gateway, and its number among the gateway's channels to any replicas. What
+    belongs to an earlier channel may come late, and must not count for the one that has taken its place."""
 
-    door: str
+    gateway: str
     number: int
 
     def __str__(self) -> str:
-        return f"{self.door}#{self.number}"
+        return f"{self.gateway}#{self.number}"
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """Parse a name. A door alone is its channel 0."""
-        door, _, number = text.partition("#")
-        return cls(door, int(number or 0))
+        """Parse a name. A gateway alone is its channel 0."""
+        gateway, _, number = text.partition("#")
+        return cls(gateway, int(number or 0))
 
 
 class Submit(msgspec.Struct, tag="submit", array_like=True):
-    """Run a request. ``key`` is the door's number for it."""
+    """Run a request. ``key`` is the gateway's number for it."""
 
     key: int
     request_id: str
@@ -49,7 +49,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     trace: dict[str, str] = {}
     """Headers that name its span, in W3C's form; empty: it is not traced."""
     believed: bool = False
-    """Whether the door believes that the replica has its adapter in memory."""
+    """Whether the gateway believes that the replica has its adapter in memory."""
     content: str = ""
     """If it has begun elsewhere: digest of its adapter's content there, which it must also have here."""
 
@@ -79,7 +79,7 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     error: bytes = b""
     """A pickled error, which ends the request."""
     misrouted: bool = False
-    """Whether the replica lacks the adapter that the door believed it to have."""
+    """Whether the replica lacks the adapter that the gateway believed it to have."""
     pooled: list[float] | None = None
     pinned_tokens: int = 0
     versions: list[str] = []
@@ -117,44 +117,14 @@ class Residency(msgspec.Struct, array_like=True):
 
 
 class Status(msgspec.Struct, array_like=True):
-    """State of a replica: the fields of ``aioengine.schedulers.routing.Report`` without ``tiers``."""
+    """State of a replica."""
 
-    sent_at: float
-    received: int
-    ended: int
-    waiting: int
-    running: int
-    waiting_tokens: int
-    running_tokens: int
-    free_kv_tokens: int
-    waiting_for: list[tuple[str | None, int]]
-    load_seconds: float | None
-    slot_seconds: float | None
-    seconds_per_token: float | None
-    service_seconds: float | None
+    report: Report
+    """For routers, without ``tiers``."""
     step_age: float
     draining: bool
     state: str
     """State of the engine."""
-
-    def report(self, tiers: Tiers | None) -> Report:
-        """Return it for routers. ``tiers``: where adapters are; None: where they were."""
-        return Report(
-            self.sent_at,
-            self.received,
-            self.ended,
-            self.waiting,
-            self.running,
-            self.waiting_tokens,
-            self.running_tokens,
-            self.free_kv_tokens,
-            dict(self.waiting_for),
-            self.load_seconds,
-            self.slot_seconds,
-            self.seconds_per_token,
-            self.service_seconds,
-            tiers,
-        )
 
 
 class Hello(msgspec.Struct, array_like=True):
@@ -215,6 +185,6 @@ def pack_error(error: Exception) -> bytes:
 
 
 def unpack_error(data: bytes) -> AioEngineError:
-    error = pickle.loads(data)  # replicas are as trusted as the door, which also unpickles Ray's messages
+    error = pickle.loads(data)  # replicas are as trusted as the gateway, which also unpickles Ray's messages
     assert isinstance(error, AioEngineError)
     return error

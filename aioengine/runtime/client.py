@@ -41,18 +41,19 @@ class Usage(NamedTuple):
 
 
 class UsageLedger(Protocol):
-    """A door's count of the usage that it has accepted, and of other doors' usage as far as it knows."""
+    """A gateway's count of the usage that it has accepted, and of other gateways' usage as far as it
+    knows."""
 
     def take_usage(self) -> dict[str, Usage]:
         """Return the new usage since the last call, by limit; limits without new usage are left out."""
 
     def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
-        """Count the usage that other doors have accepted, too."""
+        """Count the usage that other gateways have accepted, too."""
 
 
 @runtime_checkable
 class SharesLimits(Protocol):
-    """A client of a fleet with other doors, whose requests count for the same limits."""
+    """A client of a fleet with other gateways, whose requests count for the same limits."""
 
     def share_limits(self, ledger: UsageLedger) -> None: ...
 

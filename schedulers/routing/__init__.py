@@ -1,5 +1,5 @@
-"""Routing and adapter placement over a fleet: the interface, the built-in policies, and a door's state of the
-fleet."""
+"""Routing and adapter placement over a fleet: the interface, the built-in policies, and a gateway's state of
+the fleet."""
 
 from aioengine.schedulers.policy import Location as Location
 from aioengine.schedulers.registry import available_autoscalers as available_autoscalers

@@ -34,7 +34,7 @@ class ScalingPolicy(ABC):
         Args:
             view: Only ``now`` and the ``accepting`` replicas' queues and speeds are known.
             now: Replicas now, starting ones included.
-            waiting: Requests that wait at the door because no replica is there.
+            waiting: Requests that wait at the gateway because no replica is there.
         """
 
 

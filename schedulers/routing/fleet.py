@@ -1,4 +1,4 @@
-"""FleetState: a door's knowledge of its fleet, and the view of it for policies."""
+"""FleetState: a gateway's knowledge of its fleet, and the view of it for policies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from aioengine.schedulers.routing.prefixes import PrefixIndex
 from aioengine.schedulers.routing.replica import Clock, Replica, ReplicaLimits, Report
 
 MAX_PINS = 16384
-"""Pinned prefixes of each replica that a door remembers."""
+<<<<<<< HEAD
+"""Pinned prefixes of each replica that a gateway remembers."""
+=======
+"""Pinned prefixes that a gateway remembers."""
+MAX_UNUSED = 1024
+"""Names that a gateway remembers only for the demand that there was for them. Clients can make up any number
+of mixes and of adapters that do not exist."""
+>>>>>>> f38b53db (Fleet: the gateway is a gateway; a replica's status has the routers' report)
 DEMAND_SECONDS = 60.0
 """Time constant of the moving average of demand."""
 CHANGED_SHARE = 0.25
@@ -129,7 +136,7 @@ class View:
 
 
 class FleetState:
-    """The knowledge of one door, from the replicas' reports and from the door's own actions.
+    """The knowledge of one gateway, from the replicas' reports and from the gateway's own actions.
 
     Nothing here waits: ``clock`` is read at every call, and the owner of the state calls :meth:`check` at
     intervals. All calls must come from one thread; :meth:`snapshot` makes a copy for another thread. An
@@ -176,7 +183,7 @@ class FleetState:
         self._tell("replica_joined", None, replica_id)
 
     def leave(self, replica_id: str) -> list[RouteRequest]:
-        """Remove a replica. Returns its requests, which the door sends to other replicas or fails;
+        """Remove a replica. Returns its requests, which the gateway sends to other replicas or fails;
         :meth:`ended` must not be called for them. Does nothing for an unknown replica."""
         self._tick()
         if self._replicas.pop(replica_id, None) is None:
@@ -244,8 +251,8 @@ class FleetState:
     # Requests
 
     def sent(self, request: RouteRequest, replica_id: str) -> None:
-        """Note that the door sends a request to a replica. Raises KeyError for an unknown replica, ValueError
-        for a request that is in flight already."""
+        """Note that the gateway sends a request to a replica. Raises KeyError for an unknown replica,
+        ValueError for a request that is in flight already."""
         now = self._tick()
         replica = self._replicas[replica_id]
         if request.request_id in self._in_flight:

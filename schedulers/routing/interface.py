@@ -1,8 +1,8 @@
 """The routing interface: how routers and placement policies see a fleet, and what they answer.
 
-A fleet is several replicas of one engine behind a door. For every request the door asks a
+A fleet is several replicas of one engine behind a gateway. For every request the gateway asks a
 :class:`RouterPolicy` which replica the request should go to. At intervals it asks a :class:`PlacementPolicy`
-which adapters should be on which replicas. Both see a :class:`FleetView`, the door's knowledge, which is
+which adapters should be on which replicas. Both see a :class:`FleetView`, the gateway's knowledge, which is
 never quite up to date: each replica's ``age`` says how old it is.
 
 This package is pure Python: no engine, no clock, no network. The same classes route in a live fleet and in
@@ -61,7 +61,7 @@ class Route(NamedTuple):
     """A router's answer: the replicas for a request, or the reason why there is none."""
 
     replicas: Sequence[str] = ()
-    """Replica ids, the preferred one first. The door takes the next if one cannot be reached."""
+    """Replica ids, the preferred one first. The gateway takes the next if one cannot be reached."""
     reject: str | None = None
     """Reason to reject the request, which the caller gets; None: it is not rejected."""
     reason: str = ""
@@ -69,10 +69,10 @@ class Route(NamedTuple):
 
 
 class ReplicaView(Protocol):
-    """A replica as far as the door knows, read-only and live.
+    """A replica as far as the gateway knows, read-only and live.
 
-    The values are those of its last report, corrected by this door's messages since then. Counts are numbers
-    of requests, and ``*_tokens`` numbers of tokens."""
+    The values are those of its last report, corrected by this gateway's messages since then. Counts are
+    numbers of requests, and ``*_tokens`` numbers of tokens."""
 
     @property
     def replica_id(self) -> str: ...
@@ -169,7 +169,7 @@ class AdapterView(Protocol):
 
     @property
     def in_flight(self) -> int:
-        """Requests for it that this door has sent and that have not ended."""
+        """Requests for it that this gateway has sent and that have not ended."""
 
     @property
     def holders(self) -> Set[str]:

@@ -1,4 +1,4 @@
-"""A door's knowledge of one replica: its last report, corrected by messages sent and received since."""
+"""A gateway's knowledge of one replica: its last report, corrected by messages sent and received since."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Tiers(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Report of a replica to a door, at least as often as its heartbeat."""
+    """Report of a replica to a gateway, at least as often as its heartbeat."""
 
     sent_at: float
     """The replica's own clock."""
     received: int
-    """Number of requests from this door that had arrived; later ones are still on their way."""
+    """Number of requests from this gateway that had arrived; later ones are still on their way."""
     ended: int
-    """Requests from this door that had ended."""
+    """Requests from this gateway that had ended."""
     waiting: int
     running: int
     waiting_tokens: int
@@ -170,7 +170,7 @@ class Replica:
         self._count()
 
     def _end(self) -> None:
-        """Note that one of this door's requests has ended on the replica."""
+        """Note that one of this gateway's requests has ended on the replica."""
         self._ended += 1
         self._count()
 

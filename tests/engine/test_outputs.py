@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from aioengine.core.state import Request
-from aioengine.fleet.door.call import Call
+from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.wire import Delta
 from aioengine.model.text.detokenizer import TextDelta
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
@@ -61,7 +61,7 @@ class OfEngine:
 
 
 class OfFleet:
-    """Outputs as a fleet's door makes them."""
+    """Outputs as a fleet's gateway makes them."""
 
     def __init__(self) -> None:
         self.call = Call(0, "r", [5, 6, 7], PARAMS, RequestOptions(), 0.0)

@@ -31,6 +31,6 @@ def test_grows_by_what_replicas_report_and_shrinks_to_nothing() -> None:
 
 
 def test_calls_on_their_way_are_no_work() -> None:
-    """Serve counts a door's channels, too, until a replica has taken them."""
+    """Serve counts a gateway's channels, too, until a replica has taken them."""
     scaler = ServeAutoscaler("waiting_work:least=1,most=4")
     assert scaler(context(1, [{"running": 1.0}], queued=50)) == (1, {"reason": "enough"})

@@ -9,7 +9,7 @@ from support.adapter_infos import adapter_info
 from support.cancel_at import Moment, cancel_everywhere
 from support.fleet_process import needs_ray
 from support.registry_actor import RegistryActor
-from support.small_fleet import Door, replica
+from support.small_fleet import Gateway, replica
 
 from aioengine.fleet.wire import Residency
 from aioengine.lab.simulation.clock import run_in_virtual_time
@@ -28,19 +28,19 @@ def test_a_cancelled_change_is_made_everywhere_or_nowhere(what: str, moment: Mom
         async def before(action: str) -> None:
             await asyncio.sleep(0.01)
 
-        door = Door(ones[0], before, ones[1])
-        await door.adapters.start(actor)
-        for index, member in enumerate(door.members.members.values()):  # both have it in memory
+        gateway = Gateway(ones[0], before, ones[1])
+        await gateway.adapters.start(actor)
+        for index, member in enumerate(gateway.members.members.values()):  # both have it in memory
             held = adapter_info("sql", version=index + 1, digest="sql")
             member.residency = Residency([], [held])
 
         async def work() -> None:
             if what == "unload":
-                await door.adapters.unload("sql", force=False)
+                await gateway.adapters.unload("sql", force=False)
             elif what == "pin":
-                await door.adapters.pin("sql", force=False)
+                await gateway.adapters.pin("sql", force=False)
             else:
-                await door.load("sql", replace=what == "replace")
+                await gateway.load("sql", replace=what == "replace")
 
         async def after() -> None:
             await asyncio.sleep(1.0)
@@ -52,17 +52,17 @@ def test_a_cancelled_change_is_made_everywhere_or_nowhere(what: str, moment: Mom
                 assert one.engine.has.keys() == found.keys()
                 for name, version in found.items():
                     assert one._versions.own(f"{name}@{version}") == f"{name}@{one.engine.has[name]}"
-            assert door.adapters.known.version("sql") == found.get("sql")
+            assert gateway.adapters.known.version("sql") == found.get("sql")
             if what != "load" or "sql" not in found:
-                await asyncio.wait_for(door.load("sql"), 1.0)  # no change blocks the next one
+                await asyncio.wait_for(gateway.load("sql"), 1.0)  # no change blocks the next one
             if what == "load":
-                await door.adapters.unload("sql", force=False)
+                await gateway.adapters.unload("sql", force=False)
             elif pinned:
-                await door.adapters.unpin("sql")
+                await gateway.adapters.unpin("sql")
 
         if what != "load":
-            await door.load("sql")
+            await gateway.load("sql")
         assert await cancel_everywhere(work, moment, after) > 3
-        await door.adapters.stop()
+        await gateway.adapters.stop()
 
     run_in_virtual_time(main())

@@ -1,4 +1,4 @@
-"""What doors, the registry and replicas do while an adapter is being changed; without Ray's processes."""
+"""What gateways, the registry and replicas do while an adapter is being changed; without Ray's processes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fleet_process import needs_ray
 from support.registry_actor import RegistryActor
-from support.small_fleet import Door, replica
+from support.small_fleet import Gateway, replica
 
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.fleet import registry as registries
 from aioengine.fleet import versions
-from aioengine.fleet.door import entries
+from aioengine.fleet.gateway import entries
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.fleet.versions import SpentVersions
 from aioengine.lab.simulation.clock import run_in_virtual_time
@@ -42,7 +42,7 @@ needs_ray()
     registry_seconds=st.sampled_from([0.0, 3.0]),
 )
 @pytest.mark.slow
-def test_whatever_doors_do_at_once_a_replica_has_what_the_registry_has(
+def test_whatever_gateways_do_at_once_a_replica_has_what_the_registry_has(
     works: list[list[tuple[str, str, int]]], delays: list[int], registry_seconds: float
 ) -> None:
     """Calls take times of their own to reach the replica, and the registry takes its time to answer."""
@@ -56,29 +56,29 @@ def test_whatever_doors_do_at_once_a_replica_has_what_the_registry_has(
             calls += 1
             await asyncio.sleep(delays[calls % len(delays)])
 
-        async def does(door: Door, work: list[tuple[str, str, int]]) -> None:
+        async def does(gateway: Gateway, work: list[tuple[str, str, int]]) -> None:
             for what, name, pause in work:
                 await asyncio.sleep(pause)
                 try:
                     if what == "joins":
-                        await door.joins()
+                        await gateway.joins()
                     elif what == "unload":
-                        await door.adapters.unload(name, force=False)
+                        await gateway.adapters.unload(name, force=False)
                     else:
-                        await door.load(name, replace=what == "replace")
+                        await gateway.load(name, replace=what == "replace")
                 except AdapterError:
                     pass
 
-        doors = [Door(one, before), Door(one, before)]
-        for door in doors:
-            await door.adapters.start(SlowRegistry(actor, registry_seconds))
-        await asyncio.gather(*map(does, doors, works))
+        gateways = [Gateway(one, before), Gateway(one, before)]
+        for gateway in gateways:
+            await gateway.adapters.start(SlowRegistry(actor, registry_seconds))
+        await asyncio.gather(*map(does, gateways, works))
         found = {entry.name: entry.version for entry in await actor.entries.remote()}
         assert one.engine.has.keys() == found.keys()
         for name, version in found.items():
             assert one._versions.own(f"{name}@{version}") == f"{name}@{one.engine.has[name]}"
-        for door in doors:
-            await door.adapters.stop()
+        for gateway in gateways:
+            await gateway.adapters.stop()
 
     run_in_virtual_time(main())
 
@@ -111,9 +111,9 @@ def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second
 
     async def main() -> None:
         one = await replica()
-        door = Door(one)
-        await door.adapters.start(registry := SlowRegistry(RegistryActor(), 0.0))
-        await door.load("sql")
+        gateway = Gateway(one)
+        await gateway.adapters.start(registry := SlowRegistry(RegistryActor(), 0.0))
+        await gateway.load("sql")
         registry.seconds = seconds
         registry.asked.clear()
         loop = asyncio.get_running_loop()
@@ -121,11 +121,11 @@ def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second
         begin = loop.time()
         for number in range(1000):
             name = "sql@7" if number % 2 else "x@1"
-            asks.append(loop.create_task(door.adapters.is_current(name)))
+            asks.append(loop.create_task(gateway.adapters.is_current(name)))
             if number % 10 == 9:
                 asks[number - 5].cancel()
             await asyncio.sleep(0.01)
-            await door.adapters.is_current("sql@1")  # whose version is right is not delayed
+            await gateway.adapters.is_current("sql@1")  # whose version is right is not delayed
         assert loop.time() == pytest.approx(begin + 10.0)
         ended = await asyncio.gather(*asks, return_exceptions=True)
         assert {type(end) for end in ended} == {AdapterNotFound, asyncio.CancelledError}
@@ -133,23 +133,23 @@ def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second
         gaps = [later - earlier for earlier, later in zip(registry.asked, registry.asked[1:], strict=False)]
         assert min(gaps) > entries.LOOK_SECONDS - 1e-6
         assert loop.time() - begin < 10.0 + 2 * entries.REFRESH_SECONDS + 2 * entries.LOOK_SECONDS
-        await door.adapters.stop()
+        await gateway.adapters.stop()
 
     run_in_virtual_time(main())
 
 
-def test_a_version_that_another_door_has_just_loaded_is_found_while_others_ask_for_wrong_ones() -> None:
+def test_a_version_that_another_gateway_has_just_loaded_is_found_while_others_ask_for_wrong_ones() -> None:
     async def main() -> None:
         actor, one = RegistryActor(), await replica()
-        door, other = Door(one), Door(one)
-        await door.adapters.start(SlowRegistry(actor, 0.2))
+        gateway, other = Gateway(one), Gateway(one)
+        await gateway.adapters.start(SlowRegistry(actor, 0.2))
         await other.adapters.start(actor)
         loop = asyncio.get_running_loop()
         asks: list[asyncio.Task[None]] = []
 
         async def flood() -> None:
             while True:
-                asks.append(loop.create_task(door.adapters.is_current("x@1")))
+                asks.append(loop.create_task(gateway.adapters.is_current("x@1")))
                 await asyncio.sleep(0.01)
 
         flooding = loop.create_task(flood())
@@ -157,11 +157,11 @@ def test_a_version_that_another_door_has_just_loaded_is_found_while_others_ask_f
             await asyncio.sleep(0.07 * pause)
             info = await other.load("sql", replace=True)
             begin = loop.time()
-            await door.adapters.is_current(f"sql@{info.version}")
+            await gateway.adapters.is_current(f"sql@{info.version}")
             assert loop.time() - begin <= 0.2 + entries.LOOK_SECONDS + 0.2 + 1e-6
         flooding.cancel()
         assert {type(end) for end in await asyncio.gather(*asks, return_exceptions=True)} == {AdapterNotFound}
-        for each in (door, other):
+        for each in (gateway, other):
             await each.adapters.stop()
 
     run_in_virtual_time(main())
@@ -185,7 +185,8 @@ def spent() -> st.SearchStrategy[SpentVersions]:
 def test_a_registry_gives_out_no_number_that_it_has_heard_of(
     steps: list[tuple[str, int, SpentVersions]],
 ) -> None:
-    """Whether it gives it to a door, or to an adapter of this life that a door knew in an earlier one."""
+    """Whether it gives it to a gateway, or to an adapter of this life that a gateway knew in an earlier
+    one."""
 
     async def main() -> None:
         registry = AdapterRegistry(None)

@@ -20,7 +20,7 @@ PROMPT = [5, 6, 7, 8]
 async def test_requests_that_wait_for_it_get_the_current_version(
     tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A door has lost a replica, and replaced an adapter on the other one, which it then lost for good."""
+    """A gateway has lost a replica, and replaced an adapter on the other one, which it then lost for good."""
     config = FleetConfig(engine=small_engine(tiny_text), replicas=2, adapters={"sql": str(adapters / "a")})
     async with fleet_here(config, monkeypatch) as fleet:
         client, members = fleet.client, fleet.client.members

@@ -15,8 +15,8 @@ from support.registry_actor import RegistryActor
 from aioengine import EngineConfig
 from aioengine.errors import AdapterInvalid, AdapterNotFound
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.adapters import FleetAdapters
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.wire import Residency
 from aioengine.info import AdapterInfo
 from aioengine.lab.simulation.clock import run_in_virtual_time
@@ -85,7 +85,9 @@ def contents(*disks: str, held: tuple[str, ...], change: Change = _nothing) -> t
             return await replicas[to].adapter(action, arguments)
 
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
-        members = Members(FleetConfig(engine=EngineConfig(model="tiny"), replicas=2), handle, door="door")
+        members = Members(
+            FleetConfig(engine=EngineConfig(model="tiny"), replicas=2), handle, gateway="gateway"
+        )
         adapters = FleetAdapters(members.config, members)
         await adapters.start(RegistryActor())
         for index, (disk, before) in enumerate(zip(disks, held, strict=True)):

@@ -1,4 +1,4 @@
-"""What a door ends or refuses by itself: requests that run nowhere, before their first replica or between
+"""What a gateway ends or refuses by itself: requests that run nowhere, before their first replica or between
 two, and paths that no message can hold."""
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from support.registry_actor import RegistryActor
 from aioengine import EngineConfig
 from aioengine.errors import AdapterLoadError
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.adapters import FleetAdapters
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import LEASE_SECONDS
 from aioengine.fleet.replica import EngineReplica
 from aioengine.fleet.uploads import NameLocks
@@ -82,8 +82,8 @@ async def replicas_of(seconds: tuple[float, ...]) -> dict[str, Any]:
     return made
 
 
-class Door:
-    """A door to replicas. They go on with what they were asked for, whoever waits for it, as with Ray."""
+class Gateway:
+    """A gateway to replicas. They go on with what they were asked for, whoever waits for it, as with Ray."""
 
     def __init__(self, name: str, made: dict[str, Any], registry: Any, delay: float = 0.0) -> None:
         self.asked: list[str] = []
@@ -98,7 +98,7 @@ class Door:
             return asyncio.shield(asyncio.ensure_future(call()))
 
         members = Members(
-            CONFIG, SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote)), door=name
+            CONFIG, SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote)), gateway=name
         )
         self.adapters = FleetAdapters(CONFIG, members)
         for replica in made:
@@ -137,7 +137,7 @@ def test_who_gives_up_leaves_nothing_prepared_and_disturbs_nobody(
         async def one(number: int, change: Given) -> None:
             await asyncio.sleep(change.begins)
             replacing = asyncio.ensure_future(
-                Door(f"d{number}", made, registry, change.delay).replace(f"path-{number}")
+                Gateway(f"d{number}", made, registry, change.delay).replace(f"path-{number}")
             )
             if change.cancelled is None:
                 await replacing
@@ -159,12 +159,12 @@ def test_who_gives_up_leaves_nothing_prepared_and_disturbs_nobody(
 
 
 @pytest.mark.parametrize("reads", [(1.0, 100.0), (100.0, 100.0)])
-def test_who_loses_the_right_leaves_what_another_door_prepares(reads: tuple[float, float]) -> None:
+def test_who_loses_the_right_leaves_what_another_gateway_prepares(reads: tuple[float, float]) -> None:
     """Its own read is still going on when the other one begins."""
 
     async def main() -> None:
         registry, made = RegistryActor(), await replicas_of(reads)
-        cut, other = Door("cut", made, Cut(registry, after=1)), Door("other", made, registry)
+        cut, other = Gateway("cut", made, Cut(registry, after=1)), Gateway("other", made, registry)
         losing = asyncio.ensure_future(cut.replace("old"))
         await asyncio.sleep(1.0)
         changing = asyncio.ensure_future(other.replace("new"))
@@ -180,7 +180,7 @@ def test_who_loses_the_right_leaves_what_another_door_prepares(reads: tuple[floa
 def test_who_loses_the_right_before_the_registry_knows_tells_replicas_nothing_more() -> None:
     async def main() -> None:
         registry, made = RegistryActor(), await replicas_of((1.0, 1.0))
-        cut = Door("cut", made, Cut(registry, after=1, silent="put"))
+        cut = Gateway("cut", made, Cut(registry, after=1, silent="put"))
         with pytest.raises(AdapterLoadError, match="did not reach the registry"):
             await cut.replace("old")
         assert asyncio.get_running_loop().time() < 2 * LEASE_SECONDS
@@ -191,7 +191,7 @@ def test_who_loses_the_right_before_the_registry_knows_tells_replicas_nothing_mo
 
 
 class Cut:
-    """The registry, as a door reaches it that is cut off after its right was given to it ``after`` times.
+    """The registry, as a gateway reaches it that is cut off after its right was given to it ``after`` times.
     ``silent``: the other call that has no answer."""
 
     def __init__(self, registry: Any, after: int, silent: str = "end") -> None:

@@ -21,13 +21,13 @@ async def test_a_channel_for_another_ends_no_requests(
 ) -> None:
     config = FleetConfig(engine=small_engine(tiny_text), replicas=1)
     async with fleet_here(config, monkeypatch) as fleet:
-        replica, door = fleet.replicas["r0"], fleet.client.members.door
+        replica, gateway = fleet.replicas["r0"], fleet.client.members.gateway
         whole = (await fleet.client.complete(PROMPT, greedy(20))).token_ids
         tokens: list[int] = []
         async for output in fleet.client.generate(PROMPT, greedy(20)):
             if not tokens:
                 with pytest.raises(LookupError, match="replica gone is gone"):
-                    await anext(replica.channel(door, to="gone"))
+                    await anext(replica.channel(gateway, to="gone"))
             tokens += output.token_ids_delta
         assert tokens == whole
         assert (await fleet.client.complete(PROMPT, greedy(20))).token_ids == whole
@@ -38,7 +38,7 @@ async def test_a_channel_for_another_ends_no_requests(
     ("method", "arguments"),
     [
         ("adapter", ("load", {"name": "sql", "path": "a"})),
-        ("submit", ("door", b"")),
+        ("submit", ("gateway", b"")),
         ("scrape", ("",)),
         ("describe", ()),
         ("drain", (True,)),

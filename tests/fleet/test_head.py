@@ -1,4 +1,4 @@
-"""The door when Ray's head is gone: accepted requests go on, new ones are refused, and then it ends."""
+"""The gateway when Ray's head is gone: accepted requests go on, new ones are refused, and then it ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from support.waiting import SECONDS, until
 from aioengine import EngineConfig
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.fleet import FleetConfig, cluster
-from aioengine.fleet.door import hangs
-from aioengine.fleet.door.client import FleetClient
+from aioengine.fleet.gateway import hangs
+from aioengine.fleet.gateway.client import FleetClient
 
 pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system or Python")
 
@@ -48,7 +48,7 @@ class Listener:
 
 
 @pytest.mark.usefixtures("quick")
-async def test_the_door_ends_when_its_requests_have() -> None:
+async def test_the_gateway_ends_when_its_requests_have() -> None:
     listener = Listener()
     address = await listener.open()
     plan: Any = None

@@ -1,4 +1,5 @@
-"""Requests that have begun keep the content that they began with, whatever happens to replicas and doors."""
+"""Requests that have begun keep the content that they began with, whatever happens to replicas and
+gateways."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ from support.waiting import until
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterChanged, AioEngineError
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.call import Call
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.call import Call
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Delta, Frame, Residency, Status, Submit, pack_error
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions, Wanted
-from aioengine.schedulers.routing import ReplicaLimits
+from aioengine.schedulers.routing import ReplicaLimits, Report
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
@@ -34,7 +35,7 @@ NAMES = ("a", "b")
 """Adapters that were loaded through the fleet; "u" is found by its name, and so it has no numbers."""
 REPLICAS = 4
 LIMITS = ReplicaLimits(slots=2, cpu_loras=4, max_running=8, kv_tokens=10_000)
-STATUS = Status(0.0, 1, 0, 0, 1, 0, 1, 100, [], None, None, None, None, 0.0, False, "running")
+STATUS = Status(Report(0.0, 1, 0, 0, 1, 0, 1, 100, {}), 0.0, False, "running")
 
 
 def content_of(version: str) -> str:
@@ -99,7 +100,7 @@ class Replica:
 class Event(NamedTuple):
     kind: str
     """What happens: "token", "replace" (on one replica), "hear" (a replica says what it has; with "token", in
-    one frame), "known" (the door hears of the newest versions), or "lose" (the replica that runs it)."""
+    one frame), "known" (the gateway hears of the newest versions), or "lose" (the replica that runs it)."""
     replica: int = 0
     adapter: str = "a"
     keep: bool = False
@@ -120,7 +121,7 @@ HEARD = [Event("hear", number) for number in range(REPLICAS)]
 
 class Fleet:
     def __init__(self) -> None:
-        self.members = Members(FleetConfig(engine=EngineConfig(model="tiny")), None, door="door")
+        self.members = Members(FleetConfig(engine=EngineConfig(model="tiny")), None, gateway="gateway")
         self.replicas: dict[str, Replica] = {}
         self.channels: dict[str, Any] = {}
         self.known = dict.fromkeys(NAMES, 1)
@@ -198,7 +199,7 @@ def test_tokens_are_all_of_the_content_that_made_the_first(
     wanted: dict[str, float], events: list[Event]
 ) -> None:
     """A request goes on with that, or fails: it fails only if a replica has not all of it, or has not said
-    so. Versions change on one replica after the other, and the door may know of none of it."""
+    so. Versions change on one replica after the other, and the gateway may know of none of it."""
 
     async def main() -> None:
         fleet = Fleet()
@@ -222,11 +223,11 @@ def test_tokens_are_all_of_the_content_that_made_the_first(
 @pytest.mark.parametrize("lives", [True, False], ids=["the version lives", "the version is gone"])
 @pytest.mark.parametrize("wanted", ["a", {"a": 0.5}, {"a": 0.5, "b": 0.25}], ids=str)
 @pytest.mark.slow
-async def test_a_replica_knows_the_version_better_than_the_door(
+async def test_a_replica_knows_the_version_better_than_the_gateway(
     wanted: Wanted, lives: bool, tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request has begun on one replica; on the other one, the adapter was replaced, which the door does not
-    know. The replaced version lives there only if another request runs on it."""
+    """A request has begun on one replica; on the other one, the adapter was replaced, which the gateway does
+    not know. The replaced version lives there only if another request runs on it."""
     prompt, named = [5, 6, 7, 8], {name: str(adapters / name) for name in "ab"}
     config = FleetConfig(engine=small_engine(tiny_text), replicas=2, adapters=named)
     async with fleet_here(config, monkeypatch) as fleet:

@@ -16,8 +16,8 @@ from support.registry_actor import RegistryActor
 from aioengine import EngineConfig
 from aioengine.errors import AdapterLoadError
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.adapters import FleetAdapters
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import LEASE_SECONDS, WAIT_SECONDS
 from aioengine.info import AdapterInfo
 from aioengine.lab.simulation.clock import run_in_virtual_time
@@ -32,13 +32,13 @@ class Busy:
         self.now: set[str] = set()
         self.most = 0
 
-    def begin(self, door: str) -> None:
-        self.now.add(door)
+    def begin(self, gateway: str) -> None:
+        self.now.add(gateway)
         self.most = max(self.most, len(self.now))
 
 
-class Door:
-    """A door that changes an adapter for ``seconds``."""
+class Gateway:
+    """A gateway that changes an adapter for ``seconds``."""
 
     def __init__(self, name: str, actor: RegistryActor, busy: Busy, seconds: float) -> None:
         self.ended: float | None = None
@@ -49,7 +49,7 @@ class Door:
         self._hears = True
         config = FleetConfig(engine=EngineConfig(model="tiny"))
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._replica))
-        members = Members(config, handle, door=name)
+        members = Members(config, handle, gateway=name)
         members.members["r0"] = Member(SimpleNamespace(replica="r0"), None)  # type: ignore[arg-type]
         self._adapters = FleetAdapters(config, members)
 
@@ -65,7 +65,7 @@ class Door:
         return adapter_info("sql", digest=self.name)
 
     def __getattr__(self, call: str) -> Any:
-        """The registry, as this door reaches it."""
+        """The registry, as this gateway reaches it."""
 
         def remote(*arguments: Any) -> asyncio.Future[Any]:
             if not self._hears:
@@ -111,8 +111,8 @@ class Change(NamedTuple):
 
 
 ENDS = st.tuples(st.sampled_from(["cancelled", "dies", "hangs", "fails"]), st.floats(0, 200))
-"""A door that dies is cut off from the registry, and does nothing more. If its calls hang or fail, it is only
-cut off."""
+"""A gateway that dies is cut off from the registry, and does nothing more. If its calls hang or fail, it is
+only cut off."""
 CHANGES = st.builds(
     Change,
     begins=st.floats(0, 100),
@@ -129,44 +129,46 @@ def test_changes_wait_for_each_other_and_for_nobody_else(changes: list[Change]) 
 
     async def main() -> None:
         actor, busy = RegistryActor(), Busy()
-        doors = [Door(f"d{index}", actor, busy, change.takes) for index, change in enumerate(changes)]
+        gateways = [Gateway(f"d{index}", actor, busy, change.takes) for index, change in enumerate(changes)]
 
-        async def one(door: Door, change: Change) -> None:
+        async def one(gateway: Gateway, change: Change) -> None:
             await asyncio.sleep(change.begins)
-            task = asyncio.ensure_future(door.change())
+            task = asyncio.ensure_future(gateway.change())
             if change.ends is None:
                 await task
                 return
             how, after = change.ends
             await asyncio.wait([task], timeout=after)
             if how != "cancelled":
-                door.cut(how)
+                gateway.cut(how)
             if how in ("hangs", "fails"):
                 await asyncio.wait([task], timeout=LEASE_SECONDS + 0.001)
-                assert door.name not in busy.now
+                assert gateway.name not in busy.now
             task.cancel()
             with suppress(asyncio.CancelledError, ConnectionError, AdapterLoadError):
                 await task
 
-        await asyncio.gather(*[one(door, change) for door, change in zip(doors, changes, strict=True)])
+        await asyncio.gather(
+            *[one(gateway, change) for gateway, change in zip(gateways, changes, strict=True)]
+        )
         assert busy.most <= 1
         deaths = sum(change.ends is not None and change.ends[0] != "cancelled" for change in changes)
         last = max(change.begins for change in changes) + sum(change.takes for change in changes)
         last += deaths * (LEASE_SECONDS + WAIT_SECONDS) + len(changes) * 0.2
-        for door, change in zip(doors, changes, strict=True):
+        for gateway, change in zip(gateways, changes, strict=True):
             if change.ends is None:
-                assert door.ended is not None and door.ended <= last
+                assert gateway.ended is not None and gateway.ended <= last
 
     run_in_virtual_time(main())
 
 
 @pytest.mark.parametrize("takes", [2.0, 100.0, None])
 def test_who_has_lost_the_right_ends_the_change(takes: float | None) -> None:
-    """A door reaches the registry again while another one changes the adapter, after it has, or never."""
+    """A gateway reaches the registry again while another one changes the adapter, after it has, or never."""
 
     async def main() -> None:
         loop, actor, busy = asyncio.get_running_loop(), RegistryActor(), Busy()
-        cut, other = Door("cut", actor, busy, 300.0), Door("other", actor, busy, takes or 1.0)
+        cut, other = Gateway("cut", actor, busy, 300.0), Gateway("other", actor, busy, takes or 1.0)
         changing = asyncio.ensure_future(cut.change())
         await asyncio.sleep(1.0)
         cut.cut("hangs")
@@ -188,16 +190,16 @@ def test_a_registry_that_hangs_is_said() -> None:
 
     async def main() -> None:
         loop, actor, busy = asyncio.get_running_loop(), RegistryActor(), Busy()
-        door, other = Door("door", actor, busy, 1.0), Door("other", actor, busy, 1.0)
-        await door.change()
+        gateway, other = Gateway("gateway", actor, busy, 1.0), Gateway("other", actor, busy, 1.0)
+        await gateway.change()
         begun = loop.time()
-        door.cut("hangs")
+        gateway.cut("hangs")
         with pytest.raises(AdapterLoadError, match="has not answered for 30 s; nothing was changed") as told:
-            await door.load()
+            await gateway.load()
         assert told.value.transient and not busy.now
         assert loop.time() - begun == LEASE_SECONDS + WAIT_SECONDS
         await other.change()
-        door.reaches.set()  # what it has asked for then begins and ends
+        gateway.reaches.set()  # what it has asked for then begins and ends
         await asyncio.sleep(1.0)
         begun = loop.time()
         await other.load()

@@ -10,9 +10,9 @@ from support.fleet_process import needs_ray
 
 from aioengine import EngineConfig, SamplingParams
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.call import Call
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.call import Call
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.wire import Delta
 from aioengine.request import RequestOptions
 
@@ -27,7 +27,7 @@ def call_of(key: int, *tried: str) -> Call:
 
 async def test_it_gets_nothing_new_and_is_left_when_its_last_stream_has_ended() -> None:
     """Serve waits for the channel's end before it ends the replica."""
-    members = Members(FleetConfig(engine=EngineConfig(model="tiny"), replicas=2), None, door="door")
+    members = Members(FleetConfig(engine=EngineConfig(model="tiny"), replicas=2), None, gateway="gateway")
     closed: list[str] = []
     channels: dict[str, Any] = {}
     for name in ("r0", "r1"):

@@ -1,4 +1,4 @@
-"""A replica tells the door when an adapter is not there any more that a request was sent for."""
+"""A replica tells the gateway when an adapter is not there any more that a request was sent for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from support.fleet_process import needs_ray
 from aioengine import EngineConfig, SamplingParams, events
 from aioengine.fleet.beliefs import Beliefs
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.call import Call
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.members import Members
+from aioengine.fleet.gateway.call import Call
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.outbox import Outbox
 from aioengine.fleet.wire import Delta, Frame, decode_frame, encode_frame
 from aioengine.request import RequestOptions
@@ -21,10 +21,10 @@ needs_ray()
 
 
 @pytest.mark.parametrize(("location", "told"), [("disk", True), ("loading", False), ("slot", False)])
-def test_what_the_door_believed(location: Literal["disk", "loading", "slot"], told: bool) -> None:
+def test_what_the_gateway_believed(location: Literal["disk", "loading", "slot"], told: bool) -> None:
     beliefs, box = Beliefs(), Outbox()
     beliefs.believed("r", box, 7)
-    for request in ("of another door", "r", "r"):
+    for request in ("of another gateway", "r", "r"):
         beliefs(
             events.RequestAdded(
                 time=0, request_id=request, adapter="sql", prompt_tokens=1, tenant=None, location=location
@@ -49,7 +49,7 @@ def test_a_request_that_never_arrives_is_forgotten() -> None:
 
 async def test_it_says_nothing_else_of_the_request() -> None:
     """Its reader is not woken, and what was cached for it is what the next report says."""
-    members = Members(FleetConfig(engine=EngineConfig(model="tiny")), None, door="door")
+    members = Members(FleetConfig(engine=EngineConfig(model="tiny")), None, gateway="gateway")
     dispatcher = Dispatcher(members)
     call = Call(1, "r", [5, 6], SamplingParams(seed=1), RequestOptions(adapter="sql"), 0.0)
     for delta in (Delta(1, misrouted=True), Delta(1, [9], cached_tokens=2)):

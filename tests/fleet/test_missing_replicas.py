@@ -1,4 +1,4 @@
-"""What a door says of replicas that are missing: its state, and the numbers that an alert compares."""
+"""What a gateway says of replicas that are missing: its state, and the numbers that an alert compares."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flags(registry: str, keys: Path) -> list[str]:
-    """Of every door to this fleet."""
+    """Of every gateway to this fleet."""
     scaling = "waiting_work:least=0,most=2,target=0.02,cool_down=1.5,settle=0"
     found = ["--registry", registry, "--autoscale", scaling, "--max-num-seqs", "4", "--keys", str(keys)]
     return [*found, "--router", "least_loaded"]
@@ -115,15 +115,15 @@ def test_adapters_come_back_after_the_head(fleet: FleetServer, tiny_text: Tiny) 
     assert found["token_ids"] == tiny_text.expected(prompt, 8, "a")
 
 
-def test_other_doors_to_the_same_replicas(
+def test_other_gateways_to_the_same_replicas(
     fleet: FleetServer, nodes: Nodes, flags: list[str], tiny_text: Tiny
 ) -> None:
     """A second one shares the limits; one with another configuration is refused."""
 
-    def ask(door: FleetServer) -> int:
+    def ask(gateway: FleetServer) -> int:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
         headers = {"Authorization": "Bearer few"}
-        with door.client() as client:
+        with gateway.client() as client:
             return client.post("/v1/completions", json=body, headers=headers).status_code
 
     def refused() -> None:
@@ -141,12 +141,12 @@ def test_other_doors_to_the_same_replicas(
     ):
         refusing = pool.submit(refused)
         assert [ask(fleet) for _ in range(6)] == [200] * 5 + [429]
-        until(lambda: ask(second) == 429)  # what one door let in counts at the other
+        until(lambda: ask(second) == 429)  # what one gateway let in counts at the other
         second.key = "free"
         assert second.complete("x", max_tokens=1)
         refusing.result()
         assert len(nodes.replicas()) == 1
-    assert fleet.complete("x", max_tokens=1), "the replicas stay while there is a door"
+    assert fleet.complete("x", max_tokens=1), "the replicas stay while there is a gateway"
 
 
 async def test_grows_onto_another_node_loses_it_shrinks_to_nothing_and_wakes(

@@ -1,4 +1,4 @@
-"""The router that Serve makes in the door: the door goes on while Ray's head does not answer it."""
+"""The router that Serve makes in the gateway: the gateway goes on while Ray's head does not answer it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ needs_ray()
 
 from ray.serve.request_router import RequestRouter  # noqa: E402
 
-from aioengine.fleet.door import obey  # noqa: E402
+from aioengine.fleet.gateway import obey  # noqa: E402
 
 
 class Head:

@@ -17,14 +17,15 @@ from support.fleet_here import Stream, serve_names
 from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import RequestInvalid
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.call import Call, tokens_of
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.members import Members
+from aioengine.fleet.gateway.call import Call, tokens_of
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.outbox import Outbox, Outboxes
 from aioengine.fleet.wire import Delta, Frame, Hello, Status, Submit, decode_orders, encode_frame
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions
 from aioengine.runtime.text_work import TextWork
+from aioengine.schedulers.routing import Report
 
 TOKENS = 12
 STEP_SECONDS = 0.25
@@ -109,8 +110,10 @@ class Replicas:
 
 
 def _status(sent_at: float, box: Outbox) -> Status:
-    nothing = (0, 0, 0, 0, 1, [], None, None, None, None)
-    return Status(sent_at, box.received, box.ended, *nothing, step_age=0.0, draining=False, state="running")
+    nothing = (0, 0, 0, 0, 1, {})
+    return Status(
+        Report(sent_at, box.received, box.ended, *nothing), step_age=0.0, draining=False, state="running"
+    )
 
 
 def _call(key: int, prompt: list[int], params: SamplingParams, options: RequestOptions) -> Call:
@@ -146,7 +149,7 @@ def test_each_token_comes_once(
 
     async def main() -> None:
         there = Replicas(cuts, lag, delays)
-        members = Members(config, there, door="door")
+        members = Members(config, there, gateway="gateway")
         dispatcher = Dispatcher(members)
         members.start()
         calls = [_call(key, [5, 6], SamplingParams(seed=1), RequestOptions()) for key in range(len(afters))]
@@ -193,7 +196,7 @@ def test_what_cannot_be_sent_harms_no_other_request(
     config = FleetConfig(engine=EngineConfig(model="tiny"), replicas=2)
 
     async def main() -> None:
-        members = Members(config, Replicas([], 0.0, [0.0]), door="door")
+        members = Members(config, Replicas([], 0.0, [0.0]), gateway="gateway")
         dispatcher = Dispatcher(members)
         members.start()
         await members.complete(10.0)
@@ -216,7 +219,7 @@ def test_what_cannot_be_sent_harms_no_other_request(
 
 
 @pytest.mark.parametrize("prompt", [[-1], [5] * 300 + [2**63], [2**31], [2**200]])
-async def test_ids_that_no_vocabulary_has_are_refused_at_the_door(prompt: list[int]) -> None:
+async def test_ids_that_no_vocabulary_has_are_refused_at_the_gateway(prompt: list[int]) -> None:
     """Prefixes are hashed there, as 64-bit numbers, before a replica sees the prompt."""
     with pytest.raises(RequestInvalid, match=f"{prompt[-1]} is outside the vocabulary"):
         await tokens_of(prompt, None, limit=1000, tokenizer=None, work=TextWork())
@@ -224,14 +227,14 @@ async def test_ids_that_no_vocabulary_has_are_refused_at_the_door(prompt: list[i
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 4)), max_size=12))
 @pytest.mark.slow
-def test_only_the_latest_channel_of_a_door_takes_orders(steps: list[tuple[bool, int]]) -> None:
+def test_only_the_latest_channel_of_a_gateway_takes_orders(steps: list[tuple[bool, int]]) -> None:
     """``steps``: whether a channel is opened or gets an order, and its number."""
 
     async def main() -> None:
         boxes, latest, running = Outboxes(), 0, set[asyncio.Task[None]]()
 
         async def channel(number: int) -> None:
-            async with boxes.opened(f"door#{number}"):
+            async with boxes.opened(f"gateway#{number}"):
                 await asyncio.Event().wait()
 
         async def request(number: int) -> None:
@@ -245,14 +248,14 @@ def test_only_the_latest_channel_of_a_door_takes_orders(steps: list[tuple[bool, 
         for opens, number in steps:
             if number < latest or (not opens and number != latest):
                 with pytest.raises(LookupError):
-                    await channel(number) if opens else boxes.of(f"door#{number}")
+                    await channel(number) if opens else boxes.of(f"gateway#{number}")
             elif opens:
                 latest = number
                 tasks.append(asyncio.create_task(channel(number)))
                 await asyncio.sleep(0.01)
                 assert not running, "the requests of the earlier one have ended"
             else:
-                boxes.of(f"door#{number}").begin(number, request(number))
+                boxes.of(f"gateway#{number}").begin(number, request(number))
                 await asyncio.sleep(0)
                 assert running
         for task in tasks:
@@ -260,6 +263,6 @@ def test_only_the_latest_channel_of_a_door_takes_orders(steps: list[tuple[bool, 
         await asyncio.gather(*tasks, return_exceptions=True)
         assert not running
         with pytest.raises(LookupError):
-            boxes.of(f"door#{latest}")
+            boxes.of(f"gateway#{latest}")
 
     run_in_virtual_time(main())

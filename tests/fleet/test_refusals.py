@@ -248,7 +248,7 @@ def test_replicas_ask_for_their_gpus(
     if gpus:
         needed = rf"replicas=2: {2 * gpus} GPUs are needed \({gpus} for each\), but the Ray cluster has 1; "
         with pytest.raises(ConfigError, match=needed):
-            cluster.open_door(fleet, lambda: None)
+            cluster.open_gateway(fleet, lambda: None)
 
 
 @pytest.mark.slow

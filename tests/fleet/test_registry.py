@@ -22,11 +22,11 @@ from aioengine import EngineConfig
 from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.fleet import registry
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door import entries
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.entries import KnownEntries
-from aioengine.fleet.door.limits import ALIVE_SECONDS, SharedLimits
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway import entries
+from aioengine.fleet.gateway.adapters import FleetAdapters
+from aioengine.fleet.gateway.entries import KnownEntries
+from aioengine.fleet.gateway.limits import ALIVE_SECONDS, SharedLimits
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.info import AdapterInfo
 from aioengine.lab.simulation.clock import run_in_virtual_time
@@ -91,14 +91,14 @@ async def test_what_cannot_be_read_is_not_written_over(store: Any) -> None:
     assert await restored("memory://fleet") == ["sql"]
 
 
-class Door:
-    """A door to one replica, which can do whatever it is asked to."""
+class Gateway:
+    """A gateway to one replica, which can do whatever it is asked to."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         config = FleetConfig(engine=EngineConfig(model="tiny"), adapters={"fixed": "fixed"})
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._answer))
-        self.members = Members(config, handle, door="door")
+        self.members = Members(config, handle, gateway="gateway")
         self.members.members["r0"] = Member(SimpleNamespace(replica="r0"), None)  # type: ignore[arg-type]
         self.adapters = FleetAdapters(config, self.members)
 
@@ -132,8 +132,8 @@ async def test_a_change_that_cannot_be_saved(
     store: Any, actor: RegistryActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever asks for it is told; the replicas have it, and the next change saves both."""
-    door = Door()
-    await door.adapters.start(actor)
+    gateway = Gateway()
+    await gateway.adapters.start(actor)
 
     def denied(*arguments: Any, **options: Any) -> None:
         raise PermissionError("not yours")
@@ -143,26 +143,26 @@ async def test_a_change_that_cannot_be_saved(
         with pytest.raises(
             AdapterLoadError, match=r"have made the change.*repeat it.*access is denied"
         ) as told:
-            await door.load("a")
+            await gateway.load("a")
         assert told.value.transient
         assert "traceback" not in str(told.value)
-        assert door.names == ["a", "fixed"]
+        assert gateway.names == ["a", "fixed"]
     assert await restored("memory://fleet") == []
-    await door.load("b")
+    await gateway.load("b")
     assert await restored("memory://fleet") == ["a", "b"]
     with monkeypatch.context() as patch:
         patch.setattr(type(store), "pipe_file", denied)
         with pytest.raises(AdapterLoadError, match="have made the change"):
-            await door.adapters.unload("a", force=False)
-    await door.adapters.unload("b", force=False)
+            await gateway.adapters.unload("a", force=False)
+    await gateway.adapters.unload("b", force=False)
     assert await restored("memory://fleet") == []
-    await door.adapters.stop()
+    await gateway.adapters.stop()
 
 
-async def test_a_door_hears_of_what_others_have_changed_and_of_nothing_else(
+async def test_a_gateway_hears_of_what_others_have_changed_and_of_nothing_else(
     store: Any, actor: RegistryActor
 ) -> None:
-    one, other = Door(), Door()
+    one, other = Gateway(), Gateway()
     await one.adapters.start(actor)
     await other.adapters.start(actor)
     for name in "abc":
@@ -187,7 +187,7 @@ async def test_a_door_hears_of_what_others_have_changed_and_of_nothing_else(
     kept=st.integers(1, 4),
 )
 @pytest.mark.slow
-def test_a_door_that_looks_knows_what_there_is(changes: list[tuple[str, int]], kept: int) -> None:
+def test_a_gateway_that_looks_knows_what_there_is(changes: list[tuple[str, int]], kept: int) -> None:
     """Whatever was changed since it looked last, and however little of that is remembered."""
 
     async def main() -> None:
@@ -234,21 +234,21 @@ async def test_a_registry_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_lost_registry_need_not_wait_for_a_change() -> None:
-    """A door that starts next hears of all adapters."""
+    """A gateway that starts next hears of all adapters."""
 
     async def main() -> None:
         actor = RegistryActor()
-        door = Door()
-        limits = SharedLimits("door", b"", door.adapters.refresh_soon)
+        gateway = Gateway()
+        limits = SharedLimits("gateway", b"", gateway.adapters.refresh_soon)
         limits.start(actor)
         await asyncio.sleep(1.0)
-        await door.adapters.start(actor)
-        await door.load("a")
+        await gateway.adapters.start(actor)
+        await gateway.load("a")
         actor.restart()
         await asyncio.sleep(2 * ALIVE_SECONDS)
         assert [entry.name for entry in await actor.entries.remote()] == ["a"]
         await limits.stop()
-        await door.adapters.stop()
+        await gateway.adapters.stop()
 
     run_in_virtual_time(main())
 
@@ -258,34 +258,34 @@ def test_a_lost_registry_need_not_wait_for_a_change() -> None:
         st.tuples(st.sampled_from(["put", "remove", "look", "restart"]), st.integers(0, 2), st.integers(0, 3))
     )
 )
-def test_no_put_is_forgotten_by_all_doors(changes: list[tuple[str, int, int]]) -> None:
-    """Doors change adapters in turn, and the registry loses all of it now and then. What was removed may come
-    back by a door that had not heard of it."""
+def test_no_put_is_forgotten_by_all_gateways(changes: list[tuple[str, int, int]]) -> None:
+    """Gateways change adapters in turn, and the registry loses all of it now and then. What was removed may
+    come back by a gateway that had not heard of it."""
 
     async def main() -> None:
         actor = RegistryActor()
-        doors = [KnownEntries({}, FleetState(lambda: 0.0)) for _ in range(3)]
+        gateways = [KnownEntries({}, FleetState(lambda: 0.0)) for _ in range(3)]
         there: dict[str, Entry] = {}
-        for door in doors:
-            await door.refresh(actor)
+        for gateway in gateways:
+            await gateway.refresh(actor)
         for number, (what, index, which) in enumerate(changes, start=1):
-            door, name = doors[index], f"adapter-{which}"
+            gateway, name = gateways[index], f"adapter-{which}"
             if what == "restart":
                 actor.restart()
                 continue
-            await door.refresh(actor)
+            await gateway.refresh(actor)
             if what == "put":
                 there[name] = Entry(name, f"{name}/{number}", number)
-                door.put(there[name])
+                gateway.put(there[name])
                 await actor.put.remote(there[name])
             elif what == "remove":
                 there.pop(name, None)
-                door.remove(name)
+                gateway.remove(name)
                 await actor.remove.remote(name)
-        for door in [*doors, *doors]:
-            await door.refresh(actor)
-        first = doors[0].by_name
-        assert all(door.by_name == first for door in doors)
+        for gateway in [*gateways, *gateways]:
+            await gateway.refresh(actor)
+        first = gateways[0].by_name
+        assert all(gateway.by_name == first for gateway in gateways)
         assert there.items() <= first.items()
 
     asyncio.run(main())
@@ -313,13 +313,13 @@ class Hanging:
 async def test_who_reads_does_not_wait_for_a_write(
     store: Any, actor: RegistryActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    door = Door()
-    await door.adapters.start(actor)
+    gateway = Gateway()
+    await gateway.adapters.start(actor)
     hanging = Hanging(store, monkeypatch)
     writing = asyncio.ensure_future(actor.put.remote(Entry("a", "a", 1)))
     try:
         await until(hanging.begun.is_set)
-        assert [entry.name for entry in await door.joins()] == ["a"]
+        assert [entry.name for entry in await gateway.joins()] == ["a"]
         assert not writing.done()
     finally:
         hanging.released.set()
@@ -327,17 +327,17 @@ async def test_who_reads_does_not_wait_for_a_write(
     assert await restored("memory://fleet") == ["a"]
 
 
-async def test_a_replica_gets_what_the_door_knows_if_the_registry_is_silent(
+async def test_a_replica_gets_what_the_gateway_knows_if_the_registry_is_silent(
     actor: RegistryActor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Silent:
         def __getattr__(self, name: str) -> Any:
             return SimpleNamespace(remote=lambda *_: asyncio.Event().wait())
 
-    door = Door()
-    await door.adapters.start(actor)
-    await door.load("a")
+    gateway = Gateway()
+    await gateway.adapters.start(actor)
+    await gateway.load("a")
     monkeypatch.setattr(entries, "REFRESH_SECONDS", 0.01)
-    door.adapters.registry = Silent()
-    assert [entry.name for entry in await door.joins()] == ["a"]
+    gateway.adapters.registry = Silent()
+    assert [entry.name for entry in await gateway.joins()] == ["a"]
     assert "no answer within 0.01 s" in caplog.text

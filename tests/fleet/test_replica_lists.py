@@ -1,4 +1,5 @@
-"""What a door makes of Serve's lists of replicas: who is in one, who is not any more, and who comes back."""
+"""What a gateway makes of Serve's lists of replicas: who is in one, who is not any more, and who comes
+back."""
 
 from __future__ import annotations
 
@@ -15,13 +16,14 @@ from support.fleet_here import Stream, serve_names
 
 from aioengine import EngineConfig, SamplingParams
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door import hangs
-from aioengine.fleet.door.call import Call
-from aioengine.fleet.door.hangs import Hung
-from aioengine.fleet.door.members import Members
+from aioengine.fleet.gateway import hangs
+from aioengine.fleet.gateway.call import Call
+from aioengine.fleet.gateway.hangs import Hung
+from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.wire import Frame, Hello, Status, encode_frame
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions
+from aioengine.schedulers.routing import Report
 
 NAMES = ("r0", "r1", "r2")
 CONFIG = FleetConfig(engine=EngineConfig(model="tiny"), replicas=3)
@@ -56,8 +58,8 @@ class Replicas:
 
 
 def _status(sent_at: float) -> Status:
-    nothing = (0, 0, 0, 0, 0, 0, 1, [], None, None, None, None)
-    return Status(sent_at, *nothing, step_age=0.0, draining=False, state="running")
+    nothing = (0, 0, 0, 0, 0, 0, 1, {})
+    return Status(Report(sent_at, *nothing), step_age=0.0, draining=False, state="running")
 
 
 def _call(key: int) -> Call:
@@ -77,7 +79,7 @@ def test_who_is_in_the_last_list_gets_requests(
     the seconds until the next one, and a replica that gets a request then, or whose request ends."""
 
     async def main() -> None:
-        members = Members(CONFIG, Replicas(), door="door")
+        members = Members(CONFIG, Replicas(), gateway="gateway")
         members.start()
         await members.complete(10.0)
 
@@ -111,12 +113,12 @@ def test_who_is_in_the_last_list_gets_requests(
 
 
 def test_a_replica_that_dies_is_one_loss(caplog: pytest.LogCaptureFixture) -> None:
-    """Serve lists it for some seconds afterwards, and the door tries it again meanwhile."""
+    """Serve lists it for some seconds afterwards, and the gateway tries it again meanwhile."""
     caplog.set_level(logging.WARNING, "aioengine.fleet")
 
     async def main() -> None:
         replicas = Replicas({"r1": 5.0})
-        members = Members(CONFIG, replicas, door="door")
+        members = Members(CONFIG, replicas, gateway="gateway")
         members.start()
         await members.complete(10.0)
         await asyncio.sleep(15.0)

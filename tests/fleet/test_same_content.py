@@ -15,7 +15,7 @@ from support.fleet_here import fleet_here, small_engine
 from aioengine import LoRAConfig
 from aioengine.errors import AdapterChanged, AioEngineError
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.channel import Channel
+from aioengine.fleet.gateway.channel import Channel
 from aioengine.request import RequestOptions, Wanted
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")

@@ -43,7 +43,7 @@ def test_built_and_run(environment: dict[str, str], tiny_text: Tiny, tmp_path: P
     built = yaml.safe_load(file.read_text())
     (application,) = built["applications"]
     deployments = {deployment["name"]: deployment for deployment in application["deployments"]}
-    assert deployments["EngineReplica"]["num_replicas"] == 1 and "Door" in deployments
+    assert deployments["EngineReplica"]["num_replicas"] == 1 and "Gateway" in deployments
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

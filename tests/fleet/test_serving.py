@@ -34,7 +34,7 @@ def test_two_processes_answer_as_one_engine(fleet: FleetServer, tiny_text: Tiny)
     assert adapted["token_ids"] == tiny_text.expected(prompt, 12, "a")
 
 
-def test_one_trace_from_the_door_to_the_step(fleet: FleetServer, traces: Collector) -> None:
+def test_one_trace_from_the_gateway_to_the_step(fleet: FleetServer, traces: Collector) -> None:
     trace, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     with fleet.client() as client:
         body = {"model": "a", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
@@ -97,7 +97,7 @@ def test_every_sample_says_whose_it_is(fleet: FleetServer) -> None:
     samples = [line for line in fleet.metrics().splitlines() if line and not line.startswith("#")]
     replicas = {match[1] for line in samples if (match := re.search(r'[{,]replica="([^"]+)"', line))}
     assert all(re.search(r'[{,]replica="[^"]+"', line) for line in samples)
-    assert len(replicas) == 3, "two, and the door"
+    assert len(replicas) == 3, "two, and the gateway"
     for name in ("aioengine_kv_cache_usage_ratio", "aioengine_fleet_route_seconds_count"):
         assert any(line.startswith(name) for line in samples), name
 
@@ -111,7 +111,7 @@ def test_each_replica_can_be_scraped_by_itself(fleet: FleetServer) -> None:
             text = client.get("/metrics", params={"replica": name}).text
             found = {match[1] for match in re.finditer(r'[{,]replica="([^"]+)"', text)}
             own = {name} if name != "door" else {"door", *names}
-            assert found == own, "the door also knows of its replicas"
+            assert found == own, "the gateway also knows of its replicas"
         assert client.get("/metrics", params={"replica": "gone"}).status_code == 404
 
 
@@ -182,10 +182,10 @@ def test_replaced_everywhere_or_nowhere(fleet: FleetServer, tiny_text: Tiny, ada
 
 
 def test_each_process_is_seen(fleet: FleetServer) -> None:
-    """Whether one leaks, since when it runs, and what the door is about."""
+    """Whether one leaks, since when it runs, and what the gateway is about."""
     names = re.findall(r'^aioengine_fleet_replica_up\{.*replica="(\w+)"', fleet.metrics(), re.MULTILINE)
     assert len(names) == 2
-    for replica in ("door", *names):
+    for replica in ("gateway", *names):
         assert fleet.metric("process_resident_memory_bytes", replica=replica) > 2**24
         assert 0 < fleet.metric("process_start_time_seconds", replica=replica) < time.time()
         assert fleet.metric("aioengine_engine_state", replica=replica, state="ready") == 1

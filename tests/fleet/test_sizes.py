@@ -12,11 +12,11 @@ from support.adapter_infos import adapter_info
 from aioengine import EngineConfig
 from aioengine.errors import EngineStopped
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door import discovery
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway import discovery
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.wire import Frame, Hello, Residency, Status, encode_frame
 from aioengine.info import AdapterInfo, AdapterLocation
-from aioengine.schedulers.routing import AdapterView, Location
+from aioengine.schedulers.routing import AdapterView, Location, Report
 
 
 class Channel:
@@ -30,7 +30,7 @@ class Channel:
         self._frames.put_nowait(encode_frame(frame))
 
     def holds(self, *adapters: AdapterInfo) -> None:
-        status = Status(0.0, 0, 0, 0, 0, 0, 0, 1000, [], None, None, None, None, 0.0, False, "running")
+        status = Status(Report(0.0, 0, 0, 0, 0, 0, 0, 1000, {}), 0.0, False, "running")
         self.send(Frame(status=status, residency=Residency([], list(adapters))))
 
     def options(self, *, method_name: str, stream: bool = False) -> SimpleNamespace:
@@ -39,7 +39,7 @@ class Channel:
     async def _answer(self, *arguments: Any, to: str | None = None) -> None:
         pass
 
-    async def _read(self, door: str, to: str) -> AsyncIterator[bytes]:
+    async def _read(self, gateway: str, to: str) -> AsyncIterator[bytes]:
         while True:
             yield await self._frames.get()
 
@@ -50,7 +50,9 @@ def info(name: str, location: AdapterLocation, nbytes: int, version: int = 1) ->
 
 async def test_what_a_replica_holds_has_its_size() -> None:
     channel = Channel()
-    members = Members(FleetConfig(engine=EngineConfig(model="tiny"), name="sizes"), channel, door="door")
+    members = Members(
+        FleetConfig(engine=EngineConfig(model="tiny"), name="sizes"), channel, gateway="gateway"
+    )
     reported = asyncio.Event()
 
     def noted(member: Member) -> None:

@@ -1,4 +1,4 @@
-"""Doors and replicas that are stopped for a while, as by a debugger or a full disk; in virtual time."""
+"""Gateways and replicas that are stopped for a while, as by a debugger or a full disk; in virtual time."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from support.fleet_here import Stream, serve_names
 
 from aioengine import EngineConfig
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.members import ARRIVE_SECONDS, Members
+from aioengine.fleet.gateway.members import ARRIVE_SECONDS, Members
 from aioengine.fleet.wire import Frame, Hello, Status, Submit, decode_orders, encode_frame
 from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
 from aioengine.request import RequestOptions
+from aioengine.schedulers.routing import Report
 
 CONFIG = FleetConfig(engine=EngineConfig(model="tiny"), replicas=3)
 NEVER = 1e6
 HANDS_OVER = 0.01
-"""Seconds from a frame's arrival, which Ray's threads see, to the door's task that reads it."""
+"""Seconds from a frame's arrival, which Ray's threads see, to the gateway's task that reads it."""
 
 
 class Replicas:
@@ -43,10 +44,10 @@ class Replicas:
     async def _any(self) -> None:
         pass
 
-    def _channel(self, _door: str, to: str) -> Any:
+    def _channel(self, _gateway: str, to: str) -> Any:
         return Stream(self._frames(to))
 
-    async def _submit(self, _door: str, orders: bytes, to: str) -> None:
+    async def _submit(self, _gateway: str, orders: bytes, to: str) -> None:
         await asyncio.sleep(self._on_the_way if to == self._far else 0.0)
         self._received[to] += len(decode_orders(orders))
 
@@ -56,7 +57,7 @@ class Replicas:
         hello: Hello | None = Hello(replica, 1, "node", "actor", 1, 1, 1, 1, "")
         sent = loop.time()
         while sent < self._until[replica]:
-            await asyncio.sleep(sent - loop.time())  # what was sent while the door stood still is there
+            await asyncio.sleep(sent - loop.time())  # what was sent while the gateway stood still is there
             await asyncio.sleep(HANDS_OVER)
             yield encode_frame(Frame(hello=hello, status=_status(sent, self._received[replica])))
             hello = None
@@ -65,8 +66,8 @@ class Replicas:
 
 
 def _status(sent_at: float, received: int) -> Status:
-    nothing = (0, 0, 0, 0, 0, 1, [], None, None, None, None)
-    return Status(sent_at, received, *nothing, step_age=0.0, draining=False, state="running")
+    nothing = (0, 0, 0, 0, 0, 1, {})
+    return Status(Report(sent_at, received, *nothing), step_age=0.0, draining=False, state="running")
 
 
 def _submit(key: int) -> Submit:
@@ -79,7 +80,7 @@ def _submit(key: int) -> Submit:
     silent=st.none() | st.floats(1.0, 10.0),
 )
 @example(stops=[(0.1, 3.0)], silent=None)
-def test_a_door_that_was_stopped_loses_only_who_is_silent(
+def test_a_gateway_that_was_stopped_loses_only_who_is_silent(
     stops: list[tuple[float, float]], silent: float | None
 ) -> None:
     """``stops``: how long after the last one, and how long. ``silent``: when a replica says its last."""
@@ -88,7 +89,7 @@ def test_a_door_that_was_stopped_loses_only_who_is_silent(
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualTimeLoop)
         replicas = {"r0": 1e9, "r1": 1e9, "r2": 1e9 if silent is None else silent}
-        members = Members(CONFIG, Replicas(replicas), door="door")
+        members = Members(CONFIG, Replicas(replicas), gateway="gateway")
         members.start()
         await members.complete(10.0)
         for after, seconds in stops:
@@ -118,13 +119,15 @@ def test_a_door_that_was_stopped_loses_only_who_is_silent(
 def test_a_replica_that_reports_and_gets_no_requests_is_lost(
     on_the_way: float, between: list[float], stop: float, silent: float
 ) -> None:
-    """One batch of orders is on its way at a time; the door itself stands still for a while as well."""
+    """One batch of orders is on its way at a time; the gateway itself stands still for a while as well."""
     config = msgspec.structs.replace(CONFIG, silent_seconds=silent)
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualTimeLoop)
-        members = Members(config, Replicas({"r0": 1e9, "r1": 1e9, "r2": 1e9}, "r1", on_the_way), door="door")
+        members = Members(
+            config, Replicas({"r0": 1e9, "r1": 1e9, "r2": 1e9}, "r1", on_the_way), gateway="gateway"
+        )
         members.start()
         await members.complete(10.0)
         for number, seconds in enumerate(between):
@@ -147,7 +150,7 @@ def test_a_replica_that_reports_and_gets_no_requests_is_lost(
 
 def test_a_replica_that_gets_nothing_is_tried_less_and_less() -> None:
     async def main() -> None:
-        members = Members(CONFIG, Replicas({"r0": 1e9, "r1": 1e9, "r2": 1e9}, "r1", NEVER), door="door")
+        members = Members(CONFIG, Replicas({"r0": 1e9, "r1": 1e9, "r2": 1e9}, "r1", NEVER), gateway="gateway")
         members.start()
         await members.complete(10.0)
         for number in range(2000):

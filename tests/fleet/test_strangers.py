@@ -16,12 +16,12 @@ from support.waiting import until
 from aioengine import EngineConfig
 from aioengine.errors import RequestInvalid
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door import client as door_client
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.client import FleetClient
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.members import Member, Members
-from aioengine.fleet.door.metrics import FleetMetrics
+from aioengine.fleet.gateway import client as gateway_client
+from aioengine.fleet.gateway.adapters import FleetAdapters
+from aioengine.fleet.gateway.client import FleetClient
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.members import Member, Members
+from aioengine.fleet.gateway.metrics import FleetMetrics
 
 needs_ray()
 
@@ -42,7 +42,7 @@ def with_replica(members: Members) -> Members:
 
 def test_names_of_adapters_that_do_not_exist_get_no_series() -> None:
     """Not even while requests for them are on their way to a replica, which is then expected to load them."""
-    members = with_replica(Members(config_of(), None, door="door"))
+    members = with_replica(Members(config_of(), None, gateway="gateway"))
     metrics = FleetMetrics(members, Dispatcher(members), lambda: "running")
     for name in NAMES:
         members.state.sent(request(name, name), "r0")
@@ -59,7 +59,7 @@ async def test_no_plan_has_them_loaded() -> None:
 
     handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
     config = config_of(placement="hrw", placement_seconds=0.01)
-    members = with_replica(Members(config, handle, door="door"))
+    members = with_replica(Members(config, handle, gateway="gateway"))
     adapters = FleetAdapters(config, members)
     await adapters.start(RegistryActor())
     for name in (*NAMES, "real"):
@@ -86,7 +86,7 @@ async def test_one_id_is_given_to_one_request(monkeypatch: pytest.MonkeyPatch) -
         await asyncio.sleep(0)
         return [5]
 
-    monkeypatch.setattr(door_client, "tokens_of", tokens_of)
+    monkeypatch.setattr(gateway_client, "tokens_of", tokens_of)
     outputs = [client.generate([5], request_id="same") for _ in range(3)]
     works = [asyncio.ensure_future(anext(output)) for output in outputs]
     await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
@@ -103,7 +103,7 @@ async def test_one_id_is_given_to_one_request(monkeypatch: pytest.MonkeyPatch) -
     assert not client._ids
 
 
-async def test_doors_make_up_different_ids() -> None:
+async def test_gateways_make_up_different_ids() -> None:
     """Requests of both may run on one replica."""
     ids = set[str]()
     for _ in range(2):

@@ -23,7 +23,7 @@ from support.waiting import until
 from aioengine.errors import AdapterConflict, AdapterInvalid, AdapterLoadError
 from aioengine.fleet import uploads
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.entries import KnownEntries
+from aioengine.fleet.gateway.entries import KnownEntries
 from aioengine.fleet.registry import Entry
 from aioengine.fleet.uploads import KEEP_SECONDS, Uploads
 from aioengine.schedulers.routing import FleetState
@@ -33,12 +33,12 @@ pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Pyt
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-async def stored(door: Uploads, content: bytes = b"") -> str:
+async def stored(gateway: Uploads, content: bytes = b"") -> str:
     """Upload an adapter, and load it at once. Returns its folder."""
     used: list[str] = []
-    async with door.stored("sent", b"{}", content, lambda: used) as folder:
+    async with gateway.stored("sent", b"{}", content, lambda: used) as folder:
         used.append(folder)
-    await door.stop()
+    await gateway.stop()
     return folder
 
 
@@ -81,13 +81,13 @@ def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[f
         files.store.clear()
         now = 0.0
         patch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: now))
-        door = Uploads(place)
-        folder = await stored(door)
-        files.makedirs(f"{place}/uploads/new", exist_ok=True)  # another door is about to write there
+        gateway = Uploads(place)
+        folder = await stored(gateway)
+        files.makedirs(f"{place}/uploads/new", exist_ok=True)  # another gateway is about to write there
         unused_since: float | None = None
         for seconds, used in uploaded:
             now += seconds
-            await door.remove_unused(lambda used=used: [folder] if used else [])  # type: ignore[misc]
+            await gateway.remove_unused(lambda used=used: [folder] if used else [])  # type: ignore[misc]
             if used:
                 unused_since = None
                 assert files.exists(folder)
@@ -103,11 +103,11 @@ def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[f
 
 
 class Loaded(NamedTuple):
-    """A change by one of two doors: an upload, or a load from a folder that is there."""
+    """A change by one of two gateways: an upload, or a load from a folder that is there."""
 
     seconds: float
     """Since the one before."""
-    door: int
+    gateway: int
     content: int
     uploads: bool
 
@@ -120,13 +120,13 @@ LOADS = st.builds(Loaded, st.floats(0, 2 * KEEP_SECONDS), st.integers(0, 1), st.
 @example(
     [
         Loaded(0.0, 0, 0, uploads=True),
-        Loaded(10.0, 0, 1, uploads=True),  # this door sees that the first one is not in use
+        Loaded(10.0, 0, 1, uploads=True),  # this gateway sees that the first one is not in use
         Loaded(10.0, 1, 0, uploads=False),  # and then it is again
         Loaded(KEEP_SECONDS, 0, 2, uploads=True),
     ]
 )
 @pytest.mark.slow
-def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded]) -> None:
+def test_what_one_gateway_loads_another_does_not_remove_too_soon(loads: list[Loaded]) -> None:
     """Each hears of the other's changes, and removes what it knows to be unused, when it makes one."""
 
     async def main(place: str) -> None:
@@ -136,23 +136,23 @@ def test_what_one_door_loads_another_does_not_remove_too_soon(loads: list[Loaded
         now, folder = 0.0, ""
         patch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: now))
         registry = RegistryActor()
-        doors = [Uploads(place), Uploads(place)]
-        known = [KnownEntries({}, FleetState(lambda: now)) for _ in doors]
-        for each, door in zip(known, doors, strict=True):
-            each.in_use = door.in_use
+        gateways = [Uploads(place), Uploads(place)]
+        known = [KnownEntries({}, FleetState(lambda: now)) for _ in gateways]
+        for each, gateway in zip(known, gateways, strict=True):
+            each.in_use = gateway.in_use
         folders: dict[int, str] = {}
         until: dict[str, float] = {}
         for version, load in enumerate(loads, 1):
             now += load.seconds
             wanted = folders.get(load.content, "")
             if load.uploads or not files.exists(wanted):
-                wanted = folders[load.content] = await stored(doors[load.door], bytes([load.content]))
+                wanted = folders[load.content] = await stored(gateways[load.gateway], bytes([load.content]))
             until[folder], folder = now, wanted
             entry = Entry("sql", folder, version)
             await registry.put.remote(entry)
             for each in known:
                 await each.refresh(registry)
-            removing = [doors[load.door].remove_unused(lambda used=folder: [used]) for _ in range(2)]  # type: ignore[misc]
+            removing = [gateways[load.gateway].remove_unused(lambda used=folder: [used]) for _ in range(2)]  # type: ignore[misc]
             await asyncio.gather(*removing)
             for path, end in until.items():
                 assert not path or now - end > KEEP_SECONDS or files.exists(path)
@@ -172,11 +172,11 @@ async def test_an_upload_that_comes_again_during_a_removal_stays(
 ) -> None:
     """Whatever the removal does just then, and although it has not been in use for long."""
     monkeypatch.setattr(uploads, "KEEP_SECONDS", -1.0)
-    door = other = Uploads(str(tmp_path))
+    gateway = other = Uploads(str(tmp_path))
     if again == "at another":
         other = Uploads(str(tmp_path))
-        other.alone = door.alone
-    folder = await stored(door)
+        other.alone = gateway.alone
+    folder = await stored(gateway)
     begun, go_on, real = threading.Event(), threading.Event(), getattr(uploads, when)
 
     def held(*arguments: str) -> Any:
@@ -187,11 +187,11 @@ async def test_an_upload_that_comes_again_during_a_removal_stays(
 
     monkeypatch.setattr(uploads, when, held)
     used: list[str] = []
-    removal = asyncio.create_task(door.remove_unused(lambda: used))
+    removal = asyncio.create_task(gateway.remove_unused(lambda: used))
     await until(begun.is_set)
     if again == "is loaded":
         used.append(folder)
-        door.in_use(folder)
+        gateway.in_use(folder)
     else:
         storing = asyncio.create_task(stored(other))
         if when != "_written":  # then it waits for the end of the removal
@@ -214,18 +214,18 @@ async def test_no_answer_waits_for_a_removal(tmp_path: Path, monkeypatch: pytest
         return {}
 
     monkeypatch.setattr(uploads, "_written", held)
-    door = Uploads(str(tmp_path))
+    gateway = Uploads(str(tmp_path))
     for content in range(4):
         with suppress(AdapterInvalid):
-            async with door.stored("sent", b"{}", bytes([content]), list) as folder:
+            async with gateway.stored("sent", b"{}", bytes([content]), list) as folder:
                 if content == 1:
                     raise AdapterInvalid("it is not an adapter", name="sent")
         assert (Path(folder).name in os.listdir(Path(folder).parent)) == (content != 1)
         await until(lambda: lists > 0)
     go_on.set()
-    await until(lambda: door._task is not None and door._task.done())
+    await until(lambda: gateway._task is not None and gateway._task.done())
     assert lists == 2
-    await door.stop()
+    await gateway.stop()
 
 
 async def test_a_registry_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ async def test_a_registry_below_the_home_folder(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("own", [True, False], ids=["the upload's", "the adapter's"])
 async def test_an_error_names_the_adapter_and_not_the_right_to_its_folder(own: bool, tmp_path: Path) -> None:
-    door = Uploads(str(tmp_path))
+    gateway = Uploads(str(tmp_path))
 
     @asynccontextmanager
     async def lost(name: str) -> AsyncIterator[None]:
@@ -246,9 +246,9 @@ async def test_an_error_names_the_adapter_and_not_the_right_to_its_folder(own: b
             raise AdapterLoadError("the registry does not answer", name=name, transient=True)
         yield
 
-    door.alone = lost
+    gateway.alone = lost
     with pytest.raises(AdapterLoadError) as told:
-        async with door.held(f"{tmp_path}/uploads/abab", "sql"):
+        async with gateway.held(f"{tmp_path}/uploads/abab", "sql"):
             raise AdapterLoadError("its files cannot be read", name="sql", path="there")
     error = told.value
     assert (error.name, error.path) == ("sql", f"{tmp_path}/uploads/abab" if own else "there")

@@ -1,4 +1,4 @@
-"""Replaced versions at a door: who gets their requests, and what their errors say."""
+"""Replaced versions at a gateway: who gets their requests, and what their errors say."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.call import Call
-from aioengine.fleet.door.client import FleetClient
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.entries import listed
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.adapters import FleetAdapters
+from aioengine.fleet.gateway.call import Call
+from aioengine.fleet.gateway.client import FleetClient
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.entries import listed
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import Entry
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Delta, Residency, pack_error
@@ -50,7 +50,7 @@ def info(version: int, location: AdapterLocation = "cpu") -> AdapterInfo:
 
 
 def members_of(router: str = "affinity", /, **held: list[AdapterInfo]) -> tuple[Members, dict[str, Any]]:
-    members = Members(FleetConfig(engine=EngineConfig(model="tiny"), router=router), None, door="door")
+    members = Members(FleetConfig(engine=EngineConfig(model="tiny"), router=router), None, gateway="gateway")
     channels: dict[str, Any] = {}
     for name, infos in held.items():
         channel: Any = SimpleNamespace(replica=name, calls={}, send=lambda order: None, leaving=False)
@@ -137,7 +137,7 @@ def test_a_replaced_version_is_not_described_as_the_current_one(newer: AdapterLo
     [("sql", 2), ("sql@2", 2), ("sql@1", 1), ({"sql@1": 0.5}, 1), ({"sql": 1.0, "a": 1.0}, 0), (None, 0)],
 )
 async def test_labels_are_those_of_the_version(wanted: Wanted, labels: int) -> None:
-    client = door_of(2, r0=[info(1), info(2)], r1=[info(1)])
+    client = gateway_of(2, r0=[info(1), info(2)], r1=[info(1)])
     assert await client.head_labels(wanted) == labels
 
 
@@ -146,22 +146,22 @@ async def test_a_version_that_no_replica_has_read_is_read_for_its_labels(
     wanted: str, asked: tuple[str, str]
 ) -> None:
     unread = msgspec.structs.replace(info(1, "disk"), bytes=0, labels=0, digest="")
-    client = door_of(2, r0=[], r1=[unread])
+    client = gateway_of(2, r0=[], r1=[unread])
     assert await client.head_labels(wanted) == 7
     assert client.asked == [asked]  # type: ignore[attr-defined]
 
 
 async def test_labels_are_read_by_another_replica_if_one_is_lost() -> None:
-    client = door_of(2, {"r0"}, r0=[], r1=[])
+    client = gateway_of(2, {"r0"}, r0=[], r1=[])
     assert await client.head_labels("sql") == 7
     assert client.asked == [("r1", "sql")]  # type: ignore[attr-defined]
     with pytest.raises(EngineStopped):
-        await door_of(2, {"r0"}, r0=[]).head_labels("sql")
+        await gateway_of(2, {"r0"}, r0=[]).head_labels("sql")
 
 
-def door_of(version: int, lost: Collection[str] = (), **held: list[AdapterInfo]) -> FleetClient:
-    """A door whose fleet has this version of "sql", to replicas that have others, too; some are lost. Asked
-    for an adapter's labels, the others say 7."""
+def gateway_of(version: int, lost: Collection[str] = (), **held: list[AdapterInfo]) -> FleetClient:
+    """A gateway whose fleet has this version of "sql", to replicas that have others, too; some are lost.
+    Asked for an adapter's labels, the others say 7."""
     members, _ = members_of(**held)
     asked: list[tuple[str, str]] = []
 

@@ -20,8 +20,8 @@ from aioengine import EngineConfig
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.fleet import versions
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.adapters import FleetAdapters
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.fleet.versions import ReplicaVersions, SpentVersions
 from aioengine.fleet.wire import (
@@ -38,14 +38,14 @@ from aioengine.request import RequestOptions, pack_params
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
 
-class Door:
-    """A door to the given replicas, in this process; ``replicas``: what each does with an adapter."""
+class Gateway:
+    """A gateway to the given replicas, in this process; ``replicas``: what each does with an adapter."""
 
     def __init__(self, **replicas: Any) -> None:
         self.replicas = replicas
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._call))
         config = FleetConfig(engine=EngineConfig(model="tiny"), adapters={"fixed": "fixed"})
-        self.members = Members(config, handle, door=f"door-{id(self)}")
+        self.members = Members(config, handle, gateway=f"gateway-{id(self)}")
         self.adapters = FleetAdapters(config, self.members)
         for name in replicas:
             self.members.members[name] = Member(SimpleNamespace(replica=name), None)  # type: ignore[arg-type]
@@ -86,8 +86,8 @@ async def test_replicas_that_have_counted_differently_agree(
     first, second = real
     one, two = str(adapters / "a"), str(adapters / "b")
     files = Tiny(tiny_text.model, {"a": adapters / "a", "b": adapters / "b"})
-    door = Door(first=first)
-    await door.adapters.start(RegistryActor())
+    gateway = Gateway(first=first)
+    await gateway.adapters.start(RegistryActor())
 
     async def tokens(replica: Any, adapter: str) -> list[int]:
         own = replica._versions.own(adapter)
@@ -95,34 +95,34 @@ async def test_replicas_that_have_counted_differently_agree(
         found: list[int] = output.token_ids
         return found
 
-    numbers = [(await door.load("sql", path, replace=True)).version for path in (one, two, one)]
+    numbers = [(await gateway.load("sql", path, replace=True)).version for path in (one, two, one)]
     assert numbers == [1, 2, 3]
-    door.replicas["second"] = second
-    door.members.members["second"] = Member(SimpleNamespace(replica="second"), None)  # type: ignore[arg-type]
-    await door.joins("second")
+    gateway.replicas["second"] = second
+    gateway.members.members["second"] = Member(SimpleNamespace(replica="second"), None)  # type: ignore[arg-type]
+    await gateway.joins("second")
     of_one, of_two = files.expected([5, 6, 7], 6, "a"), files.expected([5, 6, 7], 6, "b")
     assert await tokens(first, "sql@3") == await tokens(second, "sql@3") == of_one
-    away = door.members.members.pop("second")
-    await door.adapters.unload("sql", force=False)
-    assert (await door.load("sql", two, replace=False)).version == 4
-    door.members.members["second"] = away
-    await door.joins("second")
+    away = gateway.members.members.pop("second")
+    await gateway.adapters.unload("sql", force=False)
+    assert (await gateway.load("sql", two, replace=False)).version == 4
+    gateway.members.members["second"] = away
+    await gateway.joins("second")
     assert await tokens(first, "sql@4") == await tokens(second, "sql@4") == of_two != of_one
     for replica in real:
         for gone in ("sql@1", "sql@2", "sql@3"):
             with pytest.raises(AdapterNotFound, match="gone"):
                 await tokens(replica, gone)
-    assert await door.adapters.is_current("sql@4")
+    assert await gateway.adapters.is_current("sql@4")
     with pytest.raises(AdapterNotFound, match="gone: the current one is 4"):
-        await door.adapters.is_current("sql@3")
-    assert [info.version for info in door.adapters.all() if info.name == "sql"] == [4]
-    door.members.members.pop("second")
-    await door.adapters.unload("sql", force=False)
-    door.members.members["second"] = away
-    await door.joins("second")
+        await gateway.adapters.is_current("sql@3")
+    assert [info.version for info in gateway.adapters.all() if info.name == "sql"] == [4]
+    gateway.members.members.pop("second")
+    await gateway.adapters.unload("sql", force=False)
+    gateway.members.members["second"] = away
+    await gateway.joins("second")
     with pytest.raises(AdapterNotFound):
         await second.engine.complete([5], greedy(1), adapter="sql")
-    await door.adapters.stop()
+    await gateway.adapters.stop()
 
 
 @pytest.mark.parametrize("named", [{"adapter": "sql@7"}, {"mix": {"sql@7": 0.5}}])
@@ -131,10 +131,10 @@ async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, name
     replica = real[0]
     for version, name in enumerate("ab", start=7):
         await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / name), version)]})
-    frames = replica.channel("door")
+    frames = replica.channel("gateway")
     await anext(frames)
     options = RequestOptions(**named)
-    await replica.submit("door", encode_orders([Submit(1, "r", [5], pack_params(greedy(1)), options)]))
+    await replica.submit("gateway", encode_orders([Submit(1, "r", [5], pack_params(greedy(1)), options)]))
     found: list[Delta] = []
     while not found:
         found = decode_frame(await anext(frames)).deltas
@@ -151,11 +151,11 @@ async def test_what_has_begun_elsewhere_is_compared_before_it_runs(
     replica = real[0]
     await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / "a"), 4)]})
     info = await replica.engine.load_adapter("sql")
-    frames = replica.channel("door")
+    frames = replica.channel("gateway")
     await anext(frames)
     options, content = RequestOptions(adapter="sql@3", output=(7,)), info.digest if same else "0" * 64
     order = Submit(1, "r", [5, 6], pack_params(greedy(3)), options, content=content)
-    await replica.submit("door", encode_orders([order]))
+    await replica.submit("gateway", encode_orders([order]))
     found: list[Delta] = []
     while not found:
         found = decode_frame(await anext(frames)).deltas
@@ -169,21 +169,21 @@ async def test_what_has_begun_elsewhere_is_compared_before_it_runs(
 
 
 async def test_no_client_asks_for_version_zero() -> None:
-    """Replicas say so where there is no number, and a door must not hand it on."""
-    door = Door(r0=Replica())
-    await door.adapters.start(RegistryActor())
+    """Replicas say so where there is no number, and a gateway must not hand it on."""
+    gateway = Gateway(r0=Replica())
+    await gateway.adapters.start(RegistryActor())
     residency = Residency([], [adapter_info("fixed", version=0)])
-    door.members.members["r0"].residency = residency
+    gateway.members.members["r0"].residency = residency
     with pytest.raises(AdapterNotFound, match="no version 0"):
-        await door.adapters.is_current("fixed@0")
+        await gateway.adapters.is_current("fixed@0")
 
 
 async def test_an_adapter_that_nobody_has_loaded_has_no_numbers() -> None:
-    door = Door(r0=Replica())
-    await door.adapters.start(RegistryActor())
+    gateway = Gateway(r0=Replica())
+    await gateway.adapters.start(RegistryActor())
     with pytest.raises(AdapterNotFound, match="nobody has loaded 'sql' through the fleet"):
-        await door.adapters.is_current("sql@1")
-    assert await door.adapters.is_current("fixed@1")
+        await gateway.adapters.is_current("sql@1")
+    assert await gateway.adapters.is_current("fixed@1")
 
 
 class Replica:
@@ -229,7 +229,7 @@ class Replica:
 @given(
     changes=st.lists(
         st.tuples(
-            st.sampled_from(["load", "replace", "unload", "registry", "away", "new door"]),
+            st.sampled_from(["load", "replace", "unload", "registry", "away", "new gateway"]),
             st.integers(0, 1),
             st.sampled_from(["a", "b"]),
         ),
@@ -244,13 +244,13 @@ class Replica:
         ("replace", 0, "a"),
         ("load", 0, "b"),
         ("load", 1, "a"),
-        ("new door", 1, "a"),
+        ("new gateway", 1, "a"),
     ],
     kept=True,
     remembered=1,
 )
 @example(
-    changes=[("away", 0, "a"), ("new door", 1, "a"), ("load", 0, "a"), ("load", 1, "a")],
+    changes=[("away", 0, "a"), ("new gateway", 1, "a"), ("load", 0, "a"), ("load", 1, "a")],
     kept=True,
     remembered=1,
 )
@@ -258,33 +258,33 @@ class Replica:
 def test_a_number_never_names_two_contents(
     changes: list[tuple[str, int, str]], kept: bool, remembered: int
 ) -> None:
-    """Two doors change adapters in turn, the registry's process is lost, and doors go and others come. With a
-    checkpoint one of two replicas may be away; without one the replicas are who remembers."""
+    """Two gateways change adapters in turn, the registry's process is lost, and gateways go and others come.
+    With a checkpoint one of two replicas may be away; without one the replicas are who remembers."""
 
     async def main() -> None:
         fsspec.filesystem("memory").store.clear()
         actor = RegistryActor(lambda: AdapterRegistry("memory://fleet" if kept else None))
         made = {"r0": Replica(), "r1": Replica()}
-        doors = [Door(**made), Door(**made)]
-        for door in doors:
-            await door.adapters.start(actor)
+        gateways = [Gateway(**made), Gateway(**made)]
+        for gateway in gateways:
+            await gateway.adapters.start(actor)
         for number, (what, which, name) in enumerate(changes):
-            door = doors[which]
+            gateway = gateways[which]
             try:
                 if what in ("load", "replace"):
-                    await door.load(name, f"{name}/{number}", replace=what == "replace")
+                    await gateway.load(name, f"{name}/{number}", replace=what == "replace")
                 elif what == "unload":
-                    await door.adapters.unload(name, force=False)
+                    await gateway.adapters.unload(name, force=False)
             except AdapterError:
                 pass
             if what == "registry":
                 actor.restart()
-            elif what == "new door":
-                await door.adapters.stop()
-                doors[which] = Door(**made)
-                await doors[which].adapters.start(actor)
+            elif what == "new gateway":
+                await gateway.adapters.stop()
+                gateways[which] = Gateway(**made)
+                await gateways[which].adapters.start(actor)
             elif what == "away" and kept:
-                for each in doors:
+                for each in gateways:
                     members = each.members.members
                     gone = {"r0", "r1"} - members.keys()
                     if gone:
@@ -292,8 +292,8 @@ def test_a_number_never_names_two_contents(
                         await each.joins(gone.pop())
                     else:
                         del members[f"r{which}"]
-        for door in doors:
-            await door.adapters.stop()
+        for gateway in gateways:
+            await gateway.adapters.stop()
         contents: dict[tuple[str, int], set[str]] = {}
         for replica in made.values():
             for name, version, path in replica.named:

@@ -1,4 +1,4 @@
-"""Several engines behind a door, in virtual time: totals, deaths, partitions, old knowledge."""
+"""Several engines behind a gateway, in virtual time: totals, deaths, partitions, old knowledge."""
 
 from __future__ import annotations
 

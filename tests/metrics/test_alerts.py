@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from prometheus_client.metrics_core import Metric
-from support.fleet_metrics import door_families
+from support.fleet_metrics import gateway_families
 from support.promql import asked, series_names
 
 from aioengine.info import EngineStats
@@ -82,10 +82,10 @@ def cases_of(alert: str) -> dict[str, Any]:
 
 
 def fresh() -> list[Metric]:
-    """What an engine and a door export at first."""
+    """What an engine and a gateway export at first."""
     zeros = {name: 0 for name in EngineStats.__struct_fields__ if name != "slots"}
     metrics = EngineMetrics(10, lambda: EngineStats(slots=(), **zeros), list)
-    return [*metrics.registry.collect(), *door_families()]
+    return [*metrics.registry.collect(), *gateway_families()]
 
 
 def test_rules_use_what_is_exported() -> None:
@@ -132,8 +132,12 @@ def test_every_alert_leads_to_its_section_of_the_runbook() -> None:
 
 def test_the_runbook_speaks_of_metrics_that_there_are() -> None:
     page = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+<<<<<<< HEAD
     exported = {definition.exposed for definition in definitions.ALL.values()} | set(
-        series_names(door_families())
+        series_names(gateway_families())
     )
+=======
+    exported = {definition.exposed for definition in definitions.ALL} | set(series_names(gateway_families()))
+>>>>>>> f38b53db (Fleet: the gateway is a gateway; a replica's status has the routers' report)
     asked_for = set(re.findall(r"`((?:aioengine|process)_\w+)", page))
     assert asked_for and asked_for <= exported

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fleet_metrics import door_families
+from support.fleet_metrics import gateway_families
 from support.promql import Asked, asked, series_names
 
 from aioengine.info import EngineStats
@@ -31,7 +31,7 @@ def exported() -> set[str]:
     zeros = {name: 0 for name in EngineStats.__struct_fields__ if name != "slots"}
     metrics = EngineMetrics(10, lambda: EngineStats(slots=(), **zeros), list)
     metrics.export_process()
-    return {*series_names(metrics.registry.collect()), *series_names(door_families())}
+    return {*series_names(metrics.registry.collect()), *series_names(gateway_families())}
 
 
 def expressions() -> Iterator[tuple[str, str]]:

@@ -85,8 +85,8 @@ async def test_from_traceparent_to_the_step(
 
 
 def test_a_request_that_moves_is_one_trace(sent: Collector) -> None:
-    """What a door tells a replica makes the replica's spans part of the door's trace."""
-    provider = otlp_provider(sent.url, resource={"service.instance.id": "door"})
+    """What a gateway tells a replica makes the replica's spans part of the gateway's trace."""
+    provider = otlp_provider(sent.url, resource={"service.instance.id": "gateway"})
     elsewhere = otlp_provider(sent.url, resource={"service.instance.id": "replica"})
     assert provider is not None and elsewhere is not None
     call = CallSpans(provider, "r", "sql")

@@ -1,4 +1,4 @@
-"""A fleet in this process: a door, and replicas with an engine each, without Ray's processes."""
+"""A fleet in this process: a gateway, and replicas with an engine each, without Ray's processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig, LoRAConfig
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door import client as door_client
-from aioengine.fleet.door import discovery
-from aioengine.fleet.door.client import FleetClient
+from aioengine.fleet.gateway import client as gateway_client
+from aioengine.fleet.gateway import discovery
+from aioengine.fleet.gateway.client import FleetClient
 from aioengine.fleet.replica import EngineReplica
 from aioengine.fleet.wire import Hello
 
@@ -66,7 +66,7 @@ class _Handle:
 
 
 class FleetHere:
-    """``client`` is the door's, ``replicas`` are by name."""
+    """``client`` is the gateway's, ``replicas`` are by name."""
 
     def __init__(self, client: FleetClient, made: dict[str, ReplicaHere]) -> None:
         self.client = client
@@ -86,7 +86,7 @@ def small_engine(tiny: Tiny, **fields: Any) -> EngineConfig:
 
 
 def serve_names(names: set[str], patch: pytest.MonkeyPatch) -> None:
-    """Have Serve tell each door at once that these are the replicas."""
+    """Have Serve tell each gateway at once that these are the replicas."""
 
     def watch(_application: str, told: Any) -> Any:
         told(names)
@@ -99,7 +99,7 @@ def serve_names(names: set[str], patch: pytest.MonkeyPatch) -> None:
 async def fleet_here(config: FleetConfig, patch: pytest.MonkeyPatch) -> AsyncIterator[FleetHere]:
     names = {f"r{number}" for number in range(config.replicas)}
     registry = RegistryActor()
-    patch.setattr(door_client, "registry_actor", lambda *_: registry)
+    patch.setattr(gateway_client, "registry_actor", lambda *_: registry)
 
     serve_names(names, patch)
     made: dict[str, ReplicaHere] = {}

@@ -1,4 +1,4 @@
-"""The metrics of a door that has no replicas yet, or made-up ones."""
+"""The metrics of a gateway that has no replicas yet, or made-up ones."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from prometheus_client.metrics_core import Metric
 
 from aioengine import EngineConfig
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.members import Members
-from aioengine.fleet.door.metrics import FleetMetrics
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.members import Members
+from aioengine.fleet.gateway.metrics import FleetMetrics
 from aioengine.schedulers.routing import ReplicaLimits, Report, Tiers
 
 
-def door(*replicas: str, adapters: tuple[str, ...] = ()) -> FleetMetrics:
+def gateway(*replicas: str, adapters: tuple[str, ...] = ()) -> FleetMetrics:
     """Each replica has said once that it holds ``adapters``; none can be asked. Needs a running loop."""
     config = FleetConfig(engine=EngineConfig(model="tiny", name="fleet"), replicas=2)
-    members = Members(config, None, door="door-1")
+    members = Members(config, None, gateway="gateway-1")
     for replica in replicas:
         members.state.join(replica, ReplicaLimits(2, 4, 8, 1000))
         members.state.report(replica, Report(0.0, 0, 0, 0, 0, 0, 0, 1000, {}, tiers=Tiers(slot=adapters)))
@@ -26,10 +26,10 @@ def door(*replicas: str, adapters: tuple[str, ...] = ()) -> FleetMetrics:
     return metrics
 
 
-def door_families() -> list[Metric]:
-    """What a door exports of its own."""
+def gateway_families() -> list[Metric]:
+    """What a gateway exports of its own."""
 
     async def collect() -> list[Metric]:
-        return list(door("one", adapters=("sql",)).own.collect())
+        return list(gateway("one", adapters=("sql",)).own.collect())
 
     return asyncio.run(collect())

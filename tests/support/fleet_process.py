@@ -84,7 +84,7 @@ class FleetServer:
             return usage
 
     def metrics(self, source: str | None = None) -> str:
-        """Of all, or of one replica or the door."""
+        """Of all, or of one replica or the gateway."""
         with self.client() as client:
             return client.get("/metrics", params={} if source is None else {"replica": source}).text
 

@@ -1,4 +1,4 @@
-"""Doors and replicas in this process, whose engines only know which adapters they were told to have."""
+"""Gateways and replicas in this process, whose engines only know which adapters they were told to have."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from support.adapter_infos import adapter_info
 from aioengine import EngineConfig
 from aioengine.errors import AdapterNotFound
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.adapters import FleetAdapters
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.replica import EngineReplica
 from aioengine.info import AdapterInfo
 
@@ -87,8 +87,8 @@ async def replica() -> Any:
     return made
 
 
-class Door:
-    """A door to replicas. ``before``: awaited before a replica gets a call, with what it is to do."""
+class Gateway:
+    """A gateway to replicas. ``before``: awaited before a replica gets a call, with what it is to do."""
 
     def __init__(self, one: Any, before: Any = None, *others: Any) -> None:
         async def remote(action: str, arguments: dict[str, Any], to: str) -> Any:
@@ -97,7 +97,7 @@ class Door:
             return await (one, *others)[int(to[1:])].adapter(action, dict(arguments))
 
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
-        self.members = Members(CONFIG, handle, door=f"door-{id(self)}")
+        self.members = Members(CONFIG, handle, gateway=f"gateway-{id(self)}")
         self.adapters = FleetAdapters(CONFIG, self.members)
         for number in range(1 + len(others)):
             channel: Any = SimpleNamespace(replica=f"r{number}")
@@ -108,7 +108,7 @@ class Door:
         return await self.adapters.load(name, name, pin=False, force_pin=False, replace=replace)
 
     async def joins(self) -> None:
-        """The replica is back: as after the loss of this door's channel to it."""
+        """The replica is back: as after the loss of this gateway's channel to it."""
         for listener in self.members.on_join:
             listener(self.member)
         while not self.member.ready:

@@ -18,7 +18,7 @@ from aioengine.tasks import end_tasks, run_to_completion
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
-    from aioengine.fleet.door.client import FleetClient
+    from aioengine.fleet.gateway.client import FleetClient
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ async def started_fleet(
     config: FleetConfig, progress: LoadProgress, tracer_provider: TracerProvider | None = None
 ) -> AsyncIterator[FleetClient]:
     """Context with a running fleet behind a client. At its end, or after a failure, it ends Ray, if Ray was
-    started here, and the replicas, if this was their last door.
+    started here, and the replicas, if this was their last gateway.
 
     Raises ConfigError, if possible before anything is started.
     """
@@ -64,19 +64,20 @@ async def started_fleet(
     listen()
     client: FleetClient | None = None
     ray: cluster.Cluster | None = None
-    joined: cluster.Door | None = None
+    joined: cluster.Gateway | None = None
     try:
         progress("starting Ray", 0, 1)
         reading = asyncio.ensure_future(asyncio.to_thread(read_model, config, plan))  # while Ray starts
         each = config.cpus_per_replica
         ray = await _to_its_end(lambda: cluster.connect(most * each, each))
+<<<<<<< HEAD
         listen()  # again, because Ray installs its own handler
         own = ray.own
         progress("starting replicas", 0, config.replicas)
         joined = await _to_its_end(
-            lambda: cluster.open_door(config, lambda: replica_application(planned, inherit=own))
+            lambda: cluster.open_gateway(config, lambda: replica_application(planned, inherit=own))
         )
-        client = make_client(config, joined.handle, await reading, tracer_provider, door=joined.name)
+        client = make_client(config, joined.handle, await reading, tracer_provider, gateway=joined.name)
         await _all_there(client, config.name)
         logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
         client.watch_head(cluster.current_address())
@@ -89,6 +90,28 @@ async def started_fleet(
         loop.add_signal_handler(signal.SIGTERM, lambda: None)  # nothing interrupts the end: some seconds
         await run_to_completion(_end(client, joined, ray))
         loop.remove_signal_handler(signal.SIGTERM)
+=======
+        sigterm.listen()
+        client: FleetClient | None = None
+        joined: cluster.Gateway | None = None
+        try:
+            progress("starting replicas", 0, config.replicas)
+            joined = await _to_its_end(
+                lambda: cluster.open_gateway(config, lambda: replica_application(planned, inherit=ray.own))
+            )
+            client = make_client(config, joined.handle, await reading, tracer_provider, gateway=joined.name)
+            await _all_there(client, config.name)
+            logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
+            client.watch_head(cluster.current_address())
+        except BaseException:
+            await _end(client, joined, ray)
+            raise
+        try:
+            yield client
+        finally:
+            sigterm.ignore()
+            await _end(client, joined, ray)
+>>>>>>> f38b53db (Fleet: the gateway is a gateway; a replica's status has the routers' report)
 
 
 async def _all_there(client: FleetClient, name: str) -> None:
@@ -111,7 +134,9 @@ async def _all_there(client: FleetClient, name: str) -> None:
         await end_tasks([starting])
 
 
-async def _end(client: FleetClient | None, joined: cluster.Door | None, ray: cluster.Cluster | None) -> None:
+<<<<<<< HEAD
+async def _end(client: FleetClient | None, joined: cluster.Gateway | None, ray: cluster.Cluster | None) ->
+None:
     """Stop the client, then the replicas and Ray."""
     if client is not None:
         await client.stop()
@@ -119,6 +144,21 @@ async def _end(client: FleetClient | None, joined: cluster.Door | None, ray: clu
         if joined is not None and not ray.own:
             await asyncio.to_thread(joined.close)
         await asyncio.to_thread(ray.close)
+=======
+async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
+    """Stop the client, then the replicas and Ray, even if it is cancelled several times."""
+    from aioengine.fleet.cluster import Cluster, Gateway
+
+    async def end() -> None:
+        if client is not None:
+            await client.stop()
+        if isinstance(ray, Cluster):
+            if isinstance(joined, Gateway) and not ray.own:
+                await asyncio.to_thread(joined.close)
+            await asyncio.to_thread(ray.close)
+
+    await run_to_completion(end())
+>>>>>>> f38b53db (Fleet: the gateway is a gateway; a replica's status has the routers' report)
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:

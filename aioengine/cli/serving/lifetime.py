@@ -19,7 +19,7 @@ from aioengine.tasks import end_tasks
 
 if TYPE_CHECKING:
     from aioengine.cli.config.checked import ServerFlags
-    from aioengine.fleet.door.client import FleetClient
+    from aioengine.fleet.gateway.client import FleetClient
 
 logger = logging.getLogger("aioengine.server")
 

@@ -1,1 +1,1 @@
-"""Several engines behind a door, in virtual time."""
+"""Several engines behind a gateway, in virtual time."""

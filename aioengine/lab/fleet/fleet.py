@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Self, Unpack
 from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.call import Call
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.members import Members
+from aioengine.fleet.gateway.call import Call
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.members import Members
 from aioengine.lab.fleet.conditions import Conditions, Fault
 from aioengine.lab.fleet.replica import Handle, SimulatedReplica, ask
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -111,7 +111,7 @@ class SimulatedFleet:
         self._loop = asyncio.get_running_loop()
         time = self._loop.time
         self._began = time()
-        self.members = Members(self.config, Handle(self._replicas), door="lab", clock=time)
+        self.members = Members(self.config, Handle(self._replicas), gateway="lab", clock=time)
         self.dispatcher = Dispatcher(self.members, timer=time, processor=time)
         # Every replica reads the same: a version is one content.
         self.dispatcher.version_of, self.dispatcher.digest_of = lambda name: 1, lambda name: name

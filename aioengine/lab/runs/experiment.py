@@ -81,7 +81,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     sample_seconds: AnySeconds = 1.0
     """Simulated seconds between two rows of samples.csv."""
     replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] | None = None
-    """Engines behind one door; each is as the fields above say. None: one engine and no door."""
+    """Engines behind one gateway; each is as the fields above say. None: one engine and no gateway."""
     router: str | None = None
     """Router, which chooses the replica for a request; see :mod:`aioengine.schedulers.registry`. This
     and the fields below are None without ``replicas``; in a fleet they get the values of ``OF_A_FLEET``."""

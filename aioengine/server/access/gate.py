@@ -140,12 +140,13 @@ class Gate:
             record.admission.end(tokens, now)
 
     def take_usage(self) -> dict[str, Usage]:
-        """Return each meter's usage since the last call, for the other doors of a fleet."""
+        """Return each meter's usage since the last call, for the other gateways of a fleet."""
         found = ((f"{kind} {which}", meter.take_usage()) for (kind, which), meter in self._meters.items())
         return {name: usage for name, usage in found if usage is not None}
 
     def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
-        """Count what the other doors of a fleet have accepted, on those of the meters that exist here too."""
+        """Count what the other gateways of a fleet have accepted, on those of the meters that exist here
+        too."""
         now = time.monotonic()
         for name, used in usage.items():
             kind, _, which = name.partition(" ")

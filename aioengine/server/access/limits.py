@@ -52,7 +52,7 @@ class Meter:
         self.active = self._told_active = 0
         """Number of open requests."""
         self.elsewhere = 0
-        """Requests that other doors to the same fleet are answering."""
+        """Requests that other gateways to the same fleet are answering."""
         self._new_requests = self._new_tokens = 0
         self._mean_seconds = 1.0
         self._most = limits.max_concurrent
@@ -102,7 +102,7 @@ class Meter:
         return usage
 
     def used_elsewhere(self, usage: Usage, now: float) -> None:
-        """Count what other doors have let in."""
+        """Count what other gateways have let in."""
         self.elsewhere = usage.active
         self._requests.take(usage.requests, now)
         self._tokens.take(usage.tokens, now)

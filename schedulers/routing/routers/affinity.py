@@ -62,7 +62,7 @@ class Affinity(RouterPolicy):
         "(Srivatsa et al., 2024), homes by demand after NVIDIA Dynamo's adapter allocation"
     )
     worst_case = (
-        "by the door's knowledge, a request waits at most margin x the seconds of one load longer than on "
+        "by the gateway's knowledge, a request waits at most margin x the seconds of one load longer than on "
         "the best replica"
     )
 

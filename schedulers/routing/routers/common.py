@@ -10,7 +10,7 @@ from hashlib import blake2b
 from aioengine.schedulers.routing.interface import FleetView, ReplicaView, RouteRequest
 
 MAX_NAMED = 4
-"""Maximum replicas in a route: the door takes the next if one fails, and asks again after the last."""
+"""Maximum replicas in a route: the gateway takes the next if one fails, and asks again after the last."""
 _WAITING_WEIGHT = 4
 _KEYS = 16384
 _MASK = (1 << 64) - 1

@@ -67,7 +67,7 @@ class LeastLoaded(RoundRobin):
 
 
 class PowerOfTwoChoices(Simple):
-    """The less loaded of two replicas drawn at random: several doors with old knowledge do not all choose
+    """The less loaded of two replicas drawn at random: several gateways with old knowledge do not all choose
     the same one."""
 
     source = "Mitzenmacher, 'The Power of Two Choices in Randomized Load Balancing', IEEE TPDS 2001"

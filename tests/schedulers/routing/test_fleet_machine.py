@@ -1,4 +1,5 @@
-"""Whatever happens to a fleet, the door's knowledge stays sound, and every router names replicas that accept.
+"""Whatever happens to a fleet, the gateway's knowledge stays sound, and every router names replicas that
+accept.
 
 A model keeps the truth beside the state: which replicas live, what each has received, and what is on its way.
 """
@@ -45,7 +46,7 @@ SILENT = 3.0
 
 
 class TrueReplica:
-    """What is really so on a replica, and the requests of this door there."""
+    """What is really so on a replica, and the requests of this gateway there."""
 
     def __init__(self, skew: float) -> None:
         self.skew = skew

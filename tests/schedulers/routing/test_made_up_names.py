@@ -1,4 +1,4 @@
-"""Names that clients make up: a door's knowledge of them is bounded, whatever its placement policy."""
+"""Names that clients make up: a gateway's knowledge of them is bounded, whatever its placement policy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_only_what_is_used_is_remembered(changes: list[tuple[str, str, int]]) ->
 
 
 def test_any_number_of_mixes() -> None:
-    """A door without a placement policy makes no plans, and so nothing else would forget them."""
+    """A gateway without a placement policy makes no plans, and so nothing else would forget them."""
     known = Fleet(1)
     for number in range(100):
         known.now += 0.01

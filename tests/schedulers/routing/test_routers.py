@@ -66,7 +66,7 @@ def test_round_robin_takes_turns() -> None:
 
 @pytest.mark.parametrize("name", ["least_loaded", "p2c"])
 def test_a_burst_is_spread(name: str) -> None:
-    """Before any report comes: by the door's own counts."""
+    """Before any report comes: by the gateway's own counts."""
     fleet, router = Fleet(4), load_router(name)
     counts = Counter(_send(fleet, router, f"q{index}", f"a{index}") for index in range(40))
     assert len(counts) == 4

@@ -12,10 +12,10 @@ import msgspec
 
 from aioengine import errors
 from aioengine.checks import error_text
-from aioengine.fleet.door.call import Call
-from aioengine.fleet.door.channel import Channel
-from aioengine.fleet.door.grammars import SentGrammar
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.call import Call
+from aioengine.fleet.gateway.channel import Channel
+from aioengine.fleet.gateway.grammars import SentGrammar
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_error, unpack_error
 from aioengine.info import without_versions
@@ -175,8 +175,8 @@ class Dispatcher:
     # Versions
 
     def _may_be_current(self, version: str) -> bool:
-        """Whether new requests get this version, as far as this door knows, or it is one that another door
-        has made since."""
+        """Whether new requests get this version, as far as this gateway knows, or it is one that another
+        gateway has made since."""
         name, _, number = version.partition("@")
         known = self.version_of(name)
         return known is not None and int(number) >= known

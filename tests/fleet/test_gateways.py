@@ -1,4 +1,4 @@
-"""Doors that come and go while others start or serve; without Ray's processes."""
+"""Gateways that come and go while others start or serve; without Ray's processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from support.registry_actor import RegistryActor
 from aioengine import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.fleet import FleetConfig, cluster, registry
-from aioengine.fleet.cluster import Door, open_door, why_it_failed
-from aioengine.fleet.door import client as door_client
-from aioengine.fleet.door.client import FleetClient
-from aioengine.fleet.usage import DOOR_SECONDS
+from aioengine.fleet.cluster import Gateway, open_gateway, why_it_failed
+from aioengine.fleet.gateway import client as gateway_client
+from aioengine.fleet.gateway.client import FleetClient
+from aioengine.fleet.usage import GATEWAY_SECONDS
 from aioengine.lab.simulation.clock import run_in_virtual_time
 
 needs_ray()
@@ -37,7 +37,7 @@ class Ray:
         self._applications = applications
         self.registry = SimpleNamespace(
             configure=SimpleNamespace(remote=lambda config: None),
-            leave=SimpleNamespace(remote=lambda door: None),
+            leave=SimpleNamespace(remote=lambda gateway: None),
         )
         monkeypatch.setattr(ray, "get", self._get)
         monkeypatch.setattr(ray, "kill", lambda actor: self.ended.append("registry"))
@@ -67,7 +67,7 @@ class Ray:
 def test_a_registry_that_fails(
     applications: dict[str, str], ended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A door that does not open leaves nothing behind, and ends nothing that another door uses."""
+    """A gateway that does not open leaves nothing behind, and ends nothing that another gateway uses."""
     from ray.exceptions import GetTimeoutError
 
     failed = ConfigError("registry='s3://lora': cannot be read")
@@ -75,12 +75,12 @@ def test_a_registry_that_fails(
         ray = Ray(monkeypatch, applications)
         ray.answer = answer
         with pytest.raises(ConfigError, match=said):
-            open_door(CONFIG, lambda: pytest.fail("it must not be started"))
+            open_gateway(CONFIG, lambda: pytest.fail("it must not be started"))
         assert ray.ended == ended
 
 
 @pytest.mark.parametrize("applications", [{}, None])
-def test_a_fleet_that_another_door_has_ended(
+def test_a_fleet_that_another_gateway_has_ended(
     applications: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.exceptions import ActorDiedError
@@ -89,7 +89,7 @@ def test_a_fleet_that_another_door_has_ended(
     why = why_it_failed(CONFIG.name)
     assert why is not None and "has removed the application 'aioengine'" in why
     ray.answer = ActorDiedError()
-    Door(CONFIG, None, ray.registry).close()
+    Gateway(CONFIG, None, ray.registry).close()
     assert ray.ended == []
 
 
@@ -101,28 +101,28 @@ def test_a_fleet_that_still_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_it_failed(CONFIG.name) is None
 
 
-def test_a_door_that_waits_for_its_replicas_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of a second door must not end the fleet under it."""
+def test_a_gateway_that_waits_for_its_replicas_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a second gateway must not end the fleet under it."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
         monkeypatch.setattr(registry, "time", SimpleNamespace(monotonic=loop.time))
         actor = RegistryActor()
-        monkeypatch.setattr(door_client, "registry_actor", lambda *_: actor)
-        for door in ("first", "second"):
-            await actor.join.remote(door, b"")
+        monkeypatch.setattr(gateway_client, "registry_actor", lambda *_: actor)
+        for gateway in ("first", "second"):
+            await actor.join.remote(gateway, b"")
         never = SimpleNamespace(remote=asyncio.Event().wait)
         handle: Any = SimpleNamespace(options=lambda **_: never)
         plan: Any = None
-        first = FleetClient(CONFIG, handle, plan, None, None, door="first")
+        first = FleetClient(CONFIG, handle, plan, None, None, gateway="first")
         starting = asyncio.ensure_future(first.start(within=None))
-        await asyncio.sleep(3 * DOOR_SECONDS)
+        await asyncio.sleep(3 * GATEWAY_SECONDS)
         assert not starting.done()
         assert await actor.leave.remote("second") == 1
         starting.cancel()
         await asyncio.wait([starting])
         await first.stop()
-        await asyncio.sleep(3 * DOOR_SECONDS)
+        await asyncio.sleep(3 * GATEWAY_SECONDS)
         assert await actor.leave.remote("second") == 0, "and it is not when it has stopped"
 
     run_in_virtual_time(main())

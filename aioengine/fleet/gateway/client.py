@@ -18,14 +18,14 @@ from aioengine import errors
 from aioengine.events import Event
 from aioengine.fleet.cluster import tls_context
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.adapters import FleetAdapters
-from aioengine.fleet.door.call import Call, tokens_of
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.grammars import FleetGrammars, SentGrammar
-from aioengine.fleet.door.hangs import Head
-from aioengine.fleet.door.limits import SharedLimits
-from aioengine.fleet.door.members import Members
-from aioengine.fleet.door.metrics import FleetMetrics, fleet_stats
+from aioengine.fleet.gateway.adapters import FleetAdapters
+from aioengine.fleet.gateway.call import Call, tokens_of
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.grammars import FleetGrammars, SentGrammar
+from aioengine.fleet.gateway.hangs import Head
+from aioengine.fleet.gateway.limits import SharedLimits
+from aioengine.fleet.gateway.members import Members
+from aioengine.fleet.gateway.metrics import FleetMetrics, fleet_stats
 from aioengine.fleet.registry import registry_actor
 from aioengine.fleet.uploads import Uploads
 from aioengine.info import AdapterInfo, EngineState, EngineStats
@@ -63,7 +63,7 @@ class FleetClient:
         plan: Memory plan of a replica.
         model_path: Where the model's tokenizer is on this machine.
         tracer_provider: Requests are traced if there is one. The caller closes it.
-        door: This door's name among others; None: any.
+        gateway: This gateway's name among others; None: any.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class FleetClient:
         tokenizer: Tokenizer | None,
         tracer_provider: TracerProvider | None = None,
         *,
-        door: str | None = None,
+        gateway: str | None = None,
     ) -> None:
         self.fleet_config = config
         self.config = config.engine
@@ -86,9 +86,9 @@ class FleetClient:
         self.plan = plan
         self.model_path = model_path
         self.tokenizer = tokenizer
-        door = uuid.uuid4().hex if door is None else door
-        self._door = door
-        self.members = Members(config, handle, door=door)
+        gateway = uuid.uuid4().hex if gateway is None else gateway
+        self._gateway = gateway
+        self.members = Members(config, handle, gateway=gateway)
         self._dispatcher = Dispatcher(self.members)
         self.metrics = FleetMetrics(
             self.members, self._dispatcher, lambda: "degraded" if self.degraded else self.state
@@ -100,7 +100,7 @@ class FleetClient:
         self._uploads.alone, known.in_use = self._adapters.changing, self._uploads.in_use
         # Keys, of which [server] may have some, are not stored with the registry.
         shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))
-        self._limits = SharedLimits(door, shared, self._adapters.refresh_soon)
+        self._limits = SharedLimits(gateway, shared, self._adapters.refresh_soon)
         self._tracer_provider = tracer_provider
         self._keys = count()
         self._seeds = random.Random(config.engine.seed)
@@ -118,7 +118,7 @@ class FleetClient:
         self.members.start()
         self.metrics.start()
         registry = registry_actor(self.fleet_config.name, self.fleet_config.registry)
-        self._limits.start(registry)  # so that this door does not count as gone while replicas start
+        self._limits.start(registry)  # so that this gateway does not count as gone while replicas start
         await self.members.complete(within)
         await self._adapters.start(registry)
         self._state = "running"
@@ -164,7 +164,7 @@ class FleetClient:
 
     @property
     def failure(self) -> errors.EngineDead | None:
-        """Set while Ray's head does not answer; the door outlives every other loss."""
+        """Set while Ray's head does not answer; the gateway outlives every other loss."""
         return None if self._head is None else self._head.failure
 
     def step_age(self) -> float:
@@ -269,8 +269,8 @@ class FleetClient:
             )
         check_text("request_id", request_id)
         now, key = asyncio.get_running_loop().time(), next(self._keys)
-        # Another door may send the same replica its own first request.
-        request_id = f"request-{self._door[:8]}-{key}" if request_id is None else request_id
+        # Another gateway may send the same replica its own first request.
+        request_id = f"request-{self._gateway[:8]}-{key}" if request_id is None else request_id
         if request_id in self._ids:
             raise _in_use(request_id)
         if params.seed is None:  # drawn now, so that any replica that continues draws the same tokens
@@ -302,7 +302,7 @@ class FleetClient:
         self._dispatcher.limit_waiting(max_waiting)
 
     def share_limits(self, ledger: UsageLedger) -> None:
-        """Make the limits of ``ledger`` apply to all doors of this fleet together."""
+        """Make the limits of ``ledger`` apply to all gateways of this fleet together."""
         self._limits.share(ledger)
 
     def grammars(self, limits: GrammarLimits | None = None) -> FleetGrammars:
@@ -331,7 +331,7 @@ class FleetClient:
         replace: bool = False,
     ) -> AdapterInfo:
         """Load an adapter as ``AsyncEngine.load_adapter`` does, for the whole fleet; see
-        :meth:`aioengine.fleet.door.adapters.FleetAdapters.load`."""
+        :meth:`aioengine.fleet.gateway.adapters.FleetAdapters.load`."""
         self._check_lora()
         async with self._uploads.held(path, name):
             return await self._adapters.load(name, path, pin=pin, force_pin=force_pin, replace=replace)

@@ -1,4 +1,4 @@
-"""The replicas as a door knows them: their ids, their states, and their losses."""
+"""The replicas as a gateway knows them: their ids, their states, and their losses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 from aioengine.errors import AioEngineError, EngineStopped
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.door.call import Call
-from aioengine.fleet.door.channel import Channel
-from aioengine.fleet.door.conflicts import Conflicts
-from aioengine.fleet.door.hangs import Hung
+from aioengine.fleet.gateway.call import Call
+from aioengine.fleet.gateway.channel import Channel
+from aioengine.fleet.gateway.conflicts import Conflicts
+from aioengine.fleet.gateway.hangs import Hung
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
 from aioengine.schedulers.routing import FleetState, ReplicaLimits
 
@@ -59,7 +59,7 @@ class Members:
     ``clock``: what the loop's times are of."""
 
     def __init__(
-        self, config: FleetConfig, handle: Any, *, door: str, clock: Callable[[], float] = time.monotonic
+        self, config: FleetConfig, handle: Any, *, gateway: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.config = config
         self.handle = handle
@@ -79,7 +79,7 @@ class Members:
         """Callback for a replica's report on a request, and the time at which it came."""
         self.on_loss: Callable[[Call, str, str], None] = lambda call, replica, how: None
         """Callback for each request whose replica is lost."""
-        self.door = door
+        self.gateway = gateway
         self._least = config.bounds[0]
         self._channels: dict[str, Channel] = {}
         self._changed = asyncio.Event()
@@ -100,7 +100,7 @@ class Members:
     def start(self, watch_replicas: Callable[..., Callable[[], None]] | None = None) -> None:
         """Begin to look after the replicas that Serve reports, or ``watch_replicas`` in its place."""
         if watch_replicas is None:
-            from aioengine.fleet.door import discovery
+            from aioengine.fleet.gateway import discovery
 
             watch_replicas = discovery.watch_replicas
 
@@ -209,7 +209,7 @@ class Members:
 
     def _open(self, replica: str) -> None:
         self._channels[replica] = Channel(
-            self.handle, replica, self.door, frame=self._take, lost=self._channel_lost
+            self.handle, replica, self.gateway, frame=self._take, lost=self._channel_lost
         )
 
     def _take(self, channel: Channel, frame: Frame) -> None:
@@ -237,8 +237,8 @@ class Members:
 
     def _report(self, member: Member, status: Status, residency: Residency | None) -> None:
         member.status = status
-        member.channel.arrived(status.received)
-        if status.received:
+        member.channel.arrived(status.report.received)
+        if status.report.received:
             self._unreached.pop(member.channel.replica, None)
         if residency is not None:
             member.residency = residency
@@ -251,7 +251,8 @@ class Members:
             return
         was = self.state.view.replicas[replica].accepting
         self.state.drain(replica, member.gets_none)
-        self.state.report(replica, status.report(None if residency is None else residency.tiers))
+        tiers = None if residency is None else residency.tiers
+        self.state.report(replica, status.report._replace(tiers=tiers))
         first, member.settled = not member.settled and member.ready, member.settled or member.ready
         if first or (self.state.view.replicas[replica].accepting and not was):
             self._tell_change()
@@ -269,7 +270,7 @@ class Members:
         self._lose(channel, "lost", why)
 
     def _lose(self, channel: Channel, how: str, why: str) -> None:
-        """Note that this door has lost the replica; its requests continue on others."""
+        """Note that this gateway has lost the replica; its requests continue on others."""
         replica = channel.replica
         if self._channels.get(replica) is not channel:
             return

@@ -1,5 +1,5 @@
 """Numbers of the whole fleet: sums over the replicas, and one scrape with the series of every replica, with a
-label ``replica``, and those of the door."""
+label ``replica``, and those of the gateway."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from aioengine.fleet.door.dispatcher import Dispatcher
-from aioengine.fleet.door.members import CAUSES, Members
+from aioengine.fleet.gateway.dispatcher import Dispatcher
+from aioengine.fleet.gateway.members import CAUSES, Members
 from aioengine.info import EngineStats, is_mix
 from aioengine.metrics.collect.http import HttpMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
@@ -28,8 +28,8 @@ from aioengine.schedulers.routing.guard import FAILURES
 
 SCRAPE_SECONDS = 3.0
 """Seconds after which a replica is left out of a scrape."""
-DOOR = "door"
-"""The value of ``replica`` in the door's own series."""
+GATEWAY = "door"
+"""The value of ``replica`` in the gateway's own series."""
 _TEXT = "text/plain"
 _SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(\{)?")
 _BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2)
@@ -37,20 +37,20 @@ _BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2)
 
 class FleetMetrics:
     """Metrics of a fleet, with the interface that a server needs. Any thread except the loop's may scrape
-    it. ``state`` returns the door's state, or "degraded"."""
+    it. ``state`` returns the gateway's state, or "degraded"."""
 
     def __init__(self, members: Members, dispatcher: Dispatcher, state: Callable[[], str]) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Everything(self))
         self.own = CollectorRegistry()
-        """Registry of the door's own metrics."""
-        self.own.register(_Door(members, dispatcher))
+        """Registry of the gateway's own metrics."""
+        self.own.register(_Gateway(members, dispatcher))
         self._members = members
         self._dispatcher = dispatcher
         self._engine = members.config.engine.name
         self.http = HttpMetrics(members.config.engine.max_tenant_labels)
         self.dropped_log_lines: Callable[[], int] = int
-        """Function that counts the door's dropped log lines; called at each scrape."""
+        """Function that counts the gateway's dropped log lines; called at each scrape."""
         self._state = state
         self._process: ProcessMetrics | None = None
         self._writer = TextWriter()
@@ -60,7 +60,7 @@ class FleetMetrics:
             ["engine", "replica"],
             registry=self.own,
             buckets=_BUCKETS,
-        ).labels(self._engine, DOOR)
+        ).labels(self._engine, GATEWAY)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_loop = OnLoop()
 
@@ -69,31 +69,31 @@ class FleetMetrics:
         self._on_loop = OnLoop()
 
     def export_process(self) -> None:
-        """Export the door's own process from now on, if the door is the whole process."""
+        """Export the gateway's own process from now on, if the gateway is the whole process."""
         self._process = ProcessMetrics()
 
     def sources(self) -> list[str]:
         """Return the values of ``replica``; each can be scraped separately."""
-        return [DOOR, *self._members.members]
+        return [GATEWAY, *self._members.members]
 
     def expose(self, accept: str, source: str | None = None) -> tuple[bytes, str]:
         """Return the text of a scrape and its content type, for all replicas or for one of :meth:`sources`.
-        Raises TimeoutError if the door's loop is too busy."""
+        Raises TimeoutError if the gateway's loop is too busy."""
         encode, content_type = choose_encoder(accept)
         kind = "application/openmetrics-text" if "openmetrics" in content_type else _TEXT
-        if source not in (None, DOOR):
+        if source not in (None, GATEWAY):
             return _merged(self.scraped(kind, source), openmetrics=kind != _TEXT).encode(), content_type
         took, self._dispatcher.route_seconds = self._dispatcher.route_seconds, []
         for seconds in took:
             self._seconds.observe(seconds)
-        door = self._writer.write(self._on_loop.call(self._families), openmetrics=kind != _TEXT).decode()
-        texts = [("", encode(self.own).decode()), (DOOR, door)]
+        gateway = self._writer.write(self._on_loop.call(self._families), openmetrics=kind != _TEXT).decode()
+        texts = [("", encode(self.own).decode()), (GATEWAY, gateway)]
         if source is None:
             texts += self.scraped(kind)
         return _merged(texts, openmetrics=kind != _TEXT).encode(), content_type
 
     def _families(self) -> list[Family]:
-        """Return those of the door that an engine has, too."""
+        """Return those of the gateway that an engine has, too."""
         engine = self._engine
         found = [
             *self.http.families(engine),
@@ -138,8 +138,8 @@ class _Everything(Collector):
         yield from text_string_to_metric_families(text.decode())
 
 
-class _Door(Collector):
-    """Collector of the door's own numbers, read at each scrape."""
+class _Gateway(Collector):
+    """Collector of the gateway's own numbers, read at each scrape."""
 
     def __init__(self, members: Members, dispatcher: Dispatcher) -> None:
         self._members = members
@@ -164,17 +164,17 @@ class _Door(Collector):
             "Requests that went to a replica for an adapter in its memory, which was not there any more.",
             labels=["engine", "replica"],
         )
-        misroutes.add_metric([self._engine, DOOR], sent.misroutes)
+        misroutes.add_metric([self._engine, GATEWAY], sent.misroutes)
         yield misroutes
         conflicts = CounterMetricFamily(
             "aioengine_fleet_adapter_conflicts",
             "Adapters that were found with different content on two replicas.",
             labels=["engine", "replica"],
         )
-        conflicts.add_metric([self._engine, DOOR], members.conflicts.count)
+        conflicts.add_metric([self._engine, GATEWAY], members.conflicts.count)
         yield conflicts
         wanted = self._gauge("replicas_wanted", "Replicas that the fleet should have.")
-        wanted.add_metric([self._engine, DOOR], members.wanted)
+        wanted.add_metric([self._engine, GATEWAY], members.wanted)
         yield wanted
         yield from self._replicas()
         yield from self._copies()
@@ -182,7 +182,7 @@ class _Door(Collector):
     def _replicas(self) -> Iterator[Metric]:
         up = self._gauge("replica_up", "1 if it takes requests.")
         age = self._gauge("knowledge_age_seconds", "Age of its last report.")
-        sent = self._gauge("replica_requests", "Its requests of this door.")
+        sent = self._gauge("replica_requests", "Its requests of this gateway.")
         for replica, view in list(self._members.state.view.replicas.items()):
             labels = [self._engine, replica]
             member = self._members.members.get(replica)
@@ -201,15 +201,15 @@ class _Door(Collector):
         targets = {name: len(adapter.target_holders) for name, adapter in adapters if adapter.target_holders}
         for name in held.keys() | targets.keys():
             if not is_mix(name):
-                had.add_metric([self._engine, DOOR, name], held[name])
+                had.add_metric([self._engine, GATEWAY, name], held[name])
         for name, count in targets.items():
-            wanted.add_metric([self._engine, DOOR, name], count)
+            wanted.add_metric([self._engine, GATEWAY, name], count)
         yield from (had, wanted)
 
     def _counts(self, name: str, help_: str, label: str, values: Mapping[str, int]) -> Metric:
         family = CounterMetricFamily(f"aioengine_fleet_{name}", help_, labels=["engine", "replica", label])
         for value, number in list(values.items()):
-            family.add_metric([self._engine, DOOR, value], number)
+            family.add_metric([self._engine, GATEWAY, value], number)
         return family
 
     def _gauge(self, name: str, help_: str, *labels: str) -> GaugeMetricFamily:
@@ -267,7 +267,7 @@ def fleet_stats(members: Members) -> EngineStats:
         for member in there
         for slot in member.residency.slots
     )
-    statuses = [member.status for member in there if member.status is not None]
+    reports = [member.status.report for member in there if member.status is not None]
     held = [info for member in there for info in member.residency.versions]
     block = members.config.engine.block_size
     fields = msgspec.structs.fields(EngineStats)
@@ -277,10 +277,10 @@ def fleet_stats(members: Members) -> EngineStats:
         "cpu_adapters": sum(info.location != "disk" for info in held),
         "cpu_capacity": sum(member.hello.cpu_loras for member in there),
         "adapters": len({info.name for member in there for info in member.residency.adapters}),
-        "running": sum(status.running for status in statuses),
-        "waiting": sum(status.waiting for status in statuses),
+        "running": sum(report.running for report in reports),
+        "waiting": sum(report.waiting for report in reports),
         "block_size": block,
         "kv_blocks": sum(member.hello.kv_tokens for member in there) // block,
-        "kv_blocks_free": sum(status.free_kv_tokens for status in statuses) // block,
+        "kv_blocks_free": sum(report.free_kv_tokens for report in reports) // block,
     }
     return EngineStats(**values)

@@ -80,10 +80,10 @@ class Head:
 
 
 class Hung:
-    """The replicas that this door has lost because they hang.
+    """The replicas that this gateway has lost because they hang.
 
     A process that hangs does not end when Serve asks it to, and keeps its CPUs while Serve waits for that
-    (``graceful_shutdown_timeout_s``), so there is no room for another one in its place. This door does not
+    (``graceful_shutdown_timeout_s``), so there is no room for another one in its place. This gateway does not
     kill it on its own judgement, because the network between the two might be broken. Serve checks each
     replica's health, too, and removes those that do not answer.
     """
@@ -123,6 +123,6 @@ def _kill(hello: Hello) -> None:
 
     for found in ray.util.list_named_actors(all_namespaces=True):
         if found["name"] == hello.actor:
-            with suppress(ValueError):  # another door may have done this already
+            with suppress(ValueError):  # another gateway may have done this already
                 # Ray's own daemon on that node sends SIGKILL after some seconds, if the process does not end.
                 ray.kill(ray.get_actor(**found))

@@ -22,9 +22,9 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.fleet.config import FleetConfig, is_utf8
-from aioengine.fleet.door.entries import KnownEntries, listed, numbered, source_of, version_of
-from aioengine.fleet.door.members import Member, Members
-from aioengine.fleet.door.replicas import Change, Replicas, by_load, first_of, holds
+from aioengine.fleet.gateway.entries import KnownEntries, listed, numbered, source_of, version_of
+from aioengine.fleet.gateway.members import Member, Members
+from aioengine.fleet.gateway.replicas import Change, Replicas, by_load, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of, lease
 from aioengine.info import AdapterInfo, is_mix
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
@@ -56,7 +56,7 @@ class FleetAdapters:
         self._mended: dict[str, float] = {}
         """When replicas were last made to agree on an adapter that one of them had found changed."""
         self._owners = count()
-        """Numbers of the changes that this door makes."""
+        """Numbers of the changes that this gateway makes."""
         self._tasks: set[asyncio.Task[object]] = set()
         self._placement = PlacementGuard(
             load_placement(config.placement),
@@ -255,7 +255,7 @@ class FleetAdapters:
         try:
             await self._registry(entry.name, self.registry.put.remote(entry), _UNSAVED)
         finally:
-            # One may have come meanwhile. What another door may have changed is left to that one.
+            # One may have come meanwhile. What another gateway may have changed is left to that one.
             for member in [] if change.lost() else list(self._members.members.values()):
                 await self._replicas.ask(member, "sync", entries=[entry])
 
@@ -269,9 +269,9 @@ class FleetAdapters:
 
     @asynccontextmanager
     async def changing(self, name: str) -> AsyncIterator[Change]:
-        """Let one change of an adapter be made at a time, whichever door asks for it. Raises EngineStopped if
-        there is no replica."""
-        owner = f"{self._members.door}-{next(self._owners)}"
+        """Let one change of an adapter be made at a time, whichever gateway asks for it. Raises EngineStopped
+        if there is no replica."""
+        owner = f"{self._members.gateway}-{next(self._owners)}"
         async with lease(self.registry, name, owner) as lost:
             await self._registry(name, self.known.refresh(self.registry), _UNKNOWN)
             members = by_load(self._members.members.values())
@@ -306,15 +306,16 @@ class FleetAdapters:
 
     async def _forget_others(self, member: Member, names: list[str]) -> None:
         """Have a replica forget what the fleet has no more. An adapter may be missing in the registry only
-        because another door is about to put it there: so each is looked up again while no door changes it."""
+        because another gateway is about to put it there: so each is looked up again while no gateway changes
+        it."""
         for name in await self._replicas.ask(member, "others", names=names) or ():
             async with self.changing(name):
                 if name not in self.known.by_name:
                     await self._replicas.ask(member, "forget", name=name)
 
     def refresh_soon(self) -> None:
-        """Put back what the registry has lost; to be called when it has forgotten this door."""
-        if self.registry is not None:  # else this door is only starting
+        """Put back what the registry has lost; to be called when it has forgotten this gateway."""
+        if self.registry is not None:  # else this gateway is only starting
             self._spawn(self.known.refresh_in_time(self.registry))
 
     async def _plan(self) -> None:

@@ -1,4 +1,4 @@
-"""A door needs no torch: neither two seconds of imports before Ray starts, nor the memory."""
+"""A gateway needs no torch: neither two seconds of imports before Ray starts, nor the memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aioengine.fleet.deployment import make_client, plan_replica, read_model
 config = FleetConfig(engine=EngineConfig(model=sys.argv[1], device=sys.argv[2]), replicas=2)
 planned, plan = plan_replica(config, share=2)
 model = read_model(config, plan)
-import aioengine.fleet.door.client, aioengine.server.app
+import aioengine.fleet.gateway.client, aioengine.server.app
 assert plan.device == "cpu" and model.tokenizer is not None
 print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
 """
@@ -28,7 +28,7 @@ print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 @pytest.mark.slow
-def test_a_door_needs_no_torch(device: str, tiny_text: Tiny) -> None:
+def test_a_gateway_needs_no_torch(device: str, tiny_text: Tiny) -> None:
     if device == "auto" and _may_have_gpu():
         pytest.skip("here the plan has to ask torch whether there is a GPU")
     command = [sys.executable, "-c", PREPARED, str(tiny_text.model), device]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aioengine.errors import AdapterConflict, AioEngineError, EngineStopped
-from aioengine.fleet.door.members import Member, Members
+from aioengine.fleet.gateway.members import Member, Members
 from aioengine.info import AdapterInfo
 
 logger = logging.getLogger("aioengine.fleet")
@@ -21,14 +21,14 @@ UNDO_SECONDS = 5.0
 
 
 class Change(NamedTuple):
-    """A change of an adapter, while no other door changes it."""
+    """A change of an adapter, while no other gateway changes it."""
 
     members: Sequence[Member]
     name: str
     """Its name among all changes of the fleet."""
     lost: Callable[[], bool]
-    """Function that returns whether another door may change the adapter, because this one did not renew its
-    right in time."""
+    """Function that returns whether another gateway may change the adapter, because this one did not renew
+    its right in time."""
 
 
 class Replicas:
@@ -157,7 +157,7 @@ def by_load(members: Iterable[Member]) -> list[Member]:
         status = member.status
         if status is None:
             return True, 0.0, 0
-        return status.draining, round(status.step_age), status.waiting + status.running
+        return status.draining, round(status.step_age), status.report.waiting + status.report.running
 
     return sorted(members, key=key)
 

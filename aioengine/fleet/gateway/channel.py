@@ -1,4 +1,4 @@
-"""The door's side of the channel to one replica: one long stream of frames comes in, batches of orders go
+"""The gateway's side of the channel to one replica: one long stream of frames comes in, batches of orders go
 out."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from aioengine.fleet.door.call import Call
+from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.wire import ChannelName, Frame, Order, Submit, decode_frame, encode_order, encode_orders
 
 logger = logging.getLogger("aioengine.fleet")
@@ -32,7 +32,7 @@ class Channel:
         self,
         handle: Any,
         replica: str,
-        door: str,
+        gateway: str,
         *,
         frame: Callable[[Channel, Frame], None],
         lost: Callable[[Channel, str], None],
@@ -49,7 +49,7 @@ class Channel:
         """Whether Serve has removed the replica. Then it gets no new calls, and is closed when its calls have
         ended."""
         self._handle = handle
-        self._name = str(ChannelName(door, next(_numbers)))
+        self._name = str(ChannelName(gateway, next(_numbers)))
         self._frame = frame
         self._lost = lost
         self._orders: list[msgspec.Raw] = []
@@ -74,7 +74,7 @@ class Channel:
         self._wake.set()
 
     def arrived(self, received: int) -> None:
-        """Note how many of this door's requests have arrived at the replica so far, as it reports."""
+        """Note how many of this gateway's requests have arrived at the replica so far, as it reports."""
         if received > self._arrived:
             self._arrived, self._since = received, self.heard
 
@@ -89,7 +89,7 @@ class Channel:
         self._since += seconds
 
     def close(self) -> None:
-        """Stop listening. The replica then aborts this door's requests."""
+        """Stop listening. The replica then aborts this gateway's requests."""
         self._closed = True
         if self._stream is not None:
             with suppress(Exception):

@@ -1,4 +1,4 @@
-"""A request at the door: its output so far, from all replicas that have run it."""
+"""A request at the gateway: its output so far, from all replicas that have run it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Watcher = Callable[[set[str]], None]
 
 _watchers: dict[str, list[Watcher]] = {}
 """Watchers by application. Serve makes the router in the process that has the handle, and the router can
-reach the door only through this table."""
+reach the gateway only through this table."""
 _latest: dict[str, set[str]] = {}
 
 

@@ -1,5 +1,5 @@
-"""A Serve request router that sends each call to the replica that its caller names, because the door does the
-routing."""
+"""A Serve request router that sends each call to the replica that its caller names, because the gateway does
+the routing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.serve.request_router import RequestRouter
 
-from aioengine.fleet.door.discovery import replicas_changed
+from aioengine.fleet.gateway.discovery import replicas_changed
 
 ROUTER_PATH = f"{__name__}:ObeyingRouter"
 ASK_SECONDS = 1.0
@@ -25,8 +25,8 @@ class ObeyingRouter(RequestRouter):  # type: ignore[misc] # Ray has no types for
     """Chooses the replica that the keyword ``to`` names, or any replica without it.
 
     Serve's router asks Ray's head for the actor of each new replica, and waits for the answer: for a minute
-    if the head hangs. All streams of the door would stand still, because this router runs on its event loop.
-    So threads ask first, and what is known already, or gone, does not wait for them.
+    if the head hangs. All streams of the gateway would stand still, because this router runs on its event
+    loop. So threads ask first, and what is known already, or gone, does not wait for them.
 
     Ray sends this class by value, with copies of the module's variables, so state must be elsewhere.
     """

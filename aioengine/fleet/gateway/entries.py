@@ -1,4 +1,4 @@
-"""The fleet's adapters as a door knows them."""
+"""The fleet's adapters as a gateway knows them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOOK_SECONDS = 1.0
 
 class KnownEntries:
     """Adapters of the configuration and of the registry, by name. :meth:`refresh` asks the registry for what
-    other doors have changed, and ``state`` is told what has come and gone.
+    other gateways have changed, and ``state`` is told what has come and gone.
 
     ``configured``: name -> path of the adapters that need not be in the registry; their version is 0.
     """
@@ -36,7 +36,7 @@ class KnownEntries:
         self.described: dict[str, AdapterInfo] = {}
         """What is said of each adapter while no replica holds it."""
         self.spent = SpentVersions()
-        """Versions of adapters that have gone since this door knows of them."""
+        """Versions of adapters that have gone since this gateway knows of them."""
         self.in_use: Callable[[str], None] = lambda path: None
         """Callback for the path of each adapter that is put."""
         self._configured = {name: Entry(name, path, 0) for name, path in configured.items()}
@@ -68,12 +68,13 @@ class KnownEntries:
         return entry is not None
 
     def version(self, name: str) -> int | None:
-        """Return the version that new requests get, as far as this door knows; None if it has no number."""
+        """Return the version that new requests get, as far as this gateway knows; None if it has no
+        number."""
         known = self.by_name.get(name)
         return None if known is None else version_of(known)
 
     def digest(self, name: str) -> str:
-        """Return the digest of the content that new requests get; "" if this door does not know it."""
+        """Return the digest of the content that new requests get; "" if this gateway does not know it."""
         known = self.by_name.get(name)
         return "" if known is None else known.digest
 
@@ -90,7 +91,7 @@ class KnownEntries:
                 return True
             if current is not None and having(adapter):
                 return False
-            if not looked:  # another door may have changed it
+            if not looked:  # another gateway may have changed it
                 await self.look(registry)
         if current is None:
             raise AdapterNotFound(
@@ -122,7 +123,7 @@ class KnownEntries:
             self._mark = changes.mark
 
     async def look(self, registry: Any) -> None:
-        """Refresh in time, for a request that names what this door does not know. However many ask, the
+        """Refresh in time, for a request that names what this gateway does not know. However many ask, the
         registry is asked once each ``LOOK_SECONDS``: who asks meanwhile waits for the next time, because what
         it names may be newer than the last one, and all who wait share the answer."""
         begun = self._looks
@@ -139,16 +140,16 @@ class KnownEntries:
                 self._look_due = loop.time() + LOOK_SECONDS
 
     async def refresh_in_time(self, registry: Any) -> bool:
-        """Refresh within ``REFRESH_SECONDS``; if that fails, all stays as this door knows it. Returns whether
-        it has not failed."""
+        """Refresh within ``REFRESH_SECONDS``; if that fails, all stays as this gateway knows it. Returns
+        whether it has not failed."""
         try:
             async with asyncio.timeout(REFRESH_SECONDS):
                 await self.refresh(registry)
             return True
         except TimeoutError:
-            logger.warning("adapters are as this door knows them: no answer within %g s", REFRESH_SECONDS)
+            logger.warning("adapters are as this gateway knows them: no answer within %g s", REFRESH_SECONDS)
         except Exception as error:  # it is being restarted, or cannot read its checkpoint
-            logger.warning("adapters are as this door knows them: %s", error)
+            logger.warning("adapters are as this gateway knows them: %s", error)
         return False
 
 

@@ -1,4 +1,4 @@
-"""A door's limits, kept in step with those of the other doors to the same fleet."""
+"""A gateway's limits, kept in step with those of the other gateways to the same fleet."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ logger = logging.getLogger("aioengine.fleet")
 
 SHARE_SECONDS = 0.5
 """Seconds between two exchanges. A limit is exceeded by at most the requests of two intervals: one until a
-door has reported its usage, and one until the others have received the report."""
+gateway has reported its usage, and one until the others have received the report."""
 
 
 ALIVE_SECONDS = 10.0
-"""The same where there are no limits: the registry has to hear now and then that this door lives."""
+"""The same where there are no limits: the registry has to hear now and then that this gateway lives."""
 
 
 class SharedLimits:
-    """Reports this door's usage to the registry, and gets that of the other doors.
+    """Reports this gateway's usage to the registry, and gets that of the other gateways.
 
-    While the registry does not answer, each door counts for itself, and reports later. ``forgotten()`` is
-    called when the registry does not know this door, as after the loss of its process.
+    While the registry does not answer, each gateway counts for itself, and reports later. ``forgotten()`` is
+    called when the registry does not know this gateway, as after the loss of its process.
     """
 
-    def __init__(self, door: str, config: bytes, forgotten: Callable[[], None]) -> None:
-        self._door = door
+    def __init__(self, gateway: str, config: bytes, forgotten: Callable[[], None]) -> None:
+        self._gateway = gateway
         self._config = config
         self._forgotten = forgotten
         self._ledgers: list[UsageLedger] = []
@@ -54,9 +54,9 @@ class SharedLimits:
             for ledger in self._ledgers:
                 kept = _added(kept, ledger.take_usage())
             try:
-                found = await registry.exchange.remote(self._door, kept)
+                found = await registry.exchange.remote(self._gateway, kept)
                 if found is None:
-                    await registry.join.remote(self._door, self._config)
+                    await registry.join.remote(self._gateway, self._config)
                     self._forgotten()
                     continue
                 kept = {}

@@ -1,1 +1,0 @@
-"""A door of the fleet: it sends requests to replicas, and follows their state."""
