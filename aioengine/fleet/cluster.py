@@ -8,9 +8,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Self
 
 import msgspec
@@ -133,14 +131,13 @@ def connect(cpus: int | None = None, threads: int = 1) -> Cluster:
     }
     try:
         if where is None:
-            with _fewer_processes():
-                ray.init(
-                    address="local",
-                    num_cpus=cpus,
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    **common,
-                )
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **common,
+            )
         else:
             ray.init(address=where, **common)
     except Exception as error:
@@ -151,21 +148,6 @@ def connect(cpus: int | None = None, threads: int = 1) -> Cluster:
         )
         raise ConfigError(f"{what}: {text}") from error
     return Cluster(own=where is None)
-
-
-@contextmanager
-def _fewer_processes() -> Iterator[None]:
-    """Context in which Ray is started without its autoscaler and its log monitor, which take two seconds of
-    processor time: there is one node, and no log is forwarded. `ray start` has flags for it, `ray.init`
-    has none, and so this changes what both hand over to Ray's own start."""
-    from ray._private import parameter
-
-    usual = parameter.RayParams
-    parameter.RayParams = partial(usual, no_monitor=True, include_log_monitor=False)
-    try:
-        yield
-    finally:
-        parameter.RayParams = usual
 
 
 class Gateway:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.adapter_infos import adapter_info
 from support.fleet_process import needs_ray
+from support.name_locks import NameLocks
 from support.registry_actor import RegistryActor
 
 from aioengine import EngineConfig
@@ -21,7 +22,6 @@ from aioengine.fleet.gateway.adapters import FleetAdapters
 from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import LEASE_SECONDS
 from aioengine.fleet.replica import EngineReplica
-from aioengine.fleet.uploads import NameLocks
 from aioengine.info import AdapterInfo
 from aioengine.lab.simulation.clock import run_in_virtual_time
 

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import fleet_here, small_engine
+from support.name_locks import NameLocks
 from support.registry_actor import RegistryActor
 from support.waiting import until
 
@@ -33,11 +34,19 @@ pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Pyt
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-async def stored(gateway: Uploads, content: bytes = b"") -> str:
-    """Upload an adapter, and load it at once. Returns its folder."""
-    used: list[str] = []
-    async with gateway.stored("sent", b"{}", content, lambda: used) as folder:
-        used.append(folder)
+class Gateway(Uploads):
+    """A gateway's uploads. ``loaded``: the folders that it knows adapters to be loaded from."""
+
+    def __init__(self, registry: str, locks: NameLocks | None = None) -> None:
+        self.loaded: list[str] = []
+        super().__init__(registry, (locks or NameLocks()).hold, lambda: self.loaded)
+
+
+async def stored(gateway: Gateway, content: bytes = b"") -> str:
+    """Upload an adapter, and load it for a moment. Returns its folder."""
+    async with gateway.stored("sent", b"{}", content) as folder:
+        gateway.loaded.append(folder)
+    gateway.loaded.remove(folder)
     await gateway.stop()
     return folder
 
@@ -81,20 +90,19 @@ def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[f
         files.store.clear()
         now = 0.0
         patch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: now))
-        gateway = Uploads(place)
+        gateway = Gateway(place)
         folder = await stored(gateway)
-        files.makedirs(f"{place}/uploads/new", exist_ok=True)  # another gateway is about to write there
         unused_since: float | None = None
         for seconds, used in uploaded:
             now += seconds
-            await gateway.remove_unused(lambda used=used: [folder] if used else [])  # type: ignore[misc]
+            gateway.loaded = [folder] if used else []
+            await gateway.remove_unused()
             if used:
                 unused_since = None
                 assert files.exists(folder)
                 continue
             unused_since = now if unused_since is None else unused_since
             assert files.exists(folder) == (now - unused_since <= KEEP_SECONDS)
-            assert files.exists(f"{place}/uploads/new")
             if not files.exists(folder):
                 return
 
@@ -136,7 +144,7 @@ def test_what_one_gateway_loads_another_does_not_remove_too_soon(loads: list[Loa
         now, folder = 0.0, ""
         patch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: now))
         registry = RegistryActor()
-        gateways = [Uploads(place), Uploads(place)]
+        gateways = [Gateway(place), Gateway(place)]
         known = [KnownEntries({}, FleetState(lambda: now)) for _ in gateways]
         for each, gateway in zip(known, gateways, strict=True):
             each.in_use = gateway.in_use
@@ -152,8 +160,8 @@ def test_what_one_gateway_loads_another_does_not_remove_too_soon(loads: list[Loa
             await registry.put.remote(entry)
             for each in known:
                 await each.refresh(registry)
-            removing = [gateways[load.gateway].remove_unused(lambda used=folder: [used]) for _ in range(2)]  # type: ignore[misc]
-            await asyncio.gather(*removing)
+            gateways[load.gateway].loaded = [folder]
+            await gateways[load.gateway].remove_unused()
             for path, end in until.items():
                 assert not path or now - end > KEEP_SECONDS or files.exists(path)
             assert files.exists(folder)
@@ -164,19 +172,20 @@ def test_what_one_gateway_loads_another_does_not_remove_too_soon(loads: list[Loa
 
 @pytest.mark.parametrize(
     ("when", "again"),
-    [(when, again) for when in ("_written", "_written_at", "_remove") for again in ("here", "at another")]
-    + [(when, "is loaded") for when in ("_written", "_written_at")],
+    [(when, again) for when in ("_names", "_remove") for again in ("here", "at another")]
+    + [("_names", "is loaded")],
 )
 async def test_an_upload_that_comes_again_during_a_removal_stays(
     when: str, again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the removal does just then, and although it has not been in use for long."""
-    monkeypatch.setattr(uploads, "KEEP_SECONDS", -1.0)
-    gateway = other = Uploads(str(tmp_path))
+    monkeypatch.setattr(uploads, "KEEP_SECONDS", 0.0)
+    locks = NameLocks()
+    gateway = other = Gateway(str(tmp_path), locks)
     if again == "at another":
-        other = Uploads(str(tmp_path))
-        other.alone = gateway.alone
+        other = Gateway(str(tmp_path), locks)
     folder = await stored(gateway)
+    await gateway.remove_unused()  # it sees that nobody uses it
     begun, go_on, real = threading.Event(), threading.Event(), getattr(uploads, when)
 
     def held(*arguments: str) -> Any:
@@ -186,18 +195,19 @@ async def test_an_upload_that_comes_again_during_a_removal_stays(
         return real(*arguments) if when == "_remove" else found
 
     monkeypatch.setattr(uploads, when, held)
-    used: list[str] = []
-    removal = asyncio.create_task(gateway.remove_unused(lambda: used))
+    removal = asyncio.create_task(gateway.remove_unused())
     await until(begun.is_set)
     if again == "is loaded":
-        used.append(folder)
+        gateway.loaded.append(folder)
         gateway.in_use(folder)
     else:
         storing = asyncio.create_task(stored(other))
-        if when != "_written":  # then it waits for the end of the removal
+        if when == "_remove":  # then it waits for the end of the removal
             await asyncio.sleep(0)
             go_on.set()
         assert await storing == folder
+        if when == "_names":
+            gateway.in_use(folder)  # as it hears with the right to the folder
     go_on.set()
     await removal
     assert set(os.listdir(folder)) == set(FILES)
@@ -207,17 +217,17 @@ async def test_no_answer_waits_for_a_removal(tmp_path: Path, monkeypatch: pytest
     """Those that end while one is under way share the next one."""
     go_on, lists = threading.Event(), 0
 
-    def held(root: str) -> dict[str, float | None]:
+    def held(root: str) -> list[str]:
         nonlocal lists
         lists += 1
         assert go_on.wait(60)
-        return {}
+        return []
 
-    monkeypatch.setattr(uploads, "_written", held)
-    gateway = Uploads(str(tmp_path))
+    monkeypatch.setattr(uploads, "_names", held)
+    gateway = Gateway(str(tmp_path))
     for content in range(4):
         with suppress(AdapterInvalid):
-            async with gateway.stored("sent", b"{}", bytes([content]), list) as folder:
+            async with gateway.stored("sent", b"{}", bytes([content])) as folder:
                 if content == 1:
                     raise AdapterInvalid("it is not an adapter", name="sent")
         assert (Path(folder).name in os.listdir(Path(folder).parent)) == (content != 1)
@@ -231,22 +241,20 @@ async def test_no_answer_waits_for_a_removal(tmp_path: Path, monkeypatch: pytest
 async def test_a_registry_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is where the registry's own file is, in fsspec's reading of "~"."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder = await stored(Uploads("~/registry"))
+    folder = await stored(Gateway("~/registry"))
     root = fsspec.core.url_to_fs("~/registry")[1]
     assert Path(folder).parent == Path(root) / "uploads" == tmp_path / "registry" / "uploads"
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["the upload's", "the adapter's"])
 async def test_an_error_names_the_adapter_and_not_the_right_to_its_folder(own: bool, tmp_path: Path) -> None:
-    gateway = Uploads(str(tmp_path))
-
     @asynccontextmanager
     async def lost(name: str) -> AsyncIterator[None]:
         if own:
             raise AdapterLoadError("the registry does not answer", name=name, transient=True)
         yield
 
-    gateway.alone = lost
+    gateway = Uploads(str(tmp_path), lost, list)
     with pytest.raises(AdapterLoadError) as told:
         async with gateway.held(f"{tmp_path}/uploads/abab", "sql"):
             raise AdapterLoadError("its files cannot be read", name="sql", path="there")

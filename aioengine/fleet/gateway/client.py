@@ -96,8 +96,8 @@ class FleetClient:
         self._adapters = FleetAdapters(config, self.members)
         known = self._adapters.known
         self._dispatcher.version_of, self._dispatcher.digest_of = known.version, known.digest
-        self._uploads = Uploads(config.registry)
-        self._uploads.alone, known.in_use = self._adapters.changing, self._uploads.in_use
+        self._uploads = Uploads(config.registry, self._adapters.changing, self._adapters.sources)
+        known.in_use = self._uploads.in_use
         # Keys, of which [server] may have some, are not stored with the registry.
         shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))
         self._limits = SharedLimits(gateway, shared, self._adapters.refresh_soon)
@@ -343,7 +343,7 @@ class FleetClient:
         it from there. Raises ConfigError if the fleet has no registry, and what :meth:`load_adapter`
         raises."""
         self._check_lora()
-        async with self._uploads.stored(name, config, weights, self._adapters.sources) as folder:
+        async with self._uploads.stored(name, config, weights) as folder:
             return await self._adapters.load(name, folder, pin=pin, force_pin=False, replace=replace)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:

@@ -159,20 +159,18 @@ class _Gateway(Collector):
             _all((*CAUSES, "refused"), sent.migrations),
         )
         yield self._counts("losses", "Replicas that were lost.", "cause", _all(CAUSES, members.losses))
-        misroutes = CounterMetricFamily(
-            "aioengine_fleet_misroutes",
+        yield self._counts(
+            "misroutes",
             "Requests that went to a replica for an adapter in its memory, which was not there any more.",
-            labels=["engine", "replica"],
+            None,
+            {"": sent.misroutes},
         )
-        misroutes.add_metric([self._engine, GATEWAY], sent.misroutes)
-        yield misroutes
-        conflicts = CounterMetricFamily(
-            "aioengine_fleet_adapter_conflicts",
+        yield self._counts(
+            "adapter_conflicts",
             "Adapters that were found with different content on two replicas.",
-            labels=["engine", "replica"],
+            None,
+            {"": members.conflicts.count},
         )
-        conflicts.add_metric([self._engine, GATEWAY], members.conflicts.count)
-        yield conflicts
         wanted = self._gauge("replicas_wanted", "Replicas that the fleet should have.")
         wanted.add_metric([self._engine, GATEWAY], members.wanted)
         yield wanted
@@ -206,10 +204,11 @@ class _Gateway(Collector):
             wanted.add_metric([self._engine, GATEWAY, name], count)
         yield from (had, wanted)
 
-    def _counts(self, name: str, help_: str, label: str, values: Mapping[str, int]) -> Metric:
-        family = CounterMetricFamily(f"aioengine_fleet_{name}", help_, labels=["engine", "replica", label])
+    def _counts(self, name: str, help_: str, label: str | None, values: Mapping[str, int]) -> Metric:
+        labels = ["engine", "replica", *([] if label is None else [label])]
+        family = CounterMetricFamily(f"aioengine_fleet_{name}", help_, labels=labels)
         for value, number in list(values.items()):
-            family.add_metric([self._engine, GATEWAY, value], number)
+            family.add_metric([self._engine, GATEWAY, value][: len(labels)], number)
         return family
 
     def _gauge(self, name: str, help_: str, *labels: str) -> GaugeMetricFamily:
