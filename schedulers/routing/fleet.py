@@ -22,14 +22,7 @@ from aioengine.schedulers.routing.prefixes import PrefixIndex
 from aioengine.schedulers.routing.replica import Clock, Replica, ReplicaLimits, Report
 
 MAX_PINS = 16384
-<<<<<<< HEAD
 """Pinned prefixes of each replica that a gateway remembers."""
-=======
-"""Pinned prefixes that a gateway remembers."""
-MAX_UNUSED = 1024
-"""Names that a gateway remembers only for the demand that there was for them. Clients can make up any number
-of mixes and of adapters that do not exist."""
->>>>>>> f38b53db (Fleet: the gateway is a gateway; a replica's status has the routers' report)
 DEMAND_SECONDS = 60.0
 """Time constant of the moving average of demand."""
 CHANGED_SHARE = 0.25

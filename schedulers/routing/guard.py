@@ -38,7 +38,6 @@ Failed = Callable[[str, str], None]
 """Callback for a failure: its kind, one of ``FAILURES``, and a description."""
 
 
-<<<<<<< HEAD
 class Guard:
     """Counts the failures of a policy, and tells of them."""
 
@@ -71,10 +70,6 @@ class _Nonsense(ValueError):
 
 class RouterGuard(Guard):
     """Stands between a gateway and a router.
-=======
-class RouterGuard:
-    """Stands between a gateway and a router.
->>>>>>> f38b53db (Fleet: the gateway is a gateway; a replica's status has the routers' report)
 
     If a router raises or returns an invalid answer, ``LeastLoaded`` decides for that request. If it takes
     longer than ``budget`` seconds ``max_overruns`` times, ``LeastLoaded`` replaces it for good; see

@@ -132,12 +132,8 @@ def test_every_alert_leads_to_its_section_of_the_runbook() -> None:
 
 def test_the_runbook_speaks_of_metrics_that_there_are() -> None:
     page = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
-<<<<<<< HEAD
     exported = {definition.exposed for definition in definitions.ALL.values()} | set(
         series_names(gateway_families())
     )
-=======
-    exported = {definition.exposed for definition in definitions.ALL} | set(series_names(gateway_families()))
->>>>>>> f38b53db (Fleet: the gateway is a gateway; a replica's status has the routers' report)
     asked_for = set(re.findall(r"`((?:aioengine|process)_\w+)", page))
     assert asked_for and asked_for <= exported

@@ -70,7 +70,6 @@ async def started_fleet(
         reading = asyncio.ensure_future(asyncio.to_thread(read_model, config, plan))  # while Ray starts
         each = config.cpus_per_replica
         ray = await _to_its_end(lambda: cluster.connect(most * each, each))
-<<<<<<< HEAD
         listen()  # again, because Ray installs its own handler
         own = ray.own
         progress("starting replicas", 0, config.replicas)
@@ -90,28 +89,6 @@ async def started_fleet(
         loop.add_signal_handler(signal.SIGTERM, lambda: None)  # nothing interrupts the end: some seconds
         await run_to_completion(_end(client, joined, ray))
         loop.remove_signal_handler(signal.SIGTERM)
-=======
-        sigterm.listen()
-        client: FleetClient | None = None
-        joined: cluster.Gateway | None = None
-        try:
-            progress("starting replicas", 0, config.replicas)
-            joined = await _to_its_end(
-                lambda: cluster.open_gateway(config, lambda: replica_application(planned, inherit=ray.own))
-            )
-            client = make_client(config, joined.handle, await reading, tracer_provider, gateway=joined.name)
-            await _all_there(client, config.name)
-            logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
-            client.watch_head(cluster.current_address())
-        except BaseException:
-            await _end(client, joined, ray)
-            raise
-        try:
-            yield client
-        finally:
-            sigterm.ignore()
-            await _end(client, joined, ray)
->>>>>>> f38b53db (Fleet: the gateway is a gateway; a replica's status has the routers' report)
 
 
 async def _all_there(client: FleetClient, name: str) -> None:
@@ -134,9 +111,9 @@ async def _all_there(client: FleetClient, name: str) -> None:
         await end_tasks([starting])
 
 
-<<<<<<< HEAD
-async def _end(client: FleetClient | None, joined: cluster.Gateway | None, ray: cluster.Cluster | None) ->
-None:
+async def _end(
+    client: FleetClient | None, joined: cluster.Gateway | None, ray: cluster.Cluster | None
+) -> None:
     """Stop the client, then the replicas and Ray."""
     if client is not None:
         await client.stop()
@@ -144,21 +121,6 @@ None:
         if joined is not None and not ray.own:
             await asyncio.to_thread(joined.close)
         await asyncio.to_thread(ray.close)
-=======
-async def _end(client: FleetClient | None, joined: object, ray: object) -> None:
-    """Stop the client, then the replicas and Ray, even if it is cancelled several times."""
-    from aioengine.fleet.cluster import Cluster, Gateway
-
-    async def end() -> None:
-        if client is not None:
-            await client.stop()
-        if isinstance(ray, Cluster):
-            if isinstance(joined, Gateway) and not ray.own:
-                await asyncio.to_thread(joined.close)
-            await asyncio.to_thread(ray.close)
-
-    await run_to_completion(end())
->>>>>>> f38b53db (Fleet: the gateway is a gateway; a replica's status has the routers' report)
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:
