@@ -44,7 +44,7 @@ async def test_a_version_that_waits_on_disk_lives(
         await until(held.begun.is_set)
         works.append(asyncio.create_task(there.complete(PROMPT, greedy(6), adapter="sql")))
         member = client.members.members["r1"]
-        await until(lambda: member.status is not None and member.status.waiting > 0)
+        await until(lambda: member.status is not None and member.status.report.waiting > 0)
         # It is read by the other one, because that is idle.
         info = await client.load_adapter("sql", str(adapters / "b"), replace=True)
         assert info.version == 2

@@ -42,7 +42,7 @@ async def test_one_engine_is_one_target() -> None:
             {"targets": ["host:8443"], "labels": {"__scheme__": "https", "__metrics_path__": "/metrics"}}
         ]
         answer = await http.get("/metrics?replica=door")
-        assert answer.status_code == 404 and "there is no replica 'gateway'" in answer.text
+        assert answer.status_code == 404 and "there is no replica 'door'" in answer.text
 
 
 @pytest.mark.skipif(MISSING, reason="needs prometheus, of Debian's package prometheus")
