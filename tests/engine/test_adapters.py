@@ -27,13 +27,6 @@ async def test_register_does_nothing_until_it_is_needed(tiny: Tiny, make_engine:
         assert engine.register_adapter("r", tiny.adapters["rank-3"]) == after, "again: no change"
 
 
-async def test_load_brings_it_to_the_cpu(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        loaded = await engine.load_adapter("r", tiny.adapters["rank-3"])
-        assert (loaded.location, loaded.rank, loaded.pinned) == ("cpu", 3, False)
-        assert engine.stats().cpu_adapters == 1
-
-
 async def test_many_requests_for_one_cold_adapter_read_it_once(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         seen: list[Event] = []
@@ -127,27 +120,6 @@ async def test_without_lora_adapters_are_refused(tiny: Tiny) -> None:
         with pytest.raises(AdapterNotFound):
             await engine.complete([4, 5], adapter="x")
         assert engine.stats().slots == ()
-
-
-@pytest.mark.slow
-async def test_unload_frees_slot_and_memory_before_it_returns(tiny: Tiny, make_engine: MakeEngine) -> None:
-    """Idle or under load, with and without force: when the call returns, nothing is held any more."""
-    async with make_engine(tiny, max_model_len=512) as engine:
-        store = engine._built.device.store
-        for force in (False, True):
-            for load in (0, 3):
-                others = [asyncio.create_task(engine.complete([4, 5 + i], greedy(300))) for i in range(load)]
-                await engine.load_adapter("x", tiny.adapters["rank-3"])
-                await engine.complete([4, 5], greedy(2), adapter="x")
-                own = asyncio.create_task(engine.complete([4, 5], greedy(60), adapter="x"))
-                while engine.adapters()[0].running == 0:
-                    await asyncio.sleep(0)
-                await engine.unload_adapter("x", force=force)
-                stats = engine.stats()
-                assert {slot.state for slot in stats.slots} == {"FREE"}
-                assert (stats.cpu_adapters, store.nbytes, len(store)) == (0, 0, 0)
-                assert (await own).finish_reason == ("abort" if force else "length")
-                await asyncio.gather(*others)
 
 
 async def test_a_replacement_is_read_once_and_shares_no_blocks(tiny: Tiny, make_engine: MakeEngine) -> None:

@@ -15,7 +15,6 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import (
-    AdapterInvalid,
     AdapterNotFound,
     AioEngineError,
     RequestInvalid,
@@ -110,12 +109,6 @@ class Forced:
         return bytes(self._mask)
 
 
-async def test_an_empty_text_is_an_empty_prompt(tiny_text: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny_text) as engine:
-        with pytest.raises(RequestInvalid, match="empty"):
-            await engine.complete("")
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -162,21 +155,3 @@ async def test_bad_request_arguments(tiny: Tiny, make_engine: MakeEngine) -> Non
         with pytest.raises(RequestInvalid, match="'same' is in use"):
             await engine.complete([1], request_id="same")
         await first.aclose()
-
-
-async def test_a_module_that_the_pool_does_not_cover(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny, target_modules=["q_proj", "v_proj"]) as engine:
-        with pytest.raises(AdapterInvalid, match="target_modules"):
-            await engine.load_adapter("x", tiny.adapters["rank-3"])
-        await engine.load_adapter("y", tiny.adapters["qv-only"])
-        out = await engine.complete([4, 5], greedy(), adapter="y")
-        assert out.token_ids == tiny.expected([4, 5], 24, "qv-only")
-
-
-@pytest.mark.parametrize(
-    "name", ["", "a b", "../up", "x@1", "ü", "a" * 256, "a/../b", "a//b", "a/", "a/.", "./a"]
-)
-async def test_bad_names(name: str, tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        with pytest.raises(AdapterInvalid, match="name"):
-            engine.register_adapter(name, "/x")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
-from aioengine import AsyncEngine, CachePin, EngineConfig
-from aioengine.errors import ConfigError, RequestInvalid
+from aioengine import AsyncEngine, CachePin
+from aioengine.errors import RequestInvalid
 from aioengine.request import RequestOptions
 
 PREFIX = prompt_of(1, 41)
@@ -41,33 +41,6 @@ async def test_a_pinned_prefix_is_still_there_after_a_flood(tiny: Tiny, make_eng
         assert again.token_ids == plain.token_ids
 
 
-async def test_pins_that_requests_take_are_counted(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny, kv_cache_memory="128KiB", max_prefix_pins=1.0) as engine:
-        pin = CachePin(tokens=40, seconds=3600)
-        for seed in range(engine.plan.num_blocks // 10 + 2):
-            await engine.complete(prompt_of(seed, 41), greedy(1), cache_pins=[pin])
-        await engine.complete(prompt_of(99, 100), greedy(1))
-        lost = engine.stats().kv_pins_lost
-        value = engine.metrics.registry.get_sample_value(
-            "aioengine_kv_pins_lost_total", {"engine": "default"}
-        )
-        assert value == lost > 0
-
-
-async def test_the_share_of_pins_is_the_configurations(tiny: Tiny, make_engine: MakeEngine) -> None:
-    pin = CachePin(tokens=40)
-    for fields, blocks in (
-        ({"max_prefix_pins": 0.0}, 0),
-        ({"max_prefix_pins": 1.0, "max_prefix_pins_per_tenant": 0.0}, 0),
-        ({"enable_prefix_caching": False}, 0),
-        ({"max_prefix_pins": 0.1}, None),
-    ):
-        async with make_engine(tiny, kv_cache_memory="96KiB", **fields) as engine:
-            output = await engine.complete(PREFIX, greedy(1), cache_pins=[pin])
-            expected = engine.plan.num_blocks // 10 if blocks is None else blocks
-            assert engine.stats().kv_blocks_pinned == output.pinned_tokens // 4 == expected < 10
-
-
 @pytest.mark.parametrize(
     ("pin", "text"),
     [
@@ -86,10 +59,3 @@ def test_a_pin_is_checked(pin: dict[str, Any], text: str) -> None:
 def test_pins_are_checked(pins: Any) -> None:
     with pytest.raises(RequestInvalid, match="cache_pins"):
         RequestOptions(cache_pins=pins)
-
-
-@pytest.mark.parametrize("field", ["max_prefix_pins", "max_prefix_pins_per_tenant"])
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), "all", True])
-def test_a_share_is_from_0_to_1(field: str, share: Any) -> None:
-    with pytest.raises(ConfigError, match=field):
-        EngineConfig(model="tiny", **{field: share})

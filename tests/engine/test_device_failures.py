@@ -17,7 +17,6 @@ from support.server_fixtures import served_by
 
 from aioengine.errors import (
     AdapterLoadError,
-    DeviceError,
     DeviceFault,
     DeviceLost,
     DeviceOutOfMemory,
@@ -135,15 +134,3 @@ async def test_too_little_memory_for_an_adapter_harms_nobody_else(
         error = await error_of(engine.complete([5], adapter="a"))
         assert type(error) is AdapterLoadError and "out of memory" in str(error)
         assert engine.state == "running" and (await engine.complete([5])).token_ids
-
-
-async def test_a_start_that_needs_too_much_says_so(
-    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(self: ModelRunner, *_: object, **__: object) -> None:
-        fail_as("memory")
-
-    monkeypatch.setattr(ModelRunner, "__init__", failing)
-    with pytest.raises(DeviceError, match=r"out of memory.*lower kv_cache_memory"):
-        async with make_engine(tiny):
-            pass

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, greedy
 from support.waiting import until
 
 from aioengine import AsyncEngine, SamplingParams
@@ -22,7 +22,6 @@ from aioengine.errors import (
     EngineStopped,
     RequestInvalid,
 )
-from aioengine.events import RequestEnded
 
 
 def assert_nothing_held(engine: AsyncEngine) -> None:
@@ -54,33 +53,6 @@ async def test_streaming_adds_up(tiny_text: Tiny, make_engine: MakeEngine) -> No
         assert 1 < outputs <= 25
         assert out.ttft is not None
         assert out.ttft > 0
-
-
-@pytest.mark.parametrize("adapter", [None, "rank-3"])
-async def test_closing_the_iterator_frees_everything(
-    adapter: str | None, tiny: Tiny, make_engine: MakeEngine
-) -> None:
-    async with make_engine(tiny) as engine:
-        engine.register_adapter("rank-3", tiny.adapters["rank-3"])
-        ended: list[str] = []
-        engine.add_listener(lambda e: ended.append(e.reason) if isinstance(e, RequestEnded) else None)
-        stream = engine.generate(prompt_of(0, 8), greedy(100), adapter=adapter)
-        await anext(stream)
-        await stream.aclose()
-        await until_idle(engine)
-        assert ended == ["abort"]
-
-
-async def test_abort_ends_the_stream(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        outputs = []
-        async for out in engine.generate([5], greedy(100), request_id="x"):
-            outputs.append(out)
-            if len(outputs) == 2:
-                assert await engine.abort("x")
-        assert outputs[-1].finish_reason == "abort"
-        assert not await engine.abort("x")
-        await until_idle(engine)
 
 
 async def test_a_slow_reader_gets_everything_and_holds_up_nobody(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -140,17 +112,6 @@ def test_runs_on_any_loop_and_leaves_nothing(
             runner.run(main())
 
 
-async def test_stopped_while_starting(tiny: Tiny, make_engine: MakeEngine) -> None:
-    threads = set(threading.enumerate())
-    engine = make_engine(tiny)
-    starting = asyncio.create_task(engine.start())
-    await asyncio.sleep(0)
-    await engine.stop()
-    with pytest.raises(EngineStopped, match="while it was starting"):
-        await starting
-    assert set(threading.enumerate()) <= threads
-
-
 async def test_a_stopped_engine_holds_no_memory(tiny: Tiny, make_engine: MakeEngine) -> None:
     """Even before Python looks for reference cycles, which it may do much later."""
     async with make_engine(tiny) as engine:
@@ -168,33 +129,6 @@ async def test_a_stopped_engine_holds_no_memory(tiny: Tiny, make_engine: MakeEng
         assert engine.stats().waiting == 0  # the engine itself is still there to be asked
     finally:
         gc.enable()
-
-
-async def test_stopping_while_a_long_text_is_tokenized_leaves_the_loop_free(
-    tiny_text: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def encode(*_args: Any, **_options: Any) -> list[int]:
-        begun.set()
-        assert go_on.wait(20)
-        return [1]
-
-    async with make_engine(tiny_text) as engine:
-        assert engine.tokenizer is not None
-        monkeypatch.setattr(type(engine.tokenizer), "encode", encode)
-        given_up = asyncio.create_task(engine.complete("x" * 1500))
-        waiting = asyncio.create_task(engine.complete("x" * 1500))
-        await until(begun.is_set)
-        given_up.cancel()
-        stopping = asyncio.create_task(engine.stop())
-        for _ in range(100):
-            await asyncio.sleep(0)  # it would not come back from here
-        assert not stopping.done()
-        go_on.set()
-        await asyncio.wait_for(stopping, 60)
-        with pytest.raises(EngineStopped):
-            await waiting
 
 
 async def test_drain_finishes_what_is_accepted_and_refuses_the_rest(
@@ -222,26 +156,6 @@ async def test_deadlines_and_overload(tiny: Tiny, make_engine: MakeEngine) -> No
         assert 1 <= len(refused) <= 3
         assert len(refused) + sum(not isinstance(r, BaseException) for r in results) == 5
         await until_idle(engine)
-
-
-async def test_who_fills_the_queue_is_refused_and_nobody_else(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny, max_waiting=20, max_num_seqs=1) as engine:
-        hog = [asyncio.create_task(engine.complete([i % 20 + 3], greedy(4), tenant="hog")) for i in range(60)]
-        await asyncio.sleep(0)
-        others = [engine.complete([i + 3], greedy(4), tenant=f"t{i}") for i in range(3)]
-        for i, out in enumerate(await asyncio.gather(*others)):
-            assert out.token_ids == tiny.expected([i + 3], 4)
-        ended = await asyncio.gather(*hog, return_exceptions=True)
-        errors = [error for error in ended if isinstance(error, EngineOverloaded)]
-        assert {error.bound for error in errors} == {"server", "tenant"}
-        made_way = sum(error.bound == "tenant" for error in errors)
-        assert 1 <= made_way <= 3, "one for each newcomer that found the queue full"
-        engine.limit_waiting({"hog": 1, "other": 5})
-        ended = await asyncio.gather(
-            *(engine.complete([3], greedy(4), tenant="hog") for _ in range(4)), return_exceptions=True
-        )
-        assert sum(isinstance(error, EngineOverloaded) for error in ended) == 3
-        engine.check_invariants()
 
 
 async def test_before_start_and_after_stop(tiny: Tiny, make_engine: MakeEngine) -> None:

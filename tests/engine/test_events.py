@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import weakref
 from typing import Any
 
 import pytest
@@ -60,47 +59,6 @@ async def test_the_life_of_an_adapter(tiny: Tiny, make_engine: MakeEngine) -> No
     assert all(e.seconds > 0 for e in found if isinstance(e, (AdapterLoaded, AdapterPlaced)))
     (failed,) = (e for e in found if isinstance(e, AdapterFailed))
     assert (failed.adapter, failed.reason) == ("bad", "io")
-
-
-async def test_pins_are_told_of_and_a_new_version_takes_them_over(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
-    async with make_engine(tiny) as engine:
-        events = engine.events(AdapterPinned)
-        await engine.load_adapter("x", tiny.adapters["rank-3"], pin=True)
-        await engine.pin_adapter("x")
-        await engine.load_adapter("x", tiny.adapters["rank-4"], replace=True)
-        await engine.unpin_adapter("x")
-        await engine.unpin_adapter("x")
-        await engine.pin_adapter("x")
-        await engine.unload_adapter("x")
-    assert [(e.pinned, e.version) async for e in events if not isinstance(e, EventsLost)] == [
-        (True, 1),
-        (False, 1),
-        (True, 2),
-        (False, 2),
-        (True, 2),
-        (False, 2),
-    ]
-
-
-async def test_types_choose(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        some, every = engine.events(FirstToken, RequestEnded), engine.events()
-        await engine.complete([4, 5], greedy(2))
-    assert [type(event) async for event in some] == [FirstToken, RequestEnded]
-    kinds = {type(event) async for event in every}
-    assert {FirstToken, RequestEnded, StepFinished} <= kinds
-    assert [event async for event in some] == [], "it has ended"
-
-
-async def test_events_reach_a_reader_who_waits(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine, engine.events(RequestEnded) as events:
-        reader = asyncio.ensure_future(anext(events))
-        await asyncio.sleep(0)
-        out = await engine.complete([4, 5], greedy(2), request_id="r")
-        event = await reader
-        assert isinstance(event, RequestEnded) and event.request_id == out.request_id == "r"
 
 
 async def test_a_slow_reader_loses_the_oldest_and_is_told(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -163,23 +121,6 @@ async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
     gc.collect()
     listeners(AdapterPinned(time=0.0, adapter="a", version=1, pinned=True))
     assert not listeners.of(AdapterPinned)
-
-
-@pytest.mark.slow
-async def test_a_stream_keeps_nothing_alive_that_keeps_it() -> None:
-    """As a listener does that belongs to what has the stream, beside the engine."""
-
-    class Owner:
-        def __init__(self) -> None:
-            self.listeners = Listeners()
-            self.events = self.listeners.stream((AdapterPinned,), 10)
-            self.listeners.add(self.handle, FirstToken)
-
-        def handle(self, event: Event) -> None: ...
-
-    owner = weakref.ref(Owner())
-    gc.collect()
-    assert owner() is None
 
 
 async def test_a_stream_of_equal_steps(tiny: Tiny, make_engine: MakeEngine) -> None:

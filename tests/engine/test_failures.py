@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
-import io
 import os
 import shutil
 from collections.abc import Awaitable, Callable
@@ -31,7 +29,7 @@ from aioengine.errors import (
     EngineDead,
     EngineStopped,
 )
-from aioengine.events import AdapterFailed, AdapterRetrying, Event
+from aioengine.events import AdapterFailed
 from aioengine.executors.thread import ThreadDevice
 
 
@@ -130,40 +128,6 @@ async def expect_error(
     return error
 
 
-def open_raises(monkeypatch: pytest.MonkeyPatch, folder: Path, code: int, times: int) -> list[str]:
-    """Opening the first ``times`` files of the folder fails; returns the list of those opened."""
-    opened: list[str] = []
-    original = io.FileIO
-
-    def file_io(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(path).startswith(str(folder)):
-            opened.append(str(path))
-            if len(opened) <= times:
-                raise OSError(code, os.strerror(code), path)
-        return original(path, *args, **kwargs)
-
-    monkeypatch.setattr(io, "FileIO", file_io)
-    return opened
-
-
-@pytest.mark.slow
-async def test_a_disk_that_errs_once(
-    tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_raises(monkeypatch, folder, errno.EIO, 1)
-    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
-        seen: list[Event] = []
-        engine.add_listener(seen.append)
-        engine.register_adapter("flaky", folder)
-        out = await engine.complete([4, 5], greedy(8), adapter="flaky")
-        assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
-        (retry,) = (e for e in seen if isinstance(e, AdapterRetrying))
-        assert (retry.adapter, retry.attempt) == ("flaky", 1)
-        assert 0.05 <= retry.seconds <= 0.1
-        assert os.strerror(errno.EIO) in str(retry.error)
-        assert engine.stats().load_failures == 0
-
-
 @pytest.mark.slow
 async def test_a_disk_that_hangs(tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path) -> None:
     """Its requests fail after the timeout, and the place for a read is free again. While it hangs others of
@@ -252,27 +216,6 @@ async def test_a_copy_that_fails_leaves_the_slot_free(
         assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
 
 
-async def test_unloaded_while_it_is_read(
-    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
-) -> None:
-    """Who has been accepted is served; then it is gone, and the name is free."""
-    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
-        engine.register_adapter("x", folder)
-        with reads.hang("x") as gate:
-            accepted = asyncio.create_task(engine.complete([4, 5], greedy(8), adapter="x"))
-            await gate.reached()
-            unloading = asyncio.create_task(engine.unload_adapter("x"))
-            await asyncio.sleep(0)
-            assert isinstance(await error_of(engine.complete([4], adapter="x")), AdapterNotFound)
-            gate.open()
-            assert (await accepted).token_ids == tiny.expected([4, 5], 8, "rank-3")
-            await unloading
-        assert "x" not in [a.name for a in engine.adapters()]
-        engine.register_adapter("x", tiny.adapters["rank-4"])
-        out = await engine.complete([4, 5], greedy(8), adapter="x")
-        assert out.token_ids == tiny.expected([4, 5], 8, "rank-4")
-
-
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.slow
@@ -298,101 +241,6 @@ async def test_unloading_does_not_wait_for_a_disk_that_hangs(
             assert third.token_ids == tiny.expected([4, 5], 8, "rank-4")
             assert isinstance(await error_of(engine.unload_adapter("x")), AdapterNotFound)
         assert reads.count["x"] == 1
-
-
-async def test_unloading_gives_a_read_up_with_its_last_request(
-    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
-) -> None:
-    fields = {"max_loras": 3, "max_cpu_loras": 4, "load_timeout": None}
-    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
-        engine.register_adapter("x", folder)
-        with reads.hang("x") as gate:
-            waiting = asyncio.create_task(engine.complete([4], greedy(4), adapter="x", request_id="r"))
-            await gate.reached()
-            unloading = asyncio.create_task(engine.unload_adapter("x"))
-            await asyncio.sleep(0)
-            assert not unloading.done()
-            await engine.abort("r")
-            assert (await waiting).finish_reason == "abort"
-            await asyncio.wait_for(unloading, 60)
-
-
-async def test_a_replacement_that_hangs_is_given_up_with_its_caller(
-    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
-) -> None:
-    fields = {"max_loras": 3, "max_cpu_loras": 6, "max_concurrent_loads": 1, "load_timeout": None}
-    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
-        await engine.load_adapter("x", folder)
-        with reads.hang("x") as gate:
-            replacing = asyncio.create_task(engine.load_adapter("x", tiny.adapters["rank-4"], replace=True))
-            await gate.reached()
-            replacing.cancel()
-            await asyncio.wait([replacing])
-            await asyncio.wait_for(engine.load_adapter("third", tiny.adapters["patterns"]), 60)
-        assert [a.version for a in engine.adapters() if a.name == "x"] == [1]
-
-
-async def test_replaced_while_it_is_read(
-    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
-) -> None:
-    async with make_engine(tiny, max_loras=3, max_cpu_loras=6) as engine, under_load(engine, tiny):
-        engine.register_adapter("x", folder)
-        with reads.hang("x") as gate:
-            old = asyncio.create_task(engine.complete([4, 5], greedy(8), adapter="x"))
-            await gate.reached()
-            replacing = asyncio.create_task(engine.load_adapter("x", tiny.adapters["rank-4"], replace=True))
-            await until(lambda: reads.count["x"] == 2)
-            gate.open()
-            assert (await replacing).version == 2
-            new = await engine.complete([4, 5], greedy(8), adapter="x")
-            assert (await old).token_ids == tiny.expected([4, 5], 8, "rank-3")
-            assert new.token_ids == tiny.expected([4, 5], 8, "rank-4")
-
-
-async def test_replaced_twice_at_the_same_time(tiny: Tiny, make_engine: MakeEngine, folder: Path) -> None:
-    async with make_engine(tiny, max_loras=3, max_cpu_loras=6) as engine, under_load(engine, tiny):
-        await engine.load_adapter("x", folder)
-        infos = await asyncio.gather(
-            engine.load_adapter("x", tiny.adapters["rank-4"], replace=True),
-            engine.load_adapter("x", tiny.adapters["regex"], replace=True),
-        )
-        assert [info.version for info in infos] == [2, 3]
-        out = await engine.complete([4, 5], greedy(8), adapter="x")
-        assert out.token_ids == tiny.expected([4, 5], 8, "regex")
-        assert [a.version for a in engine.adapters() if a.name == "x"] == [3]
-
-
-async def test_a_replacement_that_hangs_leaves_the_old_version_in_place(
-    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
-) -> None:
-    fields = {"max_loras": 3, "max_cpu_loras": 6, "load_timeout": 0.3}
-    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
-        await engine.load_adapter("x", folder)
-        with reads.hang("x") as gate:
-            replacing = asyncio.create_task(
-                error_of(engine.load_adapter("x", tiny.adapters["rank-4"], replace=True))
-            )
-            await gate.reached()
-            out = await engine.complete([4, 5], greedy(8), adapter="x")
-            assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
-            assert isinstance(await replacing, AdapterLoadError)
-        assert [a.version for a in engine.adapters() if a.name == "x"] == [1]
-
-
-async def test_the_cache_is_full_of_pinned_adapters(tiny: Tiny, make_engine: MakeEngine) -> None:
-    """All but one place are pinned: all others share the one, and have their turn."""
-    async with make_engine(tiny, max_loras=4, max_cpu_loras=4) as engine, under_load(engine, tiny):
-        await engine.pin_adapter("good")
-        await engine.pin_adapter("other")
-        await engine.load_adapter("third", tiny.adapters["rank-3"], pin=True)
-        sources = ("rank-4", "regex", "all-linear")
-        for source in sources:
-            engine.register_adapter(source, tiny.adapters[source])
-        outs = await asyncio.gather(*(engine.complete([4, 5], greedy(8), adapter=s) for s in sources))
-        for source, out in zip(sources, outs, strict=True):
-            assert out.token_ids == tiny.expected([4, 5], 8, source)
-        slots = {slot.adapter for slot in engine.stats().slots if slot.pinned}
-        assert slots == {"good", "other", "third"}
 
 
 async def test_cpu_memory_is_bounded_in_bytes(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -475,25 +323,6 @@ async def test_whatever_a_step_raises_is_told_to_who_waits(
         async with asyncio.timeout(60):
             with pytest.raises(EngineDead, match=rf"a step raised {kind.__name__}\('deep inside'\)"):
                 await engine.complete([4], greedy(4))
-
-
-@pytest.mark.slow
-async def test_everything_at_once_leaves_nothing(
-    tiny: Tiny, make_engine: MakeEngine, reads: Reads, tmp_path: Path
-) -> None:
-    fields = {"max_loras": 3, "max_cpu_loras": 5, "load_timeout": 1.0, "load_retries": 1}
-    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
-        for i, (case, (spoil, _, _)) in enumerate(FILES.items()):
-            bad = shutil.copytree(tiny.adapters["rank-3"], tmp_path / f"bad-{i}")
-            spoil(bad)
-            engine.register_adapter(f"bad-{i}", bad)
-        engine.register_adapter("slow", tiny.adapters["rank-4"])
-        names = [f"bad-{i}" for i in range(len(FILES))] + ["slow"]
-        with reads.hang("slow"):
-            tasks = [engine.complete([4, i], greedy(4), adapter=name) for name in names for i in range(2)]
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(result, AioEngineError) for result in results)
-        await asyncio.gather(*(engine.unload_adapter(name) for name in names))
 
 
 async def test_what_a_failed_read_has_read_is_not_kept(

@@ -142,21 +142,6 @@ async def test_a_preempted_request_goes_on_in_its_format(tiny_text: Tiny, make_e
             assert set(output.text[:40]) <= set("abcdef")
 
 
-async def test_a_constraint_is_a_function_of_the_output(tiny_text: Tiny, make_engine: MakeEngine) -> None:
-    """One object asked about different outputs in turn answers as if it had been asked about each alone."""
-    async with make_engine(tiny_text) as engine:
-        assert engine.tokenizer is not None
-        guide = Guide(engine)
-        encode = engine.tokenizer.encode
-        shared = await guide.regex("ab|cd")
-        for text in ("", "a", "", "c", "ab", "a"):
-            alone = await guide.regex("ab|cd")
-            assert shared.allowed(encode(text)) == alone.allowed(encode(text))
-        with pytest.raises(ValueError, match="grammar"):
-            shared.allowed(encode("x"))
-        assert (await guide.regex("ab|cd")).allowed([]) == alone.allowed([])
-
-
 class Digits:
     """Digits only. Its answers are late for every second and third output, twice and once."""
 
@@ -208,25 +193,6 @@ async def test_late_masks_change_no_token(executor: str, tiny_text: Tiny, make_e
     found = await run(late=True)
     assert found == await run(late=False)
     assert all(chr(token).isdigit() for tokens in found[:4] for token in tokens)
-
-
-@pytest.mark.parametrize(
-    ("make", "what"),
-    [
-        (lambda guide: guide.json_schema({"type": "nonsense"}), "nonsense"),
-        (lambda guide: guide.json_schema("{"), "not JSON"),
-        (lambda guide: guide.regex("("), "regex|unclosed|parse"),
-        (lambda guide: guide.lark("start: undefined"), "undefined"),
-        (lambda guide: guide.choice([]), "choice"),
-    ],
-)
-@pytest.mark.slow
-async def test_bad_grammars_are_refused(
-    make: Any, what: str, tiny_text: Tiny, make_engine: MakeEngine
-) -> None:
-    async with make_engine(tiny_text) as engine:
-        with pytest.raises(RequestInvalid, match=f"(?i){what}"):
-            await make(Guide(engine))
 
 
 async def test_without_a_tokenizer_there_is_no_guide(tiny: Tiny, make_engine: MakeEngine) -> None:

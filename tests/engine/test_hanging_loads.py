@@ -133,19 +133,6 @@ def test_a_slow_read_keeps_its_place_while_it_makes_progress() -> None:
     run(loader, main)
 
 
-def test_a_read_that_hung_is_used_when_it_returns() -> None:
-    loader = Loader({"late": 5.0}, timeout=60.0)
-
-    async def main(world: World) -> None:
-        world.add("late")
-        await asyncio.sleep(20)
-        at, reason = world.ends["late"]
-        assert reason == "length" and 5.0 < at < 5.5
-        assert loader.reads == ["late"]
-
-    run(loader, main)
-
-
 def test_one_that_hung_and_finds_no_room_is_read_again_later() -> None:
     """The CPU cache is full of adapters that are in use when it returns."""
     loader = Loader({"late": 5.0}, timeout=60.0)
@@ -156,26 +143,6 @@ def test_one_that_hung_and_finds_no_room_is_read_again_later() -> None:
             world.add(f"good{i}")
         await asyncio.sleep(60)
         assert {reason for _, reason in world.ends.values()} == {"length"}
-
-    run(loader, main)
-
-
-def test_a_folder_that_hangs_fails_at_once_until_it_returns() -> None:
-    loader = Loader({"hang": 100.0}, timeout=3.0, retries=3)
-
-    async def main(world: World) -> None:
-        world.add("hang")
-        await asyncio.sleep(4)
-        assert world.ends.pop("hang")[1] == "error"
-        world.add("hang")
-        await asyncio.sleep(0.1)
-        assert world.ends.pop("hang")[1] == "error", "without another thread"
-        assert len(loader.reads) == 1
-        await asyncio.sleep(100)
-        loader._seconds.clear()
-        world.add("hang")
-        await asyncio.sleep(1)
-        assert world.ends["hang"][1] == "length"
 
     run(loader, main)
 

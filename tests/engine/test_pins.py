@@ -40,30 +40,6 @@ async def occupied(engine: AsyncEngine, tiny: Tiny, *names: str) -> AsyncIterato
             await stream.aclose()
 
 
-async def test_pinned_means_in_its_slot(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        loaded = await engine.load_adapter("a", tiny.adapters["rank-3"], pin=True)
-        assert (loaded.location, loaded.pinned, loaded.slot) == ("slot", True, 0)
-        await engine.unpin_adapter("a")
-        engine.register_adapter("b", tiny.adapters["qv-only"])
-        assert (await engine.pin_adapter("b")).location == "slot"
-        engine.check_invariants()
-
-
-async def test_it_waits_until_a_slot_is_idle(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with (
-        make_engine(tiny, max_model_len=512) as engine,
-        occupied(engine, tiny, "rank-3", "qv-only"),
-    ):
-        pin = asyncio.create_task(engine.load_adapter("p", tiny.adapters["rank-4"], pin=True))
-        while not any(a.name == "p" and a.pinned for a in engine.adapters()):
-            await asyncio.sleep(0.001)
-        assert info(engine, "p").location == "cpu"
-        assert not pin.done()
-        await engine.abort("qv-only")
-        assert (await pin).location == "slot"
-
-
 async def test_steady_traffic_does_not_keep_it_out(tiny: Tiny, make_engine: MakeEngine) -> None:
     """Requests come without pause for the adapter in the only slot: it is closed to them."""
     async with make_engine(tiny, max_loras=1) as engine:
@@ -158,28 +134,6 @@ async def test_one_slot_stays_free_unless_it_is_forced(tiny: Tiny, make_engine: 
         with pytest.raises(ConfigError, match=r"\(a, b\)"):
             await engine.load_adapter("c", tiny.adapters["rank-4"], pin=True, force_pin=True)
         assert "c" not in [a.name for a in engine.adapters()]
-
-
-@pytest.mark.parametrize("max_loras", [1, 2])
-async def test_an_unknown_name_is_not_found_even_if_nothing_more_can_be_pinned(
-    tiny: Tiny, make_engine: MakeEngine, max_loras: int
-) -> None:
-    async with make_engine(tiny, max_loras=max_loras) as engine:
-        if max_loras > 1:
-            await engine.load_adapter("a", tiny.adapters["rank-3"], pin=True)
-        for call in (engine.pin_adapter("none"), engine.load_adapter("none", pin=True)):
-            with pytest.raises(AdapterNotFound, match="none"):
-                await call
-        engine.check_invariants()
-
-
-async def test_pins_under_way_count(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        results = await asyncio.gather(
-            *(engine.load_adapter(name, tiny.adapters[name], pin=True) for name in ("rank-3", "qv-only")),
-            return_exceptions=True,
-        )
-        assert [isinstance(r, ConfigError) for r in results] == [False, True]
 
 
 async def test_with_every_slot_pinned_the_others_fail(tiny: Tiny, make_engine: MakeEngine) -> None:

@@ -105,27 +105,6 @@ async def test_tokens_and_errors_are_those_of_the_thread_executor(
 
 
 @pytest.mark.usefixtures("preloaded_workers")
-@pytest.mark.slow
-async def test_requests_that_are_preempted_or_abandoned(
-    tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
-) -> None:
-    async with make_engine(tiny, executor="process", max_model_len=64, kv_cache_memory="96KiB") as engine:
-        runs = [engine.complete(prompt_of(i, 8), greedy(40)) for i in range(5)]
-        stream = engine.generate(prompt_of(9, 8), greedy(40))
-        await anext(stream)
-        await stream.aclose()
-        for i, out in enumerate(await asyncio.gather(*runs)):
-            assert out.token_ids == tiny.expected(prompt_of(i, 8), 40)
-        stats = engine.stats()
-        assert stats.preemptions > 0 and stats.requests_aborted == 1
-        assert stats.kv_blocks_free == stats.kv_blocks
-        again = await engine.complete(prompt_of(9, 8), greedy(40), request_id="again")
-        again = await engine.complete(prompt_of(8, 5), greedy(5), request_id="again")
-        assert again.token_ids == tiny.expected(prompt_of(8, 5), 5)
-    await nothing_left.check()
-
-
-@pytest.mark.usefixtures("preloaded_workers")
 async def test_a_worker_that_is_killed_fails_all_at_once_and_leaves_nothing(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:

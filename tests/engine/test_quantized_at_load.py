@@ -17,12 +17,10 @@ from support.quantized_checkpoints import float8, write_quantized
 from support.tiny_models import build_adapter, build_model
 
 from aioengine import EngineConfig
-from aioengine.errors import ConfigError
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.memory_plan import plan_memory
-from aioengine.model.build import build_runner
 from aioengine.model.files.quantization import packing_of, with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import Shard
@@ -142,25 +140,3 @@ def test_ranks_have_whole_groups(form: Quantization, tmp_path: Path) -> None:
         down = spec.packed["model.layers.0.mlp.down_proj"]
         assert down.group == (group if form == "int4" else 0)
         assert spec.packed["model.layers.0.mlp.up_proj"].group == (64 if form == "int4" else 0)
-
-
-def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    model = build_model(tmp_path / "model", "llama")
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj.*not finite"):
-        build_runner(
-            *(read_spec(model), model), dtype=torch.float32, device="cpu", num_blocks=4, block_size=16,
-            quantization="fp8",
-        )  # fmt: skip
-
-
-def test_a_device_that_is_found_to_be_a_gpu_has_no_int8_cache(tmp_path: Path) -> None:
-    """It is said by the plan, before weights are read."""
-    model = build_model(tmp_path / "model", "llama")
-    config = EngineConfig(model=str(model), device="auto", kv_cache_dtype="int8")
-    with pytest.raises(
-        ConfigError, match="kv_cache_dtype='int8': only the compiled CPU step has it; on CUDA set"
-    ):
-        plan_memory(read_spec(model), config, device="cuda", available_bytes=2**33)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.steady_device import Steady
 
-from aioengine import AdapterResolver, AsyncEngine, EngineConfig, FilesystemResolver, LoRAConfig
+from aioengine import AdapterResolver, AsyncEngine, LoRAConfig
 from aioengine.core import Core
 from aioengine.errors import (
     AdapterInvalid,
@@ -88,55 +88,6 @@ async def test_a_request_for_an_unknown_name_asks_once(tiny: Tiny, resolving: Ma
         assert [type(await anext(events)) for _ in range(2)] == [AdapterRegistered, AdapterLoading]
 
 
-async def test_nobody_waits_for_a_slow_resolver(tiny: Tiny, resolving: MakeResolving) -> None:
-    resolver = Gated({"slow": tiny.adapters["rank-3"], "fast": tiny.adapters["qv-only"]}, held={"slow"})
-    async with resolving(resolver) as engine:
-        slow = asyncio.create_task(engine.complete([4, 5], greedy(4), adapter="slow"))
-        await resolver.reached.wait()
-        fast = await engine.complete([4, 5], greedy(4), adapter="fast")
-        assert fast.token_ids == tiny.expected([4, 5], 4, "qv-only")
-        await engine.complete([4, 5], greedy(4))
-        assert not slow.done()
-        resolver.gate.set()
-        assert (await slow).token_ids == tiny.expected([4, 5], 4, "rank-3")
-
-
-async def test_a_failure_is_shared_by_those_who_wait_and_not_remembered(
-    tiny: Tiny, resolving: MakeResolving
-) -> None:
-    resolver = Gated({}, held={"r"})
-    async with resolving(resolver) as engine:
-        many = [asyncio.create_task(engine.complete([4], greedy(2), adapter="r")) for _ in range(3)]
-        await resolver.reached.wait()
-        resolver.gate.set()
-        for result in await asyncio.gather(*many, return_exceptions=True):
-            assert isinstance(result, AdapterNotFound)
-        assert resolver.asked == ["r"]
-        resolver.table["r"] = tiny.adapters["rank-3"]
-        assert (await engine.load_adapter("r")).location == "cpu"
-
-
-async def test_the_lookup_goes_with_the_last_who_waits(tiny: Tiny, resolving: MakeResolving) -> None:
-    resolver = Gated({"r": tiny.adapters["rank-3"]}, held={"r"})
-    async with resolving(resolver) as engine:
-        first, second = (
-            asyncio.create_task(engine.complete([4, 5], greedy(2), adapter="r")) for _ in range(2)
-        )
-        await resolver.reached.wait()
-        first.cancel()
-        await asyncio.wait([first])
-        assert resolver.cancelled == []
-        second.cancel()
-        await asyncio.wait([second])
-        await asyncio.sleep(0)
-        assert resolver.cancelled == ["r"]
-        assert engine.adapters() == []
-        resolver.gate.set()
-        out = await engine.complete([4, 5], greedy(2), adapter="r")
-        assert out.token_ids == tiny.expected([4, 5], 2, "rank-3")
-        assert resolver.asked == ["r", "r"]
-
-
 async def test_a_deadline_covers_the_search(resolving: MakeResolving) -> None:
     resolver = Gated({}, held={"r"})
     async with resolving(resolver) as engine:
@@ -185,29 +136,6 @@ async def test_what_a_resolver_must_not_do_fails_the_request_only(
         with pytest.raises(AdapterLoadError, match="'r'"):
             await engine.complete([4], adapter="r")
         assert (await engine.load_adapter("good")).location == "cpu"
-
-
-async def test_a_folder_that_is_no_adapter_fails_as_any_other(
-    resolving: MakeResolving, tmp_path: Path
-) -> None:
-    resolver = Gated({"r": tmp_path})
-    async with resolving(resolver) as engine:
-        for asked in (["r"], ["r", "r"]):
-            with pytest.raises(AdapterInvalid, match=str(tmp_path)):
-                await engine.complete([4], adapter="r")
-            assert resolver.asked == asked, "the next request has it looked for again"
-
-
-async def test_waiting_for_a_resolver_counts_as_waiting(resolving: MakeResolving) -> None:
-    resolver = Gated({}, held={"a", "b"})
-    async with resolving(resolver, max_waiting=1) as engine:
-        first = asyncio.create_task(engine.complete([4], adapter="a"))
-        await resolver.reached.wait()
-        with pytest.raises(EngineOverloaded, match="max_waiting=1"):
-            await engine.complete([4], adapter="b")
-        resolver.gate.set()
-        with pytest.raises(AdapterNotFound):
-            await first
 
 
 async def test_a_search_ends_when_another_tenant_takes_its_place(resolving: MakeResolving) -> None:
@@ -340,15 +268,6 @@ async def test_replacing_asks_again(tiny: Tiny, resolving: MakeResolving) -> Non
         assert resolver.asked == ["r", "r"]
 
 
-async def test_what_was_unloaded_can_come_back(tiny: Tiny, resolving: MakeResolving) -> None:
-    resolver = Gated({"r": tiny.adapters["rank-3"]})
-    async with resolving(resolver) as engine:
-        await engine.load_adapter("r")
-        await engine.unload_adapter("r")
-        assert engine.adapters() == []
-        assert (await engine.pin_adapter("r")).location == "slot"
-
-
 async def test_what_a_resolver_found_and_is_gone_is_looked_for_again(
     tiny: Tiny, resolving: MakeResolving, tmp_path: Path
 ) -> None:
@@ -373,15 +292,6 @@ async def test_what_a_resolver_found_and_is_gone_is_looked_for_again(
         assert "mine" in [info.name for info in engine.adapters()]
 
 
-async def test_adapter_root_is_a_filesystem_resolver(tiny: Tiny, make_engine: MakeEngine) -> None:
-    root = tiny.adapters["rank-3"].parent
-    async with make_engine(tiny, adapter_root=str(root)) as engine:
-        out = await engine.complete([4, 5], greedy(4), adapter="rank-3")
-        assert out.token_ids == tiny.expected([4, 5], 4, "rank-3")
-        with pytest.raises(AdapterNotFound):
-            await engine.complete([4, 5], adapter="nothing")
-
-
 async def test_a_root_that_is_no_folder_is_refused_at_the_start(
     tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
 ) -> None:
@@ -391,20 +301,6 @@ async def test_a_root_that_is_no_folder_is_refused_at_the_start(
     for value in (5, ""):
         with pytest.raises(ConfigError, match="adapter_root"):
             LoRAConfig(adapter_root=value)  # type: ignore[arg-type]
-
-
-async def test_without_lora_the_resolver_is_not_asked(tiny: Tiny) -> None:
-    config = EngineConfig(model=str(tiny.model), dtype="float32", kv_cache_memory="1MiB", lora=None)
-    resolver = Gated({"r": tiny.adapters["rank-3"]})
-    async with AsyncEngine(config, resolver=resolver) as engine:
-        with pytest.raises(AdapterNotFound):
-            await engine.complete([4], adapter="r")
-    assert resolver.asked == []
-
-
-def test_a_resolver_of_another_type_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(ConfigError, match="AdapterResolver"):
-        AsyncEngine(EngineConfig(model=str(tiny.model)), resolver=FilesystemResolver)  # type: ignore[arg-type]
 
 
 # Paths on the Hub

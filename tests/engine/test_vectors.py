@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
-import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +14,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
-from support.hanging_files import hanging
 from support.mixed_adapters import scaled_model
 from support.peft_files import edit_config, edit_weights
 from support.process_harness import NothingLeft
 from support.tiny_models import ALL_MODULES
-from support.waiting import until
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.adapters.peft.digest import content_digest
 from aioengine.errors import AdapterInvalid, AdapterNotFound, AioEngineError, RequestInvalid
-from aioengine.runtime.requests.vectors import cosines
 
 PROMPTS = [prompt_of(i, length) for i, length in enumerate((1, 5, 9, 30))]
 
@@ -112,31 +106,6 @@ async def test_classify_among_others(tiny: Tiny, make_engine: MakeEngine, heads:
         again = await engine.complete(PROMPTS[3], SamplingParams(max_tokens=0, pooling="last"))
         assert again.cached_tokens == 0 and again.finish_reason == "length"
         engine.check_invariants()
-
-
-async def test_names_of_labels_are_read_once(tiny: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
-    """However many ask, and leave, while the folder's disk hangs."""
-    model = tmp_path / "model"
-    shutil.copytree(tiny.model, model)
-    config = json.loads((model / "config.json").read_text())
-
-    def threads() -> int:
-        return sum(thread.name.startswith("aioengine-labels") for thread in threading.enumerate())
-
-    async with make_engine(tiny._replace(model=model)) as engine:
-        with hanging(model / "config.json") as disk:
-            asks = [asyncio.create_task(engine.label_names.result()) for _ in range(50)]
-            await until(disk.is_read)
-            assert threads() == 1
-            for ask in asks[:20]:
-                ask.cancel()
-            await asyncio.wait(asks[:20])
-            asks.append(asyncio.create_task(engine.label_names.result()))
-            await asyncio.sleep(0)
-            assert threads() == 1 and all(ask.cancelled() for ask in asks[:20])
-            disk.answer(json.dumps({**config, "id2label": {"0": "no", "1": "yes"}}).encode())
-            assert await asyncio.gather(*asks[20:]) == [["no", "yes"]] * 31
-        assert await engine.label_names.result() == ["no", "yes"]
 
 
 async def test_embed(tiny: Tiny, make_engine: MakeEngine, embedder: Trained) -> None:
@@ -334,28 +303,3 @@ async def test_bad_pooling_configuration(
         assert content_digest("x", str(tmp_path), threading.Event()).digest != digest
         raw = await engine.embed(PROMPTS[2], "x", normalize=False)
         close(raw.vector, embedder.states(PROMPTS[2])[0])
-
-
-@pytest.mark.parametrize("numbers", [16, 4096])
-def test_long_vectors_take_no_more_python_calls_than_short_ones(numbers: int) -> None:
-    draw = random.Random(numbers)
-    vectors = [[draw.gauss(0, 1) for _ in range(numbers)] for _ in range(9)]
-    vectors += [[0.0] * numbers]
-    pairs = [(draw.randrange(10), draw.randrange(10)) for _ in range(40)]
-    cosines([[1.0, 2.0]], [(0, 0)])  # what is imported first does not count
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    sys.setprofile(count)
-    try:
-        found = cosines(vectors, pairs)
-    finally:
-        sys.setprofile(None)
-    assert calls < 20 * (len(vectors) + len(pairs))
-    for (first, second), value in zip(pairs, found, strict=True):
-        a, b = (torch.tensor(vectors[index], dtype=torch.float64) for index in (first, second))
-        lengths = a.norm() * b.norm()
-        assert value == pytest.approx(0.0 if lengths == 0 else (a @ b / lengths).item(), abs=1e-12)

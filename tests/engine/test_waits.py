@@ -53,24 +53,6 @@ def test_a_condition_is_asked_at_the_events_of_its_adapter_only() -> None:
     run(main)
 
 
-def test_what_a_condition_raises_is_raised_where_it_is_waited_for() -> None:
-    async def main(stepper: EngineLoop) -> None:
-        def known() -> bool:
-            if "a" in stepper.core.residency.current:
-                raise KeyError("a")
-            return False
-
-        waiting = asyncio.create_task(stepper.until(known, "a"))
-        await asyncio.sleep(0)
-        residency = stepper.core.residency
-        residency.names.of("a").register("/a", 0.0)
-        stepper.wake()
-        with pytest.raises(KeyError):
-            await waiting
-
-    run(main)
-
-
 @pytest.mark.parametrize("dies", [False, True])
 def test_waits_end_with_the_engine(dies: bool) -> None:
     async def main(stepper: EngineLoop) -> None:
