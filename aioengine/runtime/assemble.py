@@ -188,15 +188,10 @@ def memory_unplanned(built: Built) -> int | None:
     if taken is None:
         return None
     more = taken - plan.total_bytes
-    logger.log(
-        logging.WARNING if more > 0 else logging.INFO,
-        "device memory: %s taken after the warm-up, %s planned (%s %s), %s left",
-        format_bytes(taken),
-        format_bytes(plan.total_bytes),
-        format_bytes(abs(more)),
-        "more than planned" if more > 0 else "less",
-        format_bytes(max(plan.available_bytes - taken, 0)),
-    )
+    compared = f"{format_bytes(abs(more))} {'more than planned' if more > 0 else 'less than planned'}"
+    left = format_bytes(max(plan.available_bytes - taken, 0))
+    level = logging.WARNING if more > 0 else logging.INFO
+    logger.log(level, "device memory: %s after the warm-up, %s, %s left", format_bytes(taken), compared, left)
     return more
 
 

@@ -11,16 +11,15 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from threading import Event
 from typing import Any
 
-from aioengine.adapters.loader import STOP_SECONDS, Backoff, BaseLoader, Patience
-from aioengine.adapters.peft.digest import ContentDigest, content_digest
-from aioengine.adapters.read_threads import Progress, ReadThreads
+from aioengine.adapters.loader import Backoff, BaseLoader, Patience
+from aioengine.adapters.read_threads import Progress
 from aioengine.config import EngineConfig
 from aioengine.errors import AdapterLoadError, AioEngineError, EngineDead
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.process.wire import (
+    FILES_CHANGED,
     Add,
     Drop,
     Masks,
@@ -172,7 +171,6 @@ class ProcessDevice(Device):
 
     async def close(self) -> None:
         await self.workers.close()
-        await self._loader.close()
         self._guides.shutdown(wait=True)
 
     def _renew_workers(self, progress: LoadProgress | None) -> None:
@@ -198,16 +196,12 @@ def _ask_constraints(rows: Sequence[SequenceWork], alone: bool, vocab: int) -> c
 
 class WorkerLoader(BaseLoader[int]):
     """Loads adapters through ``workers``, which read them beside the steps, each under a number. Each rank
-    reads and holds its share; either all ranks hold an adapter, or none does.
-
-    With several ranks, no rank reads the whole file, so the digest is computed here, in a thread.
-    """
+    reads and holds its share; either all ranks hold an adapter, or none does."""
 
     workers: Workers
 
     def __init__(self, patience: Patience) -> None:
         super().__init__(patience)
-        self._digests = ReadThreads("aioengine-digest")
         self._numbers = count()
 
     async def _read(
@@ -220,12 +214,10 @@ class WorkerLoader(BaseLoader[int]):
         reading = workers.ask(Read(number, name, path, files), ReadDone, progress.moved)
         last: asyncio.Future[Any] = reading
         try:
-            answers, content = await self._read_and_digest(reading, name, path, files)
+            answers = await asyncio.shield(reading)
             shares = [answer.adapter for answer in answers]
-            if any((a.adapter.rank, a.version) != (shares[0].rank, content.version) for a in answers):
-                raise AdapterLoadError(
-                    "its files changed while the ranks read them", name=name, path=path, transient=True
-                )
+            if len({(answer.adapter.rank, answer.version) for answer in answers}) > 1:
+                raise AdapterLoadError(FILES_CHANGED, name=name, path=path, transient=True)
             for part in _parts(number, [answer.squares for answer in answers]):
                 last = workers.ask(part, type(None))
                 await asyncio.shield(last)
@@ -237,33 +229,13 @@ class WorkerLoader(BaseLoader[int]):
             progress.running = not last.done()
         found = shares[0]._replace(
             nbytes=sum(share.nbytes for share in shares),
-            digest=content.digest,
             slot_nbytes=max(share.bytes_in_slot for share in shares),
             scalable=all(share.scalable for share in shares),
         )
         return found, number
 
-    async def _read_and_digest(
-        self, reading: asyncio.Future[list[ReadDone]], name: str, path: str, files: AdapterSource | None
-    ) -> tuple[list[ReadDone], ContentDigest]:
-        """Read and compute the digest at the same time. Raises the first error of the two."""
-        if self.workers.size == 1:
-            answers = await asyncio.shield(reading)
-            return answers, ContentDigest(answers[0].adapter.digest, answers[0].version)
-        unwanted = Event()
-        digest = asyncio.ensure_future(self._digests.run(lambda: content_digest(name, path, unwanted, files)))
-        try:
-            return await asyncio.gather(asyncio.shield(reading), digest)
-        finally:
-            unwanted.set()
-            digest.cancel()
-
     def _keep(self, uid: int, content: int) -> None:
         self.workers.tell(Settle(content, uid))
-
-    async def close(self) -> None:
-        """Close the loader. The workers free their memory when they exit."""
-        await self._digests.wait(STOP_SECONDS)
 
 
 def _parts(read: int, squares: Sequence[bytes]) -> list[Add]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, cast
 
 from aioengine.executors.process.wire import Frames
@@ -16,7 +19,7 @@ from aioengine.executors.process.wire import Frames
 WORKER_MODULE = "aioengine.executors.process.worker"
 """Module that a worker process runs."""
 MAX_LINE = 2000
-"""Maximum bytes of a line of output; a longer one is split."""
+"""Maximum characters of a line of output; a longer one is split."""
 KEPT_LINES = 40
 """Number of lines that are kept to tell why a worker has ended."""
 OUTPUT_SECONDS = 1.0
@@ -38,41 +41,31 @@ class WorkerProcess(Protocol):
         """Wait until the process has ended. Returns its exit status, or how it ended."""
 
 
-class WorkerOutput(asyncio.Protocol):
-    """Copies what a worker writes to its standard streams into the engine's log. A worker that inherited the
-    engine's streams could block in the middle of a step, if nobody reads them."""
+class WorkerOutput:
+    """Copies what a worker writes to its standard streams into the engine's log, in a thread. A worker that
+    inherited the engine's streams could block in the middle of a step, if nobody reads them."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._rest = b""
-        self._over = asyncio.get_running_loop().create_future()
+    def __init__(self, rank: int, descriptor: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._over = self._loop.create_future()
         self.last: deque[str] = deque(maxlen=KEPT_LINES)
         """The last lines."""
+        thread = threading.Thread(target=self._copy, args=(rank, descriptor), daemon=True)
+        thread.name = f"aioengine-worker-output-{rank}"
+        thread.start()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._pipe = transport
-
-    def data_received(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE:
-            lines, self._rest = [*lines, self._rest], b""
-        self._tell(lines)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._tell([self._rest])
-        self._over.set_result(None)
+    def _copy(self, rank: int, descriptor: int) -> None:
+        with os.fdopen(descriptor, encoding="utf-8", errors="replace") as pipe:
+            for line in iter(partial(pipe.readline, MAX_LINE), ""):
+                if text := line.rstrip():
+                    self.last.append(text)
+                    logger.warning("worker %d: %s", rank, text)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._over.set_result, None)
 
     async def ended(self) -> None:
         """Wait until everything is logged; the worker must have ended."""
         await asyncio.wait([self._over], timeout=OUTPUT_SECONDS)
-        self._pipe.close()
-
-    def _tell(self, lines: list[bytes]) -> None:
-        for line in lines:
-            for begin in range(0, len(line), MAX_LINE):
-                if text := line[begin : begin + MAX_LINE].decode(errors="replace").rstrip():
-                    self.last.append(text)
-                    logger.warning("worker %d: %s", self._rank, text)
 
 
 class WorkerConnection(asyncio.Protocol):
@@ -123,28 +116,23 @@ async def spawn(
     lost: Callable[[WorkerConnection], None],
 ) -> WorkerConnection:
     """Start the worker of a rank. If it fails or is cancelled, no process is left."""
-    loop = asyncio.get_running_loop()
     ours, theirs = socket.socketpair()
     outlet, inlet = os.pipe()
+    output = WorkerOutput(rank, outlet)
+    process: WorkerProcess | None = None
     try:
         with theirs:
             process = await start_process(theirs.fileno(), inlet)
+        worker = WorkerConnection(rank, process, received, lost, output)
+        await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=ours)
     except BaseException:
         ours.close()
-        os.close(outlet)
+        if process is not None:
+            process.kill()
+            await process.wait()
         raise
     finally:
         os.close(inlet)  # the worker owns it
-    output = WorkerOutput(rank)
-    worker = WorkerConnection(rank, process, received, lost, output)
-    try:
-        await loop.connect_read_pipe(lambda: output, os.fdopen(outlet, "rb", buffering=0))
-        await loop.create_unix_connection(lambda: worker, sock=ours)
-    except BaseException:
-        ours.close()
-        process.kill()
-        await process.wait()
-        raise
     return worker
 
 

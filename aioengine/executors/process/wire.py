@@ -22,6 +22,7 @@ from aioengine.errors import AioEngineError
 from aioengine.request import SamplingParams, pack_params
 from aioengine.step import AdapterSource, LoadedAdapter, SequenceWork, StepBatch
 
+FILES_CHANGED = "its files changed while the ranks read them"
 _LENGTH = struct.Struct("<Q")
 
 
@@ -154,7 +155,7 @@ class Request(msgspec.Struct, array_like=True, frozen=True):
 
 class ReadDone(msgspec.Struct, array_like=True, frozen=True):
     adapter: LoadedAdapter
-    """The share that this rank keeps; the digest is "" if only that was read."""
+    """The share that this rank keeps; rank 0's has the digest."""
     version: str
     """Version of the files' content, known without reading it."""
     squares: bytes
