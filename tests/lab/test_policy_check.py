@@ -12,8 +12,7 @@ import pytest
 
 from aioengine.cli.main import main
 from aioengine.lab.policy_check.check import Checked, check_policy_contract
-from aioengine.lab.policy_check.idle import serve_one_by_one
-from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds
+from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds, serve_one_by_one
 from aioengine.lab.runs.study import TEMPLATES
 from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS

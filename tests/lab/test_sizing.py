@@ -131,16 +131,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["lab", "size", "--workload", str(file), "--slo", "ttft_p99=0.0001", *flags]) == 1
     assert "no size that was tried keeps the objectives" in capsys.readouterr().out
     assert main(["lab", "size", "--workload", str(tmp_path / "no.toml"), "--slo", "ttft_p99=1"]) == 2
-
-
-@pytest.mark.slow
-def test_memory_that_slots_share_is_searched_in_sixteenths(tmp_path: Path) -> None:
-    objectives = parse_objectives(["ttft_p99=0.6"])
-    bounds = Bounds(replicas=(1, 1), slots=(4, 4), cpu_loras=(4, 4))
-    given = experiment(20, slot_memory="4GiB")
-    found = find_size(given, objectives, tmp_path, bounds=bounds, seeds=2, most_seeds=2)
-    assert found.size is not None and found.size.slot_memory is not None
-    assert found.size.slot_memory < 2**32 and found.size.slot_memory % 2**28 == 0
-    less = found.neighbours["slot_memory"]
-    if found.size.slot_memory > 2**28:  # one part less was tried, and does not hold
-        assert less is not None and less.size.slot_memory == found.size.slot_memory - 2**28

@@ -29,7 +29,6 @@ NAMES = {
     "replicas": "one replica",
     "slots": "one slot",
     "cpu_loras": "one adapter in CPU memory",
-    "slot_memory": "a sixteenth of --slot-memory",
 }
 MOST_REPLICAS = 16
 
@@ -68,8 +67,7 @@ def size(
 
     Every size is run with the serving engine in simulated time, over several seeds. It is accepted if the
     whole 95% interval keeps every objective. Prints what bounds the answer. --replicas, --slots and
-    --cpu-loras fix their numbers; --slot-memory is the most that is tried. Exits with 1 if no size that was
-    tried keeps the objectives.
+    --cpu-loras fix their numbers. Exits with 1 if no size that was tried keeps the objectives.
     """
     from aioengine.cli.progress import progress
     from aioengine.lab.sizing.objectives import parse_objectives

@@ -7,11 +7,11 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioengine.lab.calibration.probe import ProbedMove, ProbedStep
 from aioengine.lab.costs.model import CostModel, FitQuality, Stage
-from aioengine.lab.costs.steps import NONE, Curve, StepCosts, StepShape, StepTimes, in_tiles, significant
+from aioengine.lab.costs.steps import NONE, StepCosts, StepShape, StepTimes, in_tiles, significant
 from aioengine.lab.workload.extra import needs_extra
 
 if TYPE_CHECKING:
@@ -109,12 +109,13 @@ class _Terms:
         linears = [(float(self._knots[0]), values["least"])]
         for low, high in pairwise((*self._knots, 2 * self._knots[-1])):
             linears.append((float(high), linears[-1][1] + values["linears", low] * (high - low)))
-        by_rank: dict[str, Curve] = {
+        fields: dict[str, Any] = {
             field: tuple((float(rank), values[field, rank]) for rank in self._ranks) or NONE
             for field in ("adapter", "lora_token")
         }
-        alone = {field: values[field] for field in ("sequence", "decode_kv", "prefill_pair", "lora_step")}
-        return StepCosts(linears=tuple(linears), tile=self._tile, **alone, **by_rank)
+        for field in ("sequence", "decode_kv", "prefill_pair", "lora_step"):
+            fields[field] = values[field]
+        return StepCosts(linears=tuple(linears), tile=self._tile, **fields)
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

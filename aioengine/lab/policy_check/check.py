@@ -12,12 +12,10 @@ from itertools import zip_longest
 from types import FrameType
 from typing import Any, NamedTuple
 
-from aioengine.lab.policy_check.idle import serve_one_by_one
-from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds, Scenario, World
+from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds, Scenario, World, serve_one_by_one
 from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView
 
 TURNS = 150
-WAIT_FOR_EVER = "requests wait for ever although nothing is in their way"
 MOST_SECONDS = 5.0
 """Maximum seconds of one call of the policy. A longer one is interrupted, where the platform can."""
 
@@ -69,7 +67,7 @@ def check_policy_contract(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Checked:
     """Run a policy through every scenario, ``runs`` times each, and the first of them twice over; at the end
-    also in the engine's own loop, on an engine that is idle (:mod:`aioengine.lab.policy_check.idle`).
+    also in the engine's own loop, on an engine that is idle.
 
     Time is simulated, so a run takes only the time of its decisions. A policy gets the same events on every
     machine.
@@ -79,75 +77,69 @@ def check_policy_contract(
         turns: Number of turns in which events happen in a run; afterwards everything must end.
         progress: Called with the number of runs done, and their total.
     """
-    found = _Findings()
+    broken, refused = _Findings(), _Findings()
     total = len(scenarios) * runs
     decisions, slowest = 0, 0.0
     for index, (scenario, seed) in enumerate((s, n) for s in scenarios for n in range(runs)):
         progress(index, total)
-        watched = _run(scenario, seed, turns, make(), found)
+        watched = _play(scenario, seed, turns, make(), broken, refused)
         decisions += len(watched.decisions)
         slowest = max(slowest, watched.slowest)
-        if seed == 0 and not found.broken:
-            again = _run(scenario, seed, turns, make(), _Findings())
-            _compare(watched.decisions, again.decisions, scenario, seed, found)
-    if not found.broken:
-        watched = _watched(make(), found, lambda: Where("an engine that is idle", 0, len(watched.decisions)))
-        try:
+        if seed == 0 and not broken:
+            again = _play(scenario, seed, turns, make(), _Findings(), _Findings())
+            _compare(watched.decisions, again.decisions, Where(scenario.name, seed, 0), broken)
+    if not broken:
+        where = Where("an engine that is idle", 0, 0)
+        watched = _Watched(make(), lambda what, details: broken.add(what, where, details))
+        with _ending(broken, lambda: where):
             serve_one_by_one(watched)
-        except NeverEnds as error:
-            found.add(found.broken, WAIT_FOR_EVER, Where("an engine that is idle", 0, 0), str(error))
-    return Checked(total, decisions, slowest, tuple(found.broken.values()), tuple(found.refused.values()))
+    return Checked(total, decisions, slowest, tuple(broken.values()), tuple(refused.values()))
 
 
-def _run(scenario: Scenario, seed: int, turns: int, policy: SchedulerPolicy, found: _Findings) -> _Watched:
-    watched = _watched(policy, found, lambda: where())
+class _Findings(dict[str, Finding]):
+    """Findings by what is wrong; more of one kind are counted."""
+
+    def add(self, what: str, where: Where, details: str) -> None:
+        before = self.get(what)
+        times = 1 if before is None else before.times + 1
+        self[what] = (before or Finding(what, where, details))._replace(times=times)
+
+
+def _play(
+    scenario: Scenario, seed: int, turns: int, policy: SchedulerPolicy, broken: _Findings, refused: _Findings
+) -> _Watched:
+    watched = _Watched(policy, lambda what, details: broken.add(what, where(), details))
     world = World(scenario, watched, seed)
 
     def where() -> Where:
         return Where(scenario.name, seed, world.core.step)
 
-    try:
+    with _ending(broken, where):
         world.play(turns)
-    except NeverEnds as error:
-        found.add(found.broken, WAIT_FOR_EVER, where(), str(error))
-    except AssertionError:
-        text = "an invariant of the core is broken; that is a fault of the engine, please report it"
-        found.add(found.broken, text, where(), traceback.format_exc())
     for reason, item in world.refused:
-        found.add(found.refused, reason, where(), item)
+        refused.add(reason, where(), item)
     return watched
 
 
-def _watched(policy: SchedulerPolicy, found: _Findings, where: Callable[[], Where]) -> _Watched:
-    return _Watched(policy, lambda what, details: found.add(found.broken, what, where(), details))
+@contextmanager
+def _ending(broken: _Findings, where: Callable[[], Where]) -> Iterator[None]:
+    """Context that turns what ends a run too early into a finding."""
+    try:
+        yield
+    except NeverEnds as error:
+        broken.add("requests wait for ever although nothing is in their way", where(), str(error))
+    except AssertionError:
+        text = "an invariant of the core is broken; that is a fault of the engine, please report it"
+        broken.add(text, where(), traceback.format_exc())
 
 
-def _compare(
-    first: Sequence[Decision], second: Sequence[Decision], scenario: Scenario, seed: int, found: _Findings
-) -> None:
-    pairs = enumerate(zip_longest(first, second))
-    step = next((step for step, (a, b) in pairs if _plain(a) != _plain(b)), None)
-    if step is not None:
-        text = "the same events, and other decisions: it depends on something else than what it was told"
-        details = f"first  {first[step] if step < len(first) else None}\nsecond "
-        details += f"{second[step] if step < len(second) else None}"
-        found.add(found.broken, text, Where(scenario.name, seed, step), details)
-
-
-def _plain(decision: Any) -> Any:
-    return None if decision is None else tuple(map(str, decision))
-
-
-class _Findings:
-    def __init__(self) -> None:
-        self.broken: dict[str, Finding] = {}
-        self.refused: dict[str, Finding] = {}
-
-    def add(self, kind: dict[str, Finding], what: str, where: Where, details: str) -> None:
-        before = kind.get(what)
-        kind[what] = (
-            Finding(what, where, details) if before is None else before._replace(times=before.times + 1)
-        )
+def _compare(first: Sequence[Any], second: Sequence[Any], where: Where, broken: _Findings) -> None:
+    """Add a finding for the first decisions that differ between two runs alike."""
+    for step, (one, other) in enumerate(zip_longest(first, second)):
+        if [*map(str, one or ())] != [*map(str, other or ())]:
+            text = "the same events, and other decisions: it depends on something else than what it was told"
+            broken.add(text, where._replace(step=step), f"first  {one}\nsecond {other}")
+            return
 
 
 class _Watched(SchedulerPolicy):
@@ -162,13 +154,12 @@ class _Watched(SchedulerPolicy):
     def schedule(self, view: SchedulerView) -> Decision:
         began = time.perf_counter()
         with self._watching("schedule"):
-            decision: Any = self._inner.schedule(view)
+            decision = self._inner.schedule(view)
         self.slowest = max(self.slowest, time.perf_counter() - began)
         if not isinstance(decision, Decision):
             self._report(f"schedule returned {type(decision).__name__}, not Decision", repr(decision)[:500])
         self.decisions.append(decision)
-        answer: Decision = decision
-        return answer
+        return decision
 
     def on_event(self, event: PolicyEvent) -> None:
         with self._watching(f"on_event({event.kind!r})"):
@@ -183,9 +174,8 @@ class _Watched(SchedulerPolicy):
         try:
             with _time_limit(MOST_SECONDS):
                 yield
-        except BaseException as error:
-            if not isinstance(error, (KeyboardInterrupt, SystemExit)):
-                self._report(f"{call} raised {type(error).__name__}: {error}", traceback.format_exc())
+        except Exception as error:
+            self._report(f"{call} raised {type(error).__name__}: {error}", traceback.format_exc())
             raise
 
 

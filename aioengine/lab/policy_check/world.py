@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from contextlib import suppress
 from typing import NamedTuple
 
 from aioengine import events
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.core import CoreLimits
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import EngineOverloaded
+from aioengine.lab.costs.presets import load_costs
+from aioengine.lab.simulation.clock import run_in_virtual_time
+from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.requests import AdapterShape
+from aioengine.request import SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.testing import LIMITS, Sim
 
@@ -17,6 +24,9 @@ STEP_SECONDS = 0.05
 MOST_TURNS_TO_END = 4000
 """Number of turns after the last arrival in which everything must end; most runs need a few dozen."""
 
+PRESET = "smollm2-135m-cpu"
+MOST_SECONDS_ALONE = 600.0
+"""Simulated seconds in which a request that is alone on an engine must end."""
 CHECK_EVERY = 8
 """Number of turns between two checks of all invariants, because a check takes longer than a turn."""
 
@@ -180,13 +190,35 @@ class World(Sim):
             "empty" if slot.entry is None else f"{slot.entry.name} ({slot.state})"
             for slot in core.slots.slots
         )
-        waiting = [
+        waiting = ", ".join(
             f"{request.id} for {'the base model' if request.adapter is None else request.adapter.name}"
             for request in list(core.queues.all)[:3]
-        ]
-        more = len(core.queues) - len(waiting)
+        )
         return (
             f"{MOST_TURNS_TO_END} steps after the last arrival {len(core.queues)} requests wait "
-            f"({', '.join(waiting)}{f', and {more} more' if more > 0 else ''}) and {len(core.running)} run; "
-            f"slots: {slots or 'none'}"
+            f"(first {waiting or 'none'}) and {len(core.running)} run; slots: {slots or 'none'}"
         )
+
+
+def serve_one_by_one(policy: SchedulerPolicy) -> None:
+    """Serve requests that come one by one, each for a cold adapter, on a simulated engine that is idle
+    otherwise, in the engine's own loop: is the policy asked again when nothing wakes it? Raises NeverEnds if
+    one of them is not served."""
+    run_in_virtual_time(_serve(policy))
+
+
+async def _serve(policy: SchedulerPolicy) -> None:
+    lora = LoRAConfig(max_loras=1, max_cpu_loras=2)
+    config = EngineConfig(model=PRESET, max_model_len=256, kv_cache_memory="64MiB", lora=lora)
+    shapes = [AdapterShape(f"adapter-{index}", 8) for index in range(3)]
+    async with SimulatedEngine(config, load_costs(PRESET), policy, metrics=False) as engine:
+        engine.add_adapters(shapes)
+        for shape in (*shapes, *shapes):
+            try:
+                async with asyncio.timeout(MOST_SECONDS_ALONE):
+                    await engine.complete([0] * 8, SamplingParams(max_tokens=4), adapter=shape.name)
+            except TimeoutError:
+                raise NeverEnds(
+                    f"a request for {shape.name}, alone on the engine, was not served in "
+                    f"{MOST_SECONDS_ALONE:g} s"
+                ) from None

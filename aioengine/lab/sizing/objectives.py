@@ -31,11 +31,8 @@ fastest."""
 def with_p95(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a run's summary with 95th percentiles, which are computed from its files."""
     times = times_of(load_frames(folder).requests)
-    groups = {
-        group: {**summary[group], "p95": times[group].drop_nulls().quantile(0.95, "linear")}
-        for group in TIMES.values()
-    }
-    return {**summary, **groups}
+    p95 = {group: times[group].drop_nulls().quantile(0.95, "linear") for group in TIMES.values()}
+    return {**summary, **{group: {**summary[group], "p95": value} for group, value in p95.items()}}
 
 
 class Objective(NamedTuple):
@@ -52,9 +49,8 @@ class Objective(NamedTuple):
     def of(self, summary: Mapping[str, Any]) -> float:
         """Return the figure in a run's summary; infinite (a share: 0) if nothing was served."""
         if self.name == "goodput":
-            slo = summary["slo"]
-            asked = slo["requests_with_deadline"]
-            return float(slo["requests_in_time"]) / asked if asked else 0.0
+            asked = summary["slo"]["requests_with_deadline"]
+            return float(summary["slo"]["requests_in_time"]) / asked if asked else 0.0
         if self.name == "served":
             offered = summary["requests_offered"]
             return float(summary["requests_finished"]) / offered if offered else 1.0
@@ -71,19 +67,15 @@ class Objective(NamedTuple):
     def verdict(self, found: Estimate) -> bool | None:
         """Whether the bound holds for the whole interval over the seeds; None: the bound is in the
         interval."""
-        low = found.mean if found.low is None else found.low
-        high = found.mean if found.high is None else found.high
-        if self.holds(low) == self.holds(high):
-            return self.holds(found.mean)
-        return None
+        ends = {self.holds(found.mean if end is None else end) for end in (found.low, found.high)}
+        return self.holds(found.mean) if len(ends) == 1 else None
 
     def text(self, found: Estimate) -> str:
         """ "ttft_p99 = 1.92 (1.70 .. 2.14) s, at most 2 s" """
-        unit, scale = ("%", 100.0) if self.is_share else (" s", 1.0)
+        unit, scale, sign = ("%", 100.0, "at least") if self.is_share else (" s", 1.0, "at most")
         interval = ""
         if found.low is not None and found.high is not None and found.high - found.low > 1e-9:
             interval = f" ({found.low * scale:.3g} .. {found.high * scale:.3g})"
-        sign = "at least" if self.is_share else "at most"
         return f"{self.name} = {found.mean * scale:.3g}{interval}{unit}, {sign} {self.bound * scale:g}{unit}"
 
 
@@ -94,28 +86,21 @@ def parse_objectives(texts: Iterable[str]) -> list[Objective]:
     Raises ConfigError for an unknown name, or a bound out of range.
     """
     known = [*SHARES, *(f"{name}_{of}" for name in TIMES for of in OF)]
-    found: dict[str, Objective] = {}
+    found: dict[str, float] = {}
     for part in (part.strip() for text in texts for part in text.split(",")):
-        name, equals, number = part.partition("=")
-        if not equals:
-            raise ConfigError(f"slo {part!r}: write a figure and its bound, such as ttft_p99=2.0")
+        name, _, number = part.partition("=")
         if name not in known:
-            some = "ttft_p99, itl_p95, latency_mean, goodput, served"
-            raise ConfigError(
-                f"slo {part!r}: there is no {name!r}{nearest(name, known)}; there are, for example, {some}"
-            )
+            some = "ttft_p99=2.0, itl_p95=0.05, latency_mean=8, goodput=0.95, served=0.99"
+            raise ConfigError(f"slo {part!r}: there is no {name!r}{nearest(name, known)}; write, say, {some}")
         try:
             bound = float(number)
         except ValueError:
             bound = math.nan
-        most = 1.0 if name in SHARES else math.inf
-        if not 0 < bound <= most or bound == math.inf:
+        if not 0 < bound <= (1.0 if name in SHARES else 1e12):
             of = "a share > 0 and <= 1" if name in SHARES else "seconds > 0"
-            raise ConfigError(f"slo {part!r}: {number!r} must be {of}")
+            raise ConfigError(f"slo {part!r}: {number!r} must be {of}, as in ttft_p99=2.0")
         if name in found:
             raise ConfigError(f"slo: {name} is given twice")
-        found[name] = Objective(name, bound)
-    if not found:
-        raise ConfigError("slo: give at least one objective, such as ttft_p99=2.0")
-    found.setdefault("served", Objective("served", SERVED))
-    return list(found.values())
+        found[name] = bound
+    found.setdefault("served", SERVED)
+    return [Objective(name, bound) for name, bound in found.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from aioengine.checks import Count, check_value, format_bytes
+from aioengine.checks import Count, check_value
 from aioengine.errors import AioEngineError, ConfigError
 from aioengine.lab.analysis.statistics import Estimate, estimate
 from aioengine.lab.costs.presets import load_costs
@@ -19,15 +19,10 @@ from aioengine.lab.runs.experiment import OF_A_FLEET, Experiment
 from aioengine.lab.runs.pool import Report, Task, run_all
 from aioengine.lab.runs.simulate import run
 from aioengine.lab.sizing.objectives import Objective, with_p95
-from aioengine.memory_plan import MemoryPlan
 
 SLOT_LADDER = 4
 """Numbers of slots that are tried with a number of replicas: the largest that makes sense, then half of it,
 and so on, because slots take memory from the KV cache."""
-
-
-MEMORY_PARTS = 16
-"""Parts of the given ``slot_memory`` that are tried."""
 ALONE: Mapping[str, Any] = {"replicas": None, **dict.fromkeys(OF_A_FLEET)}
 """Fields of an experiment without a fleet."""
 USE = {
@@ -47,14 +42,9 @@ class Size(NamedTuple):
     slots: int
     cpu_loras: int
     """Adapters in each replica's CPU cache, those in slots included."""
-    slot_memory: int | None = None
-    """Bytes that a replica's slots share; None: slots of a fixed size."""
 
     def __str__(self) -> str:
-        slots = f"{self.slots} slots"
-        if self.slot_memory is not None:
-            slots += f" in {format_bytes(self.slot_memory)}"
-        return f"{self.replicas} replicas, {slots}, {self.cpu_loras} adapters in CPU memory"
+        return f"{self.replicas} replicas, {self.slots} slots, {self.cpu_loras} adapters in CPU memory"
 
 
 class Trial(NamedTuple):
@@ -81,8 +71,8 @@ class Sized(NamedTuple):
     trials: list[Trial]
     """All trials, in order."""
     neighbours: dict[str, Trial | None]
-    """For each of "replicas", "slots", "cpu_loras" and "slot_memory" the next smaller size, which was tried
-    and does not hold the objectives; None if there is none, or if it was fixed."""
+    """For each of "replicas", "slots" and "cpu_loras" the next smaller size, which was tried and does not
+    hold the objectives; None if there is none, or if it was fixed."""
 
     def trial(self, size: Size) -> Trial:
         return next(trial for trial in self.trials if trial.size == size)
@@ -103,15 +93,14 @@ def find_size(
     objectives: Sequence[Objective],
     out: Path,
     *,
-    bounds: Bounds | None = None,
+    bounds: Bounds = Bounds(),  # noqa: B008 # a tuple
     seeds: int = 3,
     most_seeds: int = 9,
     jobs: int = 1,
     tried: Callable[[Trial], None] = lambda trial: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Sized:
-    """Search the smallest size: first replicas, then slots, then places in the CPU cache, and last, where the
-    experiment's ``slot_memory`` is a number of bytes, how many sixteenths of it.
+    """Search the smallest size: first replicas, then slots, then places in the CPU cache.
 
     A size holds if the 95% interval over the seeds of every objective keeps its bound. If a bound is within
     the interval, seeds are added up to ``most_seeds``; if it still is, the size counts as not holding. All
@@ -130,75 +119,53 @@ def find_size(
             number of replicas by itself.
     """
     check_value("seeds", seeds, Count)
+    check_value("most_seeds", most_seeds, Annotated[int, Meta(ge=seeds)])
     for name in ("faults", "autoscale"):
         if (value := getattr(experiment, name)) is not None:
             raise ConfigError(f"{name}={value!r}: a size has as many replicas all the time; leave it out")
-    check_value("most_seeds", most_seeds, Annotated[int, Meta(ge=seeds)])
-    if any(objective.name == "goodput" for objective in objectives):
-        spec = experiment.workload
-        if spec.slo is None and spec.timeout is None and spec.deadline is None:
-            raise ConfigError("slo goodput: the workload says not by when requests should end; give it slo")
-    trials = _Trials(experiment, objectives, out, seeds, most_seeds, jobs, tried, stopping)
-    return _search(experiment, trials, bounds or Bounds())
-
-
-def _search(experiment: Experiment, trials: _Trials, bounds: Bounds) -> Sized:
+    spec = experiment.workload
+    judged_by_time = spec.slo or spec.timeout or spec.deadline
+    if any(objective.name == "goodput" for objective in objectives) and not judged_by_time:
+        raise ConfigError("slo goodput: the workload says not by when requests should end; give it slo")
     adapters = max(len(experiment.open_workload().adapters), 1)
     slots = bounds.slots or (1, _most_slots(experiment, adapters))
-    lora = experiment.engine_config().lora
-    memory = lora.slot_memory if lora is not None and isinstance(lora.slot_memory, int) else None
-    less: dict[str, Trial | None] = {"replicas": None, "slots": None, "cpu_loras": None}
+    places = bounds.cpu_loras or (1, adapters)
+    trials = _Trials(experiment, objectives, out, seeds, most_seeds, jobs, tried, stopping)
+    less: dict[str, Trial | None] = dict.fromkeys(Size._fields)
 
     def with_replicas(count: int) -> Size | None:
         """Return a size with this number of replicas that holds, of those with ever fewer slots."""
-        at = slots[1]
-        for _ in range(SLOT_LADDER):
-            size = Size(count, at, max(at, bounds.cpu_loras[1] if bounds.cpu_loras else adapters), memory)
-            trial = trials.of(size)
-            if trial.holds:
-                return size
-            if at == slots[1]:
-                less["replicas"] = trial
-            if at == slots[0]:
-                return None
-            at = max(at // 2, slots[0])
-        return None
+        ladder = dict.fromkeys(max(slots[1] >> step, slots[0]) for step in range(SLOT_LADDER))
+        of_ladder = (trials.of(Size(count, at, max(at, places[1]))) for at in ladder)
+        first = next(of_ladder)
+        holding = first if first.holds else next((trial for trial in of_ladder if trial.holds), None)
+        if holding is None or holding is not first:
+            less["replicas"] = first
+        return None if holding is None else holding.size
 
-    def lowered(size: Size, name: str, low: int, high: int, change: Callable[[int], Size]) -> Size:
-        """Return the least of one dimension that still holds, between ``low`` and ``high``, which does."""
+    def lowered(size: Size, name: str, low: int) -> Size:
+        """Return the size with the least of one dimension, ``low`` or more, that still holds."""
 
-        def holds(number: int) -> Size | None:
-            trial = trials.of(change(number))
+        def with_fewer(number: int) -> Size | None:
+            trial = trials.of(size._replace(**{name: number}))
             if not trial.holds:
                 less[name] = trial
             return trial.size if trial.holds else None
 
-        return _least(low, high, holds) or size
+        return _least(low, getattr(size, name), with_fewer) or size
 
-    low, most = bounds.replicas
-    count, found = low, with_replicas(low)
-    failed = low - 1
-    while found is None and count < most:
+    count, most = bounds.replicas
+    failed = count - 1
+    size = with_replicas(count)
+    while size is None and count < most:
         failed, count = count, min(count * 2, most)
-        found = with_replicas(count)
-    if found is None:
+        size = with_replicas(count)
+    if size is None:
         return Sized(None, trials.in_order, {})
-    found = _least(failed + 1, count, with_replicas) or found
-    size = lowered(found, "slots", slots[0], found.slots, lambda n: found._replace(slots=n))
-    least = max(size.slots, bounds.cpu_loras[0] if bounds.cpu_loras else 1)
-    size = lowered(size, "cpu_loras", least, size.cpu_loras, partial(_with_cpu_loras, size))
-    if memory is not None:
-        less["slot_memory"] = None
-        size = lowered(size, "slot_memory", 1, MEMORY_PARTS, partial(_with_memory, size, memory))
+    size = _least(failed + 1, count, with_replicas) or size
+    size = lowered(size, "slots", slots[0])
+    size = lowered(size, "cpu_loras", max(size.slots, places[0]))
     return Sized(size, trials.in_order, less)
-
-
-def _with_cpu_loras(size: Size, count: int) -> Size:
-    return size._replace(cpu_loras=count)
-
-
-def _with_memory(size: Size, memory: int, part: int) -> Size:
-    return size._replace(slot_memory=memory * part // MEMORY_PARTS)
 
 
 def _least(low: int, high: int, holds: Callable[[int], Size | None]) -> Size | None:
@@ -220,120 +187,98 @@ def _most_slots(experiment: Experiment, adapters: int) -> int:
     memory. Raises ConfigError if one does not."""
     costs = load_costs(experiment.preset)
 
-    def plan(slots: int) -> MemoryPlan:
+    def fits(slots: int) -> bool:
         fewer = msgspec.structs.replace(experiment, slots=slots, cpu_loras=max(adapters, slots), **ALONE)
-        return costs.plan(fewer.engine_config())
-
-    fits, failed = 0, adapters + 1
-    while failed - fits > 1:
-        middle = (failed + fits) // 2
         try:
-            plan(middle)
-            fits = middle
+            costs.plan(fewer.engine_config())
+            return True
         except ConfigError:
-            failed = middle
-    if not fits:
-        plan(1)
-    return max(fits, 1)
+            if slots == 1:
+                raise
+            return False
+
+    low, high = 1, adapters + 1
+    fits(1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
+@dataclass
 class _Trials:
     """The sizes that were tried, each once."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        objectives: Sequence[Objective],
-        out: Path,
-        seeds: int,
-        most_seeds: int,
-        jobs: int,
-        tried: Callable[[Trial], None],
-        stopping: Callable[[], bool],
-    ) -> None:
-        self._experiment = experiment
-        self._objectives = objectives
-        self._out = out
-        self._seeds = seeds
-        self._most_seeds = most_seeds
-        self._jobs = jobs
-        self._tried = tried
-        self._stopping = stopping
-        self._known: dict[Size, Trial] = {}
+    experiment: Experiment
+    objectives: Sequence[Objective]
+    out: Path
+    seeds: int
+    most_seeds: int
+    jobs: int
+    tried: Callable[[Trial], None]
+    stopping: Callable[[], bool]
+    known: dict[Size, Trial] = field(default_factory=dict)
 
     @property
     def in_order(self) -> list[Trial]:
-        return list(self._known.values())
+        return list(self.known.values())
 
     def of(self, size: Size) -> Trial:
         """Try a size, with more seeds while a bound is within an interval."""
-        if size in self._known:
-            return self._known[size]
+        if size in self.known:
+            return self.known[size]
         summaries: list[dict[str, Any]] = []
         trial = Trial(size, {}, None, 0, {})
-        while trial.holds is None and len(summaries) < self._most_seeds:
-            count = min(self._seeds, self._most_seeds - len(summaries))
+        while trial.holds is None and len(summaries) < self.most_seeds:
+            last = min(len(summaries) + self.seeds, self.most_seeds)
             try:
-                summaries += self._run(size, range(len(summaries), len(summaries) + count))
+                summaries += self._run(size, range(len(summaries), last))
             except AioEngineError as error:
                 trial = trial._replace(holds=False, error=str(error))
                 break
             trial = self._judge(size, summaries)
-        self._known[size] = trial
-        self._tried(trial)
+        self.known[size] = trial
+        self.tried(trial)
         return trial
 
     def _judge(self, size: Size, summaries: Sequence[dict[str, Any]]) -> Trial:
-        figures = {o.name: estimate([o.of(summary) for summary in summaries]) for o in self._objectives}
-        verdicts = [objective.verdict(figures[objective.name]) for objective in self._objectives]
+        figures = {one.name: estimate([one.of(summary) for summary in summaries]) for one in self.objectives}
+        verdicts = {objective.verdict(figures[objective.name]) for objective in self.objectives}
         holds = False if False in verdicts else None if None in verdicts else True
         use = {
             name: fmean([summary[group][figure] or 0.0 for summary in summaries])
             for name, (group, figure) in USE.items()
         }
-        use["sequences"] /= self._experiment.max_num_seqs * size.replicas
+        use["sequences"] /= self.experiment.max_num_seqs * size.replicas
         return Trial(size, figures, holds, len(summaries), use)
 
     def _run(self, size: Size, seeds: range) -> list[dict[str, Any]]:
-        name = f"replicas={size.replicas}-slots={size.slots}-cpu={size.cpu_loras}"
-        if size.slot_memory is not None:
-            name += f"-bytes={size.slot_memory}"
-        tasks = [
-            Task(seed, self._experiment_of(size, seed), self._out / "runs" / f"{name}-seed={seed}")
-            for seed in seeds
-        ]
+        several: Mapping[str, Any] = ALONE if size.replicas == 1 else {"replicas": size.replicas}
+        fields = {**size._asdict(), **several}
+        tasks = []
+        for seed in seeds:
+            one = msgspec.structs.replace(self.experiment, seed=self.experiment.seed + seed, **fields)
+            name = f"replicas={size.replicas}-slots={size.slots}-cpu={size.cpu_loras}-seed={seed}"
+            tasks.append(Task(seed, one, self.out / "runs" / name))
         ended: dict[int, Report] = {}
 
         def hear(report: Report) -> None:
             if report.kind != "progress":
                 ended[report.key] = report
 
-        if self._jobs == 1:
+        if self.jobs > 1:
+            run_all(tasks, self.jobs, hear, self.stopping)
+        else:
             for task in tasks:
-                if self._stopping():
+                if self.stopping():
                     raise KeyboardInterrupt
                 hear(Report(task.key, "done", summary=run(task.experiment, task.out).summary))
-        else:
-            run_all(tasks, self._jobs, hear, self._stopping)
         found = []
         for task in tasks:
-            report = ended[task.key]
-            if report.summary is None:
-                raise ConfigError(report.error or "the run failed")
-            policy = report.summary["policy"]
-            if not policy["valid"]:
-                raise ConfigError(f"the policy did not decide every step: {policy['reason']}")
-            found.append(with_p95(report.summary, task.out))
+            summary = ended[task.key].summary
+            if summary is None:
+                raise ConfigError(ended[task.key].error or "the run failed")
+            if not summary["policy"]["valid"]:
+                raise ConfigError(f"the policy did not decide every step: {summary['policy']['reason']}")
+            found.append(with_p95(summary, task.out))
         return found
-
-    def _experiment_of(self, size: Size, seed: int) -> Experiment:
-        several: Mapping[str, Any] = ALONE if size.replicas == 1 else {"replicas": size.replicas}
-        if size.slot_memory is not None:
-            several = {**several, "slot_memory": size.slot_memory}
-        return msgspec.structs.replace(
-            self._experiment,
-            slots=size.slots,
-            cpu_loras=size.cpu_loras,
-            seed=self._experiment.seed + seed,
-            **several,
-        )
