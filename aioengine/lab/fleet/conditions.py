@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast
 
-from aioengine.checks import nearest
+from aioengine.checks import check_value
 from aioengine.errors import ConfigError
 
 FaultKind = Literal["kill", "start", "cut", "heal", "drain"]
@@ -27,23 +28,14 @@ def parse_faults(text: str, replicas: int) -> tuple[Fault, ...]:
     another form, or a replica that is not one of ``replicas``."""
     faults = []
     for item in filter(None, map(str.strip, text.split(","))):
-        kind, _, rest = item.partition(":")
-        index, _, time = rest.partition("@")
-        try:
-            fault = Fault(float(time), kind, int(index))  # type: ignore[arg-type] # checked below
-        except ValueError:
-            raise ConfigError(
-                f"faults={text!r}: {item!r} is not of the form KIND:REPLICA@SECONDS, as in kill:2@60"
-            ) from None
-        if kind not in get_args(FaultKind):
-            known = ", ".join(get_args(FaultKind))
-            near = nearest(kind, get_args(FaultKind))
-            raise ConfigError(f"faults={text!r}: there is no {kind!r}{near}; there are {known}")
-        if not 0 <= fault.replica < replicas:
+        found = re.fullmatch(r"(\w+):(\d+)@(\d+(?:\.\d+)?)", item)
+        if found is None:
+            raise ConfigError(f"faults={text!r}: {item!r} is not KIND:REPLICA@SECONDS, as in kill:2@60")
+        kind, index, time = found.groups()
+        check_value(f"faults={text!r}: kind", kind, FaultKind)
+        if int(index) >= replicas:
             raise ConfigError(f"faults={text!r}: replica {index} is not in 0..{replicas - 1}")
-        if not 0 <= fault.time < float("inf"):
-            raise ConfigError(f"faults={text!r}: the time of {item!r} must be 0 or more")
-        faults.append(fault)
+        faults.append(Fault(float(time), cast("FaultKind", kind), int(index)))
     return tuple(faults)
 
 

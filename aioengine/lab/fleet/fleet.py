@@ -46,13 +46,13 @@ def fleet_config(engine: EngineConfig, *, start_seconds: float = 30.0, **fields:
 class Scaled(NamedTuple):
     """Record of a scaling policy in a run."""
 
-    started: int
+    started: int = 0
     """Replicas added after the start."""
-    stopped: int
-    fewest: int
+    stopped: int = 0
+    fewest: int = 0
     """Smallest number of replicas that took requests at a time."""
-    most: int
-    replica_seconds: float
+    most: int = 0
+    replica_seconds: float = 0.0
     """Sum of the seconds for which each replica existed, its start included."""
 
 
@@ -84,10 +84,10 @@ class SimulatedFleet:
         """Requests sent to each, by index."""
         self.moves: Counter[str] = Counter()
         """Steps of plans by kind."""
-        self.waiting = 0
-        """Requests on their way to a replica; they wait only if there is none."""
         self.lengths: dict[str, int] = {}
         """Length of each request's output that has not ended; see :class:`SimulatedDevice`."""
+        self.scaled: Scaled | None = None
+        """What the scaling policy did; None without one."""
         self._plans = routing.PlacementGuard(routing.load_placement(config.placement))
         self._make_engine = make_engine
         self._watch = watch
@@ -102,10 +102,9 @@ class SimulatedFleet:
         self._unwatch: dict[str, Callable[[float], None]] = {}
         self._tell: Callable[[set[str]], None] = lambda ids: None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._keys = 0
-        self._scaler: _Scaler | None = None
-        self.scaled: Scaled | None = None
-        """What the scaling policy did, when the fleet has stopped; None without one."""
+        self._calls = 0
+        self._waiting = 0
+        """Requests on their way to a replica; they wait only if there is none."""
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -124,13 +123,10 @@ class SimulatedFleet:
         self._spawn(self._plan_always(), "plan")
         self._spawn(self._disturb(), "faults")
         if self.config.autoscale is not None:
-            self._scaler = _Scaler(routing.load_autoscaler(self.config.autoscale), self)
-            self._spawn(self._scaler.run(), "scaler")
+            self._spawn(self._scale(routing.load_autoscaler(self.config.autoscale)), "scaler")
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if self._scaler is not None:
-            self.scaled = self._scaler.result()
         await end_tasks(self._tasks)
         await self.members.stop(EngineStopped("the fleet was stopped"))
         for replica in list(self._current.values()):
@@ -174,26 +170,24 @@ class SimulatedFleet:
         ``AsyncEngine.complete``. Raises EngineOverloaded if the router rejects it, EngineStopped if there is
         no replica, EngineDead if its replicas were lost too often, and what engines raise."""
         request_id, options = split_keywords(keywords, None)
-        self._keys += 1
-        request_id = request_id or f"request-{self._keys}"
-        call = Call(self._keys, request_id, prompt, params, options, self._loop.time())
+        self._calls += 1
+        name = request_id or f"request-{self._calls}"
+        call = Call(self._calls, name, prompt, params, options, self._loop.time())
         placed = False
-        self.waiting += 1
         try:
-            await self.dispatcher.place(call)
-            placed = True
-            self.waiting -= 1
+            self._waiting += 1
+            try:
+                await self.dispatcher.place(call)
+                placed = True
+            finally:
+                self._waiting -= 1
             while not (output := await call.next()).finished:
                 pass
             return output
-        except EngineStopped:
-            self.rejected += 1
-            raise
-        except EngineOverloaded:
-            self.rejected += not placed
+        except (EngineStopped, EngineOverloaded) as error:
+            self.rejected += isinstance(error, EngineStopped) or not placed
             raise
         finally:
-            self.waiting -= not placed
             self.dispatcher.abandon(call)
 
     def check_invariants(self) -> None:
@@ -207,39 +201,10 @@ class SimulatedFleet:
 
     # Replicas
 
-    @property
-    def alive(self) -> int:
-        """Replicas that live and do not drain."""
-        return sum(replica.name not in self._draining for replica in self._current.values())
-
-    async def add_replica(self) -> None:
-        """Start one more replica, at the index of a removed one if there is one."""
-        taken = self._current.keys() | self._starting
-        index = next((i for i in range(len(self.by_replica)) if i not in taken), len(self.by_replica))
-        if index == len(self.by_replica):
-            self.by_replica.append(0)
-        await self._start(index)
-
-    async def remove_replica(self) -> None:
-        """Drain the replica with the least to do, and stop it when it has finished."""
-        living = {replica.name: replica for replica in self._current.values()}
-        there = [view for view in self.state.view.accepting if view.replica_id in living]
-        if not there:
-            return
-        least = min(there, key=lambda view: (view.running + view.waiting, view.replica_id))
-        replica = living[least.replica_id]
-        self._draining.add(replica.name)
-        self._tell_replicas()
-        while self.members.channel(replica.name) is not None:
-            await self.members.change()
-        if self._current.get(replica.index) is replica:
-            await self._stop(replica)
-
     async def _start(self, index: int) -> None:
         again = f"+{self._starts[index]}" if self._starts[index] else ""
-        name = f"replica-{index:04}{again}"
         self._starts[index] += 1
-        replica = SimulatedReplica(index, name, self._make_engine, self.conditions)
+        replica = SimulatedReplica(index, f"replica-{index:04}{again}", self._make_engine, self.conditions)
         self._starting.add(index)
         try:
             await replica.start(self.config)
@@ -247,8 +212,8 @@ class SimulatedFleet:
             self._starting.discard(index)
         replica.engine.use_lengths(self.lengths)
         replica.engine.add_adapters(self._shapes)
-        self._unwatch[name] = self._watch(replica.engine, index)
-        self._current[index] = self._replicas[name] = replica
+        self._unwatch[replica.name] = self._watch(replica.engine, index)
+        self._current[index] = self._replicas[replica.name] = replica
         self._tell_replicas()
 
     async def _stop(self, replica: SimulatedReplica) -> None:
@@ -290,11 +255,9 @@ class SimulatedFleet:
 
     async def _happen(self, fault: Fault) -> None:
         replica = self._current.get(fault.replica)
-        if fault.kind == "start":
-            if replica is None and fault.replica not in self._starting:
+        if replica is None:
+            if fault.kind == "start" and fault.replica not in self._starting:
                 await self._start(fault.replica)
-        elif replica is None:
-            return
         elif fault.kind == "kill":
             await replica.link.kill()
             await self._stop(replica)
@@ -303,57 +266,65 @@ class SimulatedFleet:
             await replica.link.cut()
         elif fault.kind == "heal":
             replica.link.heal()
-        else:
+        elif fault.kind == "drain":
             await replica.drain()
+
+    # Scaling, as Serve does it
+
+    async def _scale(self, policy: routing.ScalingPolicy) -> None:
+        """Ask a scaling policy for the number of replicas at regular times."""
+        wanted = self.config.replicas
+        self._adding = 0
+        since, done = self._loop.time(), Scaled(fewest=wanted, most=wanted)
+        try:
+            while True:
+                await asyncio.sleep(self.conditions.scale_seconds)
+                done, since = self._counted(done, since, wanted)
+                alive = sum(replica.name not in self._draining for replica in self._current.values())
+                waiting = 0 if alive else self._waiting
+                before, wanted = wanted, policy.replicas(self.state.view, wanted, waiting=waiting).replicas
+                # Those that died are replaced, too.
+                fewer, more = max(before - wanted, 0), max(wanted - alive - self._adding, 0)
+                done = done._replace(started=done.started + more, stopped=done.stopped + fewer)
+                self._adding += more
+                for work in [self._remove_replica] * fewer + [self._add_replica] * more:
+                    self._spawn(work(), "scale")
+        finally:
+            self.scaled, _ = self._counted(done, since, wanted)
+
+    def _counted(self, done: Scaled, since: float, replicas: int) -> tuple[Scaled, float]:
+        now, there = self._loop.time(), len(self.state.view.accepting)
+        seconds = done.replica_seconds + (now - since) * replicas
+        fewest, most = min(done.fewest, there), max(done.most, there)
+        return done._replace(fewest=fewest, most=most, replica_seconds=seconds), now
+
+    async def _add_replica(self) -> None:
+        """Start one more replica, at the index of a removed one if there is one."""
+        await asyncio.sleep(self.conditions.start_seconds)
+        taken = self._current.keys() | self._starting
+        index = next((i for i in range(len(self.by_replica)) if i not in taken), len(self.by_replica))
+        if index == len(self.by_replica):
+            self.by_replica.append(0)
+        with suppress(AioEngineError):
+            await self._start(index)
+        self._adding -= 1
+
+    async def _remove_replica(self) -> None:
+        """Drain the replica with the least to do, and stop it when it has finished."""
+        living = {replica.name: replica for replica in self._current.values()}
+        there = [view for view in self.state.view.accepting if view.replica_id in living]
+        if not there:
+            return
+        least = min(there, key=lambda view: (view.running + view.waiting, view.replica_id))
+        replica = living[least.replica_id]
+        self._draining.add(replica.name)
+        self._tell_replicas()
+        while self.members.channel(replica.name) is not None:
+            await self.members.change()
+        if self._current.get(replica.index) is replica:
+            await self._stop(replica)
 
     def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> None:
         task = self._loop.create_task(work, name=f"aioengine-lab-fleet-{what}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class _Scaler:
-    """Asks a scaling policy for the number of replicas at regular times, as Serve does."""
-
-    def __init__(self, policy: routing.ScalingPolicy, fleet: SimulatedFleet) -> None:
-        self._policy = policy
-        self._fleet = fleet
-        self._wanted = self._fewest = self._most = fleet.config.replicas
-        self._loop = asyncio.get_running_loop()
-        self._since = self._loop.time()
-        self._paid = 0.0
-        self._started = self._stopped = self._starting = 0
-
-    async def run(self) -> None:
-        fleet = self._fleet
-        while True:
-            await asyncio.sleep(fleet.conditions.scale_seconds)
-            self._count()
-            waiting = fleet.waiting if not fleet.alive else 0
-            wanted = self._policy.replicas(fleet.state.view, self._wanted, waiting=waiting).replicas
-            for _ in range(self._wanted - wanted):
-                self._stopped += 1
-                fleet._spawn(fleet.remove_replica(), "scale")
-            self._wanted = wanted
-            # Those that died are replaced, as Ray Serve does it.
-            for _ in range(wanted - fleet.alive - self._starting):
-                self._started += 1
-                self._starting += 1
-                fleet._spawn(self._start(), "scale")
-
-    def result(self) -> Scaled:
-        self._count()
-        return Scaled(self._started, self._stopped, self._fewest, self._most, self._paid)
-
-    async def _start(self) -> None:
-        await asyncio.sleep(self._fleet.conditions.start_seconds)
-        with suppress(AioEngineError):
-            await self._fleet.add_replica()
-        self._starting -= 1
-
-    def _count(self) -> None:
-        now = self._loop.time()
-        self._paid += (now - self._since) * self._wanted
-        self._since = now
-        there = len(self._fleet.state.view.accepting)
-        self._fewest, self._most = min(self._fewest, there), max(self._most, there)
