@@ -9,73 +9,51 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aioengine.lab.analysis.fairness import by_client, jain, service_gap
-    from aioengine.lab.analysis.summary import summarize
-    from aioengine.lab.calibration.calibrate import calibrate
-    from aioengine.lab.calibration.validate import validate
-    from aioengine.lab.costs.model import CostModel
-    from aioengine.lab.costs.presets import available_presets, load_costs
-    from aioengine.lab.report.compare_page import write_compare_report
-    from aioengine.lab.report.run_page import write_report
-    from aioengine.lab.runs.comparison import Comparison, compare, estimates, load_results
-    from aioengine.lab.runs.experiment import Experiment
-    from aioengine.lab.runs.rows import Frames, load_frames
-    from aioengine.lab.runs.simulate import run
-    from aioengine.lab.workload.spec import WorkloadSpec
-
-__all__ = [
-    "Comparison",
-    "CostModel",
-    "Experiment",
-    "Frames",
-    "WorkloadSpec",
-    "available_presets",
-    "by_client",
-    "calibrate",
-    "compare",
-    "estimates",
-    "jain",
-    "load_costs",
-    "load_frames",
-    "load_results",
-    "run",
-    "service_gap",
-    "summarize",
-    "validate",
-    "write_compare_report",
-    "write_report",
-]
+    from aioengine.lab.analysis.fairness import by_client as by_client
+    from aioengine.lab.analysis.fairness import jain as jain
+    from aioengine.lab.analysis.fairness import service_gap as service_gap
+    from aioengine.lab.analysis.summary import summarize as summarize
+    from aioengine.lab.calibration.calibrate import calibrate as calibrate
+    from aioengine.lab.calibration.validate import validate as validate
+    from aioengine.lab.costs.model import CostModel as CostModel
+    from aioengine.lab.costs.presets import available_presets as available_presets
+    from aioengine.lab.costs.presets import load_costs as load_costs
+    from aioengine.lab.report.compare_page import write_compare_report as write_compare_report
+    from aioengine.lab.report.run_page import write_report as write_report
+    from aioengine.lab.runs.comparison import Comparison as Comparison
+    from aioengine.lab.runs.comparison import compare as compare
+    from aioengine.lab.runs.comparison import estimates as estimates
+    from aioengine.lab.runs.comparison import load_results as load_results
+    from aioengine.lab.runs.experiment import Experiment as Experiment
+    from aioengine.lab.runs.rows import Frames as Frames
+    from aioengine.lab.runs.rows import load_frames as load_frames
+    from aioengine.lab.runs.simulate import run as run
+    from aioengine.lab.workload.spec import WorkloadSpec as WorkloadSpec
 
 _HOMES = {
-    "Comparison": "runs.comparison",
-    "CostModel": "costs.model",
-    "Experiment": "runs.experiment",
-    "Frames": "runs.rows",
-    "WorkloadSpec": "workload.spec",
-    "available_presets": "costs.presets",
-    "by_client": "analysis.fairness",
-    "calibrate": "calibration.calibrate",
-    "compare": "runs.comparison",
-    "estimates": "runs.comparison",
-    "jain": "analysis.fairness",
-    "load_costs": "costs.presets",
-    "load_frames": "runs.rows",
-    "load_results": "runs.comparison",
-    "run": "runs.simulate",
-    "service_gap": "analysis.fairness",
-    "summarize": "analysis.summary",
-    "validate": "calibration.validate",
-    "write_compare_report": "report.compare_page",
-    "write_report": "report.run_page",
+    "analysis.fairness": ("by_client", "jain", "service_gap"),
+    "analysis.summary": ("summarize",),
+    "calibration.calibrate": ("calibrate",),
+    "calibration.validate": ("validate",),
+    "costs.model": ("CostModel",),
+    "costs.presets": ("available_presets", "load_costs"),
+    "report.compare_page": ("write_compare_report",),
+    "report.run_page": ("write_report",),
+    "runs.comparison": ("Comparison", "compare", "estimates", "load_results"),
+    "runs.experiment": ("Experiment",),
+    "runs.rows": ("Frames", "load_frames"),
+    "runs.simulate": ("run",),
+    "workload.spec": ("WorkloadSpec",),
 }
-"""Name -> the module that defines it, as the imports above have it."""
+"""The names that each module defines, as the imports above have them."""
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *(name for names in _HOMES.values() for name in names)})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
@@ -96,40 +97,34 @@ def service_gap(requests: pl.DataFrame, samples: pl.DataFrame) -> ServiceGap:
         import numpy as np
     times = samples["time"].to_list()
     decode = msgspec.json.Decoder(dict[str, int]).decode
-    service: list[Mapping[str, int]] = [decode(text or "{}") for text in samples["service"]]
-    totals: dict[str, int] = {}
+    service = [decode(text or "{}") for text in samples["service"]]
+    totals: Counter[str] = Counter()
     for row in service:
-        for name, tokens in row.items():
-            totals[name] = totals.get(name, 0) + tokens
+        totals.update(row)
     names = sorted(totals, key=lambda name: (-totals[name], name))[:MAX_PAIRED_CLIENTS]
     if len(names) < 2:
         return ServiceGap(0, None, [])
-    index = {name: i for i, name in enumerate(names)}
-    waiting = np.zeros((len(times), len(names)), dtype=bool)
-    for name, spans in _backlogs(requests).items():
-        if name in index:
-            waiting[:, index[name]] = _covered(times, spans)
-
+    waits = _backlogs(requests)
+    waiting = np.array([_covered(times, waits.get(name, [])) for name in names]).T
+    tokens = np.array([[row.get(name, 0) for name in names] for row in service])
     got = np.zeros(len(names), dtype=np.int64)
     least = np.zeros((len(names), len(names)), dtype=np.int64)  # of got[f] - got[g], since both wait
     both = np.zeros((len(names), len(names)), dtype=bool)
     worst, pair, series = 0, None, []
-    for time, row, now in zip(times, service, waiting, strict=True):
+    for time, more, now in zip(times, tokens, waiting, strict=True):
         difference = got[:, None] - got[None, :]
         fresh = now[:, None] & now[None, :] & ~both
         least[fresh] = difference[fresh]
         both = now[:, None] & now[None, :]
-        for name, tokens in row.items():
-            if name in index:
-                got[index[name]] += tokens
+        got += more
         difference = got[:, None] - got[None, :]
         np.minimum(least, difference, out=least)
         grown = np.where(both, difference - least, 0)
-        at = int(grown.argmax())
-        largest = int(grown.flat[at])
+        first, second = np.unravel_index(int(grown.argmax()), grown.shape)
+        largest = int(grown[first, second])
         series.append((time, largest))
         if largest > worst:
-            worst, pair = largest, (names[at // len(names)], names[at % len(names)])
+            worst, pair = largest, (names[first], names[second])
     return ServiceGap(worst, pair, series)
 
 

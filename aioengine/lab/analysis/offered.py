@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 from aioengine.lab.workload.requests import PREFIX_BLOCK, Workload
@@ -90,9 +90,8 @@ def _peak(times: Sequence[float]) -> float | None:
 
 def _variation(gaps: Sequence[float]) -> float | None:
     """Return the standard deviation divided by the mean; 1 for a Poisson process."""
-    if len(gaps) < 2 or not (mean := statistics.fmean(gaps)):
-        return None
-    return statistics.stdev(gaps) / mean
+    mean = statistics.fmean(gaps) if len(gaps) > 1 else 0.0
+    return statistics.stdev(gaps) / mean if mean else None
 
 
 def _spread(values: Sequence[int]) -> dict[str, float | None]:
@@ -105,9 +104,5 @@ def _spread(values: Sequence[int]) -> dict[str, float | None]:
 
 def _for_half(counts: Sequence[int]) -> int | None:
     """Return how many of the most popular adapters get half of the requests for adapters."""
-    total = 0
-    for index, count in enumerate(counts, 1):
-        total += count
-        if total * 2 >= sum(counts):
-            return index
-    return None
+    totals = enumerate(accumulate(counts), 1)
+    return next((index for index, total in totals if total * 2 >= sum(counts)), None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +42,14 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
         slots: Number of slots on all replicas; by default, those that were used.
         replicas: Number of engines that took steps.
     """
-    import polars as pl
 
     requests = frames.requests
     done = finished(requests)
-    by_reason = requests.group_by("reason").len().sort("reason")
-    reasons = dict(by_reason.iter_rows())
+    reasons = dict(requests.group_by("reason").len().sort("reason").iter_rows())
     by_error = requests.drop_nulls("error").group_by("error").len().sort("error")
-    seconds = _duration(requests)
+    ends: Any = (requests["ended"].max() or 0.0, requests["arrival"].min() or 0.0)
+    seconds = float(ends[0] - ends[1])
     output_tokens = int(requests["output_tokens"].sum())
-    admitted = requests.filter(pl.col("admitted").is_not_null())
-    times = times_of(requests)
     return {
         "requests_offered": requests.height,
         "requests_finished": done.height,
@@ -62,10 +60,10 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
         "requests_by_error": dict(by_error.iter_rows()),
         "duration_seconds": seconds,
         "requests_per_second": _ratio(done.height, seconds),
-        "prompt_tokens": int(admitted["prompt_tokens"].sum()),
+        "prompt_tokens": int(requests.drop_nulls("admitted")["prompt_tokens"].sum()),
         "output_tokens": output_tokens,
         "output_tokens_per_second": _ratio(output_tokens, seconds),
-        **{group: spread(values) for group, values in times.items()},
+        **{group: spread(values) for group, values in times_of(requests).items()},
         "slo": _deadlines(requests),
         "hits": _hits(requests),
         "swaps": _swaps(frames),
@@ -74,7 +72,7 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
         "fairness": _fairness(frames),
         "starvation": _starvation(requests),
         "preemptions": int(requests["preemptions"].sum()),
-        "preempted_requests": requests.filter(pl.col("preemptions") > 0).height,
+        "preempted_requests": int((requests["preemptions"] > 0).sum()),
     }
 
 
@@ -85,11 +83,8 @@ def finished(requests: pl.DataFrame) -> pl.DataFrame:
 
 def times_of(requests: pl.DataFrame) -> dict[str, pl.Series]:
     """Return the times that a summary describes: for each group, a value for each request that has one."""
-    import polars as pl
-
-    done = finished(requests)
-    several = done.filter(pl.col("output_tokens") > 1)
-    admitted = requests.filter(pl.col("admitted").is_not_null())
+    done, admitted = finished(requests), requests.drop_nulls("admitted")
+    several = done.filter(done["output_tokens"] > 1)
     return {
         "ttft_seconds": done["first_token"] - done["arrival"],
         "latency_seconds": done["ended"] - done["arrival"],
@@ -112,19 +107,10 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 else None
 
 
-def _duration(requests: pl.DataFrame) -> float:
-    """Return the seconds from the first arrival to the last end."""
-    if requests.is_empty():
-        return 0.0
-    return float(requests["ended"].max()) - float(requests["arrival"].min())  # type: ignore[arg-type] # floats
-
-
 def _deadlines(requests: pl.DataFrame) -> dict[str, Any]:
-    import polars as pl
-
-    asked = requests.filter(pl.col("deadline").is_not_null())
-    finished = pl.col("reason").is_in(["stop", "length"])
-    met = asked.filter(finished & (pl.col("ended") <= pl.col("deadline"))).height
+    asked = requests.drop_nulls("deadline")
+    done = finished(asked)
+    met = int((done["ended"] <= done["deadline"]).sum())
     return {
         "requests_with_deadline": asked.height,
         "requests_in_time": met,
@@ -141,58 +127,54 @@ def _hits(requests: pl.DataFrame) -> dict[str, Any]:
 
 
 def _swaps(frames: Frames) -> dict[str, Any]:
-    import polars as pl
-
-    whole = frames.moves.filter(pl.col("error").is_null())
-    copies, loads = (whole.filter(pl.col("stage") == stage) for stage in ("slot", "disk"))
+    whole = frames.moves.filter(frames.moves["error"].is_null())
+    copies, loads = (whole.filter(whole["stage"] == stage) for stage in ("slot", "disk"))
     wanted = frames.requests["found"].drop_nulls().len()
     return {
-        "slot_copies": copies.height,
-        "slot_copies_per_request": _ratio(copies.height, wanted),
-        "slot_copy_bytes": int(copies["nbytes"].sum()),
-        "slot_copy_seconds": spread(copies["end"] - copies["start"]),
-        "disk_loads": loads.height,
-        "disk_loads_per_request": _ratio(loads.height, wanted),
-        "disk_load_bytes": int(loads["nbytes"].sum()),
-        "disk_load_seconds": spread(loads["end"] - loads["start"]),
+        **_moves(copies, "slot_copies", "slot_copy", wanted),
+        **_moves(loads, "disk_loads", "disk_load", wanted),
         "disk_loads_ahead": _ahead(frames.requests, loads),
         "failed_moves": frames.moves.height - whole.height,
     }
 
 
+def _moves(moves: pl.DataFrame, several: str, one: str, wanted: int) -> dict[str, Any]:
+    return {
+        several: moves.height,
+        f"{several}_per_request": _ratio(moves.height, wanted),
+        f"{one}_bytes": int(moves["nbytes"].sum()),
+        f"{one}_seconds": spread(moves["end"] - moves["start"]),
+    }
+
+
 def _ahead(requests: pl.DataFrame, loads: pl.DataFrame) -> int:
     """Count the loads that began while no request waited for the adapter."""
-    arrivals: dict[str, list[float]] = {}
-    leaves: dict[str, list[float]] = {}
+    arrivals, leaves = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     columns = ("adapter", "arrival", "admitted", "ended")
-    accepted = requests.filter((requests["reason"] != "refused") & requests["adapter"].is_not_null())
+    accepted = requests.filter(requests["reason"] != "refused").drop_nulls("adapter")
     for adapter, arrival, admitted, ended in accepted.select(columns).iter_rows():
-        arrivals.setdefault(adapter, []).append(arrival)
-        leaves.setdefault(adapter, []).append(ended if admitted is None else admitted)
+        arrivals[adapter].append(arrival)
+        leaves[adapter].append(ended if admitted is None else admitted)
     for times in (*arrivals.values(), *leaves.values()):
         times.sort()
-    count = 0
-    for adapter, start in loads.select("adapter", "start").iter_rows():
-        came = bisect_right(arrivals.get(adapter, ()), start)
-        count += came == bisect_right(leaves.get(adapter, ()), start)
-    return count
+    return sum(
+        bisect_right(arrivals[adapter], start) == bisect_right(leaves[adapter], start)
+        for adapter, start in loads.select("adapter", "start").iter_rows()
+    )
 
 
 def _slot_use(frames: Frames, slots: int | None, seconds: float, replicas: int) -> dict[str, Any]:
-    import polars as pl
-
-    spans = frames.slots
-    count = slots if slots is not None else len(spans["slot"].unique())
-    ready = spans.filter(pl.col("ready").is_not_null())
-    steps = int(frames.samples["steps"].sum())
-    whole = count * seconds
-    written = pl.coalesce("ready", "end") - pl.col("start")
+    spans, steps = frames.slots, int(frames.samples["steps"].sum())
+    count = len(spans["slot"].unique()) if slots is None else slots
+    ready = spans.drop_nulls("ready")
+    stays = ready["end"] - ready["ready"]
+    written = spans["ready"].fill_null(spans["end"]) - spans["start"]
     return {
         "slots": count,
-        "ready_share": _ratio(math.fsum(ready["end"] - ready["ready"]), whole),
-        "writing_share": _ratio(math.fsum(spans.select(written.alias("s"))["s"]), whole),
+        "ready_share": _ratio(math.fsum(stays), count * seconds),
+        "writing_share": _ratio(math.fsum(written), count * seconds),
         "busy_share": _ratio(int(spans["busy_steps"].sum()) * replicas, count * steps),
-        "stay_seconds": spread(ready["end"] - ready["ready"]),
+        "stay_seconds": spread(stays),
     }
 
 
@@ -246,42 +228,36 @@ def _fairness(frames: Frames) -> dict[str, Any]:
 
 def _starvation(requests: pl.DataFrame) -> dict[str, Any]:
     """Return accepted requests' waits for a first token, or for the end if there was none."""
-    import polars as pl
-
-    accepted = requests.filter(pl.col("reason") != "refused")
-    unserved = accepted.filter(pl.col("first_token").is_null()).height
+    accepted = requests.filter(requests["reason"] != "refused")
     table = by_client(requests, "adapter").drop_nulls("worst_wait_seconds")
     table = table.sort("worst_wait_seconds", "client", descending=[True, False])
     worst = table.select("client", "worst_wait_seconds").head(MOST_STARVED)
     return {
         "worst_wait_seconds": table["worst_wait_seconds"].max(),
-        "ended_without_token": unserved,
+        "ended_without_token": accepted["first_token"].null_count(),
         "worst_wait_seconds_by_adapter": dict(worst.iter_rows()),
     }
 
 
 def slots_of(folder: Path) -> int | None:
     """Return the number of slots of all replicas, from the run's experiment; None if that file is missing."""
-    slots = _of_experiment(folder, "slots")
+    slots = _experiment_of(folder).get("slots")
     return slots * replicas_of(folder) if isinstance(slots, int) else None
 
 
 def replicas_of(folder: Path) -> int:
     """Return the number of replicas in the experiment, the largest if it changes; 1 without a fleet."""
-    autoscale = _of_experiment(folder, "autoscale")
-    if isinstance(autoscale, str):
+    experiment = _experiment_of(folder)
+    if isinstance(autoscale := experiment.get("autoscale"), str):
         return load_autoscaler(autoscale).most
-    replicas = _of_experiment(folder, "replicas")
-    return replicas if isinstance(replicas, int) else 1
+    return int(experiment.get("replicas") or 1)
 
 
-def _of_experiment(folder: Path, field: str) -> Any:
+def _experiment_of(folder: Path) -> Mapping[str, Any]:
     path = folder / "experiment.json"
-    if not path.exists():
-        return None
-    found = read_json(path)
-    found = found.get("experiment", found)
-    return found.get(field) if isinstance(found, dict) else None
+    found = read_json(path) if path.exists() else {}
+    inner = found.get("experiment", found)
+    return inner if isinstance(inner, Mapping) else {}
 
 
 def _rounded(value: Any) -> Any:
@@ -294,16 +270,14 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def flatten(summary: Mapping[str, Any]) -> dict[str, float | int | None]:
+def flatten(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float | int | None]:
     """Return the numbers of a summary by dotted names, such as "ttft_seconds.p99"; counts by reason or by
     adapter, whose names differ from run to run, are left out."""
-    return dict(_flat(summary, ""))
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, float | int | None]]:
-    for key, value in values.items():
+    found: dict[str, float | int | None] = {}
+    for key, value in summary.items():
         if isinstance(value, Mapping):
             if not key.endswith(("_by_reason", "_by_adapter")):
-                yield from _flat(value, f"{prefix}{key}.")
-        elif value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-            yield prefix + key, value
+                found |= flatten(value, f"{prefix}{key}.")
+        elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            found[prefix + key] = value
+    return found

@@ -100,21 +100,20 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
         Raises ConfigError for a model that transformers runs, unless its sizes are those of a Llama.
         """
-        own = set(cls.__struct_fields__) - {"experts", "details"}
-        values = {field: getattr(spec, field) for field in own}
-        plain = {field.name: field.default for field in msgspec.structs.fields(type(spec))}
-        values["details"] = {
-            field: msgspec.json.decode(msgspec.json.encode(getattr(spec, field)))
-            for field in _DETAILS
-            if field in plain and getattr(spec, field) not in (plain[field], {})
+        of_spec = msgspec.structs.fields(type(spec))
+        values: dict[str, Any] = {
+            field.name: getattr(spec, field.name) for field in of_spec if field.name in cls.__struct_fields__
         }
+        details = {
+            field.name: getattr(spec, field.name)
+            for field in of_spec
+            if field.name in _DETAILS and getattr(spec, field.name) not in (field.default, {})
+        }
+        values |= {"dtype": dtype, "details": msgspec.json.decode(msgspec.json.encode(details))}
         if isinstance(spec, MixtureSpec):
-            values["experts"] = {
-                "count": spec.experts,
-                "per_token": spec.experts_per_token,
-                "size": spec.expert_size,
-            }
-        found = msgspec.convert({**values, "dtype": dtype}, cls)
+            experts = spec.experts, spec.experts_per_token, spec.expert_size
+            values["experts"] = dict(zip(ExpertShape.__struct_fields__, experts, strict=True))
+        found = msgspec.convert(values, cls)
         if found.spec().num_parameters() != spec.num_parameters():
             raise ConfigError(
                 f"{spec.ran_by}: a cost model describes models that the native decoder runs (docs/models.md)"
@@ -173,8 +172,6 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     fit: FitQuality | None = None
 
     def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise ConfigError(_other_format(self.format))
         check_fields(self)
 
     def step_seconds(self, shape: StepShape) -> float:
@@ -225,12 +222,16 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Decode a cost model. Raises ConfigError, naming ``source`` and the field, if it is not valid."""
         try:
             values = msgspec.json.decode(data)
+            found = values.get("format", FORMAT) if isinstance(values, dict) else FORMAT
+            if found != FORMAT:  # before anything else, because a later format has unknown fields
+                todo = "" if isinstance(found, int) and found < FORMAT else "upgrade aioengine, or "
+                raise ConfigError(
+                    f"{source}: format {found!r}, but this aioengine reads cost models of format {FORMAT}; "
+                    f"{todo}calibrate again"
+                )
             if isinstance(values, dict):
-                _refuse_other_formats(values, source)
                 refuse_unknown(cls, values, source)
             return msgspec.convert(values, cls)
-        except ConfigError:
-            raise
         except msgspec.ValidationError as error:
             raise ConfigError(f"{source}: {error.__cause__ or error}") from error
         except msgspec.DecodeError as error:
@@ -243,17 +244,3 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         except OSError as error:
             raise ConfigError(f"cannot read cost model {path}: {error.strerror}") from error
         return cls.from_json(data, source=str(path))
-
-
-def _refuse_other_formats(values: dict[str, Any], source: str) -> None:
-    """Check the version before anything else, because a later format has unknown fields."""
-    found = values.get("format", FORMAT)
-    if found != FORMAT:
-        raise ConfigError(f"{source}: {_other_format(found)}")
-
-
-def _other_format(found: object) -> str:
-    todo = "calibrate again"
-    if not isinstance(found, int) or found > FORMAT:
-        todo = f"upgrade aioengine, or {todo}"
-    return f"format {found!r}, but this aioengine reads cost models of format {FORMAT}; {todo}"

@@ -8,7 +8,7 @@ to decoding by Pope et al., "Efficiently Scaling Transformer Inference" (arXiv 2
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 
 import msgspec
@@ -95,51 +95,42 @@ def estimate(
     nbytes = DTYPE_BYTES[model.dtype]
     head = spec.vocab_size * spec.hidden_size
     layers = spec.num_parameters() - head * (1 if spec.tie_embeddings else 2)
-    read_lora = device.bandwidth * device.lora_bandwidth_achieved
+    modules = _of_a_token(spec)
+    rank_elements = sum(spec.layers_with(module) * sum(spec.linear(module)) for module in modules)
     reduces = (2 * spec.num_layers + 1) * (gpus > 1)
-    each_token = reduces * spec.hidden_size * nbytes * 2 * (gpus - 1) / gpus
+    summed = reduces * spec.hidden_size * nbytes * 2 * (gpus - 1) / gpus
     link = (device.link or device.host_to_device) * device.link_achieved
-    rank_elements = sum(spec.layers_with(module) * sum(spec.linear(module)) for module in _of_a_token(spec))
-    linear_flops = device.flops * device.linear_achieved
+    weights, kv, lora = (
+        device.bandwidth * achieved
+        for achieved in (device.weights_achieved, device.kv_achieved, device.lora_bandwidth_achieved)
+    )
+    flops, attention, lora_flops = (
+        device.flops * achieved
+        for achieved in (device.linear_achieved, device.attention_achieved, device.lora_flops_achieved)
+    )
+    number = _read_bytes(spec, nbytes) / (layers + head) / weights
+    linears = _linears(spec, number=number, flop=1 / flops, numbers=layers, head=head)
     steps = StepCosts(
         step=device.step + reduces * device.link_latency,
-        linears=_with_each(
-            each_token / link,
-            _linears(
-                spec,
-                number=_read_bytes(spec, nbytes)
-                / (layers + head)
-                / (device.bandwidth * device.weights_achieved),
-                flop=1 / linear_flops,
-                numbers=layers,
-                head=head,
-            ),
-        ),
-        sequence=device.sequence + 2 * head / linear_flops,
-        decode_kv=spec.kv_bytes_per_token(nbytes) / (device.bandwidth * device.kv_achieved),
-        prefill_pair=4 * spec.q_size * spec.num_layers / (device.flops * device.attention_achieved),
+        linears=_with_each(summed / link, linears),
+        sequence=device.sequence + 2 * head / flops,
+        decode_kv=spec.kv_bytes_per_token(nbytes) / kv,
+        prefill_pair=4 * spec.q_size * spec.num_layers / attention,
         lora_step=8 * spec.num_layers * device.lora_launch,
-        adapter=_by_rank(0.0, rank_elements * nbytes / read_lora),
-        lora_token=_by_rank(
-            _lora_activations(spec) * nbytes / read_lora,
-            2 * rank_elements / (device.flops * device.lora_flops_achieved),
-        ),
+        adapter=_by_rank(0.0, rank_elements * nbytes / lora),
+        lora_token=_by_rank(_lora_activations(spec, modules) * nbytes / lora, 2 * rank_elements / lora_flops),
     )
-    count = f"{gpus} times " if gpus > 1 else ""
+    slowdown = round(1 + device.host_to_device / device.bandwidth, 4)
     return CostModel(
         name=name,
-        source=f"published figures of {count}{device.name}; see docs/lab-costs.md",
+        source=f"published figures of {f'{gpus} times ' * (gpus > 1)}{device.name}; see docs/lab-costs.md",
         estimate=True,
         sources={**device.sources, **(sources or {}), **(_LINKS if gpus > 1 else {})},
         model=model,
         steps=steps.rounded(),
         step_overhead=device.step_overhead,
         disk=Stage(device.disk_latency, device.disk),
-        slot=Stage(
-            device.slot_latency,
-            device.host_to_device,
-            slowdown=round(1 + device.host_to_device / device.bandwidth, 4),
-        ),
+        slot=Stage(device.slot_latency, device.host_to_device, slowdown),
         device="cuda",
         device_memory=device.memory,
         tensor_parallel_size=gpus,
@@ -162,9 +153,8 @@ def estimate_of(model: str, device: str) -> CostModel:
             "h100x4"
         )
     spec = spec_from_config(EngineConfig(model=model))
-    model_sizes = ModelShape.of(spec, spec.dtype)
-    sources = {"model": "its configuration"}
-    return estimate(f"{model}@{device}", model_sizes, DEVICES[kind], count, sources=sources)
+    sizes, sources = ModelShape.of(spec, spec.dtype), {"model": "its configuration"}
+    return estimate(f"{model}@{device}", sizes, DEVICES[kind], count, sources=sources)
 
 
 def _of_a_token(spec: ModelSpec) -> tuple[str, ...]:
@@ -223,10 +213,10 @@ def _by_rank(base: float, each: float) -> Curve:
     return ((0.0, base), (float(MAX_RANK), base + MAX_RANK * each))
 
 
-def _lora_activations(spec: ModelSpec) -> int:
+def _lora_activations(spec: ModelSpec, modules: Iterable[str]) -> int:
     """Return the elements that the adapters' kernels move for one token: they read each fused linear's input,
     and read and write its output."""
-    outputs = sum(spec.linear(module).out_features for module in _of_a_token(spec))
+    outputs = sum(spec.linear(module).out_features for module in modules)
     inner = spec.intermediate_size
     if isinstance(spec, MixtureSpec):
         inner = spec.experts_per_token * spec.expert_size
@@ -234,11 +224,7 @@ def _lora_activations(spec: ModelSpec) -> int:
     return (inputs + 2 * outputs) * spec.num_layers
 
 
-def _devices() -> dict[str, DeviceFigures]:
-    return msgspec.json.decode(
-        (files("aioengine.lab.costs") / "devices.json").read_bytes(), type=dict[str, DeviceFigures]
-    )
-
-
-DEVICES = _devices()
+DEVICES: dict[str, DeviceFigures] = msgspec.json.decode(
+    (files("aioengine.lab.costs") / "devices.json").read_bytes(), type=dict[str, DeviceFigures]
+)
 """Devices with published figures, by name."""

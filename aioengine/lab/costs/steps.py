@@ -121,40 +121,31 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return msgspec.structs.replace(self, **changed)
 
 
-class _AdapterSeconds(dict[tuple[int, int], float]):
-    """Seconds of an adapter in a step, by its rank and its tokens; computed when they are first asked for."""
-
-    def __init__(self, costs: StepCosts) -> None:
-        super().__init__()
-        self._costs = costs
-
-    def __missing__(self, adapter: tuple[int, int]) -> float:
-        rank, tokens = adapter
-        seconds = curve_at(self._costs.adapter, rank) + curve_at(self._costs.lora_token, rank) * tokens
-        self[adapter] = seconds
-        return seconds
-
-
 class StepTimes:
     """Computes the seconds of many :class:`StepShape` values, and remembers the values of curves."""
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
         self._linears: dict[int, float] = {}
-        self._adapters = _AdapterSeconds(costs)
+        self._adapters: dict[tuple[int, int], float] = {}
+        """Seconds of an adapter in a step, by its rank and its tokens."""
 
     def __call__(self, shape: StepShape) -> float:
-        rows, kv, prefill, pairs, sequences, adapters = shape
-        c, linears = self._costs, self._of_linears(rows + prefill)
-        seconds = c.step + linears + c.sequence * sequences + c.decode_kv * kv + c.prefill_pair * pairs
-        return reduce(add, self._of_adapters(adapters), seconds)
+        return next(self.repeated(shape))
 
-    def _of_linears(self, tokens: int) -> float:
-        seconds = self._linears.get(tokens)
-        if seconds is None:
-            c = self._costs
-            seconds = self._linears[tokens] = curve_at(c.linears, in_tiles(tokens, c.tile))
-        return seconds
+    def repeated(self, shape: StepShape) -> Iterator[float]:
+        """Yield the seconds of a step of decodes, then of the one after it, in which each row reads one more
+        position, and so on: what a call gives for each of them, to the last bit."""
+        rows, kv, prefill, pairs, sequences, adapters = shape
+        c, tokens = self._costs, rows + prefill
+        linears = self._linears.get(tokens)
+        if linears is None:
+            linears = self._linears[tokens] = curve_at(c.linears, in_tiles(tokens, c.tile))
+        first = c.step + linears + c.sequence * sequences
+        last, more = c.prefill_pair * pairs, self._of_adapters(adapters)
+        while True:
+            yield reduce(add, more, first + c.decode_kv * kv + last)
+            kv += rows
 
     def _of_adapters(self, adapters: Sequence[tuple[int, int]]) -> list[float]:
         if not adapters:
@@ -162,19 +153,12 @@ class StepTimes:
         if self._costs.padded:
             largest = max(rank for rank, _ in adapters)
             adapters = [(largest or own, count) for own, count in adapters]
-        return [self._costs.lora_step, *map(self._adapters.__getitem__, adapters)]
-
-    def repeated(self, shape: StepShape) -> Iterator[float]:
-        """Yield the seconds of a step of decodes, then of the one after it, in which each row reads one more
-        position, and so on: what a call gives for each of them, to the last bit."""
-        rows, kv, prefill, pairs, sequences, adapters = shape
-        c, tokens = self._costs, rows + prefill
-        first = c.step + self._of_linears(tokens) + c.sequence * sequences
-        last = c.prefill_pair * pairs
-        more = self._of_adapters(adapters)
-        while True:
-            yield reduce(add, more, first + c.decode_kv * kv + last)
-            kv += rows
+        known = self._adapters
+        for rank, tokens in adapters:
+            if (rank, tokens) not in known:
+                token = curve_at(self._costs.lora_token, rank)
+                known[rank, tokens] = curve_at(self._costs.adapter, rank) + token * tokens
+        return [self._costs.lora_step, *map(known.__getitem__, adapters)]
 
 
 def in_tiles(tokens: int, tile: int) -> int:

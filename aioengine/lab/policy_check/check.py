@@ -154,12 +154,13 @@ class _Watched(SchedulerPolicy):
     def schedule(self, view: SchedulerView) -> Decision:
         began = time.perf_counter()
         with self._watching("schedule"):
-            decision = self._inner.schedule(view)
+            decision: Any = self._inner.schedule(view)
         self.slowest = max(self.slowest, time.perf_counter() - began)
         if not isinstance(decision, Decision):
             self._report(f"schedule returned {type(decision).__name__}, not Decision", repr(decision)[:500])
         self.decisions.append(decision)
-        return decision
+        answer: Decision = decision
+        return answer
 
     def on_event(self, event: PolicyEvent) -> None:
         with self._watching(f"on_event({event.kind!r})"):
