@@ -86,10 +86,6 @@ def test_snapshot_of_slots_queues_and_cache() -> None:
     assert value(found, "lora_adapters") == 9
 
 
-def test_an_engine_without_kv_blocks_can_be_scraped() -> None:
-    assert value(samples(metrics()), "kv_cache_usage_ratio") == 0
-
-
 def test_naming_rules() -> None:
     script = [registered("a"), loaded("a"), placed("a", 0), evicted("a", 0), added("a")]
     script += [admitted("a"), ended("a"), step(1, 1, slots=(0,))]
@@ -112,16 +108,3 @@ def test_engines_do_not_collide() -> None:
     one, two = metrics(ended("a")), metrics()
     assert value(samples(one), "prompt_tokens_total", adapter="a") == 5
     assert value(samples(two), "prompt_tokens_total", adapter="a") is None
-
-
-def test_a_registry_can_be_restricted_to_some_names() -> None:
-    made = metrics(ended("a"))
-    only = made.registry.restricted_registry(["aioengine_prompt_tokens_total"])
-    assert [sample.value for metric in only.collect() for sample in metric.samples] == [5]
-
-
-def test_events_that_no_metric_is_made_of_are_passed_over() -> None:
-    made = metrics()
-    before = samples(made)
-    made.handle(events.Event(time=0.0))
-    assert samples(made) == before

@@ -1,10 +1,5 @@
-"""The series for request routers: what two routers' published scorers make of a scrape's text.
-
-The arithmetic is that of the documentation: of the Gateway API inference extension's endpoint picker
-(https://github.com/kubernetes-sigs/gateway-api-inference-extension: lora-affinity-scorer, queue-scorer,
-kv-cache-utilization-scorer), and of llm-d's (https://github.com/llm-d/llm-d-router,
-docs/plugin-metric-protocol.md, and the scorer loraloadstate's README: lora-load-state-scorer).
-"""
+"""The series for request routers: what the endpoint pickers of the Gateway API inference extension and of
+llm-d read of a scrape's text."""
 
 from __future__ import annotations
 
@@ -79,46 +74,6 @@ def endpoint(text: str) -> Endpoint:
         load_seconds=mean("load"),
         activate_seconds=mean("activate"),
     )
-
-
-def lora_affinity(at: Endpoint, adapter: str) -> float:
-    """Active: 1.0; room for one more: 0.8; already waiting: 0.6; else 0."""
-    if adapter in at.active:
-        return 1.0
-    if len(at.active) + len(at.waiting) < at.max_active:
-        return 0.8
-    return 0.6 if adapter in at.waiting else 0.0
-
-
-def queue_scores(all_: list[Endpoint]) -> list[float]:
-    """Linear from the longest queue, 0, to the shortest, 1; 1 for all if they are equal."""
-    sizes = [at.queue for at in all_]
-    span = max(sizes) - min(sizes)
-    return [(max(sizes) - size) / span if span else 1.0 for size in sizes]
-
-
-def load_state(at: Endpoint, adapter: str) -> float:
-    """The tiers, without the bonuses that order endpoints within one."""
-    level = at.resident.get(adapter, ("", False, 0))[0]
-    if level:
-        return {"gpu": 1.0, "cpu": 0.7}[level]
-    if at.on_gpu < at.max_active:
-        return 0.6
-    idle = [
-        name
-        for name, (where, pinned, _) in at.resident.items()
-        if where == "gpu" and not pinned and name not in at.active
-    ]
-    return 0.3 if idle else 0.0
-
-
-def priced_load_state(at: Endpoint, adapter: str, horizon: float) -> float:
-    """With ``loadHorizonSeconds``: 1 - t / horizon, where t is what it takes to make the adapter servable."""
-    level = at.resident.get(adapter, ("", False, 0))[0]
-    if level == "gpu":
-        return 1.0
-    seconds = at.activate_seconds + (0.0 if level == "cpu" else at.load_seconds)
-    return max(0.0, 1 - seconds / horizon)
 
 
 def waiting(name: str, location: str) -> AdapterInfo:
@@ -199,31 +154,6 @@ def test_the_labels_are_those_of_vllm() -> None:
         found = labels.pop(f"vllm:lora_adapter_load_seconds_{suffix}")
         assert found - {"le"} == {"model_name", "transition"}
     assert all(found == {"model_name"} for found in labels.values()) and len(labels) == 6
-
-
-def test_the_gateways_scorers() -> None:
-    busy, empty = scraped(made()), scraped(made(running=0, waiting=1, kv_blocks_free=10))
-    names = ("sql", "pirate", "far", "unknown")
-    assert [lora_affinity(busy, name) for name in names] == [1.0, 0.6, 0.6, 0.0]
-    free = scraped(metrics(snapshot=stats(slot(0, "FREE"), slot(1, "FREE")), compat="vllm"))
-    assert lora_affinity(free, "unknown") == 0.8
-    assert queue_scores([busy, empty, free]) == [0.0, pytest.approx(6 / 7), 1.0]
-    assert queue_scores([busy, busy]) == [1.0, 1.0]
-    assert [1 - at.kv for at in (busy, empty)] == [pytest.approx(0.4), 1.0]
-
-
-def test_llm_ds_scorer() -> None:
-    found = scraped(made())
-    assert [load_state(found, name) for name in ("sql", "pirate", "unknown")] == [1.0, 0.7, 0.6]
-    full = scraped(
-        metrics(
-            snapshot=stats(slot(0, "READY", "a", 1)), adapters=[info("a", "slot", pinned=True)], compat="vllm"
-        )
-    )
-    assert load_state(full, "unknown") == 0.0
-    assert priced_load_state(found, "pirate", 2.0) == pytest.approx(1 - 0.02 / 2)
-    assert priced_load_state(found, "unknown", 2.0) == pytest.approx(1 - 0.32 / 2)
-    assert priced_load_state(found, "unknown", 0.3) == 0.0
 
 
 def test_no_adapters_are_empty_lists_and_zeros_from_the_start() -> None:

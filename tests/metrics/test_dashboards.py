@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.fleet_metrics import gateway_families
-from support.promql import Asked, asked, series_names
+from support.promql import asked, series_names
 
 from aioengine.info import EngineStats
 from aioengine.metrics import EngineMetrics
@@ -67,18 +67,6 @@ def test_panels_are_complete(panel: dict[str, Any]) -> None:
             assert f'{variable}=~"${variable}"' in target["expr"]
 
 
-def test_titles_and_places_are_distinct() -> None:
-    titles = [panel["title"] for panel in BOARD["panels"]]
-    assert len(set(titles)) == len(titles)
-    cells = [
-        (x, y)
-        for place in (panel["gridPos"] for panel in BOARD["panels"])
-        for x in range(place["x"], place["x"] + place["w"])
-        for y in range(place["y"], place["y"] + place["h"])
-    ]
-    assert len(set(cells)) == len(cells) and all(x < 24 for x, _ in cells)
-
-
 def test_what_must_be_on_the_dashboard() -> None:
     shown = frozenset[str]().union(*(asked(t["expr"]).metrics for p in PANELS for t in p["targets"]))
     assert shown >= {
@@ -99,21 +87,3 @@ def test_what_must_be_on_the_dashboard() -> None:
     timeline = next(panel for panel in PANELS if panel["type"] == "state-timeline")
     assert timeline["title"].startswith("Slot timeline")
     assert {"datasource", "engine"} <= {variable["name"] for variable in BOARD["templating"]["list"]}
-
-
-@pytest.mark.parametrize(
-    ("expr", "metrics", "labels"),
-    [
-        ("up", {"up"}, set()),
-        ('sum by (le, x) (rate(a_bucket{b=~"c{d",e!="f"}[5m]))', {"a_bucket"}, {"le", "x", "b", "e"}),
-        ("a:b:rate5m / on (x) group_left (y) (0.5 * c offset 1h) > 1e3", {"a:b:rate5m", "c"}, {"x", "y"}),
-        ("histogram_quantile(0.99, rate(h_bucket[$__rate_interval]))", {"h_bucket"}, set()),
-        (
-            'label_replace(a, "x", "$1", "y", "(.)") unless b or max_over_time(c[1h:5m])',
-            {"a", "b", "c"},
-            set(),
-        ),
-    ],
-)
-def test_reading_expressions(expr: str, metrics: set[str], labels: set[str]) -> None:
-    assert asked(expr) == Asked(frozenset(metrics), frozenset(labels))

@@ -177,17 +177,6 @@ async def test_client_that_goes_in_the_middle_of_a_message(app: MetricsApp, engi
     assert not engine.listeners and asyncio.all_tasks() == before
 
 
-async def test_cancelled_request_leaves_nothing(app: MetricsApp, engine: FakeEngine) -> None:
-    before = asyncio.all_tasks()
-    client = Client()
-    task = asyncio.create_task(app(scope("/events"), client.receive, client.send))
-    await asyncio.wait_for(client.sent.get(), 60)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert not engine.listeners and app.watching == 0 and asyncio.all_tasks() == before
-
-
 async def test_one_address_has_half_of_the_streams(app: MetricsApp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aioengine.metrics.asgi.MAX_STREAMS", 4)
     tasks, statuses = [], []

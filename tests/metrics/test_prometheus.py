@@ -95,7 +95,7 @@ async def slots_agree(server: Prometheus, engine: AsyncEngine) -> None:
 async def swaps_agree(server: Prometheus, engine: AsyncEngine) -> None:
     stats = engine.stats()
     assert stats.slot_evictions > 0, "the work was meant to cause swaps"
-    expected = {"load": stats.slot_loads, "evict": stats.slot_evictions, "replace": 0, "move": 0}
+    expected = {"load": stats.slot_loads, "evict": stats.slot_evictions, "replace": 0}
     assert await server.by("kind", "aioengine_lora_swaps_total") == expected
     series = "aioengine_lora_swaps_total[5m]"
     # Prometheus saw the engine before the first swap: what it saw happen since is all that happened.
@@ -179,11 +179,6 @@ async def test_a_dead_engine_raises_an_alert(model: Path, tmp_path: Path) -> Non
 async def test_promtool_has_nothing_to_say_about_the_names(engine: AsyncEngine) -> None:
     await work(engine)
     assert await asyncio.to_thread(lint, engine.metrics.expose()[0]) == (0, "")
-
-
-def test_promtool_would_have_complained() -> None:
-    code, said = lint(b"# HELP aioengine_swaps Swaps.\n# TYPE aioengine_swaps counter\naioengine_swaps 1\n")
-    assert code != 0 and "aioengine_swaps" in said
 
 
 def lint(exposition: bytes) -> tuple[int, str]:

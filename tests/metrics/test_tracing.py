@@ -103,13 +103,6 @@ def test_who_gives_up_in_the_queue(provider: TracerProvider, exporter: InMemoryS
     ]
 
 
-def test_events_of_requests_from_before_are_passed_over(
-    provider: TracerProvider, exporter: InMemorySpanExporter
-) -> None:
-    traced(provider, admitted("a"), first_token("a"), ended("a"))
-    assert not exporter.get_finished_spans()
-
-
 async def test_an_engine(
     tiny: Tiny, make_engine: MakeEngine, provider: TracerProvider, exporter: InMemorySpanExporter
 ) -> None:
