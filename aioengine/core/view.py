@@ -11,7 +11,7 @@ from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.batcher import Batcher
 from aioengine.core.queues import RequestQueues
 from aioengine.core.record_views import CoreRequestView, RecordView
-from aioengine.core.state import Request
+from aioengine.core.state import AdapterEntry, Request
 from aioengine.schedulers.policy import CostsView, Refusal
 
 _view = attrgetter("view")
@@ -121,13 +121,12 @@ class CoreView:
 
     @property
     def tokens_left(self) -> dict[str | None, int]:
-        left: dict[str | None, int] = {}
+        left: dict[AdapterEntry | None, int] = {}
         for request in self._batcher.running.values():
-            name = None if request.adapter is None else request.adapter.name
             tokens = request.params.max_tokens + request.prompt_len - len(request.tokens)
-            if tokens > left.get(name, -1):
-                left[name] = tokens
-        return left
+            if tokens > left.get(request.adapter, -1):
+                left[request.adapter] = tokens
+        return {None if entry is None else entry.name: tokens for entry, tokens in left.items()}
 
     @property
     def free_blocks(self) -> int:

@@ -54,9 +54,8 @@ class Composed(FCFS):
         plan = self.assign_slots(view, cold, lambda slot, adapter: self.replace.score(view, slot, adapter))
         room, names = view.free_seqs, plan.open
         admit = list(self.order.admit(view, names, room)) if room > 0 else []
-        able = len(view.waiting_for(None)) + sum(view.adapters[name].waiting for name in names if name)
+        holds_back = len(admit) < room and len(admit) < sum(len(view.waiting_for(name)) for name in names)
         read = [*self._read_for_slots(view, plan, cold_too), *self.prefetch.choose(view, cold_again)]
-        holds_back = len(admit) < min(room, able)
         more_to_read = 0 < len(read) < view.load_room
         always = holds_back or more_to_read or self.prefetch.asks_always or self.preempt.asks_always
         admit += plan.fill(room - len(admit), self.order.fill_within)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from support.policy_cases import order_of
 
-from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
-from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.preemption import NoPreemption
-from aioengine.schedulers.parts.prefetch import Lookahead
-from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers import compose
 from aioengine.schedulers.policies.by_key import EDF, SJF
 from aioengine.testing import LIMITS, Sim
 
 
 def serial_sim(order: SJF) -> Sim:
     """One at a time."""
-    return Sim(LIMITS._replace(max_num_seqs=1), Composed(order, LRU(), Lookahead(), NoPreemption()))
-
-
-def order_of(sim: Sim) -> list[str]:
-    return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
+    return Sim(LIMITS._replace(max_num_seqs=1), compose(order=order))
 
 
 def add_sized(sim: Sim, prompt: int, tokens: int) -> Request:
@@ -53,18 +45,6 @@ def test_weights_decide_what_is_short() -> None:
         assert order_of(sim)[0] == requests[first].id
 
 
-def test_the_mean_wait_is_less_than_in_order_of_arrival() -> None:
-    sizes = [(1, t) for t in (12, 1, 9, 2, 7, 3)]
-    sim = serial_sim(SJF())
-    requests = [add_sized(sim, *size) for size in sizes]
-    sim.run(step_seconds=1.0)
-    waits = [r.admitted - r.arrival for r in requests if r.admitted is not None]
-    in_order = [sum(t for _, t in sizes[:i]) for i in range(len(sizes))]
-    best = [sum(sorted(t for _, t in sizes)[:i]) for i in range(len(sizes))]
-    assert sum(waits) == pytest.approx(sum(best))
-    assert sum(waits) < sum(in_order)
-
-
 def test_a_request_that_ends_while_it_waits_is_forgotten() -> None:
     order = SJF()
     sim = serial_sim(order)
@@ -78,7 +58,7 @@ def test_a_request_that_ends_while_it_waits_is_forgotten() -> None:
 
 
 def test_a_new_version_of_an_adapter_does_not_mix_up_the_queues() -> None:
-    sim = Sim(LIMITS._replace(max_num_seqs=1), Composed(SJF(), LRU(), Lookahead(), NoPreemption()))
+    sim = Sim(LIMITS._replace(max_num_seqs=1), compose(order=SJF()))
     sim.register("a")
     old = [sim.add("a", max_tokens=t) for t in (5, 2, 4)]
     sim.register("a")
@@ -90,19 +70,8 @@ def test_a_new_version_of_an_adapter_does_not_mix_up_the_queues() -> None:
         assert [i for i in order if i in {r.id for r in batch}] == [batch[k].id for k in expected]
 
 
-def test_preempted_requests_come_back_to_their_place() -> None:
-    """Blocks for two long ones only: the last is preempted, and must end all the same."""
-    sim = Sim(LIMITS._replace(num_blocks=16), Composed(SJF(), LRU(), Lookahead(), NoPreemption()))
-    for i in range(6):
-        sim.add(prompt=[20 + i] * 8, max_tokens=30)
-    sim.run()
-    assert sim.of(events.RequestPreempted), "the case is none"
-    assert set(sim.ended.values()) == {"length"}
-    assert sim.core.blocks.num_free == 16
-
-
 def edf_sim(limits: CoreLimits) -> Sim:
-    return Sim(limits, Composed(EDF(), LRU(), Lookahead(), NoPreemption(), max_wait=1e9))
+    return Sim(limits, compose(order=EDF(), max_wait=1e9))
 
 
 def test_deadlines_first_then_arrival() -> None:

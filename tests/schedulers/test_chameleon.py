@@ -105,27 +105,6 @@ def test_age_bounds_the_wait_even_where_memory_is_short() -> None:
         assert wait is not None and age <= wait <= age + 2 * (SMALL + 1) * STEP
 
 
-def test_the_places_of_an_empty_lane_are_lent() -> None:
-    sim = warm(chameleon())
-    for _ in range(4):
-        sim.add("a", max_tokens=LARGE)
-    batch = sim.settle()
-    assert batch is not None and len(batch.sequences) == 4
-
-
-def test_one_lane_is_first_come_first_served() -> None:
-    orders = []
-    for policy in (chameleon(queues=1), FCFS()):
-        sim = warm(policy)
-        requests = []
-        for index in range(20):
-            requests.append(sim.add("a" if index % 3 else None, max_tokens=1 + index * 7 % 11))
-            sim.settle()
-        sim.run()
-        orders.append([request.admitted for request in requests])
-    assert orders[0] == orders[1]
-
-
 def test_lanes_follow_the_sizes_that_are_seen() -> None:
     order = ChameleonOrder(refresh=16, window=16)
     view: Any = SimpleNamespace(now=0.0, adapters={}, running=[], free_seqs=8, waiting_for=lambda name: ())
@@ -181,16 +160,6 @@ def test_shares() -> None:
     assert shares([0.0], 5) == [5]
     for places in range(40):
         assert sum(shares([0.3, 1.7, 5.1, 0.01], places)) == places
-
-
-def test_finished_requests_are_forgotten() -> None:
-    policy = chameleon(window=16)
-    sim = warm(policy)
-    for _ in range(100):
-        sim.add("a", max_tokens=SMALL)
-        sim.run(step_seconds=STEP)
-    kept = [value for value in vars(policy.order).values() if hasattr(value, "__len__")]
-    assert max(map(len, kept)) <= 16, "no more than the window, after 116 requests"
 
 
 def test_the_cache_scores_frequency_recency_and_size() -> None:

@@ -6,10 +6,10 @@ In virtual time.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from support.policy_cases import TimedSim
 from support.selection import mostly_slow
 
 from aioengine import events
@@ -29,45 +29,8 @@ LIMITS = CoreLimits(
     max_model_len=4096,
     eos_token_ids=(1,),
 )
-STEP, TOKEN, LOAD, COPY = 0.02, 0.0002, 0.1, 0.01
-"""Seconds that a step takes, each token in it, the reading of an adapter, and its copy into a slot."""
 BOUND = 2.0
 """Times the time alone, or the steps."""
-
-
-class Clock(Sim):
-    """Reads, copies and steps take time, beside each other."""
-
-    def __init__(self, limits: CoreLimits, policy: str) -> None:
-        super().__init__(limits, load_policy(policy))
-        self._due: dict[int, float] = {}
-        self.steps: list[int] = []
-
-    def go(self, until: Callable[[], bool], seconds: float) -> None:
-        """Steps until something is so; fails after ``seconds``."""
-        end = self.now + seconds
-        while not until():
-            assert self.now < end, "it takes too long"
-            self._finish_moves()
-            batch = self.schedule()
-            for entry in self.loads:
-                self._due.setdefault(entry.uid, self.now + LOAD)
-            for entry, _ in self.copies:
-                self._due.setdefault(entry.uid, self.now + COPY)
-            if batch is not None:
-                self.now += STEP + TOKEN * sum(len(work.tokens) for work in batch.sequences)
-                self.finish_step()
-            else:
-                self.now = min([*self._due.values(), self.now + STEP])
-        self.core.check()
-
-    def _finish_moves(self) -> None:
-        for entry in [entry for entry in self.loads if self._due[entry.uid] <= self.now]:
-            del self._due[entry.uid]
-            self.finish_load(self.loads.index(entry))
-        for entry in [entry for entry, _ in self.copies if self._due[entry.uid] <= self.now]:
-            del self._due[entry.uid]
-            self.finish_copy([other for other, _ in self.copies].index(entry))
 
 
 @dataclass
@@ -101,9 +64,9 @@ def seconds_of(
     limits: CoreLimits = LIMITS,
     tenants: tuple[str | None, str | None] = ("a", "b"),
     times: int = 3,
-) -> tuple[list[float], Clock]:
+) -> tuple[list[float], TimedSim, list[int]]:
     """How long each of b's requests takes, one after the other."""
-    sim = Clock(limits, policy)
+    sim = TimedSim(limits, load_policy(policy))
     many, few = tenants
 
     def send(i: int) -> None:
@@ -121,7 +84,7 @@ def seconds_of(
         sim.go(lambda: sim.now > began + 3.0, 10.0)
     if adapter is not None:
         sim.register(adapter)
-    found: list[float] = []
+    found, steps = list[float](), list[int]()
     for i in range(times):
         start, first = sim.now, sim.core.step
         request: Request = sim.add(adapter, prompt=[3 + i] * 30, max_tokens=20, tenant=few)
@@ -134,8 +97,8 @@ def seconds_of(
 
         sim.go(ended, 300.0)
         found.append(sim.now - start)
-        sim.steps.append(sim.core.step - first)
-    return found, sim
+        steps.append(sim.core.step - first)
+    return found, sim, steps
 
 
 @pytest.mark.parametrize("flood", mostly_slow(FLOODS, "adapters", "long prompts"))
@@ -146,9 +109,9 @@ def test_one_request_is_served_soon_while_another_tenant_floods(adapter: str | N
     size = FLOODS[flood]
     for cpu_capacity in (LIMITS.num_slots, 16):
         limits = LIMITS._replace(cpu_capacity=cpu_capacity)
-        alone, _ = seconds_of("fair", None, adapter, limits=limits)
-        beside, sim = seconds_of("fair", size, adapter, limits=limits)
-        assert max(sim.steps) <= BOUND * 20, "each needs 20"
+        alone, *_ = seconds_of("fair", None, adapter, limits=limits)
+        beside, _, steps = seconds_of("fair", size, adapter, limits=limits)
+        assert max(steps) <= BOUND * 20, "each needs 20"
         if flood in ("sequences", "adapters", "unique adapters", "ten thousand", "kept up"):  # others decode
             assert all(b <= BOUND * a for a, b in zip(alone, beside, strict=True))
 
@@ -175,19 +138,19 @@ def test_tenants_whose_requests_end_with_their_first_step_take_turns(policy: str
 
 @pytest.mark.slow
 def test_the_case_is_one() -> None:
-    beside, _ = seconds_of("fcfs", FLOODS["sequences"], None)
+    beside, *_ = seconds_of("fcfs", FLOODS["sequences"], None)
     assert beside[0] > 100 * 0.41
 
 
 @pytest.mark.parametrize("tenants", [(None, "b"), ("a", None)])
 def test_those_who_name_no_tenant_are_one(tenants: tuple[str | None, str | None]) -> None:
-    _, sim = seconds_of("fair", FLOODS["adapters"], "mine", tenants=tenants)
-    assert max(sim.steps) <= BOUND * 20
+    *_, steps = seconds_of("fair", FLOODS["adapters"], "mine", tenants=tenants)
+    assert max(steps) <= BOUND * 20
 
 
 def test_preempted_requests_are_few_and_all_end() -> None:
     """A tenant that comes again and again costs the others little."""
-    _, sim = seconds_of("fair", Flood(count=100, adapters=6, tokens=100), "mine", times=40)
+    _, sim, _ = seconds_of("fair", Flood(count=100, adapters=6, tokens=100), "mine", times=40)
     preempted = sim.of(events.RequestPreempted)
     assert len(preempted) <= 45
     sim.run(steps=5000)
@@ -197,7 +160,7 @@ def test_preempted_requests_are_few_and_all_end() -> None:
 @pytest.mark.parametrize("policy", ["fair", "vtc", "drr"])
 @pytest.mark.slow
 def test_more_tenants_than_slots_take_turns(policy: str) -> None:
-    sim = Clock(LIMITS, policy)
+    sim = TimedSim(LIMITS, load_policy(policy))
     for i in range(12):
         sim.register(f"a{i}")
     requests = [sim.add(f"a{i % 12}", max_tokens=300, tenant=f"t{i % 12}") for i in range(240)]
@@ -208,7 +171,7 @@ def test_more_tenants_than_slots_take_turns(policy: str) -> None:
 
 
 def test_tenants_do_not_take_the_only_slot_from_each_other_before_it_is_used() -> None:
-    sim = Clock(LIMITS._replace(num_slots=1, max_num_seqs=1), "fair")
+    sim = TimedSim(LIMITS._replace(num_slots=1, max_num_seqs=1), load_policy("fair"))
     for i in range(6):
         sim.register(f"a{i}")
     for i in range(24):
@@ -220,7 +183,7 @@ def test_tenants_do_not_take_the_only_slot_from_each_other_before_it_is_used() -
 @pytest.mark.slow
 def test_with_one_tenant_nothing_changes(tenant: str | None) -> None:
     def told(name: str) -> list[str]:
-        sim = Clock(LIMITS._replace(num_blocks=400), name)
+        sim = TimedSim(LIMITS._replace(num_blocks=400), load_policy(name))
         rng = random.Random(3)
         for i in range(9):
             sim.register(f"a{i}")
@@ -240,7 +203,7 @@ def test_with_one_tenant_nothing_changes(tenant: str | None) -> None:
 
 def test_a_policy_that_came_late_knows_who_waits() -> None:
     """Nobody has told it of what happened before."""
-    sim = Clock(LIMITS._replace(max_num_seqs=4), "sjf")
+    sim = TimedSim(LIMITS._replace(max_num_seqs=4), load_policy("sjf"))
     first = [sim.add(tenant="a", max_tokens=100) for _ in range(30)]
     for _ in range(3):
         sim.settle()

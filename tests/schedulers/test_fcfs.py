@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from support.policy_cases import order_of
 
 from aioengine import events
 from aioengine.core.adapters.arena import GRANULE
 from aioengine.core.state import Request
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS, Sim
-
-
-def admitted_at(sim: Sim) -> dict[str, float]:
-    return {e.request_id: e.time for e in sim.of(events.RequestAdmitted)}  # type: ignore[attr-defined]
 
 
 def test_order_of_arrival_among_what_can_run() -> None:
@@ -22,7 +19,7 @@ def test_order_of_arrival_among_what_can_run() -> None:
         sim.add(adapter)
         sim.now += 0.01
     sim.run()
-    order = list(admitted_at(sim))
+    order = order_of(sim)
     assert order[:2] == ["r1", "r3"], "what waits for its adapter is skipped, not waited for"
     assert order.index("r2") < order.index("r4")
 
@@ -81,18 +78,6 @@ def test_an_idle_slot_that_nobody_waits_for_is_reused_least_recently_used_first(
     sim.run()
     evicted = [e.adapter for e in sim.of(events.AdapterEvicted)]  # type: ignore[attr-defined]
     assert evicted == ["b"]
-
-
-def test_slots_in_use_are_not_swapped_back_and_forth() -> None:
-    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=4), FCFS(max_wait=100.0))
-    for name in "abcd":
-        sim.register(name)
-    for _ in range(5):
-        for name in "abcd":
-            sim.add(name)
-    sim.run()
-    loads = len(sim.of(events.AdapterPlaced))
-    assert loads == 4, "each adapter's waiting requests are served while it is in"
 
 
 def test_an_adapter_that_found_only_pieces_of_memory_fits_beside_a_pinned_one_later() -> None:

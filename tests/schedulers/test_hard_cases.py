@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import heapq
+import operator
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 
 import pytest
+from support.policy_cases import TimedSim
 from support.selection import mostly_slow
 
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
-from aioengine.schedulers import SchedulerPolicy, load_policy
+from aioengine.schedulers import Composed, SchedulerPolicy, compose, load_policy
 from aioengine.schedulers.parts.base import Ordering
-from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.preemption import NoPreemption, PreemptLower
-from aioengine.schedulers.parts.prefetch import Lookahead, NoPrefetch
-from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers.parts.preemption import PreemptLower
 from aioengine.schedulers.policies.by_key import EDF, SJF, Priority
 from aioengine.schedulers.policies.drr import DRR
 from aioengine.schedulers.policies.fcfs import FCFS
@@ -30,11 +29,11 @@ STEP = 0.05
 
 
 def composed(order: Ordering, max_wait: float = 1.0) -> Composed:
-    return Composed(order, LRU(), Lookahead(), NoPreemption(), max_wait=max_wait)
+    return compose(order=order, max_wait=max_wait)
 
 
 def vllm() -> Composed:
-    return Composed(VLLMOrder(), LRU(), NoPrefetch(), NoPreemption())
+    return compose(order=VLLMOrder())
 
 
 BUILT_IN: dict[str, Callable[[], SchedulerPolicy]] = {
@@ -44,68 +43,12 @@ BUILT_IN: dict[str, Callable[[], SchedulerPolicy]] = {
     "edf": lambda: composed(EDF()),
     "vtc": lambda: composed(VTC()),
     "drr": lambda: composed(DRR()),
-    "priority": lambda: Composed(Priority(), LRU(), Lookahead(), PreemptLower()),
+    "priority": lambda: compose(order=Priority(), preempt=PreemptLower()),
     **{
         name: partial(load_policy, name)
         for name in ("slora", "chameleon", "fcfs+lfu", "fcfs+gdsf", "fcfs+popular", "vllm+gdsf+popular")
     },
 }
-
-
-class TimedSim(Sim):
-    """Reads, copies and steps take time, and run beside each other."""
-
-    def __init__(
-        self,
-        limits: CoreLimits,
-        policy: SchedulerPolicy,
-        *,
-        load_seconds: float = 0.2,
-        copy_seconds: float = 0.02,
-        step_seconds: float = 0.02,
-        token_seconds: float = 0.0005,
-    ) -> None:
-        super().__init__(limits, policy)
-        self.load_seconds, self.copy_seconds = load_seconds, copy_seconds
-        self.step_seconds, self.token_seconds = step_seconds, token_seconds
-
-    def drive(self, arrivals: Iterable[tuple[float, str | None, list[int], int]]) -> None:
-        """Add each (time, adapter, prompt, max_tokens) at its time, and go on until all have ended."""
-        due: list[tuple[float, int, str, object]] = []
-        number = 0
-
-        def at(time: float, what: str, value: object) -> None:
-            nonlocal number
-            number += 1
-            heapq.heappush(due, (time, number, what, value))
-
-        for time, *rest in arrivals:
-            at(time, "arrival", rest)
-        while due:
-            self.now = due[0][0]
-            while due and due[0][0] <= self.now:
-                _time, _number, what, value = heapq.heappop(due)
-                if what == "arrival":
-                    adapter, prompt, max_tokens = value  # type: ignore[misc]
-                    self.add(adapter, prompt=prompt, max_tokens=max_tokens)
-                elif what == "load":
-                    self.finish_load(self.loads.index(value))  # type: ignore[arg-type]
-                elif what == "copy":
-                    self.finish_copy([entry for entry, _slot in self.copies].index(value))  # type: ignore[arg-type]
-                else:
-                    self.finish_step()
-            if self.batch is None:
-                loads, copies = len(self.loads), len(self.copies)
-                batch = self.schedule()
-                for entry in self.loads[loads:]:
-                    at(self.now + self.load_seconds, "load", entry)
-                for entry, _slot in self.copies[copies:]:
-                    at(self.now + self.copy_seconds, "copy", entry)
-                if batch is not None:
-                    tokens = sum(len(work.tokens) for work in batch.sequences)
-                    at(self.now + self.step_seconds + self.token_seconds * tokens, "step", None)
-        assert not self.core.requests, "requests were left waiting with nothing under way"
-        self.core.check()
 
 
 # (a) One slot, a hot adapter that never pauses, and one request for another
@@ -172,6 +115,11 @@ def test_base_requests_are_as_fast_as_without_adapters(name: str) -> None:
 
 # (c) Many adapters over few slots
 
+
+class SwapSim(TimedSim):
+    load_seconds, copy_seconds, step_seconds, token_seconds = 0.2, 0.02, 0.02, 0.0005
+
+
 SWAP_LIMITS = CoreLimits(
     num_slots=8,
     cpu_capacity=64,
@@ -185,6 +133,10 @@ SWAP_LIMITS = CoreLimits(
 )
 
 
+def reached(sim: TimedSim, time: float) -> bool:
+    return sim.now >= time
+
+
 def swaps_and_p99(
     policy: Callable[[], SchedulerPolicy], rate: float, seeds: Sequence[int], requests: int = 600
 ) -> tuple[float, float]:
@@ -192,15 +144,16 @@ def swaps_and_p99(
     swaps, ttft = 0, []
     for seed in seeds:
         rng = random.Random(seed)
-        sim = TimedSim(SWAP_LIMITS, policy())
+        sim = SwapSim(SWAP_LIMITS, policy())
         for i in range(64):
             sim.register(f"a{i}")
-        now, arrivals = 0.0, []
+        arrival = 0.0
         for _ in range(requests):
-            now += rng.expovariate(rate)
+            arrival += rng.expovariate(rate)
+            sim.go(partial(reached, sim, arrival), inf)
             prompt = [rng.randrange(2, 200) for _ in range(rng.randrange(8, 64))]
-            arrivals.append((now, f"a{rng.randrange(64)}", prompt, rng.randrange(8, 32)))
-        sim.drive(arrivals)
+            sim.add(f"a{rng.randrange(64)}", prompt=prompt, max_tokens=rng.randrange(8, 32))
+        sim.go(partial(operator.not_, sim.core.requests), inf)
         assert set(sim.ended.values()) == {"length"}
         swaps += len(sim.of(events.AdapterPlaced))
         ttft += [e.seconds for e in sim.of(events.FirstToken)]  # type: ignore[attr-defined]

@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 
 from aioengine import events
-from aioengine.schedulers import compose
-from aioengine.schedulers.parts.base import Arrival, Replacement
-from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.preemption import NoPreemption
-from aioengine.schedulers.parts.prefetch import Lookahead
+from aioengine.schedulers import Composed, compose
+from aioengine.schedulers.parts.base import Replacement
 from aioengine.schedulers.parts.replacement import GDSF, LFU, LRU, Belady
 from aioengine.schedulers.policies.chameleon import ChameleonCache
 from aioengine.schedulers.policies.fcfs import FCFS
@@ -122,19 +119,6 @@ def test_next_use_on_the_engines_clock() -> None:
     assert replace.next_use("unknown", 0.0) == float("inf")
 
 
-def test_what_is_waited_for_is_used_next() -> None:
-    replace = Belady([(6.0, "soon")])
-    view: Any = SimpleNamespace(now=5.0)
-    slot: Any = None
-    adapters: list[Any] = [
-        SimpleNamespace(name=name, waiting=waiting)
-        for name, waiting in (("never again", 0), ("soon", 0), ("waited for", 1))
-    ]
-    scores = [replace.score(view, slot, adapter) for adapter in adapters]
-    assert scores == sorted(scores), "the lowest goes first"
-    assert len(set(scores)) == 3
-
-
 def trace_in_engine(policy: Composed, trace: Sequence[str]) -> int:
     """Swaps by the engine's core for the same, one request each second."""
     sim = Sim(LIMITS._replace(num_slots=3, cpu_capacity=20, max_num_seqs=1), policy)
@@ -155,10 +139,5 @@ def test_in_the_engine_as_in_theory(seed: int) -> None:
     fewest = trace_in_engine(compose(replace=Belady(future)), trace)
     assert fewest == fewest_swaps(trace, 3)
     for other in OTHERS:
-        assert fewest <= trace_in_engine(Composed(Arrival(), other(), Lookahead(), NoPreemption()), trace)
+        assert fewest <= trace_in_engine(compose(replace=other()), trace)
     assert fewest < trace_in_engine(FCFS(), trace)
-
-
-def test_without_a_future_it_says_that_it_needs_a_replayed_trace() -> None:
-    with pytest.raises(ValueError, match=r"future=None: .* only makes sense where a trace is replayed"):
-        Belady()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from aioengine import events
-from aioengine.schedulers.parts.base import Arrival
-from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.preemption import NoPreemption
+from aioengine.schedulers import Composed, compose
 from aioengine.schedulers.parts.prefetch import Popular
-from aioengine.schedulers.parts.replacement import LRU
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.schedulers.policy import Location, SchedulerPolicy
+from aioengine.schedulers.policy import SchedulerPolicy
 from aioengine.testing import LIMITS, Sim
 
 
 def with_popular(**options: float) -> Composed:
-    return Composed(Arrival(), LRU(), Popular(**options), NoPreemption())  # type: ignore[arg-type]
+    return compose(prefetch=Popular(**options))  # type: ignore[arg-type]
 
 
 def asked_for(policy: SchedulerPolicy, counts: dict[str, int], *, cpu: int, loads: int = 2) -> Sim:
@@ -64,15 +61,6 @@ def test_what_is_waited_for_goes_first() -> None:
     assert reading(busy) == ["wanted", "wanted2"]
 
 
-def test_no_guess_while_some_who_wait_have_not_been_looked_at() -> None:
-    names = {f"n{i}": 0 for i in range(4)}
-    sim = asked_for(with_popular(k=1), {"often": 9, **names}, cpu=8, loads=8)
-    for name in names:
-        sim.add(name)
-    sim.schedule()
-    assert "often" not in reading(sim)
-
-
 def test_nothing_is_evicted_for_a_guess() -> None:
     """Three adapters take turns on a CPU cache for two; two more were popular once."""
     sim = asked_for(with_popular(), {"p": 60, "q": 50, "a": 0, "b": 0, "c": 0}, cpu=2)
@@ -86,12 +74,3 @@ def test_nothing_is_evicted_for_a_guess() -> None:
     # The cache takes one guess beside the first adapter. All other evictions are for one that waits.
     assert guesses == ["p"]
     assert len(evicted) == len(read) - 2
-
-
-def test_only_the_top_few_are_kept_on_the_cpu() -> None:
-    sim = asked_for(with_popular(top=2), {"a": 3, "b": 2, "c": 1}, cpu=8, loads=1)
-    for _ in range(4):
-        sim.settle()
-    residency = sim.core.residency
-    there = {name for name, entry in residency.current.items() if entry.location is not Location.DISK}
-    assert there == {"a", "b"}

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from aioengine import events
+import pytest
+from support.policy_cases import order_of, preempted
+
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
+from aioengine.schedulers import compose
 from aioengine.schedulers.parts.base import Preemption
-from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.preemption import NoPreemption, PreemptLower
-from aioengine.schedulers.parts.prefetch import Lookahead
-from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers.parts.preemption import PreemptLower
 from aioengine.schedulers.policies.by_key import Priority
 from aioengine.testing import LIMITS, Sim
 
 
 def priority_sim(limits: CoreLimits, preempt: Preemption | None = None) -> Sim:
-    return Sim(limits, Composed(Priority(), LRU(), Lookahead(), preempt or NoPreemption()))
-
-
-def preempted(sim: Sim) -> list[str]:
-    return [e.request_id for e in sim.of(events.RequestPreempted)]  # type: ignore[attr-defined]
+    return Sim(limits, compose(order=Priority(), preempt=preempt))
 
 
 def running(sim: Sim, priorities: list[int], tokens: int = 20) -> list[Request]:
@@ -36,8 +32,7 @@ def test_higher_first_then_arrival() -> None:
     sim = priority_sim(LIMITS._replace(max_num_seqs=1))
     requests = [sim.add(priority=p) for p in (0, 5, -1, 5, 9)]
     sim.run()
-    admitted = [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
-    assert admitted == [requests[i].id for i in (4, 1, 3, 0, 2)]
+    assert order_of(sim) == [requests[i].id for i in (4, 1, 3, 0, 2)]
 
 
 def test_the_lowest_and_youngest_makes_way_and_ends_all_the_same() -> None:
@@ -53,19 +48,12 @@ def test_the_lowest_and_youngest_makes_way_and_ends_all_the_same() -> None:
     assert all(r.output_tokens == 20 for r in requests)
 
 
-def test_equal_or_lower_priority_never_preempts() -> None:
-    sim = priority_sim(LIMITS._replace(max_num_seqs=2), PreemptLower())
+@pytest.mark.parametrize(("places", "priorities"), [(2, (3, -2)), (4, (9,))])
+def test_nobody_makes_way_for_who_is_not_above_him_or_has_room(places: int, priorities: tuple[int]) -> None:
+    sim = priority_sim(LIMITS._replace(max_num_seqs=places), PreemptLower())
     running(sim, [3, 3])
-    sim.add(priority=3)
-    sim.add(priority=-2)
-    sim.run()
-    assert preempted(sim) == []
-
-
-def test_nobody_makes_way_while_there_is_room() -> None:
-    sim = priority_sim(LIMITS._replace(max_num_seqs=4), PreemptLower())
-    running(sim, [0, 0])
-    sim.add(priority=9)
+    for priority in priorities:
+        sim.add(priority=priority)
     sim.run()
     assert preempted(sim) == []
 
@@ -113,7 +101,7 @@ def test_a_request_that_is_not_admitted_after_all_has_others_make_way_only_once(
     """Its adapter's slot is closed, because another adapter has waited for it for too long."""
     sim = Sim(
         LIMITS._replace(max_num_seqs=2, num_slots=1),
-        Composed(Priority(), LRU(), Lookahead(), PreemptLower(), max_wait=0.05),
+        compose(order=Priority(), preempt=PreemptLower(), max_wait=0.05),
     )
     for name in "ab":
         sim.register(name)

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from support.policy_cases import warm
 
-from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.preemption import NoPreemption
-from aioengine.schedulers.parts.prefetch import Lookahead
-from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers import Composed, compose
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policies.slora import SLoRA
 from aioengine.schedulers.policy import SchedulerPolicy
 from aioengine.step import StepBatch
-from aioengine.testing import LIMITS, Sim
+from aioengine.testing import LIMITS
 
 NAMES = "abcd"
-WIDE = LIMITS._replace(num_slots=4, cpu_capacity=8, num_blocks=400, max_num_batched_tokens=64)
+WIDE = LIMITS._replace(num_blocks=400, max_num_batched_tokens=64)
 
 
 def slora(**options: float) -> Composed:
-    return Composed(SLoRA(**options), LRU(), Lookahead(), NoPreemption())  # type: ignore[arg-type]
-
-
-def warm(policy: SchedulerPolicy, *, seqs: int = 4) -> Sim:
-    """All adapters are in slots, and nothing is running."""
-    sim = Sim(WIDE._replace(max_num_seqs=seqs), policy)
-    for name in NAMES:
-        sim.register(name)
-        sim.add(name, max_tokens=1)
-    sim.run()
-    assert all(slot.entry is not None for slot in sim.core.slots.slots)
-    return sim
+    return compose(order=SLoRA(**options))  # type: ignore[arg-type]
 
 
 def adapters_in(batch: StepBatch | None) -> int:
@@ -38,7 +25,7 @@ def adapters_in(batch: StepBatch | None) -> int:
 
 
 def distinct_per_batch(policy: SchedulerPolicy) -> float:
-    sim = warm(policy)
+    sim = warm(policy, NAMES, WIDE._replace(max_num_seqs=4))
     for _ in range(8):
         for name in NAMES:
             sim.add(name, max_tokens=3)
@@ -57,7 +44,7 @@ def test_fewer_distinct_adapters_in_a_batch_than_by_arrival() -> None:
 
 @pytest.mark.parametrize("clusters", [1, 2, 3])
 def test_never_more_adapters_than_clusters(clusters: int) -> None:
-    sim = warm(slora(clusters=clusters, age=0.05), seqs=6)
+    sim = warm(slora(clusters=clusters, age=0.05), NAMES, WIDE._replace(max_num_seqs=6))
     most = 0
     for step in range(120):
         sim.add(NAMES[step * 7 % 4], max_tokens=1 + step % 5)
@@ -68,7 +55,7 @@ def test_never_more_adapters_than_clusters(clusters: int) -> None:
 
 
 def test_order_of_arrival_within_the_batch() -> None:
-    sim = warm(slora(clusters=1), seqs=2)
+    sim = warm(slora(clusters=1), NAMES, WIDE._replace(max_num_seqs=2))
     sim.add("a", max_tokens=20)
     sim.settle()
     requests = []
@@ -81,21 +68,10 @@ def test_order_of_arrival_within_the_batch() -> None:
     assert admitted == [1, 2, 3], "those of the batch's adapter and of the base model, by arrival"
 
 
-def test_an_adapter_joins_when_none_waits_for_those_in_the_batch() -> None:
-    sim = warm(slora(clusters=2), seqs=2)
-    sim.add("a", max_tokens=20)
-    sim.settle()
-    other = sim.add("b", max_tokens=2)
-    sim.now += 0.001
-    base = sim.add(None, max_tokens=2)
-    sim.settle()
-    assert other.admitted is not None and base.admitted is None, "by arrival, base model or not"
-
-
 @pytest.mark.parametrize("seqs", [1, 2, 4])
 def test_a_request_outside_the_batch_waits_for_its_age_and_one_generation(seqs: int) -> None:
     age, step, tokens = 1.0, 0.05, 8
-    sim = warm(slora(clusters=1, age=age), seqs=seqs)
+    sim = warm(slora(clusters=1, age=age), NAMES, WIDE._replace(max_num_seqs=seqs))
     for _ in range(seqs):
         sim.add("a", max_tokens=tokens)
         sim.settle(step_seconds=step)

@@ -43,16 +43,6 @@ def test_adapters_take_turns() -> None:
     assert not sim.of(events.PolicyFailed)
 
 
-def test_it_serves_more_adapters_than_slots() -> None:
-    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=3), tutorial()())
-    for name in "abcdef":
-        sim.register(name)
-        sim.add(name)
-    sim.run()
-    assert set(sim.ended.values()) == {"length"}
-    assert not sim.of(events.PolicyFailed)
-
-
 def test_the_other_blocks_run() -> None:
     scope: dict[str, object] = {}
     (composed,) = (b for b in blocks() if "compose(" in b)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from support.policy_cases import order_of
 
 from aioengine import events
 from aioengine.core import Core
@@ -35,10 +36,6 @@ def sim_of(policy: str, limits: Any = ONE) -> Sim:
     sim = Sim(limits, load_policy(policy))
     sim.core = Core(limits, load_policy(policy), costs=FixedCosts())
     return sim
-
-
-def order_of(sim: Sim) -> list[str]:
-    return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
 
 
 def warmed(policy: str) -> Sim:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from aioengine import events
+from support.policy_cases import order_of
+
 from aioengine.core import CoreLimits
-from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.preemption import NoPreemption
-from aioengine.schedulers.parts.prefetch import NoPrefetch
-from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers import compose
 from aioengine.schedulers.policies.other_engines import VLLMOrder
 from aioengine.testing import LIMITS, Sim
 
 
 def sim_with(limits: CoreLimits, names: str) -> Sim:
-    sim = Sim(limits, Composed(VLLMOrder(), LRU(), NoPrefetch(), NoPreemption()))
+    sim = Sim(limits, compose(order=VLLMOrder()))
     for name in names:
         sim.register(name)
     return sim
-
-
-def order_of(sim: Sim) -> list[str]:
-    return [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
 
 
 def test_what_needs_a_further_adapter_is_skipped_and_keeps_its_place() -> None:

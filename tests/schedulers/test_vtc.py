@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from support.policy_cases import order_of
 
 from aioengine import events
 from aioengine.core.state import Request
-from aioengine.schedulers.parts.compose import Composed
-from aioengine.schedulers.parts.preemption import NoPreemption
-from aioengine.schedulers.parts.prefetch import Lookahead
-from aioengine.schedulers.parts.replacement import LRU
+from aioengine.schedulers import compose
 from aioengine.schedulers.policies import vtc
 from aioengine.schedulers.policies.vtc import VTC
 from aioengine.testing import LIMITS, Sim
@@ -17,7 +15,7 @@ from aioengine.testing import LIMITS, Sim
 
 def serial_sim(order: VTC, seqs: int = 1) -> Sim:
     limits = LIMITS._replace(max_num_seqs=seqs)
-    return Sim(limits, Composed(order, LRU(), Lookahead(), NoPreemption()))
+    return Sim(limits, compose(order=order))
 
 
 def add(sim: Sim, tenant: str | None, prompt: int = 4, tokens: int = 4) -> Request:
@@ -26,17 +24,7 @@ def add(sim: Sim, tenant: str | None, prompt: int = 4, tokens: int = 4) -> Reque
 
 def tenants_in_order(sim: Sim, requests: list[Request]) -> str:
     tenant = {r.id: r.options.tenant for r in requests}
-    admitted = [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
-    return "".join(str(tenant[i]) for i in admitted if i in tenant)
-
-
-def test_one_batch_is_shared_too() -> None:
-    """Within one decision, what it proposes counts as served."""
-    sim = serial_sim(VTC(), seqs=4)
-    requests = [add(sim, "x") for _ in range(8)] + [add(sim, "y") for _ in range(8)]
-    sim.settle()
-    admitted = [r.options.tenant for r in requests if r.admitted is not None]
-    assert sorted(map(str, admitted)) == ["x", "x", "y", "y"]
+    return "".join(str(tenant[i]) for i in order_of(sim) if i in tenant)
 
 
 def test_cost_is_prompt_and_output_tokens_by_their_weights() -> None:
@@ -94,7 +82,7 @@ def test_without_a_tenant_the_adapter_is_the_client_then_the_base_model() -> Non
 
 def test_preemption_is_not_charged_twice() -> None:
     order = VTC()
-    sim = Sim(LIMITS._replace(num_blocks=16), Composed(order, LRU(), Lookahead(), NoPreemption()))
+    sim = Sim(LIMITS._replace(num_blocks=16), compose(order=order))
     for i in range(4):
         sim.add(prompt=[20 + i] * 8, max_tokens=30, tenant="x")
     sim.run()

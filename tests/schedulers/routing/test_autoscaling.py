@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from support.fleet_cases import Fleet
 
-from aioengine.schedulers.routing import available_autoscalers, load_autoscaler
 from aioengine.schedulers.routing.autoscaling import WaitingWork
 
 
@@ -36,14 +35,6 @@ def test_shrinks_one_by_one_after_the_cool_down() -> None:
     assert counts[:6] == [4] * 6 and counts[6:12] == [3] * 6 and set(counts[12:]) == {2}
 
 
-def test_a_burst_starts_the_cool_down_again() -> None:
-    fleet, policy = Fleet(3), WaitingWork(cool_down=60.0)
-    for second in range(100):
-        fleet.now += 1.0
-        fleet.report_all(waiting_tokens=8000 if second == 50 else 0)
-        assert policy.replicas(fleet.state.view, 3).replicas == 3
-
-
 def test_requests_beyond_those_that_may_run_are_work_too() -> None:
     """Short prompts wait for others to end, and not for their own computing."""
     fleet, policy = Fleet(1), WaitingWork(target=1.0)
@@ -51,14 +42,6 @@ def test_requests_beyond_those_that_may_run_are_work_too() -> None:
     assert policy.replicas(fleet.state.view, 1).replicas == 1, "nobody knows how long requests take"
     fleet.report_all(running=8, waiting=16, waiting_tokens=160, service_seconds=1.5)
     assert policy.replicas(fleet.state.view, 1).replicas == 2
-
-
-def test_found_by_name() -> None:
-    found = load_autoscaler("waiting_work:least=0,most=3")
-    assert (found.least, found.most) == (0, 3)
-    with pytest.raises(ValueError, match="did you mean 'waiting_work'"):
-        load_autoscaler("waiting_wrok")
-    assert available_autoscalers()["waiting_work"].worst_case
 
 
 def test_sleeps_and_wakes() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.fleet_cases import Fleet, request
 
-from aioengine.schedulers.routing import PinnedPrefix, RouterPolicy, Tiers, load_router, prefix_pins
+from aioengine.schedulers.routing import PinnedPrefix, RouterPolicy, load_router, prefix_pins
 from aioengine.schedulers.routing.prefixes import MAX_HASHES, PREFIX_BLOCK, PrefixIndex
 
 SECONDS = 300.0
@@ -54,18 +54,6 @@ def test_a_pin_that_was_not_granted_or_has_run_out_is_none() -> None:
     fleet.now += 1
     assert fleet.state.view.pinned_tokens([pin]) == {}
     assert fleet.state.snapshot().pinned_tokens([pin]) == {}
-
-
-def test_a_long_queue_costs_more_than_a_prefix() -> None:
-    fleet, router = Fleet(2), load_router("affinity")
-    fleet.report_all(seconds_per_token=1e-3)
-    pins = prefix_pins([1] * 2000, [(1500, SECONDS)], None)
-    there = send(fleet, router, "q0", pins)
-    other = {"r0": "r1", "r1": "r0"}[there]
-    fleet.report(there, Tiers(), waiting_tokens=1000, seconds_per_token=1e-3, received=1000, ended=1000)
-    assert send(fleet, router, "q1", pins) == there
-    fleet.report(there, Tiers(), waiting_tokens=3000, seconds_per_token=1e-3, received=1000, ended=1000)
-    assert send(fleet, router, "q2", pins) == other
 
 
 lengths = st.integers(1, (MAX_HASHES + 2) * PREFIX_BLOCK)

@@ -22,7 +22,6 @@ from aioengine.schedulers.routing import (
     load_placement,
     load_router,
 )
-from aioengine.schedulers.routing.speed import TokenSpeed
 
 ROUTERS = sorted(available_routers())
 MEASURED = ("load_seconds", "slot_seconds", "seconds_per_token")
@@ -56,12 +55,6 @@ def test_what_cannot_be_loaded_is_said(spec: str, says: str) -> None:
     assert says in str(caught.value)
     with pytest.raises(ValueError, match="known are"):
         load_placement("nowhere")
-
-
-def test_round_robin_takes_turns() -> None:
-    fleet, router = Fleet(3), load_router("round_robin")
-    taken = [router.route(request(), fleet.state.view).replicas[0] for _ in range(6)]
-    assert taken == ["r0", "r1", "r2"] * 2
 
 
 @pytest.mark.parametrize("name", ["least_loaded", "p2c"])
@@ -179,11 +172,6 @@ class TestAffinity:
         fleet.report(holder, Tiers(slot=["a"]) if slot else Tiers(cpu=["a"]), **fields)
         assert router.route(request(), fleet.state.view).replicas[0] == holder
 
-    def test_an_unknown_adapter_has_one_home(self) -> None:
-        fleet, router = Fleet(4), load_router("affinity")
-        fleet.report_all()
-        assert len({_send(fleet, router, f"q{index}", "new") for index in range(10)}) == 1
-
     def test_homes_grow_with_demand_and_shrink_later(self) -> None:
         fleet, router = Fleet(4), load_router("affinity")
         fleet.report_all()
@@ -214,18 +202,6 @@ class TestAffinity:
         fleet.now += 2.9
         fleet.report("r1", Tiers(slot=["a"]))
         assert router.route(request(), fleet.state.view).replicas[0] == "r1"
-
-
-def test_a_slow_first_step_says_nothing_of_a_replica() -> None:
-    speed = TokenSpeed()
-    speed.add(2.0, 8)  # pages are touched for the first time, kernels are compiled
-    assert speed.seconds_per_token is None
-    for _ in range(100):
-        speed.add(0.1, 1000)
-    assert speed.seconds_per_token == pytest.approx(1e-4, rel=0.02)
-    for _ in range(100):
-        speed.add(0.2, 1000)
-    assert speed.seconds_per_token == pytest.approx(2e-4, rel=0.02), "it follows"
 
 
 def test_the_router_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
