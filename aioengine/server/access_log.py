@@ -10,9 +10,10 @@ from operator import attrgetter
 
 import msgspec
 
+from aioengine.errors import EngineOverloaded
 from aioengine.server.access.auth import Identity
 from aioengine.server.access.limits import Admission
-from aioengine.server.errors import ApiError, FullQueue, to_api_error
+from aioengine.server.errors import ApiError, to_api_error
 from aioengine.server.settings import ServerSettings
 
 logger = logging.getLogger("aioengine.server.access")
@@ -67,8 +68,8 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     """Done when its key becomes invalid; None without a key."""
     so_far: Callable[[], int] = int
     """Returns the number of the answer's tokens so far."""
-    queue: FullQueue | None = None
-    """The queue of its own tenant or adapter that had no place for it."""
+    queue: EngineOverloaded | None = None
+    """What says which queue, of its own tenant or adapter, had no place for it."""
     counted: bool = False
     """Whether it was refused for its key: such requests are counted and logged together."""
 

@@ -106,10 +106,13 @@ class Answer:
         self.seed = next(context.seeds) if params.seed is None else params.seed
         """Seed of the first choice; those of the others follow from it."""
         params = msgspec.structs.replace(params, seed=self.seed)
-        self._params = [for_choice(params, choice) for _ in prompts for choice in range(fields.n or 1)]
-        self._request_id = f"{prefix}{context.new_id()}"
+        choices = range(fields.n or 1)
+        self._params = [for_choice(params, choice) for _ in prompts for choice in choices]
+        self._prompts = [prompt for prompt in prompts for _ in choices]
+        id_ = f"{prefix}{context.new_id()}"
+        self._ids = [id_] if len(self) == 1 else [f"{id_}-{index}" for index in range(len(self))]
         # The engine's is its own, even where another request has chosen the same id.
-        self.id = self._request_id if fields.request_id is None else f"{prefix}{fields.request_id}"
+        self.id = id_ if fields.request_id is None else f"{prefix}{fields.request_id}"
         wanted = wanted_adapter(context, fields, record)
         self._options = RequestOptions(
             adapter=wanted if isinstance(wanted, str) else None,
@@ -164,7 +167,7 @@ class Answer:
         raises."""
         async with self._begun(index) as options:
             stream = self._engine.generate(
-                self._prompt(index), self._params[index], options=options, request_id=self._id_of(index)
+                self._prompts[index], self._params[index], options=options, request_id=self._ids[index]
             )
             async with contextlib.aclosing(stream) as outputs:
                 async for output in outputs:
@@ -191,7 +194,7 @@ class Answer:
         async with self._begun(index) as options:
             try:
                 found = self._last[index] = await self._engine.complete(
-                    self._prompt(index), params, options=options, follow=follow, request_id=self._id_of(index)
+                    self._prompts[index], params, options=options, follow=follow, request_id=self._ids[index]
                 )
                 return found
             except BaseException:
@@ -206,7 +209,7 @@ class Answer:
         """Context of a choice, from its turn to its end. Yields its options: the engine counts a deadline
         from now on, so the time that the choice has waited is taken off."""
         room = self._room
-        async with contextlib.nullcontext() if room is None else room.holding(len(self._prompt(index))):
+        async with contextlib.nullcontext() if room is None else room.holding(len(self._prompts[index])):
             if room is not None:
                 await self._context.starts.turn(self._options.tenant, self._record)
             options = self._options
@@ -216,12 +219,6 @@ class Answer:
                 yield options
             finally:
                 self._note_end(self._last[index])
-
-    def _prompt(self, index: int) -> list[int]:
-        return self.prompts[index * len(self.prompts) // len(self)]
-
-    def _id_of(self, index: int) -> str:
-        return self._request_id if len(self) == 1 else f"{self._request_id}-{index}"
 
     def _time_left(self) -> float | None:
         """Return the seconds until the deadline; a moment once it has passed, so that the engine says it."""
@@ -268,7 +265,7 @@ class Answer:
     def _prompt_scores(self, index: int) -> int:
         """Return how many log-probabilities the prompt of one choice has."""
         most_likely = self._params[index].prompt_logprobs
-        return 0 if most_likely is None else len(self._prompt(index)) * (1 + most_likely)
+        return 0 if most_likely is None else len(self._prompts[index]) * (1 + most_likely)
 
     def _numbers(self, index: int, output: RequestOutput, scores: int, ids: int, *, first: bool) -> int:
         """Return how many numbers are written of a choice: ``scores`` tokens with log-probabilities, values
@@ -276,7 +273,7 @@ class Answer:
         found = scores * (1 + (self._params[index].logprobs or 0)) + len(output.pooled or ())
         if first:
             found += self._prompt_scores(index)
-            ids += len(self._prompt(index))
+            ids += len(self._prompts[index])
         return found + (ids // VALUES_PER_SCORE if self._with_ids else 0)
 
     async def _formed(self, numbers: int, form: Callable[[], T]) -> T:

@@ -193,7 +193,7 @@ class ServerApp:
     def _come_back(self, record: RequestRecord) -> int:
         """Return the seconds after which a request may come again that was one too many."""
         now, queue = time.monotonic(), record.queue
-        if queue is None:
+        if queue is None or queue.waiting is None or queue.bound is None:
             return self._pace.retry_after(self.context.engine.stats().waiting, now)
         name = record.owner if queue.bound == "tenant" else queue.adapter
         return self._pace.retry_after(queue.waiting, now, (queue.bound, name))

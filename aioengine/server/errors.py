@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -50,17 +50,6 @@ class ErrorBody(msgspec.Struct):
     error: ErrorDetail
 
 
-class FullQueue(NamedTuple):
-    """A queue that has no place for another request: one tenant's or one adapter's."""
-
-    bound: str
-    """"tenant" or "adapter"."""
-    waiting: int
-    """Requests that wait in it."""
-    adapter: str | None = None
-    """The adapter, if it is an adapter's; a mix has several."""
-
-
 class ApiError(Exception):
     """A request that is refused.
 
@@ -71,8 +60,8 @@ class ApiError(Exception):
         challenge: Value of ``WWW-Authenticate``.
     """
 
-    queue: FullQueue | None = None
-    """The queue that was too long, if it was the tenant's or the adapter's own."""
+    queue: errors.EngineOverloaded | None = None
+    """What says which queue was too long, if it was the tenant's or the adapter's own."""
 
     def __init__(
         self,
@@ -234,11 +223,9 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
     status, code = known
     named = _NAMED_FIELD.match(str(error)) if isinstance(error, errors.RequestInvalid) else None
     message = "the engine has failed" if isinstance(error, errors.EngineDead) else str(error)
-    queue: FullQueue | None = None
-    if isinstance(error, errors.EngineOverloaded) and error.bound is not None:
-        message = f"{_OVERLOADED[error.bound]}; try again later"
-        if error.waiting is not None and error.bound in ("tenant", "adapter"):
-            queue = FullQueue(error.bound, error.waiting, error.adapter)
+    overloaded = error if isinstance(error, errors.EngineOverloaded) and error.bound is not None else None
+    if overloaded is not None and overloaded.bound is not None:
+        message = f"{_OVERLOADED[overloaded.bound]}; try again later"
     found = ApiError(
         status,
         message,
@@ -247,7 +234,8 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
         retry_after=retry_after if status in (429, 503) else None,
         retry=status != 504,
     )
-    found.queue = queue
+    if overloaded is not None and overloaded.bound in ("tenant", "adapter"):
+        found.queue = overloaded
     return found
 
 

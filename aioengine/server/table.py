@@ -27,9 +27,15 @@ _SAME = tuple(name for name in ServerSettings.__struct_fields__ if name not in _
 _SECRET = ("api_key", "admin_key")
 _SCHEMAS = {"open_objects": "open_objects", "any_whitespace": "any_whitespace", "lenient_schemas": "lenient"}
 """Fields of SchemaOptions, by their names here."""
+_LISTS = {
+    "served_model_name": "served_model_names",
+    "allowed_host": "allowed_hosts",
+    "allow_origin": "allow_origins",
+}
+"""Fields of ServerSettings that are lists of texts, by their names here."""
 _OTHERS = (
-    *("served_model_name", "allowed_host", "allow_origin", "keys", "request_timeout"),
-    *("api_key", "api_key_file", "admin_key", "admin_key_file", *_SCHEMAS),
+    *("keys", "request_timeout", "api_key", "api_key_file", "admin_key", "admin_key_file"),
+    *(*_LISTS, *_SCHEMAS),
 )
 SERVER_FIELDS = frozenset((*_LISTENING, *_SAME, *_OTHERS))
 """Fields of the table: the flags of ``aioengine serve``, with underscores."""
@@ -67,13 +73,11 @@ def settings_from(values: Mapping[str, Any]) -> ServerSettings:
             f"--api-key: there are keys of {len(tenants)} tenants, each of which could replace the others' "
             "adapters: give --admin-key (only its key may change adapters), or --keys FILE"
         )
-    if names := _texts("served_model_name", values.get("served_model_name")):
-        given["served_model_names"] = names
-    hosts = _texts("allowed_host", values.get("allowed_host"))
-    if hosts and "*" not in hosts:
-        given["allowed_hosts"] = hosts
-    if origins := _texts("allow_origin", values.get("allow_origin")):
-        given["allow_origins"] = origins
+    for field, ours in _LISTS.items():
+        if texts := _texts(field, values.get(field)):
+            given[ours] = texts
+    if "*" in given.get("allowed_hosts", ()):
+        del given["allowed_hosts"]
     if "request_timeout" in values:
         given["request_timeout"] = values["request_timeout"] or None
     return from_plain(ServerSettings, given, "[server]", strict=False)

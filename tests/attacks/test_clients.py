@@ -48,26 +48,6 @@ async def test_streams_that_nobody_reads_take_bounded_memory(tiny_text: Tiny) ->
     seen.check()
 
 
-async def test_http_1_0_is_answered_and_closed(tiny_text: Tiny) -> None:
-    async with serving(tiny_text.model, *FLAGS) as server:
-
-        async def answer(data: bytes) -> bytes:
-            reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(data)
-            async with asyncio.timeout(20):
-                found = await reader.read()
-            writer.close()
-            return found
-
-        asks = [request("GET", "/health", None, "1.0"), request("GET", "/v1/models", None, "1.0")]
-        asks.append(request("POST", "/v1/completions", {**STREAM, "stream": False, "max_tokens": 9}, "1.0"))
-        async with bystander(server.url) as seen:
-            for found in await asyncio.gather(*map(answer, asks * 30)):
-                head, _, body = found.partition(b"\r\n\r\n")
-                assert b" 200 " in head and b"chunked" not in head.lower() and json.loads(body)
-    seen.check()
-
-
 async def test_pages_that_are_left_at_once(tiny_text: Tiny) -> None:
     """The page, its streams, metrics, the description, models, probes: in turn, each broken off early."""
     paths = ("/", "/metrics", "/events", "/docs", "/docs/openapi.json", "/v1/models", "/health", "/nowhere")

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import random
 
 import httpx
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
-from support.longest_hold import LongestHold
-from support.selection import mostly_slow
-from support.server_fixtures import Serve
 
 NAMES = 10_000
 HOLD = 0.03
 """Seconds of processor time; to describe and write them all on the loop would take several times as many."""
 PATHS = ["/v1/models", "/v1/models/n7", "/v1/models/nobody", "/debug/adapters", "/debug/requests", "/metrics"]
-
-
-@pytest.mark.timed
-@pytest.mark.parametrize("path", mostly_slow([*PATHS, "/events", "POST"], "/v1/models"))
-async def test_a_list_holds_nobody_up(path: str, serve: Serve, tiny_text: Tiny) -> None:
-    async with serve(settings={"admin_keys": {"sk-admin": "ops"}}, key="sk-admin") as served:
-        for index in range(NAMES):
-            served.engine.register_adapter(f"n{index}", tiny_text.adapters["a"])
-        assert served.engine.count_adapters() == NAMES + 1
-        gc.freeze()  # as a server does when it begins
-        hold = LongestHold()
-        for _ in range(3):
-            if path == "POST":  # for an adapter; its head's labels are looked up
-                body = {"model": "n3", "query": "a", "documents": ["b"]}
-                answer = await served.http.post("/rerank", json=body)
-            elif path == "/events":
-                answer = await _first_event(served.http)
-            else:
-                answer = await served.http.get(path)
-            assert answer.status_code == (404 if path.endswith("nobody") else 200)
-        gc.unfreeze()
-        assert hold.seconds < HOLD
 
 
 async def _first_event(http: httpx.AsyncClient) -> httpx.Response:

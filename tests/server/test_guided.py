@@ -49,26 +49,34 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": USER, "max_tokens": 350, "seed": 3, **fields}
 
 
+async def answers(served: Any, stream: bool, **arguments: Any) -> tuple[str, list[Any], str | None]:
+    """Text, calls and finish reason of a chat, as the client gathers them."""
+    if not stream:
+        answer = await served.client.chat.completions.create(**arguments)
+        message = answer.choices[0].message
+        return message.content or "", message.tool_calls or [], answer.choices[0].finish_reason
+    text, calls, reason = "", [], None
+    async for chunk in await served.client.chat.completions.create(stream=True, **arguments):
+        text += chunk.choices[0].delta.content or ""
+        calls += chunk.choices[0].delta.tool_calls or []
+        reason = chunk.choices[0].finish_reason
+    assert [call.index for call in calls] == list(range(len(calls)))
+    return text, calls, reason
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.slow
 async def test_a_schema_is_kept(stream: bool, serve: Serve) -> None:
     format_: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
     async with serve(max_model_len=400) as served:
-        answers = []
+        texts = set()
         for seed in range(4):
-            arguments = chat(response_format=format_, seed=seed)
-            if stream:
-                parts = await served.client.chat.completions.create(stream=True, **arguments)
-                answers.append("".join([part.choices[0].delta.content or "" async for part in parts]))
-            else:
-                answer = await served.client.chat.completions.create(**arguments)
-                assert answer.choices[0].finish_reason == "stop"
-                answers.append(answer.choices[0].message.content or "")
-        for text in answers:
+            text, _, reason = await answers(served, stream, **chat(response_format=format_, seed=seed))
             value = json.loads(text)
-            assert set(value) == {"color", "count"}
+            assert reason == "stop" and set(value) == {"color", "count"}
             assert value["color"] in ("red", "green") and 0 <= value["count"] <= 99
-        assert len(set(answers)) > 1
+            texts.add(text)
+        assert len(texts) > 1
 
 
 async def test_json_object(serve: Serve) -> None:
@@ -162,39 +170,14 @@ async def test_bad_formats_are_refused(fields: dict[str, Any], param: str | None
 async def test_a_call_can_be_demanded(choice: Any, stream: bool, serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
         arguments = chat(tools=TOOLS, tool_choice=choice, seed=5)
-        if stream:
-            chunks = [c async for c in await served.client.chat.completions.create(stream=True, **arguments)]
-            assert chunks[-1].choices[0].finish_reason == "tool_calls"
-            calls = [call for c in chunks for call in c.choices[0].delta.tool_calls or []]
-            assert [call.index for call in calls] == list(range(len(calls)))
-        else:
-            answer = await served.client.chat.completions.create(**arguments)
-            assert answer.choices[0].finish_reason == "tool_calls"
-            assert answer.choices[0].message.content is None
-            calls = answer.choices[0].message.tool_calls or []  # type: ignore[assignment]
-        assert calls
+        text, calls, reason = await answers(served, stream, **arguments)
+        assert calls and (text, reason) == ("", "tool_calls")
         for call in calls:
-            assert call.id and call.function is not None
             value = json.loads(call.function.arguments or "")
             if call.function.name == "paint":
                 assert value["color"] in ("red", "green")
             else:
-                assert (call.function.name, isinstance(value, dict)) == ("stop", True)
-
-
-async def answers(served: Any, stream: bool, **arguments: Any) -> tuple[str, list[Any], str | None]:
-    """Text, calls and finish reason of a chat, as the client gathers them."""
-    if not stream:
-        answer = await served.client.chat.completions.create(**arguments)
-        message = answer.choices[0].message
-        return message.content or "", message.tool_calls or [], answer.choices[0].finish_reason
-    text, calls, reason = "", [], None
-    async for chunk in await served.client.chat.completions.create(stream=True, **arguments):
-        text += chunk.choices[0].delta.content or ""
-        calls += chunk.choices[0].delta.tool_calls or []
-        reason = chunk.choices[0].finish_reason
-    assert [call.index for call in calls] == list(range(len(calls)))
-    return text, calls, reason
+                assert call.id and (call.function.name, isinstance(value, dict)) == ("stop", True)
 
 
 BOOLEAN = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
@@ -330,21 +313,7 @@ async def test_tagged_calls_are_taken_out_of_the_text(
     outputs = {"choice": [f"On it.{call}"]}
     async with make_engine(hermes, max_model_len=500) as engine, served_by(engine) as served:
         arguments = chat(tools=TOOLS, extra_body={"structured_outputs": outputs})
-        text, calls, reason = "", [], None
-        if stream:
-            async for chunk in await served.client.chat.completions.create(stream=True, **arguments):
-                delta = chunk.choices[0].delta
-                text += delta.content or ""
-                calls += delta.tool_calls or []
-                reason = chunk.choices[0].finish_reason
-        else:
-            answer = await served.client.chat.completions.create(**arguments)
-            message = answer.choices[0].message
-            text, calls, reason = (
-                message.content or "",
-                message.tool_calls or [],
-                answer.choices[0].finish_reason,
-            )  # type: ignore[assignment]
+        text, calls, reason = await answers(served, stream, **arguments)
         assert (text, reason) == ("On it.", "tool_calls")
         [found] = calls
         assert found.function.name == "paint"

@@ -154,38 +154,21 @@ def test_errors_say_where_and_what(text: str, says: str) -> None:
 
 # Who may do what
 
-ROUTES = [
-    ("GET", "/metrics", {"metrics"}),
-    ("GET", "/", {"metrics"}),
-    ("GET", "/assets/page.js", {"metrics"}),
-    ("HEAD", "/metrics", {"metrics"}),
-    ("POST", "/v1/completions", {"generate"}),
-    ("POST", "/v1/completions/", {"generate"}),
-    ("POST", "/v1/chat/completions", {"generate"}),
-    ("POST", "/v1/responses", {"generate"}),
-    ("POST", "/v1/messages", {"generate"}),
-    ("POST", "/v1/messages/count_tokens", {"generate"}),
-    ("GET", "/version", set(SCOPES)),
-    ("POST", "/v1/embeddings", {"generate"}),
-    ("POST", "/pooling", {"generate"}),
-    ("POST", "/classify", {"generate"}),
-    ("POST", "/score", {"generate"}),
-    ("POST", "/v1/score", {"generate"}),
-    ("POST", "/rerank", {"generate"}),
-    ("POST", "/v1/rerank", {"generate"}),
-    ("POST", "/v2/rerank", {"generate"}),
-    ("POST", "/tokenize", {"generate"}),
-    ("POST", "/detokenize", {"generate"}),
-    ("GET", "/tokenizer_info", {"generate"}),
-    ("GET", "/v1/models", {"generate", "adapters"}),
-    ("GET", "/v1/models/a", {"generate", "adapters"}),
-    ("POST", "/v1/load_lora_adapter", {"adapters"}),
-    ("POST", "/v1/load_lora_adapter/", {"adapters"}),
-    ("POST", "/v1/unload_lora_adapter", {"adapters"}),
-    ("POST", "/v1/upload_lora_adapter", {"adapters"}),
-    ("GET", "/docs", set(SCOPES)),
-    ("GET", "/docs/openapi.json", set(SCOPES)),
-]
+GENERATE = """
+    POST /v1/completions, POST /v1/completions/, POST /v1/chat/completions, POST /v1/responses,
+    POST /v1/messages, POST /v1/messages/count_tokens, POST /v1/embeddings, POST /pooling, POST /classify,
+    POST /score, POST /v1/score, POST /rerank, POST /v1/rerank, POST /v2/rerank, POST /tokenize,
+    POST /detokenize, GET /tokenizer_info"""
+ADAPTERS = """POST /v1/load_lora_adapter, POST /v1/load_lora_adapter/, POST /v1/unload_lora_adapter,
+    POST /v1/upload_lora_adapter"""
+NEEDED = {
+    "GET /metrics, GET /, GET /assets/page.js, HEAD /metrics": {"metrics"},
+    GENERATE: {"generate"},
+    "GET /v1/models, GET /v1/models/a": {"generate", "adapters"},
+    ADAPTERS: {"adapters"},
+    "GET /version, GET /docs, GET /docs/openapi.json": set(SCOPES),
+}
+ROUTES = [(*route.split(), scopes) for routes, scopes in NEEDED.items() for route in routes.split(",")]
 
 
 async def test_every_set_of_scopes_on_every_route(serve: Serve, tmp_path: Path) -> None:

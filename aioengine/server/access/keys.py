@@ -13,17 +13,17 @@ import logging
 import re
 import secrets
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
 from aioengine.adapters.read_threads import ReadThreads
-from aioengine.checks import nearest, refuse_unknown
+from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 
 logger = logging.getLogger("aioengine.server")
@@ -37,6 +37,7 @@ SLOW_SECONDS = 10.0
 SHORTEST_KEY = 22
 """Characters; 22 random ones out of 64 are 132 bits."""
 
+_UNKNOWN = re.compile("Object contains unknown field `([^`]*)`")
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _Count = Annotated[int, Meta(ge=1, le=2**53)]
 
@@ -124,16 +125,16 @@ def parse_keys_file(data: bytes, *, source: str) -> KeysFile:
         values = tomllib.loads(data.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{source}: is not valid TOML: {error}") from error
-    for where, type_, table in _tables(values):
-        if isinstance(table, dict):
-            refuse_unknown(type_, table, f"{source}{where}")
     try:
         return msgspec.convert(values, KeysFile)
     except msgspec.ValidationError as error:
-        text, _, place = str(error).rpartition(" - at `$.")
-        where = f"{place.rstrip('`')}: " if text else ""
-        what = text or str(error).removesuffix(" - at `$`")
-        raise ConfigError(f"{source}: {where}{what}") from error
+        text, _, place = str(error).rpartition(" - at `$")
+        place, what = place.rstrip("`").removeprefix("."), text or str(error)
+        if unknown := _UNKNOWN.match(what):
+            structs = (KeysFile, KeyEntry, TenantLimits)
+            known = [field for struct in structs for field in struct.__struct_fields__]
+            what = f"unknown field {unknown[1]!r}{nearest(unknown[1], known)}"
+        raise ConfigError(f"{source}: {place}{': ' if place else ''}{what}") from error
 
 
 def read_keys_file(path: Path) -> KeysFile:
@@ -145,20 +146,6 @@ def read_keys_file(path: Path) -> KeysFile:
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read: {error.strerror}") from error
     return parse_keys_file(data, source=source)
-
-
-def _tables(values: Mapping[str, Any]) -> Iterator[tuple[str, type[msgspec.Struct], Any]]:
-    """Yield what should be tables, with their places."""
-    yield "", KeysFile, values
-    keys = values.get("keys")
-    for i, entry in enumerate(keys if isinstance(keys, list) else ()):
-        yield f": keys[{i}]", KeyEntry, entry
-        if isinstance(entry, dict):
-            yield f": keys[{i}].limits", Limits, entry.get("limits")
-    for field, type_ in (("tenants", TenantLimits), ("adapters", Limits)):
-        named = values.get(field)
-        for name, limits in (named if isinstance(named, dict) else {}).items():
-            yield f": {field}.{name}", type_, limits
 
 
 def new_key() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -27,15 +27,9 @@ from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai import api
 from aioengine.server.transport.body import check_counts
 
+Compile = Callable[..., Coroutine[Any, Any, TokenConstraint]]
+"""A method of Guide: it takes the guide, what is wanted, and the ``tenant``."""
 _LINE = re.compile(r"\bat (\d+)\(\d+\)")
-
-
-class Compile(Protocol):
-    """A method of Guide."""
-
-    def __call__(
-        self, guide: Guide, wanted: Any, /, *, tenant: str | None
-    ) -> Coroutine[Any, Any, TokenConstraint]: ...
 
 
 class Form(NamedTuple):
