@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from aioengine.server.access.keys import KeyEntry, Scope
+from aioengine.server.access.keys import Scope
 from aioengine.server.access.limits import Meter
 
 _WILD = re.compile(r"[*?\[]")
@@ -52,18 +52,6 @@ class Identity(NamedTuple):
     """The key's hash; None without a key."""
     adapter_meters: Mapping[str, Meter] = {}
     """Meters by adapter; all requests for an adapter count on one."""
-
-    @classmethod
-    def of(cls, entry: KeyEntry, meters: Iterable[Meter], adapter_meters: Mapping[str, Meter]) -> Identity:
-        return cls(
-            entry.tenant,
-            frozenset(entry.scopes),
-            AllowedModels(entry.adapters, entry.base_model),
-            tuple(meters),
-            None if entry.expires is None else entry.expires.timestamp(),
-            entry.hash,
-            adapter_meters,
-        )
 
     @property
     def is_valid(self) -> bool:

@@ -10,16 +10,15 @@ import math
 import secrets
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 
 from aioengine.errors import EngineStopped
 from aioengine.metrics.page.plumbing import Scope as HttpScope
 from aioengine.runtime.client import Usage
-from aioengine.server.access.auth import Identity, presented_key
+from aioengine.server.access.auth import AllowedModels, Identity, presented_key
 from aioengine.server.access.keys import (
     SCOPES,
-    KeyEntry,
     KeysFile,
     KeysWatch,
     Limits,
@@ -41,7 +40,6 @@ MAX_ADDRESSES = 4096
 """Maximum number of addresses; beyond it the one refused longest ago is forgotten."""
 LOG_SECONDS = 60.0
 _CHALLENGE = 'Bearer realm="aioengine", Basic realm="aioengine"'
-_WITHOUT_ADMIN = frozenset(SCOPES) - {"admin"}
 
 
 class Gate:
@@ -179,38 +177,44 @@ class Gate:
         """Use keys from flags: admin keys have all scopes; other keys have "adapters" if there is no admin
         key."""
         self._missing_scope_code = "admin_key_required"
-        scopes = _WITHOUT_ADMIN - {"adapters"} if settings.admin_keys else _WITHOUT_ADMIN
+        scopes = frozenset(SCOPES) - ({"admin", "adapters"} if settings.admin_keys else {"admin"})
         self._anybody = None if settings.api_keys else Identity(scopes=scopes)
         # A key that is both is an admin key.
-        for keys, own in ((settings.api_keys, tuple(scopes)), (settings.admin_keys, ("admin",))):
+        for keys, own in ((settings.api_keys, scopes), (settings.admin_keys, frozenset({"admin"}))):
             for key, tenant in keys.items():
-                entry = KeyEntry(hash=hash_key(key), tenant=tenant, scopes=own)
-                self._known[entry.hash] = Identity.of(entry, (), {})
+                self._known[hash_key(key)] = Identity(tenant, own, key=hash_key(key))
 
     def _use_file(self, file: KeysFile) -> None:
         """Use keys from a file. Existing meters keep their counts."""
         before, self._meters = self._meters, {}
         now = time.monotonic()
 
-        def meter(kind: str, which: str, name: str, limits: Limits) -> Iterator[Meter]:
+        def meter(kind: str, which: str, name: str, limits: Limits) -> tuple[Meter, ...]:
             if all(getattr(limits, field) is None for field in Limits.__struct_fields__):
-                return
+                return ()
             found = self._meters.get((kind, which)) or before.get((kind, which)) or Meter(name, limits)
             found.limit(limits, now)
             self._meters[kind, which] = found
-            yield found
-
-        def meters(entry: KeyEntry) -> Iterator[Meter]:
-            yield from meter("key", entry.hash, "this API key", entry.limits)
-            shared = file.tenants.get(entry.tenant, TenantLimits())
-            yield from meter("tenant", entry.tenant, f"tenant {entry.tenant!r}", shared)
+            return (found,)
 
         adapters = {
             name: found
             for name, limits in file.adapters.items()
             for found in meter("adapter", name, f"adapter {name!r}", limits)
         }
-        self._known = {entry.hash: Identity.of(entry, meters(entry), adapters) for entry in file.keys}
+        self._known = {}
+        for entry in file.keys:
+            tenant = entry.tenant
+            shared = meter("tenant", tenant, f"tenant {tenant!r}", file.tenants.get(tenant, TenantLimits()))
+            self._known[entry.hash] = Identity(
+                tenant,
+                frozenset(entry.scopes),
+                AllowedModels(entry.adapters, entry.base_model),
+                meter("key", entry.hash, "this API key", entry.limits) + shared,
+                None if entry.expires is None else entry.expires.timestamp(),
+                entry.hash,
+                adapters,
+            )
         bounds = {name: limits.max_waiting for name, limits in file.tenants.items()}
         self._new_bounds = {name: most for name, most in bounds.items() if most is not None}
 
