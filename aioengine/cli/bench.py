@@ -134,16 +134,15 @@ def random_prompts(
 
 
 def _print(results: dict[str, list[Measured]], work: str, config: EngineConfig) -> None:
-    from aioengine.cli.tables import new_table, output_console
+    from aioengine.cli.tables import print_table
     from aioengine.lab.calibration.calibrate import machine
 
-    console = output_console()
     title = f"{work}, {config.model_name}, {config.dtype}, quantization {config.quantization}; {machine()}"
     columns = ("variant", ">output tok/s (median)", ">min .. max", ">median TTFT", ">of base")
-    table = new_table(console, *columns, title=title)
     base = median(rate for rate, _ in results["base"])
+    rows = []
     for name, runs in results.items():
         rates, ttfts = zip(*runs, strict=True)
         rate, spread = median(rates), f"{min(rates):.1f} .. {max(rates):.1f}"
-        table.add_row(name, f"{rate:.1f}", spread, f"{median(ttfts):.2f} s", f"{rate / base:.0%}")
-    console.print(table)
+        rows.append((name, f"{rate:.1f}", spread, f"{median(ttfts):.2f} s", f"{rate / base:.0%}"))
+    print_table(columns, rows, title)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 
 from rich.box import HEAVY_HEAD
 from rich.console import Console
@@ -26,3 +27,12 @@ def new_table(console: Console, *columns: str, title: str | None = None) -> Tabl
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print a table with these columns, as :func:`new_table` makes it."""
+    console = output_console()
+    table = new_table(console, *columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -21,37 +21,39 @@ def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None
 
     Searches the cluster that RAY_ADDRESS names, or each cluster on this machine.
     """
-    from aioengine.cli.tables import new_table, output_console
+    from aioengine.cli.tables import print_table
 
-    console = output_console()
     columns = ("replica", "state", "process", "node", ">running", ">waiting", ">KV free", "slots")
-    table = new_table(console, *columns, title=f"Fleet {app_name}")
-    for row in _described(app_name):
-        texts = [str(row[name]) for name in ("replica", "state", "pid", "node", "running", "waiting")]
-        table.add_row(*texts, f"{row['kv_free']:.0%}", " ".join(name or "-" for name in row["slots"]))
-    console.print(table)
+    rows = [
+        [
+            *(str(row[name]) for name in ("replica", "state", "pid", "node", "running", "waiting")),
+            f"{row['kv_free']:.0%}",
+            " ".join(name or "-" for name in row["slots"]),
+        ]
+        for row in _described(app_name)
+    ]
+    print_table(columns, rows, f"Fleet {app_name}")
     return 0
 
 
 def adapters(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
     """Print the adapters of a fleet, and which replica has each in a slot or in its CPU cache."""
-    from aioengine.cli.tables import new_table, output_console
+    from aioengine.cli.tables import print_table
 
     rows = _described(app_name)
     found: dict[str, dict[str, AdapterInfo]] = {}
     for row in rows:
         for info in row["adapters"]:
             found.setdefault(info.name, {})[row["replica"]] = info
-    console = output_console()
     columns = ("adapter", "rank", "path", "pinned", *(row["replica"] for row in rows))
-    table = new_table(console, *columns, title=f"Adapters of {app_name}")
+    lines = []
     for name, where in sorted(found.items()):
         best = max(where.values(), key=lambda info: info.rank)
         pinned = "yes" if any(info.pinned for info in where.values()) else ""
         infos = (where.get(row["replica"]) for row in rows)
         places = ["" if info is None or info.location == "disk" else info.location for info in infos]
-        table.add_row(name, str(best.rank or ""), best.path, pinned, *places)
-    console.print(table)
+        lines.append((name, str(best.rank or ""), best.path, pinned, *places))
+    print_table(columns, lines, f"Adapters of {app_name}")
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from aioengine.cli.flags import CommonFlags, Given, Switch
 from aioengine.cli.process import EXIT_FAILED
@@ -117,6 +116,7 @@ def workload(
     """
     if out is not None and not plot:
         raise ConfigError(f"--out {out}: is for the files of --plot; give --plot")
+    from aioengine.cli.tables import print_table
     from aioengine.lab.analysis.offered import MOST, describe_offered, read_offered
     from aioengine.lab.runs.effects import check_workload_effect, set_fields
     from aioengine.lab.workload.draw import OfferedWorkload
@@ -129,7 +129,14 @@ def workload(
     check_workload_effect(spec, set_fields(spec))
     offered = read_offered(OfferedWorkload(spec, seed), MOST if limit is None else limit)
     found = describe_offered(offered)
-    _print_workload(found)
+    groups = [(name, value if isinstance(value, dict) else {"": value}) for name, value in found.items()]
+    rows = [
+        (f"{name} {of}" if of else name.replace("_", " "), _figure(name, number))
+        for name, values in groups
+        for of, number in values.items()
+        if of or number is not None
+    ]
+    print_table(("figure", ">"), rows)
     if plot:
         from aioengine.lab.report.charts import images
         from aioengine.lab.report.workload_figure import workload_figure
@@ -141,20 +148,6 @@ def workload(
         (out / "workload.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(f"figure: {out / 'workload.png'}")
     return 0
-
-
-def _print_workload(found: dict[str, Any]) -> None:
-    from aioengine.cli.tables import new_table, output_console
-
-    console = output_console()
-    table = new_table(console, "figure", ">")
-    for name, value in found.items():
-        if isinstance(value, dict):
-            for of, number in value.items():
-                table.add_row(f"{name} {of}", _figure(name, number))
-        elif value is not None:
-            table.add_row(name.replace("_", " "), _figure(name, value))
-    console.print(table)
 
 
 def _figure(name: str, value: float | None) -> str:

@@ -129,16 +129,16 @@ def validate(
 
 
 def _print_validation(found: Validation) -> None:
-    from aioengine.cli.tables import new_table, output_console
+    from aioengine.cli.tables import print_table
     from aioengine.lab.calibration.probe import DISTURBED
 
-    console = output_console()
     columns = ("load", "figure", ">live", ">simulated", ">error", ">steps as live")
-    table = new_table(console, *columns, title=f"{found.preset}: live and simulated")
     left = [error for one in found.comparisons for error in one.error_as_live.values()]
-    for (load, metric, live, simulated, error), rest in zip(found.rows(), left, strict=True):
-        table.add_row(load, metric, f"{live:.4g}", f"{simulated:.4g}", f"{error:+.1%}", f"{rest:+.1%}")
-    console.print(table)
+    rows = [
+        (load, metric, f"{live:.4g}", f"{simulated:.4g}", f"{error:+.1%}", f"{rest:+.1%}")
+        for (load, metric, live, simulated, error), rest in zip(found.rows(), left, strict=True)
+    ]
+    print_table(columns, rows, f"{found.preset}: live and simulated")
     steps = ", ".join(f"{one.step_error:+.1%} at {one.load}" for one in found.comparisons)
     print(f"error of the steps' time: {steps}; the last column is the error without it")
     if found.rounds:

@@ -132,18 +132,13 @@ def draw(write: Callable[[Callable[[], None]], Path], figures: int | None = None
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Print the table at the end of a run."""
-    from aioengine.cli.tables import new_table, output_console
+    from aioengine.cli.tables import print_table
     from aioengine.lab.analysis.measures import MEASURES
     from aioengine.lab.analysis.summary import flatten
 
-    console = output_console()
-    table = new_table(console, "figure", ">")
     flat = flatten(summary)
-    for measure in MEASURES:
-        if flat.get(measure.name) is not None:
-            table.add_row(measure.label, measure.text(flat[measure.name]))
-    console.print(table)
-    errors = summary["requests_by_error"]
-    if errors:
+    there = (measure for measure in MEASURES if flat.get(measure.name) is not None)
+    print_table(("figure", ">"), [(measure.label, measure.text(flat[measure.name])) for measure in there])
+    if errors := summary["requests_by_error"]:
         each = ", ".join(f"{count:,} {error}" for error, count in errors.items())
         print(f"aioengine: not all requests were served: {each}", file=sys.stderr)

@@ -70,24 +70,20 @@ def check(file: Path, *, common: CommonFlags | None = None) -> int:
     Args:
         file: Keys file, as for serve --keys.
     """
-    from rich.table import Table
-
-    from aioengine.cli.tables import output_console
+    from aioengine.cli.tables import print_table
 
     found = keys.read_keys_file(file)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("hash", "tenant", "scopes", "models", "expires", "limits"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for entry in found.keys:
         models = [*(["base"] if entry.base_model else []), *entry.adapters]
         expires = "" if entry.expires is None else entry.expires.isoformat()
         if entry.expires is not None and entry.expires <= datetime.now(UTC):
             expires += " (expired)"
         texts = " ".join(entry.scopes), " ".join(models), expires, _limits(entry.limits)
-        table.add_row(entry.hash[:15], entry.tenant, *texts)
+        rows.append((entry.hash[:15], entry.tenant, *texts))
     for tenant, limits in found.tenants.items():
-        table.add_row("", tenant, "all its keys", "", "", _limits(limits))
-    output_console().print(table)
+        rows.append(("", tenant, "all its keys", "", "", _limits(limits)))
+    print_table(("hash", "tenant", "scopes", "models", "expires", "limits"), rows)
     return 0
 
 
