@@ -27,7 +27,9 @@ Count = Annotated[int, Parameter(validator=Number(gte=1))]
 Texts = Annotated[list[str], Parameter(consume_multiple=1)]
 """At least one text after the flag, which can also be repeated."""
 Switch = Annotated[bool, Parameter(negative="")]
+"""A flag without a form ``--no-...``."""
 Given = Annotated[Path, Parameter(show_default=False)]
+"""A path whose default help pages do not show."""
 
 
 @flag_set("Finding out what went wrong", 90, shown=())
