@@ -26,7 +26,7 @@ from aioengine.info import (
     EngineState,
     EngineStats,
     LoadProgress,
-    SlotTable,
+    SlotInfo,
 )
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import (
@@ -554,9 +554,9 @@ class AsyncEngine:
         """Return the replaced versions that requests still wait for or run on, wherever they are."""
         return list(self._adapters.replaced())
 
-    def slots(self) -> SlotTable:
-        """Return the slots, and a number that changes whenever their contents change."""
-        return SlotTable(version=self._counters.residency, slots=slot_infos(self._core))
+    def slots(self) -> tuple[SlotInfo, ...]:
+        """Return the present contents of the slots."""
+        return slot_infos(self._core)
 
     def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Deliver every event to ``listener``, or those of the given types, on the loop; returns a function

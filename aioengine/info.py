@@ -71,15 +71,6 @@ class SlotInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bytes that its adapter takes of that memory."""
 
 
-class SlotTable(msgspec.Struct, frozen=True, kw_only=True):
-    """The present contents of the slots."""
-
-    version: int
-    """Increases whenever an adapter has entered or left a slot or the CPU cache, or a version was replaced or
-    is gone."""
-    slots: tuple[SlotInfo, ...]
-
-
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     """The present load of an engine, for routers."""
 

@@ -219,7 +219,7 @@ class EngineReplica:
             pid=os.getpid(),
             node=platform.node(),
             actor=self._actor(),
-            slots=0 if lora is None else len(self.engine.slots().slots),
+            slots=0 if lora is None else len(self.engine.slots()),
             cpu_loras=0 if lora is None else lora.cpu_capacity,
             max_running=self._config.engine.max_num_seqs,
             kv_tokens=self.engine.load().kv_tokens,
@@ -253,9 +253,7 @@ class EngineReplica:
         replaced = {(info.name, info.version): info for info in self.engine.replaced()}
         held = [i for i in self.engine.resident() if (i.name, i.version) not in replaced]
         told = self._versions.told
-        return Residency(
-            list(self.engine.slots().slots), list(map(told, held)), list(map(told, replaced.values()))
-        )
+        return Residency(list(self.engine.slots()), list(map(told, held)), list(map(told, replaced.values())))
 
     # Adapters
 
@@ -290,7 +288,7 @@ class EngineReplica:
             "running": load.running,
             "waiting": load.waiting,
             "kv_free": load.kv_tokens_free / max(load.kv_tokens, 1),
-            "slots": [slot.adapter for slot in self.engine.slots().slots],
+            "slots": [slot.adapter for slot in self.engine.slots()],
             "adapters": self.engine.adapters(),
         }
 
@@ -311,7 +309,7 @@ class EngineReplica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`. Serve calls this for the scaling
         policy."""
-        slots = {slot.adapter for slot in self.engine.slots().slots}
+        slots = {slot.adapter for slot in self.engine.slots()}
         return self._speed.demand(self.engine.load(), slots, self._config.engine.max_num_seqs)
 
     async def stop(self) -> None:

@@ -27,13 +27,10 @@ class Counters:
         events.RequestAdmitted,
         events.RequestEnded,
         events.AdapterEvent,
-        events.EngineRestarted,
     )
 
     def __init__(self) -> None:
         self._counts = Counter(dict.fromkeys(_TOTALS, 0))
-        self.residency = 0
-        """Number of changes to the contents of slots and CPU cache, and of replacements."""
         self.memory_unplanned: int | None = None
         """Value of the field of :class:`EngineStats`."""
 
@@ -51,17 +48,10 @@ class Counters:
                 counts["output_tokens"] += event.output_tokens
             case events.AdapterPlaced():
                 counts["slot_loads"] += 1
-                self.residency += 1
             case events.AdapterLoaded():
                 counts["cpu_loads"] += 1
-                self.residency += 1
             case events.AdapterEvicted():
                 counts[f"{event.level}_evictions"] += 1
-                self.residency += 1
-            case events.AdapterUnloaded() | events.EngineRestarted():
-                self.residency += 1
-            case events.AdapterRegistered(replaces=int()):
-                self.residency += 1
             case events.AdapterFailed():
                 counts["load_failures"] += 1
 

@@ -180,20 +180,14 @@ async def test_stats_after_the_stop_are_the_last(tiny: Tiny, make_engine: MakeEn
     assert last.requests_finished == 1
 
 
-async def test_the_slots_version_tells_whether_anything_moved(tiny: Tiny, make_engine: MakeEngine) -> None:
+async def test_the_slots_have_what_is_in_them_now(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         engine.register_adapter("rank-3", tiny.adapters["rank-3"])
-        empty = engine.slots()
-        assert {slot.state for slot in empty.slots} == {"FREE"}
+        assert {slot.state for slot in engine.slots()} == {"FREE"}
         await engine.complete(prompt_of(0, 5), greedy(3), adapter="rank-3")
-        after = engine.slots()
-        assert after.version > empty.version
-        assert [slot.adapter for slot in after.slots] == ["rank-3", None]
-        await engine.complete(prompt_of(1, 5), greedy(3), adapter="rank-3")
-        assert engine.slots() == after
+        assert [slot.adapter for slot in engine.slots()] == ["rank-3", None]
         await engine.unload_adapter("rank-3")
-        assert engine.slots().version > after.version
-        assert {slot.adapter for slot in engine.slots().slots} == {None}
+        assert {slot.adapter for slot in engine.slots()} == {None}
 
 
 @pytest.mark.parametrize(
