@@ -18,7 +18,7 @@ from aioengine.lab.analysis.measures import MEASURES, find_measure
 from aioengine.lab.analysis.statistics import estimate, paired, regret
 from aioengine.lab.analysis.summary import flatten
 from aioengine.lab.report.compare_figures import draw_compare
-from aioengine.lab.report.compare_page import load_compare, places, ranked, rankings, write_compare_report
+from aioengine.lab.report.compare_page import load_compare, places, rankings, write_compare_report
 from aioengine.lab.report.compare_results import Compare
 from aioengine.lab.runs.comparison import read_comparison
 from aioengine.lab.runs.pool import Report
@@ -204,7 +204,7 @@ def test_the_report_ranks(folder: Path) -> None:
     pytest.importorskip("vl_convert", reason="of the extra")
     found = load_compare(folder, "output_tokens_per_second")
     best = found.of("output_tokens_per_second", slots=2, scale=2.0).sort("mean", descending=True)
-    assert ranked(found, 2, 2.0) == best["policy"].to_list()
+    assert list(places(found, 2, 2.0)) == best["policy"].to_list()
     first = write_compare_report(folder).read_bytes()
     assert write_compare_report(folder).read_bytes() == first
     assert {path.name for path in (folder / "figures").iterdir()} == {

@@ -155,52 +155,36 @@ def test_a_fleet_that_says_nothing_has_the_documented_conditions() -> None:
         assert Experiment.from_dict(experiment.to_dict()) == experiment
 
 
-SMALL = ["--arrivals", "poisson:rate=20", "--limit", "5"]
+SMALL = "--arrivals poisson:rate=20 --limit 5"
 
 
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["run", *SMALL, "--router", "affinity"], "router='affinity': is for a fleet"),
-        (["run", *SMALL, "--replicas", "2", "--start-seconds", "3"], "give autoscale"),
-        (["run", *SMALL, "--popularity", "uniform"], "popularity='uniform': there are no adapters"),
-        (["compare", "--concurrency", "2", "--limit", "5", "--scale", "1,2"], "scale=1.0: "),
-        (
-            [
-                "size",
-                "--workload",
-                "WORKLOAD",
-                "--slo",
-                "ttft_p99=1",
-                "--replicas",
-                "2",
-                "--max-replicas",
-                "3",
-            ],
-            "leave one",
-        ),
-        (
-            ["size", "--workload", "WORKLOAD", "--slo", "ttft_p99=1", "--replicas", "1", "--router", "p2c"],
-            "--router",
-        ),
-        (["size", "--workload", "USELESS", "--slo", "ttft_p99=1"], "base_share=0.5: there are no adapters"),
-        (["workload", "WORKLOAD", "--out", "x"], "--out x: is for the files of --plot"),
-        (["report", "RUN", "--rank-by", "latency_seconds.mean"], "has no ranking"),
+        (f"run {SMALL} --router affinity", "router='affinity': is for a fleet"),
+        (f"run {SMALL} --replicas 2 --start-seconds 3", "give autoscale"),
+        (f"run {SMALL} --popularity uniform", "popularity='uniform': there are no adapters"),
+        ("compare --concurrency 2 --limit 5 --scale 1,2", "scale=1.0: "),
+        ("size --workload w.toml --slo ttft_p99=1 --replicas 2 --max-replicas 3", "leave one"),
+        ("size --workload w.toml --slo ttft_p99=1 --replicas 1 --router p2c", "--router"),
+        ("size --workload u.toml --slo ttft_p99=1", "base_share=0.5: there are no adapters"),
+        ("workload w.toml --out x", "--out x: is for the files of --plot"),
+        ("report run --rank-by latency_seconds.mean", "has no ranking"),
     ],
 )
 @pytest.mark.slow
 def test_commands_refuse_what_changes_nothing(
-    command: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    workload, useless, run = tmp_path / "w.toml", tmp_path / "u.toml", tmp_path / "run"
-    workload.write_text('arrivals = "poisson:rate=20"\nlimit = 5\n')
-    useless.write_text('arrivals = "poisson:rate=20"\nlimit = 5\nbase_share = 0.5\n')
-    run.mkdir()
-    (run / "experiment.json").write_text("{}")
-    places = {"WORKLOAD": str(workload), "USELESS": str(useless), "RUN": str(run)}
-    flags = [places.get(word, word) for word in command]
-    if "--out" not in flags and command[0] in ("run", "compare", "size"):
-        flags += ["--out", str(tmp_path / "out")]
-    assert main(["lab", *flags]) == 2
+    monkeypatch.chdir(tmp_path)
+    Path("w.toml").write_text('arrivals = "poisson:rate=20"\nlimit = 5\n')
+    Path("u.toml").write_text('arrivals = "poisson:rate=20"\nlimit = 5\nbase_share = 0.5\n')
+    Path("run").mkdir()
+    Path("run/experiment.json").write_text("{}")
+    assert main(["lab", *command.split()]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"w.toml", "u.toml", "run"}

@@ -303,16 +303,7 @@ async def test_a_disk_that_hangs_is_given_up(
 @pytest.mark.slow
 def test_the_flag(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    flags = [
-        "--model",
-        str(tiny.model),
-        "--device",
-        "cpu",
-        "--kv-cache-memory",
-        "8MiB",
-        "--record",
-        str(path),
-    ]
+    flags = f"--model {tiny.model} --device cpu --kv-cache-memory 8MiB --record {path}".split()
     requests = "".join(
         json.dumps({"prompt": [4, 5, 6], "max_tokens": n, "tenant": "t"}) + "\n" for n in (2, 3)
     )

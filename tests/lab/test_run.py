@@ -83,12 +83,6 @@ def test_the_order_of_hashes_does_not_matter(policy: str, fields: dict[str, Any]
         assert contents(tmp_path / seed) == contents(tmp_path / "0")
 
 
-def test_another_seed_is_another_run(tmp_path: Path) -> None:
-    run(experiment(), tmp_path / "a")
-    run(experiment(seed=1), tmp_path / "b")
-    assert (tmp_path / "a" / "requests.csv").read_bytes() != (tmp_path / "b" / "requests.csv").read_bytes()
-
-
 MY_POLICY = '''
 from aioengine.schedulers.policies.fcfs import FCFS
 

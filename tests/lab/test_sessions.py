@@ -129,24 +129,6 @@ def test_a_tenant_bursts_at_a_time_of_its_own() -> None:
     assert most(found) > 0.6 > 0.4 > most(even)
 
 
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"sessions": "chat", "trace": "t.csv", "arrivals": None}, "give arrivals or concurrency"),
-        ({"sessions": "talk"}, "there is no 'talk'"),
-        ({"shared_prefix": "tokens:0"}, "tokens"),
-        ({"think": 1.0}, "closed loop"),
-        ({"concurrency": 2, "arrivals": None, "limit": None}, "the loop never ends"),
-        ({"concurrency": 0}, "concurrency"),
-        ({"tenant_bursts": "bursts"}, "there are no tenants"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        WorkloadSpec(**{"arrivals": "poisson:rate=1", "limit": 5, **fields})
-    assert says in str(caught.value)
-
-
 def test_traces_as_burst_gpt_has_them(tmp_path: Path) -> None:
     trace = tmp_path / "burst.csv"
     header = "Timestamp,Session ID,Model,Request tokens,Response tokens,Total tokens,Log Type\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,47 +110,33 @@ def write_compare_report(
 
 def rankings(compare: Compare) -> Iterator[Ranking]:
     """Yield a table for each setting, in the order of places."""
-    names = dict.fromkeys((compare.measure.name, *COLUMNS))
-    measures = [find_measure(name) for name in names]
+    measures = [find_measure(name) for name in dict.fromkeys((compare.measure.name, *COLUMNS))]
+    tells = compare.results["seed"].n_unique() > 1 < len(compare.policies)
     for slots, scale in compare.settings():
         rows = [
-            Row(
-                policy,
-                [_cell(compare, measure, policy, slots, scale) for measure in measures],
-                place,
-                best=place == "1" and compare.results["seed"].n_unique() > 1 < len(compare.policies),
-            )
+            Row(policy, _cells(compare, measures, policy, slots, scale), place, best=place == "1" and tells)
             for policy, place in places(compare, slots, scale).items()
         ]
         title = f"{setting_text(compare, slots, scale)}: by {compare.measure.label}"
         yield Ranking(title, [measure.label for measure in measures], rows)
 
 
-def ranked(compare: Compare, slots: int, scale: float) -> list[str]:
-    """Return the policies of a setting, best first; those without a figure last."""
-    table = compare.of(compare.measure.name, slots=slots, scale=scale)
-    best = table.sort("mean", descending=compare.measure.better == "higher", maintain_order=True)
-    order = best["policy"].to_list()
-    return [*order, *(policy for policy in compare.policies if policy not in order)]
-
-
 def places(compare: Compare, slots: int, scale: float) -> dict[str, str]:
     """Return the place of each policy of a setting, best first. Policies that these seeds cannot tell from
     the best share its place; then the rest are compared in the same way. "–" without a figure."""
     setting = compare.results.filter(slots=slots, scale=scale).sort("seed")
-
-    def values(policy: str) -> list[float | None]:
-        return setting.filter(policy=policy)[compare.measure.name].to_list()
-
-    known = compare.of(compare.measure.name, slots=slots, scale=scale)["policy"].to_list()
-    rest = [policy for policy in ranked(compare, slots, scale) if policy in known]
+    values = {
+        policy: setting.filter(policy=policy)[compare.measure.name].to_list() for policy in compare.policies
+    }
+    table = compare.of(compare.measure.name, slots=slots, scale=scale)
+    best_first = table.sort("mean", descending=compare.measure.better == "higher", maintain_order=True)
+    rest = best_first["policy"].to_list()
     found: dict[str, str] = {}
     while rest:
-        best = values(rest[0])
-        tied = [policy for policy in rest if _is_tie(paired(values(policy), best))]
+        tied = [policy for policy in rest if _is_tie(paired(values[policy], values[rest[0]]))]
         found |= dict.fromkeys(tied, f"{len(found) + 1}{'=' * (len(tied) > 1)}")
         rest = [policy for policy in rest if policy not in found]
-    return found | dict.fromkeys((policy for policy in compare.policies if policy not in found), "–")
+    return found | {policy: "–" for policy in compare.policies if policy not in found}
 
 
 def _is_tie(difference: Estimate | None) -> bool:
@@ -163,20 +149,29 @@ def _is_tie(difference: Estimate | None) -> bool:
 def _details(compare: Compare) -> Iterator[Ranking]:
     """Yield all figures of a setting: a row for each, a column for each policy."""
     for slots, scale in compare.settings():
+        columns = [_cells(compare, MEASURES, policy, slots, scale) for policy in compare.policies]
         rows = [
-            Row(m.label, [_cell(compare, m, policy, slots, scale) for policy in compare.policies])
-            for m in MEASURES
+            Row(measure.label, list(cells))
+            for measure, cells in zip(MEASURES, zip(*columns, strict=True), strict=True)
         ]
         yield Ranking(setting_text(compare, slots, scale), compare.policies, rows)
 
 
-def _cell(compare: Compare, measure: Measure, policy: str, slots: int, scale: float) -> Cell:
-    found = compare.of(measure.name, slots=slots, scale=scale, policy=policy)
-    if found.is_empty():
-        return Cell("–", None, None, "")
-    row = found.row(0, named=True)
-    interval = None if row["high"] is None else measure.interval_text(row["mean"], row["high"] - row["mean"])
-    return Cell(measure.text(row["mean"]), interval, *_difference(row, measure))
+def _cells(
+    compare: Compare, measures: Iterable[Measure], policy: str, slots: int, scale: float
+) -> list[Cell]:
+    """Return a policy's figures in a setting."""
+    cells = []
+    for measure in measures:
+        found = compare.of(measure.name, slots=slots, scale=scale, policy=policy)
+        if found.is_empty():
+            cells.append(Cell("–", None, None, ""))
+            continue
+        row = found.row(0, named=True)
+        mean, high = row["mean"], row["high"]
+        interval = None if high is None else measure.interval_text(mean, high - mean)
+        cells.append(Cell(measure.text(mean), interval, *_difference(row, measure)))
+    return cells
 
 
 def _difference(row: dict[str, Any], measure: Measure) -> tuple[str | None, str]:
@@ -193,15 +188,14 @@ def _difference(row: dict[str, Any], measure: Measure) -> tuple[str | None, str]
 
 
 def _note(compare: Compare, seeds: int, ageing: str) -> str:
+    ageing = f"{ageing[0].upper()}{ageing[1:]}."
     if seeds == 1:
         return (
-            f"One seed: there are no intervals, and places may be chance. With --seeds 5 there are. "
-            f"{ageing[0].upper()}{ageing[1:]}."
+            "One seed: there are no intervals, and places may be chance. With --seeds 5 there are. " + ageing
         )
     return (
         "± is half of a 95% interval of the mean over the seeds (Student's t). Policies share a place (1=) "
         "if the interval of their difference to the best of them, paired by seed, includes 0; bold is who "
         f"has the first place alone. In colour: the difference to {compare.policies[0]}, where its interval "
-        "leaves out 0, in percent of its mean; of shares, as their ±, in percentage points (pp). "
-        f"{ageing[0].upper()}{ageing[1:]}."
+        "leaves out 0, in percent of its mean; of shares, as their ±, in percentage points (pp). " + ageing
     )

@@ -28,7 +28,6 @@ TIMES = {
     "latency_seconds": "whole answer",
 }
 LEVELS = {"slot": "in a slot", "cpu": "on the CPU", "loading": "being loaded", "disk": "on disk"}
-STAGES = {"slot": "CPU to slot", "disk": "disk to CPU"}
 OTHERS = "others"
 
 
@@ -132,26 +131,6 @@ def draw_hits(run: Run) -> Figure:
     return figure("hits", f"Requests found their adapter {', '.join(parts) or 'nowhere'}", rows)
 
 
-def draw_swaps(run: Run) -> Figure:
-    import polars as pl
-
-    swaps = run.summary["swaps"]
-    title = (
-        f"{swaps['slot_copies']:,} copies into slots ({swaps['slot_copy_bytes'] / 1e9:.3g} GB), "
-        f"{swaps['disk_loads']:,} loads from disk ({swaps['disk_load_bytes'] / 1e9:.3g} GB), "
-        f"{swaps['failed_moves']:,} failed"
-    )
-    moves = run.frames.moves.filter(pl.col("error").is_null()).with_columns(pl.col("stage").replace(STAGES))
-    if moves.is_empty():
-        return figure("swaps", title)
-    megabytes = pl.col("nbytes").sum() / 1e6
-    rows = [
-        {**row, "amount": row["amount"] / (row["end"] - row["time"])}
-        for row in run.binned(moves, "end", "stage", megabytes)
-    ]
-    return figure("swaps", title, rows)
-
-
 def draw_fairness(run: Run) -> Figure:
     fairness = run.summary["fairness"]
     clients = fairness["service_between"]
@@ -174,23 +153,12 @@ def draw_fairness(run: Run) -> Figure:
     return figure("fairness", title, clients=seen.iter_rows(named=True), gaps=gaps)
 
 
-def draw_starvation(run: Run) -> Figure:
-    table = by_client(run.frames.requests, "adapter").drop_nulls("worst_wait_seconds")
-    table = table.sort("worst_wait_seconds", "client", descending=[True, False])
-    worst = seconds_text(run.summary["starvation"]["worst_wait_seconds"])
-    rows = table.select("client", "worst_wait_seconds", "ttft_seconds").head(MOST).iter_rows(named=True)
-    title = f"The longest wait for a first token was {worst}, of {table.height:,} adapters'"
-    return figure("starvation", title, rows)
-
-
 PLOTS: Mapping[str, Callable[[Run], Figure]] = {
     "latency": draw_latency,
     "load": draw_load,
     "timeline": draw_timeline,
     "hits": draw_hits,
-    "swaps": draw_swaps,
     "fairness": draw_fairness,
-    "starvation": draw_starvation,
 }
 """Figures by name."""
 

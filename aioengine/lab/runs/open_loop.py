@@ -13,10 +13,9 @@ from aioengine.lab.workload.requests import Arrival, Workload
 
 if TYPE_CHECKING:
     from aioengine.engine import AsyncEngine
-    from aioengine.lab.calibration.live import LiveRequests
     from aioengine.lab.fleet.fleet import SimulatedFleet
     from aioengine.lab.runs.recorder import Recorder
-    from aioengine.lab.workload.prompts import SimulatedRequests
+    from aioengine.lab.workload.prompts import LiveRequests, SimulatedRequests
 
 STALL_SECONDS = 600.0
 """A run is given up after this time without a step or a move while requests wait."""

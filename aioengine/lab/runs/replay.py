@@ -9,15 +9,13 @@ from typing import Any, TypedDict, Unpack
 
 from aioengine.engine import AsyncEngine
 from aioengine.fleet.config import FleetConfig
-from aioengine.lab.calibration.live import LiveRequests
 from aioengine.lab.fleet.conditions import Conditions
 from aioengine.lab.fleet.fleet import START_SECONDS, SimulatedFleet
 from aioengine.lab.runs.open_loop import OpenLoop, Progress, Replayed
-from aioengine.lab.runs.policy_record import PolicyWatch
-from aioengine.lab.runs.recorder import Recorder
+from aioengine.lab.runs.recorder import PolicyWatch, Recorder
 from aioengine.lab.runs.rows import Sink
 from aioengine.lab.simulation.engine import SimulatedEngine
-from aioengine.lab.workload.prompts import SimulatedRequests
+from aioengine.lab.workload.prompts import LiveRequests, SimulatedRequests
 from aioengine.lab.workload.requests import Workload
 
 

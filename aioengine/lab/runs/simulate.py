@@ -20,15 +20,14 @@ from aioengine.lab.fleet.conditions import Conditions, parse_faults
 from aioengine.lab.fleet.fleet import START_SECONDS, fleet_config
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.open_loop import Progress, Replayed
-from aioengine.lab.runs.policy_record import PolicyWatch
 from aioengine.lab.runs.provenance import provenance
+from aioengine.lab.runs.recorder import PolicyWatch
 from aioengine.lab.runs.replay import Watching, replay, replay_on_fleet
 from aioengine.lab.runs.rows import CsvFiles, Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
-from aioengine.lab.workload.context import COUNTED, TooLong, count_too_long
 from aioengine.lab.workload.extra import needs_extra
-from aioengine.lab.workload.requests import Workload
+from aioengine.lab.workload.requests import COUNTED, TooLong, Workload, count_too_long
 from aioengine.memory_plan import MemoryPlan
 from aioengine.schedulers import SchedulerPolicy, load_policy
 from aioengine.schedulers.policies.fcfs import FCFS
