@@ -48,7 +48,7 @@ def test_a_run_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["lab", "run", *same]) == 0 and not (again / "report.html").exists()
     assert main(["lab", "report", str(again)]) == 0
     files = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
-    assert len(files) == 14
+    assert len(files) == 12
     for file in files:
         assert (out / file).read_bytes() == (again / file).read_bytes(), file
 
