@@ -8,6 +8,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from attacks.table.target import MODEL, Target, filled, key, statuses
@@ -18,9 +19,106 @@ QUADRATIC = """{% for m in messages %}{% for n in messages %}{% if n.role == m.c
 START = f'{{"model": "{MODEL}", "max_tokens": 2, "prompt": '
 
 
-async def guided(target: Target, *outputs: dict[str, Any], **fields: Any) -> str:
-    asks = [target.ask(structured_outputs=wanted, **fields) for wanted in outputs]
-    return statuses(await asyncio.gather(*asks, return_exceptions=True))
+Run = Callable[[Target], Awaitable[str]]
+
+
+def sent(path: str, body: Callable[[], Any], times: int = 1) -> Run:
+    """An attack that sends one body so often, at once; it is made when the attack begins."""
+
+    async def run(target: Target) -> str:
+        content = body()
+        return statuses(await asyncio.gather(*(target.post(path, content) for _ in range(times))))
+
+    return run
+
+
+def completions(body: Callable[[], Any], times: int = 1) -> Run:
+    return sent("/v1/completions", body, times)
+
+
+def guided(*outputs: Callable[[], dict[str, Any]], **fields: Any) -> Run:
+    """An attack that asks for each of these formats, at once."""
+
+    async def run(target: Target) -> str:
+        asks = [target.ask(structured_outputs=wanted(), **fields) for wanted in outputs]
+        return statuses(await asyncio.gather(*asks, return_exceptions=True))
+
+    return run
+
+
+def asked(times: int = 1, **fields: Any) -> Run:
+    """An attack that asks for a completion so often, at once."""
+
+    async def run(target: Target) -> str:
+        return statuses(await asyncio.gather(*(target.ask(**fields) for _ in range(times))))
+
+    return run
+
+
+HI = [{"role": "user", "content": "Hi"}]
+SCHEMA = '"x", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": ['
+IGNORED = START.replace("2,", "150,") + '"x", "ignore_eos": true, "stream": true, "metadata": ['
+RULE = 'start: e\ne: e e | e e e | e e e e | /[a-z]/ | /[a-z ]/ | /[^\\n]/ | "{}"'
+
+deep_schema = guided(lambda: {"json": json.loads(hostile.property_chain(1_000))})
+deep_rules = guided(lambda: {"grammar": hostile.rule_chain(3_000)})
+many_properties = guided(lambda: {"json": json.loads(hostile.properties(9_000))})
+ambiguous = guided(lambda: {"grammar": hostile.AMBIGUOUS}, max_tokens=300)
+twenty_ambiguous = guided(
+    *(lambda i=i: {"grammar": RULE.replace("{}", "x" * i)} for i in range(1, 21)), max_tokens=100
+)
+long_text = asked(prompt="a " * 3_500_000)
+many_messages = sent("/v1/chat/completions", lambda: {"messages": [{**HI[0], "content": ""}] * 270_000})
+detokenize = sent("/detokenize", lambda: {"tokens": [65] * 2_000_000})
+nested_metadata = completions(lambda: filled(START + '"x", "metadata": [', "[]", "]}"))
+nested_schema = completions(lambda: filled(START + SCHEMA, "[]", "]}}}}"))
+many_ids = completions(lambda: filled(START + "[", "1", "]}"))
+ignored_fields = completions(lambda: filled(IGNORED, "{}", "]}", 3_000_000), times=10)
+many_logprobs = sent(
+    "/v1/chat/completions",
+    lambda: {
+        "messages": HI,
+        "n": 32,
+        "max_tokens": 300,
+        "ignore_eos": True,
+        "logprobs": True,
+        "top_logprobs": 20,
+    },
+)
+long_prompt = asked(prompt=random.Random(0).choices(range(100, 40_000), k=8_000), max_tokens=1)
+many_vectors = sent(
+    "/v1/embeddings",
+    lambda: {"input": [[100 + i % 1_000, 200] for i in range(256)], "encoding_format": "float"},
+)
+many_inputs = sent("/v1/embeddings", lambda: {"input": [[100 + i % 1_000] for i in range(2_048)]}, times=2)
+many_documents = sent(
+    "/rerank", lambda: {"query": "word " * 100, "documents": [f"document {i}" for i in range(2_048)]}
+)
+all_fields = asked(
+    times=2,
+    n=16,
+    max_tokens=20,
+    logprobs=20,
+    repetition_penalty=1.2,
+    logit_bias={str(i): 1 for i in range(1_000)},
+    stop_token_ids=list(range(40_000, 41_000)),
+    stop=["x" * 256] * 16,
+)
+hot_choices = asked(n=64, max_tokens=4, temperature=2)
+quadratic_chat = sent(
+    "/v1/chat/completions",
+    lambda: {"messages": [{**HI[0], "content": "Hello"}] * 2_048, "max_tokens": 1},
+    times=3,
+)
+
+
+def _lists_in_arguments() -> dict[str, Any]:
+    function = {"name": "f", "arguments": f"[{','.join(['[]'] * 2_600_000)}]"}
+    call = {"id": "x", "type": "function", "function": function}
+    return {"messages": [*HI, {"role": "assistant", "content": "", "tool_calls": [call]}], "max_tokens": 2}
+
+
+lists_in_arguments = sent("/v1/chat/completions", _lists_in_arguments)
 
 
 async def nothing(_: Target) -> str:
@@ -28,19 +126,11 @@ async def nothing(_: Target) -> str:
     return "none"
 
 
-async def deep_schema(target: Target) -> str:
-    return await guided(target, {"json": json.loads(hostile.property_chain(1_000))})
-
-
-async def deep_rules(target: Target) -> str:
-    return await guided(target, {"grammar": hostile.rule_chain(3_000)})
-
-
 async def slow_compiles(target: Target) -> str:
     """Send eight requests whose clients leave after a second, then others whose work shared a pool with
     them."""
     schemas = [{"json": json.loads(hostile.multiples(7919 + 2 * i, 7907))} for i in range(8)]
-    leaving = [asyncio.create_task(guided(target, schema)) for schema in schemas]
+    leaving = [asyncio.create_task(target.ask(structured_outputs=schema)) for schema in schemas]
     await asyncio.wait(leaving, timeout=1)
     for task in leaving:
         task.cancel()
@@ -56,20 +146,6 @@ async def slow_compiles(target: Target) -> str:
     return f"others: {statuses(answers)} in {time.monotonic() - began:.1f} s"
 
 
-async def many_properties(target: Target) -> str:
-    return await guided(target, {"json": json.loads(hostile.properties(9_000))})
-
-
-async def ambiguous(target: Target) -> str:
-    return await guided(target, {"grammar": hostile.AMBIGUOUS}, max_tokens=300)
-
-
-async def twenty_ambiguous(target: Target) -> str:
-    rule = 'start: e\ne: e e | e e e | e e e e | /[a-z]/ | /[a-z ]/ | /[^\\n]/ | "{}"'
-    grammars = [{"grammar": rule.replace("{}", "x" * i)} for i in range(1, 21)]
-    return await guided(target, *grammars, max_tokens=100)
-
-
 async def long_text_cut(target: Target) -> str:
     """Send texts of 7 MB of which the last tokens are wanted, and many shorter ones."""
     long = {"prompt": "a " * 3_500_000, "truncate_prompt_tokens": 20, "max_tokens": 1}
@@ -78,65 +154,10 @@ async def long_text_cut(target: Target) -> str:
     return statuses(await asyncio.gather(*asks))
 
 
-async def long_text(target: Target) -> str:
-    return statuses([await target.ask(prompt="a " * 3_500_000)])
-
-
-async def many_messages(target: Target) -> str:
-    messages = [{"role": "user", "content": ""}] * 270_000
-    return statuses([await target.post("/v1/chat/completions", {"messages": messages})])
-
-
-async def detokenize(target: Target) -> str:
-    return statuses([await target.post("/detokenize", {"tokens": [65] * 2_000_000})])
-
-
-async def nested_metadata(target: Target) -> str:
-    body = filled(START + '"x", "metadata": [', "[]", "]}")
-    return statuses([await target.post("/v1/completions", body)])
-
-
-async def nested_schema(target: Target) -> str:
-    start = (
-        START
-        + '"x", "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": ['
-    )
-    return statuses([await target.post("/v1/completions", filled(start, "[]", "]}}}}"))])
-
-
-async def many_ids(target: Target) -> str:
-    return statuses([await target.post("/v1/completions", filled(START + "[", "1", "]}"))])
-
-
-async def ignored_fields(target: Target) -> str:
-    start = START.replace("2,", "150,") + '"x", "ignore_eos": true, "stream": true, "metadata": ['
-    body = filled(start, "{}", "]}", 3_000_000)
-    return statuses(await asyncio.gather(*(target.post("/v1/completions", body) for _ in range(10))))
-
-
-async def lists_in_arguments(target: Target) -> str:
-    arguments = f"[{','.join(['[]'] * 2_600_000)}]"
-    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    return statuses([await target.post("/v1/chat/completions", {"messages": turns, "max_tokens": 2})])
-
-
-async def many_logprobs(target: Target) -> str:
-    """Ask for 32 choices with 300 tokens each in one answer."""
-    ask = {"n": 32, "max_tokens": 300, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
-    messages = [{"role": "user", "content": "Hi"}]
-    return statuses([await target.post("/v1/chat/completions", {"messages": messages, **ask})])
-
-
 async def unique_salts(target: Target) -> str:
     """Send 300 requests with one prompt; none may use what was computed for another."""
     asks = (target.ask(prompt="word " * 30, cache_salt=str(i)) for i in range(300))
     return statuses(await asyncio.gather(*asks, return_exceptions=True))
-
-
-async def long_prompt(target: Target) -> str:
-    ids = random.Random(0).choices(range(100, 40_000), k=8_000)
-    return statuses([await target.ask(prompt=ids, max_tokens=1)])
 
 
 async def tenant_flood(target: Target) -> str:
@@ -200,16 +221,7 @@ async def address_flood(target: Target) -> str:
 
 async def made_up(target: Target) -> str:
     """Send requests of all kinds for 5 seconds, from a process of its own."""
-    words = [
-        "-m",
-        "support.made_up",
-        target.served.url,
-        MODEL,
-        "--key",
-        "key-of-a",
-        "--seconds",
-        "5",
-    ]
+    words = ["-m", "support.made_up", target.served.url, MODEL, "--key", "key-of-a", "--seconds", "5"]
     process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
     try:
         report = json.loads((await process.communicate())[0])
@@ -219,43 +231,6 @@ async def made_up(target: Target) -> str:
     if report["wrong"]:
         raise ValueError("; ".join(report["wrong"][:3]))
     return ", ".join(f"{status} ({count}x)" for status, count in sorted(report["statuses"].items()))
-
-
-async def many_vectors(target: Target) -> str:
-    inputs = [[100 + i % 1_000, 200] for i in range(256)]
-    return statuses([await target.post("/v1/embeddings", {"input": inputs, "encoding_format": "float"})])
-
-
-async def many_inputs(target: Target) -> str:
-    """Send 2,048 inputs of a token in each of two requests."""
-    inputs = [[100 + i % 1_000] for i in range(2_048)]
-    return statuses(
-        await asyncio.gather(*(target.post("/v1/embeddings", {"input": inputs}) for _ in range(2)))
-    )
-
-
-async def many_documents(target: Target) -> str:
-    documents = [f"document {i}" for i in range(2_048)]
-    return statuses([await target.post("/rerank", {"query": "word " * 100, "documents": documents})])
-
-
-async def all_fields(target: Target) -> str:
-    """Ask for 16 choices, twice, with as many of each list as may be given."""
-    ask = {
-        "n": 16,
-        "max_tokens": 20,
-        "logprobs": 20,
-        "repetition_penalty": 1.2,
-        "logit_bias": {str(i): 1 for i in range(1_000)},
-        "stop_token_ids": list(range(40_000, 41_000)),
-        "stop": ["x" * 256] * 16,
-    }
-    return statuses(await asyncio.gather(*(target.ask(**ask) for _ in range(2))))
-
-
-async def hot_choices(target: Target) -> str:
-    """Ask for 64 choices of tokens that are nearly all equally likely."""
-    return statuses([await target.ask(n=64, max_tokens=4, temperature=2)])
 
 
 async def long_answers(target: Target) -> str:
@@ -293,9 +268,3 @@ async def many_mixes(target: Target) -> str:
     mixes = [{"m1": 0.1 + i / 1_000, "m2": 0.5, "m3": -0.2} for i in range(300)]
     asks = (target.ask(adapters=mix) for mix in mixes)
     return statuses(await asyncio.gather(*asks, return_exceptions=True))
-
-
-async def quadratic_chat(target: Target) -> str:
-    messages = [{"role": "user", "content": "Hello"}] * 2_048
-    ask = {"messages": messages, "max_tokens": 1}
-    return statuses(await asyncio.gather(*(target.post("/v1/chat/completions", ask) for _ in range(3))))
