@@ -96,7 +96,7 @@ class BoundedBody:
         parts: list[bytes] = []
         try:
             while not self._complete:
-                parts.append((await self())["body"])
+                parts.append((await self()).get("body", b""))
             return parts[0] if len(parts) == 1 else b"".join(parts)
         finally:
             parts.clear()  # an error that is raised refers to this frame, and lives as long as its answer

@@ -143,7 +143,6 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self.lingers = True
         self._drop_input()
-        self._pace()
         self._real.write_eof()
         self._watch(seconds_of("the rest of a refused body"))
 
@@ -221,34 +220,27 @@ class BoundedProtocol(HttpToolsProtocol):
             self.turns.ask_later(self)
 
     def _count_input(self) -> None:
+        """Count the unparsed bytes, and read no more while there are too many."""
         left = self._left
-        if left <= self._held:
-            self._hold_input(left)
-        elif self._limits.input.take(self.owner, left - self._held):
-            self._held = left
-        else:
+        more = left - self._held
+        if more > 0 and not self._limits.input.take(self.owner, more):
             self._drop_input()
             self._real.abort()
-        if self._is_paused or left > INPUT_BYTES:
-            self._pace()
-
-    def _hold_input(self, left: int) -> None:
-        if left < self._held:
-            self._limits.input.give_back(self.owner, self._held - left)
-            self._held = left
-
-    def _drop_input(self) -> None:
-        self._hold_input(0)
-        self._input, self._at = b"", 0
-
-    def _pace(self) -> None:
-        is_paused = self._left > INPUT_BYTES
+            return
+        if more < 0:
+            self._limits.input.give_back(self.owner, -more)
+        self._held = left
+        is_paused = left > INPUT_BYTES
         if is_paused != self._is_paused and not self._real.is_closing():
             self._is_paused = is_paused
             if is_paused:
                 self._real.pause_reading()
             else:
                 self._real.resume_reading()
+
+    def _drop_input(self) -> None:
+        self._input, self._at = b"", 0
+        self._count_input()
 
     # What the parser finds
 

@@ -58,25 +58,23 @@ async def embeddings(
     """Vectors of texts."""
     normalize, dimensions, encoding = data.normalize is not False, data.dimensions, data.encoding_format
 
-    def form(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        found = [embedding_of(output, normalize=normalize, dimensions=dimensions) for output in outputs]
-        vectors = [_encoded(one.vector, encoding) for one in found]
-        return _list(api.EmbeddingData(index=i, embedding=vector) for i, vector in enumerate(vectors))
+    def item(index: int, output: RequestOutput) -> api.EmbeddingData:
+        found = embedding_of(output, normalize=normalize, dimensions=dimensions)
+        return api.EmbeddingData(index=index, embedding=_encoded(found.vector, encoding))
 
     prompts = await _prompts(call, data, data.input)
-    return _answer(call, data, prompts, data.pooling or "auto", form, "embd-")
+    return _answer(call, data, prompts, data.pooling or "auto", _each(item), "embd-")
 
 
 async def pooling(call: Call, data: api.PoolingRequest) -> Annotated[Answer, api.VectorList[api.PoolingData]]:
     """Vectors of texts, of any length."""
     encoding = data.encoding_format
 
-    def form(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        vectors = [_encoded(output.pooled or [], encoding) for output in outputs]
-        return _list(api.PoolingData(index=i, data=vector) for i, vector in enumerate(vectors))
+    def item(index: int, output: RequestOutput) -> api.PoolingData:
+        return api.PoolingData(index=index, data=_encoded(output.pooled or [], encoding))
 
     prompts = await _prompts(call, data, data.input)
-    return _answer(call, data, prompts, data.pooling or "auto", form, "pool-")
+    return _answer(call, data, prompts, data.pooling or "auto", _each(item), "pool-")
 
 
 async def classify(call: Call, data: api.InputFields) -> Annotated[Answer, api.VectorList[api.ClassData]]:
@@ -89,10 +87,7 @@ async def classify(call: Call, data: api.InputFields) -> Annotated[Answer, api.V
         count, probs = len(one.probabilities), _encoded(one.probabilities)
         return api.ClassData(index=index, label=one.label, probs=probs, num_classes=count)
 
-    def form(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        return _list(item(index, output) for index, output in enumerate(outputs))
-
-    return _answer(call, data, prompts, "classify", form, "classify-")
+    return _answer(call, data, prompts, "classify", _each(item), "classify-")
 
 
 async def score(call: Call, data: api.ScoreRequest) -> Annotated[Answer, api.VectorList[api.ScoreData]]:
@@ -216,6 +211,11 @@ def _bounded(call: Call, data: api.VectorFields, prompts: list[list[int]]) -> Se
     if longest > call.context.max_model_len:
         raise too_long(call.context, longest, field="input")
     return found
+
+
+def _each(item: Callable[[int, RequestOutput], msgspec.Struct]) -> Form:
+    """Return the form of a list with an item for each input."""
+    return lambda outputs: _list(map(item, range(len(outputs)), outputs))
 
 
 def _list(items: Iterable[msgspec.Struct]) -> dict[str, Any]:
