@@ -264,14 +264,14 @@ BUDGETS = {
     "aioengine/grammars": 2_050,  # aim: 1_100
     "aioengine/lab": 10_100,  # aim: 7_500
     "aioengine/model": 11_850,  # aim: 9_000
-    "aioengine/runtime": 3_400,  # aim: 2_700
+    "aioengine/runtime": 3_350,  # aim: 2_700
     "aioengine/server": 8_850,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
     "kernels": 12_950,  # aim: 10_300
     "metrics": 3_700,  # aim: 3_600
     "schedulers": 5_400,  # aim: 4_500
-    "tests": 72_950,  # aim: 52_000
+    "tests": 72_800,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 def address_of(url: str) -> tuple[str, int]:
