@@ -20,7 +20,7 @@ from aioengine.tasks import end_tasks
 
 MEMORY_SECONDS = 0.5
 """Seconds between two looks at the memory of all grammars."""
-MAX_COMPILES = 4
+MAX_COMPILES = 3
 MAX_OF_A_TENANT = 2
 """Compiles at a time, of all tenants and of one."""
 MAX_ENDS = 2
