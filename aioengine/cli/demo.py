@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -76,7 +76,7 @@ def demo(
     from aioengine.cli.tables import output_console
 
     folder = default_folder() if adapters is None else adapters
-    jobs = make_jobs(folder, requests, seed)
+    rows = make_requests(folder, requests, seed)
     config = EngineConfig(
         model=model,
         max_model_len=512,
@@ -84,7 +84,7 @@ def demo(
         kv_cache_memory="256MiB",
         lora=LoRAConfig(max_loras=2, max_cpu_loras=3, max_lora_rank=8),
     )
-    shown = Demo(jobs, SamplingParams(max_tokens=max_tokens), output_console())
+    shown = Demo(rows, SamplingParams(max_tokens=max_tokens), output_console())
     return run(_demo(config, {name: str(folder / name) for name in ADAPTERS}, shown))
 
 
@@ -101,8 +101,8 @@ def default_folder() -> Path:
     return Path(aioengine.__file__).resolve().parent.parent / "examples" / "adapters"
 
 
-def make_jobs(folder: Path, count: int, seed: int) -> list[Job]:
-    """Make ``count`` jobs; the same seed gives the same jobs.
+def make_requests(folder: Path, count: int, seed: int) -> list[Request]:
+    """Make ``count`` requests; the same seed gives the same.
 
     Raises ConfigError if the adapters, or the tasks that they were trained on, are missing.
     """
@@ -114,19 +114,20 @@ def make_jobs(folder: Path, count: int, seed: int) -> list[Job]:
             )
     tasks = _load_tasks(folder.parent / "tasks.py").TASKS
     rng = random.Random(seed)
-    jobs: list[Job] = []
+    made: list[Request] = []
     for index in range(count):
         adapter = _ORDER[index % len(_ORDER)]
-        number = 1 + sum(job.adapter == adapter for job in jobs)
-        job_id = f"{adapter or 'base'}-{number}"
+        number = sum(one.adapter == adapter for one in made)
         if adapter is None:
-            question = _QUESTIONS[(number - 1) % len(_QUESTIONS)]
-            jobs.append(Job(job_id, None, question, [{"role": "user", "content": question}], None))
+            question, check = _QUESTIONS[number % len(_QUESTIONS)], None
+            messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
         else:
-            task = tasks[adapter]
-            item = task.generate(rng, "eval")
-            jobs.append(Job(job_id, adapter, item.prompt, task.messages(item), partial(task.check, item)))
-    return jobs
+            item = tasks[adapter].generate(rng, "eval")
+            question, messages = item.prompt, tasks[adapter].messages(item)
+            check = partial(tasks[adapter].check, item)
+        name = f"{adapter or 'base'}-{number + 1}"
+        made.append(Request(id=name, adapter=adapter, question=question, messages=messages, check=check))
+    return made
 
 
 def _load_tasks(path: Path) -> ModuleType:
@@ -141,23 +142,18 @@ def _load_tasks(path: Path) -> ModuleType:
     return module
 
 
-class Job(NamedTuple):
-    """One prompt of the demo."""
+@dataclass(kw_only=True)
+class Request:
+    """One request of the demo, and its progress."""
 
     id: str
     adapter: str | None
     """None is the base model."""
     question: str
     messages: list[dict[str, Any]]
-    check: Callable[[str], bool] | None
+    check: Callable[[str], bool] | None = None
     """Checks whether an answer is right; None where no program can tell."""
 
-
-@dataclass
-class Row:
-    """One request and its progress."""
-
-    job: Job
     state: Literal["soon", "waiting", "running", "done", "failed"] = "soon"
     text: str = ""
     tokens: int = 0
@@ -169,8 +165,8 @@ class Demo:
     """The demo's requests, sent one after the other, and what is shown of them: a live board or, where there
     is no terminal, a line for each event."""
 
-    def __init__(self, jobs: list[Job], params: SamplingParams, console: Console) -> None:
-        self.rows = [Row(job) for job in jobs]
+    def __init__(self, rows: list[Request], params: SamplingParams, console: Console) -> None:
+        self.rows = rows
         self._params = params
         self._console = console
         self._moves: deque[str] = deque(maxlen=3)
@@ -199,26 +195,26 @@ class Demo:
         self._print_summary(client)
         return 0 if all(row.state == "done" for row in self.rows) else 1
 
-    async def _ask(self, client: AsyncEngine, row: Row, index: int) -> None:
+    async def _ask(self, client: AsyncEngine, row: Request, index: int) -> None:
         """Run one client: send its prompt and read its answer."""
         await asyncio.sleep(index * ARRIVAL_SECONDS)
-        job, sent = row.job, time.perf_counter()
+        sent = time.perf_counter()
         row.state = "waiting"
         try:
             async for out in client.generate(
-                job.messages, self._params, adapter=job.adapter, request_id=job.id
+                row.messages, self._params, adapter=row.adapter, request_id=row.id
             ):
                 if row.ttft is None and out.output_tokens:
                     row.state, row.ttft = "running", time.perf_counter() - sent
-                    self._say(f"{job.id} runs, first token after {row.ttft:.2f} s")
+                    self._say(f"{row.id} runs, first token after {row.ttft:.2f} s")
                 row.text, row.tokens = " ".join(out.text.split()), out.output_tokens
         except AioEngineError as error:
             row.state, row.text = "failed", str(error)
-            self._say(f"{job.id} failed: {error}")
+            self._say(f"{row.id} failed: {error}")
             return
-        row.state, row.right = "done", None if job.check is None else job.check(out.text)
+        row.state, row.right = "done", None if row.check is None else row.check(out.text)
         verdict = {True: " [right]", False: " [wrong]", None: ""}[row.right]
-        self._say(f"{job.id} done{verdict}: {row.text}")
+        self._say(f"{row.id} done{verdict}: {row.text}")
 
     def _say(self, line: str) -> None:
         """Print one line, where there is no live board."""
@@ -248,10 +244,8 @@ class Demo:
             requests.add_column(**column, no_wrap=True)
         for row in self.rows:
             style = {"running": "bold", "failed": "red"}.get(row.state, "dim")
-            text = (
-                f"…{row.text[-59:]}" if row.text and row.state != "failed" else row.text or row.job.question
-            )
-            requests.add_row(_MARKS[row.state], Text(row.job.id, style), Text(text, style))
+            text = f"…{row.text[-59:]}" if row.text and row.state != "failed" else row.text or row.question
+            requests.add_row(_MARKS[row.state], Text(row.id, style), Text(text, style))
         table = slots_table([msgspec.structs.asdict(slot) for slot in slots], len(slots), self._console.width)
         moves = Text("\n".join(self._moves), style="dim")
         panels = (
@@ -269,8 +263,8 @@ class Demo:
         title = f"{len(self.rows)} requests, {total} tokens in {seconds:.1f} s"
         columns = ("adapter", ">requests", ">finished", ">TTFT median", ">tokens", ">right answers")
         table = new_table(self._console, *columns, title=title)
-        for name in dict.fromkeys(row.job.adapter for row in self.rows):
-            rows = [row for row in self.rows if row.job.adapter == name]
+        for name in dict.fromkeys(row.adapter for row in self.rows):
+            rows = [row for row in self.rows if row.adapter == name]
             ttfts = [row.ttft for row in rows if row.ttft is not None]
             checked = [row.right for row in rows if row.right is not None]
             table.add_row(
