@@ -14,7 +14,7 @@ from aioengine.cli.main import main
 from aioengine.lab.policy_check.check import Checked, check_policy_contract
 from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds, serve_one_by_one
 from aioengine.lab.runs.study import TEMPLATES
-from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView
+from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView, load_policy
 from aioengine.schedulers.policies.fcfs import FCFS
 
 FEW = [scenario for scenario in SCENARIOS if scenario.name in ("one slot", "adapters that come and go")]
@@ -42,6 +42,13 @@ def documented() -> Iterator[object]:
 @pytest.mark.parametrize("policy", list(documented()))
 def test_policies_to_copy_from_keep_the_contract(policy: type[SchedulerPolicy]) -> None:
     assert check_policy_contract(policy, runs=4, turns=60, scenarios=FEW).broken == ()
+
+
+@pytest.mark.parametrize(("policy", "keeps"), [("lpm", True), ("lpm:age=100000", False), ("sjf", True)])
+def test_a_bound_that_is_stated_is_kept(policy: str, keeps: bool) -> None:
+    """sjf states none for requests whose adapter has a slot."""
+    found = check_policy_contract(lambda: load_policy(policy), runs=1, turns=20, scenarios=FEW).broken
+    assert [finding.what for finding in found] == [] if keeps else "states a bound" in found[0].what
 
 
 class Raises(FCFS):

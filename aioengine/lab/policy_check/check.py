@@ -8,16 +8,26 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from types import FrameType
 from typing import Any, NamedTuple
 
-from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds, Scenario, World, serve_one_by_one
+from aioengine.lab.policy_check.world import (
+    SCENARIOS,
+    NeverEnds,
+    Scenario,
+    World,
+    serve_beside_others,
+    serve_one_by_one,
+)
 from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView
 
 TURNS = 150
 MOST_SECONDS = 5.0
 """Maximum seconds of one call of the policy. A longer one is interrupted, where the platform can."""
+NOT_KEPT = "it states a bound on waiting, and does not keep it"
+WAIT_FOR_EVER = "requests wait for ever although nothing is in their way"
 
 
 class Where(NamedTuple):
@@ -67,7 +77,8 @@ def check_policy_contract(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Checked:
     """Run a policy through every scenario, ``runs`` times each, and the first of them twice over; at the end
-    also in the engine's own loop, on an engine that is idle.
+    also in the engine's own loop, on an engine that is idle, and, if it states a bound on waiting, beside
+    requests that never stop to come.
 
     Time is simulated, so a run takes only the time of its decisions. A policy gets the same events on every
     machine.
@@ -89,10 +100,12 @@ def check_policy_contract(
             again = _play(scenario, seed, turns, make(), _Findings(), _Findings())
             _compare(watched.decisions, again.decisions, Where(scenario.name, seed, 0), broken)
     if not broken:
-        where = Where("an engine that is idle", 0, 0)
-        watched = _Watched(make(), lambda what, details: broken.add(what, where, details))
-        with _ending(broken, lambda: where):
-            serve_one_by_one(watched)
+        _serve(make(), Where("an engine that is idle", 0, 0), broken, WAIT_FOR_EVER, serve_one_by_one)
+    bound = make().starvation_bound
+    for cold, states in ((True, not bound.startswith("none")), (False, "none" not in bound)):
+        if states and not broken:
+            where = Where("a request beside others that never stop", int(not cold), 0)
+            _serve(make(), where, broken, NOT_KEPT, partial(serve_beside_others, cold=cold))
     return Checked(total, decisions, slowest, tuple(broken.values()), tuple(refused.values()))
 
 
@@ -103,6 +116,18 @@ class _Findings(dict[str, Finding]):
         before = self.get(what)
         times = 1 if before is None else before.times + 1
         self[what] = (before or Finding(what, where, details))._replace(times=times)
+
+
+def _serve(
+    policy: SchedulerPolicy,
+    where: Where,
+    broken: _Findings,
+    what: str,
+    serve: Callable[[SchedulerPolicy], None],
+) -> None:
+    watched = _Watched(policy, lambda what, details: broken.add(what, where, details))
+    with _ending(broken, lambda: where, what):
+        serve(watched)
 
 
 def _play(
@@ -122,12 +147,12 @@ def _play(
 
 
 @contextmanager
-def _ending(broken: _Findings, where: Callable[[], Where]) -> Iterator[None]:
+def _ending(broken: _Findings, where: Callable[[], Where], what: str = WAIT_FOR_EVER) -> Iterator[None]:
     """Context that turns what ends a run too early into a finding."""
     try:
         yield
     except NeverEnds as error:
-        broken.add("requests wait for ever although nothing is in their way", where(), str(error))
+        broken.add(what, where(), str(error))
     except AssertionError:
         text = "an invariant of the core is broken; that is a fault of the engine, please report it"
         broken.add(text, where(), traceback.format_exc())

@@ -27,6 +27,9 @@ MOST_TURNS_TO_END = 4000
 PRESET = "smollm2-135m-cpu"
 MOST_SECONDS_ALONE = 600.0
 """Simulated seconds in which a request that is alone on an engine must end."""
+MOST_SECONDS_BESIDE = 300.0
+"""Simulated seconds in which a request must end beside others that never stop, under a policy that states a
+bound on waiting."""
 CHECK_EVERY = 8
 """Number of turns between two checks of all invariants, because a check takes longer than a turn."""
 
@@ -198,6 +201,39 @@ class World(Sim):
             f"{MOST_TURNS_TO_END} steps after the last arrival {len(core.queues)} requests wait "
             f"(first {waiting or 'none'}) and {len(core.running)} run; slots: {slots or 'none'}"
         )
+
+
+def serve_beside_others(policy: SchedulerPolicy, *, cold: bool) -> None:
+    """Serve a long request of low priority, without a deadline, while short ones with everything in their
+    favour never stop to come for another adapter. Its own adapter is ``cold``, and the only slot is taken; or
+    it is in a slot already. Raises NeverEnds if it is not served in ``MOST_SECONDS_BESIDE``."""
+    sim = Sim(SMALL._replace(num_slots=1 if cold else 2, cpu_capacity=2), policy, strict=False)
+    for name in ("hot", "other"):
+        sim.register(name)
+    if not cold:
+        sim.add("other", max_tokens=1)
+        sim.run()
+    kept, waits = SMALL.max_num_seqs * 2, None
+    while sim.now < MOST_SECONDS_BESIDE:
+        while len(sim.core.queues) < kept:
+            sim.add("hot", prompt=[3] * 8, max_tokens=2, priority=9, tenant="others", deadline=sim.now + 60)
+            if waits is None and sim.now > 1:
+                waits = sim.add("other", prompt=[4] * 16, max_tokens=20, tenant="one")
+        for moves, finish in ((sim.loads, sim.finish_load), (sim.copies, sim.finish_copy)):
+            while moves:
+                finish(0)
+        sim.schedule()
+        sim.now += STEP_SECONDS
+        if sim.batch is not None:
+            sim.finish_step(STEP_SECONDS)
+        sim.take_events()
+        if waits is not None and waits.id in sim.ended:
+            return
+    raise NeverEnds(
+        f"a long request of low priority {'for a cold adapter ' * cold}was not served in "
+        f"{MOST_SECONDS_BESIDE:g} s while short ones of high priority kept coming for another adapter; say "
+        "'none' if that may be"
+    )
 
 
 def serve_one_by_one(policy: SchedulerPolicy) -> None:
