@@ -312,18 +312,15 @@ class Batcher:
             request.cached_tokens = min(request.computed, request.prompt_len)
         blocks.pins.use(request.hashes[: len(cached)], now)
         self._pin_reached(request)
-        self._guard.emit(
-            events.RequestAdmitted(
-                time=now,
-                request_id=request.id,
-                adapter=request.label,
-                slot=None if entry is None else entry.slot,
-                cached_tokens=request.computed if resumed else request.cached_tokens,
-                queue_seconds=now - request.arrival,
-                resumed=resumed,
-            )
+        self._guard.note(
+            events.RequestAdmitted,
+            request,
+            now,
+            slot=None if entry is None else entry.slot,
+            cached_tokens=request.computed if resumed else request.cached_tokens,
+            queue_seconds=now - request.arrival,
+            resumed=resumed,
         )
-        self._guard.tell("request_admitted", now, request=request)
         return True
 
     def _of_who_has_most(self) -> list[Request]:
@@ -341,8 +338,7 @@ class Batcher:
         self.release(request)
         request.status = Status.WAITING
         self.queues.put_back(request)
-        self._guard.emit(events.RequestPreempted(time=now, request_id=request.id, adapter=request.label))
-        self._guard.tell("request_preempted", now, request=request)
+        self._guard.note(events.RequestPreempted, request, now)
 
     def advance(self, request: Request, tokens: int) -> None:
         """Count ``tokens`` as computed, and enter newly completed blocks in the prefix cache. If several

@@ -28,7 +28,7 @@ from aioengine.core.pacing import Pacer
 from aioengine.core.pins import PrefixPins
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, Request, Status, where_is
-from aioengine.core.step_results import StepResults, TokensBefore, token_intervals
+from aioengine.core.step_results import StepResults, token_intervals
 from aioengine.core.view import CoreView
 from aioengine.core.waiting_room import Ticket, WaitingRoom
 from aioengine.errors import AdapterError, DeadlineExceeded, EngineOverloaded, RequestRejected
@@ -193,19 +193,16 @@ class Core:
         self.queues.add(request)
         if deadline is not None:
             self._deadlines[deadline, request.seq] = request
-        self.guard.emit(
-            events.RequestAdded(
-                time=now,
-                request_id=request_id,
-                adapter=request.label,
-                prompt_tokens=len(prompt),
-                tenant=options.tenant,
-                location=None if adapter is None else adapter.where,
-                priority=options.priority,
-                deadline=deadline,
-            )
+        self.guard.note(
+            events.RequestAdded,
+            request,
+            now,
+            prompt_tokens=len(prompt),
+            tenant=options.tenant,
+            location=None if adapter is None else adapter.where,
+            priority=options.priority,
+            deadline=deadline,
         )
-        self.guard.tell("request_added", now, request=request)
         return request
 
     def end(
@@ -230,26 +227,22 @@ class Core:
         request.status, request.decodes = Status.ENDED, False
         if request.deadline is not None:
             del self._deadlines[request.deadline, request.seq]
-        self.guard.tell("request_finished", now, request=request)
-        del self.requests[request.id]
-        del request.view
+        self.guard.note(
+            events.RequestEnded,
+            request,
+            now,
+            reason=reason,
+            error=error,
+            prompt_tokens=request.prompt_len,
+            output_tokens=request.made_tokens,
+            seconds=now - request.arrival,
+            tenant=request.options.tenant,
+            worst_gap=request.worst_gap,
+        )
+        del self.requests[request.id], request.view
         sink, request.sink = request.sink, None
         if sink is not None:
             sink.end(reason, error)
-        self.guard.emit(
-            events.RequestEnded(
-                time=now,
-                request_id=request.id,
-                adapter=request.label,
-                reason=reason,
-                error=error,
-                prompt_tokens=request.prompt_len,
-                output_tokens=request.made_tokens,
-                seconds=now - request.arrival,
-                tenant=request.options.tenant,
-                worst_gap=request.worst_gap,
-            )
-        )
 
     # Events in: adapters
 
@@ -422,9 +415,8 @@ class Core:
             self.now = ends[-2]
             self.step += len(ends) - 1
             self._note_used(self.now)
-        before: TokensBefore | None = TokensBefore(int) if intervals else None
-        self._results.take(requests, batch, result, ends, before)
-        return [()] * len(ends) if before is None else token_intervals(before, ends)
+        told = self._results.take(requests, batch, result, ends)
+        return token_intervals(told, ends) if intervals else [()] * len(ends)
 
     def learn(self, batch: StepBatch, seconds: float) -> None:
         """Learn from a step's time; ``step_finished`` does it too."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -73,6 +74,15 @@ class Resolved(NamedTuple):
         )
 
 
+_KINDS: Mapping[Callable[..., events.Event], str] = MappingProxyType(
+    {
+        events.RequestAdded: "request_added",
+        events.RequestAdmitted: "request_admitted",
+        events.RequestPreempted: "request_preempted",
+        events.RequestEnded: "request_finished",
+    }
+)
+"""What policies call the events of a request."""
 _NOTHING = Resolved([], [], [], [], [], [], [])
 
 
@@ -221,6 +231,11 @@ class PolicyGuard:
         """Tell listeners of the engine."""
         self.changes += 1
         self.outbox.append(event)
+
+    def note(self, kind: Callable[..., events.Event], request: Request, now: float, **what: Any) -> None:
+        """Tell listeners, and the policy, what happened to a request."""
+        self.emit(kind(time=now, request_id=request.id, adapter=request.label, **what))
+        self.tell(_KINDS[kind], now, request=request)
 
     def say(self, kind: Callable[..., events.Event], entry: AdapterEntry, now: float, **what: Any) -> None:
         """Tell listeners what happened to a version of an adapter."""

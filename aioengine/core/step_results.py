@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import isfinite, isnan
 from operator import itemgetter
@@ -16,9 +16,8 @@ from aioengine.errors import AdapterInvalid, AioEngineError, RequestInvalid
 from aioengine.request import FinishReason, TokenLogprob
 from aioengine.step import Fault, SequenceWork, StepBatch, StepResult
 
-TokensBefore = defaultdict[tuple[AdapterEntry | None, float | None, int], int]
-"""The number of requests by adapter, the time of the token before those that each has got, and their
-number."""
+TokensBefore = tuple[AdapterEntry | None, float | None, int]
+"""A request's adapter, the time of the token before those that it has got, and their number."""
 
 End = Callable[[Request, events.EndReason, float, Exception | None], None]
 """Ends a request: ``Core.end``."""
@@ -38,21 +37,21 @@ class StepResults:
         batch: StepBatch,
         result: StepResult,
         ends: Sequence[float],
-        before: TokensBefore | None,
-    ) -> None:
+    ) -> list[TokensBefore]:
         """Take in the result of ``batch``, in which ``requests`` were, in this order, and whose steps ended
-        at ``ends``. ``before`` is filled with what :func:`token_intervals` needs, if that is wanted."""
+        at ``ends``. Returns what :func:`token_intervals` needs."""
         longest = max([after - first for first, after in pairwise(ends)], default=0.0)
         each, size, now, plain = len(ends), self._batcher.blocks.block_size, ends[-1], result.is_plain
         done: list[tuple[float, Request, FinishReason]] = []
+        told: list[TokensBefore] = []
+        finish: FinishReason | None
+        error: tuple[str, Fault] | None
+        logprobs: Sequence[TokenLogprob]
         until = 0
         for index, (request, count) in enumerate(zip(requests, result.counts, strict=True)):
             first, until = until, until + count
             known, last, new = request.tokens, request.last_token, result.tokens[first:until]
-            computed = count
-            finish: FinishReason | None = None
-            error: tuple[str, Fault] | None = None
-            logprobs: Sequence[TokenLogprob] = ()
+            computed, finish, error, logprobs = count, None, None, ()
             if not (
                 request.decodes
                 and plain
@@ -87,14 +86,14 @@ class StepResults:
                 if left is not None:
                     del known[len(known) - got + left :]
                     got, finish = left, "stop"
-            computed = min(computed, computed + got - count)
+            if got < count:
+                computed -= count - got
             if (request.computed + computed) // size == request.computed // size:
                 request.computed += computed
             else:
                 self._batcher.advance(request, computed)
-            time = request.last_token = ends[min(got, each) - 1]
-            if before is not None:
-                before[request.adapter, last, got] += 1
+            time = request.last_token = now if got >= each else ends[got - 1]
+            told.append((request.adapter, last, got))
             gap, worst = longest, request.worst_gap
             if last is None:
                 self._note_first(request, ends[0])
@@ -108,6 +107,7 @@ class StepResults:
                 self._end(request, "error", time, _sampling_error(request, *error))
         for time, request, finish in sorted(done, key=itemgetter(0)):
             self._end(request, finish, time, None)
+        return told
 
     def _note_first(self, request: Request, first: float) -> None:
         request.first_token, seconds = first, first - request.arrival
@@ -158,10 +158,12 @@ def _until_the_end(request: Request, tokens: Sequence[int]) -> tuple[Sequence[in
     return tokens[:room], "length" if len(tokens) >= room else None
 
 
-def token_intervals(before: TokensBefore, ends: Sequence[float]) -> list[tuple[events.TokenInterval, ...]]:
+def token_intervals(
+    told: Iterable[TokensBefore], ends: Sequence[float]
+) -> list[tuple[events.TokenInterval, ...]]:
     """Return for each of the steps that ended at ``ends`` the times between its tokens and those before."""
-    found: list[defaultdict[tuple[AdapterEntry | None, float], int]] = [defaultdict(int) for _ in ends]
-    for (adapter, last, tokens), rows in before.items():
+    found: list[Counter[tuple[AdapterEntry | None, float]]] = [Counter() for _ in ends]
+    for (adapter, last, tokens), rows in Counter(told).items():
         if last is not None:
             found[0][adapter, ends[0] - last] += rows
         if len(ends) == 1 and tokens > 1:

@@ -87,14 +87,13 @@ class AdapterName:
             raise self.names.not_found(self.label if version is None else f"{self.label}@{version}")
         if version is None or version == str(self.current.version):
             return self.current
-        entry = self.names.known.get(f"{self.label}@{version}")
-        if entry is None:
-            raise AdapterNotFound(
+        name = f"{self.label}@{version}"
+        if name not in self.names.known:
+            gone = (
                 f"this version is gone: the current one is {self.current.version}, and a replaced one goes "
-                "when its last request has ended",
-                name=f"{self.label}@{version}",
             )
-        return entry
+            raise AdapterNotFound(f"{gone}when its last request has ended", name=name)
+        return self.names.known[name]
 
     # Loading
 
@@ -146,6 +145,7 @@ class AdapterName:
         its accepted requests."""
         entry.change(Change.PUBLISH)
         guard, old = self.names.guard, self.current
+        replaces = None if old is None else old.version
         if old is None:
             entry.expected = self.expected
         else:
@@ -159,7 +159,6 @@ class AdapterName:
         self.names.know(entry, self.label)
         if entry.location is Location.CPU:
             guard.tell("adapter_loaded", now, adapter=entry.name)
-        replaces = None if old is None else old.version
         guard.say(events.AdapterRegistered, entry, now, path=entry.path, replaces=replaces)
 
     def take_prepared(self) -> AdapterEntry | None:
@@ -215,13 +214,11 @@ class AdapterName:
         others = {name.label for name in self.names.in_use.values() if name.claims or name.pinned}
         others.discard(self.label)
         if len(others) >= (slots if force else slots - 1):
+            why = f"{len(others)} of max_loras={slots} slots are pinned already ({', '.join(sorted(others))})"
             todo = "unpin one or raise LoRAConfig.max_loras"
             if not force:
                 todo = f"one must stay free for other adapters: {todo}, or use force if no others are served"
-            raise ConfigError(
-                f"adapter {self.label!r} cannot be pinned: {len(others)} of max_loras={slots} slots are "
-                f"pinned already ({', '.join(sorted(others)) or 'none'}); {todo}"
-            )
+            raise ConfigError(f"adapter {self.label!r} cannot be pinned: {why}; {todo}")
         if not self.claims:
             self.pin_settled = self.pinned
         self.claims += 1
@@ -273,12 +270,9 @@ class AdapterName:
         """Raise its last error again if its pause is not over."""
         error, seconds = self.error, self.tried_again_at - now
         if error is not None and seconds > 0:
-            raise type(error)(
-                f"{error.reason} (failed {self.failures} times; requests try it again in {seconds:.1f} s)",
-                name=self.label,
-                path=error.path,
-                transient=error.transient,
-            )
+            again = f"(failed {self.failures} times; requests try it again in {seconds:.1f} s)"
+            text = f"{error.reason} {again}"
+            raise type(error)(text, name=self.label, path=error.path, transient=error.transient)
 
 
 class NameTable:
@@ -330,9 +324,8 @@ class NameTable:
         """Make the error for a name that is not registered."""
         known = ", ".join(islice(self.current, 20)) or "none"
         more = f" and {len(self.current) - 20} more" if len(self.current) > 20 else ""
-        return AdapterNotFound(
-            f"not registered; load it with load_adapter or register_adapter (known: {known}{more})", name=name
-        )
+        text = "not registered; load it with load_adapter or register_adapter"
+        return AdapterNotFound(f"{text} (known: {known}{more})", name=name)
 
     def know(self, entry: AdapterEntry, name: str) -> None:
         """Let policies know a version by a name."""
