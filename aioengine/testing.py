@@ -291,7 +291,7 @@ class Sim:
             error = AdapterLoadError("out of memory", name=entry.label, path=entry.path)
             self.core.adapter_place_failed(entry, self.now, error)
         else:
-            self.core.adapter_placed(entry, self.now, 0.01)
+            self.core.slots.placed(entry, self.now, 0.01)
         self.take_events()
 
     def lose_device(self) -> None:

@@ -12,11 +12,10 @@ from aioengine import events
 from aioengine.core.blocks import BlockManager
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
-from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
+from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork, Turns
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation import Drafting, propose
 from aioengine.core.state import Request, Status
-from aioengine.core.turns import Turns
 from aioengine.schedulers.policy import Location
 from aioengine.step import SequenceWork, StepBatch
 
@@ -80,14 +79,7 @@ class Batcher:
         """Form a batch: a token for each running request that decodes, then chunks of prompts of running
         requests and of those in ``admit``, in the policy's order; sorted by slot. Where decodes alone take
         too long, requests of a tenant with many take turns. Returns whether the sequences are those of the
-        batch before, each of which decodes one token.
-
-        Without a pacer the running ones' chunks come first, in order of admission. With one, half of the
-        tokens go to the oldest, so that it always advances; the rest go to the requests with the fewest
-        tokens left, so that a short prompt does not wait for long ones. The oldest, the shortest and the
-        first newcomer get a chunk, however little time there is, and so do further short ones and newcomers
-        that need no more than a chunk together. A newcomer waits if one before it computes what it can share.
-        """
+        batch before, each of which decodes one token."""
         self._now, before = now, self.preemptions
         decodes, prefills = list[Request](), deque[Request]()
         if self.blocks.window is not None:  # no step is in flight that has these blocks
@@ -135,7 +127,14 @@ class Batcher:
         room: int,
         slot_ranks: Sequence[int],
     ) -> list[Request]:
-        """Return the decodes and the requests with chunks of prompts beside them."""
+        """Return the decodes and the requests with chunks of prompts beside them.
+
+        Without a pacer the running ones' chunks come first, in order of admission. With one, half of the
+        tokens go to the oldest, so that it always advances; the rest go to the requests with the fewest
+        tokens left, so that a short prompt does not wait for long ones. The oldest, the shortest and the
+        first newcomer get a chunk, however little time there is, and so do further short ones and newcomers
+        that need no more than a chunk together. A newcomer waits if one before it computes what it can share.
+        """
         work, allowance = list(decodes), Allowance(room)
         oldest, prompts = None, list(prefills)
         if self.pacer is not None and (prefills or admit):

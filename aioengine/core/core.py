@@ -8,6 +8,7 @@ adapter moves to start. The policy only proposes: the core checks every proposal
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -20,12 +21,11 @@ from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher
-from aioengine.core.blocks import BlockManager
+from aioengine.core.blocks import BlockManager, PrefixPins
 from aioengine.core.costs import MeasuredCosts
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import Pacer
-from aioengine.core.pins import PrefixPins
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, Request, Status, where_is
 from aioengine.core.step_results import StepResults, token_intervals
@@ -48,12 +48,11 @@ class Step(NamedTuple):
 class Core:
     """All methods are synchronous and must be called from one thread.
 
-    Events are appended to ``outbox``, a list of :class:`~aioengine.events.Event`, which the caller empties.
-    ``timer`` and ``processor`` measure the policy's decisions; the core itself has no clock. ``costs`` tells
-    policies how long steps and moves take, where that is known beforehand; otherwise times are measured.
-    ``repeats``: whether the device may take several steps of a batch at once. Each
-    batch that ``schedule`` returns must come back through ``step_finished`` before ``schedule`` is called
-    again.
+    Each batch that ``schedule`` returns must come back through ``step_finished`` before the next call of
+    ``schedule``. Events are appended to ``outbox``, which the caller empties. ``timer`` and ``processor``
+    measure the policy's decisions; the core itself has no clock. ``costs`` tells policies how long steps and
+    moves take, where that is known beforehand; otherwise times are measured. ``repeats``: whether the device
+    may take several steps of a batch at once.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Core:
         """Requests that ended while in flight. Their blocks and slots are released when the step comes
         back."""
         self.contents = StepContents(0, 0, 0, 0, ())
-        """Contents of the last batch."""
+        """Those of the last batch."""
 
     # Events in: requests
 
@@ -260,25 +259,12 @@ class Core:
                 self.end(request, "error", now, failure)
         return error
 
-    def adapter_load_cancelled(self, entry: AdapterEntry) -> None:
-        """Note that a read was cancelled because the engine stops; no request is told."""
-        self.guard.changes += 1
-        self.residency.load_cancelled(entry)
-
-    def adapter_load_stalled(self, entry: AdapterEntry) -> None:
-        """Note that a read makes no progress: it goes on, but another may start in its place."""
-        self.guard.changes += 1
-        self.residency.load_stalled(entry)
-
     def adapter_load_failed(
         self, entry: AdapterEntry, now: float, error: Exception, reason: events.LoadFailure
     ) -> None:
         """Fail the requests that wait for this adapter with ``error``; no other request is affected."""
         self.residency.load_failed(entry, now, error, reason)
         self._fail_waiting(entry, now, error)
-
-    def adapter_placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
-        self.slots.placed(entry, now, seconds)
 
     def adapter_place_failed(self, entry: AdapterEntry, now: float, error: Exception) -> None:
         self.residency.place_failed(entry, now, error)
@@ -359,7 +345,7 @@ class Core:
         self.end(request, "error", now, RequestRejected(f"{text}; try again later", reason=reason))
 
     def step_lost(self) -> None:
-        """Note that what is in flight is lost. Blocks and slots of its ended requests are released."""
+        """Note that nothing is in flight any more. Blocks and slots of the ended requests are released."""
         self._in_flight = []
         for request in self._zombies:
             self.batcher.release(request)
@@ -406,11 +392,8 @@ class Core:
         Returns for each step the times between its tokens and the ones before, if ``intervals`` are wanted.
         """
         self.learn(batch, result.seconds[0])
-        requests, self._in_flight = self._in_flight, []
-        ended, self._zombies = self._zombies, []
-        for request in ended:
-            self.batcher.release(request)
-        ends = result.ends or (now,)
+        requests, ends = self._in_flight, result.ends or (now,)
+        self.step_lost()
         if len(ends) > 1:
             self.now = ends[-2]
             self.step += len(ends) - 1
@@ -440,12 +423,9 @@ class Core:
         self.residency.check()
         holders = [*self.running.values(), *self._zombies]
         self.blocks.check([r.held for r in holders])
-        using: dict[int, int] = {}
-        for request in holders:
-            if request.adapter is not None:
-                assert request.adapter.location is Location.SLOT
-                using[request.adapter.uid] = using.get(request.adapter.uid, 0) + 1
-        assert all(e.running == using.get(e.uid, 0) for e in self.residency.entries.values())
+        using = Counter(request.adapter for request in holders)
+        assert all(e is None or e.location is Location.SLOT for e in using)
+        assert all(e.running == using[e] for e in self.residency.entries.values())
         assert len(self.requests) == len(self.running) + len(self.queues)
         assert len(self.running) <= self.limits.max_num_seqs
         assert len(self._deadlines) == sum(r.deadline is not None for r in self.requests.values())

@@ -91,8 +91,7 @@ class PolicyGuard:
     after each.
 
     If a policy raises, or returns something other than a Decision, the safe policy decides that step.
-    ``make_safe`` makes the safe policy when it is first needed. If a policy takes longer than
-    ``limits.policy_time_budget`` seconds ``policy_max_overruns`` times (see
+    ``make_safe`` makes it when it is first needed. If a policy takes too long too often (see
     :class:`~aioengine.schedulers.overruns.Overruns`), the safe policy replaces it for good. ``timer``
     measures the time; without one there is no budget, because the core itself has no clock. ``processor``
     measures this thread's processor time; None: as ``timer``. ``requests`` has the requests that have not

@@ -3,6 +3,8 @@ of requests, and a request its version."""
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -12,7 +14,6 @@ from typing import Literal, NamedTuple, Protocol
 from aioengine.core.adapters.version import Version
 from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
-from aioengine.core.invocation import NOWHERE, last_occurrence
 from aioengine.core.record_views import CoreAdapterView, CoreRequestView
 from aioengine.core.speculation import Drafting
 from aioengine.core.waiting_room import Ticket
@@ -265,13 +266,14 @@ class Request:
     @property
     def adapted_from(self) -> int:
         """Position from which on the adapter is applied: 0, or for an activated LoRA adapter the beginning of
-        the last invocation in the prompt. Without an invocation it is beyond all tokens, as in PEFT."""
+        the last invocation in the prompt: the keys and values before are the base model's (Greenewald et al.,
+        arXiv:2504.12397). Without an invocation it is beyond all tokens, as in PEFT."""
         entry = self.adapter
         if entry is None or not entry.invocation:
             return 0
         if self.invoked[0] is not entry.invocation:
             at = last_occurrence(self.tokens[: self.prompt_len], entry.invocation)
-            self.invoked = entry.invocation, NOWHERE if at is None else at
+            self.invoked = entry.invocation, sys.maxsize if at is None else at
         return self.invoked[1]
 
     @property
@@ -354,3 +356,17 @@ class Request:
 def where_is(entry: AdapterEntry | None) -> str:
     """Name an adapter and where it is, for the message of an error; "" for the base model."""
     return "" if entry is None else f" for adapter {entry.label!r} (location: {entry.where})"
+
+
+def last_occurrence(tokens: Sequence[int], part: Sequence[int]) -> int | None:
+    """Return where ``part`` occurs last in ``tokens``; None if it does not.
+
+    Each token becomes one character, so Python's text search finds it in time linear in the lengths.
+    """
+
+    def text(tokens: Sequence[int]) -> str:
+        encoding = f"utf-32-{sys.byteorder[0]}e"
+        return array("I", tokens[::-1]).tobytes().decode(encoding, "surrogatepass")
+
+    at = text(tokens).find(text(part))
+    return None if at < 0 else len(tokens) - len(part) - at

@@ -56,7 +56,7 @@ class AdapterMoves:
             await asyncio.wait(self._tasks)
         for entry in self._core.residency.entries.values():
             if entry.location is Location.LOADING:
-                self._core.adapter_load_cancelled(entry)
+                self._core.residency.load_cancelled(entry)
         for slot in self._core.slots.slots:
             if slot.loading and slot.entry is not None:  # the copy was lost with the device
                 self._core.slots.cancel(slot.entry)
@@ -111,7 +111,7 @@ class AdapterMoves:
 
         def stalled() -> None:
             if self._reads.get(entry.uid) is task:  # else it was given up, but has not been cancelled yet
-                self._core.adapter_load_stalled(entry)
+                self._core.residency.load_stalled(entry)
                 self._changed(entry.label)
 
         files = None if entry.files is None else entry.files.files
@@ -128,7 +128,7 @@ class AdapterMoves:
             failure = _unexpected(entry, f"could not be copied into slot {slot}: ", error)
             self._core.adapter_place_failed(entry, loop.time(), failure)
         else:
-            self._core.adapter_placed(entry, loop.time(), seconds)
+            self._core.slots.placed(entry, loop.time(), seconds)
         self._changed(entry.label)
 
 

@@ -44,21 +44,6 @@ def test_a_committed_prefix_is_found_and_shared() -> None:
     assert blocks.match(hashes, 5) == [], "reused blocks are forgotten"
 
 
-def test_identity_depends_on_salt_and_on_everything_before() -> None:
-    blocks = BlockManager(1, 2)
-    base = blocks.hash_blocks(b"", [1, 2, 3, 4], [])
-    assert blocks.hash_blocks(b"adapter", [1, 2, 3, 4], [])[0] != base[0]
-    assert blocks.hash_blocks(b"", [9, 2, 3, 4], [])[1] != base[1]
-    assert blocks.hash_blocks(b"", [1, 2, 3, 4, 5, 6], base)[:2] == base
-
-
-def test_prefix_caching_can_be_turned_off() -> None:
-    blocks = BlockManager(2, 2, prefix_caching=False)
-    hashes = blocks.hash_blocks(b"", [1, 2], [])
-    blocks.commit(blocks.allocate(1)[0], hashes[0])
-    assert blocks.match(hashes, 2) == []
-
-
 def test_blocks_behind_a_window_are_given_back_once() -> None:
     """A sequence of any length holds a bounded number of blocks, and the prefix cache keeps the others."""
     limits = LIMITS._replace(window=6, num_blocks=14)
@@ -71,18 +56,6 @@ def test_blocks_behind_a_window_are_given_back_once() -> None:
     bound = most_blocks(limits.max_model_len, limits.block_size, limits.max_num_batched_tokens, limits.window)
     assert 6 <= most <= bound == 8
     assert sim.core.blocks.num_free == 14
-
-
-def test_a_prompt_behind_whose_window_all_is_cached_takes_only_what_it_sees() -> None:
-    sim = Sim(LIMITS._replace(window=6, num_blocks=40), memory=DeviceMemory)
-    prompt = list(range(2, 42))
-    sim.add(prompt=prompt, max_tokens=1)
-    sim.run()
-    again = sim.add(prompt=prompt, max_tokens=9)
-    sim.schedule()
-    assert again.computed == 36 and len(again.held) == 4, "the first, two of the window, and a new one"
-    sim.finish_step()
-    sim.run()
 
 
 def test_a_prompt_is_found_though_blocks_behind_its_window_are_gone() -> None:

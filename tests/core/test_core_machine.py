@@ -223,7 +223,7 @@ class CoreMachine(RuleBasedStateMachine):
         sim.now += seconds
 
     @precondition(lambda self: self.sim.core.residency.entries)
-    @rule(which=st.integers(0, 100), change=st.sampled_from(list(Change)))
+    @rule(which=st.integers(0, 100), change=st.sampled_from([*STATES, *LIVES]))
     def change_a_version_wrongly(self, which: int, change: Change) -> None:
         """What its state does not allow is refused, and changes nothing."""
         entries = list(self.sim.core.residency.entries.values())
@@ -254,7 +254,7 @@ class CoreMachine(RuleBasedStateMachine):
     def stall_load(self, which: int) -> None:
         running = [entry for entry in self.sim.loads if not entry.stalled]
         room = self.sim.core.residency.load_room
-        self.sim.core.adapter_load_stalled(running[which % len(running)])
+        self.sim.core.residency.load_stalled(running[which % len(running)])
         assert self.sim.core.residency.load_room == room + 1
 
     @precondition(lambda self: self.sim.copies)

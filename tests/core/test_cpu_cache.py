@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 
 from aioengine import events
-from aioengine.core.adapters.placing import PIN_RETRY_SECONDS
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers import Decision, Location, Place, PolicyEvent, SchedulerPolicy, SchedulerView
@@ -41,16 +40,6 @@ def entry_of(sim: Sim, name: str) -> AdapterEntry:
     return sim.core.residency.current[name]
 
 
-def test_what_arrives_makes_room_for_its_bytes() -> None:
-    sim = Sim(BOUNDED)
-    have(sim, a=1000, b=1000, c=900, d=2000)
-    bring(sim, "abc")
-    assert on_cpu(sim) == "abc"
-    bring(sim, "d")
-    assert on_cpu(sim) == "cd", "a and b were used longest ago"
-    assert sim.core.cpu.used.nbytes == 2900
-
-
 def test_the_second_read_reserves_what_the_first_has_shown() -> None:
     sim = Sim(BOUNDED)
     have(sim, a=2000, b=1800)
@@ -82,19 +71,6 @@ def test_what_does_not_fit_beside_what_runs_is_read_again_when_there_is_room() -
     assert sim.ended == {running.id: "length", waiting.id: "length"}
     reads = [e.adapter for e in sim.of(events.AdapterLoading)]  # type: ignore[attr-defined]
     assert reads == ["a", "b", "b"]
-
-
-def test_one_who_asked_for_a_load_by_name_is_not_forgotten_when_it_does_not_fit_at_once() -> None:
-    sim = Sim(BOUNDED)
-    have(sim, a=2000, b=1800)
-    sim.add("a", max_tokens=8)
-    for _ in range(3):
-        sim.settle()
-    sim.core.residency.want(entry_of(sim, "b"), sim.now)
-    for _ in range(20):
-        sim.settle()
-    assert entry_of(sim, "b").location is Location.CPU
-    assert entry_of(sim, "b").wanted_since is None
 
 
 def test_what_can_never_fit_fails_those_who_wait_for_it_and_leaves_no_memory_behind() -> None:
@@ -234,18 +210,6 @@ def test_policies_hear_of_retirement_and_of_leaving_the_cache() -> None:
     ]
 
 
-def test_a_version_that_was_read_before_it_was_published_is_told_of_after_the_old_one_was_renamed() -> None:
-    policy = Chooses([])
-    sim = Sim(LIMITS, policy)
-    sim.register("a")
-    bring(sim, "a")
-    new = sim.core.residency.names.of("a").declare("/elsewhere")
-    sim.core.residency.want(new, sim.now)
-    sim.schedule()
-    sim.finish_load()
-    assert policy.told == [("loaded", "a", None), ("retired", "a@1", "a"), ("loaded", "a", None)]
-
-
 def test_versions_that_were_given_up_leave_first_and_the_policy_is_not_asked_about_them() -> None:
     policy = Chooses([])
     sim = Sim(BOUNDED, policy)
@@ -265,26 +229,6 @@ def test_versions_that_were_given_up_leave_first_and_the_policy_is_not_asked_abo
     assert policy.asked == []
 
 
-class Wishes(SchedulerPolicy):
-    def schedule(self, view: SchedulerView) -> Decision:
-        names = [name for name in "dbca" if view.adapters[name].location is Location.DISK]
-        return Decision(place=[Place(name) for name in names[:1]], prefetch=names[1:])
-
-
-def test_reads_are_started_in_the_order_of_the_policys_wish_and_so_many_at_once() -> None:
-    sim = Sim(LIMITS._replace(max_loads=2, cpu_capacity=8), Wishes())
-    for name in "abcd":
-        sim.register(name)
-    started: list[str] = []
-    for _ in range(4):
-        sim.schedule()
-        started += [e.name for e in sim.loads if e.name not in started]
-        assert len(sim.loads) <= 2
-        if sim.loads:
-            sim.finish_load()
-    assert started == list("dbca")
-
-
 def test_a_load_asked_for_by_name_has_its_turn_although_the_policy_always_has_something_to_read() -> None:
     class Greedy(SchedulerPolicy):
         def schedule(self, view: SchedulerView) -> Decision:
@@ -299,37 +243,6 @@ def test_a_load_asked_for_by_name_has_its_turn_although_the_policy_always_has_so
     assert entry_of(sim, "x").wanted_since is None
     reads = [e.adapter for e in sim.of(events.AdapterLoading)]  # type: ignore[attr-defined]
     assert 5 < reads.index("x") < 15
-
-
-def test_a_pinned_adapter_whose_copy_fails_is_not_copied_again_without_pause() -> None:
-    sim = Sim()
-    sim.register("p")
-    bring(sim, "p")
-    sim.core.residency.names.of("p").pin(sim.now)
-    for _ in range(5):
-        sim.schedule()
-        if sim.copies:
-            sim.finish_copy(fail=True)
-    assert len(sim.of(events.AdapterPlacing)) == 1
-    sim.now += PIN_RETRY_SECONDS
-    sim.schedule()
-    sim.finish_copy()
-    assert entry_of(sim, "p").location is Location.SLOT
-
-
-def test_a_failed_load_fails_its_requests_once_and_the_next_request_tries_again() -> None:
-    sim = Sim()
-    sim.register("bad")
-    first = sim.add("bad")
-    sim.schedule()
-    sim.finish_load(fail=True)
-    for _ in range(5):
-        assert sim.schedule() is None
-    assert not sim.loads
-    assert sim.ended == {first.id: "error"}
-    second = sim.add("bad")
-    sim.run()
-    assert sim.ended[second.id] == "length"
 
 
 class GivesAway(SchedulerPolicy):

@@ -25,19 +25,6 @@ def test_running_requests_fail_and_waiting_ones_are_served() -> None:
     assert kinds == ["AdapterRegistered", *once, "AdapterEvicted", "AdapterEvicted", *once]
 
 
-def test_no_prefix_is_found_afterwards() -> None:
-    sim = Sim()
-    prompt = list(range(2, 18))
-    for _ in range(2):
-        sim.add(prompt=prompt)
-        sim.run()
-    sim.lose_device()
-    sim.add(prompt=prompt)
-    sim.run()
-    admitted = [e.cached_tokens for e in sim.events if isinstance(e, events.RequestAdmitted)]
-    assert admitted == [0, 12, 0]
-
-
 def test_pinned_and_wanted_adapters_are_read_again_and_others_are_not() -> None:
     sim = Sim()
     residency = sim.core.residency
@@ -59,16 +46,3 @@ def test_pinned_and_wanted_adapters_are_read_again_and_others_are_not() -> None:
     for _ in range(4):
         sim.settle()
     assert [e.location for e in (pinned, wanted, other)] == [Location.SLOT, Location.CPU, Location.DISK]
-
-
-def test_an_unloaded_adapter_whose_last_request_ran_is_gone() -> None:
-    sim = Sim()
-    entry = sim.register("a")
-    sim.add("a", max_tokens=20)
-    for _ in range(4):
-        sim.settle()
-    sim.core.residency.names.of(entry.label).retire(entry, sim.now)
-    sim.lose_device()
-    sim.settle()
-    assert not sim.core.residency.entries
-    assert isinstance(sim.events[-1], events.AdapterUnloaded)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.core.blocks import BlockManager
-from aioengine.core.invocation import last_occurrence
+from aioengine.core.state import last_occurrence
 
 TOKENS = st.lists(st.sampled_from([0, 1, 0xD800, 0x10FFFF]), max_size=40)
 

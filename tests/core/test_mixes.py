@@ -94,27 +94,6 @@ def test_it_takes_adjacent_slots_and_what_is_in_the_way_is_copied_elsewhere() ->
     assert set(sim.ended.values()) == {"length"}
 
 
-def test_slots_are_of_one_size_for_policies_again_when_it_is_gone() -> None:
-    sim = core_with("large", limits=SLOT)
-    sim.sizes["large"] = 1001
-    sim.add("large")
-    assert not sim.core._view.memory.elastic
-    sim.run()
-    assert sim.core._view.memory.elastic
-    sim.core.residency.names.of("large").unload(sim.now)
-    sim.settle()
-    assert not sim.core._view.memory.elastic
-
-
-def test_it_takes_as_many_places_in_the_cpu_cache() -> None:
-    sim = core_with("a", "b", "large", limits=SLOT._replace(cpu_capacity=4))
-    sim.sizes["large"] = 2500
-    for name in ("a", "b", "large"):
-        sim.add(name)
-        sim.run()
-    assert sim.core.cpu.used.places == 4 and len(sim.core.cpu.entries) == 2
-
-
 @pytest.mark.parametrize(
     ("size", "limits", "words"),
     [
@@ -187,14 +166,6 @@ def test_their_share_of_the_slots_bounds_them() -> None:
         assert len(made) <= 2
     assert sim.core.residency.current["mine"].location is Location.SLOT
     assert len(made) == 2
-
-
-def test_who_is_alone_may_have_all_slots() -> None:
-    sim = core_with("a", "b", limits=LIMITS._replace(num_slots=4, cpu_capacity=5))
-    for step in range(8):
-        sim.add(sim.mix("a", "b", weight=step + 1.0, tenant="loud"), tenant="loud")
-        sim.run()
-    assert len([entry for entry in sim.core.cpu.entries.values() if entry.owner is not None]) == 4
 
 
 def test_one_that_is_larger_than_the_share_takes_the_place_of_all_others() -> None:

@@ -231,19 +231,6 @@ def test_a_slower_machine_is_believed_at_once(machine: Machine, drop: float, dec
     assert max(after[2:]) < 1.35
 
 
-@pytest.mark.parametrize("slowness", [4.0, 0.25])
-def test_chunks_follow_the_machines_speed(slowness: float) -> None:
-    sim = PacedSim(MIDDLING, max_num_batched_tokens=4096)
-    sim.prompt(100, 500)
-    sim.prompt(8000)
-    for _ in range(8):
-        sim.one_step()
-    sim.slowness = slowness
-    for _ in range(10):
-        sim.one_step()
-    assert sim.seconds[-1] == pytest.approx(TARGET, rel=0.25)
-
-
 def test_without_a_target_prompts_are_computed_in_order() -> None:
     sim = PacedSim(MIDDLING, max_step_seconds=None)
     first, second = sim.prompt(3000), sim.prompt(3000)

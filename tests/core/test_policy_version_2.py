@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.lab_sim import costs
 
 from aioengine import events
-from aioengine.core import Core
 from aioengine.errors import RequestRejected
-from aioengine.lab.costs.view import ModelledCosts
-from aioengine.lab.workload.requests import AdapterShape
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS, Sim
@@ -59,16 +55,6 @@ def test_nobody_who_ran_is_rejected_not_even_after_a_preemption() -> None:
     sim.run()
     assert sim.ended == {"r1": "length"}
     assert set(refusals(sim)) == {("reject_already_started", "r1")}
-
-
-@pytest.mark.parametrize("reject", [["r1"], [("r1", 3)], "r1", [("r1", "a", "b")]])
-def test_a_malformed_rejection_is_the_policy_s_failure(reject: object) -> None:
-    sim = Sim(policy=With(lambda view: Decision(reject=reject)), strict=False)  # type: ignore[arg-type]
-    sim.add()
-    sim.run()
-    assert sim.ended == {"r1": "length"}
-    [first, *_] = [e for e in sim.events if isinstance(e, events.PolicyFailed)]
-    assert "reject" in first.error
 
 
 def test_only_what_nothing_uses_is_discarded() -> None:
@@ -128,15 +114,6 @@ def test_an_adapter_that_comes_back_with_other_contents_shares_nothing_with_befo
     assert request.cached_tokens == 0
 
 
-def test_no_prefix_is_looked_for_where_none_is_kept() -> None:
-    sim = Sim(LIMITS._replace(prefix_caching=False))
-    for _ in range(2):
-        request = sim.add(prompt=[5] * 9)
-        assert request.view.cached_tokens == 0
-        assert not request.hashes
-        sim.run()
-
-
 def test_costs_are_measured_from_when_they_are_asked_for() -> None:
     found: list[float | None] = []
 
@@ -154,13 +131,6 @@ def test_costs_are_measured_from_when_they_are_asked_for() -> None:
     assert found[-1] == pytest.approx(0.02, rel=0.05)
 
 
-def test_a_policy_that_asks_for_no_costs_pays_for_none() -> None:
-    sim = Sim()
-    sim.add()
-    sim.run()
-    assert sim.core._costs.learner is None
-
-
 def test_loads_cost_what_they_took_or_what_others_took() -> None:
     sim = Sim()
     for name in ("a", "b", "c"):
@@ -172,18 +142,3 @@ def test_loads_cost_what_they_took_or_what_others_took() -> None:
     assert (costs.load("a", "disk"), costs.load("a", "slot")) == (0.1, 0.01)
     assert costs.load("b", "disk") == 0.1, "what others took"
     assert costs.load("ghost", "disk") is None
-
-
-def test_modelled_costs_are_the_models() -> None:
-    model = costs(step_overhead=0.001)
-    view = ModelledCosts(model, {"a": AdapterShape("a", 8, 1_000_000)}, chunk=100)
-    assert view.step(4, (8, 8)) == pytest.approx(0.011)
-    assert view.prefill(250) == pytest.approx(3 * 0.011), "in three steps"
-    assert view.load("a", "disk") == pytest.approx(0.51)
-    assert view.load("a@1", "slot") == pytest.approx(0.251)
-    assert view.load("b", "slot") is None
-
-
-def test_a_core_tells_the_costs_that_it_is_given() -> None:
-    model = ModelledCosts(costs(), {}, chunk=100)
-    assert Core(LIMITS, FCFS(), costs=model)._view.costs is model

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from support.device_memory import DeviceMemory
 
 from aioengine import events
-from aioengine.core.blocks import BlockManager
-from aioengine.core.pins import PrefixPins
+from aioengine.core.blocks import BlockManager, PrefixPins
 from aioengine.core.state import Request
 from aioengine.request import CachePin
 from aioengine.schedulers import load_policy
@@ -77,17 +76,6 @@ def test_a_running_request_takes_pinned_blocks_before_one_is_preempted() -> None
     assert len(sim.core.blocks.pins) == 0 and sim.core.blocks.pins_lost == 4
 
 
-def test_the_end_of_a_prefix_is_given_up_first() -> None:
-    sim = Sim(PINNING._replace(num_blocks=16))
-    asks(sim, PROMPT, 16)
-    sim.run()
-    asks(sim, [9] * 4, max_tokens=52)  # 14 of the 16 blocks
-    sim.run()
-    again = asks(sim, PROMPT)
-    sim.run()
-    assert again.cached_tokens == 8
-
-
 def test_a_newcomer_waits_for_running_requests_and_not_for_pins() -> None:
     sim = Sim(PINNING)
     asks(sim, PROMPT, 16)
@@ -119,19 +107,6 @@ def test_policies_make_room_beside_pins(policy: Any) -> None:
     sim.run()
 
 
-def test_a_request_that_pins_leave_no_room_is_admitted_at_once() -> None:
-    limits = PINNING._replace(num_blocks=18, max_num_batched_tokens=64, max_pinned_blocks=18)
-    sim = Sim(limits)
-    asks(sim, [6] * 49, 48)
-    sim.run()
-    assert len(sim.core.blocks.pins) == 12
-    asks(sim, [9] * 4, max_tokens=20)
-    sim.settle()
-    large = asks(sim, [8] * 40)  # 10 of 18 blocks: it would never fit beside the pins
-    sim.settle()
-    assert large.admitted is not None
-
-
 def test_a_tenant_may_have_all_until_others_pin_too() -> None:
     sim = Sim(PINNING._replace(num_blocks=100))
 
@@ -161,14 +136,6 @@ def test_behind_a_window_only_what_is_seen_is_pinned() -> None:
     again = asks(sim, prompt)
     sim.run()
     assert again.cached_tokens == 36
-
-
-def test_without_a_prefix_cache_nothing_is_pinned() -> None:
-    for limits in (PINNING._replace(prefix_caching=False), LIMITS):
-        sim = Sim(limits)
-        first = asks(sim, PROMPT, 16)
-        sim.run()
-        assert first.pinned_tokens == 0 and len(sim.core.blocks.pins) == 0
 
 
 class Ask(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import pytest
@@ -155,18 +154,6 @@ def test_idle_neighbours_leave_where_only_the_holes_are_too_small() -> None:
     sim.core.check()
 
 
-def test_a_running_adapter_stays_where_it_is() -> None:
-    sim = MemorySim()
-    sim.read(a=1, b=2, c=1, d=2, e=2, x=3)
-    sim.decide(["a", "b", "c", "d", "e"])
-    for name in "bd":
-        sim.core.residency.names.of(name).unload(sim.now)
-    sim.add("c", max_tokens=30)
-    sim.decide([])
-    assert sim.decide(["x"], evict=["e"]) == []
-    assert sim.layout == "a..cxxx."
-
-
 def test_an_adapter_that_is_larger_than_the_memory_is_refused_when_it_is_read() -> None:
     sim = MemorySim()
     sim.sizes["huge"] = MEMORY + 1
@@ -217,39 +204,6 @@ def test_a_pinned_adapter_gets_room_although_everything_is_busy() -> None:
         if sim.core.residency.current["p"].slot is not None:
             break
     assert sim.core.residency.current["p"].location is Location.SLOT
-
-
-def test_slots_of_one_size_show_their_memory_too() -> None:
-    sim = MemorySim(ELASTIC._replace(slot_memory=None, num_slots=2))
-    sim.read(a=1, b=2, c=4)
-    sim.decide(["a"])
-    sim.decide([])
-    memory = sim.policy.view.memory if sim.policy.view else None
-    assert memory is not None and not memory.elastic
-    size = 4 * GRANULE
-    assert (memory.total, memory.free, memory.largest_hole) == (2 * size, size, size)
-    assert (memory.evictable, memory.bytes_of("b")) == (size, size)
-    sim.decide(["b"])
-    assert sim.decide(["c"], evict=["b"]) == []
-    assert [slot.entry.name for slot in sim.core.slots.slots if slot.entry] == ["a", "c"]
-
-
-@pytest.mark.parametrize("policy", ["fcfs", "vllm+gdsf", "chameleon", "slora", "vtc", "drr", "sjf", "edf"])
-def test_every_policy_serves_all_whatever_their_sizes(policy: str) -> None:
-    """Mixed sizes under constant swapping: nobody is left out, and the accounts agree after every step."""
-    rng = random.Random(policy)
-    sim = Sim(ELASTIC, load_policy(policy))
-    names = [f"a{i}" for i in range(12)]
-    for i, name in enumerate(names):
-        sim.sizes[name] = (1, 1, 1, 2, 4, 7)[i % 6] * GRANULE - rng.randint(0, 100)
-        sim.register(name)
-    for _ in range(60):
-        for _ in range(rng.randint(0, 3)):
-            tenant = rng.choice([None, "x", "y"])
-            sim.add(rng.choice(names), max_tokens=rng.randint(1, 6), tenant=tenant)
-        sim.settle(step_seconds=0.05)
-    sim.run(steps=4000, step_seconds=0.05)
-    assert set(sim.ended.values()) == {"length"}
 
 
 def cold(sim: Sim, name: str, size: int) -> None:

@@ -82,17 +82,6 @@ def test_all_end_with_the_same_outputs(
     assert outputs[0] == outputs[1]
 
 
-def test_others_do_not_wait() -> None:
-    sim = PacedSim(MIDDLING)
-    sim.slowness = 10.0
-    choices = [sim.add(prompt=[7] * 3000, max_tokens=1) for _ in range(5)]
-    sim.one_step()
-    short = sim.prompt(10)
-    sim.one_step()
-    assert short.first_token is not None
-    assert [len(request.blocks) > 0 for request in choices] == [True, False, False, False, False]
-
-
 def test_none_waits_for_what_is_computed_and_lost() -> None:
     """With a window, a long prompt gives back the blocks that it does not see any more."""
     sim = PacedSim(MIDDLING, window=64, num_blocks=60, max_num_batched_tokens=64)

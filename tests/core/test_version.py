@@ -18,21 +18,21 @@ from aioengine.core.adapters.version import (
 
 TO_STATE: dict[State, list[Change]] = {
     State.ON_DISK: [],
-    State.LOADING: [Change.READ],
-    State.STALLED: [Change.READ, Change.STALL],
-    State.ON_CPU: [Change.READ, Change.ARRIVE],
-    State.COPYING: [Change.READ, Change.ARRIVE, Change.COPY],
-    State.IN_SLOT: [Change.READ, Change.ARRIVE, Change.COPY, Change.PLACE],
+    State.LOADING: ["read"],
+    State.STALLED: ["read", "stall"],
+    State.ON_CPU: ["read", "arrive"],
+    State.COPYING: ["read", "arrive", "copy"],
+    State.IN_SLOT: ["read", "arrive", "copy", "place"],
 }
 TO_LIFE: dict[Life, list[Change]] = {
     Life.NEW: [],
-    Life.CURRENT: [Change.PUBLISH],
-    Life.RETIRED: [Change.PUBLISH, Change.RETIRE],
-    Life.FREED: [Change.RETIRE, Change.FREE],
+    Life.CURRENT: ["publish"],
+    Life.RETIRED: ["publish", "retire"],
+    Life.FREED: ["retire", "free"],
 }
 
 
-@pytest.mark.parametrize(("state", "life", "change"), list(product(State, Life, Change)))
+@pytest.mark.parametrize(("state", "life", "change"), list(product(State, Life, [*STATES, *LIVES])))
 def test_every_change_in_every_state(state: State, life: Life, change: Change) -> None:
     if life is Life.FREED and state is not State.ON_DISK:
         return  # there is no such version
@@ -43,10 +43,10 @@ def test_every_change_in_every_state(state: State, life: Life, change: Change) -
     expected = STATES[change].get(state) if change in STATES else LIVES[change].get(life)
     if change in STATES and life is Life.FREED:
         expected = None
-    if change is Change.FREE and state is not State.ON_DISK:
+    if change == "free" and state is not State.ON_DISK:
         expected = None
     if expected is None:
-        with pytest.raises(WrongChange, match=f"^{change.value}: .*must"):
+        with pytest.raises(WrongChange, match=f"^{change}: .*must"):
             version.change(change)
         assert (version.state, version.life) == (state, life)
     else:

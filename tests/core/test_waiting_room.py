@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-
 import pytest
 
 from aioengine import events
-from aioengine.core.waiting_room import Ticket, WaitingRoom
+from aioengine.core.waiting_room import WaitingRoom
 from aioengine.errors import EngineOverloaded
 from aioengine.testing import LIMITS, Sim
 
@@ -33,34 +30,6 @@ def test_who_fills_the_queue_shuts_nobody_out() -> None:
     assert (caught.value.bound, caught.value.waiting) == ("server", 8)
     sim.run()
     assert all(sim.ended[request.id] == "length" for request in (*hog[:5], *others))
-
-
-def test_a_full_queue_ends_up_shared_and_then_nobody_displaces_anybody() -> None:
-    sim = Sim(LIMITS._replace(max_waiting=9))
-    for tenant in "aaaaaaaaa" + "bbbbb" + "ccccc":
-        with contextlib.suppress(EngineOverloaded):
-            sim.add(tenant=tenant)
-    waiting = [request.options.tenant for request in sim.core.queues.all]
-    assert sorted(map(str, waiting)) == list("aaabbbccc")
-    for tenant in "abcd":
-        if tenant != "d":
-            with pytest.raises(EngineOverloaded):
-                sim.add(tenant=tenant)
-    sim.add(tenant="d")
-    assert len(sim.core.queues) == 9
-
-
-def test_a_request_that_had_tokens_is_not_displaced() -> None:
-    sim = Sim(LIMITS._replace(max_waiting=3, max_num_seqs=3))
-    running = [sim.add(tenant="a", max_tokens=20) for _ in range(3)]
-    for _ in range(3):
-        sim.settle()
-    for request in running:
-        sim.core.batcher.preempt(request, sim.now)
-    with pytest.raises(EngineOverloaded):
-        sim.add(tenant="b")
-    sim.run()
-    assert all(sim.ended[request.id] == "length" for request in running)
 
 
 def test_bounds_of_tenants_and_adapters_concern_nobody_else() -> None:
@@ -189,17 +158,6 @@ def test_those_beside_a_flood_of_long_prompts_get_their_part() -> None:
     assert all(sim.ended[request.id] == "length" for request in (*hog[:2], *others))
 
 
-def test_a_prompt_longer_than_the_bound_is_accepted_alone() -> None:
-    sim = Sim(LIMITS._replace(max_waiting_tokens=10, max_waiting_tokens_per_tenant=10))
-    first = {name: sim.add(tenant=name, prompt=prompt(40)) for name in ("a", "b", None)}
-    assert not endings(sim)
-    for name in first:
-        with pytest.raises(EngineOverloaded):
-            sim.add(tenant=name, prompt=prompt(1))
-    sim.run()
-    assert all(sim.ended[request.id] == "length" for request in first.values())
-
-
 def test_tokens_that_are_known_later_are_counted_then() -> None:
     room = WaitingRoom(LIMITS._replace(max_waiting_tokens_per_tenant=10))
     first, second = room.enter("a", (), 0.0), room.enter("a", (), 0.0)
@@ -211,22 +169,3 @@ def test_tokens_that_are_known_later_are_counted_then() -> None:
     room.weigh(second, 3, 0.0)
     room.check()
     assert room.tokens == 3
-
-
-@pytest.mark.timed
-def test_a_place_costs_the_same_however_many_are_taken() -> None:
-    def seconds(waiting: int, times: int = 2000) -> float:
-        bounds = {"max_waiting": waiting, "max_waiting_per_adapter": waiting, "max_waiting_tokens": waiting}
-        room = WaitingRoom(LIMITS._replace(**bounds))
-        for i in range(waiting):
-            room.enter("hog" if i % 2 else f"t{i % 997}", [f"a{i % 1000}"], 0.0, tokens=1)
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            for i in range(times):
-                ticket: Ticket = room.enter(f"n{i}", (), 0.0, tokens=1)
-                ticket.leave()
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    assert seconds(100_000) < 4 * seconds(1_000)

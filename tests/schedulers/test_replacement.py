@@ -42,7 +42,7 @@ class SizedSim(Sim):
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
         entry, _ = self.copies.pop(index)
-        self.core.adapter_placed(entry, self.now, self.copy_seconds[entry.label])
+        self.core.slots.placed(entry, self.now, self.copy_seconds[entry.label])
 
     def use(self, names: str) -> None:
         """One request after the other, for each letter."""

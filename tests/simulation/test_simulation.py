@@ -98,7 +98,7 @@ def share_prefixes_between_adapters(patch: pytest.MonkeyPatch) -> None:
 def trust_failed_copies(patch: pytest.MonkeyPatch) -> None:
     """A slot is used whose copy has failed."""
     patch.setattr(
-        Core, "adapter_place_failed", lambda core, entry, now, error: core.adapter_placed(entry, now, 0.0)
+        Core, "adapter_place_failed", lambda core, entry, now, error: core.slots.placed(entry, now, 0.0)
     )
 
 

@@ -2,10 +2,9 @@
 
 Adapters in slots stay in the cache too, so that a slot can be given up without a copy back.
 
-An adapter that a request waits for is not evicted, with one exception that keeps the cache fair: a request
-that has waited longer may take the place of an adapter that only later requests need. Without the exception,
-a few busy adapters could keep a cold one out for ever. A tenant with less than its share of the places may
-also take one from a tenant with more, however long the latter has waited.
+An adapter that a request waits for is evicted only for a request that has waited longer. Without that, a few
+busy adapters could keep a cold one out for ever. A tenant with less than its share of the places may also
+take one from a tenant with more, however long the latter has waited.
 
 An adapter's size is known after its first read. Later reads reserve that size beforehand; the first one
 reserves only a place, and room for its bytes is made when it arrives.
@@ -24,7 +23,7 @@ from typing import NamedTuple
 from aioengine import events
 from aioengine.core.adapters.failures import too_large
 from aioengine.core.adapters.moves import DropMove, Move
-from aioengine.core.adapters.version import Change, State
+from aioengine.core.adapters.version import State
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry
@@ -97,7 +96,7 @@ class CpuCache:
 
     def evict(self, entry: AdapterEntry, now: float) -> None:
         """Remove an adapter that has been read, and free its memory."""
-        entry.change(Change.DROP)
+        entry.change("drop")
         self.remove(entry)
         self._moves.append(DropMove(entry))
         if entry.published:
@@ -130,16 +129,15 @@ class CpuCache:
         keep: Collection[int],
         offered: Collection[AdapterEntry] = (),
     ) -> list[AdapterEntry] | None:
-        """Return the adapters to evict, in order, so that ``newcomer`` fits; None if it cannot fit now.
+        """Return the adapters to evict, in order, so that ``newcomer`` fits; None if it cannot fit now. It
+        may be in the cache already; then only its size can be too large.
 
-        The newcomer may be in the cache already; then only its size can be too large. Where its owner would
-        have more than its share, that owner's adapters go first.
-
-        Adapters that are unloaded go first. Then adapters outside the slots, then those in idle slots; in
-        each group, adapters that no request waits for come before those that only later requests wait for;
-        ``Order`` decides among equals. Adapters in slots whose uid is in ``keep`` stay, because this step
-        admits requests to them. Adapters that earlier requests wait for stay too, unless their tenant has
-        more than its share, or they are ``offered``: the policy gives their slots to the newcomer.
+        Where its owner would have more than its share, that owner's adapters go first. Then those that are
+        unloaded, those outside the slots, and those in idle slots; in each group, those that no request waits
+        for come before those that later requests wait for, and ``Order`` decides among equals. Those in slots
+        whose uid is in ``keep`` stay, because this step admits requests to them. Those that earlier requests
+        wait for stay too, unless their tenant has more than its share, or they are ``offered``: the policy
+        gives their slots to the newcomer.
         """
         more, excess = self._more(newcomer), self._beyond_own_share(newcomer)
         head = newcomer.waiting.head

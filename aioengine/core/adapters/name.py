@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from aioengine import events
-from aioengine.core.adapters.version import Change
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.record_views import CoreAdapterView
 from aioengine.core.state import AdapterEntry, AdapterFiles
@@ -143,7 +142,7 @@ class AdapterName:
     def replace(self, entry: AdapterEntry, now: float) -> None:
         """Let new requests use this version, and give it its predecessor's pin. The predecessor only finishes
         its accepted requests."""
-        entry.change(Change.PUBLISH)
+        entry.change("publish")
         guard, old = self.names.guard, self.current
         replaces = None if old is None else old.version
         if old is None:
@@ -187,7 +186,7 @@ class AdapterName:
     def retire(self, entry: AdapterEntry, now: float) -> None:
         """Accept no new requests on a version; it is freed when the accepted ones have ended. Policies call
         it "name@version" from now on."""
-        entry.change(Change.RETIRE)
+        entry.change("retire")
         self.names.forget_want(entry)
         self.names.retired[entry.uid] = entry
         if self.current is entry:

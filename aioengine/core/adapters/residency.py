@@ -14,7 +14,7 @@ from aioengine.core.adapters.failures import changed, frameless, shut_out, too_l
 from aioengine.core.adapters.moves import DropMove, LoadMove, Move, ReleaseMove, StopMove
 from aioengine.core.adapters.name import NameTable
 from aioengine.core.adapters.slots import SlotTable
-from aioengine.core.adapters.version import Change, Life, State
+from aioengine.core.adapters.version import Life, State
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry
@@ -53,7 +53,7 @@ class Residency:
                 continue
             if entry.location in (Location.CPU, Location.SLOT):
                 self._evict(entry, now)
-            entry.change(Change.FREE)
+            entry.change("free")
             del self.names.retired[entry.uid], self.entries[entry.uid]
             self.slots.large.discard(entry.uid)
             if entry.files is not None:
@@ -120,7 +120,7 @@ class Residency:
             return
         if self._make_room(entry, now, keep, offered):
             self.cpu.add(entry)
-            entry.change(Change.READ)
+            entry.change("read")
             self.load_room -= 1
             self._moves.append(LoadMove(entry))
             self._guard.say(events.AdapterLoading, entry, now)
@@ -148,16 +148,18 @@ class Residency:
 
     def load_stalled(self, entry: AdapterEntry) -> None:
         """Note that a read makes no progress. It goes on, but another may start in its place."""
-        entry.change(Change.STALL)
+        entry.change("stall")
+        self._guard.changes += 1
         self.load_room += 1
         self.cpu.remove(entry)
 
     def load_cancelled(self, entry: AdapterEntry) -> None:
-        """Note that a read was cancelled."""
+        """Note that a read was cancelled; no request is told."""
+        self._guard.changes += 1
         if not entry.stalled:
             self.load_room += 1
             self.cpu.remove(entry)
-        entry.change(Change.GIVE_UP)
+        entry.change("give up")
 
     def refusal(self, entry: AdapterEntry, found: LoadedAdapter) -> AdapterError | None:
         """Return the reason if what was read may not be used, or can never be kept."""
@@ -184,7 +186,7 @@ class Residency:
             self.cpu.add(entry)
         else:
             self.load_room += 1
-        entry.change(Change.ARRIVE)
+        entry.change("arrive")
         self.names.of(entry.label).succeed()
         self.set_size(entry, found.nbytes, found.bytes_in_slot)
         entry.take(found)

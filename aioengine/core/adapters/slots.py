@@ -100,7 +100,7 @@ class SlotTable:
         assert slot.entry is None and entry.slot is None
         offset = self.arena.allocate(entry.slot_nbytes)
         assert offset is not None, "room has not been made"
-        entry.change(Change.COPY)
+        entry.change("copy")
         slot.entry, slot.offset, entry.slot, self._ranks = entry, offset, slot.index, None
         self._moves.append(CopyMove(entry, slot.index, offset))
         self._guard.say(events.AdapterPlacing, entry, now, slot=slot.index)
@@ -108,7 +108,7 @@ class SlotTable:
     def placed(self, entry: AdapterEntry, now: float, seconds: float) -> None:
         """Note that a copy is complete."""
         slot = self.slot_of(entry)
-        entry.change(Change.PLACE)
+        entry.change("place")
         entry.error, entry.slot_seconds, self._ranks = None, seconds, None
         slot.last_used = entry.last_used = now
         took = {"rank": entry.rank, "nbytes": entry.nbytes, "seconds": seconds}
@@ -117,11 +117,11 @@ class SlotTable:
 
     def cancel(self, entry: AdapterEntry) -> None:
         """Note that a copy has failed, or is given up."""
-        self._empty(self.slot_of(entry), Change.CANCEL)
+        self._empty(self.slot_of(entry), "cancel")
 
     def evict(self, slot: Slot, now: float) -> None:
         """Empty an idle slot; its adapter stays in the CPU cache."""
-        entry = self._empty(slot, Change.EVICT)
+        entry = self._empty(slot, "evict")
         entry.last_used = max(entry.last_used, slot.last_used)
         self._guard.say(events.AdapterEvicted, entry, now, level="slot", slot=slot.index, nbytes=entry.nbytes)
         self._guard.tell("adapter_evicted", now, adapter=entry.name)

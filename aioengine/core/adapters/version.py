@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
+from typing import Literal
 
 from aioengine.schedulers.policy import Location, SlotState
 
@@ -49,43 +50,32 @@ class Life(Enum):
     FREED = "freed"
 
 
-class Change(Enum):
-    """What may happen to a version."""
-
-    READ = "read"
-    STALL = "stall"
-    ARRIVE = "arrive"
-    GIVE_UP = "give up"
-    DROP = "drop"
-    COPY = "copy"
-    PLACE = "place"
-    CANCEL = "cancel"
-    EVICT = "evict"
-    PUBLISH = "publish"
-    RETIRE = "retire"
-    FREE = "free"
-
+Change = (
+    Literal["read", "stall", "arrive", "give up", "drop", "copy", "place", "cancel", "evict"]
+    | Literal["publish", "retire", "free"]
+)
+"""What may happen to a version."""
 
 STATES: Mapping[Change, Mapping[State, State]] = MappingProxyType(
     {
-        Change.READ: {State.ON_DISK: State.LOADING},
-        Change.STALL: {State.LOADING: State.STALLED},
-        Change.ARRIVE: {State.LOADING: State.ON_CPU, State.STALLED: State.ON_CPU},
-        Change.GIVE_UP: {State.LOADING: State.ON_DISK, State.STALLED: State.ON_DISK},
-        Change.DROP: {State.ON_CPU: State.ON_DISK},
-        Change.COPY: {State.ON_CPU: State.COPYING},
-        Change.PLACE: {State.COPYING: State.IN_SLOT},
-        Change.CANCEL: {State.COPYING: State.ON_CPU},
-        Change.EVICT: {State.IN_SLOT: State.ON_CPU},
+        "read": {State.ON_DISK: State.LOADING},
+        "stall": {State.LOADING: State.STALLED},
+        "arrive": {State.LOADING: State.ON_CPU, State.STALLED: State.ON_CPU},
+        "give up": {State.LOADING: State.ON_DISK, State.STALLED: State.ON_DISK},
+        "drop": {State.ON_CPU: State.ON_DISK},
+        "copy": {State.ON_CPU: State.COPYING},
+        "place": {State.COPYING: State.IN_SLOT},
+        "cancel": {State.COPYING: State.ON_CPU},
+        "evict": {State.IN_SLOT: State.ON_CPU},
     }
 )
 """The state after each change of where a version is, by the state before."""
 
 LIVES: Mapping[Change, Mapping[Life, Life]] = MappingProxyType(
     {
-        Change.PUBLISH: {Life.NEW: Life.CURRENT},
-        Change.RETIRE: {Life.NEW: Life.RETIRED, Life.CURRENT: Life.RETIRED},
-        Change.FREE: {Life.RETIRED: Life.FREED},
+        "publish": {Life.NEW: Life.CURRENT},
+        "retire": {Life.NEW: Life.RETIRED, Life.CURRENT: Life.RETIRED},
+        "free": {Life.RETIRED: Life.FREED},
     }
 )
 """The same of what it is for new requests."""
@@ -115,7 +105,7 @@ class Version:
         freed = self.life is Life.FREED
         if life is None or state is None or freed or (life is Life.FREED and state is not State.ON_DISK):
             where, _ = self.state.value
-            raise WrongChange(f"{what.value}: a version that is {where} and {self.life.value} must not")
+            raise WrongChange(f"{what}: a version that is {where} and {self.life.value} must not")
         self.life, self.state, (_, self.location) = life, state, state.value
         self.slot_state = SlotState.LOADING if state is State.COPYING else SlotState.FREE
         if state is State.IN_SLOT:
