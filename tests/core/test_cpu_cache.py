@@ -9,7 +9,7 @@ import pytest
 from aioengine import events
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterTooLarge
-from aioengine.schedulers import Decision, Location, Place, PolicyEvent, SchedulerPolicy, SchedulerView
+from aioengine.schedulers import Decision, Location, PolicyEvent, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS, Sim
 
@@ -38,18 +38,6 @@ def on_cpu(sim: Sim) -> str:
 
 def entry_of(sim: Sim, name: str) -> AdapterEntry:
     return sim.core.residency.current[name]
-
-
-def test_the_second_read_reserves_what_the_first_has_shown() -> None:
-    sim = Sim(BOUNDED)
-    have(sim, a=2000, b=1800)
-    bring(sim, "ab")
-    assert on_cpu(sim) == "b"
-    sim.core.residency.want(entry_of(sim, "a"), sim.now)
-    sim.schedule()
-    assert on_cpu(sim) == "a", "b has left before a is read"
-    assert sim.core.cpu.used.nbytes == 2000
-    sim.core.check()
 
 
 def test_what_does_not_fit_beside_what_runs_is_read_again_when_there_is_room() -> None:
@@ -103,27 +91,6 @@ def test_what_does_not_fit_beside_the_pinned_says_so() -> None:
     (failed,) = sim.of(events.AdapterFailed)
     assert "beside the 2,000 bytes of pinned adapters" in str(failed.error)  # type: ignore[attr-defined]
     assert "unpin" in str(failed.error)  # type: ignore[attr-defined]
-
-
-def test_a_large_adapter_has_its_turn_although_small_busy_ones_never_pause() -> None:
-    """It needs the bytes of two slots, and each has requests all the time."""
-    sim = Sim(BOUNDED._replace(num_blocks=60), FCFS(max_wait=0.2))
-    have(sim, a=1500, b=1500, large=2900)
-    for name, tokens in (("a", 6), ("b", 9)):
-        sim.add(name, max_tokens=tokens)
-    for _ in range(4):
-        sim.settle()
-    large = sim.add("large")
-    entry_of(sim, "large").nbytes = 2900  # it has been read before
-    for _ in range(300):
-        for name, tokens in (("a", 6), ("b", 9)):
-            entry = entry_of(sim, name)
-            if entry.running + len(entry.waiting) < 3 and sim.core.step % 3 == 0:
-                sim.add(name, max_tokens=tokens)
-        sim.settle()
-        if large.id in sim.ended:
-            break
-    assert sim.ended.get(large.id) == "length"
 
 
 class Chooses(FCFS):
@@ -210,25 +177,6 @@ def test_policies_hear_of_retirement_and_of_leaving_the_cache() -> None:
     ]
 
 
-def test_versions_that_were_given_up_leave_first_and_the_policy_is_not_asked_about_them() -> None:
-    policy = Chooses([])
-    sim = Sim(BOUNDED, policy)
-    have(sim, a=900, b=2900)
-    bring(sim, "a")
-    unpublished = sim.core.residency.names.of("a").declare("/elsewhere")
-    sim.core.residency.want(unpublished, sim.now)
-    sim.core.residency.want(entry_of(sim, "b"), sim.now)
-    sim.schedule()
-    sim.core.residency.names.of(unpublished.label).retire(unpublished, sim.now)
-    sim.finish_load()
-    sim.finish_load()
-    sim.core.check()
-    assert on_cpu(sim) == "b"
-    evicted = [e.version for e in sim.of(events.AdapterEvicted)]  # type: ignore[attr-defined]
-    assert evicted == [2, 1]
-    assert policy.asked == []
-
-
 def test_a_load_asked_for_by_name_has_its_turn_although_the_policy_always_has_something_to_read() -> None:
     class Greedy(SchedulerPolicy):
         def schedule(self, view: SchedulerView) -> Decision:
@@ -243,29 +191,3 @@ def test_a_load_asked_for_by_name_has_its_turn_although_the_policy_always_has_so
     assert entry_of(sim, "x").wanted_since is None
     reads = [e.adapter for e in sim.of(events.AdapterLoading)]  # type: ignore[attr-defined]
     assert 5 < reads.index("x") < 15
-
-
-class GivesAway(SchedulerPolicy):
-    """Places one adapter in slot 0, and admits nobody."""
-
-    name = "a"
-
-    def schedule(self, view: SchedulerView) -> Decision:
-        return Decision(place=[Place(self.name, 0)])
-
-
-def test_whose_slot_the_policy_gives_away_leaves_the_cache_too_whoever_waits_for_it() -> None:
-    """Or the newcomer waits for room in the cache, and who was there first for the slot's adapter to run."""
-    policy = GivesAway()
-    sim = Sim(LIMITS._replace(num_slots=1, cpu_capacity=1), policy)
-    have(sim, a=1000, b=1000)
-    sim.add("a", tenant="x")
-    for _ in range(3):
-        sim.settle()
-    assert entry_of(sim, "a").location is Location.SLOT
-    sim.now += 1.0
-    sim.add("b", tenant="y")  # later: by itself it makes nobody go who was asked for earlier
-    policy.name = "b"
-    for _ in range(3):
-        sim.settle()
-    assert entry_of(sim, "b").location is Location.SLOT and on_cpu(sim) == "b"

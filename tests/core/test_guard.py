@@ -49,25 +49,6 @@ def test_overruns_are_counted_and_then_the_safe_policy_takes_over() -> None:
     assert "Slow took more than 10 ms 3 times" in replaced.reason  # type: ignore[attr-defined]
 
 
-def test_a_few_overruns_among_many_decisions_are_forgiven() -> None:
-    sim, policy = slow_sim(max_overruns=2)
-    for _ in range(3):
-        policy.takes = 0.02
-        sim.settle()
-        policy.takes = 0.001
-        for _ in range(1000):
-            sim.settle()
-    assert len(sim.of(events.PolicyOverran)) == 3
-    assert not sim.of(events.PolicyReplaced)
-
-
-def test_without_a_timer_there_is_no_budget() -> None:
-    sim = Sim(policy=Slow(), strict=False)
-    sim.add()
-    sim.run()
-    assert not sim.of(events.PolicyOverran)
-
-
 MEDDLING: dict[str, Callable[[Any], object]] = {
     "set a time": lambda view: setattr(view, "now", 0.0),
     "replace the slots": lambda view: setattr(view, "slots", ()),

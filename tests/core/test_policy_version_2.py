@@ -129,16 +129,3 @@ def test_costs_are_measured_from_when_they_are_asked_for() -> None:
         sim.finish_step(seconds=0.02)
     assert found[0] is None
     assert found[-1] == pytest.approx(0.02, rel=0.05)
-
-
-def test_loads_cost_what_they_took_or_what_others_took() -> None:
-    sim = Sim()
-    for name in ("a", "b", "c"):
-        sim.register(name)
-    costs = sim.core._view.costs
-    assert costs.load("a", "disk") is None
-    sim.add("a")
-    sim.run()
-    assert (costs.load("a", "disk"), costs.load("a", "slot")) == (0.1, 0.01)
-    assert costs.load("b", "disk") == 0.1, "what others took"
-    assert costs.load("ghost", "disk") is None

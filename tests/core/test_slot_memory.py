@@ -8,7 +8,7 @@ import pytest
 
 from aioengine import events
 from aioengine.core.adapters.arena import GRANULE
-from aioengine.errors import AdapterTooLarge, EngineOverloaded
+from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView, load_policy
 from aioengine.testing import LIMITS, Sim
 
@@ -164,29 +164,6 @@ def test_an_adapter_that_is_larger_than_the_memory_is_refused_when_it_is_read() 
     error = entry.error
     assert isinstance(error, AdapterTooLarge)
     assert all(text in str(error) for text in ("2,049 bytes", "2,048 in all", "raise LoRAConfig.slot_memory"))
-
-
-def test_who_is_shut_out_by_pinned_adapters_is_told() -> None:
-    sim = MemorySim()
-    sim.read(a=4, b=2, x=3)
-    for name in "ab":
-        sim.core.residency.names.of(name).pin(sim.now)
-    sim.decide([])
-    assert sim.layout == "aaaabb.."
-    request = sim.add("x")
-    told: list[Exception | None] = []
-
-    class Ear:
-        def push(self, *_: object, **__: object) -> bool:
-            return False
-
-        def end(self, reason: str, error: Exception | None) -> None:
-            told.append(error)
-
-    request.sink = Ear()
-    sim.schedule()
-    assert isinstance(told[0], EngineOverloaded)
-    assert "768 bytes" in str(told[0]) and "leave 512" in str(told[0]) and "slot_memory" in str(told[0])
 
 
 def test_a_pinned_adapter_gets_room_although_everything_is_busy() -> None:

@@ -132,24 +132,6 @@ def test_equals_run_together(machine: Machine, slowness: float, tenants: int, ea
 
 
 @SETTINGS
-@given(machine=MACHINES, slowness=SLOWNESS)
-@pytest.mark.slow
-def test_at_most_half_of_the_throughput_is_given_up(machine: Machine, slowness: float) -> None:
-    speeds = []
-    for tenant in ("flood", "own"):
-        sim = flooded(machine, slowness, 50)
-        sim.prompt(20, 400, tenant=tenant)
-        for _ in range(10):
-            sim.one_step()
-        start, before = sim.now, len(sim.batches)
-        for _ in range(100):
-            sim.one_step()
-        tokens = sum(len(batch.sequences) for batch in sim.batches[before:])
-        speeds.append(tokens / (sim.now - start))
-    assert speeds[1] > 0.4 * speeds[0]
-
-
-@SETTINGS
 @given(
     machine=MACHINES,
     slowness=SLOWNESS,

@@ -105,21 +105,6 @@ def test_a_mix_takes_a_place_of_each_of_its_adapters_or_none() -> None:
     sim.core.check()
 
 
-def test_nobody_makes_way_in_vain() -> None:
-    """An adapter's bound would let the newcomer in, the server's does not."""
-    sim = Sim(LIMITS._replace(max_waiting=4, max_waiting_per_adapter=2, max_num_seqs=4))
-    sim.register("x")
-    running = [sim.add(tenant="a", max_tokens=20) for _ in range(3)]
-    sim.settle()
-    waiting = [sim.add("x", tenant="a") for _ in range(2)]
-    for request in running:
-        sim.core.batcher.preempt(request, sim.now)
-    with pytest.raises(EngineOverloaded) as caught:
-        sim.add("x", tenant="b")
-    assert (caught.value.bound, caught.value.waiting) == ("server", 5)
-    assert [r for r in sim.core.queues.all if r.adapter is not None] == waiting
-
-
 def prompt(tokens: int) -> list[int]:
     return [10] * tokens
 
