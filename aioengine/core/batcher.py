@@ -168,13 +168,13 @@ class Batcher:
         """Whether a batch of these is the batch before, a token later. Then all have blocks."""
         if not decodes or decodes != self._decodes or self.speculates:
             return False
-        if self._turns is not None:
+        if self.pacer is not None:
             if self._work is None:
                 self._work = StepWork.of(self.sequences, slot_ranks)
             else:
                 pairs = self._work.decode_pairs + self._work.tokens
                 self._work = self._work._replace(decode_pairs=pairs)
-            if not self._turns.all_fit(self._work):
+            if self.pacer.decode_seconds(self._work) > self.pacer.decode_room:  # they may take turns
                 return False
         size = self.blocks.block_size
         growing = [request for request in decodes if request.computed >= len(request.blocks) * size]

@@ -22,10 +22,9 @@ from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager, PrefixPins
-from aioengine.core.costs import MeasuredCosts
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
-from aioengine.core.pacing import Pacer
+from aioengine.core.pacing import MeasuredCosts, Pacer
 from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, Request, Status, where_is
 from aioengine.core.step_results import StepResults, token_intervals

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from sortedcontainers import SortedDict
 
-from aioengine.core.arrival_queue import ArrivalQueue
-from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.state import AdapterEntry, ArrivalQueue, Request
 from aioengine.core.waiting_room import WaitingRoom
 
 
@@ -20,13 +19,13 @@ class RequestQueues:
 
     def __init__(self, room: WaitingRoom) -> None:
         self.room = room
-        self.all: ArrivalQueue[Request] = ArrivalQueue()
-        self.base: ArrivalQueue[Request] = ArrivalQueue()
+        self.all: ArrivalQueue = ArrivalQueue()
+        self.base: ArrivalQueue = ArrivalQueue()
         self.heads: SortedDict[int, AdapterEntry | None] = SortedDict()
         """Adapters that requests wait for (None: the base model), by the ``seq`` of the oldest waiting
         request."""
 
-    def queue_of(self, adapter: AdapterEntry | None) -> ArrivalQueue[Request]:
+    def queue_of(self, adapter: AdapterEntry | None) -> ArrivalQueue:
         return self.base if adapter is None else adapter.waiting
 
     def add(self, request: Request) -> None:

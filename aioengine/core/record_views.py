@@ -75,13 +75,5 @@ class CoreSlotView(RecordView):
     adapter = property(attrgetter("_of.name"))
     state = property(attrgetter("_of.state"))
     last_used = property(attrgetter("_of.last_used"))
-
-    @property
-    def running(self) -> int:
-        entry = self._of.entry
-        count: int = 0 if entry is None else entry.running
-        return count
-
-    @property
-    def pinned(self) -> bool:
-        return self._of.entry is not None and self._of.entry.pinned
+    running = property(attrgetter("_of.running"))
+    pinned = property(attrgetter("_of.pinned"))

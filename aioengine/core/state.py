@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol
+from itertools import takewhile
+from typing import Literal, NamedTuple, Protocol, cast
 
 from aioengine.core.adapters.version import Version
-from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.blocks import BlockManager
 from aioengine.core.record_views import CoreAdapterView, CoreRequestView
 from aioengine.core.speculation import Drafting
@@ -20,13 +20,9 @@ from aioengine.core.waiting_room import Ticket
 from aioengine.events import EndReason
 from aioengine.info import mix_name, scaled_digest
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
-from aioengine.schedulers.policy import Location
 from aioengine.step import AdapterSource, LoadedAdapter, SequenceWork
 
 Where = Literal["disk", "loading", "cpu", "slot"]
-_WORDS: Mapping[Location, Where] = MappingProxyType(
-    {Location.DISK: "disk", Location.LOADING: "loading", Location.CPU: "cpu", Location.SLOT: "slot"}
-)
 
 
 class Status(Enum):
@@ -53,6 +49,48 @@ class Owner(NamedTuple):
     """The tenant that an adapter was made for; None: requests without a tenant."""
 
     tenant: str | None
+
+
+class ArrivalQueue:
+    """Requests in arrival order; adding a new one and removing any one are O(1). (An OrderedDict finds its
+    first key at once; a dict whose front was emptied has to look for it.)"""
+
+    __slots__ = ("_requests", "head", "oldest")
+
+    def __init__(self) -> None:
+        self._requests: OrderedDict[int, Request] = OrderedDict()
+        self.head: Request | None = None
+        """The first request; None if the queue is empty."""
+        self.oldest: float | None = None
+        """Its arrival."""
+
+    def add(self, request: Request) -> None:
+        self._requests[request.seq] = request
+        if self.head is None:
+            self._find_head()
+
+    def put_back(self, request: Request) -> None:
+        """Add a preempted request. It is older than most, so its place is found from the front."""
+        older = list(takewhile(request.seq.__gt__, self._requests))
+        self._requests[request.seq] = request
+        for seq in (request.seq, *reversed(older)):
+            self._requests.move_to_end(seq, last=False)
+        self._find_head()
+
+    def remove(self, request: Request) -> None:
+        del self._requests[request.seq]
+        if request is self.head:
+            self._find_head()
+
+    def _find_head(self) -> None:
+        self.head = head = next(iter(self), None)
+        self.oldest = None if head is None else head.arrival
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +133,7 @@ class AdapterEntry(Version):
     invocation: Sequence[int] = ()
     """If it is an activated LoRA adapter, it is applied from these tokens on."""
     pinned: bool = False
-    waiting: ArrivalQueue[Request] = field(default_factory=ArrivalQueue)
+    waiting: ArrivalQueue = field(default_factory=ArrivalQueue)
     running: int = 0
     last_tenant: str | None = None
     """The tenant whose request was admitted last."""
@@ -137,7 +175,7 @@ class AdapterEntry(Version):
     @property
     def where(self) -> Where:
         """Its location in the words of the public API."""
-        return _WORDS[self.location]
+        return cast(Where, self.location.lower())
 
 
 class Sink(Protocol):

@@ -7,11 +7,10 @@ from operator import attrgetter
 from types import MappingProxyType
 
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.arrival_queue import ArrivalQueue
 from aioengine.core.batcher import Batcher
 from aioengine.core.queues import RequestQueues
 from aioengine.core.record_views import CoreRequestView, RecordView
-from aioengine.core.state import AdapterEntry, Request
+from aioengine.core.state import AdapterEntry, ArrivalQueue
 from aioengine.schedulers.policy import CostsView, Refusal
 
 _view = attrgetter("view")
@@ -20,7 +19,7 @@ _name = attrgetter("name")
 
 class _Waiting(RecordView):
     __slots__ = ()
-    _of: ArrivalQueue[Request]
+    _of: ArrivalQueue
 
     def __iter__(self) -> Iterator[CoreRequestView]:
         return map(_view, self._of)

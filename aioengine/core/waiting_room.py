@@ -79,8 +79,8 @@ class WaitingRoom:
             own = self.max_of_tenant.get(tenant, own)
         has = self._all.sums[tenant]
         if own is not None and has >= own:
-            text = f"{has} requests of tenant {tenant!r} are waiting, and it may have {own}"
-            raise _overloaded(f"{text}; retry later, or raise max_waiting_per_tenant", "tenant", has)
+            text = f"{has} requests of tenant {tenant!r} are waiting, and it may have {own}; retry later, or "
+            raise EngineOverloaded(f"{text}raise max_waiting_per_tenant", bound="tenant", waiting=has)
         victims: dict[Ticket, str] = {}
         for adapter in adapters:
             places = self._of_adapter.get(adapter, _NOBODY)
@@ -128,7 +128,7 @@ class WaitingRoom:
         else:
             return
         waiting = len(self) if bound == "server" else self._all.sums[tenant]
-        raise _overloaded(f"{named}; retry later, or raise it", bound, waiting)
+        raise EngineOverloaded(f"{named}; retry later, or raise it", bound=bound, waiting=waiting)
 
     def _count_tokens(self, newcomer: Ticket, tokens: int, now: float) -> None:
         """Count the newcomer's tokens, and displace what makes the prompts too long, except the newcomer."""
@@ -145,7 +145,7 @@ class WaitingRoom:
     def _displace(self, victim: Ticket, text: str, now: float) -> None:
         victim.leave()
         text += ", and another's took this one's place; retry later"
-        victim.displaced(_overloaded(text, "tenant", self._all.sums[victim.tenant]), now)
+        victim.displaced(EngineOverloaded(text, bound="tenant", waiting=self._all.sums[victim.tenant]), now)
 
     def leave(self, ticket: Ticket) -> None:
         """Give the ticket's place back, if it has one."""
@@ -209,10 +209,6 @@ class _Shares:
 _NOBODY = _Shares()
 
 
-def _overloaded(text: str, bound: Bound, waiting: int, adapter: str | None = None) -> EngineOverloaded:
-    return EngineOverloaded(text, bound=bound, waiting=waiting, adapter=adapter)
-
-
 def _displaced_by(
     newcomer: Tenant, places: _Shares, named: str, bound: Bound, waiting: int, adapter: str | None = None
 ) -> Ticket:
@@ -220,5 +216,6 @@ def _displaced_by(
     newcomer's tenant would still have no more than that tenant. Raises EngineOverloaded if there is none."""
     victim = places.newest_of_largest()
     if victim is None or places.sums[newcomer] + 1 >= places.sums[victim.tenant]:
-        raise _overloaded(f"{named}; retry later, or raise this bound", bound, waiting, adapter)
+        text = f"{named}; retry later, or raise this bound"
+        raise EngineOverloaded(text, bound=bound, waiting=waiting, adapter=adapter)
     return victim

@@ -57,6 +57,10 @@ class Slot:
         return self.entry is not None and self.entry.state is State.COPYING
 
     @property
+    def running(self) -> int:
+        return 0 if self.entry is None else self.entry.running
+
+    @property
     def pinned(self) -> bool:
         return self.entry is not None and self.entry.pinned
 
