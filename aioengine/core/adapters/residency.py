@@ -96,7 +96,8 @@ class Residency:
         for entry in list(self.wanted.values()):
             if entry.location is Location.DISK and not entry.pinned:
                 self.names.forget_want(entry)
-                entry.error = shut_out(entry, why, "unpin one, or raise LoRAConfig.max_cpu_loras")
+                error = shut_out(entry, why, "unpin one, or raise LoRAConfig.max_cpu_loras")
+                self.fail(entry, now, error, "too_large")  # those who wait for it hear of it
                 if entry.life is Life.NEW:
                     self.names.of(entry.label).retire(entry, now)
 
