@@ -3,95 +3,59 @@ llm-d read of a scrape's text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+import msgspec
 import pytest
-from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from support.metric_script import families, info, loaded, metrics, placed, slot, stats
 
 from aioengine import AdapterInfo
 from aioengine.metrics import EngineMetrics
 
+MODEL = {"model_name"}
+LABELS = {
+    "num_requests_running": MODEL,
+    "num_requests_waiting": MODEL,
+    "kv_cache_usage_perc": MODEL,
+    "max_gpu_lora_adapters": MODEL,
+    "num_gpu_loaded_lora_adapters": MODEL,
+    "num_cpu_loaded_lora_adapters": MODEL,
+    "lora_requests_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
+    "lora_adapter_loaded": {"model_name", "adapter_name", "level", "pinned", "rank"},
+    "lora_adapter_load_seconds_bucket": {"model_name", "transition", "le"},
+    "lora_adapter_load_seconds_count": {"model_name", "transition"},
+    "lora_adapter_load_seconds_sum": {"model_name", "transition"},
+}
+"""Labels of the series, by their names without ``vllm:``; the label "engine" is ours."""
 
-@dataclass
-class Endpoint:
-    """What an endpoint picker keeps of one scrape."""
-
-    active: list[str]
-    waiting: list[str]
-    max_active: int
-    queue: float
-    running: float
-    kv: float
-    base: str
-    resident: dict[str, tuple[str, bool, int]] = field(default_factory=dict)
-    """Adapter -> level, pinned, rank."""
-    on_gpu: int = 0
-    load_seconds: float = 0.0
-    activate_seconds: float = 0.0
+Scrape = dict[str, list[tuple[dict[str, str], float]]]
 
 
-def endpoint(text: str) -> Endpoint:
-    found: dict[str, Metric] = {family.name: family for family in text_string_to_metric_families(text)}
-
-    def one(name: str) -> float:
-        [sample] = found[name].samples
-        assert sample.labels["model_name"]
-        return sample.value
-
-    def mean(transition: str) -> float:
-        values = {
-            sample.name.removeprefix("vllm:lora_adapter_load_seconds_"): sample.value
-            for sample in found["vllm:lora_adapter_load_seconds"].samples
-            if sample.labels["transition"] == transition
-        }
-        return values["sum"] / values["count"] if values["count"] else 0.0
-
-    newest = max(found["vllm:lora_requests_info"].samples, key=lambda sample: sample.value)
-    lists = [
-        [name.strip() for name in newest.labels[key].split(",") if name.strip()]
-        for key in ("running_lora_adapters", "waiting_lora_adapters")
-    ]
-    return Endpoint(
-        active=lists[0],
-        waiting=lists[1],
-        max_active=int(one("vllm:max_gpu_lora_adapters")),
-        queue=one("vllm:num_requests_waiting"),
-        running=one("vllm:num_requests_running"),
-        kv=one("vllm:kv_cache_usage_perc"),
-        base=found["vllm:num_gpu_loaded_lora_adapters"].samples[0].labels["model_name"],
-        resident={
-            sample.labels["adapter_name"]: (
-                sample.labels["level"],
-                sample.labels["pinned"] == "true",
-                int(sample.labels["rank"]),
-            )
-            for sample in found["vllm:lora_adapter_loaded"].samples
-            if sample.value
-        },
-        on_gpu=int(one("vllm:num_gpu_loaded_lora_adapters")),
-        load_seconds=mean("load"),
-        activate_seconds=mean("activate"),
-    )
+def scraped(engine: EngineMetrics) -> Scrape:
+    """Labels and values of the series, by their names."""
+    found: Scrape = {}
+    for family in text_string_to_metric_families(engine.expose()[0].decode()):
+        for sample in family.samples:
+            if sample.name.startswith("vllm:"):
+                labels = {name: value for name, value in sample.labels.items() if name != "engine"}
+                found.setdefault(sample.name.removeprefix("vllm:"), []).append((labels, sample.value))
+    return found
 
 
 def waiting(name: str, location: str) -> AdapterInfo:
-    known = info(name, location)
-    fields = {field: getattr(known, field) for field in AdapterInfo.__struct_fields__}
-    return AdapterInfo(**{**fields, "waiting": 3})
+    return msgspec.structs.replace(info(name, location), waiting=3)
 
 
-STATS = {"running": 5, "waiting": 7, "waiting_for_adapter": 4, "kv_blocks": 10, "kv_blocks_free": 4}
-
-
-def made(clock: float = 1234.5, **values: int) -> EngineMetrics:
+def made() -> EngineMetrics:
     snapshot = stats(
         slot(0, "READY", "sql", 1),
         slot(1, "READY", "json/v2", 1),
         slot(2, "LOADING", "pirate", 1),
-        slot(3, "DRAINING", "old", 1),
-        **{**STATS, **values},
+        slot(3, "FREE"),
+        running=5,
+        waiting=7,
+        waiting_for_adapter=4,
+        kv_blocks=10,
+        kv_blocks_free=4,
     )
     adapters = [waiting("sql", "slot"), info("json/v2", "slot", pinned=True), waiting("pirate", "cpu")]
     adapters += [waiting("far", "disk"), info("idle", "disk")]
@@ -100,67 +64,46 @@ def made(clock: float = 1234.5, **values: int) -> EngineMetrics:
         lambda: snapshot,
         lambda: adapters,
         compat="vllm",
-        clock=lambda: clock,
+        clock=lambda: 1234.5,
         model_name=lambda: "org/base",
     )
-    for event in (
-        loaded("sql", seconds=0.2),
-        loaded("json/v2", seconds=0.4),
-        placed("sql", 0, seconds=0.01),
-        placed("json/v2", 1, seconds=0.03),
-    ):
-        engine.handle(event)
+    moves = [("sql", 0, 0.2, 0.01), ("json/v2", 1, 0.4, 0.03)]
+    for name, index, read, copied in moves:
+        engine.handle(loaded(name, seconds=read))
+        engine.handle(placed(name, index, seconds=copied))
     return engine
 
 
-def scraped(engine: EngineMetrics) -> Endpoint:
-    return endpoint(engine.expose()[0].decode())
-
-
-def test_the_router_sees_what_is_in_the_slots() -> None:
+def test_routers_see_what_is_in_the_slots_and_what_waits() -> None:
     found = scraped(made())
-    assert (found.active, found.waiting) == (["sql", "json/v2"], ["pirate", "far"])
-    assert (found.max_active, found.queue, found.running, found.kv) == (4, 7, 5, 0.6)
-    assert found.base == "org/base"
-    assert found.resident == {
-        "sql": ("gpu", False, 8),
-        "json/v2": ("gpu", True, 8),
-        "pirate": ("cpu", False, 8),
+    assert {name: set(series[0][0]) for name, series in found.items()} == LABELS
+    of_model = {name: series[0] for name, series in found.items() if LABELS[name] == MODEL}
+    assert all(labels == {"model_name": "org/base"} for labels, _ in of_model.values())
+    assert {name: value for name, (_, value) in of_model.items()} == {
+        "num_requests_running": 5,
+        "num_requests_waiting": 7,
+        "kv_cache_usage_perc": 0.6,
+        "max_gpu_lora_adapters": 4,
+        "num_gpu_loaded_lora_adapters": 2,
+        "num_cpu_loaded_lora_adapters": 3,
     }
-    assert found.on_gpu == 2
-    assert (found.load_seconds, found.activate_seconds) == (pytest.approx(0.3), pytest.approx(0.02))
-
-
-def test_the_labels_are_those_of_vllm() -> None:
-    labels = {
-        sample.name: {key for key in sample.labels if key != "engine"}
-        for family in text_string_to_metric_families(made().expose()[0].decode())
-        for sample in family.samples
-        if sample.name.startswith("vllm:")
-    }
-    assert labels.pop("vllm:lora_requests_info") == {
-        "max_lora",
-        "running_lora_adapters",
-        "waiting_lora_adapters",
-    }
-    assert labels.pop("vllm:lora_adapter_loaded") == {
-        "model_name",
-        "adapter_name",
-        "level",
-        "pinned",
-        "rank",
-    }
-    for suffix in ("bucket", "count", "sum"):
-        found = labels.pop(f"vllm:lora_adapter_load_seconds_{suffix}")
-        assert found - {"le"} == {"model_name", "transition"}
-    assert all(found == {"model_name"} for found in labels.values()) and len(labels) == 6
+    lists = {"running_lora_adapters": "sql,json/v2", "waiting_lora_adapters": "pirate,far"}
+    assert found["lora_requests_info"] == [({"max_lora": "4", **lists}, 1234.5)]
+    held = [
+        (labels["adapter_name"], labels["level"], labels["pinned"])
+        for labels, _ in found["lora_adapter_loaded"]
+    ]
+    assert held == [("sql", "gpu", "false"), ("json/v2", "gpu", "true"), ("pirate", "cpu", "false")]
+    seconds = {labels["transition"]: value for labels, value in found["lora_adapter_load_seconds_sum"]}
+    assert seconds == {"load": pytest.approx(0.6), "activate": pytest.approx(0.04)}
 
 
 def test_no_adapters_are_empty_lists_and_zeros_from_the_start() -> None:
-    text = metrics(snapshot=stats(slot(0, "FREE")), compat="vllm").expose()[0].decode()
-    found = endpoint(text)
-    assert (found.max_active, found.active, found.waiting, found.on_gpu) == (1, [], [], 0)
-    assert (found.load_seconds, found.activate_seconds) == (0.0, 0.0)
+    found = scraped(metrics(snapshot=stats(slot(0, "FREE")), compat="vllm"))
+    lists = {"running_lora_adapters": "", "waiting_lora_adapters": ""}
+    assert found["lora_requests_info"][0][0] == {"max_lora": "1", **lists}
+    assert [value for _, value in found["lora_adapter_load_seconds_count"]] == [0.0, 0.0]
+    assert "lora_adapter_loaded" not in found and found["num_gpu_loaded_lora_adapters"][0][1] == 0
 
 
 def test_types_and_that_they_are_there_only_if_asked_for() -> None:
