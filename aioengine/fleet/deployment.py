@@ -31,17 +31,6 @@ START_TRIES = 2
 """How often Serve starts a replica that fails; after that the fleet has failed, and reports the reason."""
 
 
-def encode_config(config: FleetConfig) -> bytes:
-    """Encode a configuration; equal configurations have equal bytes."""
-    return msgspec.json.encode(config)
-
-
-def replica_application(config: FleetConfig, *, inherit: bool = False) -> Application:
-    """Make an application of replicas alone, for a gateway in another process. ``inherit``: Ray was started
-    with the replicas' variables, so that its worker processes have them already."""
-    return _replicas(config, inherit=inherit)
-
-
 def fleet_application(config: FleetConfig) -> Application:
     """Make an application of replicas and a gateway that Serve runs behind its proxy. Raises ConfigError."""
     require_ray()
@@ -56,11 +45,13 @@ def fleet_application(config: FleetConfig) -> Application:
         logging_config=_quiet(),
     )
     return gateway.bind(
-        config, _replicas(msgspec.structs.replace(config, server={}))
+        config, replica_application(msgspec.structs.replace(config, server={}))
     )  # keys are the gateway's
 
 
-def _replicas(config: FleetConfig, *, inherit: bool = False) -> Any:
+def replica_application(config: FleetConfig, *, inherit: bool = False) -> Any:
+    """Make an application of replicas alone, for a gateway in another process. ``inherit``: Ray was started
+    with the replicas' variables, so that its worker processes have them already."""
     require_ray()
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -90,7 +81,7 @@ def _replicas(config: FleetConfig, *, inherit: bool = False) -> Any:
         request_router_config=RequestRouterConfig(request_router_class=ROUTER_PATH),
         logging_config=_quiet(),
     )
-    return deployment.bind(config, hashlib.sha256(encode_config(config)).hexdigest())
+    return deployment.bind(config, hashlib.sha256(msgspec.json.encode(config)).hexdigest())
 
 
 def _autoscaling(config: FleetConfig) -> Any:

@@ -15,7 +15,6 @@ import msgspec
 from aioengine import events
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, EngineStopped
-from aioengine.fleet.beliefs import Beliefs
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox, Outboxes
 from aioengine.fleet.replica_adapters import ReplicaAdapters
@@ -76,8 +75,6 @@ class EngineReplica:
         self.engine = await self.start_engine()
         self._adapters = ReplicaAdapters(self.engine, self._versions)
         self.engine.add_listener(self._speed, *Speeds.HEARD)
-        self._beliefs = Beliefs()
-        self.engine.add_listener(self._beliefs, events.RequestAdded)
         self._moves = 0
         """Number of changes of where adapters are."""
         self.engine.add_listener(self._moved, *MOVES)
@@ -146,8 +143,6 @@ class EngineReplica:
             await self._generate(box, order)
 
     async def _generate(self, box: Outbox, order: Submit) -> None:
-        if order.believed:
-            self._beliefs.believed(order.request_id, box, order.key)
         options, asked = order.options, dict[str, str]()
         names = list(options.mix or ([] if options.adapter is None else [options.adapter]))
         find = self.engine.find_adapter
@@ -158,6 +153,10 @@ class EngineReplica:
             known, scored = len(options.output), False  # log-probabilities that the gateway has already
             owns = [self._versions.own(name, compared=order.content != "") for name in names]
             asked = dict(zip(owns, names, strict=True))
+            if order.believed and not options.mix:
+                there = find(owns[0].partition("@")[0])
+                if there is None or there.location == "disk":
+                    box.put(Delta(order.key, misrouted=True))
             mix = options.mix and {own: options.mix[name] for own, name in asked.items()}
             # Where the current version is compared, because the other is not known: its number.
             names = [name if "@" in own else own for own, name in zip(owns, names, strict=True)]
@@ -201,8 +200,6 @@ class EngineReplica:
                 named = asked.get(error.name, options.adapter or error.name)  # not by the engine's number
                 error = gone(named) if "@" in named else error
             box.put(Delta(order.key, error=pack_error(error)))
-        finally:
-            self._beliefs.forget(order.request_id)
 
     async def _params(self, order: Submit) -> SamplingParams:
         constraint = None

@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
 
 import pytest
-from support.fleet_process import needs_ray
+from support.engine_fixtures import Tiny, greedy
+from support.fleet_here import fleet_here, small_engine
 
-from aioengine import EngineConfig, SamplingParams, events
-from aioengine.fleet.beliefs import Beliefs
+from aioengine import EngineConfig, SamplingParams
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.outbox import Outbox
-from aioengine.fleet.wire import Delta, Frame, decode_frame, encode_frame
-from aioengine.request import RequestOptions
+from aioengine.fleet.wire import Delta, Submit
+from aioengine.request import RequestOptions, pack_params
 
-needs_ray()
-
-
-@pytest.mark.parametrize(("location", "told"), [("disk", True), ("loading", False), ("slot", False)])
-def test_what_the_gateway_believed(location: Literal["disk", "loading", "slot"], told: bool) -> None:
-    beliefs, box = Beliefs(), Outbox()
-    beliefs.believed("r", box, 7)
-    for request in ("of another gateway", "r", "r"):
-        beliefs(
-            events.RequestAdded(
-                time=0, request_id=request, adapter="sql", prompt_tokens=1, tenant=None, location=location
-            )
-        )
-    assert decode_frame(encode_frame(Frame(box.take()))).deltas == (
-        [Delta(7, misrouted=True)] if told else []
-    )
+pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
 
-def test_a_request_that_never_arrives_is_forgotten() -> None:
-    beliefs, box = Beliefs(), Outbox()
-    beliefs.believed("r", box, 7)
-    beliefs.forget("r")
-    beliefs(
-        events.RequestAdded(
-            time=0, request_id="r", adapter="sql", prompt_tokens=1, tenant=None, location="disk"
-        )
-    )
-    assert box.take() == []
+async def test_what_the_gateway_believed(
+    tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica has the adapter on disk alone; afterwards it has it in memory."""
+    config = FleetConfig(engine=small_engine(tiny_text), adapters={"sql": str(adapters / "a")})
+    async with fleet_here(config, monkeypatch) as fleet:
+        replica, order = fleet.replicas["r0"], RequestOptions(adapter="sql")
+        for key, told in ((1, [True, False]), (2, [False])):
+            box = Outbox()
+            submit = Submit(key, f"r{key}", [5], pack_params(greedy(1)), order, believed=True)
+            await replica._generate(box, submit)
+            assert [delta.misrouted for delta in box.take()] == told
 
 
 async def test_it_says_nothing_else_of_the_request() -> None:

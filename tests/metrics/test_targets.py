@@ -22,7 +22,7 @@ class Several(FakeMetrics):
     """Each source has its number of letters as a gauge."""
 
     def sources(self) -> list[str]:
-        return ["gateway", "k3x9q"]
+        return ["door", "k3x9q"]
 
     def expose(self, accept: str = "", source: str | None = None) -> tuple[bytes, str]:
         encode, content_type = choose_encoder(accept)
@@ -56,6 +56,6 @@ async def test_prometheus_scrapes_each_replica(tmp_path: Path) -> None:
         discovery = [{"url": f"http://{address}/metrics/targets", "refresh_interval": "1s"}]
         async with prometheus(tmp_path, http_sd_configs=discovery) as observer:
             await observer.wait("up", lambda found: [value for _, value in found] == [1, 1])
-            assert await observer.by("instance", "up") == {f"{address}/gateway": 1, f"{address}/k3x9q": 1}
+            assert await observer.by("instance", "up") == {f"{address}/door": 1, f"{address}/k3x9q": 1}
             assert await observer.by("replica", "letters") == {"door": 4, "k3x9q": 5}
             assert len(await observer.query("letters")) == 2, "each comes once"

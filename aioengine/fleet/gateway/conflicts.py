@@ -18,30 +18,21 @@ class Conflicts:
         self.count = 0
         """Conflicts so far that were none of a replacement; counted by whoever looks into them."""
         self._held: dict[str, dict[str, str]] = {}
-        """By adapter: the digest that each replica holds."""
-        self._of: dict[str, dict[str, str]] = {}
-        """The same by replica."""
+        """By replica: the digest of each adapter that it holds."""
         self._known: dict[str, frozenset[str]] = {}
         """Digests that were found to differ, by adapter."""
 
     def holds(self, replica: str, infos: Iterable[AdapterInfo]) -> list[str]:
         """Take what a replica holds now, and return the adapters whose content differs from another's, each
         once for the same contents. Only what has changed is compared with other replicas."""
-        newest: dict[str, AdapterInfo] = {}
-        for info in infos:
-            if (
-                info.digest
-                and not is_mix(info.name)
-                and (info.name not in newest or newest[info.name].version < info.version)
-            ):
-                newest[info.name] = info
-        before = self._of.get(replica, {})
-        now = self._of[replica] = {name: info.digest for name, info in newest.items()}
-        for name in before.keys() - now.keys():
-            self._drop(name, replica)
+        read = sorted((info for info in infos if info.digest and not is_mix(info.name)), key=_version)
+        before, now = self._held.get(replica, {}), {info.name: info.digest for info in read}
+        self._held[replica] = now
         found = []
-        for name, digest in now.items() - before.items():
-            self._held.setdefault(name, {})[replica] = digest
+        for name in before.keys() - now.keys():
+            if not self.contents(name):
+                self._known.pop(name, None)
+        for name, _ in now.items() - before.items():
             contents = self.contents(name)
             if len(contents) < 2:
                 self._known.pop(name, None)
@@ -52,15 +43,13 @@ class Conflicts:
 
     def forget(self, replica: str) -> None:
         """Drop what a replica held that is gone."""
-        for name in self._of.pop(replica, {}):
-            self._drop(name, replica)
+        self.holds(replica, ())
+        self._held.pop(replica)
 
     def contents(self, name: str) -> frozenset[str]:
         """Return the digests of an adapter, over the replicas that have read it."""
-        return frozenset(self._held.get(name, {}).values())
+        return frozenset(held[name] for held in self._held.values() if name in held)
 
-    def _drop(self, name: str, replica: str) -> None:
-        del self._held[name][replica]
-        if not self._held[name]:
-            del self._held[name]
-            self._known.pop(name, None)
+
+def _version(info: AdapterInfo) -> int:
+    return info.version

@@ -58,8 +58,8 @@ class Dispatcher:
         """Requests that continued on another replica, by the fate of their first one."""
         self.misroutes = 0
         """Requests whose replica had lost the adapter that it was chosen for."""
-        self.route_seconds: list[float] = []
-        """Seconds of each routing decision since this was last read."""
+        self.on_route: Callable[[float], None] = lambda seconds: None
+        """Callback for the seconds of each routing decision."""
         self._max_waiting: dict[str, int] = {}
         self._state.listeners.append(self.guard.tell)
         members.on_join.append(self._joined)
@@ -77,8 +77,7 @@ class Dispatcher:
             request = self._route_request(call, unlike)
             began = self._timer()
             route = self.guard.route(request, self._state.view)
-            if len(self.route_seconds) < 100_000:
-                self.route_seconds.append(self._timer() - began)
+            self.on_route(self._timer() - began)
             if route.replicas:
                 self._send(call, request, route.replicas[0])
                 return

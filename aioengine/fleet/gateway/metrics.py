@@ -46,7 +46,6 @@ class FleetMetrics:
         """Registry of the gateway's own metrics."""
         self.own.register(_Gateway(members, dispatcher))
         self._members = members
-        self._dispatcher = dispatcher
         self._engine = members.config.engine.name
         self.http = HttpMetrics(members.config.engine.max_tenant_labels)
         self.dropped_log_lines: Callable[[], int] = int
@@ -54,13 +53,14 @@ class FleetMetrics:
         self._state = state
         self._process: ProcessMetrics | None = None
         self._writer = TextWriter()
-        self._seconds = Histogram(
+        seconds = Histogram(
             "aioengine_fleet_route_seconds",
             "Time that a routing decision took.",
             ["engine", "replica"],
             registry=self.own,
             buckets=_BUCKETS,
-        ).labels(self._engine, GATEWAY)
+        )
+        dispatcher.on_route = seconds.labels(self._engine, GATEWAY).observe
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_loop = OnLoop()
 
@@ -83,9 +83,6 @@ class FleetMetrics:
         kind = "application/openmetrics-text" if "openmetrics" in content_type else _TEXT
         if source not in (None, GATEWAY):
             return _merged(self.scraped(kind, source), openmetrics=kind != _TEXT).encode(), content_type
-        took, self._dispatcher.route_seconds = self._dispatcher.route_seconds, []
-        for seconds in took:
-            self._seconds.observe(seconds)
         gateway = self._writer.write(self._on_loop.call(self._families), openmetrics=kind != _TEXT).decode()
         texts = [("", encode(self.own).decode()), (GATEWAY, gateway)]
         if source is None:
