@@ -173,16 +173,14 @@ class FleetAdapters:
 
     async def pin(self, name: str, *, force: bool) -> AdapterInfo:
         async with self.changing(name) as change:
-            known, members = self.known.by_name.get(name), change.members
-            version = await self._next_version(name, members) if known is None else version_of(known)
-            info = numbered(await self._replicas.pin(name, members, force, version=version), version)
+            version = await self._version(name, change.members)
+            info = numbered(await self._replicas.pin(name, change.members, force, version=version), version)
             return await self._note(info, change, pinned=True)
 
     async def unpin(self, name: str) -> AdapterInfo:
         async with self.changing(name) as change:
-            known, members = self.known.by_name.get(name), change.members
-            version = await self._next_version(name, members) if known is None else version_of(known)
-            answers = await self._replicas.ask_all(members, "unpin", name=name, version=version)
+            version = await self._version(name, change.members)
+            answers = await self._replicas.ask_all(change.members, "unpin", name=name, version=version)
             info = numbered(first_of(answers), version)
             return await self._note(info, change, pinned=False)
 
@@ -228,14 +226,15 @@ class FleetAdapters:
             return info
         return await self._note(numbered(info, version), change, where)
 
+    async def _version(self, name: str, members: Sequence[Member]) -> int:
+        """Return the current version; of an adapter that has none in the fleet, the next one."""
+        known = self.known.version(name)
+        return await self._next_version(name, members) if known is None else known
+
     async def _next_version(self, name: str, members: Sequence[Member]) -> int:
         """Return a number that no content of this adapter has had, as far as anybody knows who lives."""
-        known = self.known.by_name.get(name)
-        above = max(
-            self.known.spent.of(name),
-            0 if known is None else version_of(known),
-            await self._replicas.highest_version(name, members),
-        )
+        spent, known = self.known.spent.of(name), self.known.version(name) or 0
+        above = max(spent, known, await self._replicas.highest_version(name, members))
         return await self._registry(name, self.registry.next_version.remote(name, above), _UNKNOWN)
 
     async def _note(
