@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -69,9 +71,6 @@ class Changes(NamedTuple):
     """Adapters as they are now: those that have changed or, if ``whole``, all of them."""
     removed: list[str]
     whole: bool
-    lost: bool = False
-    """Whether all that was known at the mark is lost, because no checkpoint keeps it. Then an adapter that is
-    missing was not removed, and who knows it puts it back (:meth:`AdapterRegistry.put_back`)."""
 
 
 class _Checkpoint(msgspec.Struct):
@@ -80,14 +79,16 @@ class _Checkpoint(msgspec.Struct):
 
 
 class AdapterRegistry:
-    """The actor's class. ``checkpoint`` is a folder, as any fsspec URL; None: nothing is kept.
+    """The actor's class. ``checkpoint`` is a folder, as any fsspec URL; None: nothing is kept. ``temporary``:
+    it is a local folder, and goes with the last gateway.
 
     The checkpoint is read at the first call that needs it. As long as that fails, such calls raise
     ConfigError, and the checkpoint is left alone.
     """
 
-    def __init__(self, checkpoint: str | None) -> None:
+    def __init__(self, checkpoint: str | None, *, temporary: bool = False) -> None:
         self._url = checkpoint
+        self._temporary = temporary
         self._file = None if checkpoint is None else f"{checkpoint.rstrip('/')}/{_FILE}"
         self._restored = self._file is None
         """Whether ``_entries`` has what is in the checkpoint."""
@@ -98,9 +99,6 @@ class AdapterRegistry:
         self._mark = Mark(uuid.uuid4().hex, 0)
         self._changed: dict[str, int] = {}
         """Number of the last change of an adapter, in order; only of the last ``MAX_CHANGES`` adapters."""
-        self._decided: dict[str, None] = {}
-        """Adapters that were put or removed in this life, the last ``MAX_CHANGES`` of them: what a gateway
-        knows from an earlier one is older."""
         self._leases: dict[str, tuple[str, float]] = {}
         """By adapter: who may change it, and until when."""
         self._waiting: set[tuple[str, str]] = set()
@@ -125,7 +123,10 @@ class AdapterRegistry:
 
     async def leave(self, gateway: str) -> int:
         """Forget a gateway. Returns the number of gateways left."""
-        return self._usage.leave(gateway)
+        left = self._usage.leave(gateway)
+        if not left and self._temporary:
+            await asyncio.to_thread(shutil.rmtree, str(self._url), ignore_errors=True)
+        return left
 
     async def exchange(self, gateway: str, usage: dict[str, Usage]) -> dict[str, Usage] | None:
         """Exchange usage as :meth:`SharedUsage.exchange` does. This also shows that the gateway is alive."""
@@ -142,8 +143,7 @@ class AdapterRegistry:
         entries = await self.entries()
         first = next(iter(self._changed.values()), 0) if len(self._changed) == MAX_CHANGES else 0
         if since is None or since.life != self._mark.life or since.number + 1 < first:
-            lost = since is not None and since.life != self._mark.life and self._file is None
-            return Changes(self._mark, entries, [], True, lost)
+            return Changes(self._mark, entries, [], True)
         names: list[str] = []
         for name, number in reversed(self._changed.items()):
             if number <= since.number:
@@ -191,51 +191,17 @@ class AdapterRegistry:
         await self._restore()
         self._entries[entry.name] = entry
         self._spent.entered(entry.name, entry.version)
-        self._decide(entry.name)
         self._note(entry.name)
         await self._save()
 
     async def remove(self, name: str) -> None:
         """Remove an entry, as :meth:`put` stores one."""
         await self._restore()
-        self._decide(name)
         entry = self._entries.pop(name, None)
         if entry is not None:
             self._spent.spend(name, entry.version)
             self._note(name)
         await self._save()
-
-    async def put_back(self, entries: Sequence[Entry], spent: SpentVersions) -> Changes:
-        """Take what a gateway knows from an earlier life. Returns all adapters as they are then.
-
-        Of several gateways' entries the newest counts. What was put or removed in this life stays so, with a
-        version that no gateway knows, so that no replica takes it for older than what it has.
-        """
-        await self._restore()
-        self._spent.add(spent)
-        for entry in entries:
-            there = self._entries.get(entry.name)
-            if entry.name in self._decided:
-                if there is None:
-                    self._spent.spend(entry.name, entry.version)
-                if there is None or there.version > entry.version:
-                    continue
-                number = max(self._spent.of(entry.name), entry.version) + 1
-                self._spent.spend(entry.name, number)
-                entry = msgspec.structs.replace(there, version=number)
-            elif there is not None and there.version >= entry.version:
-                continue
-            self._entries[entry.name] = entry
-            self._note(entry.name)
-        await self._save()
-        return Changes(self._mark, list(self._entries.values()), [], True)
-
-    def _decide(self, name: str) -> None:
-        """Note that this life knows better than an earlier one."""
-        self._decided.pop(name, None)
-        self._decided[name] = None
-        if len(self._decided) > MAX_CHANGES:
-            del self._decided[next(iter(self._decided))]
 
     def _note(self, name: str) -> None:
         """Note that an adapter has changed."""
@@ -299,8 +265,11 @@ def write_file(url: str, data: bytes, *, part: str = ".new") -> None:
 
 def registry_actor(application: str, checkpoint: str | None) -> Any:
     """Return the actor of an application; makes it if there is none yet. It runs on Ray's head node, so that
-    the loss of another node does not end it."""
+    the loss of another node does not end it. Without a ``checkpoint`` that of the actor is a temporary folder
+    there, which outlives its process."""
     import ray
+
+    temporary = f"{tempfile.gettempdir()}/ray/aioengine-registry-{uuid.uuid4().hex}"
 
     actor = ray.remote(AdapterRegistry)
     return actor.options(
@@ -313,7 +282,7 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
         num_cpus=0,
         resources={"node:__internal_head__": 0.001},
         max_concurrency=1000,
-    ).remote(checkpoint)
+    ).remote(checkpoint or temporary, temporary=checkpoint is None)
 
 
 @asynccontextmanager

@@ -42,14 +42,6 @@ class SpentVersions(msgspec.Struct):
         if self.last.get(name, number + 1) <= number:
             del self.last[name]
 
-    def add(self, known: SpentVersions) -> None:
-        """Spend what another has seen spent."""
-        for name in self.last.keys() - known.last.keys():  # the other has forgotten these, or never knew them
-            self.last[name] = max(self.last[name], known.others)
-        self.others = max(self.others, known.others)
-        for name, number in known.last.items():
-            self.spend(name, number)
-
 
 class ReplicaVersions:
     """The fleet's version of each adapter that a replica was told of, and the number that its engine has

@@ -14,11 +14,7 @@ from support.registry_actor import RegistryActor
 from support.small_fleet import Gateway, replica
 
 from aioengine.errors import AdapterError, AdapterNotFound
-from aioengine.fleet import registry as registries
-from aioengine.fleet import versions
 from aioengine.fleet.gateway import entries
-from aioengine.fleet.registry import AdapterRegistry, Entry
-from aioengine.fleet.versions import SpentVersions
 from aioengine.lab.simulation.clock import run_in_virtual_time
 
 needs_ray()
@@ -165,66 +161,3 @@ def test_a_version_that_another_gateway_has_just_loaded_is_found_while_others_as
             await each.adapters.stop()
 
     run_in_virtual_time(main())
-
-
-# Numbers
-
-
-def spent() -> st.SearchStrategy[SpentVersions]:
-    names = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 9))
-    return st.builds(SpentVersions, last=names, others=st.integers(0, 9))
-
-
-@given(
-    steps=st.lists(
-        st.tuples(st.sampled_from(["next", "put", "remove", "put back"]), st.integers(1, 9), spent()),
-        max_size=12,
-    )
-)
-@pytest.mark.slow
-def test_a_registry_gives_out_no_number_that_it_has_heard_of(
-    steps: list[tuple[str, int, SpentVersions]],
-) -> None:
-    """Whether it gives it to a gateway, or to an adapter of this life that a gateway knew in an earlier
-    one."""
-
-    async def main() -> None:
-        registry = AdapterRegistry(None)
-        highest = 0
-        current: dict[str, int] = {}
-        for what, number, known in steps:
-            if what == "remove":
-                await registry.remove("a")
-            elif what == "put back":
-                highest = max(highest, known.of("a"), number)
-                await registry.put_back([Entry("a", "old", number)], known)
-            else:
-                given = await registry.next_version("a", 0)
-                assert given > highest
-                highest = given
-                if what == "put":
-                    await registry.put(Entry("a", "new", given))
-            before, current = current, {entry.path: entry.version for entry in await registry.entries()}
-            if what == "put back" and current.get("new", 0) != before.get("new", 0):
-                assert current["new"] > highest
-                highest = current["new"]
-
-    asyncio.run(main())
-
-
-def test_a_registry_remembers_a_bounded_number_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many were loaded and unloaded; what was decided last still counts more than an earlier life."""
-    monkeypatch.setattr(registries, "MAX_CHANGES", 3)
-    monkeypatch.setattr(versions, "MAX_NAMES", 3)
-
-    async def main() -> None:
-        registry = AdapterRegistry(None)
-        for number in range(50):
-            await registry.put(Entry(f"a{number}", "new", 1))
-            await registry.remove(f"a{number}")
-        sizes = [len(known) for known in (registry._decided, registry._changed, registry._spent.last)]
-        assert max(sizes) <= 3
-        found = await registry.put_back([Entry("a49", "old", 7)], SpentVersions())
-        assert found.entries == []
-
-    asyncio.run(main())

@@ -25,11 +25,9 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway import entries
 from aioengine.fleet.gateway.adapters import FleetAdapters
 from aioengine.fleet.gateway.entries import KnownEntries
-from aioengine.fleet.gateway.limits import ALIVE_SECONDS, SharedLimits
 from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.info import AdapterInfo
-from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.schedulers.routing import FleetState
 
 __all__ = ["s3", "s3_server"]
@@ -228,67 +226,6 @@ async def test_a_registry_whose_package_is_missing(monkeypatch: pytest.MonkeyPat
 async def test_a_registry_in_a_folder(tmp_path: Path) -> None:
     await AdapterRegistry(str(tmp_path / "kept")).put(Entry("sql", "sql", 1))
     assert await restored(str(tmp_path / "kept")) == ["sql"]
-
-
-# Without a checkpoint
-
-
-def test_a_lost_registry_need_not_wait_for_a_change() -> None:
-    """A gateway that starts next hears of all adapters."""
-
-    async def main() -> None:
-        actor = RegistryActor()
-        gateway = Gateway()
-        limits = SharedLimits("gateway", b"", gateway.adapters.refresh_soon)
-        limits.start(actor)
-        await asyncio.sleep(1.0)
-        await gateway.adapters.start(actor)
-        await gateway.load("a")
-        actor.restart()
-        await asyncio.sleep(2 * ALIVE_SECONDS)
-        assert [entry.name for entry in await actor.entries.remote()] == ["a"]
-        await limits.stop()
-        await gateway.adapters.stop()
-
-    run_in_virtual_time(main())
-
-
-@given(
-    changes=st.lists(
-        st.tuples(st.sampled_from(["put", "remove", "look", "restart"]), st.integers(0, 2), st.integers(0, 3))
-    )
-)
-def test_no_put_is_forgotten_by_all_gateways(changes: list[tuple[str, int, int]]) -> None:
-    """Gateways change adapters in turn, and the registry loses all of it now and then. What was removed may
-    come back by a gateway that had not heard of it."""
-
-    async def main() -> None:
-        actor = RegistryActor()
-        gateways = [KnownEntries({}, FleetState(lambda: 0.0)) for _ in range(3)]
-        there: dict[str, Entry] = {}
-        for gateway in gateways:
-            await gateway.refresh(actor)
-        for number, (what, index, which) in enumerate(changes, start=1):
-            gateway, name = gateways[index], f"adapter-{which}"
-            if what == "restart":
-                actor.restart()
-                continue
-            await gateway.refresh(actor)
-            if what == "put":
-                there[name] = Entry(name, f"{name}/{number}", number)
-                gateway.put(there[name])
-                await actor.put.remote(there[name])
-            elif what == "remove":
-                there.pop(name, None)
-                gateway.remove(name)
-                await actor.remove.remote(name)
-        for gateway in [*gateways, *gateways]:
-            await gateway.refresh(actor)
-        first = gateways[0].by_name
-        assert all(gateway.by_name == first for gateway in gateways)
-        assert there.items() <= first.items()
-
-    asyncio.run(main())
 
 
 # A checkpoint that hangs

@@ -233,8 +233,7 @@ class FleetAdapters:
 
     async def _next_version(self, name: str, members: Sequence[Member]) -> int:
         """Return a number that no content of this adapter has had, as far as anybody knows who lives."""
-        spent, known = self.known.spent.of(name), self.known.version(name) or 0
-        above = max(spent, known, await self._replicas.highest_version(name, members))
+        above = max(self.known.version(name) or 0, await self._replicas.highest_version(name, members))
         return await self._registry(name, self.registry.next_version.remote(name, above), _UNKNOWN)
 
     async def _note(
@@ -311,11 +310,6 @@ class FleetAdapters:
             async with self.changing(name):
                 if name not in self.known.by_name:
                     await self._replicas.ask(member, "forget", name=name)
-
-    def refresh_soon(self) -> None:
-        """Put back what the registry has lost; to be called when it has forgotten this gateway."""
-        if self.registry is not None:  # else this gateway is only starting
-            self._spawn(self.known.refresh_in_time(self.registry))
 
     async def _plan(self) -> None:
         loop = asyncio.get_running_loop()

@@ -100,7 +100,7 @@ class FleetClient:
         known.in_use = self._uploads.in_use
         # Keys, of which [server] may have some, are not stored with the registry.
         shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))
-        self._limits = SharedLimits(gateway, shared, self._adapters.refresh_soon)
+        self._limits = SharedLimits(gateway, shared)
         self._tracer_provider = tracer_provider
         self._keys = count()
         self._seeds = random.Random(config.engine.seed)

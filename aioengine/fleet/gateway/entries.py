@@ -11,7 +11,6 @@ import msgspec
 
 from aioengine.errors import AdapterNotFound
 from aioengine.fleet.registry import Entry, Mark, answer_of
-from aioengine.fleet.versions import SpentVersions
 from aioengine.info import AdapterInfo, is_mix
 from aioengine.model.files.hub import is_source
 from aioengine.schedulers.routing import FleetState
@@ -35,8 +34,6 @@ class KnownEntries:
         self.by_name: dict[str, Entry] = {}
         self.described: dict[str, AdapterInfo] = {}
         """What is said of each adapter while no replica holds it."""
-        self.spent = SpentVersions()
-        """Versions of adapters that have gone since this gateway knows of them."""
         self.in_use: Callable[[str], None] = lambda path: None
         """Callback for the path of each adapter that is put."""
         self._configured = {name: Entry(name, path, 0) for name, path in configured.items()}
@@ -58,14 +55,11 @@ class KnownEntries:
         self._state.add_adapter(entry.name)
         self.in_use(entry.path)
 
-    def remove(self, name: str) -> bool:
-        """Forget an adapter. Returns whether it was known."""
+    def remove(self, name: str) -> None:
+        """Forget an adapter, known or not."""
         self._state.remove_adapter(name)
         self.described.pop(name, None)
-        entry = self.by_name.pop(name, None)
-        if entry is not None:
-            self.spent.spend(name, version_of(entry))
-        return entry is not None
+        self.by_name.pop(name, None)
 
     def version(self, name: str) -> int | None:
         """Return the version that new requests get, as far as this gateway knows; None if it has no
@@ -106,13 +100,10 @@ class KnownEntries:
         )
 
     async def refresh(self, registry: Any) -> None:
-        """Learn what has changed in the registry, and put back what it has lost. Raises ConfigError if its
+        """Learn what has changed in the registry. Raises ConfigError if its
         checkpoint cannot be read."""
         async with self._refreshing:
             changes = await answer_of(registry.changes.remote(self._mark))
-            if changes.lost:
-                mine = [entry for entry in self.by_name.values() if entry.version > 0]
-                changes = await answer_of(registry.put_back.remote(mine, self.spent))
             gone = set(changes.removed)
             if changes.whole:
                 gone = self.by_name.keys() - self._configured.keys() - {e.name for e in changes.entries}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -25,14 +24,12 @@ ALIVE_SECONDS = 10.0
 class SharedLimits:
     """Reports this gateway's usage to the registry, and gets that of the other gateways.
 
-    While the registry does not answer, each gateway counts for itself, and reports later. ``forgotten()`` is
-    called when the registry does not know this gateway, as after the loss of its process.
+    While the registry does not answer, each gateway counts for itself, and reports later.
     """
 
-    def __init__(self, gateway: str, config: bytes, forgotten: Callable[[], None]) -> None:
+    def __init__(self, gateway: str, config: bytes) -> None:
         self._gateway = gateway
         self._config = config
-        self._forgotten = forgotten
         self._ledgers: list[UsageLedger] = []
         self._has_limits = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -57,7 +54,6 @@ class SharedLimits:
                 found = await registry.exchange.remote(self._gateway, kept)
                 if found is None:
                     await registry.join.remote(self._gateway, self._config)
-                    self._forgotten()
                     continue
                 kept = {}
                 for ledger in self._ledgers:
