@@ -68,7 +68,7 @@ def _describe(span: trace.Span, record: Answered) -> None:
 
 
 class CallSpans:
-    """A door's side: a span of each request to the fleet, with a child for each replica of the request.
+    """A gateway's side: a span of each request to the fleet, with a child for each replica of the request.
 
     The span is a child of the span that is current when it is made.
     """

@@ -185,7 +185,7 @@ def test_each_process_is_seen(fleet: FleetServer) -> None:
     """Whether one leaks, since when it runs, and what the gateway is about."""
     names = re.findall(r'^aioengine_fleet_replica_up\{.*replica="(\w+)"', fleet.metrics(), re.MULTILINE)
     assert len(names) == 2
-    for replica in ("gateway", *names):
+    for replica in ("door", *names):
         assert fleet.metric("process_resident_memory_bytes", replica=replica) > 2**24
         assert 0 < fleet.metric("process_start_time_seconds", replica=replica) < time.time()
         assert fleet.metric("aioengine_engine_state", replica=replica, state="ready") == 1
