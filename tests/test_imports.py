@@ -260,7 +260,7 @@ BUDGETS = {
     "aioengine/cli": 4_650,  # aim: 3_200
     "aioengine/core": 4_900,  # aim: 4_600
     "aioengine/executors": 2_200,  # aim: 1_900
-    "aioengine/fleet": 5_650,  # aim: 4_200
+    "aioengine/fleet": 5_500,  # aim: 4_200
     "aioengine/grammars": 2_050,  # aim: 1_100
     "aioengine/lab": 10_150,  # aim: 7_500
     "aioengine/model": 11_850,  # aim: 9_000
