@@ -131,21 +131,6 @@ async def test_a_stopped_engine_holds_no_memory(tiny: Tiny, make_engine: MakeEng
         gc.enable()
 
 
-async def test_drain_finishes_what_is_accepted_and_refuses_the_rest(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
-    async with make_engine(tiny) as engine:
-        tasks = [asyncio.create_task(engine.complete([i + 3], greedy())) for i in range(3)]
-        await asyncio.sleep(0)
-        draining = asyncio.create_task(engine.drain())
-        await asyncio.sleep(0)
-        with pytest.raises(EngineStopped, match="draining"):
-            await engine.complete([1])
-        await draining
-        assert all(task.done() for task in tasks)
-        assert [t.result().token_ids for t in tasks] == [tiny.expected([i + 3], 24) for i in range(3)]
-
-
 async def test_deadlines_and_overload(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny, max_waiting=2) as engine:
         with pytest.raises(DeadlineExceeded):
@@ -170,22 +155,6 @@ async def test_before_start_and_after_stop(tiny: Tiny, make_engine: MakeEngine) 
     with pytest.raises(EngineStopped):
         await engine.complete([1])
     await engine.stop()
-
-
-async def test_seeded_sampling_does_not_depend_on_the_batch(tiny: Tiny, make_engine: MakeEngine) -> None:
-    params = SamplingParams(temperature=0.9, top_p=0.95, seed=7, max_tokens=30, ignore_eos=True)
-    async with make_engine(tiny) as engine:
-        alone = await engine.complete([3, 4, 5], params)
-        others = [
-            asyncio.create_task(engine.complete([9, i], SamplingParams(temperature=1.0, max_tokens=20 + i)))
-            for i in range(6)
-        ]
-        together = await engine.complete([3, 4, 5], params)
-        await asyncio.gather(*others)
-        other_seed = await engine.complete(
-            [3, 4, 5], SamplingParams(temperature=0.9, top_p=0.95, seed=8, max_tokens=30, ignore_eos=True)
-        )
-    assert alone.token_ids == together.token_ids != other_seed.token_ids
 
 
 async def test_stops_and_logprobs(tiny_text: Tiny, make_engine: MakeEngine) -> None:

@@ -243,36 +243,6 @@ async def test_unloading_does_not_wait_for_a_disk_that_hangs(
         assert reads.count["x"] == 1
 
 
-async def test_cpu_memory_is_bounded_in_bytes(tiny: Tiny, make_engine: MakeEngine) -> None:
-    """What does not fit beside the adapters in use waits, and is served; what never fits is refused."""
-    async with make_engine(tiny, max_loras=3, max_cpu_loras=6) as engine:
-        sizes = {
-            name: (await engine.load_adapter(name, tiny.adapters[name])).bytes
-            for name in ("rslora", "patterns", "all-modules")
-        }
-        largest = engine.plan.slot_bytes
-    bound = max(largest, sizes["all-modules"] + sizes["patterns"])
-    assert bound < sum(sizes.values())
-    fields = {"max_loras": 3, "max_cpu_loras": 6, "max_cpu_lora_bytes": bound}
-    async with make_engine(tiny, **fields) as engine, under_load(engine, tiny):
-        assert engine.plan.cpu_cache_bytes == bound
-        engine.register_adapter("big", tiny.adapters["all-modules"])
-        engine.register_adapter("small", tiny.adapters["rank-3"])
-        outs = await asyncio.gather(
-            engine.complete([4, 5], greedy(8), adapter="big"),
-            engine.complete([4, 5], greedy(8), adapter="small"),
-        )
-        assert outs[0].token_ids == tiny.expected([4, 5], 8, "all-modules")
-        assert outs[1].token_ids == tiny.expected([4, 5], 8, "rank-3")
-        assert engine._built.device.store.nbytes <= bound
-        await engine.pin_adapter("good")
-        await engine.pin_adapter("other")
-        await expect_error(engine, "big", AdapterTooLarge, "'big'", "max_cpu_lora_bytes", "pinned")
-        await engine.unpin_adapter("good")
-        out = await engine.complete([4, 5], greedy(8), adapter="big")
-        assert out.token_ids == tiny.expected([4, 5], 8, "all-modules")
-
-
 async def test_a_bound_in_which_the_largest_adapter_could_never_be_served(
     tiny: Tiny, make_engine: MakeEngine
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import pytest
 
 from aioengine.errors import ConfigError
-from aioengine.executors.ray import address
 from aioengine.executors.ray.address import check_address
 
 grpc: Any = pytest.importorskip("grpc")
@@ -25,7 +25,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The user's folder; the user has no token."""
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not k.startswith("RAY_")})
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(address, "_read_again", lambda: None)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)  # it is not told to read its variables again
     (tmp_path / ".ray").mkdir()
     return tmp_path
 

@@ -60,16 +60,15 @@ def check_address(where: str) -> None:
     _show_token()
     answer = _ask(where)
     if answer == "UNAUTHENTICATED":
-        asks = f"RAY_ADDRESS={where}: the cluster asks for a token, and"
+        file = _token_file()
         if not _token():
-            raise ConfigError(
-                f"{asks} there is none in {_token_file()}; copy that file from the cluster's head, or set "
-                "RAY_AUTH_TOKEN"
-            )
-        if not _shows_token():
-            raise ConfigError(f"{asks} RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} shows none; unset it")
-        held = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(_token_file())
-        raise ConfigError(f"{asks} refuses the one in {held}; take the one of the cluster's head")
+            why = f"there is none in {file}; copy that file from the cluster's head, or set RAY_AUTH_TOKEN"
+        elif not _shows_token():
+            why = f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} shows none; unset it"
+        else:
+            held = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else file
+            why = f"refuses the one in {held}; take the one of the cluster's head"
+        raise ConfigError(f"RAY_ADDRESS={where}: the cluster asks for a token, and {why}")
     if answer in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNIMPLEMENTED"):
         tls = "with TLS, as RAY_USE_TLS says" if _has_tls() else "without TLS, as RAY_USE_TLS is not set"
         raise ConfigError(
@@ -81,16 +80,10 @@ def check_address(where: str) -> None:
 def _show_token() -> None:
     """Have this process show this user's token, if there is one, as it does where it starts Ray itself. Ray
     shows none to a cluster that is named by its address, unless ``RAY_AUTH_MODE`` says so."""
-    if "RAY_AUTH_MODE" in os.environ or not _token():
-        return
-    os.environ["RAY_AUTH_MODE"] = "token"
-    _read_again()
-
-
-def _read_again() -> None:
-    """Have Ray read its variables, if this process has imported it, because it reads them at import."""
-    if "ray" in sys.modules:
-        importlib.import_module("ray._raylet").Config.initialize("")
+    if "RAY_AUTH_MODE" not in os.environ and _token():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if "ray" in sys.modules:  # it reads its variables at import
+            importlib.import_module("ray._raylet").Config.initialize("")
 
 
 def _shows_token() -> bool:
