@@ -17,6 +17,7 @@ from aioengine.cli.fleet.flags import FleetFlags
 from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
+from aioengine.grammars.schemas import SchemaOptions
 from aioengine.metrics.otlp import check_endpoint
 from aioengine.server.settings import ServerSettings
 from aioengine.server.table import SERVER_FIELDS, settings_from
@@ -37,6 +38,7 @@ Keys = Annotated[list[str] | None, Parameter(metavar="[TENANT:]KEY")]
     "Server",
     5,
     FieldsOf(ServerSettings, only=tuple(SERVER_FIELDS)),
+    FieldsOf(SchemaOptions, only=("open_objects", "any_whitespace")),
     shown=(
         *("host", "port", "served_model_name", "api_key", "keys", "allowed_host"),
         *("grace_seconds", "drain_delay", "log_format"),
@@ -77,11 +79,6 @@ class ServerFlags(Flags):
     """Address or network of a proxy whose X-Forwarded-For is trusted; repeatable."""
     max_connections: int = 4096
     """Maximum open connections; further ones are answered with 503 (with TLS: closed)."""
-    open_objects: bool = False
-    """Allow properties in guided JSON that its schema does not declare; by default only where the schema has
-    additionalProperties."""
-    any_whitespace: bool = False
-    """Allow white space in guided JSON; by default it is compact."""
     lenient_schemas: bool = True
     """Accept schemas with uniqueItems, unknown formats and overlapping oneOf without enforcing these; the
     answer's header x-not-enforced and the log list them. Otherwise such schemas are refused."""
