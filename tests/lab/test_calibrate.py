@@ -314,21 +314,17 @@ def test_validation_of_a_tiny_model(model: Path, calibrated: Path) -> None:
     experiment = experiment_of(calibrated)
     as_given = validate(experiment, str(model), loads=(), repeats=2)
     (one,) = as_given.comparisons
-    assert one.load == "as given" and len(one.runs) == len(one.waited) == 2
+    assert one.load == "as given" and len(one.waited) == 2
     for metric in METRICS:
         live, simulated = getattr(one.live, metric), getattr(one.simulated, metric)
         assert live > 0 and simulated > 0
         assert one.error[metric] == pytest.approx(simulated / live - 1)
-        each = [getattr(run, metric) for run in one.runs]
-        assert min(each) <= live <= max(each), "it is over all runs..."
-    assert len({run.output_tokens_per_second for run in one.runs}) == 2, "...which are different ones"
     assert one.step_error > -1 and min(one.waited) >= 0
     assert set(one.error_as_live) == set(METRICS) and min(one.error_as_live.values()) > -1
     assert as_given.worst == max(abs(error) for error in one.error.values())
     assert [row[:2] for row in as_given.rows()] == [("as given", metric) for metric in METRICS]
     loaded = validate(experiment, str(model), loads=(0.5,), repeats=1)
     assert [c.load for c in loaded.comparisons] == ["50%"]
-    assert loaded.comparisons[0].requests_per_second is not None
     again = validate(experiment, str(model), loads=(0.5,), repeats=1)
     assert again.comparisons[0].simulated == loaded.comparisons[0].simulated
 

@@ -64,7 +64,7 @@ def combinations(trace: str) -> Iterator[dict[str, Any]]:
     ]
     parts: list[list[dict[str, Any]]] = [
         [{}, {"sessions": "chat:turns=2,think=1"}],
-        [{}, {"adapters": 5}, {"adapters": 5, "popularity": "drift:alpha=1,every=0.2"}],
+        [{}, {"adapters": 5}, {"adapters": 5, "popularity": "shift:alpha=1,every=0.2"}],
         [{}, {"tenants": 3}],
         [{}, {"seconds": 0.6}],
     ]

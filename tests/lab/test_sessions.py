@@ -101,21 +101,6 @@ def test_a_closed_loop_has_so_many_callers(tmp_path: Path, sessions: str | None)
     assert most == 3
 
 
-def test_the_favourite_becomes_the_last_when_popularity_flips() -> None:
-    found = arrivals(adapters=5, popularity="flip:alpha=2.0,every=50", limit=400)
-    halves = [Counter(a.adapter for a in found if a.time // 50 % 2 == part) for part in (0, 1)]
-    assert halves[0].most_common(1)[0][0] == "adapter-000"
-    assert halves[1].most_common(1)[0][0] == "adapter-004"
-
-
-def test_popularity_drifts_a_little_at_a_time() -> None:
-    found = arrivals(adapters=20, popularity="drift:alpha=3.0,every=1", limit=2000)
-    early, late = (
-        Counter(a.adapter for a in part).most_common(1)[0][0] for part in (found[:60], found[-60:])
-    )
-    assert early == "adapter-000" and late != early
-
-
 def test_a_tenant_bursts_at_a_time_of_its_own() -> None:
     fields = {"tenants": 4, "limit": 4000, "arrivals": "poisson:rate=20"}
     found = arrivals(tenant_bursts="bursts:factor=20,on=10,off=30", **fields)

@@ -86,11 +86,8 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     load: str
     """"40%" of what the simulated engine can do, or "as given"."""
-    requests_per_second: float | None
     live: Measured
     """Over the requests of all runs."""
-    runs: tuple[Measured, ...]
-    """Each live run."""
     waited: tuple[float, ...]
     """Time that threads waited for a processor in each live run while no adapter was moved, as a share of the
     time in those steps. It shows how much other processes took."""
@@ -205,8 +202,6 @@ class _Live(NamedTuple):
 
 class _Load(NamedTuple):
     name: str
-    rate: float | None
-    """Requests a second; None: as the workload has them."""
     experiments: list[Experiment]
     """What each run is offered."""
     live: list[_Live]
@@ -217,7 +212,7 @@ async def _loads(
 ) -> list[_Load]:
     seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
     if not shares:
-        return [_Load("as given", None, seeds, [])]
+        return [_Load("as given", seeds, [])]
     capacities = []
     for run in await _simulated([_with_arrivals(one, ALL_AT_ONCE) for one in seeds], costs):
         if not run.finished:
@@ -225,7 +220,7 @@ async def _loads(
         capacities.append(len(run.finished) / run.seconds)
     rates = {f"{share:.0%}": share * statistics.fmean(capacities) for share in shares}
     return [
-        _Load(name, rate, [_with_arrivals(one, f"poisson:rate={rate:.6g}") for one in seeds], [])
+        _Load(name, [_with_arrivals(one, f"poisson:rate={rate:.6g}") for one in seeds], [])
         for name, rate in rates.items()
     ]
 
@@ -327,9 +322,7 @@ async def _compare(load: _Load, costs: CostModel) -> Comparison:
     )
     return Comparison(
         load=load.name,
-        requests_per_second=load.rate,
         live=live,
-        runs=tuple(measured([run.kept]) for run in load.live),
         waited=tuple(run.waited for run in load.live),
         simulated=simulated,
         error=error,

@@ -10,11 +10,8 @@ from aioengine.errors import ConfigError
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.workload import traces
 from aioengine.lab.workload.draw import OfferedWorkload
-from aioengine.lab.workload.popularity import Drift, Flip, Shift, parse_popularity
+from aioengine.lab.workload.popularity import Shift, parse_popularity
 from aioengine.lab.workload.spec import WorkloadSpec
-
-OVER_TIME = (Shift, Drift, Flip)
-"""Kinds of popularity that change as time goes on."""
 
 
 def check_effect(experiment: Experiment, given: Collection[str]) -> None:
@@ -58,7 +55,7 @@ def _without_effect(spec: WorkloadSpec, given: Collection[str]) -> Iterator[tupl
             yield ["ranks", "adapter_bytes"], "there are no adapters; give adapters"
     if not closed:
         return
-    changing = bool(spec.adapters) and isinstance(parse_popularity("popularity", spec.popularity), OVER_TIME)
+    changing = bool(spec.adapters) and isinstance(parse_popularity("popularity", spec.popularity), Shift)
     timed = traces.has_times(str(spec.trace)) if spec.plays_trace else spec.arrivals is not None
     if not timed:
         why = "the requests of this closed loop have no times; give arrivals, or leave it out"

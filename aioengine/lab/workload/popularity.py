@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from random import Random
+from collections.abc import Callable
 from typing import Annotated
 
 from msgspec import Meta
@@ -17,8 +16,6 @@ Alpha = Annotated[float, Meta(ge=0, le=100)]
 Choose = Callable[[float, int], int]
 """Draws the index of the adapter for a request at a time (seconds, which never go back) of the tenant with a
 number."""
-OrderAt = Callable[[float], Sequence[int]]
-"""Returns the order of popularity at a time, which never goes back from call to call."""
 
 
 def zipf(count: int, alpha: float) -> list[float]:
@@ -29,22 +26,17 @@ def zipf(count: int, alpha: float) -> list[float]:
 
 
 class Popularity(Form):
-    """Shares of adapters, and their order, which may change over time; here all shares are equal."""
+    """Shares of adapters; here all are equal."""
 
     def shares(self, count: int) -> list[float]:
-        """Return the shares of ``count`` adapters, by their places in the order."""
+        """Return the shares of ``count`` adapters, by their places in the order of popularity."""
         return zipf(count, 0.0)
-
-    def order(self, count: int, rng: Random) -> OrderAt:
-        """Return the order of the adapters; here it stays as it is."""
-        return lambda time: range(count)
 
     def chooser(self, count: int, tenants: int, seed: int) -> Choose:
         """Return what draws one of ``count`` adapters (>= 1). Raises ConfigError for "tenant" if there are
         too few."""
         rng, table = stream(seed, "popularity"), Weighted(self.shares(count))
-        order_at = self.order(count, stream(seed, "popularity shifts"))
-        return lambda time, tenant: order_at(time)[table.draw(rng)]
+        return lambda time, tenant: table.draw(rng)
 
 
 class Zipf(Popularity):
@@ -74,50 +66,20 @@ class Shift(Zipf):
     alpha: Alpha = 1.0
     every: Spell = 60.0
 
-    def order(self, count: int, rng: Random) -> OrderAt:
-        order, upcoming = list(range(count)), exponential(rng) * self.every
+    def chooser(self, count: int, tenants: int, seed: int) -> Choose:
+        place, shifts = super().chooser(count, tenants, seed), stream(seed, "popularity shifts")
+        order, upcoming = list(range(count)), exponential(shifts) * self.every
 
-        def order_at(time: float) -> list[int]:
+        def choose(time: float, tenant: int) -> int:
             nonlocal upcoming
             if time >= upcoming:
                 # Dealing once is as good as several times: nobody saw what was in between.
                 while time >= upcoming:
-                    upcoming += exponential(rng) * self.every
-                shuffle(rng, order)
-            return order
+                    upcoming += exponential(shifts) * self.every
+                shuffle(shifts, order)
+            return order[place(time, tenant)]
 
-        return order_at
-
-
-class Drift(Zipf):
-    """Order in which two neighbours, drawn at random, change places every ``every`` seconds."""
-
-    alpha: Alpha = 1.0
-    every: Spell = 10.0
-
-    def order(self, count: int, rng: Random) -> OrderAt:
-        order, done = list(range(count)), 0
-
-        def order_at(time: float) -> list[int]:
-            nonlocal done
-            while done < time // self.every and count > 1:
-                place = int(rng.random() * (count - 1))
-                order[place], order[place + 1] = order[place + 1], order[place]
-                done += 1
-            return order
-
-        return order_at
-
-
-class Flip(Zipf):
-    """Order that is reversed every ``every`` seconds: the favourite of one time is the last of the next."""
-
-    alpha: Alpha = 1.0
-    every: Spell = 300.0
-
-    def order(self, count: int, rng: Random) -> OrderAt:
-        there, back = range(count), range(count - 1, -1, -1)
-        return lambda time: back if time // self.every % 2 else there
+        return choose
 
 
 class Tenant(Popularity):
@@ -145,15 +107,13 @@ FORMS: dict[str, type[Popularity]] = {
     "zipf": Zipf,
     "power": Power,
     "shift": Shift,
-    "drift": Drift,
-    "flip": Flip,
     "tenant": Tenant,
 }
 
 
 def parse_popularity(field: str, text: str) -> Popularity:
-    """Parse "uniform", "zipf:1.0", "power:alpha=0.5", "shift:alpha=1.0,every=60", "drift:alpha=1.0,every=10",
-    "flip:alpha=1.0,every=300" or "tenant". Raises ConfigError."""
+    """Parse "uniform", "zipf:1.0", "power:alpha=0.5", "shift:alpha=1.0,every=60" or "tenant". Raises
+    ConfigError."""
     return parse_form(field, text, FORMS)
 
 

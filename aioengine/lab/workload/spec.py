@@ -72,11 +72,9 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Seconds, in a closed loop, from a request's, or session's, end to the caller's next one."""
 
     popularity: Text = "uniform"
-    """uniform, zipf:1.0, power:0.5, shift:1.0, drift:1.0, flip:1.0 or tenant. "power" is S-LoRA's: 1 is
-    uniform, less is more skewed. "shift:alpha=1.0,every=60": Zipf, with ranks dealt anew every 60 s, on
-    average. "drift:alpha=1.0,every=10": two neighbours change places every 10 s. "flip:alpha=1.0,every=300":
-    the order is reversed. "tenant": every tenant has its own adapters; "tenant:1.0": with a Zipf distribution
-    among them."""
+    """uniform, zipf:1.0, power:0.5, shift:1.0 or tenant. "power" is S-LoRA's: 1 is uniform, less is more
+    skewed. "shift:alpha=1.0,every=60": Zipf, with ranks dealt anew every 60 s, on average. "tenant": every
+    tenant has its own adapters; "tenant:1.0": with a Zipf distribution among them."""
     base_share: Share = 0.0
     """Share (0 to 1) of the requests without an adapter in the trace that are for the base model."""
     tenants: Annotated[int, Meta(ge=0, le=10**6)] = 0
