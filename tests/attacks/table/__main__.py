@@ -38,6 +38,7 @@ LONGEST_HOLD = 0.5
 """Seconds of processor time that the server's event loop may spend on one thing."""
 STRANGER = "127.0.0.2"
 """The bystander's address. Without keys, clients are told apart by their addresses."""
+KEYS = ("--api-key", "a:key-of-a", "--api-key", "b:key-of-b", "--admin-key", "ops:key-of-ops")
 AFTERWARDS = 0.5
 """Seconds after the attack that still count."""
 
@@ -188,7 +189,7 @@ async def main() -> int:
     holds: list[tuple[float, str]] = []
     began = time.monotonic()
     for keys, template in dict.fromkeys((attack.keys, attack.template) for attack in wanted):
-        flags = ("--api-key", "a:key-of-a", "--api-key", "b:key-of-b") if keys else ()
+        flags = KEYS if keys else ()
         attacks = [attack for attack in wanted if (attack.keys, attack.template) == (keys, template)]
         async with attacked(*flags, template=template) as found:
             await found.ask(structured_outputs={"regex": "warm"})
