@@ -80,7 +80,7 @@ LONG = [
         "engine/test_option_pairs.py",
         "lab/test_report.py",
         "model/test_lora_exact.py",
-        "schedulers/test_fair_doors.py",
+        "schedulers/test_fair.py",
         "engine/test_exact.py",
         "schedulers/test_hard_cases.py",
         "model/test_parallel_experts.py",

@@ -76,17 +76,14 @@ class Admission(FCFS):
 
     @staticmethod
     def _prompt(view: SchedulerView, request: RequestView) -> float:
-        adapter = None if request.adapter is None else view.adapters.get(request.adapter)
-        rank = 0 if adapter is None else adapter.rank
-        cached = request.cached_tokens
+        adapter = view.adapters.get(request.adapter or "")
+        cached, rank = request.cached_tokens, 0 if adapter is None else adapter.rank
         return view.costs.prefill(request.prompt_tokens - cached, rank, cached=cached) or 0.0
 
     @staticmethod
     def _load(view: SchedulerView, request: RequestView) -> float:
-        adapter = None if request.adapter is None else view.adapters.get(request.adapter)
+        adapter = view.adapters.get(request.adapter or "")
         if adapter is None or adapter.location is Location.SLOT:
             return 0.0
-        copy = view.costs.load(adapter.name, "slot") or 0.0
-        if adapter.location is Location.CPU:
-            return copy
-        return copy + (view.costs.load(adapter.name, "disk") or 0.0)
+        read = 0.0 if adapter.location is Location.CPU else view.costs.load(adapter.name, "disk") or 0.0
+        return read + (view.costs.load(adapter.name, "slot") or 0.0)

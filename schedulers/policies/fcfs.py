@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import islice, tee
 from math import inf
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from aioengine.schedulers.policy import (
 )
 
 LOOKAHEAD = 8  # cold adapters, of those that are not being read, that are to be on the CPU
-SCAN_LIMIT = 256  # most cold adapters, and requests of a closed slot, that one decision examines
+SCAN_LIMIT = 256  # cold adapters, and requests of a closed slot, that one decision examines
 SLOT_BOUND = """for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras \
 older adapters that wait too, and once more"""
 Score = Callable[[SlotView, AdapterView], float]  # the adapter with the lowest leaves its slot first
@@ -65,12 +65,13 @@ class FCFS(SchedulerPolicy):
             self.placed.pop(event.was or event.adapter, None)
 
     def schedule(self, view: SchedulerView) -> Decision:
-        plan = self.assign_slots(view, cold_by_arrival(view), lambda slot, adapter: slot.last_used)
+        cold, cold_again = tee(cold_by_arrival(view))
+        plan = self.assign_slots(view, cold, lambda slot, adapter: slot.last_used)
         admit = list(islice(by_arrival(view, plan.open), view.free_seqs))
         admit += plan.fill(view.free_seqs - len(admit))
-        ahead = (n for n in cold_by_arrival(view) if view.adapters[n].location is not Location.LOADING)
-        on_disk = (n for n in islice(ahead, LOOKAHEAD) if view.adapters[n].location is Location.DISK)
-        read = list(islice(on_disk, view.load_room))
+        ahead = (n for n in cold_again if view.adapters[n].location is not Location.LOADING)
+        on_disk = [n for n in islice(ahead, LOOKAHEAD) if view.adapters[n].location is Location.DISK]
+        read = on_disk[: view.load_room]
         return Decision(
             admit=[request.request_id for request in admit],
             place=plan.place,
@@ -82,13 +83,14 @@ class FCFS(SchedulerPolicy):
     def assign_slots(self, view: SchedulerView, cold: Iterable[str], score: Score) -> SlotPlan:
         """Find slots for the adapters in ``cold``, the most urgent first."""
         plan, adapters, now = SlotPlan(view, score, self), view.adapters, view.now
+        loading, cpu = Location.LOADING, Location.CPU
         for name in islice(cold, SCAN_LIMIT):
             adapter = adapters[name]
             location, oldest = adapter.location, adapter.oldest_arrival
-            if location is Location.LOADING or oldest is None:
+            if location is loading or oldest is None:
                 continue
             take, close = oldest + self.take_after <= now, oldest + self.close_after <= now
-            if location is Location.CPU or (take and plan.lack(adapter) > 0):
+            if location is cpu or (take and plan.lack(adapter) > 0):
                 kind = BUSY if close and plan.closes else WANTED if take else UNWANTED
                 found = plan.find(adapter, (h for h in plan.held if h.oldest > oldest and h.kind <= kind))
                 if found is not None:
@@ -129,24 +131,24 @@ class SlotPlan:
         self.free = 0
         self._free_bytes = view.memory.free if view.memory.elastic else None
         self._left: Mapping[str | None, int] = {}
-        self._wanted = list[str]()  # adapters in slots that requests wait for
-        self._ready = list[tuple[SlotView, str, AdapterView, float]]()
+        self._wanted, self._ready = list[str](), list[tuple[SlotView, str, AdapterView, float]]()
+        loading, ready = SlotState.LOADING, SlotState.READY
         for slot in view.slots:
             name, state = slot.adapter, slot.state
             if name is None:
                 self.free += 1
-            elif state is not SlotState.LOADING:
+            elif state is not loading:
                 adapter = view.adapters[name]
                 oldest = adapter.oldest_arrival
                 if oldest is not None:
                     self._wanted.append(name)
-                if state is SlotState.READY and not adapter.pinned:
+                if state is ready and not adapter.pinned:
                     self._ready.append((slot, name, adapter, inf if oldest is None else oldest))
         self.closes = bool(self._wanted) and view.free_seqs > 0
 
     @property
     def open(self) -> list[str | None]:
-        """The adapters that requests wait for and that may start; None: the base model."""
+        """The adapters in slots whose requests may start; None: the base model."""
         leaving = {*self.closed, *self.evict}
         return [None, *(name for name in self._wanted if name not in leaving)]
 
@@ -158,9 +160,8 @@ class SlotPlan:
     @cached_property
     def held(self) -> list[HeldSlot]:
         """The slots that can be given to others, the best first."""
-        placed, settled = self._policy.placed, self._view.now - self._policy.stay
+        placed, settled, found = self._policy.placed, self._view.now - self._policy.stay, []
         left = self._left = self._view.tokens_left if self.closes else {}
-        found = []
         for slot, name, adapter, oldest in self._ready:
             if adapter.running:
                 kind = SETTLING if placed.get(name, -inf) > settled else BUSY
@@ -206,8 +207,7 @@ class SlotPlan:
             self.place.append(Place(adapter.name))
             self.evict += [held.name for held in found]
         else:
-            for held in found:
-                self.closed[held.name] = None
+            self.closed.update((held.name, None) for held in found)
 
     def fill(self, limit: int, within: float = 1.0) -> list[RequestView]:
         """Return requests for closed slots of at most ``within`` times the tokens left of the longest."""

@@ -24,8 +24,6 @@ from aioengine.schedulers.routing.routers.simple import LeastLoaded
 
 MAX_REASON = 200
 """Characters of a reason that are kept."""
-PLAN_SECONDS = 5.0
-"""Seconds of processor time after which a plan is dropped; on a busy machine, a good one may take long."""
 MAX_REASONS = 100
 """Reasons of decisions that are counted apart; the rest counts as "other"."""
 MAX_MOVES = 1000
@@ -164,31 +162,15 @@ class RouterGuard(Guard):
 class PlacementGuard(Guard):
     """Stands between a fleet and a placement policy. No error of the policy is raised here.
 
-    Args:
-        timer: Seconds of processor time of the calling thread, for measuring plans. None: they are not
-            measured.
-        failed: Called for every failure; failures are counted in any case.
-    """
+    ``failed`` is called for every failure; failures are counted in any case."""
 
-    def __init__(
-        self,
-        placement: PlacementPolicy,
-        *,
-        timer: Callable[[], float] | None = None,
-        failed: Failed = lambda kind, text: None,
-    ) -> None:
+    def __init__(self, placement: PlacementPolicy, *, failed: Failed = lambda kind, text: None) -> None:
         super().__init__(placement, failed)
         self.placement = placement
-        self._timer = timer
 
     def plan(self, view: FleetView) -> Sequence[Move] | None:
         """Return moves that can be carried out, or None if there is no plan."""
-        start = self._timer() if self._timer is not None else 0.0
         moves: list[Move] | None = self._call(self.name, self._ask, view)
-        if self._timer is not None and (seconds := self._timer() - start) > PLAN_SECONDS:
-            limit = f"more than {PLAN_SECONDS:g} s"
-            self._fail("slow", f"{self.name} took {seconds:.3g} s of processor time, {limit}")
-            return None
         return moves
 
     def _ask(self, view: FleetView) -> list[Move]:

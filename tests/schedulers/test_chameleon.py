@@ -105,29 +105,6 @@ def test_age_bounds_the_wait_even_where_memory_is_short() -> None:
         assert wait is not None and age <= wait <= age + 2 * (SMALL + 1) * STEP
 
 
-def test_lanes_follow_the_sizes_that_are_seen() -> None:
-    order = ChameleonOrder(refresh=16, window=16)
-    view: Any = SimpleNamespace(now=0.0, adapters={}, running=[], free_seqs=8, waiting_for=lambda name: ())
-
-    def see(sizes: list[int]) -> None:
-        for size in sizes:
-            request: Any = SimpleNamespace(
-                request_id="x", prompt_tokens=size, expected_tokens=size, adapter=None, arrival=0.0
-            )
-            order.on_event(PolicyEvent("request_added", 0.0, request))
-        order.admit(view, [None], 8)
-
-    see([10] * 15)
-    assert order.borders == [], "not enough of them yet"
-    see([10])
-    assert order.borders == [], "all alike: one lane"
-    see([10] * 12 + [100] * 4)
-    assert order.borders == [pytest.approx((0.1 + 1.0) / 2)]
-    assert order.load == [pytest.approx(1.2), pytest.approx(4.0)]
-    see([10] * 5 + [50] * 5 + [100] * 6)
-    assert order.borders == [pytest.approx(0.3), pytest.approx(0.75)]
-
-
 def test_size_is_the_papers_product() -> None:
     order = ChameleonOrder(refresh=3)
     sizes = {"big": SimpleNamespace(bytes=800), "little": SimpleNamespace(bytes=200)}

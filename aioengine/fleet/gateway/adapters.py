@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
@@ -60,7 +59,6 @@ class FleetAdapters:
         self._tasks: set[asyncio.Task[object]] = set()
         self._placement = PlacementGuard(
             load_placement(config.placement),
-            timer=time.thread_time,
             failed=lambda kind, text: logger.warning("placement: %s", text),
         )
 

@@ -346,17 +346,6 @@ def test_a_broken_placement_policy_moves_nothing(answer: object, kind: str) -> N
     assert dict(guard.failures) == {kind: 1}
 
 
-@pytest.mark.parametrize(("used", "planned"), [(4.0, True), (6.0, False)])
-def test_a_plan_is_slow_by_its_processor_time(used: float, planned: bool) -> None:
-    """However long it has waited for a processor: nobody looks at another clock."""
-    state = fleet_of()
-    state.add_adapter("a")
-    times = iter([100.0, 100.0 + used])
-    guard = PlacementGuard(BrokenPlacement([Move("load", "a", "r0")]), timer=lambda: next(times))
-    assert (guard.plan(state.snapshot()) is not None) == planned
-    assert dict(guard.failures) == ({} if planned else {"slow": 1})
-
-
 def test_reasons_that_a_router_makes_up_are_counted_together() -> None:
     router = Broken(Route(["r0"]))
     guard, view = RouterGuard(router), fleet_of().view
