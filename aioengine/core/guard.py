@@ -174,7 +174,8 @@ class PolicyGuard:
     def carried_out(self, decision: Resolved) -> None:
         """Note that the core has done what it could of ``decision``. If that was all of it, the policy is not
         asked again before the time that it named, unless something else happens."""
-        if self._ask_again is not None and not self.refusals and decision.is_whole:
+        asked = decision is not _NOTHING
+        if asked and self._ask_again is not None and not self.refusals and decision.is_whole:
             self._quiet_since = self.changes
 
     @property
