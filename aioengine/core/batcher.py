@@ -193,12 +193,9 @@ class Batcher:
     def _add_forced(
         self, forced: Sequence[Request], decodes: Sequence[Request], room: int, slot_ranks: Sequence[int]
     ) -> int:
-        """Let requests with several known tokens compute more of them than one. Returns how many more.
-
-        Each computes at least one, as all ``decodes`` do, so forced tokens make no request slower than
-        without, and none stands still. What the room and the step's time allow beyond that goes to those with
-        the fewest first.
-        """
+        """Let requests with several known tokens compute more of them than one. Returns how many more. Each
+        computes at least one, as all ``decodes`` do. What the room and the step's time allow beyond that goes
+        to those with the fewest first."""
         if not forced:
             return 0
         allowance = Allowance(room)
@@ -248,11 +245,8 @@ class Batcher:
 
     def _has_blocks(self, request: Request, tokens: int, *, only_free: bool = False) -> bool:
         """Give a running request blocks for this many more tokens. Returns False if it has none, because it
-        was preempted.
-
-        While no blocks are free, the latest arrival of the tenant with the most blocks is preempted. With
-        ``only_free`` nobody is, and pinned contents stay.
-        """
+        was preempted: while no blocks are free, the latest arrival of the tenant with the most blocks is.
+        With ``only_free`` nobody is, and pinned contents stay."""
         new = self.blocks.blocks_for(request.computed + tokens) - len(request.blocks)
         if new <= 0:
             return True
@@ -403,11 +397,8 @@ def _fill(request: Request, tokens: int, draft: Sequence[int] = ()) -> None:
 
 def _is_under_way(request: Request, prompts: Sequence[Request]) -> bool:
     """Whether ``request``, which waits, would compute what one of ``prompts`` computes before it: the next
-    tokens of its own that are not in the prefix cache yet.
-
-    All choices of a request have the same prompt, for example, and without this each that finds room would
-    compute it in blocks of its own. What has no more tokens left comes first in each step, so waiting for it
-    makes no request slower.
+    tokens of its own that are not in the prefix cache yet. All choices of a request have the same prompt, for
+    example. What has no more tokens left comes first in each step, so waiting for it makes no request slower.
     """
     blocks = request.cache
     if not blocks.prefix_caching or not request.caches or request.unscored:

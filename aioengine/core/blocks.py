@@ -175,10 +175,8 @@ class BlockManager:
         self, key: bytes, tokens: Sequence[int], known: Sequence[bytes], turn: int = 0, rest_key: bytes = b""
     ) -> list[bytes]:
         """Return the chained hashes of all full blocks of ``tokens``; ``known`` is a prefix that is already
-        hashed.
-
-        ``key`` stands for everything else that two sequences must share to share blocks. If ``turn`` is not
-        0, ``rest_key`` is hashed too, for the blocks from that one on."""
+        hashed. ``key`` stands for everything else that two sequences must share to share blocks. If ``turn``
+        is not 0, ``rest_key`` is hashed too, for the blocks from that one on."""
         hashes, size = list(known), self.block_size
         parent = hashes[-1] if hashes else blake2b(key, digest_size=16).digest()
         for index in range(len(hashes), len(tokens) // size):
@@ -190,10 +188,8 @@ class BlockManager:
         return hashes
 
     def match(self, hashes: Sequence[bytes], max_tokens: int) -> list[int]:
-        """Find cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens.
-
-        Of those that are :meth:`unseen` behind it, any may be missing: the first block is in their places.
-        """
+        """Find cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens. Of those
+        that are :meth:`unseen` behind it, any may be missing: the first block is in their places."""
         if not self.prefix_caching:
             return []
         found: list[int] = []

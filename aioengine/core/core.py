@@ -116,12 +116,8 @@ class Core:
         self, tenant: str | None, adapters: Sequence[str], now: float, tokens: int | None = None
     ) -> Ticket:
         """Reserve a waiting place for a later ``add_request``, for the adapters of these names. ``tokens`` is
-        the length of its prompt; if that is not known yet, ``weigh`` follows.
-
-        Another tenant's request may be displaced for it: see :mod:`aioengine.core.waiting_room`.
-
-        Raises EngineOverloaded if there is none.
-        """
+        the length of its prompt; if that is not known yet, ``weigh`` follows. Another tenant's request may be
+        displaced for it. Raises EngineOverloaded if there is none."""
         with self._telling_refusals(tenant, adapters, now):
             return self.room.enter(tenant, adapters, now, tokens)
 
@@ -204,11 +200,7 @@ class Core:
         return request
 
     def end(
-        self,
-        request: Request,
-        reason: events.EndReason,
-        now: float,
-        error: Exception | None = None,
+        self, request: Request, reason: events.EndReason, now: float, error: Exception | None = None
     ) -> None:
         """End a request; its blocks and its claim on the slot are released now, or when the step in flight
         comes back."""
@@ -385,11 +377,9 @@ class Core:
     def step_finished(
         self, batch: StepBatch, result: StepResult, now: float, *, intervals: bool = True
     ) -> list[tuple[events.TokenInterval, ...]]:
-        """Pass a step's tokens on to the requests' sinks, and end the requests that are done. Also for
-        several steps that a device took at once.
-
-        Returns for each step the times between its tokens and the ones before, if ``intervals`` are wanted.
-        """
+        """Pass the tokens of a step, or of several that a device took at once, on to the requests' sinks, and
+        end the requests that are done. Returns for each step the times between its tokens and the ones
+        before, if ``intervals`` are wanted."""
         self.learn(batch, result.seconds[0])
         requests, ends = self._in_flight, result.ends or (now,)
         self.step_lost()

@@ -88,14 +88,12 @@ _NOTHING = Resolved([], [], [], [], [], [], [])
 
 class PolicyGuard:
     """Stands between the core and a policy. Events pass through it, because the policy may decide differently
-    after each.
-
-    If a policy raises, or returns something other than a Decision, the safe policy decides that step.
-    ``make_safe`` makes it when it is first needed. If a policy takes too long too often (see
-    :class:`~aioengine.schedulers.overruns.Overruns`), the safe policy replaces it for good. ``timer``
-    measures the time; without one there is no budget, because the core itself has no clock. ``processor``
-    measures this thread's processor time; None: as ``timer``. ``requests`` has the requests that have not
-    ended, by id, and ``adapters`` the adapters that the policy knows, by name.
+    after each. If a policy raises, or returns something other than a Decision, the safe policy decides that
+    step. If it takes too long too often (see :class:`~aioengine.schedulers.overruns.Overruns`), the safe
+    policy replaces it for good; ``make_safe`` makes that when it is first needed. ``timer`` measures the
+    time; without one there is no budget, because the core itself has no clock. ``processor`` measures this
+    thread's processor time; None: as ``timer``. ``requests`` has the requests that have not ended, by id, and
+    ``adapters`` the adapters that the policy knows, by name.
     """
 
     def __init__(

@@ -372,11 +372,9 @@ class Request:
         return self.params.pooling is None
 
     def find_cached(self) -> list[int]:
-        """Return the blocks of the prefix cache that it would share if it were admitted now.
-
-        At least one token is always left to compute, because its logits are needed. The same is true of the
-        token before each prompt token whose log-probability is requested, and of all later tokens.
-        """
+        """Return the blocks of the prefix cache that it would share if it were admitted now. At least one
+        token is always left to compute, because its logits are needed. The same is true of the token before
+        each prompt token whose log-probability is requested, and of all later tokens."""
         unread = self.adapter is not None and not self.adapter.digest
         if not self.caches or not self.cache.prefix_caching or unread:
             return []

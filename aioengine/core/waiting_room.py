@@ -40,11 +40,8 @@ class Ticket:
 
 class WaitingRoom:
     """Places for waiting requests: ``max_waiting`` in all, and as many for each tenant and each adapter as
-    the limits say. A request for a mix counts for each of its adapters.
-
-    None is no bound. Preempted requests count in all, but are never displaced, because their callers already
-    have the first tokens.
-    """
+    the limits say (None: no bound). A request for a mix counts for each of its adapters. Preempted requests
+    count in all, but are never displaced, because their callers already have the first tokens."""
 
     def __init__(self, limits: CoreLimits) -> None:
         self.limits = limits
@@ -68,10 +65,8 @@ class WaitingRoom:
 
     def enter(self, tenant: Tenant, adapters: Sequence[str], now: float, tokens: int | None = None) -> Ticket:
         """Take a place for a request of ``tenant`` for ``adapters`` (different names; none: the base model).
-
         ``tokens`` is the length of its prompt; None if it is not known yet (then :meth:`weigh` follows).
-        Raises EngineOverloaded, which says which bound is reached.
-        """
+        Raises EngineOverloaded, which says which bound is reached."""
         if tokens is not None:
             self._check_tokens(tenant, tokens)
         most, own = self.limits.max_waiting_per_adapter, self.limits.max_waiting_per_tenant
@@ -103,10 +98,8 @@ class WaitingRoom:
         return ticket
 
     def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
-        """Count the tokens of a request's prompt, once they are known; does nothing without a place.
-
-        Raises EngineOverloaded, which says which bound is reached; the ticket keeps its place.
-        """
+        """Count the tokens of a request's prompt, once they are known; does nothing without a place. Raises
+        EngineOverloaded, which says which bound is reached; the ticket keeps its place."""
         if self._all.has(ticket):
             self._check_tokens(ticket.tenant, tokens)
             self._count_tokens(ticket, tokens, now)

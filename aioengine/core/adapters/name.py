@@ -204,11 +204,8 @@ class AdapterName:
     @contextmanager
     def claim(self, *, force: bool, clock: Callable[[], float]) -> Iterator[None]:
         """Context that counts it as pinned while it is on its way to a slot. If the block fails, it is
-        unpinned, unless it was pinned before or other callers have pinned it too.
-
-        Raises ConfigError if that would leave no slot for other adapters; with ``force``, only if this one
-        has no slot either.
-        """
+        unpinned, unless it was pinned before or other callers have pinned it too. Raises ConfigError if that
+        would leave no slot for other adapters; with ``force``, only if this one has no slot either."""
         slots = self.names.num_slots
         others = {name.label for name in self.names.in_use.values() if name.claims or name.pinned}
         others.discard(self.label)
