@@ -82,24 +82,6 @@ def test_dtypes_mixed_in_one_file(tmp_path: Path) -> None:
             assert torch.equal(pair[1], (b + layer).to(slot))
 
 
-def test_unaligned_tensors(tmp_path: Path) -> None:
-    """The format does not align tensors; the library that writes them does."""
-    spec = msgspec.structs.replace(SPEC, intermediate_size=49, num_layers=1)
-    a, b = torch.randn(1, 32), torch.randn(49, 1).bfloat16()
-    write(tmp_path, {"unused": a}, r=1, lora_alpha=1, target_modules=["up_proj"])
-    prefix = "base_model.model.model.layers.0.mlp.up_proj"
-    header = {
-        f"{prefix}.lora_B.weight": {"dtype": "BF16", "shape": [49, 1], "data_offsets": [0, 98]},
-        f"{prefix}.lora_A.weight": {"dtype": "F32", "shape": [1, 32], "data_offsets": [98, 226]},
-    }
-    text = json.dumps(header).encode()
-    data = bytes(b.view(torch.uint8).flatten().tolist()) + bytes(a.view(torch.uint8).flatten().tolist())
-    (tmp_path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data)
-    actual = read(tmp_path, spec).tensors[0, "up_proj"]
-    assert torch.equal(actual[0], a)
-    assert torch.equal(actual[1], b.float())
-
-
 def test_digest_is_sha256_of_both_files(adapter: Path) -> None:
     content = (adapter / CONFIG).read_bytes() + (adapter / WEIGHTS).read_bytes()
     assert read(adapter).digest == hashlib.sha256(content).hexdigest()
@@ -264,12 +246,6 @@ def test_a_torn_file_is_no_bad_adapter(adapter: Path, disk: Any) -> None:
 
     disk(tear)
     assert failure(adapter).transient
-
-
-def test_a_change_before_or_after_is_none(adapter: Path) -> None:
-    first = read(adapter)
-    write_again(adapter / WEIGHTS)
-    assert read(adapter).digest == first.digest
 
 
 def test_what_cannot_fit_is_refused_from_its_header(adapter: Path, disk: Any) -> None:

@@ -481,18 +481,6 @@ async def test_copies_in_use_are_kept_whatever_the_bound(store: Any, tmp_path: P
             FsspecResolver("memory://bucket", cache_dir=tmp_path, max_cache_bytes=bad)
 
 
-async def test_without_a_bound_nothing_is_deleted(
-    store: Any, tmp_path: Path, old: Callable[[Path, int], None]
-) -> None:
-    resolver = FsspecResolver("memory://bucket", cache_dir=tmp_path, max_cache_bytes=None)
-    put(store, "a", b"x")
-    put(store, "b", b"x")
-    first = await resolver.resolve("a")
-    old(first, 1000)
-    await resolver.resolve("b")
-    assert first.is_dir()
-
-
 def test_what_fsspec_does_not_know_is_refused() -> None:
     with pytest.raises(ConfigError, match="nonsense"):
         FsspecResolver("nonsense://bucket")

@@ -27,7 +27,7 @@ from aioengine.adapters.peft.folder import (
     invalid_weights,
     naming,
 )
-from aioengine.adapters.peft.folding.fold import Folded, fold_method
+from aioengine.adapters.peft.folding.fold import Folded, fold_method, method_of
 from aioengine.adapters.peft.folding.parameters import fold_parameters
 from aioengine.adapters.peft.pack import Contents, PackedAdapter, pack
 from aioengine.adapters.peft.shard_reads import cuts_of, select
@@ -140,6 +140,8 @@ def _read(
     try:
         text = folder.content(CONFIG_FILE, MAX_CONFIG_BYTES)
         digest.update(text)
+        if not folder.has(SAFETENSORS_FILE):  # what is wrong with the configuration is said first
+            _check_plain(text, slot)
         with folder.open(SAFETENSORS_FILE) as file:
             header = SafetensorsHeader.read(file)
             digest.update(header.raw)
@@ -158,6 +160,13 @@ def _read(
         return plan, data, pooling, str if shared else digest.result()
     finally:
         digest.close()
+
+
+def _check_plain(text: bytes, slot: SlotLayout) -> None:
+    """Raise AdapterInvalid for a configuration that no file could go with."""
+    fields = fields_of(text)
+    if method_of(fields) is None and next(slot.spec.bare_parameters(), None) is None:
+        parse_config(fields)
 
 
 def _plan(text: bytes, header: SafetensorsHeader, file: OpenFile, slot: SlotLayout, adapter: str) -> Plan:

@@ -51,13 +51,18 @@ def parse_plain(fields: Fields, what: str) -> PeftLoraConfig:
     return config
 
 
+def method_of(fields: Fields) -> str | None:
+    """Return which of ``METHODS`` an adapter is of."""
+    text = bytes(fields.get("peft_type", b"")).decode("utf-8", "replace")
+    return next((name for name in METHODS if text == f'"{name}"'), None)
+
+
 def fold_method(fields: Fields, shapes: Shapes, slot: SlotLayout) -> Folded | None:
     """Check an adapter of one of ``METHODS``, and return what it is folded to; None for any other.
 
     Raises AdapterInvalid, and AdapterTooLarge for a folded rank that no slot has room for.
     """
-    text = bytes(fields.get("peft_type", b"")).decode("utf-8", "replace")
-    peft_type = next((name for name in METHODS if text == f'"{name}"'), None)
+    peft_type = method_of(fields)
     if peft_type is None:
         return None
     method = METHODS[peft_type]
