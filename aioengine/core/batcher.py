@@ -114,7 +114,8 @@ class Batcher:
             work = [request for request in work if request.status is Status.RUNNING]
         work.sort(key=_slot)
         self.formed, self.sequences = work, list(map(_row, work))
-        whole = len(work) == len(self.running) and all(request.decodes for request in work)
+        # A request that resumes with one token is no decode of the list yet.
+        whole = len(work) == len(decodes) == len(self.running) and all(request.decodes for request in work)
         self._decodes = decodes if whole and self.blocks.window is None else []
         self._work = None
         return False

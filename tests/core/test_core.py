@@ -227,6 +227,27 @@ def test_each_bad_item_is_refused_alone() -> None:
     ]
 
 
+@pytest.mark.parametrize("leaves", ["preempted", "aborted"])
+def test_a_request_that_resumes_with_one_token_and_leaves_is_in_no_further_batch(leaves: str) -> None:
+    """All but its last token is in the prefix cache. The batch after it is not the batch before."""
+    both, none = Decision(admit=["r1", "r2"]), Decision()
+    last = Decision(preempt=["r2"]) if leaves == "preempted" else none
+    sim = Sim(policy=Scripted(both, Decision(preempt=["r2"]), Decision(admit=["r2"]), last))
+    size = sim.core.limits.block_size
+    for start in (3, 4):
+        sim.add(prompt=[start] * size, max_tokens=20)
+    batches = []
+    for step in range(4):
+        if step == 3 and leaves == "aborted":
+            sim.core.end(sim.core.requests["r2"], "abort", sim.now)
+        batch = sim.schedule()
+        assert batch is not None
+        batches.append([work.request_id for work in batch.sequences])
+        sim.finish_step()
+    assert batches == [["r1", "r2"], ["r1"], ["r1", "r2"], ["r1"]]
+    sim.core.check()
+
+
 def test_slots_that_must_not_be_taken_are_refused() -> None:
     sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=4))
     for name in "abc":
