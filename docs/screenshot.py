@@ -16,7 +16,8 @@ from pathlib import Path
 from playwright.async_api import async_playwright
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
-from aioengine.metrics.asgi import serve_page
+from aioengine.server import ServerSettings, create_app
+from aioengine.server.run import ListenSettings, listening
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "examples" / "adapters"
 PROMPTS = {
@@ -56,7 +57,8 @@ async def main() -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
         try:
-            async with serve_page(engine, port=0) as url:
+            app = create_app(engine, ServerSettings(served_model_names=["smollm2-135m"]))
+            async with listening(app, ListenSettings(port=0)) as url:
                 page = await browser.new_page(viewport={"width": 1280, "height": 800})
                 await page.goto(url)
                 await asyncio.sleep(args.seconds)

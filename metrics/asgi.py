@@ -7,10 +7,8 @@ mount path.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gzip
 from collections import Counter
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import parse_qs, quote
@@ -220,19 +218,6 @@ def metrics_app(engine: WatchedEngine, *, interval: float = UPDATE_SECONDS) -> M
     a page. It has no access control: mount it where only people who may see the adapters' names can reach it.
     """
     return MetricsApp(engine, interval)
-
-
-@contextlib.asynccontextmanager
-async def serve_page(engine: WatchedEngine, host: str = "127.0.0.1", port: int = 8080) -> AsyncIterator[str]:
-    """Serve :func:`metrics_app` with uvicorn (extra ``server``) while the context lasts.
-
-    Yields the page's URL. Port 0 chooses a free one. Signal handlers and logging are left alone.
-    """
-    from aioengine.metrics.page.server import serve
-
-    app = metrics_app(engine)
-    async with serve(app, host, port, before_shutdown=app.close) as url:
-        yield url
 
 
 def _header(scope: plumbing.Scope, name: bytes) -> str:

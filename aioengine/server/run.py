@@ -17,7 +17,6 @@ import uvicorn
 
 from aioengine.checks import Count, Seconds, check_fields
 from aioengine.errors import ConfigError
-from aioengine.metrics.page.server import EmbeddedServer
 from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
 from aioengine.server.transport.protocol import BoundedProtocol, Limits
@@ -67,13 +66,17 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
         return f"{'http' if self.tls is None else 'https'}://{name}"
 
 
-class _Server(EmbeddedServer):
-    """uvicorn with connections that are bounded, and with TLS."""
+class _Server(uvicorn.Server):
+    """uvicorn with connections that are bounded, and with TLS. Signals are the application's around it."""
 
     def __init__(self, config: uvicorn.Config, settings: ListenSettings, limits: Limits) -> None:
         super().__init__(config)
         self._settings, self._limits = settings, limits
         self.listens = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])

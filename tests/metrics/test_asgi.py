@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of  # noqa: F401
-from support.page_engine import Client, FakeEngine, scope
+from support.page_engine import Client, FakeEngine, scope, serve_page
 
-from aioengine.metrics.asgi import MetricsApp, metrics_app, serve_page
+from aioengine.metrics.asgi import MetricsApp, metrics_app
 
 
 @pytest.fixture

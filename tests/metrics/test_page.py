@@ -13,15 +13,12 @@ import msgspec
 import pytest
 import pytest_asyncio
 from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of  # noqa: F401
-from support.page_engine import Told
+from support.page_engine import Told, serve_page, served
 
 from aioengine import AdapterInfo, AsyncEngine, EngineStats
-from aioengine.metrics.asgi import metrics_app, serve_page
+from aioengine.metrics.asgi import metrics_app
 
 api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-server = pytest.importorskip(
-    "aioengine.metrics.page.server", reason="uvicorn is not installed", exc_type=ImportError
-)
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian package chromium)"),
@@ -329,7 +326,7 @@ async def test_under_a_mount_path(engine: AsyncEngine, browser_page: BrowserPage
     async def outer(scope: Any, receive: Any, send: Any) -> None:
         await app({**scope, "root_path": "/inner/engine"}, receive, send)
 
-    serving = server.serve(outer, "127.0.0.1", 0, before_shutdown=app.close)
+    serving = served(outer, app.close)
     async with serving as url, browser_page(f"{url}inner/engine") as page:
         await shows(page, "#connection", "Live")
         assert page.url == f"{url}inner/engine/"

@@ -8,14 +8,10 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import choose_encoder
-from support.page_engine import FakeEngine, FakeMetrics
+from support.page_engine import FakeEngine, FakeMetrics, served
 from support.prometheus_server import MISSING, prometheus
 
 from aioengine.metrics.asgi import metrics_app
-
-server = pytest.importorskip(
-    "aioengine.metrics.page.server", reason="uvicorn is not installed", exc_type=ImportError
-)
 
 
 class Several(FakeMetrics):
@@ -51,7 +47,7 @@ async def test_prometheus_scrapes_each_replica(tmp_path: Path) -> None:
     engine = FakeEngine()
     engine.metrics = Several()
     app = metrics_app(engine)  # type: ignore[arg-type]
-    async with server.serve(app, "127.0.0.1", 0, before_shutdown=app.close) as url:
+    async with served(app, app.close) as url:
         address = url.removeprefix("http://").rstrip("/")
         discovery = [{"url": f"http://{address}/metrics/targets", "refresh_interval": "1s"}]
         async with prometheus(tmp_path, http_sd_configs=discovery) as observer:

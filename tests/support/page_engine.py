@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
+import uvicorn
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import choose_encoder
 from support.adapter_infos import adapter_info
 
 from aioengine import AsyncEngine, EngineConfig, events
 from aioengine.info import AdapterInfo, EngineStats, SlotInfo
-from aioengine.metrics.asgi import MetricsApp
+from aioengine.metrics.asgi import MetricsApp, metrics_app
+from aioengine.metrics.page.feed import WatchedEngine
 
 
 class FakeMetrics:
@@ -131,3 +135,29 @@ async def connected(app: MetricsApp) -> AsyncIterator[Client]:
     finally:
         client.leave.set()
         await asyncio.wait_for(task, 60)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def served(app: Any, close: Callable[[], None] = lambda: None, port: int = 0) -> AsyncIterator[str]:
+    """Serve an ASGI application by uvicorn, and yield its URL; ``close`` ends its streams."""
+    with socket.create_server(("127.0.0.1", port)) as listening:
+        server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False))
+        task = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        finally:
+            close()
+            server.should_exit = True
+            await task
+
+
+def serve_page(engine: WatchedEngine, port: int = 0) -> AbstractAsyncContextManager[str]:
+    """Serve the page of an engine."""
+    app = metrics_app(engine)
+    return served(app, app.close, port)
