@@ -9,6 +9,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from support.paced_sim import MACHINES, MIDDLING, PAIR_TOKENS, TARGET, Machine, PacedSim
 
+from aioengine import events
 from aioengine.core.pacing import GRAIN
 
 SETTINGS = settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
@@ -239,3 +240,24 @@ def test_without_a_target_prompts_are_computed_in_order() -> None:
     assert [len(work.tokens) for work in sim.batches[1].sequences] == [952, 1096]
     assert first.first_token is not None
     assert second.first_token is None
+
+
+@SETTINGS
+@given(
+    machine=MACHINES,
+    requests=st.lists(st.tuples(st.integers(1, 700), st.integers(1, 20)), min_size=1, max_size=12),
+    blocks=st.integers(50, 200),
+)
+def test_outputs_do_not_depend_on_it(machine: Machine, requests: list[tuple[int, int]], blocks: int) -> None:
+    """Preemption for want of blocks included."""
+    outputs = []
+    for target in (None, TARGET):
+        sim = PacedSim(machine, max_step_seconds=target, num_blocks=blocks)
+        sent = [sim.prompt(tokens, max_tokens) for tokens, max_tokens in requests]
+        while sim.core.requests:
+            sim.one_step()
+            sim.core.check()
+        outputs.append([request.tokens for request in sent])
+        admitted = [event for event in sim.events if isinstance(event, events.RequestAdmitted)]
+        assert len({event.request_id for event in admitted}) == len(requests)
+    assert outputs[0] == outputs[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -58,3 +60,35 @@ def test_none_waits_for_what_is_computed_and_lost() -> None:
     sim.one_step()
     assert second.blocks and first.id not in sim.ended
     sim.core.check()
+
+
+@SETTINGS
+@given(
+    machine=MACHINES,
+    target=st.sampled_from([None, TARGET]),
+    seed=st.integers(0, 2**32 - 1),
+    blocks=st.integers(60, 400),
+    window=WINDOWS,
+)
+@pytest.mark.slow
+def test_all_end_with_the_same_outputs(
+    machine: Machine, target: float | None, seed: int, blocks: int, window: int | None
+) -> None:
+    """Prompts that begin alike in all ways, some of them cut off or with their log-probabilities."""
+    outputs = []
+    for caching in (True, False):
+        rng = random.Random(seed)
+        bounds = {"max_step_seconds": target, "num_blocks": blocks, "window": window}
+        sim = PacedSim(machine, prefix_caching=caching, **bounds)
+        begins = [[rng.randrange(50)] * rng.randint(1, 400) for _ in range(3)]
+        sent = []
+        for _ in range(20):
+            prompt = rng.choice(begins)[: rng.randint(1, 400)] + [rng.randrange(3)] * rng.randint(0, 200)
+            sent.append(sim.add(prompt=prompt, max_tokens=rng.randint(1, 5)))
+            for _ in range(rng.randint(0, 2)):
+                sim.one_step()
+        while sim.core.requests:
+            assert sim.one_step() is not None
+            sim.core.check()
+        outputs.append([request.tokens for request in sent])
+    assert outputs[0] == outputs[1]
