@@ -20,12 +20,6 @@ class City(BaseModel):
     is_capital: bool
 
 
-class Weather(BaseModel):
-    """The weather in a city"""
-
-    city: str
-
-
 # litellm
 
 
@@ -48,16 +42,6 @@ def litellm_all() -> None:
     assert bridged["content"]
 
 
-@check("litellm", "responses")
-def litellm_responses() -> None:
-    import litellm
-
-    answer = litellm.responses(
-        model=f"openai/{MODEL}", api_base=BASE_URL, api_key=KEY, input=QUESTION, max_output_tokens=20
-    )
-    assert answer.output
-
-
 # langchain
 
 
@@ -73,53 +57,6 @@ def langchain_text() -> None:
     assert model.invoke(QUESTION).content
     assert sum((chunk.usage_metadata or {}).get("output_tokens", 0) for chunk in model.stream(QUESTION))
     assert len(model.batch([QUESTION] * 3)) == 3
-
-
-@check("langchain-openai", "structured output by schema, function calling, JSON")
-def langchain_structured() -> None:
-    for method in ("json_schema", "function_calling"):
-        assert isinstance(chat_openai().with_structured_output(City, method=method).invoke(QUESTION), City)
-    found = chat_openai().with_structured_output(City, method="json_mode", include_raw=True).invoke(QUESTION)
-    assert found["raw"].content.lstrip().startswith("{")
-
-
-@check("langchain-openai", "tools")
-def langchain_tools() -> None:
-    from langchain_core.tools import tool
-
-    @tool
-    def get_weather(city: str) -> str:
-        """The weather in a city"""
-        return f"sunny in {city}"
-
-    for options in ({"tool_choice": "any"}, {"tool_choice": "any", "parallel_tool_calls": False}):
-        [call] = chat_openai().bind_tools([get_weather], **options).invoke(QUESTION).tool_calls
-        assert get_weather.invoke(call["args"]).startswith("sunny")
-
-
-@check("langchain-openai", "responses API")
-def langchain_responses() -> None:
-    assert chat_openai(use_responses_api=True).invoke(QUESTION).content
-
-
-# instructor
-
-
-@check("instructor", "tools, strict tools, schema, partial")
-def instructor_modes() -> None:
-    import instructor
-    import openai
-
-    plain = openai.OpenAI(base_url=BASE_URL, api_key=KEY)
-    for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA):
-        client = instructor.from_openai(plain, mode=mode)
-        found = client.chat.completions.create(model=MODEL, messages=USER, response_model=City, **SMALL)
-        assert isinstance(found, City), mode
-    client = instructor.from_openai(plain, mode=instructor.Mode.JSON_SCHEMA)
-    *_, last = client.chat.completions.create_partial(
-        model=MODEL, messages=USER, response_model=City, **SMALL
-    )
-    assert last.name is not None
 
 
 # pydantic-ai
@@ -139,31 +76,11 @@ def pydantic_text() -> None:
     assert pydantic_agent(str).run_sync(QUESTION).output
 
 
-@check("pydantic-ai-slim", "output by tool, its default")
-def pydantic_tool() -> None:
-    assert isinstance(pydantic_agent(City).run_sync(QUESTION).output, City)
-
-
 @check("pydantic-ai-slim", "output by schema")
 def pydantic_native() -> None:
     from pydantic_ai import NativeOutput
 
     assert isinstance(pydantic_agent(NativeOutput(City)).run_sync(QUESTION).output, City)
-
-
-# llama-index
-
-
-@check("llama-index-llms-openai-like", "complete, chat, structured")
-def llama_index() -> None:
-    from llama_index.core.llms import ChatMessage
-    from llama_index.llms.openai_like import OpenAILike
-
-    options: dict[str, Any] = {"model": MODEL, "api_base": BASE_URL, "api_key": KEY, **SMALL}
-    model = OpenAILike(is_chat_model=True, is_function_calling_model=True, **options)
-    assert model.complete(QUESTION).text
-    assert model.chat([ChatMessage(role="user", content=QUESTION)]).message.content
-    assert isinstance(model.as_structured_llm(City).complete(QUESTION).raw, City)
 
 
 # openai-agents

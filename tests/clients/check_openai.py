@@ -16,12 +16,6 @@ class City(BaseModel):
     is_capital: bool
 
 
-class get_weather(BaseModel):  # the function's name
-    """The weather in a city"""
-
-    city: str
-
-
 @check("openai", "models")
 def models() -> None:
     assert {MODEL, ADAPTER} <= {model.id for model in client.models.list()}
@@ -82,18 +76,6 @@ def choices() -> None:
     assert draw() == draw() and len(set(draw())) > 1
 
 
-@check("openai", "parse: a response_format from pydantic")
-def parse() -> None:
-    for ask in (client.chat.completions.parse, client.beta.chat.completions.parse):
-        answer = ask(model=MODEL, messages=USER, response_format=City, max_tokens=100, temperature=0)
-        assert isinstance(answer.choices[0].message.parsed, City)
-    with client.chat.completions.stream(
-        model=MODEL, messages=USER, response_format=City, max_tokens=100, temperature=0
-    ) as stream:
-        final = stream.get_final_completion()
-    assert isinstance(final.choices[0].message.parsed, City)
-
-
 @check("openai", "tools: required, named, one at a time, allowed")
 def tools() -> None:
     choices: list[dict[str, object]] = [
@@ -130,21 +112,6 @@ def tools() -> None:
     assert (
         client.chat.completions.create(model=MODEL, messages=history, max_tokens=5).choices[0].finish_reason
     )
-
-
-@check("openai", "stream() with tools that are required")
-def stream_tools() -> None:
-    with client.chat.completions.stream(
-        model=MODEL,
-        messages=USER,
-        tools=[openai.pydantic_function_tool(get_weather)],
-        tool_choice="required",
-        max_tokens=60,
-        temperature=0,
-    ) as stream:
-        final = stream.get_final_completion()
-    [call] = final.choices[0].message.tool_calls or []
-    assert isinstance(call.function.parsed_arguments, get_weather)
 
 
 @check("openai", "a function without parameters")

@@ -100,45 +100,32 @@ def test_every_sql_answer_runs(split: str) -> None:
     database.close()
 
 
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [
-        ("select age  from employees\nwhere city = 'Rome';", True),
-        ("SELECT age FROM employees WHERE city = 'rome'", False),
-        ("SELECT age FROM employees WHERE city = 'Oslo'", False),
-        ("SELECT salary FROM employees WHERE city = 'Rome'", False),
-        ("SELECT age FROM employees", False),
-    ],
-)
-def test_sql_may_be_spelled_differently_but_not_mean_something_else(text: str, right: bool) -> None:
-    item = tasks.Item("", "SELECT age FROM employees WHERE city = 'Rome'")
-    assert TASKS["sql"].check(item, text) is right
+# --- what else is right --------------------------------------------------------------------------
 
-
-# --- json ----------------------------------------------------------------------------------------
+SQL = "SELECT age FROM employees WHERE city = 'Rome'"
+JSON = {"name": "Sofia Park", "age": 30}
 
 
 @pytest.mark.parametrize(
-    ("change", "right"),
+    ("name", "answer", "right", "wrong"),
     [
-        ({}, True),
-        ({"age": 31}, False),
-        ({"age": "30"}, False),
-        ({"city": "rome"}, False),
-        ({"country": "Italy"}, False),
+        (
+            *("sql", SQL, ["select age  from employees\nwhere city = 'Rome';"]),
+            [SQL.replace("Rome", "rome"), SQL.replace("age", "salary"), "SELECT age FROM employees"],
+        ),
+        (
+            *("json", json.dumps(JSON), [json.dumps(dict(sorted(JSON.items())), indent=2)]),
+            [json.dumps(JSON | change) for change in ({"age": "30"}, {"age": 31}, {"city": "Rome"})],
+        ),
+        ("sentiment", "positive", ["positive", "Positive."], ["negative", "positive!?"]),
     ],
 )
-def test_json_is_compared_by_value(change: dict[str, Any], right: bool) -> None:
-    fields = {"name": "Sofia Park", "age": 30, "city": "Rome", "job": "judge"}
-    item = tasks.Item("", json.dumps(fields))
-    said = dict(sorted((fields | change).items()))
-    assert TASKS["json"].check(item, json.dumps(said, indent=2)) is right
-
-
-def test_json_fields_are_in_the_sentence() -> None:
-    for item in items_of("json", "eval"):
-        for value in json.loads(item.answer).values():
-            assert str(value) in item.prompt
+def test_spelling_is_free_and_meaning_is_not(
+    name: str, answer: str, right: list[str], wrong: list[str]
+) -> None:
+    check = TASKS[name].check
+    assert all(check(tasks.Item("", answer), text) for text in right)
+    assert not any(check(tasks.Item("", answer), text) for text in wrong)
 
 
 # --- sentiment -----------------------------------------------------------------------------------
@@ -151,14 +138,6 @@ def test_sentiments_are_balanced_and_not_told_by_one_word() -> None:
     assert min(counts.values()) > 400
     labels_with_great = {item.answer for item in items if "great" in item.prompt}
     assert labels_with_great == {"positive", "negative", "neutral"}
-
-
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [("positive", True), ("Positive.", True), ("negative", False), ("positive!?", False)],
-)
-def test_sentiment_is_one_word(text: str, right: bool) -> None:
-    assert TASKS["sentiment"].check(tasks.Item("", "positive"), text) is right
 
 
 # --- pirate --------------------------------------------------------------------------------------
@@ -186,15 +165,3 @@ def test_shipped_adapters_are_small_and_in_bfloat16(name: str) -> None:
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert max(t.shape[0] for key, t in weights.items() if "lora_A" in key) <= 8
     assert all(t.isfinite().all() and t.any() for t in weights.values())
-
-
-def test_shipped_adapters_differ_in_kind() -> None:
-    configs = {
-        name: json.loads((EXAMPLES / "adapters" / name / "adapter_config.json").read_text()) for name in TASKS
-    }
-    assert configs["json"]["use_rslora"]
-    assert configs["sentiment"]["layers_to_transform"]
-    assert len(configs["sentiment"]["target_modules"]) == 7
-    assert configs["pirate"]["rank_pattern"]
-    assert configs["pirate"]["alpha_pattern"]
-    assert isinstance(configs["pirate"]["target_modules"], str)

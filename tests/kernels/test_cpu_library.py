@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from aioengine.kernels import (
     Norm,
-    PlainWeight,
     get_backend,
 )
 from aioengine.kernels.cpu import build, shared_library
@@ -73,14 +72,6 @@ def test_no_rows_of_quantized_linears_are_no_rows(form: type[QuantizedWeight], i
     assert weight.linear(torch.empty(0, 32), torch.randn(48)).shape == (0, 48)
     begins = torch.zeros(4, dtype=torch.int32)
     assert weight.experts(torch.empty(0, 32), None, begins).shape == (0, 16)
-
-
-def test_linear_of_the_backends_takes_weights_in_either_form() -> None:
-    x, weight, bias = torch.randn(5, 64)[:, ::2], torch.randn(48, 32), torch.randn(48)
-    expected = F.linear(x, weight, bias)
-    for form in (PlainWeight(weight), PackedWeight.pack(weight.clone())):
-        for backend in (get_backend("cpu", "cpu"), reference):
-            close(backend.linear(x, form, bias), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,7 @@ from support import kernels_reference as reference
 from torch import Tensor
 
 from aioengine.kernels.cpu import build
-from aioengine.kernels.cpu.int4 import Int4Weight, group_size
+from aioengine.kernels.cpu.int4 import Int4Weight
 
 pytestmark = [
     pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler"),
@@ -151,10 +151,3 @@ def test_rows_of_zeros_and_weights_of_zeros() -> None:
         expected = torch.zeros(3, 16)
         expected[2, 1] = 6.0
         torch.testing.assert_close(pack(w, int8=int8).linear(x, None), expected, rtol=0.05, atol=0.05)
-
-
-def test_its_bytes() -> None:
-    w = torch.zeros(32, 96, dtype=torch.bfloat16)
-    assert [group_size(k) for k in (16, 48, 96, 576)] == [16, 16, 32, 32]
-    assert pack(w, int8=True).nbytes == 32 * (96 // 2 + 2 * 3 + 8)
-    assert pack(w[:, :48].contiguous(), int8=False).nbytes == 32 * (48 // 2 + 2 * 3 + 8)

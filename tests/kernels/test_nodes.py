@@ -15,7 +15,6 @@ from support.random_slots import fill_slot
 from support.tiny_models import build_model
 
 from aioengine.config import EngineConfig
-from aioengine.errors import ConfigError
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.kernels.cpu import build, nodes
 from aioengine.kernels.cpu.cores import Cores
@@ -303,9 +302,3 @@ def test_an_engine_starts_where_the_system_keeps_no_thread_in_place(
     config = EngineConfig(model=str(build_model(tmp_path, "llama")), device="cpu")
     assert not build_parts(config, plan_parts(config)).runner.model.processors
     assert sum("they are not bound" in message for message in caplog.messages) == 1
-
-
-def test_it_is_on_or_off() -> None:
-    assert EngineConfig(model="m").bind_threads
-    with pytest.raises(ConfigError, match="bind_threads='auto': must be"):
-        EngineConfig(model="m", bind_threads="auto")  # type: ignore[arg-type]

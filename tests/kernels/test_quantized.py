@@ -13,7 +13,7 @@ from support import kernels_reference as reference
 from torch import Tensor
 
 from aioengine.kernels.cpu import build, shared_library
-from aioengine.kernels.cpu.quantized import QuantizedWeight, rotation
+from aioengine.kernels.cpu.quantized import QuantizedWeight
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -160,10 +160,3 @@ def test_rows_of_zeros_and_weights_of_zeros() -> None:
         expected[2, 1] = 6.0
         found = quantize(w, int8_activations=int8).linear(x, None)
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-
-
-def test_its_bytes() -> None:
-    w = torch.zeros(32, 64, dtype=torch.bfloat16)
-    assert quantize(w, int8_activations=False).nbytes == 32 * 64 + 32 * 8
-    assert quantize(w, int8_activations=True).nbytes == 32 * 64 + 32 * 8
-    assert [rotation(k) for k in (16, 48, 96, 576, 1536)] == [16, 16, 32, 64, 64]

@@ -8,7 +8,6 @@ several of everything: tiles, rank blocks, column blocks, parts of split inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import pytest
 import torch
@@ -217,24 +216,6 @@ def test_embedding(dtype: torch.dtype) -> None:
     expected = reference.lora_embed(ids, case.pool, case.batch)
     found = lora.lora_embed(ids.to(DEVICE), on_device(case).pool, batch_of(case))
     assert torch.equal(found.cpu(), expected)
-
-
-def test_batches_without_adapters() -> None:
-    case = make_case([(-1, 4)], [4], 8, slot_affine=[True])
-    h, y = run(case)
-    assert not h.any()
-    assert torch.equal(y, case.y)
-    assert not lora.lora_embed(torch.arange(4, device=DEVICE), on_device(case).pool, batch_of(case)).any()
-
-
-def test_the_grid_has_exactly_the_work_that_there_is() -> None:
-    """Tiles cover every token of an adapter once, whichever their length."""
-    batch = LoRABatch([s for s, _ in MIXED], [n for _, n in MIXED], [4] * 5, DEVICE)
-    for length in (16, 64):
-        tiles = [tile for tile in batch.derive(TilePlan).tiles(length).tolist() if tile[2]]
-        assert [t[1] for t in tiles] == sorted(t[1] for t in tiles)
-        assert tiles[0][1] == 3 and tiles[-1][1] + tiles[-1][2] == 48
-        assert all(a[1] + a[2] == b[1] for a, b in pairwise(tiles))
 
 
 def test_scales() -> None:

@@ -135,14 +135,3 @@ async def test_what_does_not_fit_is_refused_with_what_to_do(tmp_path: Path) -> N
     async with engine_of(model.folder, lora={"target_modules": ["q_proj"]}) as engine:
         with pytest.raises(AdapterInvalid, match=r"the slots do not hold mlp\.experts\.gate_up_proj: add it"):
             await engine.load_adapter("good", model.adapters["good"])
-
-
-def test_names_of_modules(tmp_path: Path) -> None:
-    spec = read_spec(MoeModel(tmp_path, "deepseek_v3", head_dim=4).folder, "transformers")
-    places = list(spec.adaptable())
-    for place in places:
-        assert spec.find_module(spec.module_name(*place)) == place
-    assert (1, "mlp.experts.down_proj.3") in places and (1, "mlp.gate") in places
-    assert (0, "mlp.gate") not in places, "this layer has no experts"
-    assert spec.find_module("model.layers.1.mlp.experts.down_proj.4") is None
-    assert spec.targets(["mlp.experts.down_proj.0"]) == tuple(f"mlp.experts.down_proj.{e}" for e in range(4))

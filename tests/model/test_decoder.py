@@ -169,19 +169,6 @@ def test_prefill_and_decode_mix_in_a_batch(
         assert sequence.output == reference_generate(model, p, 24)
 
 
-def test_blocks_shared_with_another_sequence_serve_as_its_prefix(
-    models: Callable[[str], Path], make_driver: MakeDriver
-) -> None:
-    model = models("llama")
-    driver = make_driver(model)
-    first = driver.add(prompt(7, 20))
-    driver.run(first, new_tokens=2)
-    second = driver.add(prompt(7, 16) + prompt(8, 7))
-    second.blocks, second.computed = first.blocks[:4], 16
-    driver.run(second, new_tokens=8)
-    assert second.output == reference_generate(model, prompt(7, 16) + prompt(8, 7), 8)
-
-
 @pytest.mark.parametrize("variant", ["llama", "mistral-sliding"])
 def test_what_other_cells_of_the_cache_hold_does_not_matter(
     variant: str, models: Callable[[str], Path], make_driver: MakeDriver
@@ -246,10 +233,3 @@ def test_allocated_bytes_are_what_the_spec_says(
     runner = make_driver(model, dtype=torch.bfloat16, num_blocks=6, block_size=8).runner
     assert runner.model.nbytes == spec.num_parameters() * 2
     assert runner.kv_cache.nbytes == spec.kv_bytes_per_token(2) * 6 * 8
-
-
-def test_an_empty_batch_is_a_step_without_results(
-    models: Callable[[str], Path], make_driver: MakeDriver
-) -> None:
-    driver = make_driver(models("llama"))
-    driver.step()

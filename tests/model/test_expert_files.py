@@ -97,17 +97,3 @@ def test_names_of_modules(tmp_path: Path) -> None:
     assert len(experts) == 12 and spec.targets(["experts.3.down_proj"]) == experts[8:]
     with pytest.raises(ConfigError, match="'gates' cannot be targeted; allowed: experts, q_proj"):
         spec.targets(["gates"])
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"tensor_parallel_size": 3, "executor": "process"}, "4 attention heads cannot be split"),
-        ({"lora": LoRAConfig(target_modules=["expert"])}, "'expert' cannot be targeted"),
-    ],
-)
-def test_settings_that_experts_do_not_have(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
-    config_of("olmoe").save_pretrained(tmp_path)
-    config = EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_memory="1MiB", **fields)
-    with pytest.raises(ConfigError, match=words):
-        plan_memory(read_spec(tmp_path, "native"), config, device="cpu")

@@ -48,15 +48,6 @@ def test_the_plain_fields(tmp_path: Path) -> None:
     assert spec.sliding_windows == ()
 
 
-def test_what_differs_by_family(tmp_path: Path) -> None:
-    qwen2 = spec_of(tmp_path, QWEN2)
-    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
-    qwen3 = spec_of(tmp_path, QWEN3)
-    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
-    biased = spec_of(tmp_path, LLAMA, attention_bias=True, mlp_bias=True, head_dim=32)
-    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias, biased.head_dim) == (True, True, True, 32)
-
-
 def test_the_architecture_may_be_given_by_model_type_alone(tmp_path: Path) -> None:
     config = {k: v for k, v in QWEN2.items() if k != "architectures"}
     assert spec_of(tmp_path, config).family == "qwen2"
@@ -178,7 +169,6 @@ def test_a_folder_saved_by_transformers(tmp_path: Path, family: str) -> None:
         ({"architectures": ["CohereForCausalLM"]}, "CohereForCausalLM.*LlamaForCausalLM, Mistral"),
         ({"architectures": None, "model_type": "mamba"}, "mamba.*Qwen3ForCausalLM"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "64"}, "hidden_size='64'"),
         ({"vocab_size": -5}, "vocab_size=-5"),
         ({"num_hidden_layers": 2.5}, r"num_hidden_layers=2\.5.*integer"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3.*divide"),
@@ -186,11 +176,8 @@ def test_a_folder_saved_by_transformers(tmp_path: Path, family: str) -> None:
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn'.*bfloat16, float16, float32"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq'"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
-        ({"eos_token_id": "2"}, "eos_token_id='2'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type='longrope'.*llama3, yarn"),
         ({"rope_scaling": {"type": "linear"}}, r"rope_scaling\.factor is missing"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, r"rope_scaling\.factor=0"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.*one flat"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
     ],
@@ -206,17 +193,13 @@ def test_what_is_not_supported_is_refused_by_name(
     ("family", "changes", "message"),
     [
         ("Gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'.*gelu_pytorch_tanh"),
-        ("Gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0"),
-        ("Gemma2", {"attn_logit_softcapping": "50"}, "attn_logit_softcapping='50'"),
         ("Gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention.*causal"),
         ("Gemma3", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters.*sliding_attention"),
         ("Gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
-        ("Granite", {"logits_scaling": 0}, "logits_scaling=0"),
         ("SmolLM3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\].*4 layers"),
         ("SmolLM3", {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers.*0 or 1"),
         ("Phi3", {"partial_rotary_factor": 1.5}, r"partial_rotary_factor=1\.5"),
         ("Phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor.*8 numbers"),
-        ("Glm4", {"partial_rotary_factor": "half"}, "partial_rotary_factor='half'"),
     ],
 )
 def test_what_other_families_refuse(

@@ -20,7 +20,6 @@ from aioengine.kernels import available_backends
 from aioengine.kernels.cpu.lora import turn
 from aioengine.memory_plan import plan_from_config
 from aioengine.model.files.hf_config import read_spec
-from aioengine.model.slots.image import elements_of
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.quantized import quantize_image
@@ -86,18 +85,6 @@ def test_nothing_is_off_by_more_than_half_a_step(
                 values, others = pool.affine(0, j), expected[name].affine(0, j)
                 assert (values is None) == (others is None) == (not affine)
                 assert values is None or others is None or torch.equal(values, others)
-
-
-def test_it_takes_half_of_bfloat16(spec: ModelSpec) -> None:
-    """A byte for each number, and 4 for each rank of a module; parts begin at multiples of 16 bytes."""
-    layout = SlotLayout(spec, 16, LORA_MODULES, holds=elements_of(torch.int8, torch.bfloat16))
-    image = random_image(SlotLayout(spec, 16, LORA_MODULES), 16, torch.Generator(), torch.bfloat16)
-    quantized = quantize_image(image, layout)
-    numbers = spec.num_layers * 16 * sum(sum(spec.linear(module)) for module in LORA_MODULES)
-    assert image.nbytes == 2 * numbers
-    assert quantized.nbytes == numbers + 4 * 16 * len(LORA_MODULES) * spec.num_layers
-    assert quantized.nbytes == layout.matrix_elements
-    assert quantized.digest == image.digest and quantized.rank == image.rank
 
 
 def test_what_is_not_finite_does_not_become_a_number(spec: ModelSpec) -> None:

@@ -86,10 +86,6 @@ def test_the_first_of_the_largest(
         assert found.token == (scores.index(largest) if math.isfinite(largest) else -1)
 
 
-def test_no_rows() -> None:
-    assert sample(torch.zeros(0, 10), []) == []
-
-
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(
     vocab=st.sampled_from(VOCABULARIES),
@@ -230,14 +226,6 @@ def test_penalties_by_hand() -> None:
     # repetition comes first: 4 / 2 - 1 = 1 against the prompt's 2 / 2 = 1; +0.1 / 2 decides.
     assert best({2: 0.1, 4: -9, 3: -9}, repetition_penalty=2.0, frequency_penalty=0.5) == 2
     assert best({0: 0.1, 4: -9, 3: -9}, repetition_penalty=2.0, frequency_penalty=0.5) == 0
-
-
-def test_penalised_rows_do_not_touch_their_neighbours() -> None:
-    logits = torch.zeros(3, 10)
-    logits[:, 9] = 1.0
-    penalised = SamplingParams(repetition_penalty=1e-40)
-    rows = [row(SamplingParams()), row(penalised, history=[9, 4]), row(SamplingParams())]
-    assert tokens(logits, rows) == [9, 9, 9]
 
 
 def test_logprobs_are_those_of_the_unmodified_logits() -> None:

@@ -140,19 +140,6 @@ def feed(stream: TextStream, tokenizer: tokenizers.Tokenizer, text: str) -> list
     return [stream.push([t]) for t in tokenizer.encode(text, add_special_tokens=False).ids]
 
 
-def test_characters_are_never_split() -> None:
-    tokenizer = KINDS["byte_level"]
-    ids = tokenizer.encode("a🙂b", add_special_tokens=False).ids
-    assert len(ids) > 3
-    stream = Detokenizer(tokenizer, True)
-    deltas = [stream.push([token]) for token in ids]
-    assert [d for d in deltas if d] == ["a", "🙂", "b"]
-    assert Detokenizer(tokenizer, True).push(ids[:2]) == "a"
-    cut_short = Detokenizer(tokenizer, True)
-    cut_short.push(ids[:2])
-    assert cut_short.finish() == "�"
-
-
 def test_text_is_emitted_as_soon_as_it_is_certain() -> None:
     tokenizer = KINDS["byte_level"]
     stream = TextStream(Detokenizer(tokenizer, True), ("###",))

@@ -21,7 +21,6 @@ from aioengine.model.files.folder import unreadable
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.files.weights import iter_checkpoint, load_weights
 
-CPU = torch.device("cpu")
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -70,14 +69,6 @@ def test_weights_are_converted_to_the_compute_dtype(
     assert file[Q0].dtype == stored
     for name, tensor in load(model, computed).items():
         assert torch.equal(tensor, file[name].to(computed)), name
-
-
-def test_the_fused_linears_share_the_parameters_memory(model: Path) -> None:
-    decoder = plain_decoder(read_spec(model), torch.float32)
-    load_weights(decoder, model)
-    stored = load_file(model / "model.safetensors")
-    qkv = torch.cat([stored[Q0.replace("q_proj", f"{m}_proj")] for m in "qkv"])
-    assert torch.equal(decoder.layers[0].qkv.weight.rows(0, len(qkv)), qkv)
 
 
 def test_rotary_buffers_and_the_copy_of_a_tied_head_are_ignored(tmp_path: Path) -> None:
