@@ -178,7 +178,7 @@ class Sim:
         entry = None if adapter is None else self.core.residency.current[adapter]
         prompt = prompt or [10 + (self.count + 1) % 7, 20, 30]
         counted = () if adapter is None else self.parts.get(adapter, (adapter,))
-        ticket = self.core.reserve(options.get("tenant"), counted, self.now, len(prompt))
+        reservation = self.core.reserve(options.get("tenant"), counted, self.now, len(prompt))
         self.count += 1
         return self.core.add_request(
             f"r{self.count}",
@@ -191,7 +191,7 @@ class Sim:
             adapter=entry,
             scale=scale,
             deadline=deadline,
-            ticket=ticket,
+            reservation=reservation,
         )
 
     def schedule(self) -> StepBatch | None:

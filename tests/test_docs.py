@@ -52,3 +52,15 @@ def test_each_policy_and_router_is_named_in_a_table() -> None:
     }
     assert [name for name in available_policies() if f"`{name}`" not in rows["policies.md"]] == []
     assert [name for name in available_routers() if f"`{name}`" not in rows["fleet.md"]] == []
+
+
+SAYS_NOTHING = {"Told", "Found", "Wrong", "Steady", "Opened", "Said", "Asked", "Kept", "Hung", "Lost"}
+OTHER_WORDS = re.compile("Door|Border|Ticket|Stepper|Overlap")
+"""Words that CONTRIBUTING has another one for: gateway, memory boundary, reservation, engine loop."""
+
+
+def test_names_of_classes_are_words_of_the_field() -> None:
+    folders = [ROOT / name for name in ("aioengine", "schedulers", "kernels", "metrics")]
+    sources = [path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py")]
+    names = set(re.findall(r"^ *class _?(\w+)", "\n".join(sources), re.MULTILINE))
+    assert {name for name in names if name in SAYS_NOTHING or OTHER_WORDS.search(name)} == set()

@@ -29,7 +29,7 @@ from aioengine.core.queues import RequestQueues
 from aioengine.core.state import AdapterEntry, Request, Status, where_is
 from aioengine.core.step_results import StepResults, token_intervals
 from aioengine.core.view import CoreView
-from aioengine.core.waiting_room import Ticket, WaitingRoom
+from aioengine.core.waiting_room import Reservation, WaitingRoom
 from aioengine.errors import AdapterError, DeadlineExceeded, EngineOverloaded, RequestRejected
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
@@ -114,18 +114,18 @@ class Core:
 
     def reserve(
         self, tenant: str | None, adapters: Sequence[str], now: float, tokens: int | None = None
-    ) -> Ticket:
+    ) -> Reservation:
         """Reserve a waiting place for a later ``add_request``, for the adapters of these names. ``tokens`` is
         the length of its prompt; if that is not known yet, ``weigh`` follows. Another tenant's request may be
         displaced for it. Raises EngineOverloaded if there is none."""
         with self._telling_refusals(tenant, adapters, now):
             return self.room.enter(tenant, adapters, now, tokens)
 
-    def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
+    def weigh(self, reservation: Reservation, tokens: int, now: float) -> None:
         """Count the tokens of a prompt whose place was reserved. Raises EngineOverloaded if they are too
         many."""
-        with self._telling_refusals(ticket.tenant, ticket.adapters, now):
-            self.room.weigh(ticket, tokens, now)
+        with self._telling_refusals(reservation.tenant, reservation.adapters, now):
+            self.room.weigh(reservation, tokens, now)
 
     @contextmanager
     def _telling_refusals(self, tenant: str | None, adapters: Sequence[str], now: float) -> Iterator[None]:
@@ -149,20 +149,20 @@ class Core:
         adapter: AdapterEntry | None = None,
         deadline: float | None = None,
         scale: float = 1.0,
-        ticket: Ticket | None = None,
+        reservation: Reservation | None = None,
         given: Sequence[int] = (),
     ) -> Request:
         """Accept a request (its prompt already checked against ``max_model_len``).
 
         ``adapter`` is the version for the adapter's name in ``options``, ``scale`` what it is multiplied by,
         and ``deadline`` the time when the request must have ended. ``given`` is unfinished output of another
-        engine; the request continues it. ``ticket`` is its place among the waiting requests. Without one,
-        raises EngineOverloaded as ``reserve`` does.
+        engine; the request continues it. ``reservation`` is its place among the waiting requests. Raises
+        EngineOverloaded without one, as ``reserve`` does.
         """
         assert request_id not in self.requests
-        if ticket is None:
+        if reservation is None:
             names = () if adapter is None else (adapter.label,)
-            ticket = self.reserve(options.tenant, names, now, len(prompt))
+            reservation = self.reserve(options.tenant, names, now, len(prompt))
         stops = frozenset(params.stop_token_ids)
         request = Request(
             request_id,
@@ -179,9 +179,9 @@ class Core:
             stops=stops if params.ignore_eos else stops.union(self.limits.eos_token_ids),
             most_tokens=min(len(prompt) + params.max_tokens, self.limits.max_model_len),
             cache=self.blocks,
-            ticket=ticket,
+            reservation=reservation,
         )
-        ticket.displaced = lambda error, now: self.end(request, "error", now, error)
+        reservation.displaced = lambda error, now: self.end(request, "error", now, error)
         self._next_seq += 1
         self.requests[request_id] = request
         self.queues.add(request)

@@ -44,11 +44,11 @@ class RequestQueues:
         self._move_head(request.adapter, before)
 
     def remove(self, request: Request) -> None:
-        if request.ticket is None:
+        if request.reservation is None:
             self.room.returned -= 1
         else:
-            request.ticket.leave()
-            request.ticket = None
+            request.reservation.leave()
+            request.reservation = None
         self.all.remove(request)
         queue = self.queue_of(request.adapter)
         before = queue.head
@@ -69,7 +69,7 @@ class RequestQueues:
         assert {request.seq for request in found if request is not None} == set(self.heads)
         assert len(self.all) == sum(len(self.queue_of(a)) for a in self.heads.values())
         self.room.check()
-        assert self.room.returned == sum(request.ticket is None for request in self)
+        assert self.room.returned == sum(request.reservation is None for request in self)
 
     def __iter__(self) -> Iterator[Request]:
         """Yield all requests in order of arrival."""

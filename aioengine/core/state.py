@@ -16,7 +16,7 @@ from aioengine.core.adapters.version import Version
 from aioengine.core.blocks import BlockManager
 from aioengine.core.record_views import CoreAdapterView, CoreRequestView
 from aioengine.core.speculation import Drafting
-from aioengine.core.waiting_room import Ticket
+from aioengine.core.waiting_room import Reservation
 from aioengine.events import EndReason
 from aioengine.info import mix_name, scaled_digest
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
@@ -219,7 +219,7 @@ class Request:
     """Length, prompt and output, at which it ends."""
     cache: BlockManager
     """Owner of ``blocks``."""
-    ticket: Ticket | None
+    reservation: Reservation | None
     """Place among the waiting requests; None once it has run."""
     view: CoreRequestView = field(init=False)
     """How policies see it; dropped at its end, so that it is freed at once, and not by the garbage

@@ -21,7 +21,7 @@ from aioengine.errors import Bound, EngineOverloaded
 Tenant = str | None
 
 
-class Ticket:
+class Reservation:
     """A request's waiting place, held from before its prompt is tokenized until it first runs."""
 
     __slots__ = ("_room", "adapters", "displaced", "tenant")
@@ -63,7 +63,9 @@ class WaitingRoom:
     def __len__(self) -> int:
         return self._all.total + self.returned
 
-    def enter(self, tenant: Tenant, adapters: Sequence[str], now: float, tokens: int | None = None) -> Ticket:
+    def enter(
+        self, tenant: Tenant, adapters: Sequence[str], now: float, tokens: int | None = None
+    ) -> Reservation:
         """Take a place for a request of ``tenant`` for ``adapters`` (different names; none: the base model).
         ``tokens`` is the length of its prompt; None if it is not known yet (then :meth:`weigh` follows).
         Raises EngineOverloaded, which says which bound is reached."""
@@ -76,7 +78,7 @@ class WaitingRoom:
         if own is not None and has >= own:
             text = f"{has} requests of tenant {tenant!r} are waiting, and it may have {own}; retry later, or "
             raise EngineOverloaded(f"{text}raise max_waiting_per_tenant", bound="tenant", waiting=has)
-        victims: dict[Ticket, str] = {}
+        victims: dict[Reservation, str] = {}
         for adapter in adapters:
             places = self._of_adapter.get(adapter, _NOBODY)
             if most is not None and places.total - sum(adapter in v.adapters for v in victims) >= most:
@@ -89,20 +91,20 @@ class WaitingRoom:
             victims[_displaced_by(tenant, places, named, "server", len(self))] = named
         for victim, named in victims.items():
             self._displace(victim, f"{named}; tenant {victim.tenant!r} has most", now)
-        ticket = Ticket(tenant, adapters, self)
-        self._all.add(ticket)
+        reservation = Reservation(tenant, adapters, self)
+        self._all.add(reservation)
         for adapter in adapters if most is not None else ():
-            self._of_adapter.setdefault(adapter, _Shares()).add(ticket)
+            self._of_adapter.setdefault(adapter, _Shares()).add(reservation)
         if tokens is not None:
-            self._count_tokens(ticket, tokens, now)
-        return ticket
+            self._count_tokens(reservation, tokens, now)
+        return reservation
 
-    def weigh(self, ticket: Ticket, tokens: int, now: float) -> None:
+    def weigh(self, reservation: Reservation, tokens: int, now: float) -> None:
         """Count the tokens of a request's prompt, once they are known; does nothing without a place. Raises
-        EngineOverloaded, which says which bound is reached; the ticket keeps its place."""
-        if self._all.has(ticket):
-            self._check_tokens(ticket.tenant, tokens)
-            self._count_tokens(ticket, tokens, now)
+        EngineOverloaded, which says which bound is reached; the reservation keeps its place."""
+        if self._all.has(reservation):
+            self._check_tokens(reservation.tenant, tokens)
+            self._count_tokens(reservation, tokens, now)
 
     def _check_tokens(self, tenant: Tenant, tokens: int) -> None:
         """Raise EngineOverloaded if the bounds on tokens refuse a prompt of this length, whomever it could
@@ -123,7 +125,7 @@ class WaitingRoom:
         waiting = len(self) if bound == "server" else self._all.sums[tenant]
         raise EngineOverloaded(f"{named}; retry later, or raise it", bound=bound, waiting=waiting)
 
-    def _count_tokens(self, newcomer: Ticket, tokens: int, now: float) -> None:
+    def _count_tokens(self, newcomer: Reservation, tokens: int, now: float) -> None:
         """Count the newcomer's tokens, and displace what makes the prompts too long, except the newcomer."""
         self._tokens.add(newcomer, tokens)
         most = self.limits.max_waiting_tokens
@@ -135,18 +137,18 @@ class WaitingRoom:
             named = f"prompts of more than max_waiting_tokens={most} tokens are waiting; "
             self._displace(victim, f"{named}tenant {victim.tenant!r} has more than its part", now)
 
-    def _displace(self, victim: Ticket, text: str, now: float) -> None:
+    def _displace(self, victim: Reservation, text: str, now: float) -> None:
         victim.leave()
         text += ", and another's took this one's place; retry later"
         victim.displaced(EngineOverloaded(text, bound="tenant", waiting=self._all.sums[victim.tenant]), now)
 
-    def leave(self, ticket: Ticket) -> None:
-        """Give the ticket's place back, if it has one."""
-        self._tokens.remove(ticket)
-        self._all.remove(ticket)
-        for adapter in ticket.adapters:
+    def leave(self, reservation: Reservation) -> None:
+        """Give the reservation's place back, if it has one."""
+        self._tokens.remove(reservation)
+        self._all.remove(reservation)
+        for adapter in reservation.adapters:
             places = self._of_adapter.get(adapter, _NOBODY)
-            places.remove(ticket)
+            places.remove(reservation)
             if places is not _NOBODY and not places.total:
                 del self._of_adapter[adapter]
 
@@ -157,41 +159,41 @@ class WaitingRoom:
             assert all(shares.of.values()) and shares.total == shares.sums.total()
         assert all(places.total for places in self._of_adapter.values())
         if self.limits.max_waiting_per_adapter is not None:
-            tickets = [ticket for own in self._all.of.values() for ticket in own]
-            named = Counter(adapter for ticket in tickets for adapter in ticket.adapters)
+            reservations = [reservation for own in self._all.of.values() for reservation in own]
+            named = Counter(adapter for reservation in reservations for adapter in reservation.adapters)
             assert named == {adapter: places.total for adapter, places in self._of_adapter.items()}
 
 
 class _Shares:
-    """Tickets under one bound, by tenant, each with what it counts for."""
+    """Reservations under one bound, by tenant, each with what it counts for."""
 
     def __init__(self) -> None:
         self.total = 0
-        self.of: dict[Tenant, OrderedDict[Ticket, int]] = {}
-        """Each tenant's tickets, the newest at the end."""
+        self.of: dict[Tenant, OrderedDict[Reservation, int]] = {}
+        """Each tenant's reservations, the newest at the end."""
         self.sums: Counter[Tenant] = Counter()
         """What they count for."""
 
-    def has(self, ticket: Ticket) -> bool:
-        return ticket in self.of.get(ticket.tenant, ())
+    def has(self, reservation: Reservation) -> bool:
+        return reservation in self.of.get(reservation.tenant, ())
 
-    def add(self, ticket: Ticket, weight: int = 1) -> None:
-        self.of.setdefault(ticket.tenant, OrderedDict())[ticket] = weight
-        self.sums[ticket.tenant] += weight
+    def add(self, reservation: Reservation, weight: int = 1) -> None:
+        self.of.setdefault(reservation.tenant, OrderedDict())[reservation] = weight
+        self.sums[reservation.tenant] += weight
         self.total += weight
 
-    def remove(self, ticket: Ticket) -> None:
-        """Remove a ticket, if it is here."""
-        if self.has(ticket):
-            own = self.of[ticket.tenant]
-            weight = own.pop(ticket)
-            self.sums[ticket.tenant] -= weight
+    def remove(self, reservation: Reservation) -> None:
+        """Remove a reservation, if it is here."""
+        if self.has(reservation):
+            own = self.of[reservation.tenant]
+            weight = own.pop(reservation)
+            self.sums[reservation.tenant] -= weight
             self.total -= weight
             if not own:
-                del self.of[ticket.tenant], self.sums[ticket.tenant]
+                del self.of[reservation.tenant], self.sums[reservation.tenant]
 
-    def newest_of_largest(self) -> Ticket | None:
-        """Return the newest ticket of the tenant whose tickets count for the most, among those with several:
+    def newest_of_largest(self) -> Reservation | None:
+        """Return the newest reservation of the tenant whose own count for the most, among those with several:
         only such a tenant still has a request if one is displaced. None if there is none."""
         several = [tenant for tenant, own in self.of.items() if len(own) > 1]
         if not several:
@@ -204,8 +206,8 @@ _NOBODY = _Shares()
 
 def _displaced_by(
     newcomer: Tenant, places: _Shares, named: str, bound: Bound, waiting: int, adapter: str | None = None
-) -> Ticket:
-    """Choose the ticket that the new request displaces: the newest of the tenant with the most, if the
+) -> Reservation:
+    """Choose the reservation that the new request displaces: the newest of the tenant with the most, if the
     newcomer's tenant would still have no more than that tenant. Raises EngineOverloaded if there is none."""
     victim = places.newest_of_largest()
     if victim is None or places.sums[newcomer] + 1 >= places.sums[victim.tenant]:

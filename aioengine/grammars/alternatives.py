@@ -16,7 +16,7 @@ _TYPES = frozenset({"object", "array", "string", "number", "boolean", "null"})
 Constants = set[tuple[bool, Any]]
 
 
-class Told(NamedTuple):
+class Traits(NamedTuple):
     """What tells the values of one schema from those of another."""
 
     types: frozenset[str]
@@ -26,7 +26,7 @@ class Told(NamedTuple):
     """Required property -> its only values, where these are known."""
 
     @classmethod
-    def by(cls, schema: Any) -> Told:
+    def by(cls, schema: Any) -> Traits:
         """Look at a schema."""
         if not isinstance(schema, dict):
             return cls(frozenset() if schema is False else _TYPES, None, {})
@@ -36,7 +36,7 @@ class Told(NamedTuple):
         tags = {name: constants for name, constants in found.items() if constants is not None}
         return cls(types(schema), _constants(schema), tags)
 
-    def excludes(self, other: Told) -> bool:
+    def excludes(self, other: Traits) -> bool:
         """Whether it is clear that no value satisfies both."""
         if self.constants is not None and other.constants is not None:
             return not self.constants & other.constants

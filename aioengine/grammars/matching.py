@@ -24,7 +24,7 @@ PATIENCE_SECONDS = 60.0
 """Maximum seconds to wait for a mask outside of a step."""
 
 
-class _Asked:
+class _PendingMask:
     """A mask that is being computed, or is there."""
 
     __slots__ = ("answer", "asked", "grammar")
@@ -52,7 +52,7 @@ class Masks:
         self._wall_seconds = wall_seconds
         self._kill = kill
         self._inbox = Inbox()
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, _PendingMask] = {}
         self._number = 0
         self._forgotten: deque[Forget] = deque()
         self._out = bytearray()
@@ -65,13 +65,13 @@ class Masks:
         must not lock."""
         self._forgotten.append(Forget(text, row))
 
-    def ask(self, grammar: Grammar, row: int, tokens: Sequence[int], *, afresh: bool) -> _Asked:
+    def ask(self, grammar: Grammar, row: int, tokens: Sequence[int], *, afresh: bool) -> _PendingMask:
         """Ask for a row's mask after ``tokens`` more (or, with ``afresh``, after ``tokens`` alone). Raises
         ValueError if there are no more masks."""
         with self._lock:
             grammar.check()
             self._number += 1
-            asked = self._asked[self._number] = _Asked(grammar)
+            asked = self._asked[self._number] = _PendingMask(grammar)
             while self._forgotten:
                 self._out += frame(self._forgotten.popleft())
             owner = grammar.rows.get(row)
@@ -79,7 +79,7 @@ class Masks:
             self._flush()
             return asked
 
-    def collect(self, asked: _Asked, seconds: float) -> bool:
+    def collect(self, asked: _PendingMask, seconds: float) -> bool:
         """Wait for the answer, at most ``seconds``; returns whether it has come. Raises ValueError if it
         never will."""
         until = time.monotonic() + seconds
@@ -208,7 +208,7 @@ class GrammarConstraint:
             self._row = row
             self._known: OutputView | None = OutputView(())
             """The output that the parser has seen; None: the parser must begin again."""
-            self._asked: _Asked | None = None
+            self._asked: _PendingMask | None = None
             self._seconds = 0.0
             self._why = ""
             self.forced: Sequence[int] = ()

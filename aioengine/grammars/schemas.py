@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.alternatives import Told, required_names, types
+from aioengine.grammars.alternatives import Traits, required_names, types
 from aioengine.grammars.limits import MAX_DEPTH, SchemaBudget, check_lists, check_properties, json_of
 from aioengine.grammars.references import References
 
@@ -164,7 +164,7 @@ class _Writer:
         self._pending: list[tuple[str, bool]] = []
         """Definitions that are still to be written."""
         self._references = References(root)
-        self._told: dict[int, Told] = {}
+        self._told: dict[int, Traits] = {}
         """What tells alternatives apart, by identity: many ``oneOf`` may refer to them."""
         self.not_enforced: dict[str, None] = {}
 
@@ -319,7 +319,7 @@ class _Writer:
         for schema in alternatives:
             behind = self._references.behind(schema, _ANNOTATIONS)
             if id(behind) not in self._told:
-                self._told[id(behind)] = Told.by(behind)
+                self._told[id(behind)] = Traits.by(behind)
             told.append(self._told[id(behind)])
         return all(one.excludes(other) for one, other in itertools.combinations(told, 2))
 

@@ -39,7 +39,7 @@ class TooMuch(RequestInvalid):
     """The grammar exceeded its limits."""
 
 
-class Lost(EngineOverloaded):
+class WorkerLost(EngineOverloaded):
     """The worker, or the child that tried the text, ended for a reason other than the grammar."""
 
     def __init__(self, what: str) -> None:
@@ -214,7 +214,7 @@ class Grammars:
             try:
                 try:
                     grammar = await self._compile(text)
-                except Lost:
+                except WorkerLost:
                     grammar = await self._compile(text)
             except Exception as error:
                 if not isinstance(error, AioEngineError):
@@ -227,7 +227,7 @@ class Grammars:
             return grammar
 
     async def _compile(self, text: str) -> Grammar:
-        """Compile one text. Raises EngineOverloaded, RequestInvalid, ConfigError, Lost."""
+        """Compile one text. Raises EngineOverloaded, RequestInvalid, ConfigError, WorkerLost."""
         if self._ends.get(text, 0) >= MAX_ENDS:
             raise TooMuch("the grammar has ended the process that compiles and follows grammars")
         worker = await self._live_worker()
@@ -237,7 +237,7 @@ class Grammars:
             async with asyncio.timeout(self.limits.compile_wall_seconds):
                 done = await worker.compile(Compile(number, text))
             if done is None:
-                raise Lost("the process that compiles grammars was lost")
+                raise WorkerLost("the process that compiles grammars was lost")
             if done.why:
                 raise RequestInvalid(f"the grammar cannot be used: {done.why}")
             if done.status != 0:
@@ -347,4 +347,4 @@ def _trial_error(status: int, limits: GrammarLimits) -> AioEngineError:
         return TooMuch(f"the grammar takes more than {limits.memory // MiB} MiB to compile")
     if status in (-signal.SIGSEGV, -signal.SIGBUS):
         return TooMuch("the grammar is nested too deeply to be compiled: its compiler's stack is full")
-    return Lost(f"the process that compiled the grammar was lost (status {status})")
+    return WorkerLost(f"the process that compiled the grammar was lost (status {status})")

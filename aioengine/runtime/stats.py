@@ -65,7 +65,7 @@ class Counters:
         cold = [entry for entry in heads if entry.location is not Location.SLOT]
         blocked = sum(len(entry.waiting) for entry in cold)
         if room.returned:  # preempted requests, whose places are gone
-            blocked -= sum(request.ticket is None for entry in cold for request in entry.waiting)
+            blocked -= sum(request.reservation is None for entry in cold for request in entry.waiting)
         return EngineStats(
             **counts,
             slots=slot_infos(core),

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from aioengine.core.step_results import finish_reason
-from aioengine.core.waiting_room import Ticket
+from aioengine.core.waiting_room import Reservation
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
 from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted, check_text
 from aioengine.runtime.assemble import Built
@@ -71,7 +71,7 @@ class Submitter:
         tokens = self._token_ids(prompt, params)
         with self._publishing():
             size = None if tokens is None else len(tokens)
-            ticket = self._core.reserve(options.tenant, counted, arrival, size)
+            reservation = self._core.reserve(options.tenant, counted, arrival, size)
         entry, scale = None if adapter is None else self._adapters.current(adapter), 1.0
         text = None
         if self._tokenizer is not None:
@@ -88,17 +88,17 @@ class Submitter:
 
         at_once = tokens is not None and (adapter is None or entry is not None) and not output
         try:
-            async with _NOTHING if at_once else _holding(ticket, due, request_id, where):
+            async with _NOTHING if at_once else _holding(reservation, due, request_id, where):
                 if tokens is None:
                     tokens = await tokenize(
-                        prompt, ticket.tenant,
+                        prompt, reservation.tenant,
                         limit=self._limit, tokenizer=self._tokenizer, work=self._text_work,
                     )  # fmt: skip
                     self._check_prompt(tokens, params)
                     with self._publishing():
-                        self._core.weigh(ticket, len(tokens), loop.time())
+                        self._core.weigh(reservation, len(tokens), loop.time())
                 if adapter is not None and entry is None:
-                    entry, scale = await self._adapters.acquire_wanted(adapter, ticket.tenant)
+                    entry, scale = await self._adapters.acquire_wanted(adapter, reservation.tenant)
                 self._check_output(output, len(tokens), params, frozenset(ends))
                 if given:
                     await self._text_work.run(len(given), lambda: stream.add_given(given, ends))
@@ -108,7 +108,7 @@ class Submitter:
             if request_id in self._core.requests:
                 raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
         except BaseException:
-            ticket.leave()
+            reservation.leave()
             raise
         if params.min_tokens and not params.ignore_eos:
             # So the sampler knows which tokens are not allowed yet.
@@ -118,7 +118,7 @@ class Submitter:
             params = msgspec.structs.replace(params, constraint=constraint)
         request = self._core.add_request(
             request_id, tokens, params, options, loop.time(),
-            adapter=entry, scale=scale, deadline=due, ticket=ticket, given=given,
+            adapter=entry, scale=scale, deadline=due, reservation=reservation, given=given,
         )  # fmt: skip
         request.sink = stream
         stream.attach(request, replayed=len(output) if replay else 0)
@@ -198,7 +198,7 @@ _NOTHING = contextlib.nullcontext()
 
 @contextlib.asynccontextmanager
 async def _holding(
-    ticket: Ticket, due: float | None, request_id: str, where: Callable[[], str]
+    reservation: Reservation, due: float | None, request_id: str, where: Callable[[], str]
 ) -> AsyncIterator[None]:
     """Give up what is awaited within at the request's deadline, or when another request displaces it.
     ``where`` names the adapter and says where it is."""
@@ -211,7 +211,7 @@ async def _holding(
 
     try:
         async with asyncio.timeout_at(due) as limit:
-            ticket.displaced = displaced
+            reservation.displaced = displaced
             yield
     except TimeoutError:
         if not limit.expired():

@@ -21,9 +21,9 @@ from support.device_memory import DeviceMemory
 from support.hostile_policies import Hostile
 from support.rows import RowSim, model
 
-from aioengine.core.adapters.version import LIVES, STATES, Change, WrongChange
+from aioengine.core.adapters.version import LIVES, STATES, Change, ChangeNotAllowed
 from aioengine.core.state import AdapterEntry, Status
-from aioengine.core.waiting_room import Ticket
+from aioengine.core.waiting_room import Reservation
 from aioengine.errors import EngineOverloaded
 from aioengine.request import CachePin
 from aioengine.schedulers import Location, SlotState
@@ -82,8 +82,8 @@ class CoreMachine(RuleBasedStateMachine):
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5, max_waiting_per_adapter=4)
         memory = None if limits.window is None else DeviceMemory
         self.sim = RowSim(limits, policy, model, strict=False, memory=memory, repeats=repeats)
-        self.tickets: list[Ticket] = []
-        self.lost: list[Ticket] = []
+        self.reservations: list[Reservation] = []
+        self.lost: list[Reservation] = []
         for name in NAMES[:2]:
             self.sim.register(name)
 
@@ -150,7 +150,7 @@ class CoreMachine(RuleBasedStateMachine):
     def check_tokens_refusal(self, error: EngineOverloaded, tenant: str | None, tokens: int) -> None:
         """It is not its tenant's only one, and they are more than a tenant may have, or than its part."""
         limits = self.sim.core.limits
-        fresh = [request for request in self.sim.core.queues if request.ticket is not None]
+        fresh = [request for request in self.sim.core.queues if request.reservation is not None]
         sums: Counter[str | None] = Counter()
         for request in fresh:
             sums[request.options.tenant] += request.prompt_len
@@ -163,7 +163,7 @@ class CoreMachine(RuleBasedStateMachine):
     def check_refusal(self, error: EngineOverloaded, tenant: str | None) -> None:
         """Whom it concerns had as many as it may, or no other tenant had many more."""
         limits, room = self.sim.core.limits, self.sim.core.room
-        fresh = [request for request in self.sim.core.queues if request.ticket is not None]
+        fresh = [request for request in self.sim.core.queues if request.reservation is not None]
         places = [
             (
                 r.options.tenant,
@@ -171,7 +171,7 @@ class CoreMachine(RuleBasedStateMachine):
             )
             for r in fresh
         ]
-        places += [(t.tenant, t.adapters) for t in self.tickets if t not in self.lost]
+        places += [(t.tenant, t.adapters) for t in self.reservations if t not in self.lost]
         if error.bound == "adapter":
             places = [place for place in places if any(repr(name) in str(error) for name in place[1])]
             assert len(places) == limits.max_waiting_per_adapter
@@ -187,20 +187,20 @@ class CoreMachine(RuleBasedStateMachine):
     def reserve(self, names: str | tuple[str, ...], tenant: str | None) -> None:
         """A place for a request that is not there yet."""
         try:
-            ticket = self.sim.core.reserve(tenant, tuple(names), self.sim.now)
+            reservation = self.sim.core.reserve(tenant, tuple(names), self.sim.now)
         except EngineOverloaded as error:
             self.check_refusal(error, tenant)
         else:
-            ticket.displaced = lambda error, now: self.lost.append(ticket)
-            self.tickets.append(ticket)
+            reservation.displaced = lambda error, now: self.lost.append(reservation)
+            self.reservations.append(reservation)
         self.sim.take_events()
 
-    @precondition(lambda self: self.tickets)
+    @precondition(lambda self: self.reservations)
     @rule(which=st.integers(0, 100), twice=st.booleans())
     def give_up_a_reserved_place(self, which: int, twice: bool) -> None:
-        ticket = self.tickets.pop(which % len(self.tickets))
+        reservation = self.reservations.pop(which % len(self.reservations))
         for _ in range(1 + twice):
-            ticket.leave()
+            reservation.leave()
 
     @precondition(lambda self: self.sim.core.requests)
     @rule(which=st.integers(0, 100))
@@ -230,7 +230,7 @@ class CoreMachine(RuleBasedStateMachine):
         entry = entries[which % len(entries)]
         now = entry.state if change in STATES else entry.life
         if now not in {**STATES, **LIVES}[change]:  # type: ignore[dict-item] # both kinds
-            with pytest.raises(WrongChange):
+            with pytest.raises(ChangeNotAllowed):
                 entry.change(change)
             assert now in (entry.state, entry.life)
 
@@ -328,10 +328,10 @@ class CoreMachine(RuleBasedStateMachine):
         core.check()
         for reader in self.sim.readers.values():
             self.sim.check_reader(reader)
-        reserved = sum(ticket not in self.lost for ticket in self.tickets)
+        reserved = sum(reservation not in self.lost for reservation in self.reservations)
         assert len(core.room) == len(core.queues) + reserved
         if core.room.limits.max_waiting_tokens is not None:
-            fresh = [request for request in core.queues if request.ticket is not None]
+            fresh = [request for request in core.queues if request.reservation is not None]
             assert core.room.tokens == sum(request.prompt_len for request in fresh)
             tenants = {request.options.tenant for request in fresh}
             assert core.room.tokens <= 60 + 30 * len(tenants), "the bound, and one prompt of each tenant"

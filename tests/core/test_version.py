@@ -10,10 +10,10 @@ from aioengine.core.adapters.version import (
     LIVES,
     STATES,
     Change,
+    ChangeNotAllowed,
     Life,
     State,
     Version,
-    WrongChange,
 )
 
 TO_STATE: dict[State, list[Change]] = {
@@ -46,7 +46,7 @@ def test_every_change_in_every_state(state: State, life: Life, change: Change) -
     if change == "free" and state is not State.ON_DISK:
         expected = None
     if expected is None:
-        with pytest.raises(WrongChange, match=f"^{change}: .*must"):
+        with pytest.raises(ChangeNotAllowed, match=f"^{change}: .*must"):
             version.change(change)
         assert (version.state, version.life) == (state, life)
     else:

@@ -18,7 +18,7 @@ from aioengine import EngineConfig, SamplingParams
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway import hangs
 from aioengine.fleet.gateway.call import Call
-from aioengine.fleet.gateway.hangs import Hung
+from aioengine.fleet.gateway.hangs import HungReplicas
 from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.wire import Frame, Hello, Status, encode_frame
 from aioengine.lab.simulation.clock import run_in_virtual_time
@@ -135,7 +135,7 @@ def test_a_replica_that_dies_is_one_loss(caplog: pytest.LogCaptureFixture) -> No
 async def test_all_that_hang_are_killed_once_and_none_that_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[str] = []
     monkeypatch.setattr(hangs, "_kill", lambda hello: killed.append(hello.replica))
-    hung = Hung()
+    hung = HungReplicas()
     names = [f"r{number}" for number in range(8)]
     for name in names:
         hung.add(name, Hello(name, 1, "node", "actor", 1, 1, 1, 1, ""))

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from support.lab_sim import Fixed, Kept, config, costs
+from support.lab_sim import Fixed, MemorySink, config, costs
 
 from aioengine.errors import ConfigError
 from aioengine.lab.fleet.conditions import Conditions, Fault
@@ -38,8 +38,8 @@ def play_fleet(
     silent_seconds: float = 2.75,
     migration_limit: int = 3,
     **fields: Any,
-) -> tuple[Replayed, SimulatedFleet, Kept]:
-    kept = Kept()
+) -> tuple[Replayed, SimulatedFleet, MemorySink]:
+    kept = MemorySink()
 
     async def main() -> tuple[Replayed, SimulatedFleet]:
         return await replay_on_fleet(

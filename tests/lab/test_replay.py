@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, make_engine, tiny, tiny_of
-from support.lab_sim import DISK, MB, SLOT, STEP, Fixed, Kept, costs, play
+from support.lab_sim import DISK, MB, SLOT, STEP, Fixed, MemorySink, costs, play
 
 from aioengine.errors import ConfigError
 from aioengine.lab.runs.open_loop import Replayed, RunStalled
@@ -202,7 +202,7 @@ async def test_on_a_live_engine(tiny: Tiny, make_engine: MakeEngine) -> None:
         Arrival(0.01, "a", 7, 1, max_tokens=40, tenant="t"),
         Arrival(0.02, None, 500, 5),  # too long
     ]
-    kept = Kept()
+    kept = MemorySink()
     workload = Fixed(arrivals, [AdapterShape("a", 9)])
     async with make_engine(tiny) as engine:
         paths: dict[str, str | Path] = {"a": tiny.adapters["rslora"]}

@@ -9,7 +9,7 @@ import os
 import random
 
 import pytest
-from support.lab_sim import MB, Fixed, Kept, config, costs
+from support.lab_sim import MB, Fixed, MemorySink, config, costs
 
 from aioengine.lab.costs.model import Stage
 from aioengine.lab.fleet.conditions import Conditions, Fault
@@ -46,7 +46,7 @@ def test_seed(seed: int) -> None:
     placement = rng.choice(sorted(available_placements()))
     scaling = rng.choice([None, None, "waiting_work:least=0,most=4,target=0.2,cool_down=1,settle=1"])
     conditions = conditions._replace(scale_seconds=0.25, start_seconds=rng.choice([0.0, 0.5, 3.0]))
-    kept = Kept()
+    kept = MemorySink()
 
     async def main() -> tuple[Replayed, SimulatedFleet]:
         return await replay_on_fleet(

@@ -10,7 +10,7 @@ from aioengine.lab.costs.model import CostModel, ModelShape, Stage
 from aioengine.lab.costs.steps import StepCosts
 from aioengine.lab.runs.open_loop import Replayed
 from aioengine.lab.runs.replay import replay
-from aioengine.lab.runs.rows import Kept
+from aioengine.lab.runs.rows import MemorySink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape, Arrival, Workload
@@ -80,9 +80,9 @@ def play(
     model: CostModel | None = None,
     sample_seconds: float = 1.0,
     **fields: Any,
-) -> tuple[Replayed, Kept]:
+) -> tuple[Replayed, MemorySink]:
     """Replay in virtual time on a simulated engine; ``fields`` are the configuration's."""
-    kept = Kept()
+    kept = MemorySink()
 
     async def main() -> Replayed:
         async with SimulatedEngine(config(**fields), model or costs(), policy) as engine:

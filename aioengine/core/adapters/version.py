@@ -81,7 +81,7 @@ LIVES: Mapping[Change, Mapping[Life, Life]] = MappingProxyType(
 """The same of what it is for new requests."""
 
 
-class WrongChange(Exception):
+class ChangeNotAllowed(Exception):
     """A change that a version's state does not allow. It is a fault of the caller, and nothing has
     changed."""
 
@@ -99,13 +99,13 @@ class Version:
     """Whether it is or was the current version; only then policies know it."""
 
     def change(self, what: Change) -> None:
-        """Carry out a change. Raises WrongChange, with the reason, if the state does not allow it."""
+        """Carry out a change. Raises ChangeNotAllowed, with the reason, if the state does not allow it."""
         life = LIVES[what].get(self.life) if what in LIVES else self.life
         state = STATES[what].get(self.state) if what in STATES else self.state
         freed = self.life is Life.FREED
         if life is None or state is None or freed or (life is Life.FREED and state is not State.ON_DISK):
             where, _ = self.state.value
-            raise WrongChange(f"{what}: a version that is {where} and {self.life.value} must not")
+            raise ChangeNotAllowed(f"{what}: a version that is {where} and {self.life.value} must not")
         self.life, self.state, (_, self.location) = life, state, state.value
         self.slot_state = SlotState.LOADING if state is State.COPYING else SlotState.FREE
         if state is State.IN_SLOT:

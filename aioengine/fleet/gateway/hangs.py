@@ -79,7 +79,7 @@ class Head:
         return True
 
 
-class Hung:
+class HungReplicas:
     """The replicas that this gateway has lost because they hang.
 
     A process that hangs does not end when Serve asks it to, and keeps its CPUs while Serve waits for that

@@ -14,7 +14,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.channel import Channel
 from aioengine.fleet.gateway.conflicts import Conflicts
-from aioengine.fleet.gateway.hangs import Hung
+from aioengine.fleet.gateway.hangs import HungReplicas
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
 from aioengine.schedulers.routing import FleetState, ReplicaLimits
 
@@ -86,7 +86,7 @@ class Members:
         """Set and replaced whenever a replica appears or disappears."""
         self._known: set[str] = set()
         """Replicas that exist, as Serve reports them."""
-        self._hung = Hung()
+        self._hung = HungReplicas()
         self._unreached: Counter[str] = Counter()
         """Losses in a row of a replica to which nothing arrived."""
         self._waking = False

@@ -41,7 +41,7 @@ class FleetMetrics:
 
     def __init__(self, members: Members, dispatcher: Dispatcher, state: Callable[[], str]) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Everything(self))
+        self.registry.register(_AllReplicas(self))
         self.own = CollectorRegistry()
         """Registry of the gateway's own metrics."""
         self.own.register(_Gateway(members, dispatcher))
@@ -123,7 +123,7 @@ class FleetMetrics:
         return [each for each in found if each is not None]
 
 
-class _Everything(Collector):
+class _AllReplicas(Collector):
     def __init__(self, metrics: FleetMetrics) -> None:
         self._metrics = metrics
 

@@ -16,7 +16,7 @@ MOST = 200_000
 PEAK_SECONDS = 10.0
 
 
-class Offered(NamedTuple):
+class OfferedRequests(NamedTuple):
     """The requests of a workload, by column. Those of a session have the time at which the session begins."""
 
     times: list[float]
@@ -33,9 +33,9 @@ class Offered(NamedTuple):
     concurrency: int | None
 
 
-def read_offered(workload: Workload, most: int = MOST) -> Offered:
+def read_offered(workload: Workload, most: int = MOST) -> OfferedRequests:
     """Read a workload's requests, at most ``most`` of them."""
-    found = Offered([], [], [], [], [], 0, 0, len(workload.adapters), workload.concurrency)
+    found = OfferedRequests([], [], [], [], [], 0, 0, len(workload.adapters), workload.concurrency)
     seen: set[tuple[str | None, int]] = set()
     known = sessions = 0
     for arrival in islice(workload, most):
@@ -52,7 +52,7 @@ def read_offered(workload: Workload, most: int = MOST) -> Offered:
     return found._replace(known_tokens=min(known, sum(found.prompts)), sessions=sessions)
 
 
-def describe_offered(offered: Offered) -> dict[str, Any]:
+def describe_offered(offered: OfferedRequests) -> dict[str, Any]:
     """Return the figures of a workload, by name; units are in the names."""
     count = len(offered.times)
     seconds = offered.times[-1] if count else 0.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from aioengine.lab.calibration.design import Design
 from aioengine.lab.calibration.probe import DISTURBED, ProbedEngine, ProbedMove, ProbedStep, Waits
 from aioengine.lab.runs.replay import replay
-from aioengine.lab.runs.rows import Kept
+from aioengine.lab.runs.rows import MemorySink
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
@@ -64,7 +64,7 @@ class Serving:
             probe.pause()
             probe.steps.clear()
             waits = Waits()
-            await replay(self._engine, self._workload(rows), Kept(), seed=self._random.randrange(2**31))
+            await replay(self._engine, self._workload(rows), MemorySink(), seed=self._random.randrange(2**31))
             probe.pause()
             self.alone += probe.steps
             if waits.seconds() <= DISTURBED * sum(step.seconds for step in probe.steps):

@@ -27,7 +27,7 @@ from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.costs.steps import StepTimes
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.runs.replay import replay
-from aioengine.lab.runs.rows import Kept, RequestRecord
+from aioengine.lab.runs.rows import MemorySink, RequestRecord
 from aioengine.lab.runs.simulate import simulate
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.workload.spec import WorkloadSpec
@@ -194,7 +194,7 @@ async def validate_async(
 class _Live(NamedTuple):
     """A live run."""
 
-    kept: Kept
+    kept: MemorySink
     waited: float
     steps: list[ProbedStep]
     """Steps that others followed, while no adapter was moved."""
@@ -230,9 +230,9 @@ def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
     return msgspec.structs.replace(experiment, workload=workload)
 
 
-async def _simulated(experiments: Sequence[Experiment], costs: CostModel) -> list[Kept]:
-    def run(experiment: Experiment) -> Kept:
-        kept = Kept()
+async def _simulated(experiments: Sequence[Experiment], costs: CostModel) -> list[MemorySink]:
+    def run(experiment: Experiment) -> MemorySink:
+        kept = MemorySink()
         run_in_virtual_time(simulate(experiment, costs, experiment.open_workload(), kept))
         return kept
 
@@ -250,7 +250,7 @@ async def _live(experiment: Experiment, model: str, settings: LiveSettings, cost
 
 
 async def _live_run(experiment: Experiment, config: EngineConfig, costs: CostModel) -> _Live:
-    kept, workload = Kept(), experiment.open_workload()
+    kept, workload = MemorySink(), experiment.open_workload()
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-validate-"))
         engine = await stack.enter_async_context(ProbedEngine(config))
@@ -283,7 +283,7 @@ async def _live_run(experiment: Experiment, config: EngineConfig, costs: CostMod
     return _Live(kept, waited / computed if computed else 0.0, following)
 
 
-def measured(runs: Sequence[Kept]) -> Measured:
+def measured(runs: Sequence[MemorySink]) -> Measured:
     """Compute the figures over the requests of all runs that have finished."""
     import polars as pl
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from aioengine.lab.analysis.numbers import share_text, shorten
-from aioengine.lab.analysis.offered import Offered, describe_offered
+from aioengine.lab.analysis.offered import OfferedRequests, describe_offered
 from aioengine.lab.report.charts import Figure, Row, figure, shares_up_to
 
 BINS = 60
@@ -14,7 +14,7 @@ SHOWN = 5
 """Adapters that are told apart over time."""
 
 
-def workload_figure(offered: Offered) -> Figure:
+def workload_figure(offered: OfferedRequests) -> Figure:
     """Draw a workload."""
     import polars as pl
 
@@ -44,13 +44,13 @@ def _bin(time: float, end: float, bins: int) -> int:
     return min(int(time / end * bins), bins - 1)
 
 
-def _rate(offered: Offered) -> list[Row]:
+def _rate(offered: OfferedRequests) -> list[Row]:
     end = offered.times[-1] if offered.times else 0.0
     counts = Counter(_bin(time, end, BINS) for time in offered.times if end)
     return [{"time": at * end / BINS, "rate": counts[at] * BINS / end} for at in range(BINS) if end]
 
 
-def _drift(offered: Offered, favourites: list[str]) -> list[Row]:
+def _drift(offered: OfferedRequests, favourites: list[str]) -> list[Row]:
     end = offered.times[-1] if offered.times else 0.0
     if not end:
         return []

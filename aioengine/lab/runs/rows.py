@@ -98,7 +98,7 @@ class Sink(Protocol):
     def sample(self, record: Sample, /) -> None: ...
 
 
-class Kept:
+class MemorySink:
     """A :class:`Sink` that keeps everything."""
 
     def __init__(self) -> None:

@@ -269,13 +269,13 @@ def _parser(first: bytes) -> Callable[[bytes], TraceRow]:
     return parse
 
 
-class _Said(msgspec.Struct):
+class _ChatTurn(msgspec.Struct):
     speaker: str = msgspec.field(name="from")
     value: str
 
 
 class _Conversation(msgspec.Struct):
-    conversations: list[_Said]
+    conversations: list[_ChatTurn]
 
 
 def _share_gpt(data: bytes) -> Iterator[TraceRow]:
