@@ -236,13 +236,8 @@ def anthropic_fields() -> dict[str, Any]:
 
 
 TOOL = {
-    "name": "get_weather",
-    "description": "The weather in a city",
-    "input_schema": {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 12}},
-        "required": ["city"],
-    },
+    **{name: WEATHER["function"][name] for name in ("name", "description")},  # type: ignore[index]
+    "input_schema": get_weather.model_json_schema(),
 }
 
 

@@ -6,14 +6,8 @@ import json
 
 import openai
 from harness import ADAPTER, BASE_URL, KEY, MODEL, USER, WEATHER, check, main
-from pydantic import BaseModel
 
 client = openai.OpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0)
-
-
-class City(BaseModel):
-    name: str
-    is_capital: bool
 
 
 @check("openai", "models")
@@ -146,7 +140,7 @@ def extra_body() -> None:
     assert answer.choices[0].finish_reason
 
 
-@check("openai", "responses: create, stream, parse, tools")
+@check("openai", "responses: create, stream")
 def responses() -> None:
     answer = client.responses.create(model=MODEL, input="Say hello.", max_output_tokens=16, temperature=0)
     assert answer.output_text and answer.usage is not None
@@ -157,16 +151,6 @@ def responses() -> None:
     )
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert text == answer.output_text and events[0].type == "response.created"
-    parsed = client.responses.parse(
-        model=MODEL, input="Tell me about Paris.", text_format=City, max_output_tokens=100, temperature=0
-    )
-    assert isinstance(parsed.output_parsed, City)
-    tool = {"type": "function", **WEATHER["function"], "strict": False}  # type: ignore[dict-item]
-    called = client.responses.create(
-        model=MODEL, input="Weather in Paris?", tools=[tool], tool_choice="required", max_output_tokens=60
-    )
-    [call] = [item for item in called.output if item.type == "function_call"]
-    assert call.name == "get_weather" and "city" in json.loads(call.arguments)
 
 
 @check("openai", "errors by type")

@@ -13,21 +13,24 @@ from aioengine.kernels import dispatch
 from aioengine.kernels.triton import attention, launch
 
 
-@pytest.fixture
-def forgetful() -> Iterator[None]:
-    """A process finds out about Triton once."""
-    dispatch._triton_backend.cache_clear()
+@pytest.fixture(autouse=True)
+def _forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process finds out once about Triton and its GPU; here there is another one in each test."""
+    cached = (dispatch._triton_backend, launch.limits, launch.capability)
+    for each in cached:
+        each.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     yield
-    dispatch._triton_backend.cache_clear()
+    for each in cached:
+        each.cache_clear()
 
 
 def test_triton_that_cannot_launch_gives_way_to_torch(
-    forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails() -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launch, "check_launch", fails)
     with caplog.at_level(logging.WARNING, logger="aioengine"):
         assert dispatch.get_backend("cuda").name == "torch"
@@ -36,9 +39,8 @@ def test_triton_that_cannot_launch_gives_way_to_torch(
         dispatch.get_backend("cuda", "triton")
 
 
-def test_triton_that_launches_is_the_default(forgetful: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_that_launches_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launch, "check_launch", lambda: launched.append(True))
     assert dispatch.get_backend("cuda").name == "triton" and launched == [True]
 
@@ -51,12 +53,9 @@ def test_numbers_of_amd_s_gpus_are_none_of_nvidia_s(
     monkeypatch: pytest.MonkeyPatch, hip: str | None, numbers: tuple[int, int], expected: int
 ) -> None:
     """An MI300 says 9.4, and has no more in common with an H100 than with other GPUs."""
-    launch.capability.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: numbers)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert launch.capability(torch.device("cuda")) == expected
-    launch.capability.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -72,8 +71,6 @@ def test_numbers_of_amd_s_gpus_are_none_of_nvidia_s(
 def test_shared_memory_is_what_the_driver_says(
     monkeypatch: pytest.MonkeyPatch, said: dict[str, int], expected: int
 ) -> None:
-    launch.limits.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     properties = SimpleNamespace(**said)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     found = launch.limits(torch.device("cuda"))
@@ -83,35 +80,26 @@ def test_shared_memory_is_what_the_driver_says(
             config = attention.default_config(head_dim, 16, 1, rows, found)
             assert config.num_warps * found.warp_size <= 256
             assert head_dim > 128 or config.num_stages == (5 if expected > 65536 else 3)
-    launch.limits.cache_clear()
 
 
-def test_a_gpu_of_amd_s_for_graphics_gives_way_to_torch(
-    forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("hip", "numbers", "words"),
+    [("6.4", (11, 0), ["MI200, MI300"]), (None, (7, 5), ["compute capability 7.5", "8.0"])],
+)
+def test_a_gpu_that_does_not_do_gives_way_to_torch(
+    hip: str | None,
+    numbers: tuple[int, int],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Attention does not fit into the registers of its warps of 32: 800 would be spilled of 256."""
-    for cached in (launch.limits, launch.capability):
-        cached.cache_clear()
+    """AMD's for graphics: attention does not fit into the registers of warps of 32; 800 would be spilled of
+    256. A T4 has half of the shared memory that attention takes, and no bfloat16: steps would fail there, and
+    not the probe."""
     said = SimpleNamespace(shared_memory_per_block=65536, warp_size=32)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: numbers)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: said)
     with caplog.at_level(logging.WARNING, logger="aioengine"):
         assert dispatch.get_backend("cuda").name == "torch"
-    assert "MI200, MI300" in caplog.text
-    for cached in (launch.limits, launch.capability):
-        cached.cache_clear()
-
-
-def test_a_gpu_that_is_too_old_gives_way_to_torch(
-    forgetful: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A T4 has half of the shared memory that attention takes, and no bfloat16: steps would fail there, and
-    not the probe."""
-    launch.capability.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    with caplog.at_level(logging.WARNING, logger="aioengine"):
-        assert dispatch.get_backend("cuda").name == "torch"
-    assert "compute capability 7.5" in caplog.text and "8.0" in caplog.text
-    launch.capability.cache_clear()
+    assert all(word in caplog.text for word in words)

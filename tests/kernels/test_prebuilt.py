@@ -123,16 +123,3 @@ def test_a_cache_that_cannot_be_executed_from(tmp_path: Path) -> None:
     where = f"{tmp_path}/cache/aioengine/kernels"
     assert said[0].startswith(f"{where} is on a file system that is mounted noexec ({tmp_path}), from which")
     assert "set XDG_CACHE_HOME to a folder elsewhere" in said[0]
-
-
-def test_temporary_files_of_the_compiler_go_to_the_cache(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\necho "TMPDIR $TMPDIR" >&2\nexit 1\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("TMPDIR", "/nowhere")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(build.Unavailable, match=rf"status 1: TMPDIR {tmp_path}/cache/aioengine/kernels/"):
-        build.compiled("generic")

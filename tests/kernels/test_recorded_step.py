@@ -74,14 +74,6 @@ def test_a_step_is_filled_and_emptied_in_place() -> None:
     assert after == before
 
 
-def test_grids_do_not_depend_on_what_a_step_holds() -> None:
-    for group, rows in ((3, 16), (20, 32)):
-        step = make(4, group)
-        query = step.attention.derive(QueryTiles).of(group, 64)
-        assert [(len(tiles.table), tiles.block_m, tiles.longest) for tiles in query] == [(4, rows, 64)]
-        assert step.plans["lora"][0].derive(TilePlan).longest == 16
-
-
 def test_a_table_is_written_when_it_has_changed() -> None:
     step = make(2)
     empty = LoRABatch([-1], [1], [])
@@ -95,14 +87,3 @@ def test_a_table_is_written_when_it_has_changed() -> None:
     assert step.attention.tables[0].tolist() == [1, 2, 3, 0]
     with pytest.raises(ValueError, match="holds no adapter"):
         fill(step, [1], [5], [[4]], LoRABatch([1], [1], [4, 0]))
-
-
-def test_a_table_that_is_no_list_is_written_once_as_well() -> None:
-    step = make(2)
-    empty = LoRABatch([-1], [1], [])
-    for table in (range(1, 4), (1, 2, 3)):
-        fill(step, [1], [32], [table], empty)
-        step.attention.tables[0, :3] = 7  # on a CPU the host's memory is the device's
-        fill(step, [1], [33], [type(table)(table) if table == (1, 2, 3) else range(1, 4)], empty)
-        assert step.attention.tables[0].tolist() == [7, 7, 7, 0]
-        fill(step, [1], [5], [[4]], empty)

@@ -121,6 +121,7 @@ def test_the_plan_is_exact(modules: list[str] | None, tmp_path: Path) -> None:
     assert runner.lora_slots is not None
     assert plan.slot_pool_bytes == runner.lora_slots.nbytes
     assert plan.weights_bytes == runner.model.nbytes
+    assert plan.kv_bytes == runner.kv_cache.nbytes
     assert len(list(plan.rows())) < 30, "experts are counted together"
 
 

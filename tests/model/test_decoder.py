@@ -19,51 +19,27 @@ MakeDriver = Callable[..., Any]
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 5e4}
 LONGROPE = [1.0, 1.1, 1.3, 1.7, 2.0, 3.0]
 
+LLAMA3 = {"rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MSCALE = {"factor": 16.0, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+MSCALE |= {"truncate": False}
+
+
+def scaled(kind: str, original: int | None = None, **fields: Any) -> dict[str, Any]:
+    """Positions that are scaled, of a model that was trained on ``original`` of them."""
+    known = {} if original is None else {"original_max_position_embeddings": original}
+    return {"rope_parameters": {"rope_type": kind, **fields, **known}}
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-no-gqa": ("llama", {"num_key_value_heads": 4}),
     "llama-one-kv-head": ("llama", {"num_key_value_heads": 1, "head_dim": 8}),
-    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
-    "llama-llama3": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 5000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
-    "llama-yarn": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 8.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
-    "llama-yarn-mscale": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 16.0,
-                "original_max_position_embeddings": 32,
-                "beta_fast": 16.0,
-                "beta_slow": 2.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 0.5,
-                "truncate": False,
-            }
-        },
-    ),
+    "llama-linear": ("llama", scaled("linear", factor=4.0)),
+    "llama-llama3": ("llama", scaled("llama3", 64, **LLAMA3)),
+    "llama-yarn": ("llama", scaled("yarn", 64, factor=8.0)),
+    "llama-yarn-mscale": ("llama", scaled("yarn", 32, **MSCALE)),
     "mistral-sliding": ("mistral", {}),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "qwen2-sliding": ("qwen2", {}),

@@ -53,42 +53,16 @@ def test_the_architecture_may_be_given_by_model_type_alone(tmp_path: Path) -> No
     assert spec_of(tmp_path, config).family == "qwen2"
 
 
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
+YARN: dict[str, Any] = {"factor": 4.0, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0}
+YARN |= {"mscale_all_dim": 0.5, "attention_factor": 1.5, "truncate": False}
 SCALINGS: list[tuple[dict[str, Any], RopeSpec]] = [
     ({"rope_type": "linear", "factor": 2}, RopeSpec(type="linear", theta=5e5, factor=2.0)),
     (
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 1024,
-        },
+        {"rope_type": "llama3", "factor": 8.0, **LLAMA3},
         RopeSpec(type="llama3", theta=5e5, factor=8.0, original_max_position=1024),
     ),
-    (
-        {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "beta_fast": 16,
-            "beta_slow": 2,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.5,
-            "attention_factor": 1.5,
-            "truncate": False,
-        },
-        RopeSpec(
-            type="yarn",
-            theta=5e5,
-            factor=4.0,
-            original_max_position=4096,
-            beta_fast=16.0,
-            beta_slow=2.0,
-            mscale=1.0,
-            mscale_all_dim=0.5,
-            attention_factor=1.5,
-            truncate=False,
-        ),
-    ),
+    ({"rope_type": "yarn", **YARN}, RopeSpec(type="yarn", theta=5e5, original_max_position=4096, **YARN)),
 ]
 
 

@@ -17,8 +17,6 @@ from support.parallel_ranks import (
     Ranks,
     Script,
     fail_in_exchange,
-    fail_on_rank_1,
-    gather,
     hold,
     play,
     refusal,
@@ -246,26 +244,6 @@ def test_so_they_do_on_gpus_over_nccl(root: Path, fully_sharded: bool) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
-def test_a_rank_holds_its_share(two: Ranks, root: Path) -> None:
-    """Half of one matrix of each pair, or half of both; the base model and the KV cache halved."""
-    model, adapter = model_of(root, "qwen3"), adapter_of(root, "qwen3", "rank-16")
-    script = Script(model, [], max_loras=3, max_rank=16, target_modules=LORA_MODULES)
-    whole = hold(SoloGroup(), script, adapter)
-    for fully_sharded in (False, True):
-        shares = two.run(hold, script, adapter, fully_sharded=fully_sharded)
-        for rank, share in enumerate(shares):
-            assert share.rank == whole.rank
-            assert share.kv_bytes * 2 == whole.kv_bytes
-            assert share.weight_bytes < 0.51 * whole.weight_bytes
-            layout = SlotLayout(read_spec(model), 16, LORA_MODULES, Shard(rank, 2, fully_sharded))
-            assert share.slot_bytes == 3 * layout.elements * 4
-            assert share.image_bytes == layout.matrix_elements * 4, "an adapter of the largest rank"
-            if fully_sharded:
-                assert share.image_bytes * 2 == whole.image_bytes
-            else:
-                assert whole.image_bytes < share.image_bytes * 2 < 1.5 * whole.image_bytes
-
-
 def test_saved_base_embeddings_are_compared_by_the_rank_that_has_them(
     two: Ranks, root: Path, tmp_path: Path
 ) -> None:
@@ -420,15 +398,3 @@ def test_shares_cover_every_matrix_once(root: Path, model: str, fully_sharded: b
         assert (weight == repeated).all()
         assert (a == (1 if splits_inputs or fully_sharded else size)).all()
         assert (b == (repeated if fully_sharded or not splits_inputs else size)).all()
-
-
-def test_gathers_are_in_the_order_of_the_ranks(two: Ranks) -> None:
-    rows, columns = two.run(gather, 0)[0], two.run(gather, -1)[1]
-    assert rows == [[0.0] * 3, [0.0] * 3, [1.0] * 3, [1.0] * 3]
-    assert columns == [[0.0] * 3 + [1.0] * 3] * 2
-
-
-def test_a_rank_that_fails_ends_the_job_on_all(two: Ranks) -> None:
-    """The harness's own: nothing of these tests can hang. The last one, since the processes are killed."""
-    with pytest.raises(AssertionError, match=r"(?s)rank 1: .*on purpose"):
-        two.run(fail_on_rank_1)

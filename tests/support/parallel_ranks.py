@@ -267,12 +267,6 @@ def traffic(group: Group, script: Script) -> tuple[int, int, int, int]:
     return group.all_reduces, group.all_gathers, group.nbytes, sum(len(tokens) for tokens, _ in phase.prompts)
 
 
-def gather(group: Group, dim: int) -> list[list[float]]:
-    """A matrix [2, 3] of each rank's number, gathered."""
-    gathered = group.all_gather(torch.full((2, 3), float(group.shard.rank)), dim)
-    return list(gathered.tolist())
-
-
 def times_held(layouts: Sequence[SlotLayout], module: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """How many of the ranks hold each element of a module's weight, and of an adapter's A and B of rank 5."""
     n_in, n_out = layouts[0].spec.linear(module)
@@ -286,12 +280,6 @@ def times_held(layouts: Sequence[SlotLayout], module: str) -> tuple[NDArray[Any]
             b[rows] += 1
         assert layout.held(module, 5) == (a[share.a].shape, (ranges.count(share.b, n_out), 5))
     return weight, a, b
-
-
-def fail_on_rank_1(group: Group) -> None:
-    if group.shard.rank == 1:
-        raise ValueError("on purpose")
-    group.all_reduce(torch.ones(1))
 
 
 class Stage:
