@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
+import runpy
 import sqlite3
-import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,20 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def load_tasks() -> Any:
-    """examples/ is not a package: load the file by its path."""
-    spec = importlib.util.spec_from_file_location("example_tasks", EXAMPLES / "tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tasks = load_tasks()
+tasks: Any = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "tasks.py")))
 TASKS = tasks.TASKS
 every_task = pytest.mark.parametrize("name", list(TASKS))
 

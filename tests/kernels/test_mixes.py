@@ -79,27 +79,21 @@ def scaled(draw: st.DrawFn, dtype: torch.dtype = torch.float32, *, int8: bool = 
     return Scaled(case, sorted(rows, key=lambda row: row[0]), seed, int8=int8)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    scale = expected.abs().max().clamp(min=1.0) if expected.numel() else 1.0
-    torch.testing.assert_close(found.double() / scale, expected / scale, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=40, deadline=None)
-@given(case=scaled())
-@pytest.mark.slow
-def test_every_backend_multiplies_them(name: str, case: Scaled) -> None:
-    close(case.apply(get_backend("cpu", name)), case.expected, 1e-5)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("int8", [False, True])
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize(
+    ("dtype", "int8", "tolerance"),
+    [(torch.float32, False, 1e-5), (torch.bfloat16, False, 0.05), (torch.bfloat16, True, 0.05)],
+)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 @pytest.mark.slow
-def test_in_bfloat16_and_int8(name: str, int8: bool, data: st.DataObject) -> None:
-    case = data.draw(scaled(torch.bfloat16, int8=int8))
-    close(case.apply(get_backend("cpu", name)), case.expected, 0.05)
+def test_every_backend_multiplies_them(
+    name: str, dtype: torch.dtype, int8: bool, tolerance: float, data: st.DataObject
+) -> None:
+    case = data.draw(scaled(dtype, int8=int8))
+    found, expected = case.apply(get_backend("cpu", name)).double(), case.expected
+    scale = expected.abs().max().clamp(min=1.0) if expected.numel() else 1.0
+    torch.testing.assert_close(found / scale, expected / scale, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs a C++ compiler")

@@ -44,22 +44,8 @@ def linear_int8(level: str, x: Tensor, weight: Tensor) -> Tensor:
     begins = scale.data_ptr(), start.data_ptr()
     library.aio_quantize(1, weight.data_ptr(), packed.data_ptr(), *begins, n, k, 64, THREADS)
     library.aio_linear_int8(
-        *(
-            1,
-            x.data_ptr(),
-            k,
-            packed.data_ptr(),
-            *begins,
-            64,
-            None,
-            y.data_ptr(),
-            n,
-            rows,
-            n,
-            k,
-            None,
-            THREADS,
-        ),
+        *(1, x.data_ptr(), k, packed.data_ptr(), *begins, 64),
+        *(None, y.data_ptr(), n, rows, n, k, None, THREADS),
     )
     return y
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.selection import mostly_slow
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
-from aioengine.errors import PromptTooLong, RequestInvalid
+from aioengine.errors import PromptTooLong
 from aioengine.model.text.tokenizer import Tokenizer
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -119,8 +119,3 @@ def test_the_ids_are_the_library_s(name: str, text: str, special: bool) -> None:
     expected = library.encode(text, add_special_tokens=special).ids
     assert tokenizer.encode(text, special) == expected
     assert tokenizer.decode(expected, False) == library.decode(expected, skip_special_tokens=False)
-
-
-def test_half_a_character_is_refused() -> None:
-    with pytest.raises(RequestInvalid, match="not valid text"):
-        Tokenizer.from_tokenizer(byte_level()).encode("\ud800", limit=5)

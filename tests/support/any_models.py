@@ -34,6 +34,9 @@ OLD: dict[str, Any] = {
     "eos_token_id": 1,
 }
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8}
+LATENT |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+"""Attention whose keys and values come from few numbers."""
 MIXED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -69,31 +72,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**COMMON, **MIXED, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": {
         **COMMON,
-        "num_key_value_heads": 4,
+        **LATENT,
         "moe_intermediate_size": 24,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
     },
     # Of the same kinds, but in no list of ours. The first two choose by values how to go on.
     "jetmoe": {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
     "longcat_flash": {
         **{key: value for key, value in COMMON.items() if key != "num_hidden_layers"},
+        **LATENT,
         "num_layers": 2,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
         "head_dim": 4,
-        "v_head_dim": 8,
         "ffn_hidden_size": 48,
         "expert_ffn_hidden_size": 24,
         "n_routed_experts": 4,

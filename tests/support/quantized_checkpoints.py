@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES
 from safetensors.torch import load_file, save_file
-from support.tiny_gguf import gguf_writer, interleaved, tensor_name
+from support.tiny_gguf import finish, gguf_writer, interleaved, tensor_name
 from support.tiny_models import build_model
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -260,9 +260,6 @@ def write_blocks(root: Path, model: Any, arch: str, kind_of: Callable[[str], str
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             raw = interleaved(raw, heads)
         writer.add_tensor(stored, raw, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     model.save_pretrained(root / "expanded")
     return Pair(path, root / "expanded")
