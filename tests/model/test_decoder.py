@@ -209,3 +209,16 @@ def test_allocated_bytes_are_what_the_spec_says(
     runner = make_driver(model, dtype=torch.bfloat16, num_blocks=6, block_size=8).runner
     assert runner.model.nbytes == spec.num_parameters() * 2
     assert runner.kv_cache.nbytes == spec.kv_bytes_per_token(2) * 6 * 8
+
+
+def test_blocks_shared_with_another_sequence_serve_as_its_prefix(
+    models: Callable[[str], Path], make_driver: MakeDriver
+) -> None:
+    model = models("llama")
+    driver = make_driver(model)
+    first = driver.add(prompt(7, 20))
+    driver.run(first, new_tokens=2)
+    second = driver.add(prompt(7, 16) + prompt(8, 7))
+    second.blocks, second.computed = first.blocks[:4], 16
+    driver.run(second, new_tokens=8)
+    assert second.output == reference_generate(model, prompt(7, 16) + prompt(8, 7), 8)
