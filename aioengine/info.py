@@ -39,6 +39,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     slot: int | None = None
     pinned: bool = False
     running: int = 0
+    """Requests for it that run; in a fleet those of one replica, some time ago."""
     waiting: int = 0
 
 

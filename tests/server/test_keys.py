@@ -186,7 +186,7 @@ async def test_every_set_of_scopes_on_every_route(serve: Serve, tmp_path: Path) 
             for _, path, _ in ROUTES
             if path.startswith(("/v", "/to", "/de", "/po", "/cl", "/sc", "/re"))
         }
-        assert described - {"/health", "/ready"} <= probed, "a route that this test does not try"
+        assert described - {"/health", "/ready"} <= probed, "a route that NEEDED or `probed` lacks"
         for (i, scopes), (method, path, needed) in itertools.product(enumerate(sets), ROUTES):
             answer = await served.http.request(method, path, headers=bearer(f"key-{i}"))
             may = bool(needed & scopes) or "admin" in scopes
