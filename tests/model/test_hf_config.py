@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from support import tiny_models
 
 from aioengine.errors import ConfigError
+from aioengine.model.files.hf.families import DEFAULTS, TRAITS, Family
 from aioengine.model.files.hf_config import read_spec
-from aioengine.model.spec import RopeSpec
+from aioengine.model.spec import SUPPORTED_ARCHITECTURES, RopeSpec
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -213,3 +214,7 @@ def test_reading_a_spec_does_not_import_torch() -> None:
 
     code = "import sys, aioengine.model.files.hf_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_each_family_has_its_rows() -> None:
+    assert set(get_args(Family)) == TRAITS.keys() == DEFAULTS.keys() == {*SUPPORTED_ARCHITECTURES.values()}
