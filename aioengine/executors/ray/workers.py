@@ -105,7 +105,9 @@ class RayWorkers(Workers):
                 secret = secrets.token_bytes(SECRET_BYTES)
                 actor.run(secret)
                 async with asyncio.timeout(START_SECONDS):
-                    await loop.create_connection(lambda: worker, actor.place.host, actor.place.port)  # noqa: B023
+                    place = actor.place
+                    # The lambda is called before the next rank's turn.
+                    await loop.create_connection(lambda: worker, place.host, place.port)  # noqa: B023
                 worker.write(secret)
                 self._workers.append(worker)
         except OSError as error:  # a TimeoutError, too

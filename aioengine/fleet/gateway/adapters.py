@@ -46,6 +46,8 @@ SETTLE_SECONDS = 1.0
 
 
 class FleetAdapters:
+    """The fleet's adapters as one gateway changes them: on all replicas, and in the registry."""
+
     def __init__(self, config: FleetConfig, members: Members) -> None:
         self._config = config
         self._members = members
