@@ -141,6 +141,15 @@ def test_gdsf_inflation_lets_go_of_what_was_popular_once() -> None:
     assert "a" not in lfu.evicted(), "b and c were used less often, 4 times each"
 
 
+def test_gdsf_inflation_is_not_raised_by_an_eviction_that_it_did_not_choose() -> None:
+    sim = SizedSim(gdsf := GDSF(), slots=2)
+    sim.have("a")
+    sim.use("aaaa")
+    sim.turn_out("a")
+    assert sim.evicted() == "a"
+    assert gdsf.slots.inflation == 0.0
+
+
 def test_gdsf_inflation_is_not_raised_by_a_score_from_before_the_last_use() -> None:
     sim = SizedSim(gdsf := GDSF(cost="one"), slots=2)
     for name in "abc":
