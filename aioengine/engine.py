@@ -171,7 +171,6 @@ class AsyncEngine:
         self.plan, self.tokenizer = built.plan, built.tokenizer
         self.model_spec, self.model_path = built.spec, built.model_path
         self.info = assemble.engine_info(__version__, built)
-        self._counters.memory_unplanned = assemble.memory_unplanned(built)
         self._core = Core(
             assemble.core_limits(self.config, built),
             self._policy,
@@ -217,11 +216,10 @@ class AsyncEngine:
             built = await loop.run_in_executor(work, assemble.build, self.config, self._resolver, progress)
         try:
             first_steps = await warm_up(built.device, built.plan, self.config)
-            taken = await built.device.memory_taken(built.plan)
         except BaseException:
             await built.device.close()
             raise
-        return built._replace(first_steps=first_steps, memory_taken=taken)
+        return built._replace(first_steps=first_steps)
 
     async def stop(self) -> None:
         """End all requests (with EngineStopped) and free everything; ``async with`` does it for you."""

@@ -147,8 +147,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
     slot_memory_fragmented: int = 0
     """Free bytes outside of the largest hole. Before they can be used, idle adapters must leave."""
-    memory_unplanned: int | None = None
-    """Bytes that the start took beyond the memory plan, on the rank where they are most; None on a CPU."""
     slot_hits: int
     """Requests whose adapter was in a slot when they arrived."""
     slot_misses: int

@@ -358,11 +358,6 @@ def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
     return max(min(wanted, bound), smallest) // plan.block_bytes
 
 
-def memory_taken(plan: MemoryPlan) -> int | None:
-    """Return the bytes that were taken since ``plan`` was made, on the current GPU; None on a CPU."""
-    return None if plan.device == "cpu" else plan.available_bytes - available_memory(plan.device)
-
-
 def available_memory(device: str) -> int:
     """Return the free bytes on the device; for "cpu", those within the limits of the system and of the
     process's control groups."""

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from aioengine.errors import EngineDead
-from aioengine.memory_plan import MemoryPlan
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 Ended = Callable[[StepResult | Exception], None]
@@ -64,11 +63,6 @@ class Device(ABC):
 
     def forget(self, request_id: str) -> None:  # noqa: B027 # a device without a memory of requests
         """Note that a request has ended. It is in no further batch, and its id may be used again."""
-
-    async def memory_taken(self, plan: MemoryPlan) -> int | None:
-        """Return the bytes of device memory that were taken since ``plan`` was made, on the rank where they
-        are most; None if the device is not a GPU. Other programs' memory counts, too."""
-        return None
 
     async def restart(self) -> None:
         """Start again with only the model. Only where ``can_restart``, and after a loss.

@@ -15,7 +15,6 @@ from aioengine.adapters.read_threads import for_the_loop
 from aioengine.errors import DeviceError
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.parts import write_slot
-from aioengine.memory_plan import MemoryPlan, memory_taken
 from aioengine.model.cuda.failures import typed_failures
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
@@ -59,9 +58,6 @@ class ThreadDevice(Device):
             if self.on_loss is not None:  # no step need be in flight that would tell
                 self.on_loss(error)
             raise
-
-    async def memory_taken(self, plan: MemoryPlan) -> int | None:
-        return await asyncio.wrap_future(self._step_thread.submit(memory_taken, plan))
 
     def drop(self, uid: int) -> None:
         self.store.drop(uid)

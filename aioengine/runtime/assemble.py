@@ -63,8 +63,6 @@ class Built(NamedTuple):
     """Clock of this thread's processor time."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()
     """Warm-up steps taken at start, and their seconds."""
-    memory_taken: int | None = None
-    """See :meth:`Device.memory_taken`; measured after the warm-up."""
     metrics: bool = True
     """Whether events are counted in the engine's metrics."""
     costs: CostsView | None = None
@@ -104,7 +102,7 @@ async def build_with_workers(
     kind = RayWorkers if config.executor == "ray" else Workers
     device = ProcessDevice(theirs, kind, vocab=spec.vocab_size)
     reading = run(load_tokenizer, path, config.chat_template)
-    plan = await device.start(progress)
+    plan = await device.start()
     try:
         tokenizer = await reading
     except BaseException:
@@ -179,20 +177,6 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
         quantization=plan.quantization,
         batch_invariant=variance is None,
     )
-
-
-def memory_unplanned(built: Built) -> int | None:
-    """Return the bytes that the start took beyond the plan (negative: less than it), and log them; None if
-    that was not measured."""
-    plan, taken = built.plan, built.memory_taken
-    if taken is None:
-        return None
-    more = taken - plan.total_bytes
-    compared = f"{format_bytes(abs(more))} {'more than planned' if more > 0 else 'less than planned'}"
-    left = format_bytes(max(plan.available_bytes - taken, 0))
-    level = logging.WARNING if more > 0 else logging.INFO
-    logger.log(level, "device memory: %s after the warm-up, %s, %s left", format_bytes(taken), compared, left)
-    return more
 
 
 def build_labels(info: EngineInfo) -> dict[str, str]:

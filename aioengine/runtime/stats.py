@@ -31,8 +31,6 @@ class Counters:
 
     def __init__(self) -> None:
         self._counts = Counter(dict.fromkeys(_TOTALS, 0))
-        self.memory_unplanned: int | None = None
-        """Value of the field of :class:`EngineStats`."""
 
     def __call__(self, event: events.Event) -> None:
         counts = self._counts
@@ -91,7 +89,6 @@ class Counters:
             slot_memory=arena.size,
             slot_memory_used=arena.size - arena.free,
             slot_memory_fragmented=arena.free - arena.largest_hole if _by_bytes(core) else 0,
-            memory_unplanned=self.memory_unplanned,
         )
 
 

@@ -61,9 +61,6 @@ def engine_gauges(
         "kv_cache_usage_ratio": kv_usage(stats),
         "kv_cache_blocks": stats.kv_blocks,
         "kv_blocks_pinned": stats.kv_blocks_pinned,
-        "device_memory_unplanned_bytes": {}
-        if stats.memory_unplanned is None
-        else {(): stats.memory_unplanned},
     }
 
 

@@ -20,16 +20,13 @@ from aioengine.errors import (
     DeviceFault,
     DeviceLost,
     DeviceOutOfMemory,
-    EngineDead,
-    ExchangeFailed,
 )
 from aioengine.events import EngineRestarted
-from aioengine.executors.process.workers import Workers
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import StepBatch, StepResult
 
-KINDS = {"memory": DeviceOutOfMemory, "illegal": DeviceFault, "lost": DeviceLost, "aborted": ExchangeFailed}
+KINDS = {"memory": DeviceOutOfMemory, "illegal": DeviceFault, "lost": DeviceLost}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
@@ -45,9 +42,6 @@ async def test_with_processes_only_what_ran_fails(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("AIOENGINE_TEST_FAULT", fault)
-    monkeypatch.setattr(
-        Workers, "device", property(lambda self: "cuda", lambda self, device: None), raising=False
-    )
     kind, held = KINDS[fault], tmp_path / "held"
     async with (
         make_engine(tiny, executor="process", restart="on-failure", max_num_seqs=1) as engine,
@@ -73,18 +67,6 @@ async def test_with_processes_only_what_ran_fails(
         assert engine.failure is None
         assert (await served.http.get("/health")).json() == {"status": "running"}
     await nothing_left.check()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
-@pytest.mark.usefixtures("faulty")
-async def test_on_a_cpu_no_words_of_a_process_are_taken_for_a_gpus(
-    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A library may print anything before a process ends."""
-    monkeypatch.setenv("AIOENGINE_TEST_FAULT", "aborted")
-    async with make_engine(tiny, executor="process") as engine:
-        error = await error_of(engine.complete(BAD))
-        assert type(error) is EngineDead and "SIGABRT" in str(error)
 
 
 async def test_without_processes_the_engine_ends_with_the_cause(

@@ -18,10 +18,7 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from aioengine import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.executors.parts import build_parts, plan_parts
-from aioengine.executors.process.device import ProcessDevice
-from aioengine.executors.process.wire import Measure
-from aioengine.executors.thread import ThreadDevice
-from aioengine.memory_plan import MemoryPlan, plan_from_config, plan_memory, rooms_in_groups
+from aioengine.memory_plan import plan_from_config, plan_memory, rooms_in_groups
 from aioengine.model.files.resolve import read_spec
 
 
@@ -181,41 +178,6 @@ async def test_slots_by_bytes_take_what_is_planned(tiny: Tiny, make_engine: Make
 def test_slot_memory_that_cannot_be(tiny: Tiny, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_from_config(EngineConfig(model=str(tiny.model), lora=LoRAConfig(**fields)))
-
-
-async def test_what_a_gpu_took_beyond_the_plan_is_a_metric(
-    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name, labels = "aioengine_device_memory_unplanned_bytes", {"engine": "default"}
-    async with make_engine(tiny) as engine:
-        assert engine.stats().memory_unplanned is None  # a CPU's memory is everybody's
-        assert engine.metrics.registry.get_sample_value(name, labels) is None
-
-    async def taken(self: ThreadDevice, plan: MemoryPlan) -> int:
-        return plan.total_bytes + 12345
-
-    monkeypatch.setattr(ThreadDevice, "memory_taken", taken)
-    async with make_engine(tiny) as engine:
-        assert engine.stats().memory_unplanned == 12345
-        assert engine.metrics.registry.get_sample_value(name, labels) == 12345
-
-
-async def test_of_several_ranks_the_one_that_took_most_counts(tiny: Tiny) -> None:
-    config = EngineConfig(model=str(tiny.model), executor="process")
-    device, plan = ProcessDevice(config, vocab=1), plan_from_config(config, available_bytes=2**33)
-    for takes, most in (([5, 7], 7), ([None], None)):
-        device.workers = _Answers(takes)  # type: ignore[assignment]
-        assert await device.memory_taken(plan) == most
-
-
-class _Answers:
-    """Workers that have these answers to whatever they are asked."""
-
-    def __init__(self, answers: list[int | None]) -> None:
-        self._answers = answers
-
-    async def ask(self, message: Measure, kind: object) -> list[int | None]:
-        return self._answers
 
 
 class Group(NamedTuple):

@@ -18,7 +18,6 @@ from aioengine import AsyncEngine
 from aioengine.errors import DeadlineExceeded, EngineDead, EngineStopped
 from aioengine.events import EngineRestarted, RequestEnded
 from aioengine.executors.process import device
-from aioengine.executors.process.device import RestartLimit
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX"),
@@ -120,7 +119,7 @@ async def test_an_engine_whose_workers_are_lost_too_often_dies(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that raises is a loss too."""
-    monkeypatch.setattr(device, "RestartLimit", lambda: RestartLimit(1, 1000.0))
+    monkeypatch.setattr(device, "MAX_RESTARTS", 1)
     async with make_engine(tiny, executor="process", restart="on-failure", max_num_seqs=1) as engine:
         ended: list[RequestEnded] = []
         engine.add_listener(lambda e: ended.append(e) if isinstance(e, RequestEnded) else None)
@@ -129,7 +128,7 @@ async def test_an_engine_whose_workers_are_lost_too_often_dies(
         errors = [await error_of(task) for task in (*bad, last)]
         assert all(isinstance(error, EngineDead) for error in errors)
         assert "ArithmeticError" in str(errors[0]) and "ArithmeticError" in str(errors[1])
-        assert "lost more than 1 times within 1000 seconds" in str(errors[2])
+        assert "lost more than 1 times within 600 seconds" in str(errors[2])
         assert engine.state == "dead" and restarts(engine) == 1
         assert len(ended) == 3
     await nothing_left.check()

@@ -42,7 +42,7 @@ async def test_no_ray(
 
 @pytest.mark.parametrize(
     ("address", "said"),
-    [("127.0.0.1:{free}", "nothing answers there"), ("somewhere", "must be HOST:PORT")],
+    [("127.0.0.1:{free}", "no head of Ray answers there"), ("somewhere", "must be HOST:PORT")],
 )
 async def test_a_cluster_that_does_not_answer(
     tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, address: str, said: str

@@ -17,7 +17,7 @@ from aioengine.errors import (
     ExchangeFailed,
 )
 from aioengine.executors.process import wire
-from aioengine.model.cuda.failures import copy_error, device_error, device_error_in, typed_failures
+from aioengine.model.cuda.failures import copy_error, device_error, typed_failures
 
 TYPED = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), DeviceOutOfMemory),
@@ -124,20 +124,6 @@ def test_an_error_of_the_package_says_already_what_it_is() -> None:
     with pytest.raises(DeviceLost) as caught, typed_failures():
         raise lost
     assert caught.value is lost and lost.__cause__ is None
-
-
-@given(st.lists(st.text(alphabet="abc [].:", max_size=30), max_size=5), st.data())
-def test_the_last_words_of_a_process_are_read(noise: list[str], data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(list(MESSAGES)))
-    line = data.draw(st.sampled_from(MESSAGES[kind])).splitlines()[0]
-    assert device_error_in(noise) is None
-    found = device_error_in([*noise, f"[rank0]: {line}", *noise])
-    assert type(found) is kind and line in str(found)
-
-
-def test_words_of_several_lines_are_not_put_together() -> None:
-    assert device_error_in(["NCCL is not used on this device", "std::bad_alloc: out of memory"]) is None
-    assert device_error_in(["Some CUDA errors are reported late"]) is None
 
 
 def test_what_was_raised_in_place_of_a_failure_that_is_over_is_no_failure() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,6 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The user's folder; the user has no token."""
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not k.startswith("RAY_")})
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.delitem(sys.modules, "ray", raising=False)  # it is not told to read its variables again
     (tmp_path / ".ray").mkdir()
     return tmp_path
 
@@ -76,24 +74,25 @@ def test_this_users_token_is_shown(where: str, home: Path, heads: dict[bool, str
 
 
 @pytest.mark.parametrize(
-    ("token", "mode", "said"),
+    ("token", "mode"),
     [
-        (None, None, r"asks for a token, and there is none in .*auth_token; copy"),
-        (None, "token", r"asks for a token, and there is none in .*auth_token; copy"),
-        (RIGHT, "disabled", "asks for a token, and RAY_AUTH_MODE=disabled shows none"),
-        (WRONG, None, r"asks for a token, and refuses the one in .*auth_token"),
-        (WRONG, "token", r"asks for a token, and refuses the one in .*auth_token"),
+        (None, None),
+        (None, "token"),
+        (RIGHT, "disabled"),
+        (WRONG, None),
+        (WRONG, "token"),
     ],
 )
 def test_a_cluster_that_refuses(
-    token: str | None, mode: str | None, said: str, home: Path, heads: dict[bool, str]
+    token: str | None, mode: str | None, home: Path, heads: dict[bool, str]
 ) -> None:
     """Ray would try for half a minute, and not say why."""
     if token is not None:
         hold(token, "file", home)
     if mode is not None:
         os.environ["RAY_AUTH_MODE"] = mode
-    with pytest.raises(ConfigError, match=f"^RAY_ADDRESS={re.escape(heads[True])}: the cluster {said}"):
+    where = re.escape(heads[True])
+    with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS={where}: .*UNAUTHENTICATED.*auth_token"):
         check_address(heads[True])
     check_address(heads[False])
 
@@ -103,7 +102,7 @@ def test_another_server_of_grpc_is_no_head(home: Path) -> None:
     where = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:
-        with pytest.raises(ConfigError, match=f"RAY_ADDRESS={where}: what listens there does not answer"):
+        with pytest.raises(ConfigError, match=f"RAY_ADDRESS={where}: .*UNIMPLEMENTED"):
             check_address(where)
     finally:
         server.stop(None)

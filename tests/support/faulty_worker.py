@@ -2,17 +2,15 @@
 
 An adapter "hang" takes a minute to read, and so does one "hang-1", on rank 1 alone; "fail-1", "memory-1" and
 "place-1" fail there, the last when it is put into a slot; "hang-end-1" and "fail-end-1" do so when the ranks
-have told each other what they must. A step over the tokens ``BAD`` raises, or does as
-``AIOENGINE_TEST_FAULT`` says: "memory", "illegal" and "lost" raise what a GPU raises, "aborted" ends the
-process as NCCL does after a time-out. ``AIOENGINE_TEST_START`` is a file: while it exists, the model is not
-built.
+have told each other what they must. A step over the tokens ``BAD`` raises, or what a GPU raises as
+``AIOENGINE_TEST_FAULT`` says: "memory", "illegal", "lost". ``AIOENGINE_TEST_START`` is a file: while it
+exists, the model is not built.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -78,18 +76,14 @@ def fail_as(fault: str | None) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         case "lost":
             raise RuntimeError("CUDA error: no CUDA-capable device is detected")
-        case "aborted":
-            text = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL ran for 600000 ms"
-            print(text, file=sys.stderr, flush=True)
-            os.abort()
     raise ArithmeticError("this token cannot be computed")
 
 
-def build_faulty_parts(config: Any, planned: Any, group: Any, progress: Any) -> Any:
+def build_faulty_parts(config: Any, planned: Any, group: Any) -> Any:
     held = os.environ.get("AIOENGINE_TEST_START")
     while held is not None and Path(held).exists():
         time.sleep(0.01)
-    parts = build_parts(config, planned, group, progress)
+    parts = build_parts(config, planned, group)
     return Parts(Runner(parts.runner), Store(parts.store, group.shard.rank))  # type: ignore[arg-type]
 
 

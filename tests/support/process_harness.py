@@ -78,13 +78,12 @@ async def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nothi
 def preloaded_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are forked with their imports, for tests that are not about their processes."""
 
-    async def start(connection: int, output: int) -> preloaded.Program:
+    async def start(connection: int) -> preloaded.Program:
         return preloaded.start(
             spawn.WORKER_MODULE,
             preloaded.Inherited(connection),
             environment=spawn.worker_environment(),
-            errors=output,
-            output=output,
+            errors=2,
         )
 
     monkeypatch.setattr(spawn, "start_process", start)

@@ -13,17 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
-from aioengine.adapters.loader import Backoff, BaseLoader, Patience
+from aioengine.adapters.loader import BaseLoader, Patience
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import EngineConfig
 from aioengine.errors import AdapterLoadError, AioEngineError, EngineDead
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.process.wire import (
     FILES_CHANGED,
-    Add,
     Drop,
+    Finish,
     Masks,
-    Measure,
     Place,
     Read,
     ReadDone,
@@ -31,38 +30,17 @@ from aioengine.executors.process.wire import (
     StepEncoder,
 )
 from aioengine.executors.process.workers import Workers
-from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.sampling import constraints
 from aioengine.step import AdapterSource, LoadedAdapter, ReadOrder, SequenceWork, StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
 
-MAX_RESTARTS = 5
 WINDOW_SECONDS = 600.0
+MAX_RESTARTS = 5
+"""Maximum number of restarts within ``WINDOW_SECONDS``. The first is at once, the others after growing
+waits."""
 FIRST_WAIT_SECONDS = 0.5
-ADD_BYTES = 256 << 10
-"""Size of the pieces in which the ranks' sums are sent, so that the loop stays free."""
-
-
-class RestartLimit:
-    """Limit of ``most`` restarts within ``window`` seconds. The first is at once, the others after growing
-    waits."""
-
-    def __init__(self, most: int = MAX_RESTARTS, window: float = WINDOW_SECONDS) -> None:
-        self.most = most
-        self.window = window
-        self._times: list[float] = []
-        self._backoff = Backoff(0, FIRST_WAIT_SECONDS)
-
-    def next(self, now: float) -> float | None:
-        """Count one more restart. Returns the seconds to wait before it, or None if there were too many."""
-        self._times = [time for time in self._times if time > now - self.window]
-        before = len(self._times)
-        if before >= self.most:
-            return None
-        self._times.append(now)
-        return self._backoff.seconds(before) if before else 0.0
 
 
 class ProcessDevice(Device):
@@ -77,19 +55,20 @@ class ProcessDevice(Device):
         self._config = config
         self._vocab = vocab
         self._loader = WorkerLoader(Patience.of(config.lora, config.seed))
-        self._limit = RestartLimit()
+        self._restarts: list[float] = []
+        """Times of the last ones."""
         self._steps = StepEncoder()
         self._num_blocks = 0
         self._guided: asyncio.Task[None] | None = None
         """The last step with constraints."""
         self._guides = ThreadPoolExecutor(1, thread_name_prefix="aioengine-guide")
 
-    async def start(self, progress: LoadProgress | None = None) -> MemoryPlan:
+    async def start(self) -> MemoryPlan:
         """Start the workers; returns rank 0's memory plan, whose KV blocks are what all ranks have room for.
 
         Raises ConfigError if the model is not available or does not fit, and EngineDead if a worker ends.
         """
-        self._renew_workers(progress)
+        self._renew_workers()
         plan = await self.workers.start()
         self._num_blocks = plan.num_blocks
         self.kernels, self.variance = self.workers.kernels, self.workers.variance
@@ -140,10 +119,6 @@ class ProcessDevice(Device):
         seconds: list[float] = await self.workers.ask(Place(uid, slot, offset), float)
         return max(seconds)
 
-    async def memory_taken(self, plan: MemoryPlan) -> int | None:
-        answers = await self.workers.ask(Measure(), int | None)
-        return max((taken for taken in answers if taken is not None), default=None)
-
     def drop(self, uid: int) -> None:
         self.workers.tell(Drop(uid))
 
@@ -152,16 +127,19 @@ class ProcessDevice(Device):
         cause: AioEngineError | None = self.workers.dead
         while True:
             await self.workers.close()
-            wait = self._limit.next(asyncio.get_running_loop().time())
-            if wait is None:
+            now = asyncio.get_running_loop().time()
+            self._restarts = [time for time in self._restarts if time > now - WINDOW_SECONDS]
+            wait = FIRST_WAIT_SECONDS * (2 ** len(self._restarts) - 1)
+            if len(self._restarts) >= MAX_RESTARTS:
                 raise EngineDead(
-                    f"the workers were lost more than {self._limit.most} times within "
-                    f"{self._limit.window:g} seconds, the last time because {cause}"
+                    f"the workers were lost more than {MAX_RESTARTS} times within "
+                    f"{WINDOW_SECONDS:g} seconds, the last time because {cause}"
                 ) from cause
+            self._restarts.append(now)
             logger.warning("%s; the workers are started again in %.1f s", cause, wait)
             await asyncio.sleep(wait)
             self._steps = StepEncoder()
-            self._renew_workers(None)
+            self._renew_workers()
             try:
                 await self.workers.start(self._num_blocks)
             except AioEngineError as error:
@@ -173,8 +151,8 @@ class ProcessDevice(Device):
         await self.workers.close()
         self._guides.shutdown(wait=True)
 
-    def _renew_workers(self, progress: LoadProgress | None) -> None:
-        self.workers = self._kind(self._config, lost=self._report, progress=progress)
+    def _renew_workers(self) -> None:
+        self.workers = self._kind(self._config, self._report)
         self._loader.workers = self.workers
 
     def _report(self, error: EngineDead) -> None:
@@ -218,8 +196,8 @@ class WorkerLoader(BaseLoader[int]):
             shares = [answer.adapter for answer in answers]
             if len({(answer.adapter.rank, answer.version) for answer in answers}) > 1:
                 raise AdapterLoadError(FILES_CHANGED, name=name, path=path, transient=True)
-            for part in _parts(number, [answer.squares for answer in answers]):
-                last = workers.ask(part, type(None))
+            if answers[0].squares:
+                last = workers.ask(Finish(number, [answer.squares for answer in answers]), type(None))
                 await asyncio.shield(last)
         except BaseException:
             workers.tell(Settle(number))
@@ -236,12 +214,3 @@ class WorkerLoader(BaseLoader[int]):
 
     def _keep(self, uid: int, content: int) -> None:
         self.workers.tell(Settle(content, uid))
-
-
-def _parts(read: int, squares: Sequence[bytes]) -> list[Add]:
-    """Return the orders by which every rank adds up the sums of all ranks."""
-    places = [(rank, begin) for rank, part in enumerate(squares) for begin in range(0, len(part), ADD_BYTES)]
-    return [
-        Add(read, begin, squares[rank][begin : begin + ADD_BYTES], (rank, begin) == places[-1])
-        for rank, begin in places
-    ]

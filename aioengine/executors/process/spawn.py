@@ -1,31 +1,18 @@
-"""Starts one worker process, connects to it, and logs what it prints."""
+"""Starts one worker process, and connects to it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
 import socket
 import sys
-import threading
-from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol, cast
 
 from aioengine.executors.process.wire import Frames
 
 WORKER_MODULE = "aioengine.executors.process.worker"
 """Module that a worker process runs."""
-MAX_LINE = 2000
-"""Maximum characters of a line of output; a longer one is split."""
-KEPT_LINES = 40
-"""Number of lines that are kept to tell why a worker has ended."""
-OUTPUT_SECONDS = 1.0
-"""How long to wait for an ended worker's output: a process that it started may still hold the pipe."""
-
-logger = logging.getLogger("aioengine.workers")
 
 
 class WorkerProcess(Protocol):
@@ -39,33 +26,6 @@ class WorkerProcess(Protocol):
 
     async def wait(self) -> int | str:
         """Wait until the process has ended. Returns its exit status, or how it ended."""
-
-
-class WorkerOutput:
-    """Copies what a worker writes to its standard streams into the engine's log, in a thread. A worker that
-    inherited the engine's streams could block in the middle of a step, if nobody reads them."""
-
-    def __init__(self, rank: int, descriptor: int) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._over = self._loop.create_future()
-        self.last: deque[str] = deque(maxlen=KEPT_LINES)
-        """The last lines."""
-        thread = threading.Thread(target=self._copy, args=(rank, descriptor), daemon=True)
-        thread.name = f"aioengine-worker-output-{rank}"
-        thread.start()
-
-    def _copy(self, rank: int, descriptor: int) -> None:
-        with os.fdopen(descriptor, encoding="utf-8", errors="replace") as pipe:
-            for line in iter(partial(pipe.readline, MAX_LINE), ""):
-                if text := line.rstrip():
-                    self.last.append(text)
-                    logger.warning("worker %d: %s", rank, text)
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._over.set_result, None)
-
-    async def ended(self) -> None:
-        """Wait until everything is logged; the worker must have ended."""
-        await asyncio.wait([self._over], timeout=OUTPUT_SECONDS)
 
 
 class WorkerConnection(asyncio.Protocol):
@@ -84,11 +44,9 @@ class WorkerConnection(asyncio.Protocol):
         process: WorkerProcess,
         received: Callable[[WorkerConnection, bytes], None],
         lost: Callable[[WorkerConnection], None],
-        output: WorkerOutput | None = None,
     ) -> None:
         self.rank = rank
         self.process = process
-        self.output = output
         self._received = received
         self._lost = lost
         self._frames = Frames()
@@ -117,13 +75,11 @@ async def spawn(
 ) -> WorkerConnection:
     """Start the worker of a rank. If it fails or is cancelled, no process is left."""
     ours, theirs = socket.socketpair()
-    outlet, inlet = os.pipe()
-    output = WorkerOutput(rank, outlet)
     process: WorkerProcess | None = None
     try:
         with theirs:
-            process = await start_process(theirs.fileno(), inlet)
-        worker = WorkerConnection(rank, process, received, lost, output)
+            process = await start_process(theirs.fileno())
+        worker = WorkerConnection(rank, process, received, lost)
         await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=ours)
     except BaseException:
         ours.close()
@@ -131,13 +87,12 @@ async def spawn(
             process.kill()
             await process.wait()
         raise
-    finally:
-        os.close(inlet)  # the worker owns it
     return worker
 
 
-async def start_process(connection: int, output: int) -> WorkerProcess:
-    """Start a worker that is given these descriptors: of its stream, and of its standard output and error."""
+async def start_process(connection: int) -> WorkerProcess:
+    """Start a worker that is given the descriptor of its stream. What it prints goes to the standard error of
+    this process."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",  # no file in the current folder may take the place of a module
@@ -145,8 +100,7 @@ async def start_process(connection: int, output: int) -> WorkerProcess:
         WORKER_MODULE,
         str(connection),
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
+        stdout=sys.__stderr__,
         pass_fds=[connection],
         env=worker_environment(),
     )

@@ -104,14 +104,11 @@ class Read(_Message, frozen=True):
     """Files that are read in place of a folder."""
 
 
-class Add(_Message, frozen=True):
-    """Adds a rank's ``squares``, from byte ``begin`` on, to a read; answered with None. All ranks receive the
-    same parts in the same order. After the ``last``, the answer says that the read is finished."""
+class Finish(_Message, frozen=True):
+    """Finishes a read with the sums of all ranks, in the order of the ranks; answered with None."""
 
     read: int
-    begin: int
-    squares: bytes
-    last: bool
+    squares: list[bytes]
 
 
 class Settle(_Message, frozen=True):
@@ -136,11 +133,7 @@ class Place(_Message, frozen=True):
     offset: int
 
 
-class Measure(_Message, frozen=True):
-    """Asks what was taken of the device's memory on this rank; answered as ``Device.memory_taken`` is."""
-
-
-Message = Start | Build | Step | Masks | Read | Add | Settle | Drop | Place | Measure
+Message = Start | Build | Step | Masks | Read | Finish | Settle | Drop | Place
 
 
 class Request(msgspec.Struct, array_like=True, frozen=True):
@@ -178,21 +171,13 @@ class Failed(_Message, frozen=True):
     """See :func:`unpack_error`."""
 
 
-class Progress(_Message, frozen=True):
-    """Progress of reading the model's files; see ``LoadProgress``."""
-
-    stage: str
-    done: int
-    total: int
-
-
 class Reading(_Message, frozen=True):
     """Says from time to time that the read ``number`` goes on."""
 
     number: int
 
 
-Report = Answer | Failed | Progress | Reading
+Report = Answer | Failed | Reading
 
 
 # Steps

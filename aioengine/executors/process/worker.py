@@ -30,7 +30,7 @@ from aioengine.adapters.read_threads import Progress
 from aioengine.errors import AdapterLoadError, DeviceError
 from aioengine.executors.parts import build_parts, plan_parts, write_slot
 from aioengine.executors.process import wire
-from aioengine.memory_plan import MemoryPlan, memory_taken
+from aioengine.memory_plan import MemoryPlan
 from aioengine.model.cuda.failures import device_error
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
 from aioengine.step import LoadedAdapter, StepResult
@@ -44,20 +44,6 @@ if TYPE_CHECKING:
 RECEIVE_BYTES = 1 << 20
 REPORT_SECONDS = 0.05
 """Minimum time between two reports."""
-
-
-class _Pause:
-    """The time between two reports to the engine that something goes on."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def is_over(self) -> bool:
-        """Whether the next report may be sent; then the next pause begins."""
-        if time.monotonic() - self._last < REPORT_SECONDS:
-            return False
-        self._last = time.monotonic()
-        return True
 
 
 class Worker:
@@ -94,8 +80,8 @@ class Worker:
             case wire.Read():
                 first = self._shard.rank == 0 and self._shard.size > 1
                 self._reads.read(number, message, self._store, first=first)
-            case wire.Add():
-                self._reads.add(number, message, self._store)
+            case wire.Finish():
+                self._reads.finish(number, message, self._store)
             case wire.Settle():
                 self._reads.settle(message, self._store)
             case wire.Drop():
@@ -104,8 +90,6 @@ class Worker:
                 image = self._store.get(message.uid)  # before the copy's turn: it may be dropped until then
                 copy = partial(write_slot, self._runner, image, message.slot, message.offset)
                 self._copy_thread.submit(self._answer, number, copy)
-            case wire.Measure():
-                self._between_steps(number, partial(memory_taken, self._plan.memory))
             case wire.Start():
                 self._between_steps(number, partial(self._start, message))
             case wire.Build():
@@ -123,7 +107,8 @@ class Worker:
         except BaseException as error:
             found = device_error(error) if vital else error if isinstance(error, DeviceError) else None
             if found is not None:  # an error of the package crosses without its traceback
-                traceback.print_exception(error)
+                with contextlib.suppress(OSError):  # nobody reads it any more
+                    traceback.print_exception(error)
             broken = vital or found is not None
             report = wire.Failed(None if broken else number, wire.pack_error(found or error))
         self._send(report)
@@ -142,15 +127,8 @@ class Worker:
         return self._plan.memory
 
     def _build(self, build: wire.Build) -> tuple[str, str | None]:
-        pause = _Pause()
-
-        def report(stage: str, done: int, total: int) -> None:
-            if self._shard.rank == 0 and (done >= total or pause.is_over()):
-                self._send(wire.Progress(stage, done, total))
-
         memory = msgspec.structs.replace(self._plan.memory, num_blocks=build.num_blocks)
-        built = build_parts(self._config, self._plan._replace(memory=memory), self._group, report)
-        self._runner, self._store = built
+        self._runner, self._store = build_parts(self._config, self._plan._replace(memory=memory), self._group)
         gc.collect()
         gc.freeze()  # a full collection would visit all of it, within a step
         return self._runner.kernels, self._runner.variance
@@ -169,15 +147,16 @@ class Worker:
 
 
 class _Reported(Progress):
-    """Progress that reports to the engine."""
+    """Progress that reports to the engine from time to time."""
 
     def __init__(self, report: Callable[[], None]) -> None:
         self._report = report
-        self._pause = _Pause()
+        self._last = time.monotonic()
 
     def moved(self) -> None:
         super().moved()
-        if self._pause.is_over():
+        if time.monotonic() - self._last >= REPORT_SECONDS:
+            self._last = time.monotonic()
             self._report()
 
 
@@ -237,16 +216,14 @@ class _Reads:
 
         self._start(number, work, order.name, order.path)
 
-    def add(self, number: int, part: wire.Add, store: AdapterStore) -> None:
-        read = self._reads[part.read]
+    def finish(self, number: int, order: wire.Finish, store: AdapterStore) -> None:
+        read = self._reads[order.read]
         draft = read.draft
-        draft.add(part.begin, part.squares)
-        if not part.last:
-            self._send(wire.answer(number, None))
-            return
         del read.draft
 
         def work() -> None:
+            for squares in order.squares:
+                draft.add(0, squares)
             read.image = store.finish(draft)
 
         self._start(number, work, draft.packed.name, draft.packed.path)

@@ -21,9 +21,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, ConfigError, DeviceError, EngineDead
 from aioengine.executors.process import wire
 from aioengine.executors.process.spawn import WorkerConnection, spawn
-from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan
-from aioengine.model.cuda.failures import device_error_in
 from aioengine.tasks import end_tasks, run_to_completion
 
 CLOSE_SECONDS = 5.0
@@ -56,28 +54,18 @@ class Workers:
         config: The engine's configuration; ``model`` is a path.
         lost: Called once, with EngineDead, if a worker ends or a step fails after the start. By then all
             workers have been killed, and all open calls fail with the same error.
-        progress: Called with the progress of reading rank 0's weights.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        *,
-        lost: Callable[[EngineDead], None],
-        progress: LoadProgress | None = None,
-    ) -> None:
+    def __init__(self, config: EngineConfig, lost: Callable[[EngineDead], None]) -> None:
         self.size = config.tensor_parallel_size
         self.dead: AioEngineError | None = None
         self.kernels = ""
         self.variance: str | None = None
         """Those of :class:`~aioengine.executors.base.Device`, known when the workers have started."""
-        self.device = ""
-        """Kind of device of the ranks, "cpu" or "cuda"; known when they have planned."""
         self.started = False
         """Whether they have their model and its KV cache, and take requests."""
         self._config = config
         self._lost = lost
-        self._progress = progress
         self._workers: list[WorkerConnection] = []
         self._inquiries: set[asyncio.Task[None]] = set()
         """Look for the reasons of failures."""
@@ -98,7 +86,6 @@ class Workers:
         with folder as path:  # of the file by which the ranks find each other
             try:
                 plans = await self._plan(await run_to_completion(self._spawn(path)))
-                self.device = plans[0].device
                 blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
                 [(self.kernels, self.variance), *_] = await self.ask(
                     wire.Build(blocks), tuple[str, str | None]
@@ -125,7 +112,6 @@ class Workers:
                 self._kill()
                 await asyncio.wait(late, timeout=CLOSE_SECONDS)
         await end_tasks(self._inquiries)
-        await asyncio.gather(*(worker.output.ended() for worker in self._workers if worker.output))
         self._workers.clear()
 
     async def _spawn(self, folder: str) -> str:
@@ -203,9 +189,6 @@ class Workers:
                     call = self._calls.get(number)
                     if call is not None and call.moved is not None:
                         call.moved()
-                case wire.Progress(stage, done, total):
-                    if self._progress is not None:
-                        self._progress(stage, done, total)
         except Exception as error:
             self._fail(_dead(f"{_who(worker)}: {type(error).__name__}: {error}", error))
 
@@ -246,12 +229,7 @@ class Workers:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXIT_SECONDS):
                 status = await worker.process.wait()
-        dead = f"{_who(worker)} {_how_it_ended(status)}"
-        said = None
-        if self.device == "cuda" and status != -signal.SIGKILL and worker.output is not None:
-            await worker.output.ended()  # NCCL and the driver abort the process
-            said = device_error_in(list(worker.output.last))
-        self._fail(_dead(dead) if said is None else type(said)(f"{dead}: {said}"))
+        self._fail(_dead(f"{_who(worker)} {_how_it_ended(status)}"))
 
     def _fail(self, error: AioEngineError) -> None:
         if self.dead is not None or self._closing:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
-import socket
 import ssl
-import sys
 from pathlib import Path
 
 from aioengine.errors import ConfigError
@@ -39,78 +36,49 @@ def address() -> str | None:
 
 
 def check_address(where: str) -> None:
-    """Check that Ray's head answers there, and takes this user's token if it asks for one; from then on Ray
-    shows the token. Raises ConfigError.
+    """Check that Ray's head answers there, and takes this user's token if it asks for one. Ray itself would
+    try for a minute, and then end this process. Raises ConfigError.
 
-    Ray itself would try for a minute, and then end this process.
-    """
+    From then on Ray shows the token, if there is one, as it does to a cluster that it starts here."""
     if where == "auto" or "://" in where:
         return
     host, _, port = where.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"RAY_ADDRESS={where}: must be HOST:PORT, as `ray start --head` prints it, or auto")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
-            pass
-    except OSError as error:
+    token = _token()
+    why = _refusal(where, token)
+    if why is not None:
         raise ConfigError(
-            f"RAY_ADDRESS={where}: nothing answers there ({error}); start Ray with `ray start --head`, or "
-            "unset RAY_ADDRESS to start Ray on this machine"
-        ) from error
-    _show_token()
-    answer = _ask(where)
-    if answer == "UNAUTHENTICATED":
-        file = _token_file()
-        if not _token():
-            why = f"there is none in {file}; copy that file from the cluster's head, or set RAY_AUTH_TOKEN"
-        elif not _shows_token():
-            why = f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']} shows none; unset it"
-        else:
-            held = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else file
-            why = f"refuses the one in {held}; take the one of the cluster's head"
-        raise ConfigError(f"RAY_ADDRESS={where}: the cluster asks for a token, and {why}")
-    if answer in ("UNAVAILABLE", "DEADLINE_EXCEEDED", "UNIMPLEMENTED"):
-        tls = "with TLS, as RAY_USE_TLS says" if _has_tls() else "without TLS, as RAY_USE_TLS is not set"
-        raise ConfigError(
-            f"RAY_ADDRESS={where}: what listens there does not answer as Ray's head does ({tls}); give the "
-            "address that `ray start --head` has printed, and the cluster's own RAY_USE_TLS and certificates"
+            f"RAY_ADDRESS={where}: no head of Ray answers there that takes this process ({why}); give the "
+            "address that `ray start --head` has printed, with the cluster's own token (RAY_AUTH_TOKEN, or "
+            "~/.ray/auth_token), RAY_USE_TLS and certificates, or unset RAY_ADDRESS to start Ray here"
         )
-
-
-def _show_token() -> None:
-    """Have this process show this user's token, if there is one, as it does where it starts Ray itself. Ray
-    shows none to a cluster that is named by its address, unless ``RAY_AUTH_MODE`` says so."""
-    if "RAY_AUTH_MODE" not in os.environ and _token():
-        os.environ["RAY_AUTH_MODE"] = "token"
-        if "ray" in sys.modules:  # it reads its variables at import
-            importlib.import_module("ray._raylet").Config.initialize("")
-
-
-def _shows_token() -> bool:
-    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-
-
-def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if token:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _token() -> str:
     """Return this user's token, which Ray makes where it first starts; "" if there is none."""
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
     try:
-        return (os.environ.get("RAY_AUTH_TOKEN") or _token_file().read_text()).strip()
+        return (os.environ.get("RAY_AUTH_TOKEN") or Path(file).read_text()).strip()
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def _has_tls() -> bool:
-    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+def _certificates() -> list[str] | None:
+    """Return the files with which processes of the cluster speak TLS; None if they do not."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return None
+    return [os.environ[f"RAY_TLS_{name}"] for name in _CERTIFICATES]
 
 
 def tls_context() -> ssl.SSLContext | None:
     """Return how to speak TLS to a process of the cluster; None if the cluster does not."""
-    if not _has_tls():
+    files = _certificates()
+    if files is None:
         return None
-    authority, key, cert = (os.environ[f"RAY_TLS_{name}"] for name in _CERTIFICATES)
+    authority, key, cert = files
     context = ssl.create_default_context(cafile=authority)
     context.check_hostname = False  # Ray checks the names
     context.set_alpn_protocols(["h2"])
@@ -118,28 +86,28 @@ def tls_context() -> ssl.SSLContext | None:
     return context
 
 
-def _ask(where: str) -> str:
-    """Ask the head for its cluster's id, with TLS and the token if this process is told to use them. Returns
-    "OK", or gRPC's name of what is wrong. Raises ConfigError if a certificate cannot be read."""
+def _refusal(where: str, token: str) -> str | None:
+    """Ask the head for its cluster's id, as Ray does. Returns why there is no answer, or None. Raises
+    ConfigError if a certificate cannot be read."""
     import grpc
 
-    if _has_tls():
-        try:
-            files = [Path(os.environ[f"RAY_TLS_{name}"]).read_bytes() for name in _CERTIFICATES]
-        except (KeyError, OSError) as error:
-            raise ConfigError(f"RAY_USE_TLS is set, and a certificate cannot be read: {error}") from error
-        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(*files))
-    else:
+    try:
+        files = _certificates()
+        contents = None if files is None else [Path(file).read_bytes() for file in files]
+    except (KeyError, OSError) as error:
+        raise ConfigError(f"RAY_USE_TLS is set, and a certificate cannot be read: {error}") from error
+    if contents is None:
         channel = grpc.insecure_channel(where)
-    metadata = [("authorization", f"Bearer {_token()}")] if _shows_token() else []
+    else:
+        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(*contents))
+    shows = bool(token) and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+    metadata = [("authorization", f"Bearer {token}")] if shows else []
     with channel:
         try:
-            channel.unary_unary(_QUESTION)(
-                b"", timeout=CONNECT_SECONDS, metadata=metadata, wait_for_ready=True
-            )
+            channel.unary_unary(_QUESTION)(b"", timeout=CONNECT_SECONDS, metadata=metadata)
         except grpc.RpcError as error:
-            return str(error.code().name)
-    return "OK"
+            return f"{error.code().name}: {error.details()}"[:300]
+    return None
 
 
 def first_line(error: BaseException) -> str:

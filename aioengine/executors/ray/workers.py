@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import socket
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,8 +19,6 @@ from aioengine.memory_plan import resolve_device
 
 START_SECONDS = 60.0
 """Time for Ray to place the actors, and for the engine to connect to each of them."""
-JOIN_SECONDS = 3.0
-"""Time after which nodes that have just joined are known."""
 GREETING_SECONDS = 5.0
 """Time in which a caller has to say the actor's secret."""
 SECRET_BYTES = 32
@@ -129,20 +126,11 @@ class RayWorkers(Workers):
         threads = max(1, rank_threads(self.size))
         cuda = resolve_device(self._config.device) == "cuda"
         bundle = {"CPU": float(threads), **({"GPU": 1.0} if cuda else {})}
-        until = time.monotonic() + JOIN_SECONDS
-        for name, each in bundle.items():
-            while (there := ray.cluster_resources().get(name, 0)) < (needed := each * self.size):
-                if time.monotonic() > until:
-                    raise ConfigError(
-                        f"executor='ray': {self.size} ranks need {needed:g} {name}, and the Ray cluster has "
-                        f"{there:g}; lower tensor_parallel_size, or add nodes"
-                    )
-                time.sleep(0.1)
         self._group = placement_group([bundle] * self.size, strategy="PACK")
         if not self._group.wait(START_SECONDS):
             raise ConfigError(
                 f"executor='ray': no room for {self.size} ranks of {bundle} became free in the Ray cluster "
-                f"within {START_SECONDS:g} s; other programs use it"
+                f"within {START_SECONDS:g} s; lower tensor_parallel_size, add nodes, or end other programs"
             )
         variables = {"OMP_NUM_THREADS": str(threads), "TORCH_NCCL_ENABLE_MONITORING": "0"}
         handles = [

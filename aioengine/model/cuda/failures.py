@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from aioengine import errors
 
@@ -100,16 +100,6 @@ def copy_error(error: BaseException) -> errors.DeviceError | None:
     example because there is too little memory for it."""
     found = device_error(error)
     return None if isinstance(found, errors.DeviceOutOfMemory) else found
-
-
-def device_error_in(lines: Sequence[str]) -> errors.DeviceError | None:
-    """Return the error that the last lines of a process say, which the driver or NCCL has ended: that of the
-    last line that names one, or None."""
-    for line in reversed(lines):
-        kind = _by_message(line)
-        if kind is not None:
-            return _made(kind, line)
-    return None
 
 
 def _by_type(error: BaseException) -> type[errors.DeviceError] | None:
