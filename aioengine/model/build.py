@@ -122,9 +122,7 @@ def build_runner(
         from aioengine.model.generic.model import GenericModel
 
         longest = max_model_len or min(spec.max_position, 8192)
-        model = GenericModel(
-            spec, weights, dtype, device, backend, cache, slots, longest, quantization, progress
-        )
+        model = GenericModel(spec, weights, dtype, device, backend, cache, slots, longest, progress)
         probe.check(model)
     elif uncovered is None:
         from aioengine.model.native import NativeDecoder

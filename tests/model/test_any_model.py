@@ -15,11 +15,13 @@ from peft import LoraConfig, get_peft_model
 from support.any_models import COMMON, FAMILIES, AnyModel, build_any, config_of, randomize
 from support.selection import mostly_slow
 from support.served_models import NEW, check, engine_of, prompt, refused
+from transformers.models import llama
 
 from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import AdapterInvalid, ConfigError
 from aioengine.memory_plan import plan_memory
 from aioengine.model.build import build_runner
+from aioengine.model.files.quantization import with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.generic.model import GenericModel
 
@@ -298,6 +300,40 @@ async def test_the_language_model_of_one_that_sees(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = reference(torch.tensor([[*tokens, *output.token_ids[:-1]]]), use_cache=False).logits[0]
     assert output.token_ids == logits[len(tokens) - 1 :].argmax(-1).tolist()
+
+
+class PeekingConfig(transformers.LlamaConfig):
+    model_type = "reads-a-weight-by-itself"
+
+
+class PeekingMLP(llama.modeling_llama.LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own: torch.Tensor = super().forward(x)
+        return own + torch.nn.functional.linear(x, self.gate_proj.weight)[..., : own.shape[-1]]
+
+
+class PeekingForCausalLM(transformers.LlamaForCausalLM):
+    config_class = PeekingConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[1].mlp = PeekingMLP(config)
+
+
+async def test_a_weight_that_is_read_beside_its_linear(tmp_path: Path) -> None:
+    """It is packed; whatever else reads it gets a copy in the usual order."""
+    auto: Any = transformers
+    auto.AutoConfig.register(PeekingConfig.model_type, PeekingConfig, exist_ok=True)
+    auto.AutoModelForCausalLM.register(PeekingConfig, PeekingForCausalLM, exist_ok=True)
+    model = build_any(tmp_path, PeekingConfig.model_type, tie_word_embeddings=True)
+    async with engine_of(model.folder) as engine:
+        await check(model, engine)
+
+
+def test_quantization_is_refused(tmp_path: Path) -> None:
+    config_of("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"quantization='int8'.* transformers runs this one; set quant"):
+        with_quantization(read_spec(tmp_path, "transformers"), "int8", "cpu")
 
 
 def test_its_memory_is_free_when_it_is_gone(tmp_path: Path) -> None:

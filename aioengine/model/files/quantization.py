@@ -19,20 +19,19 @@ def with_quantization(spec: ModelSpec, quantization: Quantization, device: str, 
     ("cpu" or "cuda"). Groups of inputs are whole for each of the ``ranks``.
 
     int8 and int4 on a CPU are not among them: the compiled library packs loaded weights into its own forms.
-    Raises ConfigError if the model has no weight that can be quantized.
+    Raises ConfigError for a model that transformers runs.
     """
     if quantization == "none":
         return spec
-    packed, places = {}, list(spec.quantized_modules())
-    if not places:
+    if spec.impl != "native":
         raise ConfigError(
-            f"quantization={quantization!r}: this model has no linear that can be quantized: one whose "
-            "weight nobody else reads, with numbers of inputs and outputs that are multiples of 16; set "
-            "quantization='none'"
+            f"quantization={quantization!r}: it is for models that the native decoder runs, and transformers "
+            "runs this one; set quantization='none'"
         )
+    packed = {}
     if quantization == "fp8" or device != "cpu":
         shares = Partition(spec, Shard(0, ranks))
-        for place in places:
+        for place in spec.quantized_modules():
             size = spec.stored_shape(place[1]).in_features
             if ranks > 1 and place[1] != "embed_tokens":  # which is split over its rows
                 part = shares.inputs(place[1])

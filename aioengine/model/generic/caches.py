@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,14 +85,15 @@ class GatheringLayer(PassingLayer):  # type: ignore[no-untyped-call] # as above
         return self.keys, self.values
 
 
-def passing(layers: int) -> EngineCache:
-    """Return a cache for attention that keeps keys and values itself."""
-    return EngineCache(layers=[PassingLayer() for _ in range(layers)])
-
-
 def gathering(cache: KVCache, layer_ids: tuple[int, ...], layers: int, pages: Pages) -> EngineCache:
     """Return a cache for one sequence and attention of the model's own."""
     made: list[Any] = [PassingLayer() for _ in range(layers)]
     for i, layer in enumerate(layer_ids):
         made[layer] = GatheringLayer(pages, cache.k[i], cache.v[i])
     return EngineCache(layers=made)
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """Return the name of the argument by which a module takes the cache."""
+    names = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +17,6 @@ from aioengine.model.files.methods.scheme import Header
 from aioengine.model.spec import MAX_LAYERS
 
 _OTHER = "Use a model whose class is part of transformers"
-_EXTRA = re.compile("nextn|mtp")
-"""Settings that say that a checkpoint has layers for the tokens after the next one, too."""
 
 
 class TransformersClass:
@@ -98,8 +93,6 @@ class TransformersClass:
 
     def on_meta(self) -> Any:
         """Return the model without memory for its weights. Raises ConfigError if it cannot be built."""
-        import torch
-
         auto: Any = transformers.AutoModelForCausalLM
         layers = getattr(self.text_config, "num_hidden_layers", 0)
         if isinstance(layers, int) and layers > MAX_LAYERS:
@@ -123,9 +116,8 @@ class TransformersClass:
         Raises ConfigError if they cannot be read or do not fit the configuration.
         """
         stored = headers(self.path) if any((self.path / name).exists() for name in (SINGLE, INDEX)) else {}
-        log = _Report()
         try:
-            with _without_bars(), log, torch.device(device):
+            with _without_bars(), torch.device(device):
                 model, report = self._class.from_pretrained(
                     str(self.path),
                     config=self.config,
@@ -137,8 +129,8 @@ class TransformersClass:
                 )
         except Exception as error:
             raise ConfigError(
-                f"{self.path}: transformers cannot load the weights{log.converted}: {one_line(error)}; the "
-                "checkpoint is damaged, or does not belong to this config.json"
+                f"{self.path}: transformers cannot load the weights: {one_line(error)}; the checkpoint is "
+                "damaged, or does not belong to this config.json"
             ) from error
         self._check(model, report, stored)
         return _quiet(model).requires_grad_(False).to(device)
@@ -163,40 +155,14 @@ class TransformersClass:
                     f"{self.path}: {key}: expected floating point, found {header.dtype}; the checkpoint is "
                     "damaged, or quantized in a way that config.json does not name"
                 )
-        layers = {name for name, _ in model.named_modules() if name.rpartition(".")[2].isdecimal()}
-        counts = Counter(name.rpartition(".")[0] for name in layers)
-        values = self.text_config.to_dict().items()
-        more = max((value for name, value in values if _EXTRA.search(name) and type(value) is int), default=0)
+        lists = {name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
         for key in extra:
             parts = key.split(".")
-            for end, part in enumerate(parts[:-1]):
-                before = ".".join(parts[:end])
-                beyond = part.isdecimal() and before in counts and int(part) >= counts[before] + more
-                if f"{before}.{part}" in layers or beyond:
-                    raise ConfigError(
-                        f"{self.path}: unexpected parameter {key}; the {type(model).__name__} that "
-                        "config.json describes has no place for it"
-                    )
-
-
-class _Report(logging.Handler):
-    """Context that reads what transformers logs about parameters that it cannot convert."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.converted = ""
-        """Their names, for messages."""
-
-    def __enter__(self) -> None:
-        logging.getLogger("transformers").addHandler(self)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("transformers").removeHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage())
-        if names := re.findall(r"^(\S+) *\| *CONVERSION", text, re.MULTILINE):
-            self.converted = f" ({', '.join(names[:3])}: shapes or dtypes do not fit together)"
+            if any(".".join(parts[:end]) in lists for end in range(len(parts))):
+                raise ConfigError(
+                    f"{self.path}: unexpected parameter {key}; the {type(model).__name__} that config.json "
+                    "describes has no place for it"
+                )
 
 
 def _quiet(model: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,22 +19,11 @@ from aioengine.model.generic.trace import Trace, has_matrices, is_linear, observ
 from aioengine.model.generic.weights import linear_matrix
 from aioengine.model.spec import DTYPE_BYTES, NO_LAYER, LinearShape, RopeSpec
 
-_POSITIONS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "max_sequence_length",
-    "n_ctx",
-    "seq_length",
-)
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 _UNBOUNDED = 2**20
 _MOVING_ROPE = ("dynamic", "longrope")
 """Frequencies that depend on how long the longest sequence is."""
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-_PANEL = 16
-_NARROW = 16
-"""A linear is narrow if it has at least this many times as many inputs as outputs. It has a small share of
-the weights, and what it computes (which expert a token takes) is best exact."""
 
 
 def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
@@ -46,8 +35,8 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
     model = found.on_meta()
     if getattr(model, "_is_stateful", False) and not _attends(found.text_config):
         raise found.no_keys_and_values(f"{type(model).__name__} is a recurrent or hybrid model")
-    trace, flat = _trace(found, model)
-    kept = trace.attended if flat else trace.updated
+    trace = _trace(found, model)
+    kept = trace.kept
     if not all(shape.elements for shape in kept.values()):
         raise ConfigError(
             f"{path}/config.json: {type(model).__name__} would have keys and values of size 0; correct the "
@@ -89,8 +78,7 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         layer_ids=tuple(sorted(kept)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         float32_parameters=sum(parameter.numel() for parameter in _in_float32(model).values()),
-        flat=flat,
-        quantizable=_quantizable(model, linears, shapes),
+        flat=trace.flat,
         native_reason=native_reason,
     )
 
@@ -101,10 +89,10 @@ def _attends(text: Any) -> bool:
     return bool(kinds) and kinds <= _ATTENTION
 
 
-def _trace(found: TransformersClass, model: Any) -> tuple[Trace, bool]:
-    """Return the pass, and whether the model's attention can be the engine's."""
+def _trace(found: TransformersClass, model: Any) -> Trace:
+    """Return a pass with the attention that may be the engine's, or with the model's own. Raises ConfigError
+    if neither puts keys and values into a cache."""
     errors: list[str] = []
-    flat: Trace | None = None
     for own_attention in (False, True):
         try:
             trace = observe(model, own_attention=own_attention)
@@ -113,22 +101,14 @@ def _trace(found: TransformersClass, model: Any) -> tuple[Trace, bool]:
         except Exception as error:  # whatever a model does
             errors.append(f"{type(error).__name__}: {str(error)[:200]}")
             continue
-        if own_attention and trace.updated:
-            return trace, False
-        if trace.attended and not trace.repeated and set(trace.updated) <= set(trace.attended):
-            flat = trace
-            if not trace.makes_masks:
-                break
-    if flat is not None:
-        return flat, True
-    if not errors:
-        raise ConfigError(
-            f"{found.path}: {type(model).__name__} puts no keys and values into a cache, so transformers can "
-            "only compute a sequence anew for each token; use a model that keeps them"
-        )
+        if trace.flat or (own_attention and trace.kept):
+            return trace
+    why = (
+        f"What its code raises: {'; '.join(errors)}" if errors else "It puts no keys and values into a cache"
+    )
     raise ConfigError(
         f"{found.path}: {type(model).__name__} cannot be examined before it is loaded, but the memory plan "
-        f"needs that; use a model of another class. What its code raises: {'; '.join(errors)}"
+        f"needs that; use a model of another class. {why}"
     )
 
 
@@ -206,20 +186,6 @@ def _stacks(
             continue
         if trace.widths[owner] == {weight.shape[1]}:
             add(owner, "weight", 0, LinearShape(weight.shape[1], weight.shape[0]), False)
-    return tuple(found)
-
-
-def _quantizable(
-    model: Any, linears: Sequence[Adaptable], shapes: Mapping[str, LinearShape]
-) -> tuple[str, ...]:
-    """Return the names for :attr:`GenericSpec.quantizable`."""
-    exact = {name.rpartition(".")[0] for name in _in_float32(model)}
-    found = []
-    for linear in linears:
-        n_in, n_out = shapes[linear.module]
-        wide = n_in % _PANEL == n_out % _PANEL == 0 and n_out * _NARROW > n_in
-        if wide and linear.name not in exact:
-            found.append(linear.name)
     return tuple(found)
 
 

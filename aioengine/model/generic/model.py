@@ -18,30 +18,28 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
-from aioengine.kernels import AttentionPlan, Backend, LoRABatch, Span
+from aioengine.kernels import Backend, LoRABatch
 from aioengine.model.generic import attention
 from aioengine.model.generic.adapters import EXPERTS, Adapters
-from aioengine.model.generic.caches import Pages, gathering, passing
+from aioengine.model.generic.caches import EngineCache, Pages, PassingLayer, cache_argument, gathering
 from aioengine.model.generic.classes import TransformersClass
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.generic.step import Holder, Step
-from aioengine.model.generic.trace import Implementations, cache_argument
-from aioengine.model.generic.weights import StoredWeight, StoredWeights, linear_matrix, stored_bytes
+from aioengine.model.generic.trace import Implementations
+from aioengine.model.generic.weights import StoredWeight, linear_matrix, pack_weights
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import WeightRows
 from aioengine.model.model import LastLayer, Model, StepInputs
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.spec import Quantization
 
 
 class GenericModel(Model):
     """A model of transformers on the engine's cache, batches and adapters.
 
     ``slots`` None: no adapters. ``longest`` is the number of positions that a sequence may have.
-    ``quantization`` is what the CPU library does to the linears, and "none" if the spec packs them.
 
     It is to be probed before it is used: :func:`aioengine.model.generic.probe.check`.
-    Raises ConfigError if the weights cannot be loaded, or not be quantized here.
+    Raises ConfigError if the weights cannot be loaded.
     """
 
     def __init__(
@@ -54,15 +52,8 @@ class GenericModel(Model):
         cache: KVCache,
         slots: LoRASlots | None,
         longest: int,
-        quantization: Quantization = "none",
         progress: LoadProgress | None = None,
     ) -> None:
-        library = kernels.name == "cpu" and dtype in (torch.float32, torch.bfloat16)
-        if quantization != "none" and not library:
-            raise ConfigError(
-                f"quantization={quantization!r}: on a CPU only the compiled library has it, which needs a "
-                "C++ compiler (docs/kernels.md) and dtype 'bfloat16' or 'float32'; set quantization='none'"
-            )
         if progress is not None:
             progress("Loading weights with transformers", 0, 1)
         found = TransformersClass(path)
@@ -70,8 +61,7 @@ class GenericModel(Model):
         self.path = path
         self.dtype, self.device = dtype, device
         self.kernels, self.cache, self.slots = kernels, cache, slots
-        # Only what stays as it is goes to the device in the dtype.
-        self.model: Any = found.load(dtype, torch.device("cpu") if spec.packed else device)
+        self.model: Any = found.load(dtype, device)
         self._layers = found.text_config.num_hidden_layers
         self._body_name = _body_name(self.model)
         body = self.model.get_submodule(self._body_name)
@@ -85,23 +75,19 @@ class GenericModel(Model):
                 module.aioengine = self.holder
         attention.register()
         self._linears: dict[str, Any] = {x.name: self.model.get_submodule(x.name) for x in spec.linears}
-        self.quantizes = bool(spec.packed) or quantization != "none"
-        """Whether weights are quantized when they are stored."""
-        self._quantization = quantization
-        self.weights: StoredWeights | None = None
-        """The linears that are in forms of the engine's; None: they are not yet."""
         self.adapters = Adapters(self.model, spec, slots, self.holder)
         self._implementations = Implementations(self.model)
         self.flat = spec.flat
         self.use_flat(spec.flat)
 
-    def store(self) -> None:
-        """Bring the weights of the linears into forms of the engine's."""
-        self.weights = StoredWeights(self.model, self.spec, self.holder, self.device, self._quantization)
+    def pack(self) -> None:
+        """Pack the weights of the linears and experts for the compiled library, if that computes."""
+        if self.kernels.name == "cpu":
+            pack_weights(self.model, self.spec)
 
     @property
     def nbytes(self) -> int:
-        return sum(map(stored_bytes, self.model.parameters()))
+        return sum(one.nbytes for one in self.model.parameters())
 
     def use_flat(self, flat: bool) -> None:
         """Compute all sequences of a step side by side, with the engine's attention, or one by one, with the
@@ -153,7 +139,8 @@ class GenericModel(Model):
     def _flat(self, inputs: StepInputs) -> Tensor:
         """Return all tokens of the step as one row."""
         self.holder.step = Step(inputs.lora, inputs.attention)
-        return self._run(inputs.token_ids, inputs.attention.positions, passing(self._layers))
+        cache = EngineCache(layers=[PassingLayer() for _ in range(self._layers)])
+        return self._run(inputs.token_ids, inputs.attention.positions, cache)
 
     def _one_by_one(self, inputs: StepInputs) -> Tensor:
         """Run each sequence as a row of its own."""
@@ -216,28 +203,6 @@ def part_of(lora: LoRABatch, begin: int, end: int) -> LoRABatch:
         for segments in (lora.segments, lora.affine)
     )
     return LoRABatch.of(own, affine, end - begin, lora.device)
-
-
-def inputs_of(
-    model: GenericModel, work: list[tuple[list[int], int, list[int], int]], ranks: list[int]
-) -> StepInputs:
-    """Return a step in which all tokens' logits are wanted. ``work``: each sequence's new tokens, where they
-    start, its block table and slot, sorted by slot."""
-    ids: list[int] = []
-    spans = []
-    for tokens, start, _, _ in work:
-        spans.append(Span(len(ids), len(tokens), start))
-        ids += tokens
-    device = model.device
-    slots, counts = [slot for *_, slot in work], [len(tokens) for tokens, *_ in work]
-    lora = LoRABatch(slots, counts, ranks, device)
-    return StepInputs(
-        token_ids=torch.tensor(ids, device=device),
-        sample_rows=torch.arange(len(ids), device=device),
-        attention=AttentionPlan(spans, [table for _, _, table, _ in work], model.cache.block_size, device),
-        lora=lora,
-        sample_lora=lora,
-    )
 
 
 def _body_name(model: Any) -> str:

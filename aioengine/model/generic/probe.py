@@ -8,18 +8,18 @@ a base row must pass the same test.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aioengine.errors import ConfigError
+from aioengine.kernels import AttentionPlan, LoRABatch, Span
 from aioengine.model.generic.attention import Unsuitable
 from aioengine.model.generic.caches import KeepsMore
 from aioengine.model.generic.classes import one_line
-from aioengine.model.generic.model import GenericModel, inputs_of
+from aioengine.model.generic.model import GenericModel
+from aioengine.model.model import StepInputs
 from aioengine.model.slots.image import build_image
 
 logger = logging.getLogger("aioengine")
@@ -73,21 +73,14 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.spec.vocab_size
         self.sequences = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
-        if model.quantizes:
-            model.store()
         try:
-            with _expanded(model):
-                self.expected = [model.alone(tokens) for tokens in self.sequences]
+            self.expected = [model.alone(tokens) for tokens in self.sequences]
         except Exception as error:
             raise ConfigError(
                 f"{model.path}: {model.spec.architecture} cannot run by itself: {one_line(error)}"
             ) from error
         self._check_finite()
-        if not model.quantizes:  # so it is compared with what transformers makes of the weights as they were
-            model.store()
-        assert model.weights is not None
-        self.precision = torch.bfloat16 if model.weights.rounds else model.dtype
-        """The dtype whose rounding is as coarse as what the model's linears do."""
+        model.pack()  # after that, so it is compared with what transformers makes of the weights as they were
 
     def _check_finite(self) -> None:
         """Raise ConfigError if not all logits of the model itself are numbers, with the parameter that is the
@@ -130,7 +123,7 @@ class _Probe:
         halves = [length // 2 for length in lengths]
         steps = [halves, [length - half for length, half in zip(lengths, halves, strict=True)]]
         try:
-            with model.adapters.plainly(), _expanded(model):
+            with model.adapters.plainly():
                 expected = [self.expected[0], model.alone(self.sequences[1])]
             found = self._run(steps, slots=[-1, 0], ranks=[rank] + [0] * (model.slots.max_loras - 1))
         except Exception as error:
@@ -153,7 +146,7 @@ class _Probe:
             if self.spare is not None:
                 width = -(-model.holder.longest // model.cache.block_size)
                 work.insert(0, ([0], model.holder.longest - 1, [self.spare] * width, -1))
-            logits = model.forward(inputs_of(model, work, ranks))
+            logits = model.forward(_inputs_of(model, work, ranks))
             parts = torch.split(logits, [len(tokens) for tokens, *_ in work])[beside:]
             for i, part in zip(who, parts, strict=True):
                 found[i].append(part)
@@ -165,9 +158,9 @@ class _Probe:
         right = torch.cat(expected).float()
         scale = right.abs().amax(-1).clamp(min=1e-6)
         error = (torch.cat(found).float() - right).abs().amax(-1) / scale
-        spared = len(error) // _SPARED if self.model.spec.stacks and self.precision != torch.float32 else 0
+        spared = len(error) // _SPARED if self.model.spec.stacks and self.model.dtype != torch.float32 else 0
         typical, largest = float(error.median()), float(error.sort()[0][len(error) - 1 - spared])
-        if typical <= _TYPICAL[self.precision] and largest <= _LARGEST[self.precision]:
+        if typical <= _TYPICAL[self.model.dtype] and largest <= _LARGEST[self.model.dtype]:
             return None
         return f"are off by {largest:.2g} of the largest one"
 
@@ -201,11 +194,23 @@ def _write_random_adapter(model: GenericModel) -> int:
     return 0
 
 
-@contextmanager
-def _expanded(model: GenericModel) -> Iterator[None]:
-    """Context in which quantized weights are expanded, and multiplied by torch."""
-    model.holder.expanded = True
-    try:
-        yield
-    finally:
-        model.holder.expanded = False
+def _inputs_of(
+    model: GenericModel, work: list[tuple[list[int], int, list[int], int]], ranks: list[int]
+) -> StepInputs:
+    """Return a step in which all tokens' logits are wanted. ``work``: each sequence's new tokens, where they
+    start, its block table and slot, sorted by slot."""
+    ids: list[int] = []
+    spans = []
+    for tokens, start, _, _ in work:
+        spans.append(Span(len(ids), len(tokens), start))
+        ids += tokens
+    device = model.device
+    slots, counts = [slot for *_, slot in work], [len(tokens) for tokens, *_ in work]
+    lora = LoRABatch(slots, counts, ranks, device)
+    return StepInputs(
+        token_ids=torch.tensor(ids, device=device),
+        sample_rows=torch.arange(len(ids), device=device),
+        attention=AttentionPlan(spans, [table for _, _, table, _ in work], model.cache.block_size, device),
+        lora=lora,
+        sample_lora=lora,
+    )

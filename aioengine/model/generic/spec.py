@@ -61,9 +61,6 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     flat: bool
     """Whether all tokens of a step go through the model at once, with the engine's attention. Otherwise each
     sequence goes through it alone, with the model's own attention over keys and values that are gathered."""
-    quantizable: tuple[str, ...] = ()
-    """Names of the linears that ``quantization`` is for: those with sizes that are multiples of 16. Others
-    stay in the dtype; so do narrow ones, such as routers."""
     float32_parameters: int = 0
     """How many of ``parameters`` are in float32 also where the model is in 16 bits."""
     native_reason: str | None = None
@@ -153,10 +150,6 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
                 names[stack.layer, stack.module] = stack.owner
             names |= {(stack.layer, f"{stack.module}.{e}"): f"{path}.{e}" for e in range(stack.experts)}
         return names
-
-    def quantized_modules(self) -> Iterator[tuple[int, str]]:
-        names = set(self.quantizable)
-        return ((x.layer, x.module) for x in self.linears if x.name in names)
 
     def kv_shapes(self) -> tuple[KVShape, ...]:
         return self.kv

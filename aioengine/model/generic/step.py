@@ -43,8 +43,6 @@ class Holder:
         self.kernels = kernels
         self.longest = longest
         self.step: Step | None = None
-        self.expanded = False
-        """Whether stored weights are expanded, and multiplied by torch: how the probe says what is right."""
         self.plain = False
         """Whether the adapter in slot 0 is added to all rows, as two products: the probe compares with
         that."""

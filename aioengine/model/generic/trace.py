@@ -15,15 +15,14 @@ from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from aioengine.model.generic.caches import EngineCache, KeepsMore, PassingLayer
+from aioengine.model.generic.caches import EngineCache, KeepsMore, PassingLayer, cache_argument
 from aioengine.model.spec import KVShape
 
 NAME = "aioengine-trace"
 _TOKENS = 7
 _PAST = 3
-"""Tokens in the cache of a model that attends by itself, before those of the pass."""
-_VALUE = 1 / 128
-"""Positive, so that no sum of them is zero."""
+"""Tokens in the cache of a model that attends by itself, before those of the pass: so a module that gets the
+whole past is told from others."""
 
 
 @dataclass
@@ -31,12 +30,9 @@ class Trace:
     """One pass of some tokens."""
 
     attended: dict[int, KVShape] = field(default_factory=dict)
-    """Arguments of the attention, by layer."""
-    repeated: bool = False
-    """Whether a layer's attention was called more than once."""
-    makes_masks: bool = False
-    """Whether a layer gave its attention a mask that is not transformers', so that the engine's cannot
-    compute it."""
+    """Arguments of the attention that transformers lets others replace, by layer."""
+    odd: bool = False
+    """Whether the engine's attention cannot be that: a layer calls it twice, or with a mask of its own."""
     updated: dict[int, KVShape] = field(default_factory=dict)
     """Keys and values that were put into the cache, by layer."""
     widths: dict[str, set[int]] = field(default_factory=dict)
@@ -44,6 +40,16 @@ class Trace:
     call of another kind."""
     routed: set[str] = field(default_factory=set)
     """Modules that got the tokens with two values for each: the numbers and weights of its experts."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether the model's attention can be the engine's."""
+        return bool(self.attended) and not self.odd and set(self.updated) <= set(self.attended)
+
+    @property
+    def kept(self) -> dict[int, KVShape]:
+        """What is to be cached, by layer."""
+        return self.attended if self.flat else self.updated
 
     def sees_all(self, name: str) -> bool:
         """Whether a module got every token as a row, in every call."""
@@ -82,15 +88,9 @@ class Implementations:
             setattr(config, name, own if asked is None else asked)
 
 
-def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """Return the name of the argument by which a module takes the cache."""
-    names = inspect.signature(forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
-
-
 def observe(model: Any, *, own_attention: bool) -> Trace:
     """Run ``model``, which is on the device "meta", with its own attention or with one that looks at its
-    inputs. If the model cannot run so, it gets values, for code that chooses by them, and runs again.
+    inputs. If it cannot run so, it gets values, for code that chooses by them, and runs again.
 
     Raises whatever the model does if it cannot run with them either.
     """
@@ -106,7 +106,7 @@ def observe(model: Any, *, own_attention: bool) -> Trace:
 
 
 def _observe(model: Any, own_attention: bool) -> Trace:
-    trace = Trace()
+    trace, masks = Trace(), list[Tensor]()
     device = next(model.parameters()).device
     past = _PAST if own_attention else 0
 
@@ -120,8 +120,6 @@ def _observe(model: Any, own_attention: bool) -> Trace:
             self.length = past + key_states.shape[-2]
             return _behind(past, key_states), _behind(past, value_states)
 
-    masks: list[Tensor] = []
-
     def mask(*_: Any, **__: Any) -> Tensor:
         masks.append(torch.zeros(1, 1, 1, 1, device=device))
         return masks[-1]
@@ -129,23 +127,21 @@ def _observe(model: Any, own_attention: bool) -> Trace:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *_: Any, **__: Any
     ) -> Any:
-        trace.makes_masks |= attention_mask is not None and not any(attention_mask is one for one in masks)
-        trace.repeated |= module.layer_idx in trace.attended
+        trace.odd |= attention_mask is not None and not any(attention_mask is one for one in masks)
+        trace.odd |= module.layer_idx in trace.attended
         trace.attended[module.layer_idx] = _shape(key, value)
-        shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        return query.new_zeros(shape), None
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     transformers.AttentionInterface.register(NAME, attend)
     transformers.AttentionMaskInterface.register(NAME, mask)
     # Experts choose by values, which are not there: they give nothing.
     ALL_EXPERTS_FUNCTIONS.register(NAME, lambda _module, hidden, *_, **__: torch.zeros_like(hidden))
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
     arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
-    names = inspect.signature(model.forward).parameters
     if (cache := cache_argument(model.forward)) is not None:
         arguments[cache] = EngineCache(layers=[Layer(i) for i in range(layers)])
-    if "position_ids" in names:
+    if "position_ids" in inspect.signature(model.forward).parameters:
         arguments["position_ids"] = torch.arange(past, past + _TOKENS, device=device)[None]
     implementations = Implementations(model)
     implementations.use(attention=None if own_attention else NAME, experts=NAME)
@@ -160,24 +156,21 @@ def _observe(model: Any, own_attention: bool) -> Trace:
 def _give_values(model: Any) -> None:
     """Replace all tensors of a model by ones with values. Those of a tensor are equal, so that it takes no
     memory."""
-    made: dict[int, Tensor] = {}
-
-    def valued(x: Tensor) -> Tensor:
-        if id(x) not in made:
-            dtype = torch.float32 if x.is_floating_point() else x.dtype
-            value = torch.full((), _VALUE if x.is_floating_point() else 0, dtype=dtype, device="cpu")
-            made[id(x)] = value.expand(x.shape)
-            if isinstance(x, torch.nn.Parameter):
-                made[id(x)] = torch.nn.Parameter(made[id(x)], requires_grad=False)
-        return made[id(x)]
-
-    old: list[Tensor] = []  # kept, because ids of tensors that are gone are used again
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    """By the ids of the tensors that they replace, which are kept: ids of those that are gone come again."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers, vars(module)):
-            for name, tensor in tensors.items():
-                if isinstance(tensor, Tensor):
-                    old.append(tensor)
-                    tensors[name] = valued(tensor)
+            for name, old in tensors.items():
+                if not isinstance(old, Tensor):
+                    continue
+                if id(old) not in made:
+                    floats = old.is_floating_point()
+                    dtype, number = (torch.float32, 1 / 128) if floats else (old.dtype, 0)
+                    new = torch.full((), number, dtype=dtype, device="cpu").expand(old.shape)
+                    if isinstance(old, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, requires_grad=False)
+                    made[id(old)] = old, new
+                tensors[name] = made[id(old)][1]
 
 
 class _Equal(TorchFunctionMode):
@@ -229,8 +222,8 @@ def _count(value: Any) -> int:
 
 
 def _behind(past: int, x: Tensor) -> Tensor:
-    """Return ``x`` [..., tokens, size] with ``past`` tokens of zeros in front."""
-    return torch.cat([x.new_zeros(*x.shape[:-2], past, x.shape[-1]), x], dim=-2) if past else x
+    """Return ``x`` [..., tokens, size] with the past's tokens, of zeros, in front."""
+    return torch.cat([x.new_zeros(*x.shape[:-2], past, x.shape[-1]), x], dim=-2)
 
 
 def _shape(key: Tensor, value: Tensor) -> KVShape:
