@@ -263,7 +263,7 @@ BUDGETS = {
     "aioengine/fleet": 5_500,  # aim: 4_200
     "aioengine/grammars": 2_050,  # aim: 1_100
     "aioengine/lab": 10_100,  # aim: 7_500
-    "aioengine/model": 11_850,  # aim: 9_000
+    "aioengine/model": 11_250,  # aim: 9_000
     "aioengine/runtime": 3_350,  # aim: 2_700
     "aioengine/server": 8_850,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
@@ -271,7 +271,7 @@ BUDGETS = {
     "kernels": 12_950,  # aim: 10_300
     "metrics": 3_650,  # aim: 3_600
     "schedulers": 5_400,  # aim: 4_500
-    "tests": 70_900,  # aim: 52_000
+    "tests": 71_550,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

@@ -80,11 +80,10 @@ def build_parts(
     import torch
 
     from aioengine.adapters.store import AdapterStore
-    from aioengine.model.buffer import Allocate, pageable
+    from aioengine.model.buffer import Allocate, page_locked, pageable
     from aioengine.model.build import build_runner
     from aioengine.model.cuda.working_memory import mixed_sizes
     from aioengine.model.decode_graphs import DecodeLimits
-    from aioengine.model.slots.pinned import FIRST_SLAB_BYTES, PinnedSlabs
 
     plan = planned.memory
     group = SoloGroup() if group is None else group
@@ -126,7 +125,7 @@ def build_parts(
     allocate: Allocate = pageable
     stream: torch.cuda.Stream | None = None
     if plan.device == "cuda":
-        allocate = PinnedSlabs(runner.model.device, min(plan.cpu_cache_bytes, FIRST_SLAB_BYTES))
+        allocate = page_locked(runner.model.device)
         stream = torch.cuda.Stream(runner.model.device)  # type: ignore[no-untyped-call] # torch has no types for it
     store = AdapterStore(
         planned.spec,

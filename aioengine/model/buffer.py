@@ -49,6 +49,18 @@ def pageable(nbytes: int) -> torch.Tensor:
     return Buffer(nbytes).tensor
 
 
+def page_locked(device: torch.device) -> Allocate:
+    """Return an :data:`Allocate` of memory from which this GPU copies by itself. torch keeps what is freed
+    for the next adapters, and rounds sizes up to powers of two."""
+
+    def allocate(nbytes: int) -> torch.Tensor:
+        # A new thread's device is the first one, where this process may have no business.
+        with torch.cuda.device(device):
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    return allocate
+
+
 def _anonymous(nbytes: int, **options: int) -> mmap.mmap:
     try:
         return mmap.mmap(-1, nbytes, **options)

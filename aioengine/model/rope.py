@@ -87,13 +87,7 @@ def attention_scaling(spec: RopeSpec) -> float:
         return 1.0
     if spec.attention_factor is not None:
         return spec.attention_factor
-
-    def mscale(weight: float) -> float:
-        return 1.0 if spec.factor <= 1 else 0.1 * weight * math.log(spec.factor) + 1.0
-
-    if spec.mscale and spec.mscale_all_dim:
-        return mscale(spec.mscale) / mscale(spec.mscale_all_dim)
-    return mscale(1.0)
+    return 1.0 if spec.factor <= 1 else 0.1 * math.log(spec.factor) + 1.0
 
 
 def _llama3(spec: RopeSpec, inv_freq: Tensor) -> Tensor:

@@ -130,8 +130,6 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
     truncate: bool = True
     divisors: tuple[float, ...] = ()
     """Divisors of the frequencies, one for each pair."""

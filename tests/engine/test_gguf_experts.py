@@ -155,5 +155,5 @@ async def test_a_gguf_file_is_the_model_that_it_was_made_of(family: str, kind: s
 
 def test_a_number_of_experts_that_cannot_be_is_refused(tmp_path: Path) -> None:
     path = write(MoeModel(tmp_path, "olmoe"), "F32", used=9)
-    with pytest.raises(ConfigError, match="expert_used_count=9: must be from 1 to expert_count=4"):
+    with pytest.raises(ConfigError, match="num_experts_per_tok=9: must be <= num_experts=4"):
         read_spec(path)

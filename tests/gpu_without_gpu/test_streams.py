@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.fake_cuda import FakeCuda
 from support.random_slots import random_image
@@ -22,13 +20,12 @@ from aioengine.adapters.peft.dora import BaseWeights
 from aioengine.adapters.store import AdapterStore
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
+from aioengine.model.buffer import page_locked
 from aioengine.model.decode_graphs import CudaGraphs
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.linear import WeightRows
 from aioengine.model.pooling import Head
-from aioengine.model.slots import pinned
 from aioengine.model.slots.copy import Copy, StreamCopier
-from aioengine.model.slots.pinned import PinnedSlabs
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 from aioengine.model.spec import LORA_MODULES
@@ -42,22 +39,20 @@ def test_writes_are_ordered_and_in_any_thread_of_the_right_device() -> None:
         copier = StreamCopier(SECOND)
         slot, x = (torch.zeros(16, device=SECOND) for _ in range(2))
         world.watch("slot", slot)
-        slabs, images = PinnedSlabs(SECOND), []
+        allocate, images = page_locked(SECOND), []
         for number in range(3):
             copier.before_step()
             x += slot  # a step
             copier.after_step()
             told = {"main": 1}  # this thread is not known to have come this far
             with world.in_thread("load", told):
-                images.append(slabs(64).view(torch.float32).fill_(number))
+                images.append(allocate(64).view(torch.float32).fill_(number))
                 told = world.now()
             with world.in_thread("copy", told):
                 copier.write([Copy(slot, images[-1])])
                 told = world.now()
             world.hear(told)
         assert (slot == 2).all() and not world.races and not world.wrong_device
-        del images, slabs
-        assert not world.registered
 
 
 def test_what_an_adapter_has_beside_its_slot_is_copied_like_the_slots(tmp_path: Path) -> None:
@@ -181,49 +176,3 @@ def test_whole_embeddings_are_compared_beside_the_steps(tmp_path: Path) -> None:
         tokens = store.read("a", str(built)).tokens
         assert tokens is not None and tokens.head.ids == (3, 9)
         assert world.streams[0].clock["steps"] == before
-
-
-SIZES = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 4)), min_size=1, max_size=30)
-
-
-@settings(max_examples=25, deadline=None)
-@given(SIZES, st.sampled_from([0, 3000]))
-def test_slabs_give_each_its_memory_and_take_it_back(steps: list[tuple[int, int]], first: int) -> None:
-    """``steps`` are sizes, and how many of the oldest pieces are freed before each."""
-    with FakeCuda() as world, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pinned, "SLAB_BYTES", 8192)
-        slabs = PinnedSlabs(torch.device("cuda"), first)
-        live: list[torch.Tensor] = []
-        for number, (size, freed) in enumerate(steps):
-            del live[:freed]
-            piece = slabs(size)
-            assert piece.numel() == size and world.is_pinned(piece) and piece.data_ptr() % 64 == 0
-            live.append(piece.view(1, -1)[0].fill_(number % 256))  # a view of it, which is enough
-            del piece
-            assert sum(world.registered.values()) == slabs.nbytes
-        numbers = [number % 256 for number in range(len(steps))][len(steps) - len(live) :]
-        assert all((piece == number).all() for piece, number in zip(live, numbers, strict=True))
-        live.clear()
-        slabs(1)
-        assert slabs.nbytes <= first + 8192
-        del slabs
-        assert not world.registered
-
-
-def test_a_large_adapter_takes_no_more_than_its_size() -> None:
-    with FakeCuda() as world, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pinned, "SLAB_BYTES", 1 << 16)
-        slabs = PinnedSlabs(torch.device("cuda"))
-        kept = [slabs(size) for size in (66_000, 20_000, 20_000, 20_000)]
-        assert slabs.nbytes < 66_000 + 60_000 + 4 * 256 and len(kept) == 4
-        del kept, slabs
-        assert not world.registered
-
-
-def test_memory_that_cannot_be_locked_is_used_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    with FakeCuda() as world, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "_register", lambda *_: 2)
-        with world:
-            slabs = PinnedSlabs(torch.device("cuda"))
-            assert slabs(100).numel() == 100 and slabs(1 << 29).numel() == 1 << 29
-    assert caplog.text.count("ulimit -l") == 1

@@ -20,8 +20,7 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 LONGROPE = [1.0, 1.1, 1.3, 1.7, 2.0, 3.0]
 
 LLAMA3 = {"rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-MSCALE = {"factor": 16.0, "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5}
-MSCALE |= {"truncate": False}
+BETAS = {"factor": 16.0, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}
 
 
 def scaled(kind: str, original: int | None = None, **fields: Any) -> dict[str, Any]:
@@ -39,7 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("llama", scaled("linear", factor=4.0)),
     "llama-llama3": ("llama", scaled("llama3", 64, **LLAMA3)),
     "llama-yarn": ("llama", scaled("yarn", 64, factor=8.0)),
-    "llama-yarn-mscale": ("llama", scaled("yarn", 32, **MSCALE)),
+    "llama-yarn-betas": ("llama", scaled("yarn", 32, **BETAS)),
     "mistral-sliding": ("mistral", {}),
     "mistral-full": ("mistral", {"sliding_window": None}),
     "qwen2-sliding": ("qwen2", {}),

@@ -180,24 +180,3 @@ async def test_a_damaged_checkpoint_is_refused_by_name(
     with pytest.raises(ConfigError, match=words):
         async with engine_of(model.folder, model_impl="native"):
             pass
-
-
-def test_a_short_configuration_means_the_published_model(tmp_path: Path) -> None:
-    """The keys of openai/gpt-oss-20b's ``config.json``; what is left out is as in transformers."""
-    config = {"architectures": ["GptOssForCausalLM"], "hidden_size": 2880, "num_hidden_layers": 24}
-    config |= {"num_attention_heads": 64, "intermediate_size": 2880, "vocab_size": 201088}
-    config |= {"num_local_experts": 32, "eos_token_id": 200002}
-    config["quantization_config"] = {"quant_method": "mxfp4"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({}, tmp_path / "model.safetensors")
-    spec = read_spec(tmp_path, "native")
-    assert (spec.rope.type, spec.rope.factor, spec.rope.truncate, spec.rope.theta) == (
-        "yarn",
-        32,
-        False,
-        15e4,
-    )
-    assert spec.rope.original_max_position == 4096
-    assert spec.sliding_windows[:2] == (128, None) and len(spec.sliding_windows) == 24
-    assert (spec.num_kv_heads, spec.head_dim, spec.dtype, spec.qkv_bias) == (8, 64, "bfloat16", True)
-    assert 20.9e9 < spec.num_parameters() < 21e9

@@ -22,14 +22,13 @@ from torch import Tensor
 from aioengine.core import CopyMove
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry
-from aioengine.model.buffer import Allocate
+from aioengine.model.buffer import Allocate, page_locked
 from aioengine.model.build import build_runner
 from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.model import StepInputs
 from aioengine.model.slots.image import AdapterImage
 from aioengine.model.slots.layout import SlotLayout
-from aioengine.model.slots.pinned import PinnedSlabs
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import StepBatch, StepResult
@@ -85,7 +84,7 @@ class CudaSim(Sim):
         )  # fmt: skip
         assert self.runner.lora_slots is not None
         self.slots = self.runner.lora_slots
-        self.slabs = PinnedSlabs(self.runner.model.device, 1 << 20)
+        self.allocate = page_locked(self.runner.model.device)
         limits: CoreLimits = LIMITS._replace(
             num_slots=SLOTS[slots], num_blocks=blocks, cpu_capacity=SLOTS[slots] + 1,
             slot_memory=60_000 // 256 * 256 if slots == "shared by adapters" else None,
@@ -190,7 +189,7 @@ class CudaSim(Sim):
         """Free the device's memory."""
         self.images.clear()
         self.world.between = None
-        del self.slabs, self.slots, self.runner
+        del self.slots, self.runner
         gc.collect()
 
     # What the event loop does
@@ -220,7 +219,7 @@ class CudaSim(Sim):
         """Read an adapter from disk."""
         entry = self.loads[index]
         with self.world.in_thread("load", self.world.now()):
-            image = image_of(entry, self.slots.layout, self.slabs)
+            image = image_of(entry, self.slots.layout, self.allocate)
             told = self.world.now()
         self.world.hear(told)
         self.images[entry.uid] = image

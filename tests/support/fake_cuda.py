@@ -16,7 +16,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -109,8 +108,6 @@ class FakeCuda(contextlib.ExitStack):
         self.races: list[str] = []
         self.between: Callable[[], None] | None = None
         """Called between two operations on the device, as another thread could run then."""
-        self.registered: dict[int, int] = {}
-        """Bytes of page-locked memory by address."""
         self._watched: list[Watched] = []
         """In the order of addresses."""
         self._busy = False
@@ -124,9 +121,6 @@ class FakeCuda(contextlib.ExitStack):
             "stream": self._within,
             "device": self._on,
             "mem_get_info": lambda device=None: (self.total - self.live.peak, self.total),
-            "cudart": lambda: SimpleNamespace(
-                cudaHostRegister=self._register, cudaHostUnregister=self._unregister
-            ),
         }
         self.enter_context(mock.patch.multiple(torch.cuda, **cuda))
         self.enter_context(_Functions(self))
@@ -201,23 +195,8 @@ class FakeCuda(contextlib.ExitStack):
 
     # Memory
 
-    def _register(self, address: int, nbytes: int, flags: int) -> int:
-        self.called("cudaHostRegister")
-        self.registered[address] = nbytes
-        self._watch(Watched("page-locked memory", address, nbytes, 256))
-        return 0
-
-    def _unregister(self, address: int) -> int:
-        self.called("cudaHostUnregister")
-        del self.registered[address]
-        self._watched = [watched for watched in self._watched if watched.begin != address]
-        return 0
-
     def is_pinned(self, tensor: Tensor) -> bool:
-        address = tensor.data_ptr()
-        return getattr(tensor, "_pinned", False) or any(
-            begin <= address < begin + nbytes for begin, nbytes in self.registered.items()
-        )
+        return bool(getattr(tensor, "_pinned", False))
 
     def watch(self, name: str, tensor: Tensor, granule: int = 64) -> None:
         """Keep the accesses to all memory of this tensor, in pieces of ``granule`` bytes."""

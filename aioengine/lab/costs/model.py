@@ -28,7 +28,7 @@ _PAIR = re.compile(r"\[\s+([^\s,\[\]{}]+),\s+([^\s,\[\]{}]+)\s+\]")
 
 _DETAILS = (
     *("o_bias", "mlp_bias", "qk_norm_whole", "norms", "fused_qkv", "fused_gate_up", "sinks"),
-    *("sliding_windows", "packed", "shared_size", "dense_layers", "names", "biased"),
+    *("sliding_windows", "packed", "shared_size", "names", "biased"),
 )
 
 

@@ -174,7 +174,7 @@ def _linears(spec: ModelSpec, *, number: float, flop: float, numbers: int, head:
     """
     if not isinstance(spec, MixtureSpec):
         return _roofline(least=(numbers + head) * number, token=2 * numbers * flop)
-    expert = 3 * spec.hidden_size * spec.expert_size * (spec.num_layers - len(spec.dense_layers))
+    expert = 3 * spec.hidden_size * spec.expert_size * spec.num_layers
     others = numbers - spec.experts * expert
     absent = 1 - spec.experts_per_token / spec.experts
     token = 2 * (others + spec.experts_per_token * expert) * flop

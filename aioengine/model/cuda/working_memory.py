@@ -164,7 +164,7 @@ def token_bytes(local: ModelSpec, dtype_bytes: int, max_rank: int) -> int:
     if isinstance(local, MixtureSpec):
         # Rows of the experts: inputs, gate and up, outputs twice; and once each in float32.
         expert = max(hidden + 2 * local.expert_size, 3 * local.expert_size, 3 * hidden)
-        mlp = max(mlp if local.dense_layers else 0, 3 * local.shared_size)
+        mlp = 3 * local.shared_size
         mlp += local.experts_per_token * (expert + hidden)
         wide = 4 * (2 * hidden + 4 * local.experts) + 32 * local.experts_per_token
     width = -(-max_rank // 16) * 16 * 3

@@ -22,7 +22,6 @@ PLAIN = (ROUTER, SHARED_GATE)
 """Linears that stay as they are: small, and computed in float32."""
 
 _EXPERT = re.compile(r"experts\.(0|[1-9][0-9]{0,5})\.(\w+)", re.ASCII)
-_DENSE = ("gate_proj", "up_proj", "down_proj")
 _SHARED = "shared_expert"
 
 
@@ -50,17 +49,12 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
     """Whether the weights of a token's experts are divided by their sum."""
     shared_size: int = 0
     """Intermediate size of an expert that all tokens go through; 0: there is none."""
-    dense_layers: tuple[int, ...] = ()
-    """The layers that have an MLP of ``intermediate_size``."""
     names: ExpertNames = ExpertNames()
     biased: bool = False
     """Whether the router and the experts' linears have biases."""
     interleaved: bool = False
     """Whether transformers has all experts of a layer in parameters [experts, in, out], in checkpoints, too;
     outputs of gate and up alternate there."""
-
-    def is_dense(self, layer: int) -> bool:
-        return layer in self.dense_layers
 
     @property
     def plain_modules(self) -> tuple[str, ...]:
@@ -69,9 +63,8 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def mlp_sizes(self) -> dict[str, int]:
-        found = dict(super().mlp_sizes) if self.dense_layers else {}
         shared = {"intermediate size of the shared expert": self.shared_size} if self.shared_size else {}
-        return {**found, "intermediate size of an expert": self.expert_size, **shared}
+        return {"intermediate size of an expert": self.expert_size, **shared}
 
     def linear(self, module: str) -> LinearShape:
         h, names = self.hidden_size, self.names
@@ -114,11 +107,8 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         if layer == NO_LAYER:
             return super().fused(layer)
-        linears = dict(super().fused(layer))
-        if self.is_dense(layer):
-            return linears
-        del linears["gate_up"], linears["down"]
-        return {**linears, **self._mixture}
+        attention = {name: modules for name, modules in super().fused(layer).items() if name in ("qkv", "o")}
+        return {**attention, **self._mixture}
 
     def experts_in(self, linear: str) -> int:
         return self.experts if linear in (GATE_UP, DOWN) else 0
@@ -147,22 +137,16 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def layer_modules(self) -> tuple[str, ...]:
-        mixture = [m for modules in self._mixture.values() for m in modules] if self._sparse_layers else []
-        return (*self._attention_modules, *(_DENSE if self.dense_layers else ()), *mixture)
-
-    @property
-    def _sparse_layers(self) -> int:
-        return self.num_layers - len(self.dense_layers)
+        return (*self._attention_modules, *(m for modules in self._mixture.values() for m in modules))
 
     def block_of(self, layer: int, module: str) -> str:
-        dense = self.is_dense(layer) or module in self._attention_modules
-        return super().block_of(layer, module) if dense else self.names.block
+        if module in self._attention_modules:
+            return super().block_of(layer, module)
+        return self.names.block
 
     def bare_parameters(self) -> Iterator[BareParameter]:
         names = self.names
         for layer in range(self.num_layers):
-            if self.is_dense(layer):
-                continue
             for parameter, kinds in (("gate_up_proj", (names.gate, names.up)), ("down_proj", (names.down,))):
                 experts = [
                     [self.module_name(layer, f"experts.{expert}.{kind}") for kind in kinds]
@@ -176,26 +160,14 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
                 yield BareParameter(name.replace(f".{names.block}.", ".mlp."), "weight", ((name,),))
 
     def num_parameters(self) -> int:
-        linears = sum(
-            n_in * n_out
-            for layer in range(self.num_layers)
-            for modules in self.fused(layer).values()
-            for n_in, n_out in map(self.linear, modules)
-        )
-        dense = sum(n_in * n_out for n_in, n_out in map(super().linear, self._dense_modules))
+        linears = sum(n_in * n_out for ms in self._mixture.values() for n_in, n_out in map(self.linear, ms))
+        dense = 3 * self.hidden_size * self.intermediate_size  # that other models have in their place
         biases = self.experts * (1 + 2 * self.expert_size + self.hidden_size) * self.biased
-        return super().num_parameters() + linears - self.num_layers * dense + self._sparse_layers * biases
-
-    @property
-    def _dense_modules(self) -> tuple[str, ...]:
-        """The modules of a layer without experts."""
-        return (*self._attention_modules, *_DENSE)
+        return super().num_parameters() + self.num_layers * (linears - dense + biases)
 
     @property
     def pair_tokens(self) -> float:
         h = self.hidden_size
         attention = sum(n_in * n_out for n_in, n_out in map(self.linear, self._attention_modules))
-        sparse = 3 * h * (self.experts_per_token * self.expert_size + self.shared_size) + h * self.experts
-        share = len(self.dense_layers) / self.num_layers
-        linears = attention + share * 3 * h * self.intermediate_size + (1 - share) * sparse
-        return 2 * self.q_size / linears
+        experts = 3 * h * (self.experts_per_token * self.expert_size + self.shared_size) + h * self.experts
+        return 2 * self.q_size / (attention + experts)

