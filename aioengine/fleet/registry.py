@@ -51,6 +51,12 @@ class Entry(msgspec.Struct, frozen=True):
     digest: str = ""
     """SHA-256 of its files, as the replica that read it reports it."""
     pinned: bool = False
+    earlier: dict[int, str] = {}
+    """Digests of the latest contents that were replaced, by version."""
+
+    def was(self, digest: str) -> bool:
+        """Whether this is the content of a version that was replaced."""
+        return digest != self.digest and digest in self.earlier.values()
 
 
 class Mark(NamedTuple):
@@ -183,6 +189,7 @@ class AdapterRegistry:
         there = self._entries.get(name)
         number = max(self._spent.of(name), above, 0 if there is None else there.version) + 1
         self._spent.spend(name, number)
+        await self._save()  # before it is used, so that nobody else needs to know it
         return number
 
     async def put(self, entry: Entry) -> None:

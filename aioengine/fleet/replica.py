@@ -19,7 +19,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox, Outboxes
 from aioengine.fleet.replica_adapters import ReplicaAdapters
 from aioengine.fleet.speeds import Speeds
-from aioengine.fleet.versions import ReplicaVersions, gone
+from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import (
     Abort,
     Delta,
@@ -71,9 +71,8 @@ class EngineReplica:
         self._boxes = Outboxes()
         self._grammars: Grammars | None = None
         self._speed = Speeds()
-        self._versions = ReplicaVersions(config.adapters)
         self.engine = await self.start_engine()
-        self._adapters = ReplicaAdapters(self.engine, self._versions)
+        self._adapters = ReplicaAdapters(self.engine, config.adapters)
         self.engine.add_listener(self._speed, *Speeds.HEARD)
         self._moves = 0
         """Number of changes of where adapters are."""
@@ -145,33 +144,28 @@ class EngineReplica:
     async def _generate(self, box: Outbox, order: Submit) -> None:
         options, asked = order.options, dict[str, str]()
         names = list(options.mix or ([] if options.adapter is None else [options.adapter]))
-        find = self.engine.find_adapter
         try:
             if self._draining:
                 raise EngineStopped("the replica is draining")
             params = await self._params(order)
-            known, scored = len(options.output), False  # log-probabilities that the gateway has already
-            owns = [self._versions.own(name, compared=order.content != "") for name in names]
+            known, scored, told = len(options.output), False, False  # what the gateway has already
+            contents = order.contents or [""] * len(names)
+            owns = [self._adapters.holding(*wanted) for wanted in zip(names, contents, strict=True)]
             asked = dict(zip(owns, names, strict=True))
             if order.believed and not options.mix:
-                there = find(owns[0].partition("@")[0])
+                there = self.engine.find_adapter(without_versions(names[0]))
                 if there is None or there.location == "disk":
                     box.put(Delta(order.key, misrouted=True))
-            mix = options.mix and {own: options.mix[name] for own, name in asked.items()}
-            # Where the current version is compared, because the other is not known: its number.
-            names = [name if "@" in own else own for own, name in zip(owns, names, strict=True)]
-            # Nothing is awaited until the engine takes the same, unless it must look for an adapter.
-            versions = self._versions.current(names, find)
-            held = find(names[0]) if order.content and not options.mix else None
-            if held is not None and held.digest not in ("", order.content):
-                raise gone(names[0])
+            mix: dict[str, float] = {}
+            for own, weight in zip(owns, (options.mix or {}).values(), strict=False):
+                mix[own] = mix.get(own, 0.0) + weight  # a version may be named with its number and without
             outputs = self.engine.generate(
                 order.prompt,
                 params,
                 options=msgspec.structs.replace(
                     options,
-                    adapter=None if mix else next(iter(asked), None),
-                    mix=mix,
+                    adapter=owns[0] if owns and not mix else None,
+                    mix=mix or None,
                     # With batch invariance, computing all tokens at once gives the same bits.
                     replay=options.replay and not self.engine.info.batch_invariant,
                 ),
@@ -180,11 +174,10 @@ class EngineReplica:
             async with aclosing(outputs):
                 async for output in outputs:
                     delta = Delta(order.key, output.token_ids_delta, output.text_delta)
-                    if versions:
+                    if not told:
                         if output.token_ids_delta and order.content not in ("", output.adapter_digest):
-                            raise gone(next(iter(asked)))  # its next token would be of another text
-                        delta.versions = self._versions.began_with(versions, names, find)
-                        delta.content, versions = output.adapter_digest, []
+                            raise gone(names[0])  # its next token would be of another text
+                        delta.content, told = output.adapter_digest, True
                     delta.finish, delta.stop = output.finish_reason, output.stop_reason
                     delta.cached_tokens, delta.pinned_tokens = output.cached_tokens, output.pinned_tokens
                     delta.logprobs = list(output.logprobs_delta[known:])
@@ -196,9 +189,8 @@ class EngineReplica:
         except Exception as error:
             if not isinstance(error, AioEngineError):
                 logger.exception("request %s failed unexpectedly", order.request_id)
-            if isinstance(error, AdapterNotFound):
-                named = asked.get(error.name, options.adapter or error.name)  # not by the engine's number
-                error = gone(named) if "@" in named else error
+            if isinstance(error, AdapterNotFound) and "@" in error.name:
+                error = gone(asked.get(error.name, error.name))  # not by the engine's own number
             box.put(Delta(order.key, error=pack_error(error)))
 
     async def _params(self, order: Submit) -> SamplingParams:
@@ -247,10 +239,14 @@ class EngineReplica:
         return Status(report, load.step_age, self._draining, self.engine.state)
 
     def _residency(self) -> Residency:
-        replaced = {(info.name, info.version): info for info in self.engine.replaced()}
-        held = [i for i in self.engine.resident() if (i.name, i.version) not in replaced]
-        told = self._versions.told
-        return Residency(list(self.engine.slots()), list(map(told, held)), list(map(told, replaced.values())))
+        replaced = self.engine.replaced()
+        old = {(info.name, info.version) for info in replaced}
+        held = {  # of mixes of different versions, one
+            without_versions(info.name): msgspec.structs.replace(info, name=without_versions(info.name))
+            for info in self.engine.resident()
+            if (info.name, info.version) not in old
+        }
+        return Residency(list(self.engine.slots()), list(held.values()), replaced)
 
     # Adapters
 

@@ -3,80 +3,96 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AdapterLoadError, AdapterNotFound
 from aioengine.fleet.registry import Entry
-from aioengine.fleet.versions import ReplicaVersions
-from aioengine.info import AdapterInfo
+from aioengine.fleet.versions import gone
+from aioengine.info import AdapterInfo, without_versions
 from aioengine.tasks import end_tasks
 
 
 class ReplicaAdapters:
-    """What gateways ask of a replica's engine, in the fleet's version numbers."""
+    """What gateways ask of a replica's engine. ``configured``: names that it knows from its start."""
 
-    def __init__(self, engine: AsyncEngine, versions: ReplicaVersions) -> None:
+    def __init__(self, engine: AsyncEngine, configured: Iterable[str]) -> None:
         self._engine = engine
-        self._versions = versions
         self.prepared = PreparedVersions(engine)
+        self._configured = frozenset(configured)
+        self._told = dict.fromkeys(self._configured, 1)
+        """The fleet's version of each adapter that this replica was told of. Its engine counts its own."""
         self._unloads: set[asyncio.Task[None]] = set()
 
     async def call(self, action: str, arguments: dict[str, Any]) -> Any:
-        """Do what a gateway asks for. ``version`` and ``digest`` among the arguments are of what comes of
-        it."""
+        """Do what a gateway asks for."""
         calls: dict[str, Callable[..., Awaitable[Any]]] = {
             "load": self._engine.load_adapter,
-            "unload": self._engine.unload_adapter,
+            "unload": self._unload,
             "pin": self._engine.pin_adapter,
             "unpin": self._engine.unpin_adapter,
             "prepare": self.prepared.prepare,
-            "commit": self.prepared.commit,
+            "commit": self._commit,
             "discard": self.prepared.discard,
             "sync": self._sync,
             "others": self._others,
             "forget": self._forget,
-            "version": self._version,
             "labels": self._labels,
         }
-        version = arguments.pop("version", None)
-        digest = arguments.pop("digest", "")
-        answer = await calls[action](**arguments)
-        if digest:
-            self._engine.versions.expect(arguments["name"], digest)
+        return await calls[action](**arguments)
+
+    def holding(self, adapter: str, digest: str) -> str:
+        """Return what the engine calls the version of an adapter that has this content, or the current one
+        for "", and if that has not been read yet. Raises AdapterNotFound."""
+        name = without_versions(adapter)
+        current = self._engine.find_adapter(name)
+        if not digest or (current is not None and current.digest == digest):
+            return name
+        for info in self._engine.replaced():
+            if (info.name, info.digest) == (name, digest):
+                return f"{name}@{info.version}"
+        if current is None or not current.digest:
+            return name
+        raise gone(adapter)
+
+    async def _labels(self, name: str, content: str) -> int:
+        return await self._engine.head_labels(self.holding(name, content))
+
+    async def _commit(self, name: str, change: str, digest: str, version: int | None) -> AdapterInfo:
+        info = await self.prepared.commit(name, change)
+        self._engine.versions.expect(name, digest)
         if version is not None:
-            self._versions.note(version, answer)
-        if action == "unload":
-            self._versions.forget(arguments["name"])
-        return answer
+            self._told[name] = version
+        return info
 
-    async def _version(self, name: str) -> int:
-        return self._versions.highest(name)
-
-    async def _labels(self, name: str) -> int:
-        return await self._engine.head_labels(self._versions.own(name))
+    async def _unload(self, name: str, force: bool) -> None:
+        await self._engine.unload_adapter(name, force=force)
+        self._told.pop(name, None)
 
     async def _sync(self, entries: list[Entry]) -> None:
-        """Know the registry's adapters in the versions that it has."""
+        """Know the registry's adapters, with the content that each has there."""
         for entry in entries:
-            if self._versions.of(entry.name) < entry.version:
+            there = self._engine.find_adapter(entry.name)
+            has_it = there is not None and entry.digest in {there.digest} - {""}
+            if self._told.get(entry.name, 0) < entry.version and not has_it:
                 await self._engine.versions.prepare(entry.name, entry.path, read=False)
-                self._versions.note(entry.version, self._engine.versions.commit(entry.name))
+                self._engine.versions.commit(entry.name)
+            self._told[entry.name] = entry.version
             if entry.digest:
                 self._engine.versions.expect(entry.name, entry.digest)
             if entry.pinned:
                 await self._engine.pin_adapter(entry.name)
 
     async def _others(self, names: list[str]) -> list[str]:
-        """Return the adapters that the fleet once had, or has from now on, and that are not among these."""
-        return self._versions.others(names)
+        """Return the adapters that the replica was told of and that are not among these."""
+        return list(self._told.keys() - self._configured - set(names))
 
     async def _forget(self, name: str) -> None:
         """Unload an adapter that the fleet has no more."""
-        if self._versions.of(name):
-            self._versions.forget(name)
+        if name in self._told:
+            del self._told[name]
             self._unload_soon(name)
             await asyncio.sleep(0)  # it begins, and from then on requests are refused
 

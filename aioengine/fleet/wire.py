@@ -50,6 +50,8 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     """Headers that name its span, in W3C's form; empty: it is not traced."""
     believed: bool = False
     """Whether the gateway believes that the replica has its adapter in memory."""
+    contents: list[str] = []
+    """Digests of what it needs of the adapters that it names, in their order; "": what is current."""
     content: str = ""
     """If it has begun elsewhere: digest of its adapter's content there, which it must also have here."""
 
@@ -82,9 +84,6 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     """Whether the replica lacks the adapter that the gateway believed it to have."""
     pooled: list[float] | None = None
     pinned_tokens: int = 0
-    versions: list[str] = []
-    """In the first one: the fleet's versions that it runs on, in the order in which it names the adapters;
-    "name@0": the fleet has no number for what it runs on, or it is not certain."""
     content: str = ""
     """In the first one: digest of the content that it runs on (``RequestOutput.adapter_digest``)."""
 
@@ -104,15 +103,11 @@ class Residency(msgspec.Struct, array_like=True):
 
     @property
     def tiers(self) -> Tiers:
-        """Where the newest version of each adapter is; older ones only finish requests."""
-        newest: dict[str, AdapterInfo] = {}
-        for info in self.adapters:
-            if info.name not in newest or info.version > newest[info.name].version:
-                newest[info.name] = info
+        """Where the current version of each adapter is; older ones only finish requests."""
         held: dict[AdapterLocation, list[str]] = {"slot": [], "cpu": [], "loading": [], "disk": []}
-        for info in newest.values():
+        for info in self.adapters:
             held[info.location].append(info.name)
-        nbytes = {info.name: info.bytes for info in newest.values() if info.bytes and info.location != "disk"}
+        nbytes = {info.name: info.bytes for info in self.adapters if info.bytes and info.location != "disk"}
         return Tiers(held["slot"], held["cpu"], held["loading"], nbytes)
 
 

@@ -17,7 +17,7 @@ from support.fleet_here import fleet_here, small_engine
 from support.held_steps import HeldStep
 from support.waiting import until
 
-from aioengine import EngineConfig, LoRAConfig, SamplingParams
+from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import AdapterChanged, AioEngineError
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
@@ -60,14 +60,13 @@ class Replica:
         assert isinstance(order, Submit)
         self.order, self.first, self.running = order, True, []
         options = order.options
-        for wanted in options.mix or [options.adapter]:
-            name, _, number = str(wanted).partition("@")
-            version = self.held[name][-1] if number in ("", "0") else int(number)
-            if version not in self.held[name]:
-                if not order.content:
-                    self.error = gone(f"{name}@{version}")
-                version = self.held[name][-1]
-            self.running.append(f"{name}@{version}")
+        for wanted, digest in zip(options.mix or [options.adapter], order.contents, strict=True):
+            name = str(wanted).partition("@")[0]
+            there = [f"{name}@{version}" for version in reversed(self.held[name])]
+            fits = [version for version in there if digest in ("", content_of(version))]
+            if not fits:
+                self.error = gone(str(wanted))
+            self.running.append((fits or there)[0])
         if order.content not in ("", self.content):
             self.error = gone(str(options.adapter))
 
@@ -83,8 +82,7 @@ class Replica:
         token = int.from_bytes(" ".join(sorted(set(self.content.split()))).encode())
         if not first:
             return Delta(self.order.key, [token])
-        said = ["u@0" if version.startswith("u") else version for version in self.running]
-        return Delta(self.order.key, [token], versions=said, content=self.content)
+        return Delta(self.order.key, [token], content=self.content)
 
     def replace(self, name: str, *, keep: bool) -> None:
         """Have the next version; ``keep``: other requests still need the one before."""
@@ -93,8 +91,12 @@ class Replica:
         self.held[name] = [*needed, before[-1] + 1]
 
     def residency(self) -> Residency:
-        infos = [adapter_info(name, version=v) for name in NAMES for v in self.held[name]]
-        return Residency([], infos)
+        infos = {
+            name: [adapter_info(name, version=v, digest=content_of(f"{name}@{v}")) for v in versions]
+            for name, versions in self.held.items()
+        }
+        replaced = [info for held in infos.values() for info in held[:-1]]
+        return Residency([], [held[-1] for held in infos.values()], replaced)
 
 
 class Event(NamedTuple):
@@ -136,7 +138,6 @@ class Fleet:
             self.members.state.join(replica.name, LIMITS)
         self.members.channel = self.channels.get  # type: ignore[assignment, method-assign]
         self.dispatcher = Dispatcher(self.members)
-        self.dispatcher.version_of = self.known.get
         self.dispatcher.digest_of = lambda name: (
             content_of(f"{name}@{self.known[name]}") if name in self.known else ""
         )
@@ -168,16 +169,16 @@ class Fleet:
 
     def can_go_on(self, call: Call) -> bool:
         """Whether every replica that is left has all that the call has begun with, and has said so. What has
-        no number must be what is there now."""
-        contents = call.content.split()
+        no number must, in a mix, be what is there now."""
+        began = list(zip(call.options.mix or [call.adapter], call.content.split(), strict=True))
 
-        def has(replica: Replica, version: str) -> bool:
-            name, _, number = version.partition("@")
-            current = content_of(f"{name}@{replica.held[name][-1]}")
-            return int(number) in replica.held[name] or (number == "0" and current in contents)
+        def has(replica: Replica, wanted: str, content: str) -> bool:
+            name, _, number = wanted.partition("@")
+            versions = replica.held[name][-1:] if call.options.mix and not number else replica.held[name]
+            return content in (content_of(f"{name}@{version}") for version in versions)
 
         return all(
-            all(has(replica, version) for version in call.began_with)
+            all(has(replica, str(wanted), content) for wanted, content in began)
             and _names(self.members.members[name].residency) == _names(replica.residency())
             for name, replica in self.replicas.items()
         )
@@ -203,8 +204,11 @@ def test_tokens_are_all_of_the_content_that_made_the_first(
 
     async def main() -> None:
         fleet = Fleet()
-        versions = [name for name in wanted if "@" in name]
-        call = Call(1, "r", [5, 6], SamplingParams(seed=1), RequestOptions(mix=wanted), 0.0, versions)
+        contents = {name: content_of(name) for name in wanted if "@" in name}
+        options = RequestOptions(mix=wanted)
+        if list(wanted.values()) == [1.0]:
+            options = RequestOptions(adapter=next(iter(wanted)))
+        call = Call(1, "r", [5, 6], SamplingParams(seed=1), options, 0.0, contents)
         await fleet.dispatcher.place(call)
         for event in events:
             before = call.tokens[:1] and fleet.can_go_on(call)
@@ -227,7 +231,9 @@ async def test_a_replica_knows_the_version_better_than_the_gateway(
     wanted: Wanted, lives: bool, tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request has begun on one replica; on the other one, the adapter was replaced, which the gateway does
-    not know. The replaced version lives there only if another request runs on it."""
+    not know. The replaced version lives there only if another request runs on it; and a mix is one of current
+    versions."""
+    goes_on = lives and wanted != {"a": 0.5, "b": 0.25}
     prompt, named = [5, 6, 7, 8], {name: str(adapters / name) for name in "ab"}
     config = FleetConfig(engine=small_engine(tiny_text), replicas=2, adapters=named)
     async with fleet_here(config, monkeypatch) as fleet:
@@ -243,7 +249,7 @@ async def test_a_replica_knows_the_version_better_than_the_gateway(
         change = {"name": "a", "change": "c"}
         read = {"path": str(adapters / "b"), "read": False}
         await there.adapter("prepare", change | read)
-        await there.adapter("commit", change | {"version": 2})
+        await there.adapter("commit", change | {"version": 2, "digest": ""})
         member = client.members.members["r1"]
         member.ready = False
         client.members.state.drain("r1")
@@ -258,49 +264,10 @@ async def test_a_replica_knows_the_version_better_than_the_gateway(
                     member.ready = True
                     client.members.state.drain("r1", False)
                     client.members._lose(channel, "lost", "for this test")
-                    await until(lambda: not lives or there.engine.load().waiting > 0)
+                    await until(lambda: not goes_on or there.engine.load().waiting > 0)
                     held.go_on.set()
         except AdapterChanged as error:
             failed = error
         await asyncio.gather(*works)
-        assert (failed is None) == lives and tokens == expected[: len(tokens)]
-        assert len(tokens) == 12 or not lives
-
-
-@pytest.mark.parametrize("meanwhile", [False, True], ids=["", "replaced during the look-up"])
-async def test_a_version_that_is_not_certain_has_no_number(
-    meanwhile: bool, tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A mix has a part that must be looked up first, and it is not known which version of another part was
-    current when that had ended."""
-    begun, go_on = asyncio.Event(), asyncio.Event()
-    config = FleetConfig(
-        engine=small_engine(
-            tiny_text, lora=LoRAConfig(max_loras=2, max_cpu_loras=4, adapter_root=str(adapters))
-        ),
-        replicas=1,
-        adapters={"b": str(adapters / "b")},
-    )
-    async with fleet_here(config, monkeypatch) as fleet:
-        replica = fleet.replicas["r0"]
-        lookups = replica.engine._adapters._names.lookups
-        real = lookups.locate
-
-        async def held(*arguments: Any) -> Any:
-            if arguments[0] == "a":
-                begun.set()
-                await go_on.wait()
-            return await real(*arguments)
-
-        monkeypatch.setattr(lookups, "locate", held)
-        streaming = fleet.client.generate([5, 6], greedy(4), adapter={"a": 0.5, "b": 0.5})
-        first = asyncio.ensure_future(anext(streaming))
-        await begun.wait()
-        if meanwhile:
-            await fleet.client.load_adapter("b", str(adapters / "a"), replace=True)
-        go_on.set()
-        await first
-        [call] = fleet.client._ids.values()
-        assert call.began_with == ["a@0", "b@0" if meanwhile else "b@1"]
-        assert len(call.content) == 64
-        await streaming.aclose()
+        assert (failed is None) == goes_on and tokens == expected[: len(tokens)]
+        assert len(tokens) == 12 or not goes_on

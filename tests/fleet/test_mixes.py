@@ -79,9 +79,9 @@ async def test_versions(fleet: FleetHere, tiny_text: Tiny, adapters: Path) -> No
     client = fleet.client
     for name in ("a", "a@1", "a@latest"):
         assert await complete(fleet, name) == of_a
-    await client.load_adapter("x", str(adapters / "a"))
+    old = (await client.load_adapter("x", str(adapters / "a"))).digest
     runs = [asyncio.create_task(client.complete(PROMPT, greedy(50), adapter="x@1")) for _ in range(60)]
-    while not client.members.with_version("x@1") or not any(
+    while not client.members.with_content("x", old) or not any(
         r.engine.load().waiting for r in fleet.replicas.values()
     ):
         await asyncio.sleep(0)
@@ -93,7 +93,7 @@ async def test_versions(fleet: FleetHere, tiny_text: Tiny, adapters: Path) -> No
     assert (early, late) == (of_a, of_b)
     assert mixed == of_peft(tiny_text, adapters, {"a": 0.5})
     await asyncio.gather(*runs)
-    while client.members.with_version("x@1"):
+    while client.members.with_content("x", old):
         await asyncio.sleep(0.01)
     for gone in ("x@1", "x@3", "y@1"):
         with pytest.raises(AdapterNotFound):

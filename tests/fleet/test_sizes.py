@@ -9,16 +9,14 @@ from aioengine.fleet.wire import Residency
 from aioengine.info import AdapterInfo
 
 
-def info(name: str, location: str, nbytes: int, version: int = 1) -> AdapterInfo:
-    return adapter_info(name, version=version, bytes=nbytes, location=location)
+def info(name: str, location: str, nbytes: int) -> AdapterInfo:
+    return adapter_info(name, bytes=nbytes, location=location)
 
 
 @pytest.mark.parametrize(
     ("held", "where", "nbytes"),
     [
         ([info("a", "slot", 100), info("b", "loading", 0)], (["a"], [], ["b"]), {"a": 100}),
-        # A replacement is read while requests still use the old version.
-        ([info("a", "cpu", 300, 2), info("a", "slot", 100)], ([], ["a"], []), {"a": 300}),
         ([info("a", "disk", 300)], ([], [], []), {}),
     ],
 )

@@ -23,10 +23,9 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.adapters import FleetAdapters
 from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
-from aioengine.fleet.versions import ReplicaVersions, SpentVersions
+from aioengine.fleet.versions import SpentVersions
 from aioengine.fleet.wire import (
     Delta,
-    Residency,
     Submit,
     decode_frame,
     encode_orders,
@@ -90,7 +89,7 @@ async def test_replicas_that_have_counted_differently_agree(
     await gateway.adapters.start(RegistryActor())
 
     async def tokens(replica: Any, adapter: str) -> list[int]:
-        own = replica._versions.own(adapter)
+        own = replica._adapters.holding(adapter, await gateway.adapters.content(adapter))
         output = await replica.engine.complete([5, 6, 7], greedy(6), adapter=own)
         found: list[int] = output.token_ids
         return found
@@ -108,13 +107,9 @@ async def test_replicas_that_have_counted_differently_agree(
     gateway.members.members["second"] = away
     await gateway.joins("second")
     assert await tokens(first, "sql@4") == await tokens(second, "sql@4") == of_two != of_one
-    for replica in real:
-        for gone in ("sql@1", "sql@2", "sql@3"):
-            with pytest.raises(AdapterNotFound, match="gone"):
-                await tokens(replica, gone)
-    assert await gateway.adapters.is_current("sql@4")
-    with pytest.raises(AdapterNotFound, match="gone: the current one is 4"):
-        await gateway.adapters.is_current("sql@3")
+    for gone in ("sql@0", "sql@1", "sql@2", "sql@3"):
+        with pytest.raises(AdapterNotFound, match="gone: the current one is 4"):
+            await gateway.adapters.content(gone)
     assert [info.version for info in gateway.adapters.all() if info.name == "sql"] == [4]
     gateway.members.members.pop("second")
     await gateway.adapters.unload("sql", force=False)
@@ -129,12 +124,12 @@ async def test_replicas_that_have_counted_differently_agree(
 async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, named: dict[str, Any]) -> None:
     """Not the number that the replica's engine has given to it."""
     replica = real[0]
-    for version, name in enumerate("ab", start=7):
-        await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / name), version)]})
+    await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / "b"), 8)]})
     frames = replica.channel("gateway")
     await anext(frames)
     options = RequestOptions(**named)
-    await replica.submit("gateway", encode_orders([Submit(1, "r", [5], pack_params(greedy(1)), options)]))
+    order = Submit(1, "r", [5], pack_params(greedy(1)), options, contents=["0" * 64], content="0" * 64)
+    await replica.submit("gateway", encode_orders([order]))
     found: list[Delta] = []
     while not found:
         found = decode_frame(await anext(frames)).deltas
@@ -147,20 +142,19 @@ async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, name
 async def test_what_has_begun_elsewhere_is_compared_before_it_runs(
     real: Any, adapters: Path, same: bool
 ) -> None:
-    """With the version that is here, whose number the replica says."""
     replica = real[0]
     await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / "a"), 4)]})
     info = await replica.engine.load_adapter("sql")
     frames = replica.channel("gateway")
     await anext(frames)
     options, content = RequestOptions(adapter="sql@3", output=(7,)), info.digest if same else "0" * 64
-    order = Submit(1, "r", [5, 6], pack_params(greedy(3)), options, content=content)
+    order = Submit(1, "r", [5, 6], pack_params(greedy(3)), options, contents=[content], content=content)
     await replica.submit("gateway", encode_orders([order]))
     found: list[Delta] = []
     while not found:
         found = decode_frame(await anext(frames)).deltas
     if same:
-        assert (found[0].versions, found[0].content) == (["sql@4"], content) and not found[0].error
+        assert found[0].content == content and not found[0].error
     else:
         error = unpack_error(found[0].error)
         assert isinstance(error, AdapterNotFound) and error.name == "sql@3"
@@ -168,29 +162,19 @@ async def test_what_has_begun_elsewhere_is_compared_before_it_runs(
     await frames.aclose()
 
 
-async def test_no_client_asks_for_version_zero() -> None:
-    """Replicas say so where there is no number, and a gateway must not hand it on."""
-    gateway = Gateway(r0=Replica())
-    await gateway.adapters.start(RegistryActor())
-    residency = Residency([], [adapter_info("fixed", version=0)])
-    gateway.members.members["r0"].residency = residency
-    with pytest.raises(AdapterNotFound, match="no version 0"):
-        await gateway.adapters.is_current("fixed@0")
-
-
 async def test_an_adapter_that_nobody_has_loaded_has_no_numbers() -> None:
     gateway = Gateway(r0=Replica())
     await gateway.adapters.start(RegistryActor())
     with pytest.raises(AdapterNotFound, match="nobody has loaded 'sql' through the fleet"):
-        await gateway.adapters.is_current("sql@1")
-    assert await gateway.adapters.is_current("fixed@1")
+        await gateway.adapters.content("sql@1")
+    assert await gateway.adapters.content("fixed@1") == "", "nobody has read it"
 
 
 class Replica:
     """Takes whatever it is told to, and remembers which content each number of a name has had."""
 
     def __init__(self) -> None:
-        self.versions = ReplicaVersions({"fixed"})
+        self.told = {"fixed": 1}
         self.named: set[tuple[str, int, str]] = set()
         self._paths: dict[str, str] = {}
         """What it has or has prepared, by name."""
@@ -198,18 +182,16 @@ class Replica:
 
     async def adapter(self, action: str, arguments: dict[str, Any]) -> Any:
         name, version = arguments.get("name", ""), arguments.get("version")
-        if action == "version":
-            return self.versions.highest(name)
         if action == "others":
-            return self.versions.others(arguments["names"])
+            return list(self.told.keys() - {"fixed", *arguments["names"]})
         if action == "prepare":
             self._paths[name] = arguments["path"]
         elif action in ("unload", "forget"):
-            self.versions.forget(name)
+            self.told.pop(name, None)
             self._paths.pop(name, None)
         elif action == "sync":
             for entry in arguments["entries"]:
-                if self.versions.of(entry.name) < entry.version:
+                if self.told.get(entry.name, 0) < entry.version:
                     self._takes(entry.name, entry.version, entry.path)
         elif action == "commit":
             self._takes(name, version, self._paths[name])
@@ -218,7 +200,7 @@ class Replica:
     def _takes(self, name: str, version: int, path: str) -> None:
         self._count += 1
         self._paths[name] = path
-        self.versions.note(version, self._info(name, path))
+        self.told[name] = version
         self.named.add((name, version, path))
 
     def _info(self, name: str, path: str) -> AdapterInfo:
@@ -312,18 +294,3 @@ def test_what_is_forgotten_counts_as_spent(spent: list[tuple[str, int]], remembe
             known.spend(name, number)
         assert len(known.last) <= remembered
         assert all(known.of(name) >= number for name, number in spent)
-
-
-def test_what_has_no_number_is_the_current_version() -> None:
-    """As is a version that the replica does not know, if its content is compared."""
-    known = ReplicaVersions(())
-    assert known.own("sql@0") == "sql" and known.number("sql", 1) == 0
-    known.note(1, adapter_info("sql", version=2))
-    assert (known.number("sql", 1), known.number("sql", 2)) == (0, 1)
-    assert (known.own("sql@0"), known.own("sql@1"), known.own("sql@3", compared=True)) == (
-        "sql",
-        "sql@2",
-        "sql",
-    )
-    with pytest.raises(AdapterNotFound, match="gone"):
-        known.own("sql@3")

@@ -25,6 +25,7 @@ from aioengine.fleet.gateway.entries import KnownEntries, listed, numbered, sour
 from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.gateway.replicas import Change, Replicas, by_load, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of, lease
+from aioengine.fleet.versions import gone
 from aioengine.info import AdapterInfo, is_mix
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
 from aioengine.tasks import end_tasks, run_to_completion
@@ -33,12 +34,14 @@ logger = logging.getLogger("aioengine.fleet")
 
 T = TypeVar("T")
 
-_UNKNOWN = "nothing is changed while the fleet's adapters are not known"
+_FAILS = "nothing is changed, because the fleet's registry fails"
 _UNSAVED = (
     "the replicas have made the change, but it would be lost with Ray's head; repair this, and repeat it"
 )
 SYNC_SECONDS = 60.0
 """Longest time until a replica knows the fleet's adapters; after that it gets requests nevertheless."""
+MAX_EARLIER = 16
+"""Replaced versions of an adapter that requests may name."""
 MEND_SECONDS = 10.0
 """Between two attempts to have replicas agree on an adapter."""
 SETTLE_SECONDS = 1.0
@@ -100,24 +103,23 @@ class FleetAdapters:
         held = {info.path for member in members for info in member.residency.versions}
         return held | {entry.path for entry in self.known.by_name.values()}
 
-    async def is_current(self, adapter: str) -> bool:
-        """See :meth:`KnownEntries.is_current`."""
-        return await self.known.is_current(adapter, self.registry, self._members.with_version)
+    async def content(self, adapter: str) -> str:
+        """See :meth:`KnownEntries.content`."""
+        return await self.known.content(adapter, self.registry)
 
     async def labels(self, adapter: str) -> int:
         """Return how many labels the head of an adapter, or of a version ("sql@2"), has. One replica reads it
         if none has. Raises AdapterNotFound, or what reading it raises."""
         name, _, number = adapter.partition("@")
+        current = self.known.digest(name)
+        content = await self.content(adapter) if number else current
         members = list(self._members.members.values())
-        if number and not await self.is_current(adapter):
-            there = self._members.with_version(adapter)
+        if content != current:
+            there = self._members.with_content(name, content)
             members = [member for member in members if member.channel.replica in there]
-            held = [info for member in members for info in member.residency.versions]
-            infos = [info for info in held if f"{info.name}@{info.version}" == adapter]
-            return await self._replicas.labels(adapter, members, infos)
-        held, least = [i for m in members for i in m.residency.adapters], self.known.version(name) or 0
-        infos = [info for info in held if info.name == name and info.version >= least]
-        return await self._replicas.labels(name, members, infos)
+            if not members:
+                raise gone(adapter)
+        return await self._replicas.labels(name, content, members)
 
     async def load(
         self,
@@ -173,14 +175,14 @@ class FleetAdapters:
 
     async def pin(self, name: str, *, force: bool) -> AdapterInfo:
         async with self.changing(name) as change:
-            version = await self._version(name, change.members)
-            info = numbered(await self._replicas.pin(name, change.members, force, version=version), version)
+            version = await self._version(name)
+            info = numbered(await self._replicas.pin(name, change.members, force), version)
             return await self._note(info, change, pinned=True)
 
     async def unpin(self, name: str) -> AdapterInfo:
         async with self.changing(name) as change:
-            version = await self._version(name, change.members)
-            answers = await self._replicas.ask_all(change.members, "unpin", name=name, version=version)
+            version = await self._version(name)
+            answers = await self._replicas.ask_all(change.members, "unpin", name=name)
             info = numbered(first_of(answers), version)
             return await self._note(info, change, pinned=False)
 
@@ -213,7 +215,7 @@ class FleetAdapters:
     ) -> AdapterInfo:
         """Have those that hold it, and ``also``, read it, compare what they have read, and flip, all of them
         even if the call is cancelled meanwhile. ``new``: it gets the next version of the fleet."""
-        version = await self._next_version(name, change.members) if new else None
+        version = await self._next_version(name) if new else None
         digest = await self._replicas.prepare(name, where, change, also)
         return await run_to_completion(self._flip(name, where, change, digest, version), unless=change.lost)
 
@@ -226,15 +228,15 @@ class FleetAdapters:
             return info
         return await self._note(numbered(info, version), change, where)
 
-    async def _version(self, name: str, members: Sequence[Member]) -> int:
+    async def _version(self, name: str) -> int:
         """Return the current version; of an adapter that has none in the fleet, the next one."""
         known = self.known.version(name)
-        return await self._next_version(name, members) if known is None else known
+        return await self._next_version(name) if known is None else known
 
-    async def _next_version(self, name: str, members: Sequence[Member]) -> int:
-        """Return a number that no content of this adapter has had, as far as anybody knows who lives."""
-        above = max(self.known.version(name) or 0, await self._replicas.highest_version(name, members))
-        return await self._registry(name, self.registry.next_version.remote(name, above), _UNKNOWN)
+    async def _next_version(self, name: str) -> int:
+        """Return a number that no content of this adapter has had."""
+        call = self.registry.next_version.remote(name, self.known.version(name) or 0)
+        return await self._registry(name, call, _FAILS)
 
     async def _note(
         self, info: AdapterInfo, change: Change, where: str | None = None, *, pinned: bool | None = None
@@ -244,9 +246,20 @@ class FleetAdapters:
         known = self.known.by_name.get(info.name)
         digest = info.digest or ("" if known is None else known.digest)
         stays = known is not None and known.pinned if pinned is None else pinned
-        entry = Entry(info.name, source_of(where, known, info), info.version, digest, stays)
+        source, earlier = source_of(where, known, info), self._earlier(known, info)
+        entry = Entry(info.name, source, info.version, digest, stays, earlier)
         await run_to_completion(self._put(entry, change), unless=change.lost)
         return info
+
+    def _earlier(self, known: Entry | None, info: AdapterInfo) -> dict[int, str]:
+        """Return the digests of the versions before the one that ``info`` describes."""
+        if known is None or info.version == version_of(known):
+            return {} if known is None else known.earlier
+        there = (i for m in self._members.members.values() for i in m.residency.versions)
+        read = (i.digest for i in there if i.name == info.name and i.digest not in ("", info.digest))
+        was = known.digest or next(read, "")  # "": nobody has read it
+        earlier = {**known.earlier, version_of(known): was} if was else known.earlier
+        return dict(sorted(earlier.items())[-MAX_EARLIER:])
 
     async def _put(self, entry: Entry, change: Change) -> None:
         self.known.put(entry)
@@ -271,7 +284,7 @@ class FleetAdapters:
         if there is no replica."""
         owner = f"{self._members.gateway}-{next(self._owners)}"
         async with lease(self.registry, name, owner) as lost:
-            await self._registry(name, self.known.refresh(self.registry), _UNKNOWN)
+            await self._registry(name, self.known.refresh(self.registry), _FAILS)
             members = by_load(self._members.members.values())
             if not members:
                 raise EngineStopped("the fleet has no replica now; try again later")
@@ -352,7 +365,7 @@ class FleetAdapters:
         current = [
             info
             for info in member.residency.adapters
-            if info.name not in known or info.version >= version_of(known[info.name])
+            if info.name not in known or not known[info.name].was(info.digest)
         ]
         return self._members.conflicts.holds(member.channel.replica, current)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from aioengine.errors import AioEngineError, PromptTooLong, RequestInvalid
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """A request that gathers deltas for one reader. ``params`` has a seed; ``versions`` has the versions that
-    it names ("sql@2"). Once they are replaced, only some replicas have them."""
+    """A request that gathers deltas for one reader. ``params`` has a seed; ``contents`` has the digests of
+    the versions that it names ("sql@2"). Once they are replaced, only some replicas have them."""
 
     def __init__(
         self,
@@ -31,7 +32,7 @@ class Call:
         params: SamplingParams,
         options: RequestOptions,
         now: float,
-        versions: Sequence[str] = (),
+        contents: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.key = key
         self.request_id = request_id
@@ -42,7 +43,7 @@ class Call:
         """Name of its adapter, or of its mix, as it was asked for."""
         self.adapter = None if self.wanted is None else without_versions(self.wanted)
         """The same without versions."""
-        self.versions = versions
+        self.contents = contents
         self.arrival = now
         self.deadline = None if options.deadline is None else now + options.deadline
         self.route: RouteRequest | None = None
@@ -50,13 +51,8 @@ class Call:
         self.replica: str | None = None
         """Replica that runs it; None if it runs nowhere."""
         self.tried: frozenset[str] = frozenset()
-        self.began_with: list[str] = []
-        """The fleet's versions that its last replica runs it on, in the order in which it names the adapters;
-        []: the replica has not said it."""
-        self.content = ""
-        """Digest of the content of these; "": the replica has not said it."""
-        self.outdated = False
-        """Whether a replica did not know its versions, so that only those that have them can run it."""
+        self.content = self.asked_content
+        """Digest of its adapter's content, or its mix's, once its replica has said it, or it is asked for."""
         self.migrations = 0
         """How often it lost its replica after it had begun. One that refuses it is not lost."""
         self.tokens: list[int] = list(options.output)
@@ -80,6 +76,11 @@ class Call:
         """There is something that the reader has not seen."""
         self._waits: asyncio.Future[None] | None = None
         """The reader's, while it waits."""
+
+    @property
+    def asked_content(self) -> str:
+        """Digest of what it must run on, before it has begun; "": any."""
+        return self.contents.get(self.options.adapter or "", "")
 
     @property
     def begun(self) -> bool:

@@ -95,7 +95,7 @@ class FleetClient:
         )
         self._adapters = FleetAdapters(config, self.members)
         known = self._adapters.known
-        self._dispatcher.version_of, self._dispatcher.digest_of = known.version, known.digest
+        self._dispatcher.digest_of = known.digest
         self._uploads = Uploads(config.registry, self._adapters.changing, self._adapters.sources)
         known.in_use = self._uploads.in_use
         # Keys, of which [server] may have some, are not stored with the registry.
@@ -277,8 +277,7 @@ class FleetClient:
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         named = (options.adapter,) if options.mix is None else options.mix
         versions = [name for name in named if name is not None and "@" in name]
-        for version in versions:
-            await self._adapters.is_current(version)  # or lives: else this raises AdapterNotFound
+        contents = {version: await self._adapters.content(version) for version in versions}
         tokens = await tokens_of(
             prompt,
             options.tenant,
@@ -288,7 +287,7 @@ class FleetClient:
         )
         if request_id in self._ids:  # another one may have come meanwhile
             raise _in_use(request_id)
-        call = Call(key, request_id, tokens, params, options, now, versions)
+        call = Call(key, request_id, tokens, params, options, now, contents)
         if self._tracer_provider is not None:
             from aioengine.metrics.remote_spans import CallSpans
 

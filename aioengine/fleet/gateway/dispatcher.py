@@ -18,7 +18,7 @@ from aioengine.fleet.gateway.grammars import SentGrammar
 from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_error, unpack_error
-from aioengine.info import without_versions
+from aioengine.info import scaled_digest, without_versions
 from aioengine.request import pack_params
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing import RouteRequest, RouterGuard, load_router, prefix_hashes, prefix_pins
@@ -44,8 +44,6 @@ class Dispatcher:
         self._config = members.config
         self._state = members.state
         self._timer = timer
-        self.version_of: Callable[[str], int | None] = lambda name: None
-        """Function that returns the fleet's current version of an adapter; None if there is no number."""
         self.digest_of: Callable[[str], str] = lambda name: ""
         """Function that returns the digest of the current version's content; "" if it is not known."""
         self.guard = RouterGuard(
@@ -146,7 +144,7 @@ class Dispatcher:
     def _route_request(self, call: Call, unlike: frozenset[str]) -> RouteRequest:
         tried = call.tried | unlike
         if self._replaced(call):
-            tried = tried | (self._members.members.keys() - self._with_versions(call))
+            tried = tried | (self._members.members.keys() - self._able(call))
         if call.route is None or call.route.tried != tried:
             options, content = call.options, self._content(call)
             caching = self._config.engine.enable_prefix_caching
@@ -171,93 +169,58 @@ class Dispatcher:
             )
         return call.route
 
-    # Versions
+    # Contents of adapters
 
-    def _may_be_current(self, version: str) -> bool:
-        """Whether new requests get this version, as far as this gateway knows, or it is one that another
-        gateway has made since."""
-        name, _, number = version.partition("@")
-        known = self.version_of(name)
-        return known is not None and int(number) >= known
-
-    def _replaced(self, call: Call) -> list[str]:
-        """Return the versions that a call needs, and that new requests do not get any more. Replicas compare
-        the content of what has no number, or was replaced by the same."""
-        if call.content and call.content == self.digest_of(call.adapter or ""):
-            return []
-        numbered = [version for version in call.versions if not version.endswith("@0")]
-        return [version for version in numbered if call.outdated or not self._may_be_current(version)]
+    def _replaced(self, call: Call) -> dict[str, str]:
+        """Return the digests of what a call names and new requests do not get any more, by version. Once the
+        call has begun, replicas compare what they have with what it began with."""
+        named = call.contents.items() if not call.begun else ()
+        return {name: digest for name, digest in named if digest != self.digest_of(without_versions(name))}
 
     def _content(self, call: Call) -> str | None:
-        """Return a name for what a call's adapter holds, because other versions cache other keys and
+        """Return a name for what a call's adapter holds, because other contents cache other keys and
         values."""
-        named = call.options.adapter
-        if named is None or "@" in named or (version := self.version_of(named)) is None:
-            return call.wanted if named is None else named
-        return f"{named}@{version}"
+        if call.options.mix is not None or call.adapter is None:
+            return call.wanted
+        return call.content or self.digest_of(call.adapter) or call.adapter
+
+    def _contents(self, call: Call) -> list[str]:
+        """Return the digest of what the call needs of each adapter that it names. In a mix of several, of
+        which only the whole is compared, those without a number are the current ones."""
+        mix = call.options.mix
+        if mix is None:
+            return [] if call.adapter is None else [call.content]
+        if call.begun and len(mix) == 1:
+            [(name, scale)] = mix.items()
+            held = (info for m in self._members.members.values() for info in m.residency.versions)
+            digests = (info.digest for info in held if info.name == without_versions(name) and info.digest)
+            found = [digest for digest in digests if scaled_digest(digest, scale) == call.content]
+            return found[:1] or [""]
+        return [call.contents.get(name, "") for name in mix]
 
     def _without_content(self, call: Call) -> frozenset[str]:
         """Return the replicas that may refuse a call because of its content, if there are others that have it
         now and were not tried. None of them, if all may: those that have not read it may find the same."""
-        if not (call.begun and call.content):
+        if not call.begun or not call.content or call.adapter is None:
             return frozenset()
-        having = {
-            replica
-            for replica, member in self._members.members.items()
-            for info in member.residency.versions
-            if info.digest == call.content
-            and info.name == call.adapter
-            and (info in member.residency.adapters or f"{info.name}@{info.version}" in call.versions)
-        }
+        having = self._members.with_content(call.adapter, call.content)
         accepting = {view.replica_id for view in self._state.view.accepting}
         return frozenset(accepting - having) if having & accepting - call.tried else frozenset()
 
-    def _with_versions(self, call: Call) -> set[str]:
-        """Return the replicas that have all replaced versions that a call needs."""
-        return set(self._members.members).intersection(*map(self._members.with_version, self._replaced(call)))
+    def _able(self, call: Call) -> set[str]:
+        """Return the replicas that have all replaced versions that a call names."""
+        having = (
+            self._members.with_content(without_versions(version), digest)
+            for version, digest in self._replaced(call).items()
+        )
+        return set(self._members.members).intersection(*having)
 
     def _check_versions(self, call: Call) -> None:
-        """Raise an error if no replica has all versions that a call needs, or if only replicas have them that
-        will take no new requests, and others do."""
+        """Raise AdapterNotFound if all replicas that have the replaced versions which a call names will take
+        no new requests."""
         replaced = self._replaced(call)
-        there = [self._members.members[replica] for replica in self._with_versions(call)]
-        leave = bool(there) and all(member.leaves for member in there) and bool(self._state.view.accepting)
-        if not replaced or (there and not leave):
-            return
-        if call.begun:
-            raise _changed(replaced[0])
-        if leave:
-            raise errors.AdapterNotFound(
-                "this version was replaced, and is only on replicas that take no new requests, because they "
-                "are drained or removed; ask for the current one",
-                name=replaced[0],
-            )
-        missing = [version for version in replaced if not self._members.with_version(version)]
-        raise gone((missing or replaced)[0])
-
-    def _keep_versions(self, call: Call) -> None:
-        """Have a call that has begun continue with the versions that it began with, and name them, because
-        the next replica may have others. Raises AdapterChanged if they are not known."""
-        options, begun = call.options, call.began_with
-        if call.adapter is None:
-            return
-        if not begun:
-            raise _changed(call.adapter)
-        mix: dict[str, float] | None = None
-        if options.mix is not None:
-            mix = {}
-            for version, weight in zip(begun, options.mix.values(), strict=True):
-                mix[version] = mix.get(version, 0.0) + weight  # it may be named with its number and without
-            if len(mix) < len(begun):
-                call.content = ""  # that of a sum with other parts
-        call.versions = list(dict.fromkeys(begun))
-        if not call.content:
-            for version in call.versions:
-                if version.endswith("@0"):  # nothing would say what it stands for
-                    raise _changed(version)
-        call.options = msgspec.structs.replace(options, adapter=None if mix else begun[0], mix=mix)
-        # In the order of the mix, in which the next replica names them.
-        call.began_with = list(call.options.mix or call.versions)
+        if replaced and all(self._members.members[replica].leaves for replica in self._able(call)):
+            raise gone(next(iter(replaced)))
 
     def _send(self, call: Call, request: RouteRequest, replica: str) -> None:
         channel = self._members.channel(replica)
@@ -282,6 +245,7 @@ class Dispatcher:
             constraint.text if isinstance(constraint, SentGrammar) else None,
             {} if call.spans is None else call.spans.sent(replica, len(call.tokens)),
             where in (Location.SLOT, Location.CPU),
+            self._contents(call),
             call.content,
         )
         try:
@@ -305,7 +269,7 @@ class Dispatcher:
             if isinstance(error, errors.AdapterChanged):
                 self._members.on_changed(channel.replica, error.name)
             if begun and isinstance(error, errors.AdapterNotFound):
-                call.outdated, error = True, _changed(error.name)
+                error = _changed(error.name)
                 delta.error = pack_error(error)
             elsewhere = isinstance(
                 error, (errors.EngineStopped, errors.EngineDead, errors.AdapterChanged)
@@ -318,8 +282,7 @@ class Dispatcher:
                 )
                 return
         call.take(delta, now)
-        if delta.versions:
-            call.began_with, call.content = delta.versions, delta.content
+        call.content = delta.content or call.content
         if not begun and call.begun:
             self._state.started(str(call.key), delta.pinned_tokens)
         if call.ended:
@@ -330,7 +293,7 @@ class Dispatcher:
 
     def _others(self, call: Call) -> bool:
         """Whether a replica that can run the call has not been asked yet."""
-        tried, able = {*call.tried, call.replica}, self._with_versions(call)
+        tried, able = {*call.tried, call.replica}, self._able(call)
         accepting = (view.replica_id for view in self._state.view.accepting)
         return any(replica in able and replica not in tried for replica in accepting)
 
@@ -340,14 +303,9 @@ class Dispatcher:
         if call.spans is not None:
             call.spans.lost(how)
         call.tried = call.tried | {replica}
-        if not call.begun:
-            call.began_with, call.content = [], ""
+        if not call.begun:  # what its replica has said is not binding yet
+            call.content = call.asked_content
         if call.begun:
-            try:
-                self._keep_versions(call)
-            except errors.AioEngineError as error:
-                call.fail(error)
-                return
             call.migrations += how != "refused"
             self.migrations[how] += 1
             if call.migrations > self._config.migration_limit:

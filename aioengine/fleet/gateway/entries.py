@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -72,30 +72,29 @@ class KnownEntries:
         known = self.by_name.get(name)
         return "" if known is None else known.digest
 
-    async def is_current(self, adapter: str, registry: Any, having: Callable[[str], Collection[str]]) -> bool:
-        """Return whether "name@version" is the version that new requests get, and not an earlier one that
-        requests still need on some replicas, which ``having`` finds. Raises AdapterNotFound if it is
-        neither."""
-        name, _, version = adapter.rpartition("@")
-        if version == "0":  # replicas say so where there is no number
-            raise AdapterNotFound("there is no version 0: the first one is 1", name=adapter)
+    async def content(self, adapter: str, registry: Any) -> str:
+        """Return the digest of the content that "name@version" stands for; "" for a current one that nobody
+        has read. Raises AdapterNotFound if the version is neither current nor one of the latest."""
+        name, _, number = adapter.rpartition("@")
+        known = None
         for looked in (False, True):
-            current = self.version(name)
-            if current is not None and version == str(current):
-                return True
-            if current is not None and having(adapter):
-                return False
+            known = self.by_name.get(name)
+            if known is not None and number == str(version_of(known)):
+                return known.digest
+            for version, digest in known.earlier.items() if known is not None else ():
+                if number == str(version):
+                    return digest
             if not looked:  # another gateway may have changed it
                 await self.look(registry)
-        if current is None:
+        if known is None:
             raise AdapterNotFound(
                 f"nobody has loaded {name!r} through the fleet, and so its versions have no numbers; ask for "
                 f"{name!r}, or load it first",
                 name=adapter,
             )
         raise AdapterNotFound(
-            f"this version is gone: the current one is {current}, and a replaced one goes when its last "
-            "request has ended",
+            f"this version is gone: the current one is {version_of(known)}, and a replaced one goes when its "
+            "last request has ended",
             name=adapter,
         )
 
@@ -166,10 +165,10 @@ def listed(
     found: dict[str, AdapterInfo] = {}
     for info in held:
         entry = current.get(info.name)
-        if is_mix(info.name) or (entry is not None and info.version < version_of(entry)):
+        if is_mix(info.name) or (entry is not None and entry.was(info.digest)):
             continue  # only earlier requests run on a replaced version
         best = found.get(info.name)
-        if best is None or (info.version, _SPEED[info.location]) > (best.version, _SPEED[best.location]):
+        if best is None or _SPEED[info.location] > _SPEED[best.location]:
             found[info.name] = info
     for name in found.keys() & current.keys():
         found[name] = numbered(found[name], version_of(current[name]))

@@ -165,13 +165,14 @@ class Members:
         """Return the channel to a replica; None if the replica is lost or has left."""
         return self._channels.get(replica)
 
-    def with_version(self, adapter: str) -> set[str]:
-        """Return the replicas that have this version ("name@version") in memory, or where requests still need
+    def with_content(self, adapter: str, digest: str) -> set[str]:
+        """Return the replicas that have this content of an adapter in memory, or where requests still need
         it, although it was replaced."""
+        wanted = adapter, digest
         return {
             replica
             for replica, member in self.members.items()
-            if any(adapter == f"{info.name}@{info.version}" for info in member.residency.versions)
+            if any((info.name, info.digest) == wanted for info in member.residency.versions)
         }
 
     def wake(self) -> None:

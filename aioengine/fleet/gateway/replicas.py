@@ -53,19 +53,15 @@ class Replicas:
     async def ask_all(self, members: Sequence[Member], action: str, **arguments: Any) -> list[Any]:
         return list(await asyncio.gather(*[self.ask(member, action, **arguments) for member in members]))
 
-    async def highest_version(self, name: str, members: Sequence[Member]) -> int:
-        """Return the highest version of the fleet that one of them was ever told of; 0: none."""
-        answers = await self.ask_all(members, "version", name=name)
-        return max((answer for answer in answers if isinstance(answer, int)), default=0)
-
-    async def labels(self, adapter: str, members: Sequence[Member], infos: Sequence[AdapterInfo]) -> int:
-        """Return the labels of an adapter's head from the first of ``infos`` that has been read, or else from
-        one of these replicas that lives, which reads it. Raises that replica's error, or EngineStopped."""
-        for info in infos:
-            if info.bytes:
+    async def labels(self, adapter: str, content: str, members: Sequence[Member]) -> int:
+        """Return the labels of the head of an adapter with this content ("": any), as one of these replicas
+        has read it, or else from one that lives, which reads it. Raises that replica's error, or
+        EngineStopped."""
+        for info in (info for member in members for info in member.residency.versions):
+            if info.name == adapter and info.bytes and content in ("", info.digest):
                 return info.labels
         for member in by_load(members):
-            found = await self.ask(member, "labels", name=adapter)
+            found = await self.ask(member, "labels", name=adapter, content=content)
             if isinstance(found, int):
                 return found
             if found is not None:
@@ -128,10 +124,8 @@ class Replicas:
         found = next((a for a in answers if isinstance(a, AdapterInfo) and a.digest == digest), found)
         return msgspec.structs.replace(found, digest=digest)
 
-    async def pin(
-        self, name: str, members: Sequence[Member], force: bool, version: int | None = None
-    ) -> AdapterInfo:
-        """Pin the adapter, which is the fleet's ``version``, on all or on none."""
+    async def pin(self, name: str, members: Sequence[Member], force: bool) -> AdapterInfo:
+        """Pin the adapter on all or on none."""
         before = {
             member.channel.replica
             for member in members
@@ -140,7 +134,7 @@ class Replicas:
         fresh = [member for member in members if member.channel.replica not in before]
         pinned = False
         try:
-            answers = await self.ask_all(members, "pin", name=name, force=force, version=version)
+            answers = await self.ask_all(members, "pin", name=name, force=force)
             _raise_first(answers)
             pinned = True
         finally:

@@ -113,7 +113,7 @@ class SimulatedFleet:
         self.members = Members(self.config, Handle(self._replicas), gateway="lab", clock=time)
         self.dispatcher = Dispatcher(self.members, timer=time, processor=time)
         # Every replica reads the same: a version is one content.
-        self.dispatcher.version_of, self.dispatcher.digest_of = lambda name: 1, lambda name: name
+        self.dispatcher.digest_of = lambda name: name
         self.state.listeners.append(self._heard)
         self.members.start(self._watch_replicas)
         for index in range(self.config.replicas):
