@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import sys
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit
 
 import msgspec
-from msgspec import Meta, inspect
+from msgspec import Meta
 
 from aioengine.errors import AioEngineError, ConfigError, RequestInvalid
 from aioengine.schedulers.checks import error_text as error_text
@@ -26,11 +27,10 @@ Whole = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Seconds = Annotated[float, Meta(gt=0, le=LARGEST, extra={"is": "more than 0 seconds"})]
 AnySeconds = Annotated[float, Meta(gt=0, extra={"is": "more than 0 seconds"})]
+Text = Annotated[str, Meta(min_length=1)]
 Size = Annotated[int | str, Meta(extra={"is": "bytes, or text such as '512MiB' or '2GiB'"})]
 """A size in memory; :func:`check_fields` makes it a number."""
-_PATH = r"\A[^\0]+\Z"
-FolderPath = Annotated[str, Meta(pattern=_PATH, extra={"is": "a folder's path"})]
-FilePath = Annotated[str, Meta(pattern=_PATH, extra={"is": "a file's path"})]
+FilePath = Annotated[str, Meta(pattern=r"\A[^\0]+\Z", extra={"is": "the path of a file or folder"})]
 
 
 def check_value(
@@ -43,85 +43,41 @@ def check_value(
     try:
         msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as wrong:
-        if isinstance(wrong.__cause__, AioEngineError):
-            raise error(str(wrong.__cause__)) from wrong
-        type_ = inspect.type_info(kind)
-        for one in _kinds(type_):
-            if isinstance(one, inspect.StructType) and isinstance(value, Mapping):
-                for name, inner in _fields_of(one.cls).kinds.items():
-                    if name in value:
-                        check_value(f"{field}.{name}", value[name], inner, error, strict=strict)
-        if at := re.search(r"\$\[(\d+)\]", str(wrong)):  # an item of a list
-            field, value = f"{field}[{at[1]}]", value[int(at[1])]
-            type_ = next(one.item_type for one in _kinds(type_) if isinstance(one, inspect.CollectionType))
-        raise error(f"{field}={value!r}: {_allowed(kind, type_, value)}") from None
+        raise error(_refusal(field, value, kind, wrong)) from wrong
     return value
 
 
-def _allowed(kind: Any, type_: inspect.Type, value: object) -> str:
-    """Say what a field of this type may be, instead of ``value``."""
+def _refusal(field: str, value: Any, kind: Any, wrong: msgspec.ValidationError) -> str:
+    """Say in words for people what msgspec says, such as "Expected `int` >= 1 - at `$.pins[2]`"."""
+    if isinstance(wrong.__cause__, AioEngineError):
+        return str(wrong.__cause__)
+    said, _, path = str(wrong).partition(" - at `$")
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[name] if name else value[int(index)]
+        field = (f"{field}.{name}" if field else name) if name else f"{field}[{index}]"
+        parts = [part for part in (kind, *get_args(kind)) if isinstance(part, type)]
+        structs = [part for part in parts if issubclass(part, msgspec.Struct)] if name else []
+        kind = _fields_of(structs[0]).kinds[name] if structs else None
     for part in (kind, *get_args(kind)):
-        if get_origin(part) is Literal and len(get_args(part)) > 1:  # in their order, which ``type_`` has not
-            return _choices(value, get_args(part))
-    return f"must be {_what(type_, value)}"
+        for meta in getattr(part, "__metadata__", ()):
+            if "is" in (getattr(meta, "extra", None) or {}):
+                return f"{field}={value!r}: must be {meta.extra['is']}"
+        if get_origin(part) is Literal and (choices := get_args(part))[1:]:
+            listed = ", ".join(map(str, choices))
+            return f"{field}={value!r}: allowed are {listed}; choose one of them{nearest(value, choices)}"
+    if (expected := re.match(r"Expected `([^`]*)`(?: ([^,]*)|)", said)) is None:
+        return f"{field}={value!r}: {said}" if field else said
+    types = ", or ".join(_WORDS.get(name, name) for name in expected[1].split(" | "))
+    if isinstance(value, float) and not math.isfinite(value):
+        types = "a finite number"
+    elif expected[2]:
+        types = expected[2]
+    return f"{field}={value!r}: must be {types}"
 
 
-def _choices(value: object, allowed: Collection[Any]) -> str:
-    return f"allowed are {', '.join(map(str, allowed))}; choose one of them{nearest(value, allowed)}"
-
-
-def check_choice(field: str, value: object, allowed: Collection[int]) -> None:
-    """Raise ConfigError, naming ``field``, unless ``value`` is one of these numbers."""
-    if type(value) is not int or value not in allowed:
-        raise ConfigError(f"{field}={value!r}: {_choices(value, allowed)}")
-
-
-def _what(type_: inspect.Type, value: object) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
-    match type_:
-        case inspect.Metadata(extra={"is": str(text)}):
-            return text
-        case inspect.Metadata(type=inner):
-            return _what(inner, value)
-        case inspect.UnionType(types):
-            first, *others = types
-            return _what(first, value) + "".join(
-                f"{', ' if isinstance(one, inspect.BoolType) else ', or '}{_what(one, value)}"
-                for one in others
-            )
-        case inspect.LiteralType(values):
-            return repr(values[0])
-        case inspect.IntType(ge=low, le=high):
-            if low is None:
-                return "an integer"
-            bound = f">= {low}" if high is None else f"in {low}..{high}"
-            return bound if isinstance(value, int) and is_number else f"an integer {bound}"
-        case inspect.FloatType(ge=None, gt=None):
-            return "a number"
-        case inspect.FloatType() if not is_number:
-            return "a finite number"
-        case inspect.FloatType(ge=low, gt=above, le=high):
-            least, open_ = (low, "[") if above is None else (above, "(")
-            if high is None or high == LARGEST:
-                return f"{'more than' if open_ == '(' else '>='} {least:g}"
-            return f"in {open_}{least:g}, {high:g}]"
-        case inspect.CollectionType(item_type=item):
-            return f"a list, each of its items {_what(item, value)}"
-        case inspect.DictType(value_type=item):
-            return f"a table, each of its values {_what(item, value)}"
-        case inspect.NoneType():
-            return "None"
-        case inspect.BoolType():
-            return "True or False"
-        case inspect.StrType(min_length=least):
-            return "text that is not empty" if least else "text"
-    return f"a {getattr(type_, 'cls', type(type_)).__name__}"
-
-
-def _kinds(type_: inspect.Type) -> Sequence[inspect.Type]:
-    """Return the types that a value may be of: several, if this is a union."""
-    types = type_.types if isinstance(type_, inspect.UnionType) else (type_,)
-    return [one.type if isinstance(one, inspect.Metadata) else one for one in types]
+_WORDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "True or False", "null": "None"}
+_WORDS |= {"array": "a list", "object": "a table"}
+"""Types as msgspec and as people call them."""
 
 
 class _Fields(NamedTuple):
@@ -136,8 +92,8 @@ class _Fields(NamedTuple):
 
 @functools.cache
 def _fields_of(cls: type[msgspec.Struct]) -> _Fields:
-    kinds = get_type_hints(cls, include_extras=True)
-    kinds = {name: kinds[name] for name in cls.__struct_fields__}
+    hints = get_type_hints(cls, include_extras=True)
+    kinds = {name: hints[name] for name in cls.__struct_fields__}
     sizes = [name for name, kind in kinds.items() if Size in (kind, *get_args(kind))]
     return _Fields(kinds, sizes, msgspec.defstruct(cls.__name__, list(kinds.items())))
 
@@ -207,35 +163,30 @@ def format_bytes(value: float) -> str:
 
 
 def nearest(value: object, allowed: Collection[Any]) -> str:
-    """Return " (did you mean 'lru'?)", or "" if nothing is near; for a number, its two neighbours."""
-    if type(value) is int and all(isinstance(one, int) for one in allowed):
-        around = [max((a for a in allowed if a < value), default=None)]
-        around.append(min((a for a in allowed if a > value), default=None))
-        return f" (did you mean {' or '.join(str(a) for a in around if a is not None)}?)"
+    """Return " (did you mean 'lru'?)", or "" if nothing is near."""
     return _nearest_name(value, [str(a) for a in allowed]) if isinstance(value, str) else ""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a configuration file. Raises ConfigError if it cannot be read or is not TOML."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from error
+    return _read_table(path, "TOML", tomllib.loads)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a file with a JSON object. Raises ConfigError if it cannot be read or has something else."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    found = _read_table(path, "JSON", json.loads)
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def _read_table(path: str | Path, form: str, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # not of this form, no UTF-8, or nested too deeply
+        raise ConfigError(f"{path}: not valid {form}: {error}") from error
 
 
 def check_items(what: str, values: Any, most: int) -> None:
@@ -264,12 +215,7 @@ def from_plain(cls: type[S], values: Mapping[str, Any], source: str, *, strict: 
     try:
         return msgspec.convert(dict(values), cls, strict=strict)
     except msgspec.ValidationError as wrong:
-        try:
-            for field, value in values.items():
-                check_value(field, value, _fields_of(cls).kinds[field], strict=strict)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from wrong
-        raise ConfigError(f"{source}: {wrong.__cause__ or wrong}") from wrong
+        raise ConfigError(f"{source}: {_refusal('', values, cls, wrong)}") from wrong
 
 
 def refuse_unknown(cls: type[msgspec.Struct], values: Mapping[str, Any], source: str) -> None:

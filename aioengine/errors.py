@@ -1,12 +1,11 @@
 """Every error that aioengine raises on purpose, all under :class:`AioEngineError`.
 
-A message says what was wrong, where, and what to do about it. Adapter errors carry the adapter's
-``name`` and ``path`` and put both in the message.
+A message says what was wrong, where, and what to do about it.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 Bound = Literal["server", "tenant", "adapter", "pinned"]
 MAX_MESSAGE_BYTES = 2000
@@ -30,8 +29,8 @@ class ConfigError(AioEngineError, ValueError):
 
 
 class AdapterError(AioEngineError):
-    """Base of the adapter errors. ``name`` and ``path`` say which adapter; ``transient`` says whether the
-    same attempt may succeed a little later."""
+    """Base of the adapter errors. ``name`` and ``path`` say which adapter, also in the message; ``transient``
+    says whether the same attempt may succeed a little later."""
 
     def __init__(self, reason: str, *, name: str, path: str | None = None, transient: bool = False) -> None:
         self.name = name
@@ -43,7 +42,7 @@ class AdapterError(AioEngineError):
 
 
 class AdapterNotFound(AdapterError):
-    """Error for a name under which no adapter is registered, or whose adapter is being unloaded."""
+    """No adapter is registered under this name, or it is being unloaded."""
 
 
 class AdapterInvalid(AdapterError):
@@ -51,7 +50,7 @@ class AdapterInvalid(AdapterError):
 
 
 class AdapterConflict(AdapterInvalid):
-    """The adapter's files may be good, but its name stands for others, or nodes have different ones."""
+    """The name stands for other files, or nodes have different ones."""
 
 
 class AdapterTooLarge(AdapterInvalid):
@@ -71,26 +70,23 @@ class RequestInvalid(AioEngineError, ValueError):
 
 
 class PromptTooLong(RequestInvalid):
-    """The prompt leaves no room for output. ``tokens`` is its length. With ``at_least`` it is a lower bound,
-    which was enough to refuse the prompt before it was tokenized."""
+    """The prompt, of ``tokens`` tokens (or ``at_least`` as many), leaves no room for output."""
 
     def __init__(self, tokens: int, max_model_len: int, *, at_least: bool = False) -> None:
         self.tokens = tokens
         self.at_least = at_least
-        has = f"at least {tokens}" if at_least else f"{tokens}"
         super().__init__(
-            f"the prompt has {has} tokens and max_model_len={max_model_len} leaves no room for output: "
-            "shorten it, or raise max_model_len"
+            f"the prompt has {'at least ' * at_least}{tokens} tokens and max_model_len={max_model_len} "
+            "leaves no room for output: shorten it, or raise max_model_len"
         )
 
 
 class EngineOverloaded(AioEngineError):
     """A bound on waiting requests is reached; try again later.
 
-    ``bound``: "server" (``max_waiting``), that of the request's "tenant" (also of a waiting request that
-    another tenant's displaces) or "adapter"; "pinned": pinned adapters leave no room for it; None: another,
-    which the message names. ``waiting`` is the number of requests under that bound, if it is known,
-    ``adapter`` the one whose bound is reached.
+    ``bound``: "server" (``max_waiting``), that of the request's "tenant" or "adapter"; "pinned": pinned
+    adapters leave no room for it; None: another. ``waiting`` requests are under it, if that is known;
+    ``adapter`` is the one whose bound is reached.
     """
 
     def __init__(
@@ -128,36 +124,24 @@ class EngineDead(AioEngineError):
 
 
 class DeviceError(EngineDead):
-    """A GPU has failed, so that what ran on it is lost; what torch raised is chained. Where the model has
+    """A GPU has failed, and what ran on it is lost; what torch raised is chained. Where the model has
     processes of its own (``executor``), ``restart="on-failure"`` starts them again."""
-
-    what: ClassVar[str] = "the device failed"
-    """The failure, for messages."""
 
 
 class DeviceOutOfMemory(DeviceError):
     """A step, or the start, needed more memory than the device has left."""
 
-    what = "the device is out of memory"
-
 
 class DeviceFault(DeviceError):
-    """A kernel failed: an illegal address, an assertion, an uncorrectable memory error, ... The process in
-    which it happened cannot use the device any more."""
-
-    what = "the device cannot go on"
+    """A kernel failed; the process in which it happened cannot use the device any more."""
 
 
 class DeviceLost(DeviceError):
-    """The device is gone: the driver does not find it any more, or does not let this process use it."""
-
-    what = "the device is lost"
+    """The driver does not find the device any more, or does not let this process use it."""
 
 
 class ExchangeFailed(DeviceError):
     """The ranks could not exchange data: a time-out or an error of NCCL, or of another backend."""
-
-    what = "the exchange between the ranks failed"
 
 
 class PolicyError(AioEngineError):

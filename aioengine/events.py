@@ -209,9 +209,13 @@ class TokenInterval(NamedTuple):
 
 
 class StepFinished(Event, frozen=True, kw_only=True, gc=False):
+    """End of a step, or of several with the same contents that a simulated device has taken at once."""
+
     step: int
+    """Number of the first of them."""
+    steps: int = 1
     seconds: float
-    """Seconds that the device took."""
+    """Seconds that the device took for all of them."""
     schedule_seconds: float
     """Seconds that the policy and the core took."""
     sequences: int
@@ -225,21 +229,6 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     """The policy's part of ``schedule_seconds``."""
     intervals: tuple[TokenInterval, ...] = ()
     """Times between its tokens and the previous ones; first tokens are left out."""
-
-
-class StepsFinished(Event, frozen=True, kw_only=True, gc=False):
-    """End of a step, or of several in a row with the same contents. Only listeners and streams that name this
-    type get it, in place of each :class:`StepFinished`."""
-
-    first: int
-    """Number of the first of them."""
-    seconds: tuple[float, ...]
-    """Seconds that the device took for each."""
-    sequences: int
-    adapters: int
-    prefill_tokens: int
-    decode_tokens: int
-    slots: tuple[int, ...]
 
 
 class EventsLost(Event, frozen=True, kw_only=True, gc=False):

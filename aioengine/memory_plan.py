@@ -24,17 +24,15 @@ from aioengine.model.parallel.partition import Partition
 from aioengine.model.slots.cpu_bound import cpu_bound
 from aioengine.model.slots.layout import Elements, SlotLayout
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
-from aioengine.step import SLOT_GRANULE, most_blocks
+from aioengine.step import most_blocks
 
 MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
-SHOWN_RANKS = (8, 16, 32, 64, 128)
 AUTO_KV_ON_CUDA = 0.97
-"""Share of what is left on a GPU that the KV cache takes. The rest is for what a plan cannot know: pieces of
-memory between others, and estimates that are too low."""
+"""Share of what is left on a GPU that the KV cache takes; the rest is for what a plan cannot know."""
 AUTO_TOKENS_ON_CPU = 512
-"""Usual length of a request, prompt and output together. The cache has room for this many tokens for each of
-``max_num_seqs`` requests. On a CPU, memory that is not needed is left to other programs."""
+"""Usual length of a request, prompt and output together, for which a CPU's KV cache has room. Memory that is
+not needed is left to other programs."""
 
 
 class Part(NamedTuple):
@@ -47,7 +45,7 @@ class Part(NamedTuple):
     change: str = ""
     """What to change so that it takes less."""
     counts: bool = True
-    """Whether it is in the device's memory, so that the total has it."""
+    """Whether the total has it: it is in the device's memory, and not within another part."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,11 +79,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """See :attr:`ModelSpec.kept`."""
     cpu_capacity: int = 0
     cpu_max_bytes: int | None = None
-    """The cache's bound in bytes, if it has one beside ``cpu_capacity``: a rank's part of it."""
+    """A rank's part of the CPU cache's bound in bytes, if it has one beside ``cpu_capacity``."""
     available_bytes: int
     num_ranks: int = 1
-    max_rank: int = 1
-    """The largest rank of an adapter."""
     slot_memory: int | None = None
     """Bytes that the slots share; None: each has a fixed place of ``slot_bytes``."""
     working: WorkingMemory | None = None
@@ -113,42 +109,35 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         """Bytes that are taken from the device's memory (on a CPU the adapter cache included)."""
         return sum(part.nbytes for part in self.parts() if part.counts)
 
-    def adapters_that_fit(self) -> list[tuple[int, int, int]]:
-        """Return (rank, adapters in slots of one size, adapters in a memory that slots share) for some ranks.
-        The adapters have every module, without DoRA and biases. In both cases there are the memory of this
-        plan, and as many slots as can be used."""
-        matrices = sum(self.slot_bytes_by_module.values())
-        if not matrices:
-            return []
-        ranks = [rank for rank in SHOWN_RANKS if rank < self.max_rank]
-        fixed, granules = self.slot_pool_bytes // self.slot_bytes, self.slot_pool_bytes // SLOT_GRANULE
-        return [
-            (rank, fixed, granules // -(-matrices * rank // (self.max_rank * SLOT_GRANULE)))
-            for rank in (*ranks, self.max_rank)
-        ]
-
     def parts(self) -> list[Part]:
-        """Return the parts of the memory."""
+        """Return the parts of the memory, and those of a slot after the slot pool."""
         weights = self.dtype if self.quantization == "none" else self.quantization
         if self.stored:
             weights = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
         slot = format_bytes(self.slot_bytes)
-        pool = Part(
-            "slot pool",
-            f"{self.num_slots} slots x {slot}, {self.lora_dtype}",
-            self.slot_pool_bytes,
-            f"lower lora.max_loras (each slot takes {slot}) or lora.max_lora_rank",
-        )
+        of_slot: dict[str, int] = {}
         if self.slot_memory is not None:
-            shared = f"shared by at most {self.num_slots} adapters, {self.lora_dtype}"
-            pool = pool._replace(detail=shared, change="lower lora.slot_memory")
-        blocks = f"{self.num_blocks} blocks x {self.block_size} tokens x "
-        blocks += format_bytes(self.block_bytes // self.block_size)
+            pool = f"shared by at most {self.num_slots} adapters, {self.lora_dtype}"
+            less = "lower lora.slot_memory"
+        else:
+            pool = f"{self.num_slots} slots x {slot}, {self.lora_dtype}"
+            less = f"lower lora.max_loras (each slot takes {slot}) or lora.max_lora_rank"
+            of_slot = {**self.slot_bytes_by_module, "DoRA and biases": self.slot_affine_bytes}
+            of_slot["trained tokens"] = self.slot_token_bytes
+        shares = [
+            Part(
+                f"slot pool: {name}", f"{self.num_slots} slots x {format_bytes(size)}", self.num_slots * size
+            )
+            for name, size in of_slot.items()
+            if self.num_slots * size
+        ]
+        token = format_bytes(self.block_bytes // self.block_size)
+        blocks = f"{self.num_blocks} blocks x {self.block_size} tokens x {token}"
         blocks += "" if self.kv_cache_dtype == "auto" else f", {self.kv_cache_dtype}"
         if self.kept:
             blocks += f"; a request holds at most {self.request_blocks}: {self.kept}"
         # Without kv_cache_memory there are no more blocks than one request needs, where all do not fit.
-        kv_setting = "kv_cache_memory" if self.num_blocks > self.request_blocks else "max_model_len"
+        fewer = "lower kv_cache_memory" if self.num_blocks > self.request_blocks else "lower max_model_len"
         cache = f"{self.cpu_capacity} adapters x {slot} at most"
         if self.cpu_max_bytes is not None:
             cache += f", bound to {format_bytes(self.cpu_max_bytes)}"
@@ -157,14 +146,13 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         steps = [] if self.working is None else self.working.rows()
         return [
             Part("base weights", weights, self.weights_bytes),
-            pool,
-            Part("KV blocks", blocks, self.kv_bytes, f"lower {kv_setting}"),
+            Part("slot pool", pool, self.slot_pool_bytes, less),
+            *(share._replace(counts=False) for share in shares),
+            Part("KV blocks", blocks, self.kv_bytes, fewer),
             Part(
-                "CPU adapter cache",
-                cache,
-                self.cpu_cache_bytes,
-                f"lower lora.max_cpu_loras ({slot} each)",
-                here,
+                *("CPU adapter cache", cache, self.cpu_cache_bytes),
+                change=f"lower lora.max_cpu_loras ({slot} each)",
+                counts=here,
             ),
             *(Part(*row, "lower max_num_batched_tokens or max_num_seqs") for row in steps),
         ]
@@ -172,17 +160,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     def rows(self) -> list[tuple[str, str, int]]:
         """Return (part, how it is computed, bytes), for a table; the last row is the total."""
         rows = [part[:3] for part in self.parts()]
-        if self.slot_memory is None and self.num_slots:
-            of_slot = {**self.slot_bytes_by_module, "DoRA and biases": self.slot_affine_bytes}
-            of_slot |= {"trained tokens": self.slot_token_bytes} if self.slot_token_bytes else {}
-            rows[1:1] = [
-                (
-                    f"slot pool: {name}",
-                    f"{self.num_slots} slots x {format_bytes(size)}",
-                    self.num_slots * size,
-                )
-                for name, size in of_slot.items()
-            ]
         return [*rows, ("total", f"of {self._available} available", self.total_bytes)]
 
     @property
@@ -195,13 +172,12 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         total = self.total_bytes
         if total <= self.available_bytes:
             return
-        counted = [part for part in self.parts() if part.counts]
-        changes = (part.change for part in sorted(counted, key=lambda part: -part.nbytes) if part.nbytes)
+        parts = [part for part in self.parts() if part.counts]
+        changes = (part.change for part in sorted(parts, key=lambda part: -part.nbytes) if part.nbytes)
+        sizes = ", ".join(f"{part.name} {format_bytes(part.nbytes)}" for part in parts)
         raise ConfigError(
             f"the plan needs {format_bytes(total)} on {self.device} but {self._available} are available, "
-            f"{format_bytes(total - self.available_bytes)} too little: "
-            + ", ".join(f"{part.name} {format_bytes(part.nbytes)}" for part in counted)
-            + "; "
+            f"{format_bytes(total - self.available_bytes)} too little: {sizes}; "
             + ", or ".join(dict.fromkeys(filter(None, changes)))
         )
 
@@ -216,7 +192,7 @@ def plan_memory(
     ``tensor_parallel_size``.
     """
     if spec.impl == "transformers":
-        config.refuse_for_transformers()
+        config = msgspec.structs.replace(config, model_impl="transformers")  # refused beside some settings
     if available_bytes is None:
         available_bytes = available_memory(device)
     lora, size = config.lora, config.tensor_parallel_size
@@ -285,7 +261,6 @@ def _with_slots(plan: MemoryPlan, spec: ModelSpec, lora: LoRAConfig, shard: Shar
         slot_affine_bytes=slot.affine_elements * each,
         slot_token_bytes=slot.token_elements * each,
         cpu_capacity=lora.cpu_capacity,
-        max_rank=lora.max_lora_rank,
         slot_memory=lora.slot_memory if isinstance(lora.slot_memory, int) else None,
     )
     bound = cpu_bound(lora, plan.slot_bytes, plan.num_ranks)
@@ -330,11 +305,10 @@ def resolve_device(device: str) -> str:
 
 
 def _may_have_gpu() -> bool:
-    """Whether torch must be asked for a GPU, which takes two seconds of imports. On Linux there is none
-    without a driver's module or device: of CUDA (also on Jetson and in WSL), or of ROCm."""
-    devices = (f"/dev/{name}" for name in ("nvidiactl", "nvmap", "nvhost-ctrl-gpu", "dxg", "kfd"))
-    places = ("/sys/module/nvidia", "/proc/driver/nvidia", *devices)
-    return sys.platform != "linux" or any(Path(place).exists() for place in places)
+    """Whether torch must be asked for a GPU, which takes two seconds of imports: on Linux only with a driver
+    of CUDA (also on Jetson and in WSL) or ROCm."""
+    places = ("proc/driver/nvidia", "dev/nvidiactl", "dev/nvmap", "dev/nvhost-ctrl-gpu", "dev/dxg", "dev/kfd")
+    return sys.platform != "linux" or any(Path("/", place).exists() for place in places)
 
 
 def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
@@ -369,25 +343,18 @@ def available_memory(device: str) -> int:
 
 
 def rooms_in_groups(root: Path = Path("/")) -> Iterator[int]:
-    """Yield the bytes that are left in this process's control groups and those above them, where they have a
-    limit: a container's, or that of systemd's ``MemoryMax=``. ``root`` has the files of the system."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        if controllers:  # version 1, where no limit is a very large number
-            names, reclaimed = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
-        else:
-            names, reclaimed = ("memory.max", "memory.current"), "inactive_file"
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        group = top / path.lstrip("/")
-        # In a container the path may be the host's, while the files are those of its own group.
-        for folder in (parent for parent in (group, *group.parents) if parent.is_relative_to(top)):
-            limit, used = (_read(folder / name) for name in names)
-            if limit.isdigit() and used.isdigit():
-                # What was read from files counts as used, and is given back when memory is short.
-                kept = re.search(rf"^{reclaimed} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-                yield max(0, int(limit) - int(used) + (int(kept[1]) if kept else 0))
+    """Yield the bytes that are left in this process's control group (version 2) and those above it, where
+    they have a limit: a container's, or systemd's ``MemoryMax=``. ``root`` has the files of the system."""
+    found = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    top = root / "sys/fs/cgroup"
+    group = top / (found[1] if found else "")
+    # In a container the path may be the host's, while the files are those of its own group.
+    for folder in (parent for parent in (group, *group.parents) if parent.is_relative_to(top)):
+        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
+        if limit.isdigit() and used.isdigit():
+            # What was read from files counts as used, and is given back when memory is short.
+            kept = re.search(r"^inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+            yield max(0, int(limit) - int(used) + (int(kept[1]) if kept else 0))
 
 
 def _read(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Protocol, TypedDict, runtime_checkab
 import msgspec
 from msgspec import Meta
 
-from aioengine.checks import AnySeconds, Count, Seconds, Whole, check_fields, check_value
+from aioengine.checks import AnySeconds, Count, Seconds, Text, Whole, check_fields, check_value
 from aioengine.errors import RequestInvalid
 
 Prompt = str | list[int] | list[dict[str, Any]]
@@ -25,19 +25,16 @@ the mean. "classify" gives the logits of the adapter's trained head, by default 
 
 @runtime_checkable
 class TokenConstraint(Protocol):
-    """Says which tokens may come next, for example for guided decoding (:mod:`aioengine.guided`).
-
-    It is asked where the sampler runs, in another thread than the event loop's, once for each token.
-    """
+    """Says which tokens may come next, for example for guided decoding (:mod:`aioengine.guided`). It is asked
+    where the sampler runs, in another thread than the event loop's, once for each token."""
 
     def allowed(self, output: Sequence[int]) -> bytes:
-        """Return the tokens that may follow ``output`` (all tokens generated so far), one bit for each.
-
-        A constraint that remembers how many tokens it has seen reads only ``output[seen:]``.
+        """Return the tokens that may follow ``output``, all tokens generated so far: only on it it depends.
+        (One that remembers how many it has seen reads ``output[seen:]``.)
 
         Token ``t`` is allowed if bit ``t % 8`` (the lowest is 0) of byte ``t // 8`` is set; tokens beyond the
-        end are not allowed. The answer must depend on ``output`` alone. To let the output end, allow an
-        end-of-sequence token. The request fails if no token is allowed, or if this method raises.
+        end are not. To let the output end, allow an end-of-sequence token. The request fails if no token is
+        allowed, or if this method raises.
         """
 
 
@@ -78,10 +75,7 @@ _Int64 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """Parameters that say how tokens are chosen, and when to stop.
 
-    The filters apply in this order: logit bias, penalties, constraint, temperature, top-k, top-p, min-p. With
-    ``seed`` the random draws depend only on the seed and the position, and not on the batch; without it a
-    seed is drawn for each request. docs/determinism.md says where the logits do not depend on it either.
-
+    The filters apply in this order: logit bias, penalties, constraint, temperature, top-k, top-p, min-p.
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
 
@@ -89,8 +83,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Upper bound on generated tokens; also bounded by ``max_model_len`` minus the prompt. 0 only with
     ``prompt_logprobs`` or ``pooling``: nothing is generated."""
     min_tokens: Whole = 0
-    """Until this many tokens are generated, no end-of-sequence token and none of ``stop_token_ids`` is chosen
-    (unless ``constraint`` allows no other token), and stop strings are ignored."""
+    """Until this many tokens are generated, nothing ends the output (unless ``constraint`` allows no other
+    token)."""
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """Sampling temperature; 0 is greedy."""
     top_k: _Int64 = 0
@@ -108,7 +102,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logit_bias: Mapping[int, float] = {}
     """Added to the logits of these tokens, -100..100 each."""
     seed: Annotated[int, Meta(ge=-(2**63))] | None = None
-    stop: Sequence[Annotated[str, Meta(min_length=1)]] | str = ()
+    """The draws depend only on it and the position; None: one is drawn for each request."""
+    stop: Sequence[Text] | str = ()
     """Strings that end the output; the output is cut before the first one found."""
     include_stop_str_in_output: bool = False
     """Leave the stop string, or the text of the token, that ends the generation in the output's text."""
@@ -119,11 +114,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: _Logprobs | None = None
     """Report the log-probability of each output token, and of this many most likely ones (0..20)."""
     prompt_logprobs: _Logprobs | None = None
-    """The same for each token of the prompt except the first. The prompt is then computed in full: the prefix
-    cache is not used for it."""
+    """The same for each token of the prompt except the first, which is then computed in full."""
     pooling: PoolingKind | None = None
-    """Return a vector in place of tokens, with ``max_tokens=0``: see :class:`PoolingKind`. The prompt is
-    computed in full, and is not kept in the prefix cache."""
+    """Return a vector in place of tokens, with ``max_tokens=0``. The prompt is computed in full."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the output's text."""
     constraint: _Constraint | None = None
@@ -137,24 +130,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             set_(self, "logit_bias", _checked_bias(self.logit_bias))
         check_fields(self, RequestInvalid)
         if not self.max_tokens and self.prompt_logprobs is None and self.pooling is None:
-            raise RequestInvalid(
-                "max_tokens=0: must be an integer >= 1, if neither prompt_logprobs nor pooling is set"
-            )
+            raise RequestInvalid("max_tokens=0: must be >= 1, if neither prompt_logprobs nor pooling is set")
         if self.min_tokens > self.max_tokens:
-            raise RequestInvalid(
-                f"min_tokens={self.min_tokens}: must be in 0..{self.max_tokens} (max_tokens)"
-            )
+            raise RequestInvalid(f"min_tokens={self.min_tokens}: must be <= max_tokens={self.max_tokens}")
         if self.seed is not None and self.seed >= 2**64:
             raise RequestInvalid(f"seed={self.seed}: must be less than 2**64")
         for text in self.stop:
             check_text("stop", text)
-        if self.pooling is not None and (
-            self.max_tokens or self.prompt_logprobs is not None or self.constraint is not None
-        ):
-            raise RequestInvalid(
-                "pooling returns a vector and no tokens: it needs max_tokens=0, no prompt_logprobs, no "
-                "constraint"
-            )
+        others = (self.prompt_logprobs, self.constraint) != (None, None) or self.max_tokens
+        if self.pooling is not None and others:
+            raise RequestInvalid("pooling needs max_tokens=0, no prompt_logprobs, no constraint")
 
     @property
     def greedy(self) -> bool:
@@ -185,12 +170,9 @@ def for_choice(params: SamplingParams, choice: int) -> SamplingParams:
 
 
 class CachePin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Part of a prompt that should stay in the prefix cache after the request.
-
-    Its whole KV blocks are kept until ``seconds`` after the last request that began with them, within the
-    bounds of ``EngineConfig.max_prefix_pins``. They give way where a running request would otherwise be
-    preempted, or a waiting one could not be admitted.
-    """
+    """Part of a prompt whose whole KV blocks should stay in the prefix cache until ``seconds`` after the last
+    request that began with them, within ``EngineConfig.max_prefix_pins``. Where a request could otherwise not
+    run, they give way."""
 
     tokens: Count
     """Number of tokens from the prompt's beginning; more than it has mean all of it."""
@@ -220,21 +202,16 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     expected_tokens: Count | None = None
     """Expected length of the output, for policies that use it; None: ``max_tokens``."""
     cache_salt: str | None = None
-    """Requests share blocks of the prefix cache only with those of the same salt. Give different salts to
-    requests of people who must not learn about each other's prompts."""
-    cache_pins: Annotated[
-        Sequence[CachePin], Meta(max_length=MAX_PINS, extra={"is": f"at most {MAX_PINS} CachePin"})
-    ] = ()
-    """Parts of the prompt that should stay in the prefix cache for a time, for later requests that begin
-    alike; at most 4. Give different tenants, which share the room for pins."""
+    """Requests share blocks of the prefix cache only with those of the same salt, so that people with other
+    salts learn nothing about each other's prompts."""
+    cache_pins: Annotated[Sequence[CachePin], Meta(max_length=MAX_PINS)] = ()
+    """Parts of the prompt, at most 4, that should stay in the prefix cache. Tenants share the room."""
     output: Sequence[Whole] = ()
     """Tokens that another engine has generated for this request and delivered. This engine continues after
-    them as if it had made them, and yields only new output. If tokens are drawn, it needs the other engine's
-    seed."""
+    them as if it had made them, and yields only new output. Drawn tokens need the other engine's seed."""
     replay: bool = False
-    """Decode the tokens of ``output`` again, one in each step, instead of computing them all at once, so that
-    the continuation equals that of an undisturbed run to the last bit. Where ``info.batch_invariant`` is
-    true, it does so without a replay. With ``logprobs`` a replay is always done."""
+    """Decode the tokens of ``output`` again, one in each step, so that the continuation equals that of an
+    undisturbed run to the last bit also where ``info.batch_invariant`` is false. Always with ``logprobs``."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
@@ -247,7 +224,7 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             set_(self, "adapter", alone)
         check_fields(self, RequestInvalid)
         if not all(isinstance(pin, CachePin) for pin in pins):
-            raise RequestInvalid(f"cache_pins={pins!r}: must be at most {MAX_PINS} CachePin")
+            raise RequestInvalid(f"cache_pins={pins!r}: must be CachePin")
         for field in ("adapter", "tenant", "cache_salt"):
             check_text(field, getattr(self, field))
         if self.adapter is not None:
@@ -273,19 +250,14 @@ Wanted = str | Mapping[str, float] | None
 """Adapter that a request names, or several with weights; None is the base model."""
 
 
-class CallKeywords(TypedDict, total=False):
-    """Keyword arguments that every kind of request takes; :class:`RequestOptions` describes them."""
+class RequestKeywords(TypedDict, total=False):
+    """Keyword arguments of ``AsyncEngine.generate``; :class:`RequestOptions` describes them."""
 
     request_id: str | None
+    adapter: Wanted
     priority: int
     deadline: float | None
     tenant: str | None
-
-
-class RequestKeywords(CallKeywords, total=False):
-    """Keyword arguments of ``AsyncEngine.generate``; :class:`RequestOptions` describes them."""
-
-    adapter: Wanted
     expected_tokens: int | None
     cache_salt: str | None
     cache_pins: Sequence[CachePin]
@@ -296,24 +268,22 @@ class RequestKeywords(CallKeywords, total=False):
 def split_keywords(
     keywords: RequestKeywords, options: RequestOptions | None = None
 ) -> tuple[str | None, RequestOptions]:
-    """Return the request's id, None if it has none yet, and its options: ``options`` if they are given, and
-    else those in the keywords.
+    """Return the request's id, None if it has none yet, and its options, given or made of the keywords.
 
     Raises RequestInvalid for a value that is out of range, and TypeError for a keyword that is not known, or
     that is given beside ``options``.
     """
     values: dict[str, Any] = {**keywords}
-    if options is not None:
-        request_id = values.pop("request_id", None)
-        if values:
-            raise TypeError(f"give either options, or keyword arguments ({', '.join(values)})")
-        return request_id, options
-    for name in values.keys() - _KEYWORDS:
-        raise TypeError(f"unexpected keyword argument {name!r}")
     request_id = values.pop("request_id", None)
-    if isinstance(values.get("adapter"), Mapping):
-        values["mix"] = values.pop("adapter")
-    return request_id, RequestOptions(**values)
+    if options is None:
+        for name in values.keys() - RequestKeywords.__annotations__.keys():
+            raise TypeError(f"unexpected keyword argument {name!r}")
+        if isinstance(values.get("adapter"), Mapping):
+            values["mix"] = values.pop("adapter")
+        return request_id, RequestOptions(**values)
+    if values:
+        raise TypeError(f"give either options, or keyword arguments ({', '.join(values)})")
+    return request_id, options
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
@@ -326,32 +296,28 @@ class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
 
 
 class Embedding(msgspec.Struct, kw_only=True, frozen=True):
-    """Result of ``embed``."""
+    """Result of ``embed``: [hidden] or [dimensions] numbers."""
 
     vector: list[float]
-    """[hidden], or [dimensions]."""
     prompt_tokens: int
     adapter: str | None = None
 
 
 class Classification(msgspec.Struct, kw_only=True, frozen=True):
-    """Result of ``classify``."""
+    """Result of ``classify``: [labels] numbers, and the name of the most likely label. Of one label, the
+    probability is the sigmoid of the logit."""
 
     logits: list[float]
-    """[labels]"""
     probabilities: list[float]
-    """[labels]: the softmax of the logits; of one label, the sigmoid."""
     label: str
-    """The name of the most likely label."""
     prompt_tokens: int
     adapter: str | None = None
 
 
 class Scores(msgspec.Struct, kw_only=True, frozen=True):
-    """Result of ``score``."""
+    """Result of ``score``: one number for each document, in their order."""
 
     scores: list[float]
-    """One for each document, in their order."""
     prompt_tokens: int
     adapter: str | None = None
 
@@ -385,17 +351,12 @@ def _checked_bias(bias: Any) -> dict[int, float]:
         ) from None
 
 
-_KEYWORDS = RequestKeywords.__annotations__.keys() | CallKeywords.__annotations__.keys()
-
-
-_DEFAULTS = msgspec.structs.asdict(SamplingParams())
+_DEFAULTS = SamplingParams()
 
 
 def pack_params(params: SamplingParams) -> dict[str, Any]:
     """Return the fields that differ from their defaults, for another process, without the constraint, which
     is sent separately."""
-    return {
-        name: value
-        for name, value in msgspec.structs.asdict(params).items()
-        if name != "constraint" and value != _DEFAULTS[name]
-    }
+    fields = msgspec.structs.asdict(params)
+    del fields["constraint"]
+    return {name: value for name, value in fields.items() if value != getattr(_DEFAULTS, name)}

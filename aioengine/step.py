@@ -30,12 +30,9 @@ def most_blocks(tokens: int, block_size: int, chunk: int, window: int | None) ->
 
 
 class OutputView(Sequence[int]):
-    """Read-only view of a request's output up to now; it equals any list or tuple of the same tokens.
-
-    A slice is a new list, so ``output[known:]`` costs only what is new to a reader who has seen ``known``
-    tokens before. ``history`` begins with ``begin`` tokens of the prompt; new tokens are appended to it.
-    ``draft`` are tokens after it, proposed but not chosen yet.
-    """
+    """Read-only view of a request's output up to now; it equals any list or tuple of the same tokens, and a
+    slice is a new list. ``history`` begins with ``begin`` tokens of the prompt; new tokens are appended to
+    it. ``draft`` are tokens after it, proposed but not chosen yet."""
 
     __slots__ = ("_begin", "_draft", "_history", "_known")
 
@@ -87,8 +84,8 @@ class OutputView(Sequence[int]):
 
 
 class SequenceWork(msgspec.Struct, gc=False):
-    """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``. Once
-    the step has ended, the core may make it the sequence's share of the next step."""
+    """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``. The
+    core may use it again for the next step."""
 
     request_id: str
     slot: int
@@ -96,22 +93,21 @@ class SequenceWork(msgspec.Struct, gc=False):
     tokens: Sequence[int]
     start: int
     block_table: Sequence[int]
-    """KV block ids that cover positions ``0..start+len(tokens)-1``. The first stands for those that no layer
-    sees any more; what is read there has no effect, but is finite."""
+    """KV block ids that cover positions ``0..start+len(tokens)-1``. The first also stands for those that no
+    layer sees any more."""
     sample: bool
-    """Whether the last of ``tokens`` is the sequence's last known one, so that a token is to be sampled."""
+    """Whether a token is to be sampled: the last of ``tokens`` is the sequence's last known one."""
     params: SamplingParams
     seed: int
-    """The request's seed (drawn by the engine if the caller gave none)."""
     history: Sequence[int]
-    """Prompt followed by output so far (for penalties)."""
+    """Prompt followed by output so far."""
     prompt_len: int
     score: int = 0
     """Number of ``tokens``, from the first on, for which to report the log-probability of the next token of
     ``history``."""
     draft: Sequence[int] = ()
-    """Proposed tokens after ``history``. ``tokens`` end with them, so they are computed, too. A token is
-    sampled after each of them, as long as all proposed tokens before it equal the sampled ones."""
+    """Proposed tokens after ``history``, with which ``tokens`` end. A token is sampled after each of them, as
+    long as all before it equal the sampled ones."""
     scale: float = 1.0
     """What the adapter in ``slot`` is multiplied by."""
 
@@ -122,15 +118,13 @@ class SequenceWork(msgspec.Struct, gc=False):
 
 
 class StepContents(NamedTuple):
-    """Numbers that describe a step."""
+    """Numbers that describe a step; as in :class:`~aioengine.events.StepFinished`."""
 
     sequences: int
     adapters: int
-    """Distinct adapters in the batch."""
     prefill_tokens: int
     decode_tokens: int
     slots: tuple[int, ...]
-    """The slots that it uses."""
 
 
 class StepBatch(NamedTuple):
@@ -141,12 +135,10 @@ class StepBatch(NamedTuple):
     slot_ranks: Sequence[int]
     """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
     again: bool = False
-    """Whether the sequences are those of the step before, in the same list: each decodes the token that it
-    got there."""
+    """Whether the sequences are those of the step before, each of which decodes the token that it got."""
     steps: int = 1
-    """Most steps that a device with ``repeats`` may take. In each after the first, every sequence decodes the
-    token that it got before. They end with the first in which a sequence gets a token that ends it. The block
-    tables cover the first step."""
+    """Most steps that a device with ``repeats`` may take, each ``again``, up to the first in which a sequence
+    gets a token that ends it. The block tables cover the first step."""
     until: float = inf
     """Time before which each of these steps after the first begins."""
 
@@ -175,13 +167,10 @@ class Sampled(NamedTuple):
     logprob: TokenLogprob | None = None
     error: str | None = None
     fault: Fault = "model"
-    """Cause of ``error``."""
     late: bool = False
-    """Whether there is no token yet because the request's constraint is late. Its last token is then computed
-    again in the next step."""
+    """Whether there is no token yet because the request's constraint is late."""
     forced: tuple[int, ...] = ()
-    """Tokens that follow ``token``, because the request's constraint leaves no choice. The step has not
-    computed them."""
+    """Tokens, not computed yet, that follow ``token`` because the constraint leaves no choice."""
 
 
 class StepResult(NamedTuple):
@@ -191,15 +180,13 @@ class StepResult(NamedTuple):
     """The tokens of all sequences: those of the first one, then those of the second one, and so on."""
     counts: Sequence[int]
     """Number of tokens of each sequence: none if ``sample`` was False, or if its constraint is late (its last
-    token is then computed again). Beyond the first, they are those of ``draft`` that were right, or one from
-    each of several steps."""
+    token is computed again then)."""
     seconds: Sequence[float]
     """Duration of each step."""
     ends: Sequence[float] = ()
     """Time at the end of each step; (): there was one, which ends now."""
     forced: Mapping[int, Sequence[int]] = {}
-    """By index of the sequence: tokens that follow its others, because its constraint leaves no choice. The
-    step has not computed them."""
+    """By index of the sequence, as the others below: tokens that follow; see :class:`Sampled`."""
     logprobs: Mapping[int, Sequence[TokenLogprob]] = {}
     """Log-probabilities of its tokens."""
     errors: Mapping[int, tuple[str, Fault]] = {}
@@ -241,12 +228,11 @@ BytesLike = bytes | bytearray | memoryview
 
 
 class HeldFiles(msgspec.Struct, array_like=True, frozen=True, tag="held"):
-    """An adapter's files where there is no folder, for processes of this machine and user."""
+    """An adapter's files in memory: the content of ``adapter_config.json``, and a path by which processes of
+    this machine and user can open ``adapter_model.safetensors``."""
 
     config: bytes
-    """``adapter_config.json``"""
     weights: str
-    """Path by which ``adapter_model.safetensors`` can be opened, for as long as its files are held."""
 
 
 class MixPart(msgspec.Struct, array_like=True, frozen=True):
@@ -259,7 +245,7 @@ class MixPart(msgspec.Struct, array_like=True, frozen=True):
     """Digest that its content must have; "" if it is not known yet."""
     files: HeldFiles | None = None
     uid: int = -1
-    """Where a device finds it if it is in the CPU cache."""
+    """Its key in the CPU cache, if it is there."""
 
 
 class MixFiles(msgspec.Struct, array_like=True, frozen=True, tag="mix"):
@@ -287,9 +273,9 @@ class LoadedAdapter(NamedTuple):
     slot_nbytes: int | None = None
     """Bytes that it takes in a slot, on the rank with the largest share; None: ``nbytes``."""
     invocation: Sequence[int] = ()
-    """If it is an activated LoRA adapter, it is applied from these tokens on; none: to all tokens."""
+    """Tokens from which on an activated LoRA adapter is applied; (): to all."""
     scalable: bool = True
-    """Whether a step can multiply what it adds by a number: it has no gains and shifts (DoRA, biases)."""
+    """Whether a step can multiply what it adds by a number: without DoRA and biases."""
 
     @property
     def bytes_in_slot(self) -> int:
@@ -297,21 +283,18 @@ class LoadedAdapter(NamedTuple):
 
 
 Retrying = Callable[[int, float, AdapterError], None]
-"""Called before each further attempt to read an adapter, with the number of attempts that failed so far, the
-seconds until the next one, and the error of the last one."""
+"""Called before another attempt to read: attempts that failed, seconds until the next, the last error."""
 
 Stalled = Callable[[], None]
-"""Called once if the read of an adapter makes no progress, so that other reads need not wait for it."""
+"""Called once if a read makes no progress, so that others need not wait for it."""
 
 
 class ReadOrder(NamedTuple):
-    """An order to read an adapter into the CPU cache."""
+    """An order to read an adapter's folder, or its ``files``, into the CPU cache under the key ``uid``."""
 
     uid: int
-    """Number of the version, which is its key in the CPU cache."""
     name: str
     path: str
     retrying: Retrying
     stalled: Stalled
     files: AdapterSource | None = None
-    """Files to read in place of the folder ``path``."""

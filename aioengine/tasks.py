@@ -10,11 +10,8 @@ T = TypeVar("T")
 
 
 async def run_to_completion(work: Awaitable[T], *, unless: Callable[[], bool] = lambda: False) -> T:
-    """Run ``work`` to completion despite repeated cancellation, then raise the cancellation.
-
-    For work that would leave threads or processes behind if it stopped halfway. After a cancellation its
-    result or error is dropped. If ``unless()`` is true at a cancellation, ``work`` is cancelled, too.
-    """
+    """Run ``work``, which would leave threads or processes behind, to completion despite cancellation; raise
+    that then, and drop the result. If ``unless()`` is true at a cancellation, ``work`` is cancelled, too."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -25,8 +22,7 @@ async def run_to_completion(work: Awaitable[T], *, unless: Callable[[], bool] = 
             if unless():
                 task.cancel()
     if cancelled is not None:
-        if not task.cancelled():
-            task.exception()  # nobody else will ask
+        await end_tasks([task])
         raise cancelled
     return task.result()
 
@@ -48,8 +44,4 @@ async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
     tasks = list(tasks)
     for task in tasks:
         task.cancel()
-    if any(not task.done() for task in tasks):
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if task.done() and not task.cancelled():
-            task.exception()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,8 +8,7 @@
 'length'
 
 Steps, reads and copies happen when the test says so: :meth:`Sim.settle` finishes what is under way and runs a
-step, and single methods do one thing each. This project's own tests and ``aioengine policies check`` drive
-the core in this way, too.
+step; single methods do one thing each.
 """
 
 from __future__ import annotations
@@ -27,15 +26,7 @@ from aioengine.info import mix_name
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.step import (
-    AdapterSource,
-    LoadedAdapter,
-    MixFiles,
-    Sampled,
-    SequenceWork,
-    StepBatch,
-    StepResult,
-)
+from aioengine.step import LoadedAdapter, MixFiles, Sampled, SequenceWork, StepBatch, StepResult
 
 LIMITS = CoreLimits(
     num_slots=2,
@@ -64,13 +55,10 @@ def next_token(history: list[int]) -> int:
 
 
 class NoFiles:
-    """The files of a mix, which a test does not read."""
+    """The files of a mix, which are not read."""
 
     nbytes = 0
-
-    @property
-    def files(self) -> AdapterSource:
-        return MixFiles(())
+    files = MixFiles(())
 
     def share(self) -> NoFiles:
         return self
@@ -80,15 +68,14 @@ class NoFiles:
 
 
 class Free:
-    """A constraint that allows every token. The simulated device forces some of them."""
+    """A constraint that allows every token; the device of :class:`Sim` forces some of them."""
 
     def allowed(self, output: Sequence[int]) -> bytes:
         return b"\xff" * 32
 
 
 class Sim:
-    """A core and what happens to it. ``now`` moves only by what the test asks for. Moves wait in ``loads``
-    and ``copies`` until they are finished by hand, or by :meth:`settle`.
+    """A core and what happens to it. ``now`` moves only by what the test asks for.
 
     Args:
         limits: Sizes of the core; small ones by default.
@@ -114,34 +101,34 @@ class Sim:
         self.strict = strict
         self.core = Core(limits, policy or FCFS(), repeats=repeats)
         self.now = 0.0
-        self.loads: list[AdapterEntry] = []
-        self.copies: list[tuple[AdapterEntry, int]] = []
-        self.parts: dict[str, tuple[str, ...]] = {}
-        """The adapters that mixes are made of, by name."""
-        self.unscalable: set[str] = set()
-        """Names of adapters that are of such a kind, when they are read, that a step cannot scale them."""
-        self.contents: dict[str, int] = {}
-        """How often the files of adapters have changed in place, by name."""
-        self._make_memory = memory
-        self.memory = None if memory is None else memory(limits)
-        self._copy_moves: dict[int, CopyMove] = {}
-        """Those under way, by uid."""
-        self.on_cpu: set[int] = set()
-        self.digests: dict[int, str] = {}
-        """Of what was read last, by uid."""
+        self.count = 0
+        """Requests so far."""
         self.batch: StepBatch | None = None
-        self._read: list[AdapterEntry | None] = []
-        """What the slots held when the batch was made."""
+        """The step in flight."""
+        self.loads: list[AdapterEntry] = []
+        self.copies: list[CopyMove] = []
+        """Reads and copies into slots that are under way."""
+        self.on_cpu: set[int] = set()
+        """Versions in the CPU cache, by uid."""
+        self.ranks: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+        """Ranks (default 8) and bytes (default 1000) of adapters that are read, by name."""
+        self.unscalable: set[str] = set()
+        """Adapters that are read of such a kind that a step cannot scale them."""
+        self.contents: dict[str, int] = {}
+        """How often an adapter's files have changed in place, by name."""
+        self.parts: dict[str, tuple[str, ...]] = {}
+        """The adapters of a mix, by its name."""
         self.events: list[events.Event] = []
         self.intervals: tuple[events.TokenInterval, ...] = ()
         """Of the last step."""
         self.ended: dict[str, str] = {}
         self.errors: dict[str, Exception] = {}
-        """The errors that requests ended with, by request."""
-        self.count = 0
-        self.ranks: dict[str, int] = {}
-        self.sizes: dict[str, int] = {}
-        """Bytes by name; 1000 if it is not here."""
+        """Reasons and errors with which requests ended."""
+        self._make_memory = memory
+        self.memory = None if memory is None else memory(limits)
+        self._read: list[AdapterEntry | None] = []
+        """What the slots held when the batch was made."""
 
     def register(self, name: str) -> AdapterEntry:
         """Make an adapter known, which is on disk. A name that is known gets a new version."""
@@ -150,8 +137,8 @@ class Sim:
     def mix(self, *names: str, weight: float = 0.5, tenant: str | None = None) -> str:
         """Return the name of the mix of these adapters' current versions, made for a tenant."""
         residency = self.core.residency
-        parts = [(residency.current[name], weight) for name in names]
-        name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in parts)
+        parts = [residency.current[name] for name in names]
+        name = mix_name((f"{entry.label}@{entry.version}", weight) for entry in parts)
         if name not in residency.current:
             self.parts[name] = names
             known = residency.names.of(name)
@@ -175,7 +162,7 @@ class Sim:
         **options: Any,
     ) -> Request:
         """Add a request. ``options`` are fields of ``RequestOptions``: tenant, priority, ..."""
-        entry = None if adapter is None else self.core.residency.current[adapter]
+        constraint = Free() if constrained else None
         prompt = prompt or [10 + (self.count + 1) % 7, 20, 30]
         counted = () if adapter is None else self.parts.get(adapter, (adapter,))
         reservation = self.core.reserve(options.get("tenant"), counted, self.now, len(prompt))
@@ -183,12 +170,10 @@ class Sim:
         return self.core.add_request(
             f"r{self.count}",
             prompt,
-            SamplingParams(
-                max_tokens=max_tokens, constraint=Free() if constrained else None, logprobs=logprobs
-            ),
+            SamplingParams(max_tokens=max_tokens, constraint=constraint, logprobs=logprobs),
             RequestOptions(**options),
             self.now,
-            adapter=entry,
+            adapter=None if adapter is None else self.core.residency.current[adapter],
             scale=scale,
             deadline=deadline,
             reservation=reservation,
@@ -205,10 +190,9 @@ class Sim:
                     self.loads.append(entry)
                 case StopMove(entry):
                     self.loads.remove(entry)
-                case CopyMove(entry, slot):
+                case CopyMove(entry):
                     assert entry.uid in self.on_cpu, "a copy of what is not in CPU memory"
-                    self.copies.append((entry, slot))
-                    self._copy_moves[entry.uid] = move
+                    self.copies.append(move)
                 case DropMove(entry):
                     self.on_cpu.remove(entry.uid)
         self.take_events()
@@ -237,11 +221,8 @@ class Sim:
     def _ends(self, batch: StepBatch, rows: list[list[Sampled]]) -> bool:
         """Whether one of the sequences has got a token that ends it."""
         eos = self.core.limits.eos_token_ids
-        return any(
-            row[-1].token in (*eos, *work.params.stop_token_ids)
-            for work, row in zip(batch.sequences, rows, strict=True)
-            if row
-        )
+        pairs = zip(batch.sequences, rows, strict=True)
+        return any(row and row[-1].token in (*eos, *work.params.stop_token_ids) for work, row in pairs)
 
     def sample(self, work: SequenceWork) -> list[Sampled]:
         """Return the next tokens of a sequence: one, and one for each of its draft that was right."""
@@ -253,11 +234,11 @@ class Sim:
             history.append(proposed)
             found.append(Sampled(self.choose(work, history)))
         if work.params.constraint is not None:
+            forced: list[int] = []
             history.append(found[-1].token)
-            begin = len(history)
             for _ in range(self.forced_after(history)):
-                history.append(self.choose(work, history))
-            found[-1] = found[-1]._replace(forced=tuple(history[begin:]))
+                forced.append(self.choose(work, [*history, *forced]))
+            found[-1] = found[-1]._replace(forced=tuple(forced))
         return found
 
     def choose(self, work: SequenceWork, history: list[int]) -> int:
@@ -271,22 +252,21 @@ class Sim:
     def finish_load(self, index: int = 0, *, fail: bool = False) -> None:
         """End a read of those under way."""
         entry = self.loads.pop(index)
+        name = entry.label
         if fail:
-            error = AdapterLoadError("the disk is broken", name=entry.label, path=entry.path)
+            error = AdapterLoadError("the disk is broken", name=name, path=entry.path)
             self.core.adapter_load_failed(entry, self.now, error, "io")
         else:
-            changed = self.contents.get(entry.label, 0)
             self.on_cpu.add(entry.uid)
-            self.digests[entry.uid] = digest = f"{entry.label}-{entry.version}" + "'" * changed
-            rank, nbytes = self.ranks.get(entry.label, 8), self.sizes.get(entry.label, 1000)
-            found = LoadedAdapter(rank, nbytes, digest, 0.1, scalable=entry.label not in self.unscalable)
+            digest = f"{name}-{entry.version}" + "'" * self.contents.get(name, 0)
+            rank, nbytes = self.ranks.get(name, 8), self.sizes.get(name, 1000)
+            found = LoadedAdapter(rank, nbytes, digest, 0.1, scalable=name not in self.unscalable)
             self.core.adapter_loaded(entry, self.now, found)
         self.take_events()
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
         """End a copy into a slot of those under way."""
-        entry, _slot = self.copies.pop(index)
-        del self._copy_moves[entry.uid]
+        entry = self.copies.pop(index).entry
         if fail:
             error = AdapterLoadError("out of memory", name=entry.label, path=entry.path)
             self.core.adapter_place_failed(entry, self.now, error)
@@ -295,14 +275,13 @@ class Sim:
         self.take_events()
 
     def lose_device(self) -> None:
-        """What ran, was loaded, or was under way is gone."""
+        """Lose what ran, was loaded, or was under way."""
         self.batch = None
         self.loads.clear()
         self.copies.clear()
-        self._copy_moves = {}
+        self.on_cpu.clear()
         if self._make_memory is not None:
             self.memory = self._make_memory(self.core.limits)
-        self.on_cpu.clear()
         self.core.device_lost(self.now, EngineDead("the device is gone"))
         self.take_events()
 
@@ -320,8 +299,7 @@ class Sim:
         self.core.outbox.clear()
 
     def settle(self, *, step_seconds: float = 0.01, check: bool = True) -> StepBatch | None:
-        """Finish all moves under way, then one whole step. ``check``: of all that is in the core, however
-        long its queues are."""
+        """Finish all moves under way, then one whole step; ``check`` the core's invariants then."""
         while self.loads:
             self.finish_load()
         while self.copies:

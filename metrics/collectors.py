@@ -57,7 +57,6 @@ class EngineMetrics(Collector):
         engine: Value of the label ``engine`` of every series.
         compat: "vllm" adds the series that request routers read.
         model_name: Returns the base model's name in requests, which routers read.
-        max_tenant_labels: Maximum number of tenants with a separate ``tenant`` label.
         state: Returns the engine's state; None: it is not exported.
         build: The labels of ``aioengine_build_info``; None: it is not exported.
         clock: Unix time, for exemplars and for metrics whose value is the time.
@@ -72,7 +71,6 @@ class EngineMetrics(Collector):
         engine: str = "default",
         compat: Literal["none", "vllm"] = "none",
         model_name: Callable[[], str] = lambda: "",
-        max_tenant_labels: int = 100,
         state: Callable[[], str] | None = None,
         build: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.time,
@@ -94,7 +92,7 @@ class EngineMetrics(Collector):
         self._tracker = AdapterTracker(self._store)
         fold = partial(self._store.fold, "adapter")
         self._labels = BoundedLabels(max_adapter_labels, fold, nobody="base", kind="adapter")
-        self.http = HttpMetrics(max_tenant_labels)
+        self.http = HttpMetrics(max_adapter_labels)
         """Metrics of the server that serves this engine."""
         self.grammars_kept: list[Callable[[], int]] = []
         """Functions that count compiled grammars, called at each scrape."""
@@ -248,17 +246,17 @@ class EngineMetrics(Collector):
             self._labels.gone(event.adapter)
 
     def _step_finished(self, event: events.StepFinished) -> None:
-        store = self._store
+        store, count = self._store, event.steps
         phase = "prefill" if event.prefill_tokens else "decode"
         if event.prefill_tokens and event.decode_tokens:
             phase = "mixed"
-        store.observe("step_seconds", event.seconds, (phase,))
-        store.inc("step_tokens", ("prefill",), event.prefill_tokens)
-        store.inc("step_tokens", ("decode",), event.decode_tokens)
+        store.observe("step_seconds", event.seconds / count, (phase,), count)
+        store.inc("step_tokens", ("prefill",), count * event.prefill_tokens)
+        store.inc("step_tokens", ("decode",), count * event.decode_tokens)
         store.observe("schedule_seconds", event.schedule_seconds)
         store.observe("policy_decision_seconds", event.policy_seconds)
-        store.observe("batch_sequences", event.sequences)
-        store.observe("batch_adapters", event.adapters)
+        store.observe("batch_sequences", event.sequences, (), count)
+        store.observe("batch_adapters", event.adapters, (), count)
         for slot in event.slots:
             store.inc("lora_slot_busy_seconds", (str(slot),), event.seconds)
         for adapter, seconds, tokens in event.intervals:

@@ -94,7 +94,7 @@ class RequestTracer:
                 if trace is not None:
                     self._changed(trace, event)
             case events.StepFinished():
-                self._step = event.step + 1
+                self._step = event.step + event.steps
             case events.AdapterRegistered():
                 self._versions[event.adapter] = event.version
             case events.AdapterUnloaded():

@@ -56,8 +56,3 @@ def _print(found: MemoryPlan, model: str) -> None:
         f"KV cache: {found.num_blocks * found.block_size:,} tokens"
     )
     console.print(table)
-    for rank, fixed, by_bytes in found.adapters_that_fit():
-        print(
-            f"adapters of rank {rank}: {fixed} in slots of one size, {by_bytes} "
-            f"with slot_memory={format_bytes(found.slot_pool_bytes)}"
-        )

@@ -21,7 +21,7 @@ class Speeds:
         events.AdapterPlaced,
         events.RequestAdmitted,
         events.RequestEnded,
-        events.StepsFinished,
+        events.StepFinished,
     )
 
     def __init__(self) -> None:
@@ -45,9 +45,8 @@ class Speeds:
                 queued = self._queued.pop(event.request_id, None)
                 if queued is not None and event.output_tokens:
                     self.service = _smooth(self.service, event.seconds - queued)
-            case events.StepsFinished() if event.prefill_tokens > event.decode_tokens:
-                for seconds in event.seconds:
-                    self.token.add(seconds, event.prefill_tokens + event.decode_tokens)
+            case events.StepFinished() if event.prefill_tokens > event.decode_tokens:
+                self.token.add(event.seconds / event.steps, event.prefill_tokens + event.decode_tokens)
 
     def demand(self, load: EngineLoad, slots: Set[str | None], max_running: int) -> dict[str, float]:
         """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`, for the scaling policy."""

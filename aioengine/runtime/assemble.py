@@ -162,8 +162,7 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
     plan, variance = built.plan, built.device.variance
     slots = "none"
     if plan.num_slots:
-        fits = ", ".join(f"{count} of rank {rank}" for rank, _, count in plan.adapters_that_fit())
-        slots = f"at most {plan.num_slots} adapters in {format_bytes(plan.slot_pool_bytes)}: {fits}"
+        slots = f"at most {plan.num_slots} adapters in {format_bytes(plan.slot_pool_bytes)}"
     logger.info("slots: %s", slots)
     invariance = "on" if variance is None else f"off ({variance})"
     logger.info("kernels: %s; batch invariance: %s", built.device.kernels or "none", invariance)
@@ -211,7 +210,6 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         slot_bytes=plan.slot_bytes,
         window=spec.longest_window,
         policy_time_budget=config.policy_time_budget,
-        policy_max_overruns=config.policy_max_overruns,
         max_step_seconds=max_step_seconds,
         pair_tokens=spec.pair_tokens,
         speculation=config.speculation,

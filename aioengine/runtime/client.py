@@ -113,7 +113,6 @@ class EngineClient(WatchedEngine, Protocol):
         path: str | os.PathLike[str] | None = None,
         *,
         pin: bool = False,
-        force_pin: bool = False,
         replace: bool = False,
     ) -> AdapterInfo: ...
     async def load_adapter_files(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar
 from weakref import WeakSet, ref
 
 from aioengine.checks import Count, check_value
 from aioengine.errors import ConfigError
-from aioengine.events import Event, EventsLost, StepFinished, StepsFinished, TokenInterval
+from aioengine.events import Event, EventsLost
 
 logger = logging.getLogger("aioengine")
 E = TypeVar("E", bound=Event)
@@ -20,10 +20,6 @@ BUFFER = 10_000
 """Number of events kept for a reader that is behind."""
 
 Listener = Callable[[Event], None]
-Took = tuple[float, float, tuple[TokenInterval, ...]]
-"""End of a step, its duration, and the intervals of its tokens."""
-Decided = tuple[float, float]
-"""Seconds that core and policy took, and those of the policy alone."""
 
 
 class ForeignCode:
@@ -82,7 +78,7 @@ class Listeners:
         """Return the listeners that want events of this type."""
         found = self._of.get(kind)
         if found is None:
-            wanting = [listener for listener, types in self._all.values() if _are_wanted(kind, types)]
+            wanting = [listener for listener, types in self._all.values() if issubclass(kind, types)]
             found = self._of[kind] = tuple(wanting)
         return found
 
@@ -92,31 +88,6 @@ class Listeners:
                 listener(event)
             except BaseException as error:
                 self.foreign.failed("listener", listener, error, type(event).__name__)
-
-    def of_steps(
-        self, first: int, contents: dict[str, Any], took: Sequence[Took], decided: Decided
-    ) -> list[Event]:
-        """Return the events about steps that ended one after the other, for the listeners that there are:
-        ``first`` is the number of the first one, and ``contents`` have the fields of
-        :class:`~aioengine.step.StepContents`, which are the same for all."""
-        found: list[Event] = []
-        if self.of(StepFinished):
-            found += [
-                StepFinished(
-                    time=end,
-                    step=step,
-                    seconds=seconds,
-                    schedule_seconds=decided[0],
-                    policy_seconds=decided[1],
-                    intervals=intervals,
-                    **contents,
-                )
-                for step, (end, seconds, intervals) in enumerate(took, first)
-            ]
-        if self.of(StepsFinished):
-            each = tuple([seconds for _, seconds, _ in took])
-            found.append(StepsFinished(time=took[-1][0], first=first, seconds=each, **contents))
-        return found
 
     def stream(self, types: tuple[type[E], ...], buffer: int) -> EventStream[E]:
         """Open a stream of these event types; of all, if none are given. Raises ConfigError for other
@@ -133,14 +104,6 @@ class Listeners:
         self._ended = True
         for stream in self._streams:
             stream.end()
-
-
-def _are_wanted(kind: type[Event], types: tuple[type[Event], ...]) -> bool:
-    """Whether a listener for ``types`` wants events of this one. StepsFinished takes the place of
-    StepFinished for those that name it."""
-    if kind is StepsFinished:
-        return kind in types
-    return issubclass(kind, types) and not (kind is StepFinished and StepsFinished in types)
 
 
 class EventStream(Generic[E]):

@@ -42,12 +42,11 @@ class HeldAdapters:
         *,
         pin: bool,
         replace: bool,
-        force_pin: bool = False,
     ) -> AdapterInfo:
         values = tensors.values() if isinstance(tensors, Mapping) else ()
         nbytes = sum(getattr(tensor, "nbytes", 0) for tensor in values)  # others are refused later
         hold = partial(hold_tensors, tensors=tensors, config=config)
-        return await self._load(name, nbytes, hold, pin=pin, replace=replace, force_pin=force_pin)
+        return await self._load(name, nbytes, hold, pin=pin, replace=replace)
 
     async def load_state(
         self, name: str, model: object, adapter_name: str | None, *, pin: bool, replace: bool
@@ -79,7 +78,6 @@ class HeldAdapters:
         *,
         pin: bool,
         replace: bool,
-        force_pin: bool = False,
     ) -> AdapterInfo:
         """Copy an adapter of ``nbytes`` with ``hold(name, path, room=...)``, and load the copy."""
         path = f"memory:{next(self._numbers)}"
@@ -103,9 +101,7 @@ class HeldAdapters:
             self._coming.remove(nbytes)
         self._living.add(held)
         try:
-            return await self._adapters.load(
-                name, path, pin=pin, replace=replace, force_pin=force_pin, held=held
-            )
+            return await self._adapters.load(name, path, pin=pin, replace=replace, held=held)
         except BaseException:
             if not self._adapters.holds(held):
                 held.release()  # at once, and not when the last reference to the error goes

@@ -11,13 +11,14 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.executors.base import Device
-from aioengine.runtime.event_stream import Decided, Listeners
+from aioengine.runtime.event_stream import Listeners
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.step import StepBatch, StepResult
 
@@ -29,6 +30,8 @@ LAG_INTERVAL_SECONDS = 0.25
 _STOPPED = "the engine was stopped before the call was complete"
 
 Condition = Callable[[], bool]
+Decided = tuple[float, float]
+"""Seconds that core and policy took, and those of the policy alone."""
 
 
 class EngineLoop:
@@ -255,11 +258,20 @@ class EngineLoop:
     def _take(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
         """Report a result to the core."""
         now = asyncio.get_running_loop().time()
-        contents = self.core.contents._asdict()
         wanted = bool(self.listeners.of(events.StepFinished))
         intervals = self.core.step_finished(batch, result, now, intervals=wanted)
-        took = zip(result.ends or (now,), result.seconds, intervals, strict=True)
-        self.core.outbox += self.listeners.of_steps(batch.step, contents, list(took), decided)
+        if wanted:
+            event = events.StepFinished(
+                time=result.ends[-1] if result.ends else now,
+                step=batch.step,
+                steps=len(result.seconds),
+                seconds=sum(result.seconds),
+                schedule_seconds=decided[0],
+                policy_seconds=decided[1],
+                intervals=tuple(chain.from_iterable(intervals)),
+                **self.core.contents._asdict(),
+            )
+            self.core.outbox.append(event)
         self.publish()
 
     async def _woken(self, due: float | None) -> None:

@@ -20,12 +20,12 @@ class Expires(Protocol):
 
 class HttpMetrics:
     """Counts HTTP answers, and what tenants use. The server that serves the engine reports each answer, on
-    the event loop's thread. At most ``max_tenant_labels`` tenants have a label of their own."""
+    the event loop's thread. At most ``max_tenants`` tenants have a label of their own."""
 
-    def __init__(self, max_tenant_labels: int) -> None:
+    def __init__(self, max_tenants: int) -> None:
         self._store = Store({n: d for n, d in OWN.items() if n.startswith(("http_", "tenant_"))})
         fold = partial(self._store.fold, "tenant")
-        self._tenants = BoundedLabels(max_tenant_labels, fold, nobody="none", kind="tenant")
+        self._tenants = BoundedLabels(max_tenants, fold, nobody="none", kind="tenant")
         self.active: Callable[[], int] = int
         """Function that counts the requests that have not been answered in full; called at each scrape."""
         self.certificate: Expires | None = None

@@ -172,8 +172,8 @@ class Feed:
     def _listen(self, event: events.Event) -> None:
         self._changed = True
         if isinstance(event, events.StepFinished):
-            self._tokens["prefill"] += event.prefill_tokens
-            self._tokens["decode"] += event.decode_tokens
+            self._tokens["prefill"] += event.steps * event.prefill_tokens
+            self._tokens["decode"] += event.steps * event.decode_tokens
         elif isinstance(event, events.AdapterEvent):
             entry = _entry(event)
             if entry is not None:

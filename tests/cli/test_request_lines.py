@@ -106,10 +106,10 @@ def test_chat_and_system_apply_to_lines() -> None:
     [
         ([{"prompt": "a", "id": 1}, {"prompt": "b"}], "line 2: line 1 has the id 1 too"),
         ([{"prompt": "a", "id": "x"}, "", {"prompt": "b", "id": "x"}], "line 3: line 1 has the id 'x' too"),
-        ([{"prompt": "a", "id": 1.0}], "id=1.0: must be text, or an integer"),
+        ([{"prompt": "a", "id": 1.0}], "id=1.0: must be an integer, or text"),
         ([{"prompt": "a", "temprature": 1}], "did you mean 'temperature'"),
         ([{"prompt": "a", "constraint": 1}], "unknown field 'constraint'"),
-        ([{"prompt": "a", "n": 0}], "n=0: must be in 1..128"),
+        ([{"prompt": "a", "n": 0}], "n=0: must be >= 1"),
         ([{"prompt": "a", "priority": 1.5}], "priority=1.5: must be an integer"),
         ([{"prompt": "a", "adapter": 3}], "adapter=3: must be text, or a table"),
         ([{"prompt": ["a"]}], r"prompt\[0\]='a': must be an integer"),

@@ -42,7 +42,7 @@ def test_an_adapter_is_read_copied_and_only_then_used() -> None:
     assert sim.loads == [entry]
     sim.finish_load()
     assert sim.schedule() is None
-    assert sim.copies == [(entry, 0)]
+    assert [(move.entry, move.slot) for move in sim.copies] == [(entry, 0)]
     assert entry.location is Location.CPU
     sim.finish_copy()
     batch = sim.schedule()

@@ -27,7 +27,6 @@ from aioengine.events import (
     FirstToken,
     RequestEnded,
     StepFinished,
-    StepsFinished,
 )
 from aioengine.runtime.event_stream import EventStream, Listeners
 
@@ -121,20 +120,6 @@ async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
     gc.collect()
     listeners(AdapterPinned(time=0.0, adapter="a", version=1, pinned=True))
     assert not listeners.of(AdapterPinned)
-
-
-async def test_a_stream_of_equal_steps(tiny: Tiny, make_engine: MakeEngine) -> None:
-    """A listener that also names the single ones hears of each step once."""
-    heard: list[Event] = []
-    async with make_engine(tiny) as engine:
-        steps, single = engine.events(StepsFinished), engine.events(StepFinished)
-        engine.add_listener(heard.append, Event, StepsFinished, StepFinished)
-        await engine.complete([4, 5], greedy(5))
-    found = [e async for e in steps]
-    seconds = [s for e in found if isinstance(e, StepsFinished) for s in e.seconds]
-    assert seconds == [e.seconds async for e in single if isinstance(e, StepFinished)] and seconds
-    assert [e for e in heard if isinstance(e, (StepFinished, StepsFinished))] == found
-    assert any(isinstance(e, RequestEnded) for e in heard)
 
 
 async def test_a_refused_listener_leaves_nothing_behind(tiny: Tiny, make_engine: MakeEngine) -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
-from support.machine import slowness
 from support.tiny_models import build_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from aioengine import SamplingParams
-from aioengine.errors import ConfigError, EngineOverloaded, RequestInvalid
+from aioengine.errors import ConfigError
 from aioengine.guided import Guide
 
 SCHEMA: dict[str, Any] = {
@@ -94,30 +91,6 @@ async def test_texts_that_are_tokens_of_their_own(
         )
         for output in outputs:
             assert (output.finish_reason, output.text in allowed) == ("stop", True), output
-
-
-async def test_a_choice_may_come_as_the_token_that_it_is(tiny_marks: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny_marks) as engine:
-        constraint = await Guide(engine).choice([THINK, f"x{THINK}"])
-        params = SamplingParams(constraint=constraint, logit_bias={256: 100.0})
-        output = await engine.complete("Hi", params)
-        assert (output.text, output.token_ids[0]) == (THINK, 256)
-
-
-@pytest.mark.slow
-async def test_thousands_of_marks_cost_no_more_than_one(tiny_text: Tiny, make_engine: MakeEngine) -> None:
-    """Some tokenizers have thousands of tokens "<unused17>", and a text may begin one again and again."""
-    marks = {f"<unused{i}>": 100 + i % 100 for i in range(3_000)}
-    async with make_engine(tiny_text) as engine:
-        assert engine.tokenizer is not None
-        vars(engine.tokenizer)["text_tokens"] = marks
-        guide = Guide(engine)
-        assert isinstance(await guide.json_object(), object)  # the processes are there
-        for options in (["<unused" * 20_000], ["<" * 20_000] * 8, ["<unused1>x<unused29"] * 8_000):
-            began = time.process_time()
-            with contextlib.suppress(RequestInvalid, EngineOverloaded):
-                await guide.choice(options)
-            assert time.process_time() - began < 1.5 * slowness()
 
 
 async def test_a_preempted_request_goes_on_in_its_format(tiny_text: Tiny, make_engine: MakeEngine) -> None:

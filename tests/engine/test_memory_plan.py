@@ -148,8 +148,6 @@ async def test_slots_by_bytes_take_what_is_planned(tiny: Tiny, make_engine: Make
     async with make_engine(tiny, **fields) as engine:
         plan = engine.plan
         assert plan.slot_pool_bytes == 2**18 and plan.cpu_cache_bytes == 2**18
-        fits = {rank: (fixed, by_bytes) for rank, fixed, by_bytes in plan.adapters_that_fit()}
-        assert fits[8][1] >= 2 * fits[16][1] > 0 and fits[8][0] == fits[16][0] <= fits[16][1]
         await asyncio.gather(
             *(engine.load_adapter(name, tiny.adapters[name]) for name in ("rank-3", "qv-only", "regex"))
         )
@@ -192,29 +190,25 @@ sizes = st.integers(0, 2**40)
 groups = st.lists(st.builds(Group, st.none() | sizes, sizes, sizes), max_size=4)
 
 
-@given(groups=groups, first=st.booleans(), inside=st.booleans())
+@given(groups=groups, inside=st.booleans())
 @pytest.mark.slow
-def test_limits_of_control_groups_are_seen(groups: list[Group], first: bool, inside: bool) -> None:
-    """Of both versions, in any group above the process; in a container (``inside``) only the top is there."""
-    unlimited = str(2**63 - 4096) if first else "max"
+def test_limits_of_control_groups_are_seen(groups: list[Group], inside: bool) -> None:
+    """In any group above the process; in a container (``inside``) only the top is there."""
     shown = groups[:1] if inside else groups
     with tempfile.TemporaryDirectory() as made:
         root = Path(made)
         path = "/".join(f"group{depth}" for depth in range(1, max(1, len(groups))))
         (root / "proc/self").mkdir(parents=True)
-        (root / "proc/self/cgroup").write_text(f"7:cpu:/elsewhere\n{'4:memory' if first else '0:'}:/{path}\n")
-        folder = root / "sys/fs/cgroup" / ("memory" if first else "")
+        (root / "proc/self/cgroup").write_text(f"7:cpu:/elsewhere\n0::/{path}\n")
+        folder = root / "sys/fs/cgroup"
         for depth, group in enumerate(shown):
             folder = folder / f"group{depth}" if depth else folder
             folder.mkdir(parents=True)
-            names = ("limit_in_bytes", "usage_in_bytes", "total_") if first else ("max", "current", "")
-            (folder / f"memory.{names[0]}").write_text(
-                f"{unlimited if group.limit is None else group.limit}\n"
-            )
-            (folder / f"memory.{names[1]}").write_text(f"{group.used}\n")
-            text = f"inactive_anon 5\n{names[2]}inactive_file {group.reclaimable}\nactive_file 7\n"
+            (folder / "memory.max").write_text(f"{'max' if group.limit is None else group.limit}\n")
+            (folder / "memory.current").write_text(f"{group.used}\n")
+            text = f"inactive_anon 5\ninactive_file {group.reclaimable}\nactive_file 7\n"
             (folder / "memory.stat").write_text(text)
-        found = [room for room in rooms_in_groups(root) if room < 2**60]
+        found = list(rooms_in_groups(root))
     left = [max(0, g.limit - g.used + g.reclaimable) for g in shown if g.limit is not None]
     assert sorted(found) == sorted(left)
 

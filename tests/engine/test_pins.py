@@ -57,7 +57,8 @@ async def test_steady_traffic_does_not_keep_it_out(tiny: Tiny, make_engine: Make
         users = [asyncio.create_task(traffic()) for _ in range(4)]
         while engine.stats().requests_finished < 4:
             await asyncio.sleep(0.001)
-        pinned = await engine.load_adapter("p", tiny.adapters["rank-4"], pin=True, force_pin=True)
+        engine.register_adapter("p", tiny.adapters["rank-4"])
+        pinned = await engine.pin_adapter("p", force=True)
         assert pinned.location == "slot"
         done = True
         assert sum(await asyncio.gather(*users)) >= 4
@@ -131,9 +132,10 @@ async def test_one_slot_stays_free_unless_it_is_forced(tiny: Tiny, make_engine: 
         with pytest.raises(ConfigError, match=r"max_loras=2 .*\(a\)"):
             await engine.pin_adapter("b")
         assert (await engine.pin_adapter("b", force=True)).location == "slot"
+        engine.register_adapter("c", tiny.adapters["rank-4"])
         with pytest.raises(ConfigError, match=r"\(a, b\)"):
-            await engine.load_adapter("c", tiny.adapters["rank-4"], pin=True, force_pin=True)
-        assert "c" not in [a.name for a in engine.adapters()]
+            await engine.pin_adapter("c", force=True)
+        assert info(engine, "c").location == "disk"
 
 
 async def test_with_every_slot_pinned_the_others_fail(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -142,9 +144,8 @@ async def test_with_every_slot_pinned_the_others_fail(tiny: Tiny, make_engine: M
         async with occupied(engine, tiny, "qv-only"):
             engine.register_adapter("c", tiny.adapters["rank-4"])
             waiting = asyncio.create_task(engine.complete([4, 5], greedy(2), adapter="c"))
-            pin = asyncio.create_task(
-                engine.load_adapter("b", tiny.adapters["regex"], pin=True, force_pin=True)
-            )
+            engine.register_adapter("b", tiny.adapters["regex"])
+            pin = asyncio.create_task(engine.pin_adapter("b", force=True))
             while not any(a.name == "b" and a.pinned for a in engine.adapters()):
                 await asyncio.sleep(0.001)
             await engine.abort("qv-only")
@@ -181,7 +182,8 @@ async def test_a_new_version_takes_over_the_pin(tiny: Tiny, make_engine: MakeEng
     """Even if all slots are pinned, requests accepted before end on the old version."""
     async with make_engine(tiny, max_num_seqs=1) as engine:
         await engine.load_adapter("a", tiny.adapters["rank-3"], pin=True)
-        await engine.load_adapter("b", tiny.adapters["qv-only"], pin=True, force_pin=True)
+        engine.register_adapter("b", tiny.adapters["qv-only"])
+        await engine.pin_adapter("b", force=True)
         old = [asyncio.create_task(engine.complete([4, 5], greedy(20), adapter="a")) for _ in range(3)]
         while engine.stats().running == 0:
             await asyncio.sleep(0)

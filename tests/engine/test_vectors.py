@@ -233,7 +233,7 @@ async def test_refused(tiny: Tiny, make_engine: MakeEngine, embedder: Trained) -
         await refused(engine, engine.embed([999]), RequestInvalid, "vocabulary")
         await refused(engine, engine.embed([1], "nobody"), AdapterNotFound, "nobody")
     for fields in ({"max_tokens": 1}, {"max_tokens": 0, "prompt_logprobs": 0}):
-        with pytest.raises(RequestInvalid, match="it needs max_tokens=0"):
+        with pytest.raises(RequestInvalid, match="pooling needs max_tokens=0"):
             SamplingParams(pooling="mean", **fields)
 
 

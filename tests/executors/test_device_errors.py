@@ -79,7 +79,7 @@ def test_each_has_its_type(error: BaseException, kind: type[DeviceError]) -> Non
     found = device_error(error)
     assert type(found) is kind and isinstance(found, EngineDead) and found.__cause__ is error
     first = str(error).splitlines()[:1]
-    assert kind.what in str(found) and all(line in str(found) for line in first) and "; " in str(found)
+    assert kind.__name__ in str(found) and all(line in str(found) for line in first) and "; " in str(found)
     assert type(wire.unpack_error(wire.pack_error(found))) is kind  # it crosses to the engine's process
 
 

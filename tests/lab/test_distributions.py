@@ -140,7 +140,7 @@ def test_nothing_of_weight_0_is_drawn(weights: list[float], seed: int) -> None:
         ("poisson:2,3", "does not take '3'"),
         ("gamma:rate=1,rate=2", "rate is given twice"),
         ("gamma:rat=1,cv=2", "does not take 'rat=1' (did you mean 'rate'?)"),
-        ("diurnal:rate=1,depth=1.5", "depth=1.5: must be in [0, 1]"),
+        ("diurnal:rate=1,depth=1.5", "depth=1.5: must be <= 1"),
         ("onoff:rate=1,on=1", "off is missing"),
     ],
 )

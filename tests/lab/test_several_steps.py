@@ -211,41 +211,32 @@ def test_who_looks_in_between_sees_the_same(deeds: Sequence[Deed]) -> None:
     assert seen(deeds, repeats=True) == seen(deeds, repeats=False)
 
 
-def test_a_listener_that_names_equal_steps_hears_of_the_same_steps() -> None:
-    """And one that names other events of nothing else."""
+def test_one_event_tells_of_equal_steps() -> None:
+    """And a listener that names other events hears of nothing else."""
 
-    async def main() -> tuple[list[events.Event], list[events.Event], list[events.Event]]:
-        every, steps, ends = list[events.Event](), list[events.Event](), list[events.Event]()
+    async def main() -> tuple[list[events.Event], list[events.Event]]:
+        steps, ends = list[events.Event](), list[events.Event]()
         async with SimulatedEngine(config(max_num_seqs=3, max_num_batched_tokens=64), costs()) as engine:
-            engine.add_listener(every.append)
-            remove = engine.add_listener(steps.append, events.StepsFinished)
+            engine.add_listener(steps.append, events.StepFinished)
             engine.add_listener(ends.append, events.RequestEnded, events.FirstToken)
-            async with asyncio.TaskGroup() as group:
-                for number in range(3):
-                    group.create_task(
-                        engine.complete(
-                            [0] * 40, SamplingParams(max_tokens=20 + 30 * number, ignore_eos=True)
-                        )
-                    )
-            remove()
-            await engine.complete([0], SamplingParams(max_tokens=5))
-        return every, steps, ends
+            params = [SamplingParams(max_tokens=20 + 30 * number, ignore_eos=True) for number in range(3)]
+            await asyncio.gather(*(engine.complete([0] * 40, each) for each in params))
+        return steps, ends
 
-    every, steps, ends = run_in_virtual_time(main())
-    last = steps[-1].time
-    single = [e for e in every if isinstance(e, events.StepFinished) and e.time <= last]
-    expanded = []
-    for event in steps:
-        assert isinstance(event, events.StepsFinished)
-        for number, seconds in enumerate(event.seconds, event.first):
-            expanded.append((number, seconds, event.sequences, event.slots, event.decode_tokens))
-    assert expanded == [(e.step, e.seconds, e.sequences, e.slots, e.decode_tokens) for e in single]
-    assert len(steps) < len(single) / 2
-    assert not any(isinstance(event, events.StepsFinished) for event in every), "only those that name it"
-    assert [type(e) for e in ends] == [events.FirstToken] * 3 + [events.RequestEnded] * 3 + [
-        events.FirstToken,
-        events.RequestEnded,
-    ]
+    def told(repeats: bool) -> tuple[list[tuple[int, ...]], list[events.Event], float, int]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SimulatedDevice, "repeats", repeats)
+            steps, ends = run_in_virtual_time(main())
+        single, seconds = [], 0.0
+        for step in steps:
+            assert isinstance(step, events.StepFinished)
+            seconds += step.seconds
+            single += [(step.step + i, step.decode_tokens, *step.slots) for i in range(step.steps)]
+        return single, ends, seconds, len(steps)
+
+    (single, ends, seconds, _), (expanded, same, total, count) = told(False), told(True)
+    assert expanded == single and total == pytest.approx(seconds) and count < len(single) / 2
+    assert ends == same and {type(e) for e in ends} == {events.FirstToken, events.RequestEnded}
 
 
 def test_no_step_is_certain_after_one_that_a_request_ends_in() -> None:

@@ -169,7 +169,9 @@ def test_what_is_expected_must_be_tokens() -> None:
     on_engine(main)
 
 
-def test_steps_wait_for_the_overhead_and_do_not_report_it() -> None:
+def test_steps_wait_for_the_overhead_and_do_not_report_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedDevice, "repeats", False)
+
     async def main(engine: SimulatedEngine) -> list[tuple[float, float]]:
         steps: list[tuple[float, float]] = []
 
@@ -187,7 +189,9 @@ def test_steps_wait_for_the_overhead_and_do_not_report_it() -> None:
     assert found == [(pytest.approx(0.012 * n), pytest.approx(STEP)) for n in (1, 2, 3)]
 
 
-def test_loads_and_copies_slow_the_steps_down() -> None:
+def test_loads_and_copies_slow_the_steps_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedDevice, "repeats", False)
+
     async def main(engine: SimulatedEngine) -> list[float]:
         steps: list[float] = []
         engine.add_listener(lambda event: isinstance(event, StepFinished) and steps.append(event.seconds))

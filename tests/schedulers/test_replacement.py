@@ -41,7 +41,7 @@ class SizedSim(Sim):
         self.core.adapter_loaded(entry, self.now, found)
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:
-        entry, _ = self.copies.pop(index)
+        entry = self.copies.pop(index).entry
         self.core.slots.placed(entry, self.now, self.copy_seconds[entry.label])
 
     def use(self, names: str) -> None:

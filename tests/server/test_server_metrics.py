@@ -41,7 +41,7 @@ async def test_an_error_within_a_stream_is_counted_as_one(serve: Serve) -> None:
 
 async def test_tenants_beyond_the_bound_share_a_label(serve: Serve) -> None:
     keys = {f"sk-{i}": f"tenant-{i}" for i in range(5)}
-    async with serve(settings={"api_keys": keys}, key="sk-0", max_tenant_labels=2) as served:
+    async with serve(settings={"api_keys": keys}, key="sk-0", max_adapter_labels=2) as served:
         for key in keys:
             headers = {"authorization": f"Bearer {key}"}
             assert (await served.http.get("/v1/models", headers=headers)).status_code == 200

@@ -124,7 +124,7 @@ class Scenario:
             enable_prefix_caching=rng.random() < 0.7,
             max_waiting=rng.choice([None, None, 2, 8]),
             seed=seed,
-            policy_max_overruns=rng.choice([3, 20]),
+            max_adapter_labels=rng.choice([3, 20]),
             lora=LoRAConfig(
                 max_loras=slots,
                 max_lora_rank=MAX_RANK,

@@ -194,15 +194,14 @@ class CudaSim(Sim):
 
     # What the event loop does
 
-    def _take_moves(self, before: set[int]) -> None:
+    def _take_moves(self, before: int) -> None:
         """Order the copies that the last decision started."""
-        for uid, move in self._copy_moves.items():
-            if uid not in before:
-                self.told[uid] = move, self.world.now()
+        for move in self.copies[before:]:
+            self.told[move.entry.uid] = move, self.world.now()
         self.images = {uid: image for uid, image in self.images.items() if uid in self.on_cpu}
 
     def form(self) -> None:
-        before = set(self._copy_moves)
+        before = len(self.copies)
         if (batch := self.schedule()) is not None:
             self.queued.append(Queued(batch, self.world.now()))
         self._take_moves(before)
@@ -230,7 +229,7 @@ class CudaSim(Sim):
         while self.copied:
             entry, told = self.copied.pop()
             self.world.hear(told)
-            self.finish_copy(next(i for i, (each, _) in enumerate(self.copies) if each is entry))
+            self.finish_copy([move.entry for move in self.copies].index(entry))
 
     def anything(self) -> None:
         """Do one of the things that can be done now."""

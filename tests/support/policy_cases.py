@@ -54,7 +54,7 @@ class TimedSim(Sim):
             batch = self.schedule()
             for entry in self.loads:
                 self._due.setdefault(entry.uid, self.now + self.load_seconds)
-            for entry, _ in self.copies:
+            for entry in [move.entry for move in self.copies]:
                 self._due.setdefault(entry.uid, self.now + self.copy_seconds)
             if batch is not None:
                 tokens = sum(len(work.tokens) for work in batch.sequences)
@@ -68,6 +68,6 @@ class TimedSim(Sim):
         for entry in [entry for entry in self.loads if self._due[entry.uid] <= self.now]:
             del self._due[entry.uid]
             self.finish_load(self.loads.index(entry))
-        for entry in [entry for entry, _ in self.copies if self._due[entry.uid] <= self.now]:
+        for entry in [move.entry for move in self.copies if self._due[move.entry.uid] <= self.now]:
             del self._due[entry.uid]
-            self.finish_copy([other for other, _ in self.copies].index(entry))
+            self.finish_copy([move.entry for move in self.copies].index(entry))

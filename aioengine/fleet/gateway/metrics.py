@@ -47,7 +47,7 @@ class FleetMetrics:
         self.own.register(_Gateway(members, dispatcher))
         self._members = members
         self._engine = members.config.engine.name
-        self.http = HttpMetrics(members.config.engine.max_tenant_labels)
+        self.http = HttpMetrics(members.config.engine.max_adapter_labels)
         self.dropped_log_lines: Callable[[], int] = int
         """Function that counts the gateway's dropped log lines; called at each scrape."""
         self._state = state

@@ -23,7 +23,7 @@ BASE = "(base)"
 class PolicyWatch:
     """Listener that counts where another policy decided."""
 
-    HEARD = (events.StepsFinished, events.PolicyFailed, events.PolicyOverran, events.PolicyReplaced)
+    HEARD = (events.StepFinished, events.PolicyFailed, events.PolicyOverran, events.PolicyReplaced)
 
     def __init__(self) -> None:
         self._counts = {"steps": 0, "fallback_steps": 0, "failures": 0}
@@ -32,9 +32,9 @@ class PolicyWatch:
         """Reason and traceback of the first failure."""
 
     def __call__(self, event: events.Event) -> None:
-        if isinstance(event, events.StepsFinished):
-            self._counts["steps"] += len(event.seconds)
-            self._counts["fallback_steps"] += len(event.seconds) * self._is_replaced
+        if isinstance(event, events.StepFinished):
+            self._counts["steps"] += event.steps
+            self._counts["fallback_steps"] += event.steps * self._is_replaced
         elif isinstance(event, events.PolicyReplaced):
             self._is_replaced = True
         elif isinstance(event, events.PolicyFailed):
@@ -261,7 +261,7 @@ class _EngineRecorder:
             events.AdapterPlaced: self._placed,
             events.AdapterEvicted: self._evicted,
             events.AdapterFailed: self._failed,
-            events.StepsFinished: self._steps,
+            events.StepFinished: self._steps,
         }
 
     def __call__(self, event: events.Event) -> None:
@@ -382,14 +382,13 @@ class _EngineRecorder:
 
     # Steps
 
-    def _steps(self, event: events.StepsFinished) -> None:
-        run, spans, count = self._run, self._spans, len(event.seconds)
+    def _steps(self, event: events.StepFinished) -> None:
+        run, spans, count = self._run, self._spans, event.steps
         run.last_progress = event.time
         self.since_token = 0 if event.decode_tokens else self.since_token + count
         totals = run.totals
         totals["steps"] += count
-        for seconds in event.seconds:
-            run.step_seconds += seconds
+        run.step_seconds += event.seconds
         totals["prefill_tokens"] += count * event.prefill_tokens
         totals["decode_tokens"] += count * event.decode_tokens
         totals["adapters"] += count * event.adapters

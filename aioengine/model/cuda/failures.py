@@ -126,4 +126,4 @@ def _by_message(text: str) -> type[errors.DeviceError] | None:
 
 def _made(kind: type[errors.DeviceError], text: str) -> errors.DeviceError:
     lines = text.strip().splitlines()
-    return kind(f"{kind.what}: {(lines[0] if lines else kind.__name__)[:500]}; {_ADVICE[kind]}")
+    return kind(f"{kind.__name__}: {lines[0][:500] if lines else ''}; {_ADVICE[kind]}")

@@ -258,11 +258,6 @@ class Tokenizer:
         """Ids of tokens, special or not, that are found in a text before it is tokenized."""
         return {token.content: id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items()}
 
-    @functools.cached_property
-    def text_tokens(self) -> Mapping[str, int]:
-        """Ids of the added tokens that are part of an answer's text, because they are not special."""
-        return {text: id_ for text, id_ in self.added_tokens.items() if id_ not in self._special_ids}
-
     @property
     def special_tokens(self) -> Mapping[str, str]:
         """Special tokens by their names: ``bos_token``, ``eos_token``, ..."""
