@@ -51,6 +51,12 @@ REMOVED = {
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
     "policy_max_overruns": "fcfs replaces a policy after 20 slow decisions. Raise policy_time_budget instead",
     "max_tenant_labels": "tenants have as many labels as adapters. Set max_adapter_labels",
+    "policy='session'": "it was nearly 'lpm'. Set policy='lpm'",
+    "policy='drainer'": "it drained slots as SGLang does. Set policy='fcfs:max_wait=3'",
+    "policy='admission'": "it rejected requests that would be late. Set policy='edf', which serves more",
+    "policy='toppings'": "its order by ranks helped in no experiment. Set policy='fcfs'",
+    "policy='popular'": "it read adapters for which no request waited. Set policy='lookahead'",
+    "policy='belady'": "it is called as in the lab's reports. Set policy='oracle'",
 }
 """Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
 

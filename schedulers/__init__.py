@@ -22,7 +22,6 @@ from aioengine.schedulers.policy import SlotState as SlotState
 from aioengine.schedulers.policy import SlotView as SlotView
 from aioengine.schedulers.policy import WaitingAdaptersView as WaitingAdaptersView
 from aioengine.schedulers.policy import WaitingView as WaitingView
-from aioengine.schedulers.registry import available_parts as available_parts
 from aioengine.schedulers.registry import available_policies as available_policies
 from aioengine.schedulers.registry import compose as compose
 from aioengine.schedulers.registry import load_policy as load_policy

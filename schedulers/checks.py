@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from math import inf
 
 
 def at_least(low: float, unit: str = "", /, **options: float) -> None:
-    """Raise ValueError for the first option that is below ``low``, or no number."""
+    """Raise ValueError for the first option that is below ``low``, infinite or no number."""
     for name, value in options.items():
-        if not value >= low:
-            raise ValueError(f"{name}={value}: must be >= {low:g} {unit}".rstrip())
-
-
-def finite_weights(**options: float) -> None:
-    """Raise ValueError for the first option that is negative, infinite or no number."""
-    for name, value in options.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}={value}: must be >= 0 and finite")
+        if not low <= value < inf:
+            raise ValueError(f"{name}={value}: must be >= {low:g} {unit}".rstrip() + ", and finite")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -42,7 +42,7 @@ class Location(StrEnum):
 
 
 class RequestView(Protocol):
-    """A request, read-only and live."""
+    """A request, read-only and live. Times are in seconds on the view's clock."""
 
     @property
     def request_id(self) -> str: ...
@@ -52,17 +52,13 @@ class RequestView(Protocol):
         its accepted requests, is called "name@version"."""
 
     @property
-    def arrival(self) -> float:
-        """Seconds on the view's clock."""
-
+    def arrival(self) -> float: ...
     @property
     def priority(self) -> int:
         """Higher is more urgent."""
 
     @property
-    def deadline(self) -> float | None:
-        """Seconds on the view's clock."""
-
+    def deadline(self) -> float | None: ...
     @property
     def tenant(self) -> str | None: ...
     @property
@@ -164,11 +160,7 @@ class CostsView(Protocol):
 
     def prefill(self, tokens: int, rank: int = 0, *, cached: int = 0) -> float | None:
         """Return the seconds of all steps that compute ``tokens`` of a prompt, alone, after ``cached``
-        tokens.
-
-        Args:
-            rank: Rank of its adapter; 0: the base model.
-        """
+        tokens, with an adapter of this rank (0: the base model)."""
 
     def load(self, adapter: str, stage: Literal["disk", "slot"]) -> float | None:
         """Return the seconds to move an adapter from disk to the CPU ("disk"), or from the CPU into a slot
@@ -198,8 +190,22 @@ class MemoryView(Protocol):
         """Bytes of the adapters in slots that are idle and not pinned."""
 
     def bytes_of(self, adapter: str) -> int:
-        """Return the bytes that an adapter takes in a slot; 0 if they are not known before it has been
-        read."""
+        """Return the bytes that an adapter takes in a slot; 0 before it has been read."""
+
+
+class WaitingView(Protocol):
+    """Waiting requests in arrival order."""
+
+    def __iter__(self) -> Iterator[RequestView]: ...
+    def __len__(self) -> int: ...
+
+
+class WaitingAdaptersView(Protocol):
+    """Names of adapters (None: the base model) in order of their oldest waiting request."""
+
+    def __iter__(self) -> Iterator[str | None]: ...
+    def __reversed__(self) -> Iterator[str | None]: ...
+    def __len__(self) -> int: ...
 
 
 class SchedulerView(Protocol):
@@ -214,16 +220,12 @@ class SchedulerView(Protocol):
     @property
     def adapters(self) -> Mapping[str, AdapterView]: ...
     @property
-    def waiting(self) -> WaitingView:
-        """All waiting requests in arrival order."""
-
+    def waiting(self) -> WaitingView: ...
     def waiting_for(self, adapter: str | None) -> WaitingView:
-        """Return the waiting requests of one adapter (None: of the base model) in arrival order."""
+        """Return the waiting requests of one adapter (None: of the base model)."""
 
     @property
-    def waiting_adapters(self) -> WaitingAdaptersView:
-        """Adapters with waiting requests (None: the base model), the one with the oldest first."""
-
+    def waiting_adapters(self) -> WaitingAdaptersView: ...
     @property
     def running(self) -> Sequence[RequestView]: ...
     @property
@@ -265,27 +267,9 @@ class SchedulerView(Protocol):
         """Reads from disk that may be started now."""
 
     @property
-    def costs(self) -> CostsView:
-        """Costs of steps and moves."""
-
+    def costs(self) -> CostsView: ...
     @property
-    def memory(self) -> MemoryView:
-        """The memory of the slots."""
-
-
-class WaitingView(Protocol):
-    """Waiting requests in arrival order."""
-
-    def __iter__(self) -> Iterator[RequestView]: ...
-    def __len__(self) -> int: ...
-
-
-class WaitingAdaptersView(Protocol):
-    """Names of adapters (None: the base model) in order of their oldest waiting request."""
-
-    def __iter__(self) -> Iterator[str | None]: ...
-    def __reversed__(self) -> Iterator[str | None]: ...
-    def __len__(self) -> int: ...
+    def memory(self) -> MemoryView: ...
 
 
 class Place(NamedTuple):
@@ -359,7 +343,6 @@ class PolicyEvent(NamedTuple):
     kind: str
     now: float
     request: RequestView | None = None
-    """Request that the event is about, for the request events."""
     adapter: str | None = None
     """The adapter concerned; None for a request to the base model."""
     was: str | None = None

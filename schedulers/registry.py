@@ -16,13 +16,13 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioengine.schedulers.checks import nearest
-from aioengine.schedulers.named import Supply, build, import_class, options_text, parse_named
+from aioengine.schedulers.named import Supply, build, import_class, parse_named
 from aioengine.schedulers.parts.base import Ordering, Preemption, Prefetch, Replacement
 from aioengine.schedulers.parts.compose import Composed
 from aioengine.schedulers.policy import SchedulerPolicy
 
 if TYPE_CHECKING:
-    from aioengine.schedulers.routing.autoscaling import ScalingPolicy
+    from aioengine.schedulers.routing.autoscaling import WaitingWork
     from aioengine.schedulers.routing.interface import PlacementPolicy, RouterPolicy
 
 ROOT = "aioengine.schedulers"
@@ -42,38 +42,32 @@ KINDS = {
     "preempt": (ROOT, "parts.base:Preemption"),
     "router": ("aioengine.routers", "routing.interface:RouterPolicy"),
     "placement": ("aioengine.placements", "routing.interface:PlacementPolicy"),
-    "autoscaler": ("aioengine.autoscalers", "routing.autoscaling:ScalingPolicy"),
+    "autoscaler": ("aioengine.autoscalers", "routing.autoscaling:WaitingWork"),
 }
 """Kind -> the group of entry points, and the base class below ``ROOT``."""
 BUILT_IN: dict[tuple[str, str], str] = {
     ("policy", "fcfs"): "policies.fcfs:FCFS",
     ("policy", "fair"): "policies.fair:Fair",
-    ("policy", "admission"): "policies.admission:Admission",
     ("order", "fcfs"): "parts.base:Arrival",
-    ("order", "vllm"): "policies.other_engines:VLLMOrder",
-    ("order", "slora"): "policies.slora:SLoRA",
+    ("order", "vllm"): "policies.by_arrival:VLLMOrder",
+    ("order", "slora"): "policies.by_arrival:SLoRA",
     ("order", "vtc"): "policies.vtc:VTC",
     ("order", "drr"): "policies.drr:DRR",
     ("order", "sjf"): "policies.by_key:SJF",
     ("order", "edf"): "policies.by_key:EDF",
     ("order", "priority"): "policies.by_key:Priority",
-    ("order", "lpm"): "policies.windowed:LPM",
-    ("order", "session"): "policies.windowed:Session",
-    ("order", "toppings"): "policies.windowed:Toppings",
-    ("order", "drainer"): "policies.other_engines:Drainer",
+    ("order", "lpm"): "policies.by_arrival:LPM",
     ("order", "chameleon"): "policies.chameleon:ChameleonOrder",
     ("replace", "lru"): "parts.replacement:LRU",
     ("replace", "lfu"): "parts.replacement:LFU",
     ("replace", "gdsf"): "parts.replacement:GDSF",
     ("replace", "chameleon"): "policies.chameleon:ChameleonCache",
-    ("replace", "belady"): "parts.replacement:Belady",
     ("replace", "oracle"): "parts.replacement:Belady",
     ("replace", "discard"): "parts.replacement:Discard",
-    ("prefetch", "lookahead"): "parts.prefetch:Lookahead",
-    ("prefetch", "popular"): "parts.prefetch:Popular",
-    ("prefetch", "none"): "parts.prefetch:NoPrefetch",
-    ("preempt", "none"): "parts.preemption:NoPreemption",
-    ("preempt", "priority"): "parts.preemption:PreemptLower",
+    ("prefetch", "lookahead"): "parts.base:Lookahead",
+    ("prefetch", "none"): "parts.base:NoPrefetch",
+    ("preempt", "none"): "parts.base:NoPreemption",
+    ("preempt", "priority"): "policies.by_key:PreemptLower",
     ("router", "round_robin"): "routing.routers.simple:RoundRobin",
     ("router", "least_loaded"): "routing.routers.simple:LeastLoaded",
     ("router", "p2c"): "routing.routers.simple:PowerOfTwoChoices",
@@ -100,14 +94,14 @@ class PolicyInfo(NamedTuple):
     """One of ``KINDS``."""
     summary: str
     options: str
-    """Options as text, such as "max_wait: float = 1.0"; empty if it takes none."""
+    """Such as "max_wait: float = 1.0"; empty if it takes none."""
     source: str
     starvation_bound: str
     """Of a policy or an ordering; empty for others."""
     worst_case: str
     """Of what is a fleet's; empty for others."""
     where: str
-    """"module:Class"."""
+    """As in "module:Class"."""
 
 
 def available(kind: str) -> dict[str, PolicyInfo]:
@@ -117,7 +111,7 @@ def available(kind: str) -> dict[str, PolicyInfo]:
     group, _ = KINDS[kind]
     for point in entry_points(group=group):
         try:
-            found.setdefault(point.name, import_class(point.name, point.value, _base(kind)))
+            found.setdefault(point.name, _of_kinds(point.name, point.value, (kind,))[kind])
         except ValueError:
             continue  # broken, or of another kind; naming it raises the error
     return {name: _info(name, kind, cls) for name, cls in found.items()}
@@ -132,24 +126,9 @@ def available_policies() -> dict[str, PolicyInfo]:
     return found
 
 
-def available_parts(kind: str) -> dict[str, PolicyInfo]:
-    """Return the parts of a kind ("order", "replace", "prefetch" or "preempt"), by name."""
-    return available(kind)
-
-
 def available_routers() -> dict[str, PolicyInfo]:
     """Return the routers by name."""
     return available("router")
-
-
-def available_placements() -> dict[str, PolicyInfo]:
-    """Return the placement policies by name."""
-    return available("placement")
-
-
-def available_autoscalers() -> dict[str, PolicyInfo]:
-    """Return the scaling policies by name."""
-    return available("autoscaler")
 
 
 def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) -> SchedulerPolicy:
@@ -193,9 +172,9 @@ def compose(
     max_wait: float = 1.0,
     supply: Supply | None = None,
 ) -> Composed:
-    """Compose a policy of parts, each given by name (with options: "gdsf:x=1", or a table with "name"), or as
-    an instance. Defaults: order fcfs, replace lru, prefetch lookahead (or those that the order prefers),
-    preempt none. Raises ValueError as :func:`load_policy` does.
+    """Compose a policy of parts, each given by name (with options: "sjf:input_weight=2", or a table with
+    "name"), or as an instance. Defaults: order fcfs, replace lru, prefetch lookahead (or those that the order
+    prefers), preempt none. Raises ValueError as :func:`load_policy` does.
     """
     given = {"order": order, "replace": replace, "prefetch": prefetch, "preempt": preempt}
     parts: dict[str, Any] = {}
@@ -218,9 +197,9 @@ def load_placement(spec: str) -> PlacementPolicy:
     return placement
 
 
-def load_autoscaler(spec: str) -> ScalingPolicy:
+def load_autoscaler(spec: str) -> WaitingWork:
     """Build the scaling policy that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
-    autoscaler: ScalingPolicy = _load("autoscaler", spec)
+    autoscaler: WaitingWork = _load("autoscaler", spec)
     return autoscaler
 
 
@@ -251,24 +230,37 @@ def _unknown(what: str, name: str, known: Collection[str]) -> dict[str, type[Any
 
 def _classes(what: str, name: str, kinds: Collection[str]) -> dict[str, type[Any]]:
     """Return the classes of this name by kind; none if the name is not known."""
-    built_in = {kind: BUILT_IN[kind, name] for kind in kinds if (kind, name) in BUILT_IN}
+    built_in = [kind for kind in kinds if (kind, name) in BUILT_IN]
     if built_in:
-        return {kind: import_class(what, f"{ROOT}.{at}", _base(kind)) for kind, at in built_in.items()}
+        return {kind: _of_kinds(what, f"{ROOT}.{BUILT_IN[kind, name]}", (kind,))[kind] for kind in built_in}
     group, _ = KINDS[next(iter(kinds))]  # all are of one group
     targets = [name] if ":" in name else [point.value for point in entry_points(group=group, name=name)]
-    bases = {kind: _base(kind) for kind in kinds}
-    for target in targets[:1]:
-        cls = import_class(what, target, *bases.values())
-        return {kind: cls for kind, base in bases.items() if issubclass(cls, base)}
-    return {}
+    return _of_kinds(what, targets[0], kinds) if targets else {}
+
+
+def _of_kinds(what: str, target: str, kinds: Collection[str]) -> dict[str, type[Any]]:
+    """Import a class, and return it by the kinds that it is of. Raises ValueError if it is of none."""
+    cls = import_class(what, target)
+    found = {kind: cls for kind in kinds if issubclass(cls, _base(kind))}
+    if found:
+        return found
+    bases = " or ".join(_base(kind).__name__ for kind in kinds)
+    is_of = [kind for kind in KINDS if issubclass(cls, _base(kind))]
+    articles = {"order": "an"}
+    hints = [
+        f"; it is {articles.get(kind, 'a')} {_base(kind).__name__}: register it as {kind!r}" for kind in is_of
+    ]
+    raise ValueError(f"{what}: {target} is not a subclass of {bases}{''.join(hints)}")
 
 
 def _base(kind: str) -> type[Any]:
-    return import_class(kind, f"{ROOT}.{KINDS[kind][1]}", object)
+    return import_class(kind, f"{ROOT}.{KINDS[kind][1]}")
 
 
 def _info(name: str, kind: str, cls: type[Any]) -> PolicyInfo:
     text = {field: getattr(cls, field, "") for field in ("source", "starvation_bound", "worst_case")}
     summary = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+    signature = inspect.signature(cls).replace(return_annotation=inspect.Signature.empty)
+    options = str(signature)[1:-1].replace("'", "")
     where = f"{cls.__module__}:{cls.__qualname__}"
-    return PolicyInfo(name=name, kind=kind, summary=summary, options=options_text(cls), where=where, **text)
+    return PolicyInfo(name=name, kind=kind, summary=summary, options=options, where=where, **text)

@@ -33,24 +33,21 @@ def policies(*, common: CommonFlags | None = None) -> int:
     from rich.text import Text
 
     from aioengine.cli.tables import output_console
-    from aioengine.schedulers import available_parts, available_policies
-    from aioengine.schedulers.registry import PARTS
-    from aioengine.schedulers.routing import available_autoscalers, available_placements, available_routers
+    from aioengine.schedulers.registry import PARTS, available
 
     console = output_console()
-    whole = [info for info in available_policies().values() if info.kind == "policy"]
     sections = {
-        "whole policies": whole,
-        **{f"parts, {kind}: {decides}": available_parts(kind).values() for kind, decides in PARTS.items()},
-        "routers, of a fleet": available_routers().values(),
-        "placement of adapters, of a fleet": available_placements().values(),
-        "number of replicas, of a fleet": available_autoscalers().values(),
+        "whole policies": "policy",
+        **{f"parts, {kind}: {decides}": kind for kind, decides in PARTS.items()},
+        "routers, of a fleet": "router",
+        "placement of adapters, of a fleet": "placement",
+        "number of replicas, of a fleet": "autoscaler",
     }
-    for title, infos in sections.items():
+    for title, kind in sections.items():
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for info in infos:
+        for info in available(kind).values():
             details = "".join(f"\n{detail}" for detail in _details_of(info))
             table.add_row(
                 Text(f"  {info.name}", style="bold"), Text(info.summary).append(details, style="dim")

@@ -280,7 +280,7 @@ class PolicyGuard:
         end = self._times()
         took, used = end[0] - start[0], end[1] - start[1]
         self.seconds += took
-        if self._overruns.add(took, used, end[0]):
+        if self._overruns.add(took, used):
             self.emit(events.PolicyOverran(time=now, seconds=used, budget=self._limits.policy_time_budget))
         complaint = self._overruns.complaint
         if complaint and self.policy is not self._safe:

@@ -228,7 +228,6 @@ class EngineReplica:
             waiting=load.waiting,
             running=load.running,
             waiting_tokens=load.waiting_tokens,
-            running_tokens=load.running_tokens,
             free_kv_tokens=load.kv_tokens_free,
             waiting_for={name and without_versions(name): n for name, n in load.waiting_for.items()},
             load_seconds=self._speed.load,

@@ -6,8 +6,7 @@ from collections.abc import Set
 
 from aioengine import events
 from aioengine.info import EngineLoad
-from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN
-from aioengine.schedulers.routing.speed import TokenSpeed
+from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN, TokenSpeed
 
 _SMOOTHING = 0.2
 

@@ -124,7 +124,6 @@ def toppings(
             "loads stall the batch": {"preset": files["stalls"], "policy": "vllm+discard+lookahead"},
             "loads beside the batch": {"preset": files["beside"], "policy": "vllm+discard+lookahead"},
             "the same, adapters stay": {"preset": files["beside"], "policy": "vllm+lru+lookahead"},
-            "the same, rank-aware": {"preset": files["beside"], "policy": "toppings"},
         }
         figures = {"latency, s": "latency_seconds.mean", "in time": "slo.in_time_share"}
         for rate in rates:

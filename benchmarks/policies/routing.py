@@ -36,7 +36,7 @@ def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float
     for name in names:
         fleet.add_adapter(name)
     for index in range(replicas):
-        fleet.join(f"replica-{index}", routing.ReplicaLimits(8, 256, 64, 500_000))
+        fleet.join(f"replica-{index}", routing.ReplicaLimits(8, 64, 500_000))
         held = list(dict.fromkeys(rng.choices(names, weights, k=600)))[:256]
         report = routing.Report(
             sent_at=now,
@@ -45,7 +45,6 @@ def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float
             waiting=rng.randrange(5),
             running=rng.randrange(40),
             waiting_tokens=rng.randrange(8000),
-            running_tokens=rng.randrange(40_000),
             free_kv_tokens=300_000,
             waiting_for=dict.fromkeys(held[100:103], 1),
             load_seconds=0.05,
@@ -55,7 +54,6 @@ def _decide(router: str, replicas: int, adapters: int, count: int) -> list[float
         )
         fleet.report(f"replica-{index}", report)
     guard = routing.RouterGuard(routing.load_router(router))
-    fleet.listeners.append(guard.tell)
     took = []
     for number, name in enumerate(rng.choices(names, weights, k=count)):
         now += 0.0001

@@ -18,7 +18,7 @@ from benchmarks.shared.stopwatch import Stopwatch
 RUNNING, ADAPTERS, WARM_UP = 256, 1000, 40
 RANK_BYTES = 600_000
 RANKS, WEIGHTS = (8, 16, 64), (0.7, 0.2, 0.1)
-POLICIES = tuple(name for name in available_policies() if name not in ("oracle", "belady"))
+POLICIES = tuple(name for name in available_policies() if name != "oracle")
 """All that need no known future."""
 
 

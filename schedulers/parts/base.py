@@ -18,8 +18,10 @@ from itertools import chain, islice
 from typing import Any
 
 from aioengine.schedulers.arrival import by_arrival, cold_by_arrival
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.policy import (
     AdapterView,
+    Location,
     PolicyEvent,
     RequestView,
     SchedulerView,
@@ -40,9 +42,8 @@ class Part(ABC):  # noqa: B024 - its children have the abstract methods
 class Ordering(Part):
     """The order of requests, and of the adapters to bring in.
 
-    ``key`` is the one required method; a smaller key goes first, equal keys in order of arrival. The other
-    methods are derived from it. Override them where there is a faster way, or where the order depends on
-    earlier choices.
+    Only ``key`` is required; a smaller key goes first, equal keys in order of arrival. Override the other
+    methods where there is a faster way, or where the order depends on earlier choices.
     """
 
     starvation_bound: str = "none"
@@ -53,16 +54,9 @@ class Ordering(Part):
     close_after: float | None = None
     """Seconds after which a busy slot is closed to new requests so that it becomes idle; None as above."""
 
-    stay: float = 2.0
-    """Time, in units of ``max_wait``, that an adapter keeps its slot before the slot may be closed. Without
-    it, an overload, in which all requests have waited long, would close slots as soon as they are filled."""
-    fill_within: float = 1.0
-    """A closed slot admits requests that generate at most this many times the remaining tokens of its longest
-    running request. Above 1 the slot can be kept busy for ever."""
-
     ages: bool = True
     """Whether cold adapters that have been waited for ``take_after`` seconds go before all others, the oldest
-    first. Set it to False only if the order of ``cold`` lets none starve."""
+    first. Set it to False only if the order of ``cold`` lets none starve, as that of arrival does."""
 
     default_replace: str = "lru"
     default_prefetch: str = "lookahead"
@@ -91,6 +85,7 @@ class Ordering(Part):
 class Arrival(Ordering):
     """Order of arrival. The cost does not grow with the length of the queues."""
 
+    ages = False
     starvation_bound = "those who arrived before it"
     source = "first come, first served"
 
@@ -107,9 +102,9 @@ class Arrival(Ordering):
 class Replacement(Part):
     """Chooses the idle adapter that gives up its slot, and the one that leaves the CPU cache."""
 
-    @abstractmethod
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
-        """Value of keeping ``adapter`` in ``slot``; the lowest is evicted first."""
+        """Value of keeping ``adapter`` in ``slot``, by default ``cpu_score``; the lowest is evicted first."""
+        return self.cpu_score(view, adapter)
 
     def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
         """Value of keeping ``adapter`` in the CPU cache; by default, the time of its last use."""
@@ -135,6 +130,35 @@ class Prefetch(Part):
         that no slot holds, the most urgent first; it is lazy, so take no more than needed."""
 
 
+class NoPrefetch(Prefetch):
+    """Reads an adapter only when a slot is available."""
+
+    asks_always = False
+
+    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
+        return ()
+
+
+class Lookahead(Prefetch):
+    """Brings the next ``k`` adapters that requests wait for to the CPU, the most urgent first.
+
+    Args:
+        k: Number of adapters outside the slots to consider; those already on the CPU count, those that are
+            being read do not.
+    """
+
+    source = "aioengine's own; S-LoRA (Sheng et al. 2023) reads ahead for its waiting queue likewise"
+    asks_always = False
+
+    def __init__(self, k: int = 8) -> None:
+        at_least(1, k=k)
+        self.k = k
+
+    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
+        ahead = islice((n for n in cold if view.adapters[n].location is not Location.LOADING), self.k)
+        return [name for name in ahead if view.adapters[name].location is Location.DISK]
+
+
 class Preemption(Part):
     """Chooses requests to preempt, beyond those that the core preempts for lack of KV blocks."""
 
@@ -144,3 +168,12 @@ class Preemption(Part):
     @abstractmethod
     def choose(self, view: SchedulerView) -> Sequence[str]:
         """Return the ids of the requests to preempt."""
+
+
+class NoPreemption(Preemption):
+    """Lets every running request finish."""
+
+    asks_always = False
+
+    def choose(self, view: SchedulerView) -> Sequence[str]:
+        return ()

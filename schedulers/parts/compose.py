@@ -35,7 +35,6 @@ class Composed(FCFS):
     ) -> None:
         super().__init__(max_wait)
         self.order, self.replace, self.prefetch, self.preempt = order, replace, prefetch, preempt
-        self.stay = order.stay * max_wait
         if order.take_after is not None:
             self.take_after = order.take_after
         if order.close_after is not None:
@@ -58,7 +57,7 @@ class Composed(FCFS):
         read = [*self._read_for_slots(view, plan, cold_too), *self.prefetch.choose(view, cold_again)]
         more_to_read = 0 < len(read) < view.load_room
         always = holds_back or more_to_read or self.prefetch.asks_always or self.preempt.asks_always
-        admit += plan.fill(room - len(admit), self.order.fill_within)
+        admit += plan.fill(room - len(admit))
         return Decision(
             admit=[request.request_id for request in admit],
             place=plan.place,
@@ -85,9 +84,12 @@ class Composed(FCFS):
         return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))
 
     def _by_urgency(self, view: SchedulerView) -> Iterator[str]:
-        """Yield the cold adapters: aged ones by age, then the others in the ordering's order."""
+        """Return the cold adapters: aged ones by age, then the others in the ordering's order."""
+        return self._aged_first(view) if self.order.ages else self.order.cold(view)
+
+    def _aged_first(self, view: SchedulerView) -> Iterator[str]:
         aged: set[str] = set()
-        for name in cold_by_arrival(view) if self.order.ages else ():
+        for name in cold_by_arrival(view):
             oldest = view.adapters[name].oldest_arrival
             if oldest is None or oldest + self.take_after > view.now:
                 break  # and those after it have waited less

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import inf, log2
 
-from sortedcontainers import SortedList
-
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Replacement
 from aioengine.schedulers.policy import AdapterView, PolicyEvent, SchedulerView, SlotState, SlotView
 
 MAX_NAMES = 16384
-"""Maximum number of counted names; beyond it the least frequent one is forgotten."""
+"""Maximum number of counted names; beyond it the less frequent half is forgotten."""
 MEBIBYTE = 2**20
 
 
@@ -32,10 +31,7 @@ class Discard(LRU):
     adapter is copied again for its next request. It stays in the CPU cache.
     """
 
-    source = (
-        "Sheng et al. 2023, S-LoRA (2311.03285); the baseline of Iliakopoulou et al. 2024, "
-        "Chameleon (2411.17741)"
-    )
+    source = "Sheng et al. 2023, S-LoRA (2311.03285); the baseline of Chameleon (2411.17741)"
 
     def discard(self, view: SchedulerView) -> Sequence[str]:
         idle = [s for s in view.slots if s.state is SlotState.READY and s.running == 0 and not s.pinned]
@@ -43,86 +39,40 @@ class Discard(LRU):
         return [name for name in names if not view.adapters[name].waiting]
 
 
-class DecayedCounts:
-    """Counts of names, in which each count weighs half as much after ``half_life`` seconds.
-
-    The stored value is log2(sum of 2^(t_i / half_life)) over the times t_i. All counts fade at the same rate,
-    so neither this value nor the order changes with time.
-
-    Args:
-        half_life: Seconds; 0 for counts that do not fade.
-    """
-
-    def __init__(self, half_life: float) -> None:
-        if not half_life >= 0:
-            raise ValueError(f"half_life={half_life}: must be >= 0 seconds (0: counts do not fade)")
-        self._rate = 1 / half_life if half_life > 0 else 0.0
-        self._weights: dict[str, float] = {}
-        self._ranking: SortedList[tuple[float, str]] = SortedList()
-
-    def add(self, name: str, now: float) -> None:
-        """Count one more."""
-        weight = now * self._rate
-        old = self._weights.get(name)
-        if old is not None:
-            self._ranking.remove((old, name))
-            weight, low = max(weight, old), min(weight, old)
-            weight += log2(1 + 2 ** (low - weight))
-        self._weights[name] = weight
-        self._ranking.add((weight, name))
-        if len(self._weights) > MAX_NAMES:
-            del self._weights[self._ranking.pop(0)[1]]
-
-    def weight(self, name: str) -> float:
-        """Return a number that orders names by their counts and does not change with time; -inf if never
-        counted."""
-        return self._weights.get(name, -inf)
-
-    def count(self, name: str, now: float) -> float:
-        """Return the count at the time ``now``."""
-        return float(2 ** (self.weight(name) - now * self._rate))
-
-    def most(self) -> Iterator[str]:
-        """Yield names, the most frequent first. Lazy."""
-        return (name for _, name in reversed(self._ranking))
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
-class Counted(Replacement):
-    """Counts the admitted requests of each adapter, faded. Counts outlive the stay in a slot."""
-
-    def __init__(self, half_life: float) -> None:
-        self.counts = DecayedCounts(half_life)
-
-    def on_event(self, event: PolicyEvent) -> None:
-        if event.kind == "request_admitted" and event.adapter is not None:
-            self.counts.add(event.adapter, event.now)
-
-
-class LFU(Counted):
+class LFU(Replacement):
     """Evicts the least frequently used idle adapter; older uses count less.
 
-    score = sum over the adapter's admitted requests of 2^(-age / half_life), on a scale of logarithms
-    (which keeps the order). Counts outlive the stay in a slot.
+    An adapter's count is the sum over its admitted requests of 2^(-age / half_life); it outlives the stay in
+    a slot. score = log2(sum of 2^(t_i / half_life)) over the times t_i of these requests: all counts fade at
+    the same rate, so neither this value nor the order changes with time.
 
     Args:
         half_life: Seconds after which a use counts half; 0: it counts in full for ever.
     """
 
-    source = (
-        "Lee et al. 2001, LRFU: a spectrum of policies that subsumes LRU and LFU (exponentially faded counts)"
-    )
+    source = "Lee et al. 2001, LRFU: a spectrum of policies that subsumes LRU and LFU"
 
     def __init__(self, half_life: float = 300.0) -> None:
-        super().__init__(half_life)
+        at_least(0, "seconds", half_life=half_life)
+        self._rate = 1 / half_life if half_life > 0 else 0.0
+        self._weights: dict[str, float] = {}
 
-    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
-        return self.counts.weight(adapter.name)
+    def on_event(self, event: PolicyEvent) -> None:
+        name = event.adapter
+        if event.kind != "request_admitted" or name is None:
+            return
+        now, old = event.now * self._rate, self._weights.get(name, -inf)
+        self._weights[name] = max(now, old) + log2(1 + 2 ** -abs(now - old))
+        if len(self._weights) > MAX_NAMES:
+            for least in sorted(self._weights, key=self._weights.__getitem__)[: MAX_NAMES // 2]:
+                del self._weights[least]
+
+    def count(self, name: str, now: float) -> float:
+        """Return the count at the time ``now``."""
+        return float(2 ** (self._weights.get(name, -inf) - now * self._rate))
 
     def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
-        return self.counts.weight(adapter.name)
+        return self._weights.get(adapter.name, -inf)
 
 
 class GreedyDual:
@@ -176,18 +126,11 @@ class GDSF(Replacement):
       the CPU cache is full, since there it would be among the first to be dropped. In the CPU cache: the
       seconds of its last read.
     - size: MiB in the CPU cache, else its rank.
-
-    Args:
-        cost: "seconds", as above, or "one": every load costs the same, which minimizes the number of loads
-            instead of their time.
     """
 
     source = "Cherkasova 1998, Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching"
 
-    def __init__(self, cost: str = "seconds") -> None:
-        if cost not in ("seconds", "one"):
-            raise ValueError(f'cost={cost!r}: must be "seconds" or "one"')
-        self.cost = cost
+    def __init__(self) -> None:
         self.slots = GreedyDual()
         self.cpu = GreedyDual()
 
@@ -211,14 +154,14 @@ class GDSF(Replacement):
     def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
         read_again = view.cpu_room <= 0
         seconds = (adapter.slot_seconds or 0.0) + ((adapter.disk_seconds or 0.0) if read_again else 0.0)
-        return self.slots.value(adapter.name, self._worth(adapter, seconds))
+        return self.slots.value(adapter.name, _worth(adapter, seconds))
 
     def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
-        return self.cpu.value(adapter.name, self._worth(adapter, adapter.disk_seconds or 0.0))
+        return self.cpu.value(adapter.name, _worth(adapter, adapter.disk_seconds or 0.0))
 
-    def _worth(self, adapter: AdapterView, seconds: float) -> float:
-        size = adapter.bytes / MEBIBYTE or adapter.rank or 1
-        return (1.0 if self.cost == "one" else seconds) / size
+
+def _worth(adapter: AdapterView, seconds: float) -> float:
+    return seconds / (adapter.bytes / MEBIBYTE or adapter.rank or 1)
 
 
 class Belady(Replacement):
@@ -251,9 +194,6 @@ class Belady(Replacement):
         arrivals = self._arrivals.get(name, [])
         index = bisect_right(arrivals, now)
         return arrivals[index] if index < len(arrivals) else inf
-
-    def score(self, view: SchedulerView, slot: SlotView, adapter: AdapterView) -> float:
-        return self.cpu_score(view, adapter)
 
     def cpu_score(self, view: SchedulerView, adapter: AdapterView) -> float:
         return -view.now if adapter.waiting else -self.next_use(adapter.name, view.now)

@@ -1,4 +1,5 @@
-"""Orderings whose key does not change while a request waits: shortest job, earliest deadline, priority."""
+"""Orderings whose key does not change while a request waits: shortest job, earliest deadline, priority; and
+the preemption by priority."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from typing import Any, NamedTuple
 
 from sortedcontainers import SortedList
 
-from aioengine.schedulers.checks import finite_weights
-from aioengine.schedulers.parts.base import Ordering
-from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
+from aioengine.schedulers.checks import at_least
+from aioengine.schedulers.parts.base import Ordering, Preemption
+from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView, SlotState
 
 
 class _Entry(NamedTuple):
@@ -35,8 +36,7 @@ class SortedRequests:
         self._key = key
         self._count = 0
         self._queues: dict[str | None, SortedList[_Entry]] = {}
-        self._firsts: SortedList[_Entry] = SortedList()
-        """The first entry of each queue."""
+        self._firsts: SortedList[_Entry] = SortedList()  # of each queue
         self._entries: dict[str, _Entry] = {}
 
     def on_event(self, event: PolicyEvent) -> None:
@@ -90,17 +90,14 @@ class SortedRequests:
 
 
 class FixedKeyOrdering(Ordering):
-    """Smallest ``fixed_key`` first, equal ones in order of arrival."""
+    """Smallest ``key`` first, equal ones in order of arrival. The key must not need the view, nor change
+    while a request waits."""
 
     def __init__(self) -> None:
-        self._requests = SortedRequests(self.fixed_key)
+        self._requests = SortedRequests(lambda request: self.key(request, None))
 
     @abstractmethod
-    def fixed_key(self, request: RequestView) -> Any:
-        """Return the sort key, which must not change while the request waits."""
-
-    def key(self, request: RequestView, view: SchedulerView) -> Any:
-        return self.fixed_key(request)
+    def key(self, request: RequestView, view: SchedulerView | None) -> Any: ...
 
     def on_event(self, event: PolicyEvent) -> None:
         self._requests.on_event(event)
@@ -128,8 +125,7 @@ class SJF(FixedKeyOrdering):
     arrive.
 
     Args:
-        input_weight: Weight of a prompt token, >= 0.
-        output_weight: Weight of an expected output token, >= 0.
+        input_weight, output_weight: Weights of a prompt token and of an expected output token, >= 0.
     """
 
     source = "Smith, 'Various optimizers for single-stage production', Naval Res. Logist. Q. 3, 1956"
@@ -137,17 +133,15 @@ class SJF(FixedKeyOrdering):
 
     def __init__(self, input_weight: float = 1.0, output_weight: float = 1.0) -> None:
         super().__init__()
-        finite_weights(input_weight=input_weight, output_weight=output_weight)
+        at_least(0, input_weight=input_weight, output_weight=output_weight)
         self.input_weight, self.output_weight = input_weight, output_weight
 
-    def fixed_key(self, request: RequestView) -> float:
+    def key(self, request: RequestView, view: SchedulerView | None) -> float:
         return self.input_weight * request.prompt_tokens + self.output_weight * request.expected_tokens
 
 
 class EDF(FixedKeyOrdering):
     """Earliest deadline first; requests without a deadline after all that have one, by arrival.
-
-    key = the deadline, or infinity
 
     On one machine, and with jobs that can be interrupted, this meets all deadlines if any order does.
     Here a running request is not interrupted, so an urgent one may find the batch full.
@@ -156,18 +150,67 @@ class EDF(FixedKeyOrdering):
     source = "Liu and Layland, 'Scheduling algorithms for multiprogramming', J. ACM 20(1), 1973"
     starvation_bound = "none for requests without a deadline; with one, until the deadline ends them"
 
-    def fixed_key(self, request: RequestView) -> float:
+    def key(self, request: RequestView, view: SchedulerView | None) -> float:
         return float("inf") if request.deadline is None else request.deadline
 
 
 class Priority(FixedKeyOrdering):
-    """The highest priority first, equal ones in order of arrival.
-
-    key = -priority
-    """
+    """The highest priority first, equal ones in order of arrival."""
 
     source = "static priorities, as in vLLM's 'priority' scheduling policy (there a lower value goes first)"
     starvation_bound = "none"
 
-    def fixed_key(self, request: RequestView) -> int:
+    def key(self, request: RequestView, view: SchedulerView | None) -> int:
         return -request.priority
+
+
+class PreemptLower(Preemption):
+    """When the batch is full, preempts the youngest request of the lowest priority for a higher one.
+
+    "Full" means no free sequence, or not enough free KV blocks for the waiting request. Only requests of
+    strictly lower priority are preempted, only for a request whose adapter is in a slot (or for the base
+    model), and only if enough can be freed for it. This happens only once for each request, so a request that
+    is then not admitted for another reason does no more harm. A preempted request keeps its output.
+    """
+
+    source = "recompute preemption by priority, as in vLLM's 'priority' scheduling policy"
+
+    def __init__(self) -> None:
+        self._requests = SortedRequests(lambda request: -request.priority)
+        self._helped: set[str] = set()
+
+    def on_event(self, event: PolicyEvent) -> None:
+        self._requests.on_event(event)
+        if event.request is not None and event.kind in ("request_admitted", "request_finished"):
+            self._helped.discard(event.request.request_id)
+
+    def choose(self, view: SchedulerView) -> Sequence[str]:
+        victims = sorted(view.running, key=lambda r: (r.priority, -r.arrival))
+        seqs, blocks = view.free_seqs, view.free_blocks
+        chosen: list[str] = []
+        for request in self._candidates(view):
+            if not victims or request.priority <= victims[0].priority:
+                break
+            need = -(-(request.prompt_tokens + request.output_tokens) // view.block_size)
+            count = 0
+            while (seqs < 1 or blocks < need) and count < len(victims):
+                if victims[count].priority >= request.priority:
+                    break
+                seqs += 1
+                blocks += victims[count].computed_tokens // view.block_size
+                count += 1
+            if seqs < 1 or blocks < need:
+                break
+            if count > 0 and request.request_id not in self._helped:
+                self._helped.add(request.request_id)
+                chosen += [victim.request_id for victim in victims[:count]]
+            del victims[:count]
+            seqs, blocks = seqs - 1, blocks - need
+        return chosen
+
+    def _candidates(self, view: SchedulerView) -> Iterator[RequestView]:
+        """Yield waiting requests that could run now, the highest priority first."""
+        usable = (SlotState.READY, SlotState.DRAINING)
+        able = {None, *(slot.adapter for slot in view.slots if slot.state in usable)}
+        self._requests.sync(view)
+        return self._requests.waiting_for(able)

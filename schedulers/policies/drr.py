@@ -29,9 +29,7 @@ class DRR(Arrival):
     """
 
     source = "Shreedhar and Varghese, 'Efficient fair queueing using deficit round robin', SIGCOMM 1995"
-    starvation_bound = (
-        "ceil(cost / quantum) rounds, each at most quantum + largest cost for each other adapter"
-    )
+    starvation_bound = "ceil(cost / quantum) rounds, each at most quantum + largest cost for each adapter"
 
     def __init__(self, quantum: int = 512) -> None:
         if quantum < 1:

@@ -31,14 +31,9 @@ from aioengine.schedulers.policy import (
     SchedulerView,
 )
 
-TENANTS_LIMIT = 32
-"""Number of tenants whose cold adapters one decision examines, those with the fewest slots first."""
-SCAN_LIMIT = 128
-"""Number of these adapters that it examines."""
-MAKE_WAY_LIMIT = 2
-"""Number of these for which it takes slots from other tenants."""
-
-
+TENANTS_LIMIT = 32  # tenants whose cold adapters one decision examines, those with the fewest slots first
+SCAN_LIMIT = 128  # adapters that it examines
+MAKE_WAY_LIMIT = 2  # adapters for which it takes slots from other tenants
 _adapter_of = attrgetter("adapter")
 
 
@@ -48,12 +43,11 @@ class Fair(FCFS):
 
     The next request that starts is the oldest of the tenant with the fewest running ones; the next adapter
     that gets a slot is one of the tenant with the fewest. If n tenants want some, the share of each is an
-    n-th, at least one. A waiting tenant with less takes at once from a tenant with more: running requests of
-    the tenant with the most are preempted, the last admitted first. A preempted request keeps its output and
-    its turn, and the KV that the prefix cache still holds. The next preemption comes only after twice the
-    steps that it takes to compute the last one's tokens again. If there are more tenants than slots, they
-    take turns: a slot is kept for 2 ``max_wait``. Requests without a tenant count as one tenant's, and with
-    one tenant everything is as with ``fcfs``.
+    n-th, at least one. A waiting tenant with less takes at once from the tenant with the most, whose running
+    requests are preempted, the last admitted first; they keep their output and their turn. The next
+    preemption comes only after twice the steps that it takes to compute the last one's tokens again. If there
+    are more tenants than slots, they take turns: a slot is kept for 2 ``max_wait``. Requests without a tenant
+    count as one tenant's, and with one tenant everything is as with ``fcfs``.
 
     Args:
         max_wait: Seconds that an adapter's oldest request waits before others make way for it.
@@ -154,8 +148,8 @@ class Fair(FCFS):
         the adapters to read, and the requests that are preempted for others."""
         plan = SlotPlan(view, lambda slot, adapter: slot.last_used, self)
         read, preempt, tries = list[str](), list[str](), MAKE_WAY_LIMIT
-        for number, (client, request, name) in enumerate(_turns(view, self.tenants, use)):
-            adapter = view.adapters[name]
+        for number, cold in enumerate(_turns(view, self.tenants, use)):
+            client, adapter, name = cold.client, cold.adapter, cold.adapter.name
             spare = plan.free or any(held.kind == UNWANTED for held in plan.held[:1])
             if number >= LOOKAHEAD and not spare:
                 break
@@ -178,7 +172,7 @@ class Fair(FCFS):
                     continue
             if tries > 0:
                 tries -= 1
-                preempt += self._take_slots(view, use, plan, Cold(client, request, adapter))
+                preempt += self._take_slots(view, use, plan, cold)
         self._asked = set(read)
         return plan, read, preempt
 
@@ -273,9 +267,9 @@ class _Use:
         return tokens
 
 
-def _turns(view: SchedulerView, tenants: Clients, use: _Use) -> Iterator[tuple[Client, RequestView, str]]:
-    """Yield (tenant, its first request, adapter) of cold adapters, each once: each time the one of the tenant
-    with the fewest slots, those included that it is to get, whose adapter has been waited for longest."""
+def _turns(view: SchedulerView, tenants: Clients, use: _Use) -> Iterator[Cold]:
+    """Yield the cold adapters, each once: each time the one of the tenant with the fewest slots, those
+    included that it is to get, that has been waited for longest."""
     heap: list[tuple[int, float, int, RequestView, Client, Iterator[RequestView]]] = []
     for number, client in enumerate(tenants.by_name.values()):
         requests = client.cold(view)
@@ -291,7 +285,7 @@ def _turns(view: SchedulerView, tenants: Clients, use: _Use) -> Iterator[tuple[C
         new = name is not None and name not in seen
         if name is not None and new:
             seen.add(name)
-            yield client, request, name
+            yield Cold(client, request, view.adapters[name])
         following = next(requests, None)
         if following is None:
             heappop(heap)

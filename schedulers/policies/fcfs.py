@@ -32,6 +32,8 @@ SCAN_LIMIT = 256  # cold adapters, and requests of a closed slot, that one decis
 SLOT_BOUND = """for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras \
 older adapters that wait too, and once more"""
 Score = Callable[[SlotView, AdapterView], float]  # the adapter with the lowest leaves its slot first
+UNWANTED, WANTED, BUSY, SETTLING = range(4)
+"""Kinds of slots: idle without and with waiting requests, and busy since long or too short to be closed."""
 
 
 class FCFS(SchedulerPolicy):
@@ -83,14 +85,13 @@ class FCFS(SchedulerPolicy):
     def assign_slots(self, view: SchedulerView, cold: Iterable[str], score: Score) -> SlotPlan:
         """Find slots for the adapters in ``cold``, the most urgent first."""
         plan, adapters, now = SlotPlan(view, score, self), view.adapters, view.now
-        loading, cpu = Location.LOADING, Location.CPU
         for name in islice(cold, SCAN_LIMIT):
             adapter = adapters[name]
             location, oldest = adapter.location, adapter.oldest_arrival
-            if location is loading or oldest is None:
+            if location is Location.LOADING or oldest is None:
                 continue
             take, close = oldest + self.take_after <= now, oldest + self.close_after <= now
-            if location is cpu or (take and plan.lack(adapter) > 0):
+            if location is Location.CPU or (take and plan.lack(adapter) > 0):
                 kind = BUSY if close and plan.closes else WANTED if take else UNWANTED
                 found = plan.find(adapter, (h for h in plan.held if h.oldest > oldest and h.kind <= kind))
                 if found is not None:
@@ -100,13 +101,9 @@ class FCFS(SchedulerPolicy):
                         return plan  # what becomes free is for this adapter, however long others wait
                     break
         if plan.ask_again is not None and any(held.kind == WANTED for held in plan.held):
-            waited = (view.adapters[name].oldest_arrival or 0.0 for name in cold_by_arrival(view))
-            plan.ask_again = next((t for at in waited if (t := at + self.take_after) > view.now), inf)
+            waited = (adapters[name].oldest_arrival or 0.0 for name in cold_by_arrival(view))
+            plan.ask_again = next((t for at in waited if (t := at + self.take_after) > now), inf)
         return plan
-
-
-UNWANTED, WANTED, BUSY, SETTLING = range(4)
-"""Kinds of slots: idle without and with waiting requests, and busy since long or too short to be closed."""
 
 
 class HeldSlot(NamedTuple):
@@ -130,20 +127,21 @@ class SlotPlan:
         self.ask_again: float | None = inf
         self.free = 0
         self._free_bytes = view.memory.free if view.memory.elastic else None
+        self._cpu_room, self._cpu_bytes = view.cpu_room, view.cpu_bytes_room
         self._left: Mapping[str | None, int] = {}
         self._wanted, self._ready = list[str](), list[tuple[SlotView, str, AdapterView, float]]()
-        loading, ready = SlotState.LOADING, SlotState.READY
+        adapters, loading, ready = view.adapters, SlotState.LOADING, SlotState.READY
         for slot in view.slots:
-            name, state = slot.adapter, slot.state
+            name = slot.adapter
             if name is None:
                 self.free += 1
-            elif state is not loading:
-                adapter = view.adapters[name]
-                oldest = adapter.oldest_arrival
-                if oldest is not None:
-                    self._wanted.append(name)
-                if state is ready and not adapter.pinned:
-                    self._ready.append((slot, name, adapter, inf if oldest is None else oldest))
+                continue
+            state, adapter = slot.state, adapters[name]
+            oldest = adapter.oldest_arrival
+            if oldest is not None and state is not loading:
+                self._wanted.append(name)
+            if state is ready and not adapter.pinned:
+                self._ready.append((slot, name, adapter, inf if oldest is None else oldest))
         self.closes = bool(self._wanted) and view.free_seqs > 0
 
     @property
@@ -154,13 +152,13 @@ class SlotPlan:
 
     def lack(self, adapter: AdapterView) -> int:
         """Return the bytes that must leave the CPU cache before the adapter can be read; 0 if it has room."""
-        room = self._view.cpu_bytes_room
-        return max(0 if room is None else adapter.bytes - room, int(self._view.cpu_room <= 0))
+        room = self._cpu_bytes
+        return max(0 if room is None else adapter.bytes - room, int(self._cpu_room <= 0))
 
     @cached_property
     def held(self) -> list[HeldSlot]:
         """The slots that can be given to others, the best first."""
-        placed, settled, found = self._policy.placed, self._view.now - self._policy.stay, []
+        placed, settled, found = self._policy.placed, self._view.now - self._policy.stay, list[HeldSlot]()
         left = self._left = self._view.tokens_left if self.closes else {}
         for slot, name, adapter, oldest in self._ready:
             if adapter.running:
@@ -176,7 +174,8 @@ class SlotPlan:
         memory, or one on disk can be read. None if they are too few."""
         on_disk = adapter.location is Location.DISK
         if not on_disk and self._free_bytes is None:  # each adapter takes one slot
-            return () if self.free > 0 else list(islice(candidates, 1)) or None
+            held = None if self.free > 0 else next(candidates, None)
+            return (held,) if held is not None else () if self.free > 0 else None
         found, memory = list[HeldSlot](), self._view.memory
         slots, nbytes, more, lack = 1, 0, 0, self.lack(adapter) if on_disk else 0
         if not on_disk:
@@ -207,14 +206,14 @@ class SlotPlan:
             self.place.append(Place(adapter.name))
             self.evict += [held.name for held in found]
         else:
-            self.closed.update((held.name, None) for held in found)
+            self.closed.update(dict.fromkeys([held.name for held in found]))
 
-    def fill(self, limit: int, within: float = 1.0) -> list[RequestView]:
-        """Return requests for closed slots of at most ``within`` times the tokens left of the longest."""
+    def fill(self, limit: int) -> list[RequestView]:
+        """Return requests for closed slots that end before the longest one that runs there."""
         fitting = [
             request
             for name in (self.closed if limit > 0 else ())
             for request in islice(self._view.waiting_for(name), SCAN_LIMIT)
-            if request.max_tokens - request.output_tokens <= self._left.get(name, 0) * within
+            if request.max_tokens - request.output_tokens <= self._left.get(name, 0)
         ]
         return sorted(fitting, key=attrgetter("arrival"))[:limit]

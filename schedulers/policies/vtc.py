@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from math import inf
 from operator import attrgetter, itemgetter
 
-from aioengine.schedulers.checks import finite_weights
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Ordering
 from aioengine.schedulers.parts.clients import Client, Clients, in_turn
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
 IDLE_LIMIT = 4096
 """Maximum number of counters that are kept for clients without requests."""
-
-
 _output_tokens = attrgetter("output_tokens")
 
 
@@ -49,7 +47,7 @@ class VTC(Ordering):
         output_weight: float = 2.0,
         weights: dict[str, float] | None = None,
     ) -> None:
-        finite_weights(input_weight=input_weight, output_weight=output_weight)
+        at_least(0, input_weight=input_weight, output_weight=output_weight)
         for client, weight in (weights or {}).items():
             if not 0 < weight < inf:
                 raise ValueError(f"weights: {client!r}: {weight}: must be > 0 and finite")
@@ -60,8 +58,7 @@ class VTC(Ordering):
         """What each client has been served, without what its running requests have generated since they were
         admitted."""
         self._before: dict[str, int] = {}
-        """Output tokens that each request had when it was last admitted, since its prompt has been
-        charged."""
+        """Output tokens that each request whose prompt has been charged had when it was last admitted."""
         self._last_to_leave: str | None = None
 
     def counter(self, client: str) -> float:

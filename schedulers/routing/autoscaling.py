@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from math import ceil
 from typing import NamedTuple
 
@@ -17,28 +16,7 @@ class Scaling(NamedTuple):
     reason: str
 
 
-class ScalingPolicy(ABC):
-    """Base of all scaling policies. Their answers are between the bounds ``least`` and ``most``."""
-
-    source: str = ""
-    """The paper or project that it is from, in one line."""
-    worst_case: str = ""
-    """Text with the worst effect that it can have on the fleet."""
-    least: int = 1
-    most: int = 1
-
-    @abstractmethod
-    def replicas(self, view: FleetView, now: int, *, waiting: int = 0) -> Scaling:
-        """Return the wanted number of replicas. Called every second or more often.
-
-        Args:
-            view: Only ``now`` and the ``accepting`` replicas' queues and speeds are known.
-            now: Replicas now, starting ones included.
-            waiting: Requests that wait at the gateway because no replica is there.
-        """
-
-
-class WaitingWork(ScalingPolicy):
+class WaitingWork:
     """Adds replicas when the waiting work is more than ``target`` seconds for the fleet. Removes replicas
     when the work would be less than ``low`` times that for the remaining ones, for ``cool_down`` seconds
     without interruption.
@@ -55,12 +33,12 @@ class WaitingWork(ScalingPolicy):
         low: Share of ``target`` below which one replica is removed.
         cool_down: Seconds for which that must hold.
         settle: Seconds between two steps of growth.
-
-    Raises ValueError if a value is out of range.
     """
 
     source = "own"
+    """The paper or project that it is from, in one line."""
     worst_case = "has twice as many replicas as needed for one cool-down after a burst that has ended"
+    """The worst effect that it can have on the fleet."""
 
     def __init__(
         self,
@@ -85,6 +63,13 @@ class WaitingWork(ScalingPolicy):
         self._calm_since: float | None = None
 
     def replicas(self, view: FleetView, now: int, *, waiting: int = 0) -> Scaling:
+        """Return the wanted number of replicas. Called every second or more often.
+
+        Args:
+            view: Only ``now`` and the ``accepting`` replicas' queues and speeds are known.
+            now: Replicas now, starting ones included.
+            waiting: Requests that wait at the gateway because no replica is there.
+        """
         wanted, reason = self._wanted(view, now, waiting)
         return Scaling(min(max(wanted, self.least), self.most), reason)
 

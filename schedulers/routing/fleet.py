@@ -12,17 +12,12 @@ from typing import NamedTuple
 from aioengine.schedulers.routing.interface import (
     AdapterView,
     Move,
-    PinnedPrefix,
     ReplicaView,
-    RouteEvent,
-    RouteEventKind,
     RouteRequest,
 )
 from aioengine.schedulers.routing.prefixes import PrefixIndex
 from aioengine.schedulers.routing.replica import Clock, Replica, ReplicaLimits, Report
 
-MAX_PINS = 16384
-"""Pinned prefixes of each replica that a gateway remembers."""
 DEMAND_SECONDS = 60.0
 """Time constant of the moving average of demand."""
 CHANGED_SHARE = 0.25
@@ -103,7 +98,7 @@ class View:
         self._known = adapters
         self._accepting: Sequence[ReplicaView] = tuple(one for one in replicas.values() if one.accepting)
         self._demand = Demand()
-        self._prefixes, self._pins = PrefixIndex(prefix_blocks), PrefixIndex(MAX_PINS)
+        self._prefixes = PrefixIndex(prefix_blocks)
         self._changed = changed
 
     now = property(attrgetter("_clock.now"))
@@ -124,9 +119,6 @@ class View:
     def cached_blocks(self, prefixes: Sequence[int]) -> Mapping[str, int]:
         return self._prefixes.lookup(prefixes)
 
-    def pinned_tokens(self, pins: Sequence[PinnedPrefix]) -> Mapping[str, int]:
-        return self._pins.lasting(pins, self._clock.now)
-
 
 class FleetState:
     """The knowledge of one gateway, from the replicas' reports and from the gateway's own actions.
@@ -144,10 +136,6 @@ class FleetState:
     def __init__(
         self, clock: Callable[[], float], *, silent_after: float = 3.0, prefix_blocks: int = 8192
     ) -> None:
-        if not silent_after > 0:
-            raise ValueError(f"silent_after={silent_after!r}: must be more than 0 seconds")
-        self.listeners: list[Callable[[RouteEvent], None]] = []
-        """Listeners, called for every event; they must not raise."""
         self._time = clock
         self._silent_after = silent_after
         self._clock = Clock(clock())
@@ -166,14 +154,11 @@ class FleetState:
 
     def join(self, replica_id: str, limits: ReplicaLimits) -> None:
         """Add a replica, which holds nothing until it reports. One that was known by this id is forgotten
-        first. Raises ValueError for an empty id."""
-        if not replica_id:
-            raise ValueError("replica_id='': must not be empty")
+        first."""
         self.leave(replica_id)
         self._tick()
         self._replicas[replica_id] = Replica(replica_id, limits, self._clock)
         self._accepting_changed()
-        self._tell("replica_joined", None, replica_id)
 
     def leave(self, replica_id: str) -> list[RouteRequest]:
         """Remove a replica. Returns its requests, which the gateway sends to other replicas or fails;
@@ -182,16 +167,13 @@ class FleetState:
         if self._replicas.pop(replica_id, None) is None:
             return []
         self._view._prefixes.leave(replica_id)
-        self._view._pins.leave(replica_id)
         for adapter in list(self._adapters.values()):
             adapter._targets.pop(replica_id, None)
             self._hold(adapter, replica_id, False)
         self._accepting_changed()
-        self._tell("replica_left", None, replica_id)
         lost = [request for request, where in self._in_flight.values() if where == replica_id]
         for request in lost:
             self._forget(request)
-            self._tell("failed", request, replica_id)
         return lost
 
     def drain(self, replica_id: str, draining: bool = True) -> None:
@@ -199,18 +181,17 @@ class FleetState:
         replica."""
         self._tick()
         self._replicas[replica_id].draining = draining
-        if self._decide(self._replicas[replica_id]) and draining:
-            self._tell("replica_draining", None, replica_id)
+        self._decide(self._replicas[replica_id])
 
     def report(self, replica_id: str, report: Report) -> None:
         """Take in a replica's report. The report of an unknown replica is dropped, because it may have left
         meanwhile; so is one that is older than the last."""
-        now = self._tick()
+        self._tick()
         replica = self._replicas.get(replica_id)
-        if replica is None or (report.sent_at < replica._report.sent_at and replica._offset is not None):
+        if replica is None or report.sent_at < replica._report.sent_at:
             return
         before = replica._held()
-        replica._take(report, now)
+        replica._take(report)
         after = replica._held()
         for name in before ^ after:
             self._hold(self._adapter(name), replica_id, name in after)
@@ -260,31 +241,17 @@ class FleetState:
             adapter._demand = adapter._demand.plus(tokens, now)
             adapter.in_flight += 1
             self._hold(adapter, replica_id, True)
-        # The last block first, so that the end of a prefix is forgotten before its beginning.
-        for blocks in range(len(request.prefixes), 0, -1):
-            view._prefixes.add(replica_id, request.prefixes[blocks - 1], blocks)
-        for pin in request.pins:
-            view._pins.add(replica_id, pin.digest, pin.tokens, now + pin.seconds)
+        view._prefixes.add(replica_id, request.prefixes)
         self._in_flight[request.request_id] = request, replica_id
-        self._tell("routed", request, replica_id)
 
-    def started(self, request_id: str, pinned_tokens: int = 0) -> None:
-        """Note that a request's first token came. ``pinned_tokens``: so many of its prompt's tokens are
-        pinned on its replica now."""
+    def ended(self, request_id: str) -> None:
+        """Note that a request has ended, or that its replica, which may be alive, refused it or broke off.
+        Does nothing if it is not in flight."""
         self._tick()
         if request_id in self._in_flight:
             request, replica_id = self._in_flight[request_id]
-            for pin in request.pins:
-                self._view._pins.shorten(replica_id, pin.digest, pinned_tokens)
-            self._tell("started", request, replica_id)
-
-    def ended(self, request_id: str) -> None:
-        """Note that a request has ended, for any reason. Does nothing if it is not in flight."""
-        self._finish("ended", request_id)
-
-    def failed(self, request_id: str) -> None:
-        """Note that a request's replica refused it or broke off; the replica itself may be alive."""
-        self._finish("failed", request_id)
+            self._forget(request)
+            self._replicas[replica_id]._end()
 
     @property
     def in_flight(self) -> int:
@@ -294,26 +261,20 @@ class FleetState:
     # Plans
 
     def snapshot(self) -> View:
-        """Return a copy of the fleet's state, for a placement policy in another thread. Its ``changed`` has
-        the changes since the last snapshot; pass it to :meth:`not_planned` if it leads to no plan."""
+        """Return a copy of the fleet's state, for a placement policy in another thread."""
         clock = Clock(self._tick())
-        changed = frozenset(self._view.changed)
-        for name in changed:
-            adapter = self._adapters[name]
-            adapter._planned, adapter._holders_changed = adapter.demand, False
         replicas = {name: replica._copy(clock) for name, replica in self._replicas.items()}
         adapters = {name: adapter._copy(clock) for name, adapter in self._adapters.items()}
-        view = View(clock, replicas, adapters, changed=changed)
+        view = View(clock, replicas, adapters, changed=frozenset(self._view.changed))
         view._demand = self._view._demand
         return view
 
-    def not_planned(self, snapshot: View) -> None:
-        """Note that a snapshot led to no plan: its changes count for the next one."""
+    def planned(self, snapshot: View, moves: Iterable[Move]) -> None:
+        """Remember which replicas should hold which adapters, because this plan is carried out. What had
+        changed in the snapshot that it was made from is in no later ``changed``, unless it changes again."""
         for name in self._adapters.keys() & snapshot.changed:
-            self._adapters[name]._holders_changed = True
-
-    def planned(self, moves: Iterable[Move]) -> None:
-        """Remember which replicas should hold which adapters, because this plan is carried out."""
+            adapter, was = self._adapters[name], snapshot._known[name]
+            adapter._planned, adapter._holders_changed = was.demand, adapter._holders != was._holders
         for move in moves:
             if move.replica in self._replicas:
                 adapter = self._adapter(move.adapter)
@@ -350,25 +311,15 @@ class FleetState:
         if not (adapter.registered or adapter.in_flight or adapter._holders or adapter._targets):
             del self._adapters[adapter.name]
 
-    def _decide(self, replica: Replica) -> bool:
-        """Decide whether the replica may get requests. Returns whether that has changed."""
+    def _decide(self, replica: Replica) -> None:
+        """Decide whether the replica may get requests."""
         accepting = not replica.draining and self._clock.now - replica._heard <= self._silent_after
-        if accepting == replica._accepting:
-            return False
-        replica._accepting = accepting
-        self._accepting_changed()
-        return True
+        if accepting != replica._accepting:
+            replica._accepting = accepting
+            self._accepting_changed()
 
     def _accepting_changed(self) -> None:
         self._view._accepting = tuple(one for one in self._replicas.values() if one._accepting)
-
-    def _finish(self, kind: RouteEventKind, request_id: str) -> None:
-        self._tick()
-        if request_id in self._in_flight:
-            request, replica_id = self._in_flight[request_id]
-            self._forget(request)
-            self._replicas[replica_id]._end()
-            self._tell(kind, request, replica_id)
 
     def _forget(self, request: RouteRequest) -> None:
         """Remove a request from those in flight."""
@@ -377,8 +328,3 @@ class FleetState:
             adapter = self._adapters[request.adapter]
             adapter.in_flight -= 1
             self._forget_unused(adapter)
-
-    def _tell(self, kind: RouteEventKind, request: RouteRequest | None, replica: str | None) -> None:
-        event = RouteEvent(kind, self._clock.now, request, replica)
-        for listener in self.listeners:
-            listener(event)

@@ -15,7 +15,6 @@ from aioengine.schedulers.routing.interface import (
     Move,
     PlacementPolicy,
     Route,
-    RouteEvent,
     RouteRequest,
     RouterPolicy,
 )
@@ -27,8 +26,7 @@ MAX_REASON = 200
 MAX_REASONS = 100
 """Reasons of decisions that are counted apart; the rest counts as "other"."""
 MAX_MOVES = 1000
-"""Maximum number of moves of one plan that are carried out; the rest is left to the next plan."""
-NO_REPLICA = "no replica accepts requests now"
+"""Maximum number of moves of one plan that are carried out."""
 
 FAILURES = ("raised", "nonsense", "slow", "replaced")
 """Kinds of failures."""
@@ -37,9 +35,11 @@ Failed = Callable[[str, str], None]
 
 
 class Guard:
-    """Counts the failures of a policy, and tells of them."""
+    """Counts the failures of a policy, and tells ``failed`` of them. None of its errors is raised here."""
 
-    def __init__(self, policy: RouterPolicy | PlacementPolicy, failed: Failed) -> None:
+    def __init__(
+        self, policy: RouterPolicy | PlacementPolicy, failed: Failed = lambda kind, text: None
+    ) -> None:
         self.name = type(policy).__name__
         self.failures: Counter[str] = Counter()
         """Failures by kind, one of ``FAILURES``."""
@@ -49,7 +49,7 @@ class Guard:
         self.failures[kind] += 1
         self._report(kind, text)
 
-    def _call(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
+    def _call(self, call: Callable[..., Any], *args: Any) -> Any:
         """Return what the policy answers; None if it raises."""
         try:
             return call(*args)
@@ -58,7 +58,7 @@ class Guard:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             kind = "nonsense" if isinstance(error, _Nonsense) else "raised"
-            self._fail(kind, f"{what}: {error_text(error).lstrip('_')}")
+            self._fail(kind, f"{self.name}: {error_text(error).lstrip('_')}")
             return None
 
 
@@ -71,19 +71,18 @@ class RouterGuard(Guard):
 
     If a router raises or returns an invalid answer, ``LeastLoaded`` decides for that request. If it takes
     longer than ``budget`` seconds ``max_overruns`` times, ``LeastLoaded`` replaces it for good; see
-    :class:`~aioengine.schedulers.overruns.Overruns`. No error of a router is raised here.
+    :class:`~aioengine.schedulers.overruns.Overruns`.
 
     Args:
-        timer: Seconds, for measuring decisions. None: they are not measured.
+        timer: Seconds, for measuring decisions; without one they are not measured.
         processor: Seconds of processor time of this thread. None: as ``timer``.
-        failed: Called for every failure; failures are counted in any case.
     """
 
     def __init__(
         self,
         router: RouterPolicy,
         *,
-        timer: Callable[[], float] | None = None,
+        timer: Callable[[], float] = lambda: 0.0,
         processor: Callable[[], float] | None = None,
         budget: float = 1e-3,
         max_overruns: int = 100,
@@ -94,38 +93,30 @@ class RouterGuard(Guard):
         self.reasons: Counter[str] = Counter()
         """Decisions by the reason that the router gave; rejected ones as "rejected". At most ``MAX_REASONS``,
         and "other"."""
-        self.seconds = 0.0
-        """Seconds of the last decision."""
         self._safe = LeastLoaded()
-        self._timer = timer
-        self._processor = timer if processor is None else processor
+        self._timer, self._processor = timer, processor or timer
         self._overruns = Overruns(budget, max_overruns)
 
     def route(self, request: RouteRequest, view: FleetView) -> Route:
         """Return a route whose replicas all accept requests and have not been tried; an empty one with a
         reason if the request is rejected or no such replica exists."""
-        route = Route(reject=NO_REPLICA)
+        route = Route(reject="no replica accepts requests now")
         if candidates(request, view):
-            start = self._times()
-            found = self._call(self.name, self._ask, request, view)
+            began, used = self._timer(), self._processor()
+            found = self._call(self._ask, request, view)
             route = self._safe.route(request, view) if found is None else found
-            self._measure(start)
+            self._measure(self._timer() - began, self._processor() - used)
         reason = "rejected" if route.reject is not None else route.reason
         known = reason in self.reasons or len(self.reasons) < MAX_REASONS
         self.reasons[reason if known else "other"] += 1
         return route
 
-    def tell(self, event: RouteEvent) -> None:
-        """Pass an event on; exceptions of the router are counted."""
-        self._call(f"{self.name}.on_event", self.router.on_event, event)
-
     def _ask(self, request: RouteRequest, view: FleetView) -> Route:
         """Return the router's answer, without the replicas that cannot take the request."""
         answer = self.router.route(request, view)
         try:
-            replicas, reject, reason = msgspec.convert(
-                tuple(answer), Route
-            )  # a Route itself would not be checked
+            # A Route itself would not be checked.
+            replicas, reject, reason = msgspec.convert(tuple(answer), Route)
         except Exception as error:  # of the answer's own methods, too
             raise _Nonsense(f"route() returned no Route: {error_text(error)}") from error
         reason = reason[:MAX_REASON]
@@ -139,18 +130,8 @@ class RouterGuard(Guard):
             raise _Nonsense("named no replica that can take the request, and no reason why")
         return Route(usable, None, reason)
 
-    def _times(self) -> tuple[float, float]:
-        """Return the time, and the processor time; 0 where they are not measured."""
-        if self._timer is None or self._processor is None:
-            return 0.0, 0.0
-        return self._timer(), self._processor()
-
-    def _measure(self, start: tuple[float, float]) -> None:
-        if self._timer is None:
-            return
-        end, processor = self._times()
-        self.seconds, used = end - start[0], processor - start[1]
-        if self._overruns.add(self.seconds, used, end):
+    def _measure(self, took: float, used: float) -> None:
+        if self._overruns.add(took, used):
             limit = f"more than {self._overruns.budget * 1e3:g} ms"
             self._fail("slow", f"{self.name} took {used * 1e3:.3g} ms of processor time, {limit}")
         complaint = self._overruns.complaint
@@ -160,17 +141,15 @@ class RouterGuard(Guard):
 
 
 class PlacementGuard(Guard):
-    """Stands between a fleet and a placement policy. No error of the policy is raised here.
+    """Stands between a fleet and a placement policy."""
 
-    ``failed`` is called for every failure; failures are counted in any case."""
-
-    def __init__(self, placement: PlacementPolicy, *, failed: Failed = lambda kind, text: None) -> None:
+    def __init__(self, placement: PlacementPolicy, failed: Failed = lambda kind, text: None) -> None:
         super().__init__(placement, failed)
         self.placement = placement
 
     def plan(self, view: FleetView) -> Sequence[Move] | None:
         """Return moves that can be carried out, or None if there is no plan."""
-        moves: list[Move] | None = self._call(self.name, self._ask, view)
+        moves: list[Move] | None = self._call(self._ask, view)
         return moves
 
     def _ask(self, view: FleetView) -> list[Move]:

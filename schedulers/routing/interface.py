@@ -20,16 +20,6 @@ from aioengine.schedulers.policy import Location
 API_VERSION = 1
 
 
-class PinnedPrefix(NamedTuple):
-    """A beginning of a prompt that the request pins in its replica's prefix cache."""
-
-    digest: int
-    """Hash of its tokens, as :func:`~aioengine.schedulers.routing.prefixes.prefix_pins` makes it."""
-    tokens: int
-    seconds: float
-    """Seconds that it stays after its last use."""
-
-
 class RouteRequest(NamedTuple):
     """A request as a router sees it."""
 
@@ -52,9 +42,6 @@ class RouteRequest(NamedTuple):
     """Tokens in each of these blocks."""
     tried: Collection[str] = ()
     """Replicas that have failed it already; a router must not name them."""
-    pins: Sequence[PinnedPrefix] = ()
-    parts: Sequence[str] = ()
-    """The adapters that a mix is made of."""
 
 
 class Route(NamedTuple):
@@ -72,7 +59,8 @@ class ReplicaView(Protocol):
     """A replica as far as the gateway knows, read-only and live.
 
     The values are those of its last report, corrected by this gateway's messages since then. Counts are
-    numbers of requests, and ``*_tokens`` numbers of tokens."""
+    numbers of requests, ``*_tokens`` numbers of tokens, and ``*_seconds`` what it has measured; None if it
+    has not measured it yet."""
 
     @property
     def replica_id(self) -> str: ...
@@ -82,8 +70,7 @@ class ReplicaView(Protocol):
 
     @property
     def age(self) -> float:
-        """Seconds since its last report was made, as far as can be told: clocks of two machines are not
-        compared, but delays beyond the shortest one seen are counted."""
+        """Seconds since its last report came."""
 
     @property
     def waiting(self) -> int:
@@ -100,10 +87,6 @@ class ReplicaView(Protocol):
         """Prompt tokens that it has still to compute, those on their way to it included."""
 
     @property
-    def running_tokens(self) -> int:
-        """Tokens in the KV cache of running requests."""
-
-    @property
     def kv_tokens(self) -> int:
         """Number of tokens that its KV cache has room for."""
 
@@ -112,10 +95,6 @@ class ReplicaView(Protocol):
     @property
     def slots(self) -> int:
         """Adapter slots on its device."""
-
-    @property
-    def cpu_loras(self) -> int:
-        """Adapters that its CPU cache holds, those in slots included."""
 
     @property
     def free_slots(self) -> int:
@@ -127,19 +106,19 @@ class ReplicaView(Protocol):
 
     @property
     def load_seconds(self) -> float | None:
-        """Measured seconds to read an adapter from disk to its CPU cache; None: not measured yet."""
+        """To read an adapter from disk to its CPU cache."""
 
     @property
     def slot_seconds(self) -> float | None:
-        """Measured seconds to copy an adapter into a slot."""
+        """To copy an adapter into a slot."""
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Measured seconds of step time for each prompt token computed."""
+        """Step time for each prompt token computed."""
 
     @property
     def service_seconds(self) -> float | None:
-        """Measured seconds from a request's admission to its end; None: none has ended yet."""
+        """From a request's admission to its end."""
 
     @property
     def queue_seconds(self) -> float:
@@ -150,16 +129,9 @@ class ReplicaView(Protocol):
         """Return the fastest place of the replica that holds the adapter. Also LOADING if a request for it
         has been sent and the replica has not answered yet."""
 
-    def held(self, tier: Location) -> Collection[str]:
-        """Return the names of the adapters in SLOT, in CPU (and in no slot) or LOADING; () for DISK, all
-        others."""
-
-    def waiting_for(self, adapter: str | None) -> int:
-        """Queued requests for this adapter (None: for the base model)."""
-
 
 class AdapterView(Protocol):
-    """An adapter in the fleet, read-only and live."""
+    """An adapter in the fleet, read-only and live. Holders are replica ids."""
 
     @property
     def name(self) -> str: ...
@@ -173,11 +145,11 @@ class AdapterView(Protocol):
 
     @property
     def holders(self) -> Set[str]:
-        """Ids of replicas that have it in a slot or in the CPU cache, or are loading it."""
+        """Those that have it in a slot or in the CPU cache, or are loading it."""
 
     @property
     def target_holders(self) -> Set[str]:
-        """Ids of replicas that should hold it by the last plan; empty if no plan names any."""
+        """Those that should hold it by the last plan; empty if no plan names any."""
 
     @property
     def nbytes(self) -> int:
@@ -214,27 +186,6 @@ class FleetView(Protocol):
         """Return the number of these leading blocks that a replica's KV cache probably has, by replica id;
         replicas with none are left out. The memory behind it is bounded, so it forgets."""
 
-    def pinned_tokens(self, pins: Sequence[PinnedPrefix]) -> Mapping[str, int]:
-        """Return the number of tokens of these prefixes that requests have pinned in a replica's KV cache, by
-        replica id; replicas with none are left out."""
-
-
-RouteEventKind = Literal[
-    "routed", "started", "ended", "failed", "replica_joined", "replica_left", "replica_draining"
-]
-
-
-class RouteEvent(NamedTuple):
-    """Something that happened: "routed" (sent to a replica), "started" (its first token came), "ended"
-    (however), "failed" (the replica refused it or was lost: it is routed again or ends), or a replica joined,
-    left (it died, or did not report for too long) or drains."""
-
-    kind: RouteEventKind
-    now: float
-    request: RouteRequest | None = None
-    """Request that the event is about, for the request events."""
-    replica: str | None = None
-
 
 class RouterPolicy(ABC):
     """Base of all routers. ``route`` must be fast and synchronous, and must not change the view."""
@@ -247,9 +198,6 @@ class RouterPolicy(ABC):
     @abstractmethod
     def route(self, request: RouteRequest, view: FleetView) -> Route:
         """Choose where the request goes."""
-
-    def on_event(self, event: RouteEvent) -> None:  # noqa: B027 - optional hook
-        """Called for every event, in order."""
 
 
 class Move(NamedTuple):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from math import ceil
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.routing.interface import AdapterView, FleetView, Move, PlacementPolicy
 from aioengine.schedulers.routing.routers.common import RendezvousOrder
 
@@ -23,32 +23,30 @@ class NoPlacement(PlacementPolicy):
         return ()
 
 
-class _Copies(PlacementPolicy):
-    """As many copies of each adapter as its demand needs, on the replicas that :meth:`choose` names."""
+class RendezvousPlacement(PlacementPolicy):
+    """Each adapter is on the first replicas of its order by hash: on one, and on one more for each ``share``
+    of a replica's mean demand that it has.
+
+    Args:
+        share: Maximum demand for one copy, as a share of one replica's mean demand.
+        idle: Demand in tokens a second below which no copy is kept ready.
+    """
+
+    source = "Thaler and Ravishankar, 1998"
+    worst_case = "hot adapters may meet on one replica, because hashing does not look at demand"
 
     def __init__(self, share: float = 0.5, idle: float = 0.1) -> None:
         if not 0 < share < float("inf"):
             raise ValueError(f"share={share}: must be more than 0")
-        if not 0 <= idle < float("inf"):
-            raise ValueError(f"idle={idle}: must be at least 0")
+        at_least(0, idle=idle)
         self._share, self._idle = share, idle
         self._order = RendezvousOrder()
 
-    @abstractmethod
-    def choose(self, adapter: AdapterView, copies: int, order: Sequence[str]) -> Collection[str]:
-        """Return the replicas for the copies of an adapter. ``order``: all that accept requests, by hash."""
-
-    def begin(self, view: FleetView) -> None:
-        """Look at the fleet before a plan is made."""
-
     def plan(self, view: FleetView) -> Sequence[Move]:
         up = {replica.replica_id for replica in view.accepting}
-        if not up:
-            return ()
-        self.begin(view)
         moves: list[Move] = []
-        most = self._share * view.demand / len(up)
-        changed = map(view.adapters.__getitem__, view.changed)
+        most = self._share * view.demand / max(len(up), 1)
+        changed = map(view.adapters.__getitem__, view.changed if up else ())
         for adapter in sorted(changed, key=lambda adapter: (-adapter.demand, adapter.name)):
             wanted: set[str] = set()
             if adapter.demand >= self._idle:
@@ -60,27 +58,12 @@ class _Copies(PlacementPolicy):
             moves += [Move("unload", adapter.name, replica) for replica in sorted((targets & up) - wanted)]
         return moves
 
-
-class RendezvousPlacement(_Copies):
-    """Each adapter is on the first replicas of its order by hash: on one, and on one more for each ``share``
-    of a replica's mean demand that it has.
-
-    Args:
-        share: Maximum demand for one copy, as a share of one replica's mean demand.
-        idle: Demand in tokens a second below which no copy is kept ready.
-    """
-
-    source = "Thaler and Ravishankar, 1998"
-    worst_case = (
-        "moves the least possible when replicas join or leave; hot adapters may meet on one replica, because "
-        "hashing does not look at demand beyond the number of copies"
-    )
-
     def choose(self, adapter: AdapterView, copies: int, order: Sequence[str]) -> Collection[str]:
+        """Return the replicas for the copies of an adapter. ``order``: all that accept requests, by hash."""
         return order[:copies]
 
 
-class DemandPlacement(_Copies):
+class DemandPlacement(RendezvousPlacement):
     """Every adapter with demand gets as many copies as its share of the demand needs, at the lowest cost: an
     existing copy costs nothing, a new one costs a load, and the cost of a replica's load rises with the load.
 
@@ -93,19 +76,17 @@ class DemandPlacement(_Copies):
     """
 
     source = "greedy for a convex cost of load; copies by demand as in NVIDIA Dynamo's adapter allocation"
-    worst_case = (
-        "demand that moves faster than plans are made is placed late; a plan moves at most one copy for each "
-        "replica and changed adapter; an adapter is offered its holders and 4 others only"
-    )
+    worst_case = "demand that moves faster than plans are made is placed late"
 
-    def begin(self, view: FleetView) -> None:
+    def plan(self, view: FleetView) -> Sequence[Move]:
         self._load = dict.fromkeys((replica.replica_id for replica in view.accepting), 0.0)
-        self._mean = view.demand / len(self._load) or 1.0
+        self._mean = view.demand / max(len(self._load), 1) or 1.0
         changed = set(view.changed)
         for name, adapter in view.adapters.items():
             places = (adapter.target_holders or adapter.holders) & self._load.keys()
             for place in places if name not in changed else ():
                 self._load[place] += adapter.demand / len(places)
+        return super().plan(view)
 
     def choose(self, adapter: AdapterView, copies: int, order: Sequence[str]) -> Collection[str]:
         there = adapter.holders | adapter.target_holders

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, deque
-from collections.abc import Collection, KeysView, Mapping
+from collections.abc import Collection, Mapping, Set
+from math import exp, inf
 from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple, Self
@@ -14,15 +15,36 @@ from aioengine.schedulers.routing.interface import RouteRequest
 
 GUESSED_SECONDS_PER_TOKEN = 1e-4
 """Seconds for each token until it is measured."""
-OFFSET_DRIFT = 1e-4
-"""Seconds a second by which the shortest known delay grows, because clocks drift and routes change."""
+TOKENS_REMEMBERED = 16384
+"""A token that was measured this many tokens ago counts 1/e as much as a new one."""
+TOKENS_NEEDED = 256
+"""Fewer tokens are not used, because the first steps are slow for other reasons. A router that used them
+would send no more requests, and so could not learn the true speed."""
+
+
+class TokenSpeed:
+    """Mean seconds for a prompt token in a replica's normal steps. The mean is over tokens and not over
+    steps, because a short step is mostly overhead."""
+
+    def __init__(self) -> None:
+        self._seconds = self._tokens = 0.0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        """Count a step of ``tokens`` tokens that took ``seconds``."""
+        kept = exp(-tokens / TOKENS_REMEMBERED)
+        self._seconds = kept * self._seconds + seconds
+        self._tokens = kept * self._tokens + tokens
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """None until enough has been measured."""
+        return self._seconds / self._tokens if self._tokens >= TOKENS_NEEDED else None
 
 
 class ReplicaLimits(NamedTuple):
     """The limits of a replica, which do not change while it lives."""
 
     slots: int
-    cpu_loras: int
     max_running: int
     kv_tokens: int
 
@@ -52,7 +74,6 @@ class Report(NamedTuple):
     running: int
     waiting_tokens: int
     """Prompt tokens still to be computed."""
-    running_tokens: int
     free_kv_tokens: int
     waiting_for: Mapping[str | None, int]
     """Queued requests by adapter; adapters without any are left out."""
@@ -83,10 +104,8 @@ class Replica:
         self._clock = clock
         self._limits = limits
         self._accepting = True
-        self._heard = self._age_at = clock.now
-        self._offset: float | None = None
-        """Shortest difference between this clock and the replica's, which is the shortest delay's."""
-        self._report = Report(clock.now, 0, 0, 0, 0, 0, 0, limits.kv_tokens, {})
+        self._heard = clock.now
+        self._report = Report(-inf, 0, 0, 0, 0, 0, limits.kv_tokens, {})
         self._tiers: dict[str, Location] = {}
         self._sent = self._ended = 0
         self._on_the_way: deque[RouteRequest] = deque()
@@ -111,29 +130,21 @@ class Replica:
     seconds_per_token = property(attrgetter("_report.seconds_per_token"))
     slot_seconds = property(attrgetter("_report.slot_seconds"))
     load_seconds = property(attrgetter("_report.load_seconds"))
-    cpu_loras = property(attrgetter("_limits.cpu_loras"))
     slots = property(attrgetter("_limits.slots"))
     free_kv_tokens = property(attrgetter("_report.free_kv_tokens"))
     kv_tokens = property(attrgetter("_limits.kv_tokens"))
-    running_tokens = property(attrgetter("_report.running_tokens"))
     max_running = property(attrgetter("_limits.max_running"))
 
     @property
     def age(self) -> float:
-        return max(self._clock.now - self._age_at, 0.0)
+        return max(self._clock.now - self._heard, 0.0)
 
     def location(self, adapter: str) -> Location:
         return self._tiers.get(adapter) or (Location.LOADING if adapter in self._transit else Location.DISK)
 
-    def held(self, tier: Location) -> Collection[str]:
-        return [name for name in self._held() if self.location(name) is tier]
-
-    def waiting_for(self, adapter: str | None) -> int:
-        return self._report.waiting_for.get(adapter, 0) + self._transit[adapter]
-
     # What FleetState does
 
-    def _held(self) -> KeysView[str]:
+    def _held(self) -> Set[str]:
         """Return the adapters that the replica holds or is expected to load."""
         return {name: None for name in (*self._tiers, *self._transit) if name is not None}.keys()
 
@@ -144,13 +155,9 @@ class Replica:
         self._transit[request.adapter] += 1
         self._count()
 
-    def _take(self, report: Report, now: float) -> None:
-        """Take in a report."""
-        self._heard = now
-        offset = now - report.sent_at
-        best = offset if self._offset is None else self._offset + (now - self._age_at) * OFFSET_DRIFT
-        self._offset = min(best, offset)
-        self._age_at = report.sent_at + self._offset
+    def _take(self, report: Report) -> None:
+        """Take in a report that has come now."""
+        self._heard = self._clock.now
         self._report = report
         if report.seconds_per_token is not None:
             self._clock.token_seconds = report.seconds_per_token

@@ -129,7 +129,7 @@ def test_it_is_refused_where_pinned_adapters_lie_in_the_way() -> None:
     assert isinstance(error, EngineOverloaded) and "pinned adapters leave 2,000" in str(error)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "fair", "drainer:patience=0.1", "slora", "drr", "chameleon"])
+@pytest.mark.parametrize("policy", ["fcfs", "fair", "lpm", "slora", "drr", "chameleon"])
 def test_no_policy_keeps_it_out(policy: str) -> None:
     """Beside steady requests for as many adapters as there are slots."""
     sim = Sim(SLOT._replace(max_num_seqs=8), load_policy(policy))

@@ -34,8 +34,8 @@ pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Pyt
 NAMES = ("a", "b")
 """Adapters that were loaded through the fleet; "u" is found by its name, and so it has no numbers."""
 REPLICAS = 4
-LIMITS = ReplicaLimits(slots=2, cpu_loras=4, max_running=8, kv_tokens=10_000)
-STATUS = Status(Report(0.0, 1, 0, 0, 1, 0, 1, 100, {}), 0.0, False, "running")
+LIMITS = ReplicaLimits(slots=2, max_running=8, kv_tokens=10_000)
+STATUS = Status(Report(0.0, 1, 0, 0, 1, 0, 100, {}), 0.0, False, "running")
 
 
 def content_of(version: str) -> str:

@@ -110,7 +110,7 @@ class Replicas:
 
 
 def _status(sent_at: float, box: Outbox) -> Status:
-    nothing = (0, 0, 0, 0, 1, {})
+    nothing = (0, 0, 0, 1, {})
     return Status(
         Report(sent_at, box.received, box.ended, *nothing), step_age=0.0, draining=False, state="running"
     )

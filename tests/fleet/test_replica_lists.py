@@ -58,7 +58,7 @@ class Replicas:
 
 
 def _status(sent_at: float) -> Status:
-    nothing = (0, 0, 0, 0, 0, 0, 1, {})
+    nothing = (0, 0, 0, 0, 0, 1, {})
     return Status(Report(sent_at, *nothing), step_age=0.0, draining=False, state="running")
 
 

@@ -66,7 +66,7 @@ class Replicas:
 
 
 def _status(sent_at: float, received: int) -> Status:
-    nothing = (0, 0, 0, 0, 0, 1, {})
+    nothing = (0, 0, 0, 0, 1, {})
     return Status(Report(sent_at, received, *nothing), step_age=0.0, draining=False, state="running")
 
 

@@ -55,7 +55,7 @@ def members_of(router: str = "affinity", /, **held: list[AdapterInfo]) -> tuple[
         channel: Any = SimpleNamespace(replica=name, calls={}, send=lambda order: None, leaving=False)
         members.members[name] = Member(channel, None)  # type: ignore[arg-type]
         members.members[name].residency = Residency([], infos[-1:], infos[:-1])
-        members.state.join(name, ReplicaLimits(slots=2, cpu_loras=4, max_running=8, kv_tokens=10_000))
+        members.state.join(name, ReplicaLimits(slots=2, max_running=8, kv_tokens=10_000))
         channels[name] = channel
     members.channel = channels.get  # type: ignore[assignment, method-assign]
     return members, channels
@@ -197,7 +197,7 @@ async def test_a_call_that_nobody_waits_for_is_not_sent() -> None:
     await asyncio.sleep(0)
     dispatcher.abandon(call)
     members.members["r1"] = Member(channels["r0"], None)  # type: ignore[arg-type]
-    members.state.join("r1", ReplicaLimits(slots=2, cpu_loras=4, max_running=8, kv_tokens=10_000))
+    members.state.join("r1", ReplicaLimits(slots=2, max_running=8, kv_tokens=10_000))
     members._tell_change()
     await asyncio.gather(*members._tasks)
     assert call.replica is None and not members.state.in_flight
@@ -253,7 +253,7 @@ async def test_a_call_that_has_begun_goes_where_its_content_is(router: str) -> N
     call.tried = frozenset({"r0"})
     await dispatcher.place(call)
     assert call.replica == "r2" or router == "shuffle"
-    members.state.failed("1")
+    members.state.ended("1")
     members.members["r2"].residency = Residency([], no)
     call.tried = call.tried | {"r2"}
     await dispatcher.place(call)

@@ -95,7 +95,7 @@ SHORT = {
     [
         ("slora", ["5 adapters", "100 adapters"]),
         ("chameleon", ["s-lora: arrival, discard", "chameleon's cache alone", "order alone", "chameleon "]),
-        ("toppings", ["loads stall the batch", "loads beside the batch", "adapters stay", "rank-aware"]),
+        ("toppings", ["loads stall the batch", "loads beside the batch", "adapters stay"]),
         ("loraserve", ["least_loaded", "affinity", "by rank"]),
         ("ray", ["holder ", "holder:spill=4", "affinity"]),
         ("llmd", ["round_robin", "prefix", "affinity"]),

@@ -164,7 +164,6 @@ scenes = st.fixed_dictionaries(
                 "fair",
                 "vtc",
                 "vllm+lru",
-                "drainer:patience=0.2",
                 "discard",
             ]
         ),

@@ -28,13 +28,11 @@ POLICIES = [
     "fcfs",
     "fcfs:max_wait=0.2",
     "vllm+lru",
-    "drainer:patience=0.3",
     "discard",
     "lpm",
     "sjf",
     "chameleon",
     "vtc",
-    "admission",
 ]
 workloads = st.fixed_dictionaries(
     {

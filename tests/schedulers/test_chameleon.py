@@ -9,7 +9,7 @@ import pytest
 
 from aioengine.core.state import Request
 from aioengine.schedulers import Composed, compose
-from aioengine.schedulers.policies.chameleon import ChameleonCache, ChameleonOrder, cluster, shares
+from aioengine.schedulers.policies.chameleon import ChameleonCache, ChameleonOrder
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import PolicyEvent, SchedulerPolicy
 from aioengine.testing import LIMITS, Sim
@@ -118,25 +118,6 @@ def test_size_is_the_papers_product() -> None:
     assert order.size(view, 50, 20, "big") == pytest.approx((0.4 * 50 / 100 + 0.6 * 20 / 40) * 1)
     assert order.size(view, 50, 20, "little") == pytest.approx((0.4 * 50 / 100 + 0.6 * 20 / 40) * 200 / 800)
     assert order.size(view, 50, 20, None) == order.size(view, 50, 20, "little"), "as the smallest adapter"
-
-
-def test_clusters() -> None:
-    assert [len(c) for c in cluster([1.0] * 9, 4)] == [9]
-    assert [len(c) for c in cluster([1.0, 1.1, 1.2, 9.0, 9.1], 4)] == [3, 2]
-    assert [len(c) for c in cluster([1.0, 1.1, 1.2, 9.0, 9.1], 1)] == [5]
-    assert len(cluster([0.1] * 50 + [0.5] * 2 + [0.9] * 30, 4)[0]) == 50
-    even = [i / 100 for i in range(100)]
-    assert [len(c) for c in cluster(even, 4)] == [25, 25, 25, 25]
-    assert [len(c) for c in cluster([0.5], 4)] == [1]
-
-
-def test_shares() -> None:
-    assert shares([3.0, 1.0], 10) == [7, 3]  # one each, then 6 and 2
-    assert shares([1000.0, 0.001], 4) == [3, 1]
-    assert shares([1.0, 1.0, 1.0], 2) == [1, 1, 0]
-    assert shares([0.0], 5) == [5]
-    for places in range(40):
-        assert sum(shares([0.3, 1.7, 5.1, 0.01], places)) == places
 
 
 def test_the_cache_scores_frequency_recency_and_size() -> None:

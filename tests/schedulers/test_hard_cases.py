@@ -17,11 +17,10 @@ from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.schedulers import Composed, SchedulerPolicy, compose, load_policy
 from aioengine.schedulers.parts.base import Ordering
-from aioengine.schedulers.parts.preemption import PreemptLower
-from aioengine.schedulers.policies.by_key import EDF, SJF, Priority
+from aioengine.schedulers.policies.by_arrival import VLLMOrder
+from aioengine.schedulers.policies.by_key import EDF, SJF, PreemptLower, Priority
 from aioengine.schedulers.policies.drr import DRR
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.schedulers.policies.other_engines import VLLMOrder
 from aioengine.schedulers.policies.vtc import VTC
 from aioengine.testing import LIMITS, Sim
 
@@ -46,7 +45,7 @@ BUILT_IN: dict[str, Callable[[], SchedulerPolicy]] = {
     "priority": lambda: compose(order=Priority(), preempt=PreemptLower()),
     **{
         name: partial(load_policy, name)
-        for name in ("slora", "chameleon", "fcfs+lfu", "fcfs+gdsf", "fcfs+popular", "vllm+gdsf+popular")
+        for name in ("slora", "chameleon", "fcfs+lfu", "fcfs+gdsf", "vllm+gdsf")
     },
 }
 

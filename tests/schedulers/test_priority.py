@@ -9,8 +9,7 @@ from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.schedulers import compose
 from aioengine.schedulers.parts.base import Preemption
-from aioengine.schedulers.parts.preemption import PreemptLower
-from aioengine.schedulers.policies.by_key import Priority
+from aioengine.schedulers.policies.by_key import PreemptLower, Priority
 from aioengine.testing import LIMITS, Sim
 
 

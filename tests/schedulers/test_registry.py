@@ -15,19 +15,18 @@ from aioengine import AsyncEngine, EngineConfig
 from aioengine.errors import PolicyError
 from aioengine.schedulers import (
     Composed,
-    available_parts,
     available_policies,
     compose,
     load_policy,
 )
-from aioengine.schedulers.parts.base import Arrival
-from aioengine.schedulers.parts.prefetch import Lookahead, NoPrefetch
+from aioengine.schedulers.parts.base import Arrival, Lookahead, NoPrefetch
 from aioengine.schedulers.parts.replacement import GDSF
 from aioengine.schedulers.policies.fcfs import FCFS
+from aioengine.schedulers.registry import available
 from aioengine.schedulers.routing import load_router
 from aioengine.testing import LIMITS, Sim
 
-NAMES = sorted(set(available_policies()) - {"oracle", "belady"})
+NAMES = sorted(set(available_policies()) - {"oracle"})
 
 
 def composed(spec: Any) -> Composed:
@@ -49,7 +48,7 @@ def test_every_name_is_a_policy_that_serves(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["order", "replace", "prefetch", "preempt"])
 def test_every_part_says_what_it_does(kind: str) -> None:
-    for name, info in available_parts(kind).items():
+    for name, info in available(kind).items():
         assert info.summary.endswith("."), name
         assert info.kind == kind
         if name != "none":
@@ -93,6 +92,10 @@ def test_options() -> None:
         ("lookahead:k", "name=value"),
         ("none.such:Thing", "cannot import"),
         ("aioengine.schedulers.policy:Decision", "not a subclass"),
+        (
+            {"order": "aioengine.schedulers.parts.replacement:LRU"},
+            "a Replacement: register it as 'replace'",
+        ),
         ("", "there is no ''"),
         ({"order": "lru"}, "order='lru'"),
         ({"order": 3}, "order=3"),
@@ -236,10 +239,8 @@ def test_files_that_do_not_do(
 OUT_OF_RANGE = """
     fcfs:max_wait=-1 fcfs:max_wait=nan sjf:input_weight=-1 sjf:output_weight=nan sjf:input_weight=inf
     vtc:input_weight=-1 vtc:output_weight=nan drr:quantum=0 slora:clusters=-1 slora:age=-1
-    lpm:window=0 session:share=0 toppings:age=-1 drainer:tolerance=-1 admission:margin=0
-    chameleon:queues=0 chameleon:refresh=0 chameleon:window=0 chameleon:age=-1
-    chameleon:output_weight=-1 gdsf+chameleon:recency=-1 lfu:half_life=-1 lfu:half_life=nan
-    gdsf:cost=bytes popular:top=-1 popular:k=0 popular:half_life=-2
+    lpm:window=0 lpm:age=-1 chameleon:queues=0 chameleon:refresh=0 chameleon:window=0 chameleon:age=-1
+    lfu:half_life=-1 lfu:half_life=nan
 """
 
 
@@ -263,8 +264,8 @@ def test_values_that_text_cannot_give_are_supplied_to_who_takes_them() -> None:
     supply = {"future": future, "start": lambda: 10.0}
     assert load_policy("fcfs", supply=supply)
     assert not made
-    for spec in ("oracle", "edf+belady", {"name": "oracle"}, {"replace": "belady"}):
+    for spec in ("oracle", "edf+oracle", {"name": "oracle"}, {"replace": "oracle"}):
         policy = load_policy(spec, supply=supply)
         assert isinstance(policy, Composed)
         assert policy.replace.next_use("a", 0.0) == 11.0  # type: ignore[attr-defined]
-    assert composed({"replace": {"name": "belady", "future": []}}).replace.next_use("a", 0.0) == float("inf")  # type: ignore[attr-defined]
+    assert composed({"replace": {"name": "oracle", "future": []}}).replace.next_use("a", 0.0) == float("inf")  # type: ignore[attr-defined]

@@ -6,8 +6,8 @@ import pytest
 from support.policy_cases import warm
 
 from aioengine.schedulers import Composed, compose
+from aioengine.schedulers.policies.by_arrival import SLoRA
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.schedulers.policies.slora import SLoRA
 from aioengine.schedulers.policy import SchedulerPolicy
 from aioengine.step import StepBatch
 from aioengine.testing import LIMITS

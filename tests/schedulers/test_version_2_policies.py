@@ -1,4 +1,4 @@
-"""lpm, session, toppings, drainer, admission, discard: what each does that others do not, and its bound."""
+"""lpm, discard: what each does that others do not, and its bound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from support.policy_cases import order_of
 from aioengine import events
 from aioengine.core import Core
 from aioengine.core.state import Request
-from aioengine.errors import RequestRejected
 from aioengine.lab.policy_check.check import check_policy_contract
 from aioengine.schedulers import load_policy
 from aioengine.testing import LIMITS, Sim
@@ -61,18 +60,7 @@ def test_the_longest_cached_prefix_goes_first() -> None:
     assert order_of(sim) == [long.id, short.id, new.id]
 
 
-def test_sessions_that_go_on_go_before_new_ones_in_order_of_arrival() -> None:
-    sim = warmed("session")
-    new, short, long = ask(sim)
-    sim.run()
-    assert order_of(sim) == [short.id, new.id, long.id], "less than half of the last one's prompt is cached"
-    sim = warmed("session:share=0.2")
-    new, short, long = ask(sim)
-    sim.run()
-    assert order_of(sim) == [short.id, long.id, new.id]
-
-
-@pytest.mark.parametrize("policy", ["lpm:age=0.5", "session:age=0.5", "toppings:age=0.5"])
+@pytest.mark.parametrize("policy", ["lpm:age=0.5"])
 def test_nobody_is_put_off_for_longer_than_age(policy: str) -> None:
     sim = warmed(policy)
     new = sim.add(prompt=[9] * 16, max_tokens=1)
@@ -83,93 +71,6 @@ def test_nobody_is_put_off_for_longer_than_age(policy: str) -> None:
             break
     assert new.admitted is not None
     assert new.admitted - new.arrival <= 0.7
-
-
-def test_low_ranks_go_before_high_ones() -> None:
-    sim = sim_of("toppings", ONE._replace(num_slots=3))
-    sim.ranks = {"high": 64, "low": 8}
-    for name in sim.ranks:
-        sim.register(name)
-        sim.add(name, max_tokens=1)
-        sim.run()
-    sim.events.clear()
-    busy = sim.add(max_tokens=8)
-    sim.settle()
-    waiting = [sim.add(name, max_tokens=1) for name in ("high", "low", None)]
-    sim.run()
-    high, low, base = (request.id for request in waiting)
-    assert order_of(sim) == [busy.id, base, low, high]
-
-
-def test_nobody_joins_a_step_that_would_take_too_long() -> None:
-    limits = ONE._replace(num_slots=2, max_num_seqs=4)
-    sim = sim_of("toppings:max_step=0.03", limits)
-    sim.ranks = {"high": 64}
-    sim.register("high")
-    sim.add("high", max_tokens=1)
-    sim.run()
-    base = sim.add(max_tokens=10)
-    high = sim.add("high", max_tokens=2)
-    sim.settle()
-    assert (base.status.name, high.status.name) == ("RUNNING", "WAITING"), "74 ms are more than 30"
-    sim.run()
-    assert sim.ended[high.id] == "length", "alone it may"
-
-
-def test_a_busy_slot_is_drained_once_another_adapter_starves() -> None:
-    limits = ONE._replace(num_slots=1, cpu_capacity=2, max_num_seqs=4)
-    sim = sim_of("drainer:patience=1.0", limits)
-    for name in ("a", "b"):
-        sim.register(name)
-    sim.add("a", max_tokens=40)
-    sim.settle()
-    cold = sim.add("b", max_tokens=2)
-    for _ in range(120):
-        sim.add("a", max_tokens=60)
-        sim.settle(step_seconds=0.1)
-        if cold.admitted is not None:
-            break
-    assert cold.admitted is not None, "those that generate more than is left are not let in"
-    assert 1.0 < cold.admitted - cold.arrival < 8.0, "the last one let in before has 60 tokens"
-
-
-@pytest.mark.parametrize(("tolerance", "let_in"), [(1.0, False), (1.2, True)])
-def test_a_draining_slot_admits_what_ends_little_later(tolerance: float, let_in: bool) -> None:
-    sim = sim_of(
-        f"drainer:patience=0.5,tolerance={tolerance}",
-        ONE._replace(num_slots=1, cpu_capacity=2, max_num_seqs=4),
-    )
-    for name in ("a", "b"):
-        sim.register(name)
-    sim.add("a", max_tokens=80)
-    sim.settle()
-    sim.add("b", max_tokens=2)
-    for _ in range(20):
-        sim.settle(step_seconds=0.1)
-    late = sim.add("a", max_tokens=65)  # of the other, 60 are left
-    sim.settle()
-    assert (late.admitted is not None) == let_in
-
-
-def test_who_would_be_late_is_rejected_at_once_and_nobody_else() -> None:
-    sim = sim_of("admission")
-    # 10 ms a token, one at a time: each takes 0.1 s.
-    requests = [sim.add(prompt=[3], max_tokens=10, deadline=0.35) for _ in range(8)]
-    sim.settle()
-    rejected = [e for e in sim.of(events.RequestEnded) if isinstance(e.error, RequestRejected)]  # type: ignore[attr-defined]
-    assert 3 <= len(rejected) <= 6
-    assert "after its deadline" in str(rejected[0].error)  # type: ignore[attr-defined]
-    sim.run()
-    served = [request for request in requests if sim.ended[request.id] == "length"]
-    assert len(served) + len(rejected) == len(requests), "whoever was not rejected was served in time"
-
-
-def test_nobody_without_a_deadline_is_rejected() -> None:
-    sim = sim_of("admission")
-    for _ in range(20):
-        sim.add(max_tokens=30)
-    sim.run(steps=3000)
-    assert set(sim.ended.values()) == {"length"}
 
 
 def copies_of(policy: str, *, overlapping: bool) -> int:
@@ -205,8 +106,8 @@ def test_discard_empties_the_slot_as_soon_as_the_last_request_has_ended() -> Non
 @pytest.mark.parametrize(
     "name",
     [
-        *("fcfs", "vtc", "vllm", "chameleon", "fair", "lpm", "session", "drr", "sjf", "edf"),
-        *("priority", "slora", "toppings:max_step=0.03", "drainer", "admission", "discard"),
+        *("fcfs", "vtc", "vllm", "chameleon", "fair", "lpm", "drr", "sjf", "edf", "priority", "slora"),
+        *("discard", "gdsf", "lfu", "priority+priority"),
     ],
 )
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from support.policy_cases import order_of
 
 from aioengine.core import CoreLimits
 from aioengine.schedulers import compose
-from aioengine.schedulers.policies.other_engines import VLLMOrder
+from aioengine.schedulers.policies.by_arrival import VLLMOrder
 from aioengine.testing import LIMITS, Sim
 
 

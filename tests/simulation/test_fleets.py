@@ -19,10 +19,7 @@ from aioengine.lab.runs.replay import replay_on_fleet
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape, Arrival
-from aioengine.schedulers.routing import (
-    available_placements,
-    available_routers,
-)
+from aioengine.schedulers.registry import available
 
 SEEDS = int(os.environ.get("AIOENGINE_FLEET_SEEDS", "12"))
 MODEL = costs(disk=Stage(latency=0.05, bandwidth=MB), slot=Stage(latency=0.02, bandwidth=10 * MB))
@@ -42,8 +39,8 @@ def test_seed(seed: int) -> None:
         skew={index: rng.choice([0.0, 1e4, -1e4]) for index in range(replicas)},
         faults=_faults(rng, replicas),
     )
-    router = rng.choice(sorted(available_routers()))
-    placement = rng.choice(sorted(available_placements()))
+    router = rng.choice(sorted(available("router")))
+    placement = rng.choice(sorted(available("placement")))
     scaling = rng.choice([None, None, "waiting_work:least=0,most=4,target=0.2,cool_down=1,settle=1"])
     conditions = conditions._replace(scale_seconds=0.25, start_seconds=rng.choice([0.0, 0.5, 3.0]))
     kept = MemorySink()

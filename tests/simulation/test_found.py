@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from aioengine.executors.base import Ended
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.schedulers import load_policy
+from aioengine.schedulers import Prefetch, SchedulerView, compose
 from aioengine.step import StepBatch
 
 
@@ -83,11 +84,18 @@ def test_who_joins_a_read_waits_for_the_one_that_fits() -> None:
     assert run_in_virtual_time(main()) < 10
 
 
+class ReadAll(Prefetch):
+    """Reads every adapter, although nobody waits for it."""
+
+    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
+        return [name for name, adapter in view.adapters.items() if adapter.location == "DISK"]
+
+
 def test_what_cannot_be_read_is_not_read_ahead() -> None:
     """A policy that reads ahead had a missing adapter read again and again, and the loop did nothing else."""
 
     async def main() -> list[int]:
-        async with SimulatedEngine(config(), costs(), load_policy("fcfs+lru+popular")) as engine:
+        async with SimulatedEngine(config(), costs(), compose(prefetch=ReadAll())) as engine:
             engine.register_adapter("missing", "/missing")  # of which the device knows nothing
             failures = []
             for _ in range(2):

@@ -7,7 +7,7 @@ from typing import Any
 
 from aioengine.schedulers.routing import FleetState, ReplicaLimits, Report, RouteRequest, Tiers
 
-LIMITS = ReplicaLimits(slots=2, cpu_loras=4, max_running=8, kv_tokens=10_000)
+LIMITS = ReplicaLimits(slots=2, max_running=8, kv_tokens=10_000)
 
 
 class Fleet:
@@ -29,7 +29,6 @@ class Fleet:
             "waiting": 0,
             "running": 0,
             "waiting_tokens": 0,
-            "running_tokens": 0,
             "free_kv_tokens": LIMITS.kv_tokens,
             "waiting_for": waiting_for,
             "load_seconds": 0.5,

@@ -19,8 +19,8 @@ def gateway(*replicas: str, adapters: tuple[str, ...] = ()) -> FleetMetrics:
     config = FleetConfig(engine=EngineConfig(model="tiny", name="fleet"), replicas=2)
     members = Members(config, None, gateway="gateway-1")
     for replica in replicas:
-        members.state.join(replica, ReplicaLimits(2, 4, 8, 1000))
-        members.state.report(replica, Report(0.0, 0, 0, 0, 0, 0, 0, 1000, {}, tiers=Tiers(slot=adapters)))
+        members.state.join(replica, ReplicaLimits(2, 8, 1000))
+        members.state.report(replica, Report(0.0, 0, 0, 0, 0, 0, 1000, {}, tiers=Tiers(slot=adapters)))
     metrics = FleetMetrics(members, Dispatcher(members), lambda: "running")
     metrics.start()
     return metrics

@@ -332,10 +332,9 @@ class FleetAdapters:
             view = state.snapshot()
             moves = await loop.run_in_executor(None, self._placement.plan, view)
             if moves is None:
-                state.not_planned(view)
                 continue
             moves = [move for move in moves if move.kind == "unload" or self._exists(move.adapter)]
-            state.planned(moves)
+            state.planned(view, moves)
             for move in moves:
                 await self._move(move)
 

@@ -21,7 +21,7 @@ from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_error,
 from aioengine.info import scaled_digest, without_versions
 from aioengine.request import pack_params
 from aioengine.schedulers.policy import Location
-from aioengine.schedulers.routing import RouteRequest, RouterGuard, load_router, prefix_hashes, prefix_pins
+from aioengine.schedulers.routing import Route, RouteRequest, RouterGuard, load_router, prefix_hashes
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -56,10 +56,9 @@ class Dispatcher:
         """Requests that continued on another replica, by the fate of their first one."""
         self.misroutes = 0
         """Requests whose replica had lost the adapter that it was chosen for."""
-        self.on_route: Callable[[float], None] = lambda seconds: None
-        """Callback for the seconds of each routing decision."""
+        self.on_route: Callable[[float, Route], None] = lambda seconds, route: None
+        """Callback for each routing decision, and its seconds."""
         self._max_waiting: dict[str, int] = {}
-        self._state.listeners.append(self.guard.tell)
         members.on_join.append(self._joined)
         members.on_delta = self._take
         members.on_loss = self._again
@@ -75,7 +74,7 @@ class Dispatcher:
             request = self._route_request(call, unlike)
             began = self._timer()
             route = self.guard.route(request, self._state.view)
-            self.on_route(self._timer() - began)
+            self.on_route(self._timer() - began, route)
             if route.replicas:
                 self._send(call, request, route.replicas[0])
                 return
@@ -159,13 +158,6 @@ class Dispatcher:
                 None if call.deadline is None else self._members.clock() + call.deadline - _now(),
                 prefix_hashes(call.prompt, content, salt=options.cache_salt) if caching else (),
                 tried=tried,
-                parts=tuple(map(without_versions, options.mix or ())),
-                pins=prefix_pins(
-                    call.prompt,
-                    [(pin.tokens, pin.seconds) for pin in options.cache_pins],
-                    content,
-                    salt=options.cache_salt,
-                ),
             )
         return call.route
 
@@ -276,15 +268,13 @@ class Dispatcher:
             ) or (isinstance(error, errors.EngineOverloaded) and not begun and error.bound != "tenant")
             if elsewhere and self._others(call):
                 del channel.calls[call.key]
-                self._state.failed(str(call.key))
+                self._state.ended(str(call.key))
                 self._again(
                     call, channel.replica, "dead" if isinstance(error, errors.EngineDead) else "refused"
                 )
                 return
         call.take(delta, now)
         call.content = delta.content or call.content
-        if not begun and call.begun:
-            self._state.started(str(call.key), delta.pinned_tokens)
         if call.ended:
             del channel.calls[call.key]
             call.replica = None

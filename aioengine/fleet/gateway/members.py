@@ -227,7 +227,7 @@ class Members:
     def _hello(self, channel: Channel, hello: Hello) -> None:
         member = self.members[channel.replica] = Member(channel, hello)
         self._hung.back(channel.replica)
-        limits = ReplicaLimits(hello.slots, hello.cpu_loras, hello.max_running, hello.kv_tokens)
+        limits = ReplicaLimits(hello.slots, hello.max_running, hello.kv_tokens)
         self.state.join(channel.replica, limits)
         logger.info("replica %s is there (process %d on %s)", channel.replica, hello.pid, hello.node)
         for listener in self.on_join:

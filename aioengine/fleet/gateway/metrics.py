@@ -60,7 +60,8 @@ class FleetMetrics:
             registry=self.own,
             buckets=_BUCKETS,
         )
-        dispatcher.on_route = seconds.labels(self._engine, GATEWAY).observe
+        decisions = seconds.labels(self._engine, GATEWAY)
+        dispatcher.on_route = lambda seconds, route: decisions.observe(seconds)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_loop = OnLoop()
 

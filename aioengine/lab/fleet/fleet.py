@@ -114,7 +114,7 @@ class SimulatedFleet:
         self.dispatcher = Dispatcher(self.members, timer=time, processor=time)
         # Every replica reads the same: a version is one content.
         self.dispatcher.digest_of = lambda name: name
-        self.state.listeners.append(self._heard)
+        self.dispatcher.on_route = self._routed
         self.members.start(self._watch_replicas)
         for index in range(self.config.replicas):
             await self._start(index)
@@ -229,9 +229,9 @@ class SimulatedFleet:
         """Tell the gateway which replicas there are, as Serve does."""
         self._tell({replica.name for replica in self._current.values()} - self._draining)
 
-    def _heard(self, event: routing.RouteEvent) -> None:
-        if event.kind == "routed" and event.replica is not None:
-            self.by_replica[self._replicas[event.replica].index] += 1
+    def _routed(self, seconds: float, route: routing.Route) -> None:
+        for replica in route.replicas[:1]:
+            self.by_replica[self._replicas[replica].index] += 1
 
     async def _plan_always(self) -> None:
         while True:
@@ -239,9 +239,8 @@ class SimulatedFleet:
             snapshot = self.state.snapshot()
             plan = self._plans.plan(snapshot)
             if plan is None:
-                self.state.not_planned(snapshot)
                 continue
-            self.state.planned(plan)
+            self.state.planned(snapshot, plan)
             for move in sorted(plan):
                 self.moves[move.kind] += 1
                 if move.kind != "unload":  # the cache first drops adapters that are not used
@@ -271,7 +270,7 @@ class SimulatedFleet:
 
     # Scaling, as Serve does it
 
-    async def _scale(self, policy: routing.ScalingPolicy) -> None:
+    async def _scale(self, policy: routing.WaitingWork) -> None:
         """Ask a scaling policy for the number of replicas at regular times."""
         wanted = self.config.replicas
         self._adding = 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from math import ceil
 from operator import attrgetter
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing.interface import (
     AdapterView,
@@ -45,8 +45,7 @@ class Affinity(RouterPolicy):
     """Sends a request where it costs least: seconds of queueing, of loading its adapter, and of computing
     the part of its prompt that is not cached there, all as measured.
 
-    Every adapter has homes, in an order by hash, and as many of them as its demand needs; those of a mix that
-    no replica holds are the replicas with the most of its parts. A replica that
+    Every adapter has homes, in an order by hash, and as many of them as its demand needs. A replica that
     holds the adapter or is one of its homes is preferred to other replicas, until another one is cheaper by
     ``margin`` times the cost of a load: a new copy evicts another adapter, whose next request then waits for
     a load.
@@ -57,18 +56,11 @@ class Affinity(RouterPolicy):
             it gets another home.
     """
 
-    source = (
-        "own; homes after rendezvous hashing (Thaler and Ravishankar, 1998), costs of prefixes after Preble "
-        "(Srivatsa et al., 2024), homes by demand after NVIDIA Dynamo's adapter allocation"
-    )
-    worst_case = (
-        "by the gateway's knowledge, a request waits at most margin x the seconds of one load longer than on "
-        "the best replica"
-    )
+    source = "own; after Thaler and Ravishankar, 1998, Preble (2024) and NVIDIA Dynamo's adapter allocation"
+    worst_case = "a request waits at most margin loads longer than on the best replica, as far as is known"
 
     def __init__(self, margin: float = 4.0, homes: float = 0.5) -> None:
-        if not 1 <= margin < float("inf"):
-            raise ValueError(f"margin={margin}: must be at least 1")
+        at_least(1, margin=margin)
         if not 0 < homes <= 1:
             raise ValueError(f"homes={homes}: must be above 0 and at most 1")
         self._margin = margin
@@ -77,8 +69,6 @@ class Affinity(RouterPolicy):
         self._found: Sequence[ReplicaView] = ()
         self._index: dict[str, ReplicaView] = {}
         """The replicas of this decision, by id."""
-        self._assumed: dict[str, float] = {}
-        """Speeds that this decision assumes for replicas that have not measured theirs."""
 
     def route(self, request: RouteRequest, view: FleetView) -> Route:
         found = candidates(request, view)
@@ -86,7 +76,6 @@ class Affinity(RouterPolicy):
             return Route()
         if found is not self._found:  # a view has another sequence whenever it has other replicas
             self._found, self._index = found, {replica.replica_id: replica for replica in found}
-        self._assumed.clear()
         index, name = self._index, request.adapter
         cached = cached_tokens(request, view)
         near = {*_two_shortest(found), *cached}
@@ -99,7 +88,7 @@ class Affinity(RouterPolicy):
             adapter = view.adapters.get(name)
             if adapter is not None:
                 holding = [replica for replica in adapter.holders if replica in index]
-            homes = self._homes(request, adapter, holding, view)
+            homes = self._homes(name, adapter, holding, view)
             near.update(homes)
             if len(holding) > MAX_HOLDERS:
                 near.update(_two_shortest([index[replica] for replica in holding]))
@@ -143,11 +132,7 @@ class Affinity(RouterPolicy):
     def _fastest(self, speed: str) -> float:
         """Return the shortest time that a replica has measured. It is assumed for those that have not, which
         would otherwise be dearer only because they have done nothing yet."""
-        known = self._assumed.get(speed)
-        if known is None:
-            measured = filter(None, map(attrgetter(speed), self._found))
-            known = self._assumed[speed] = min(measured, default=_DEFAULTS[speed])
-        return known
+        return min(filter(None, map(attrgetter(speed), self._found)), default=_DEFAULTS[speed])
 
     def _load(self, replica: ReplicaView, adapter: str, service: float, *, at_home: bool) -> float:
         where = replica.location(adapter)
@@ -164,22 +149,16 @@ class Affinity(RouterPolicy):
         return slot + disk * (1.0 if at_home else self._margin)
 
     def _homes(
-        self, request: RouteRequest, adapter: AdapterView | None, holding: Collection[str], view: FleetView
+        self, name: str, adapter: AdapterView | None, holding: Collection[str], view: FleetView
     ) -> Collection[str]:
-        """Return the replicas that should hold the adapter: those of the plan, or those with the most parts
-        of a new mix, or as many as it needs, in order of hash, first holders and then others."""
-        index, name, count = self._index, str(request.adapter), 1
+        """Return the replicas that should hold the adapter: those of the plan, or as many as it needs, in
+        order of hash, first holders and then others."""
+        index, count = self._index, 1
         if adapter is not None:
             planned = [replica for replica in adapter.target_holders if replica in index]
             if planned:
                 return planned
             count = self._count(adapter, view)
-        if request.parts and not holding:
-            parts = [view.adapters[part] for part in request.parts if part in view.adapters]
-            counts = Counter(replica for part in parts for replica in part.holders if replica in index)
-            if counts:
-                most = max(counts.values())
-                return [replica for replica, parts_there in counts.items() if parts_there == most]
         if count == 1 and 0 < len(holding) <= MAX_HOLDERS:  # usual: no order of all replicas is needed
             return [self._order.first(name, view, holding)]
         order = [replica for replica in self._order.of(name, view) if replica in index]

@@ -29,11 +29,7 @@ def cached_tokens(request: RouteRequest, view: FleetView) -> Mapping[str, int]:
     """Return how many of the prompt's first tokens a replica probably has in its KV cache, by replica id;
     replicas with none are left out."""
     blocks = view.cached_blocks(request.prefixes) if request.prefixes else {}
-    found = {replica: count * request.prefix_block for replica, count in blocks.items()}
-    if request.pins:
-        for replica, tokens in view.pinned_tokens(request.pins).items():
-            found[replica] = max(tokens, found.get(replica, 0))
-    return found
+    return {replica: count * request.prefix_block for replica, count in blocks.items()}
 
 
 def by_load(replicas: Sequence[ReplicaView]) -> list[ReplicaView]:

@@ -40,9 +40,7 @@ class RoundRobin(Simple):
     """Each request goes to the next replica in turn, whatever its adapter or prompt."""
 
     source = "the classic; the baseline of every balancer"
-    worst_case = (
-        "long requests meet on one replica while others idle; every adapter is loaded on every replica"
-    )
+    worst_case = "long requests meet on one replica while others idle; each loads every adapter"
 
     def __init__(self) -> None:
         self._turn = 0
@@ -89,10 +87,7 @@ class Holder(Simple):
     """
 
     source = "Ray Serve's model multiplexing, and gateways that look at what is loaded"
-    worst_case = (
-        "with spill=0 all users of one adapter share one replica while the others idle (ray #48741); with a "
-        "bound, as many requests wait on a holder before another replica is used"
-    )
+    worst_case = "with spill=0 all users of one adapter share one replica while others idle (ray #48741)"
 
     def __init__(self, spill: int = 0) -> None:
         at_least(0, spill=spill)
@@ -121,10 +116,7 @@ class Tiers(Simple):
     """
 
     source = "llm-d and the Gateway API inference extension: LoRA affinity, queue and KV cache scorers"
-    worst_case = (
-        "scores do not know what a load or a queue costs in seconds: with a weight of 1 each, a holder is "
-        "left for a queue that is shorter by one request where all queues are short"
-    )
+    worst_case = "with a weight of 1 each, a holder is left for a queue that is shorter by one request"
 
     def __init__(self, lora: float = 1.0, queue: float = 1.0, kv: float = 1.0) -> None:
         at_least(0, lora=lora, queue=queue, kv=kv)
@@ -156,20 +148,12 @@ class Rendezvous(Simple):
         bound: At least 1: how far above the mean a replica's load may be.
     """
 
-    source = (
-        "Thaler and Ravishankar, 1998; the bound is Mirrokni, Thorup and Zadimoghaddam, 'Consistent Hashing "
-        "with Bounded Loads', SODA 2018"
-    )
-    worst_case = (
-        "no replica has more than bound x the mean of requests, rounded up; a hot adapter is on as many "
-        "replicas as that takes, and its tail moves with the load of others"
-    )
+    source = "Thaler and Ravishankar, 1998; Mirrokni et al., 'Consistent Hashing with Bounded Loads', 2018"
+    worst_case = "a hot adapter is on so many replicas that none has more than bound x the mean of requests"
 
     def __init__(self, bound: float = 1.25) -> None:
-        if not 1 <= bound < inf:
-            raise ValueError(f"bound={bound}: must be at least 1")
-        self._bound = bound
-        self._order = RendezvousOrder()
+        at_least(1, bound=bound)
+        self._bound, self._order = bound, RendezvousOrder()
 
     def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
         if request.adapter is None:
@@ -195,15 +179,11 @@ class ShuffleSharding(Simple):
     """
 
     source = "MacCarthaigh, 'Workload isolation using shuffle-sharding', Amazon Builders' Library, 2019"
-    worst_case = (
-        "a hostile tenant takes its shards down with it; of n replicas, another tenant shares all of them "
-        "with probability 1 / C(n, shards); a tenant gets no more than its shards can do"
-    )
+    worst_case = "a hostile tenant takes its shards down; another shares all of them with 1 / C(n, shards)"
 
     def __init__(self, shards: int = 2) -> None:
         at_least(1, shards=shards)
-        self._shards = shards
-        self._order = RendezvousOrder()
+        self._shards, self._order = shards, RendezvousOrder()
 
     def route(self, request: RouteRequest, view: FleetView) -> Route:
         if request.tried and all(name in request.tried for name in self._own(request, view)):
@@ -231,18 +211,14 @@ class Prefix(Simple):
         slack: Number of requests that it may have more than the least loaded replica.
     """
 
-    source = (
-        "SGLang's cache-aware router; Srivatsa et al., 'Preble: Efficient Distributed Prompt Scheduling for "
-        "LLM Serving', 2024"
-    )
+    source = "SGLang's cache-aware router; Srivatsa et al., 2024, Preble"
     worst_case = "as least_loaded, and up to slack requests more wait before one; adapters are not looked at"
 
     def __init__(self, share: float = 0.3, slack: int = 8) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"share={share}: must be between 0 and 1")
         at_least(0, slack=slack)
-        self._share = share
-        self._slack = slack
+        self._share, self._slack = share, slack
 
     def order(self, request: RouteRequest, found: Replicas, view: FleetView) -> tuple[Replicas, str]:
         cached = cached_tokens(request, view)

@@ -31,7 +31,7 @@ def test_only_what_is_used_is_remembered(changes: list[tuple[str, str, int]]) ->
         elif what == "report":
             known.report(replica, Tiers([name], nbytes={name: 8}), received=number)
         elif what == "leave":
-            limits = fleet.ReplicaLimits(slots=2, cpu_loras=4, max_running=8, kv_tokens=100)
+            limits = fleet.ReplicaLimits(slots=2, max_running=8, kv_tokens=100)
             state.join(replica, limits)
             runs = {one: run for one, run in runs.items() if run[1] != replica}
         elif what == "register":
@@ -41,7 +41,7 @@ def test_only_what_is_used_is_remembered(changes: list[tuple[str, str, int]]) ->
             state.remove_adapter(name)
             registered.discard(name)
         elif what in ("load", "unload"):
-            state.planned([Move(what, name, replica)])  # type: ignore[arg-type]
+            state.planned(state.snapshot(), [Move(what, name, replica)])  # type: ignore[arg-type]
         adapters = state.view.adapters
         used = {name for name, found in adapters.items() if found.holders or found.target_holders}
         used |= registered | {name for name, _ in runs.values()}

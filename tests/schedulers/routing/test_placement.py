@@ -19,7 +19,7 @@ def ask(fleet: Fleet, adapter: str, tokens: int) -> None:
 def plan(fleet: Fleet, name: str) -> list[Move]:
     snapshot = fleet.state.snapshot()
     moves = list(load_placement(name).plan(snapshot))
-    fleet.state.planned(moves)
+    fleet.state.planned(snapshot, moves)
     return moves
 
 
