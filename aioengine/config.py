@@ -48,6 +48,8 @@ REMOVED = {
     "kv_cache_dir": "prefixes are kept in memory only. Leave it out; pins and cache_control work without it",
     "kv_cache_dir_bytes": "prefixes are kept in memory only. Leave it out",
     "speculation='suffix'": "earlier outputs propose no tokens any more. Set speculation='ngram'",
+    "allow_nonfinite": "adapters whose weights contain NaN or infinity are always refused. Leave it out, and "
+    "train such an adapter again",
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
     "policy_max_overruns": "fcfs replaces a policy after 20 slow decisions. Raise policy_time_budget instead",
     "max_tenant_labels": "tenants have as many labels as adapters. Set max_adapter_labels",
@@ -120,12 +122,18 @@ class LoRAConfig(_Config, frozen=True):
     load_retries: Annotated[int, Meta(ge=0, le=20)] = 2
     """Retries of a read that failed for a temporary reason; after about 0.1, 0.2, ... s."""
     load_timeout: Seconds | None = 60.0
+<<<<<<< HEAD
     """Seconds that a load may take, with its retries, and a resolver's look-up as many again. None: no
     limit."""
     allow_nonfinite: bool = False
     """Accept adapters whose weights contain NaN or infinity. Requests for them fail when such a value reaches
     their logits."""
     adapter_root: FilePath | None = None
+=======
+    """Seconds that a load may take, with its retries, before it fails. A resolver's look-up, with its
+    downloads, may take as many again. None: no limit."""
+    adapter_root: FolderPath | None = None
+>>>>>>> 7c95305b (Adapters: every rank reads the whole file, copies and look-ups have fewer options, hanging reads one small watch)
     """Folder, or URL such as s3://bucket/adapters, whose subfolders are adapters, by name. One that is not
     registered is looked for here when a request names it."""
 

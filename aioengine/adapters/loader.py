@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import os
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
-
-import psutil
 
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.config import LoRAConfig
@@ -31,13 +29,13 @@ IMPATIENT_SECONDS = 0.1
 """The same limit while another read hangs: hanging reads come in groups, and each would delay the rest."""
 MAX_HANGING = 64
 """Maximum number of hanging reads; each keeps a thread, so no read is started beyond it."""
-MAX_HANGING_ON_MOUNT = 32
-"""Maximum number of hanging reads on one mount; no further read of that mount is started beyond it."""
+MAX_HANGING_IN_FOLDER = 32
+"""Maximum number of hanging reads of folders that are in one folder, as those of one mount often are."""
 GRACE_SECONDS = 0.5
 POLL_SECONDS = 0.005
 """Interval of polling, which is rare."""
 STOP_SECONDS = 1.0
-"""How long ``close`` waits for reads that were not given up; they take milliseconds."""
+"""How long ``close`` waits for reads; they take milliseconds."""
 
 
 R = TypeVar("R")
@@ -127,7 +125,7 @@ class BaseLoader(ABC, Generic[R]):
         name, path = order.name, order.path
         start = time.perf_counter()
         progress = Progress(path)
-        stop_watching = self._watch(progress, order.stalled)
+        watch = asyncio.create_task(self._watch(progress, order.stalled))
         try:
             async with asyncio.timeout(self._timeout) as limit:
                 await self._until_unobstructed(name, path)
@@ -144,7 +142,8 @@ class BaseLoader(ABC, Generic[R]):
                 path=path,
             ) from error
         finally:
-            stop_watching()
+            if not progress.running:
+                watch.cancel()
         self._keep(order.uid, content)
         return found._replace(seconds=time.perf_counter() - start)
 
@@ -189,42 +188,24 @@ class BaseLoader(ABC, Generic[R]):
             return (
                 f"{len(hanging)} earlier reads hang and each keeps a thread (the oldest is of {hanging[0]})"
             )
-        if len(hanging) >= MAX_HANGING_ON_MOUNT:
-            mount, *others = _mounts([path, *hanging])
-            if (count := others.count(mount)) >= MAX_HANGING_ON_MOUNT:
-                return f"{count} earlier reads of the mount {mount} hang"
+        parent = os.path.dirname(path)
+        if (count := sum(os.path.dirname(other) == parent for other in hanging)) >= MAX_HANGING_IN_FOLDER:
+            return f"{count} earlier reads of folders in {parent} hang"
         return None
 
-    def _watch(self, progress: Progress, stalled: Stalled) -> Callable[[], None]:
-        """Call ``stalled`` once if the read waits for too long; returns a function that stops the watch. An
-        abandoned read is watched until it ends."""
-        loop = asyncio.get_running_loop()
-        told = ended = False
-        timer: asyncio.TimerHandle
-
-        def look(calls: int) -> None:
-            nonlocal told
+    async def _watch(self, progress: Progress, stalled: Stalled) -> None:
+        """Call ``stalled`` once if the read waits for too long. An abandoned read is watched until it
+        ends."""
+        told = hangs = False
+        while not hangs and (progress.running or not progress.abandoned):
+            calls = progress.calls
+            impatient = any(read.stuck and read.running for read in self._open)
+            await asyncio.sleep(IMPATIENT_SECONDS if impatient else STALL_SECONDS)
             hangs = progress.running and progress.waiting and progress.calls == calls
             progress.stuck = progress.stuck or hangs
-            if not told and not ended and (hangs or not progress.running):
+            if not told and not progress.abandoned and (hangs or not progress.running):
                 told = True
                 stalled()
-            if not hangs and (progress.running or not ended):
-                arm()
-
-        def arm() -> None:
-            nonlocal timer
-            impatient = any(read.stuck and read.running for read in self._open)
-            timer = loop.call_later(IMPATIENT_SECONDS if impatient else STALL_SECONDS, look, progress.calls)
-
-        def end() -> None:
-            nonlocal ended
-            ended = True
-            if not progress.running:
-                timer.cancel()
-
-        arm()
-        return end
 
     @abstractmethod
     async def _read(
@@ -259,7 +240,7 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
                 progress.running = False
 
         try:
-            image = await self._threads.run(read)
+            image = await self._threads.start(read)
         except (MemoryError, RuntimeError) as error:
             if (known := out_of_memory(error, name, path)) is None:
                 raise
@@ -279,19 +260,10 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         self.store.put(uid, content)
 
     async def close(self) -> None:
-        """Wait for the reads under way, but not for those that hang, and free the cache. Cancel loads
+        """Wait for the reads under way, but not long for those that hang, and free the cache. Cancel loads
         before."""
         await self._threads.wait(STOP_SECONDS)
         self.store.clear()
-
-
-def _mounts(paths: Sequence[str]) -> list[str]:
-    """Return where each path's file system is mounted. Touches none of them."""
-    roots = [partition.mountpoint for partition in psutil.disk_partitions(all=True)]
-    return [
-        max((root for root in roots if Path(path).is_relative_to(root)), key=len, default="")
-        for path in paths
-    ]
 
 
 def out_of_memory(error: BaseException, name: str, path: str) -> AdapterLoadError | None:

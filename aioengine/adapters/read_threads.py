@@ -56,25 +56,10 @@ class ReadThreads:
     def __init__(self, name: str) -> None:
         self._name = name
         self._number = itertools.count()
-        self._running: dict[int, asyncio.Future[None]] = {}
-        self._abandoned: dict[int, float] = {}
-        """When each abandoned read was given up."""
-
-    async def run(self, read: Callable[[], T]) -> T:
-        """Run ``read()`` and return its result. If the call is cancelled, the thread is abandoned."""
-        number = next(self._number)
-        try:
-            return await self._start(number, read)
-        except asyncio.CancelledError:
-            if number in self._running:
-                self._abandoned[number] = asyncio.get_running_loop().time()
-            raise
+        self._running: set[asyncio.Future[None]] = set()
 
     def start(self, read: Callable[[], T]) -> asyncio.Future[T]:
-        """Start ``read()`` and return a future of its result. Cancelling the future drops the result."""
-        return self._start(next(self._number), read)
-
-    def _start(self, number: int, read: Callable[[], T]) -> asyncio.Future[T]:
+        """Start ``read()`` and return a future of its result. Cancelling the future abandons the thread."""
         loop = asyncio.get_running_loop()
         result: asyncio.Future[T] = loop.create_future()
         ended: asyncio.Future[None] = loop.create_future()
@@ -82,8 +67,7 @@ class ReadThreads:
         def deliver(value: T | None, error: Exception | None) -> None:
             nonlocal result
             thread.join()  # it ends at once; so it is gone when the caller sees the result
-            self._running.pop(number, None)
-            self._abandoned.pop(number, None)
+            self._running.discard(ended)
             ended.set_result(None)
             if result.done():  # cancelled
                 return
@@ -104,22 +88,15 @@ class ReadThreads:
                 loop.call_soon_threadsafe(deliver, value, error)
             value = error = None  # an error refers to this frame: leave no cycle
 
-        thread = threading.Thread(target=body, name=f"{self._name}-{number}", daemon=True)
+        thread = threading.Thread(target=body, name=f"{self._name}-{next(self._number)}", daemon=True)
         thread.start()
-        self._running[number] = ended
+        self._running.add(ended)
         return result
 
     async def wait(self, seconds: float) -> None:
-        """Wait up to ``seconds`` until every thread has ended, except for those that were abandoned longer
-        ago than that."""
-        now = asyncio.get_running_loop().time()
-        fresh = [
-            ended
-            for number, ended in self._running.items()
-            if number not in self._abandoned or now - self._abandoned[number] < seconds
-        ]
-        if fresh:
-            await asyncio.wait(fresh, timeout=seconds)
+        """Wait up to ``seconds`` until every thread has ended."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=seconds)
 
 
 def for_the_loop(error: BaseException, what: str) -> Exception:

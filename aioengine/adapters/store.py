@@ -31,7 +31,7 @@ class AdapterStore:
     and checked in it, and quantized once. ``allocate`` gives the memory of adapters; on ``stream`` a GPU
     does what reading an adapter takes of the base model's weights, so that it does not wait for steps.
 
-    With a ``shard`` of several ranks, it reads and keeps only its rank's share of each adapter.
+    With a ``shard`` of several ranks, it keeps only its rank's share of each adapter.
     ``max_tokens`` is the number of trained tokens that every slot has room for.
     """
 
@@ -45,7 +45,6 @@ class AdapterStore:
         weights: BaseWeights,
         allocate: Allocate | None = None,
         stream: torch.cuda.Stream | None = None,
-        allow_nonfinite: bool = False,
         shard: Shard = SOLO,
         affine_dtype: torch.dtype | None = None,
         max_tokens: int = 0,
@@ -62,7 +61,6 @@ class AdapterStore:
         self._weights = weights
         # What it takes of a GPU's memory is planned once, and all computes on the same stream.
         self._one_at_a_time: AbstractContextManager[object] = nullcontext() if stream is None else Lock()
-        self._allow_nonfinite = allow_nonfinite
         self._images: dict[int, AdapterImage] = {}
 
     def read(
@@ -87,7 +85,7 @@ class AdapterStore:
             else:
                 packed = self._read(name, path, progress, files)
             if packed.magnitudes:  # what is computed of A and B says less of them
-                self._check_finite(packed)
+                packed.check_finite(self._dtype, self._layout.spec)
             with self._one_at_a_time:
                 return Draft(packed, self._layout, self._weights, self._slot_dtype)
 
@@ -101,14 +99,13 @@ class AdapterStore:
             dtype=self._dtype,
             base_weight=self._embedding,
             known=self._known,
-            allow_nonfinite=self._allow_nonfinite,
             progress=progress,
             files=files,
         )
 
     def _part(self, part: MixPart, progress: Progress | None) -> PackedAdapter:
         """Return a part of a mix: as it is in the CPU cache, if it is there and is A and B alone, or else
-        from its files. Ranks that have only shares read the files, so that all have the same content."""
+        from its files, as always with several ranks, so that all have the same content."""
         image = self._images.get(part.uid)
         tensors = None if image is None or self._layout.shard.size > 1 else image.matrices()
         if image is None or tensors is None or part.digest not in ("", image.digest):
@@ -137,14 +134,10 @@ class AdapterStore:
             tokens=packed.tokens,
         )
         if not is_finite(image.data):
-            self._check_finite(packed)
+            packed.check_finite(self._dtype, self._layout.spec)
         if int8:
             image = quantize_image(image, self._layout, self._allocate)
         return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)
-
-    def _check_finite(self, packed: PackedAdapter) -> None:
-        if not self._allow_nonfinite:
-            packed.check_finite(self._dtype, self._layout.spec)
 
     def _beside_steps(self) -> AbstractContextManager[object]:
         """Return a context for operations on the base model's weights, quantized ones expanded included."""

@@ -72,7 +72,7 @@ async def _watch(console: Console, see: Callable[[], dict[str, Any]], every: flo
 
     # Ctrl-C ends this at once, although a server that stands still keeps a thread waiting.
     threads = ReadThreads("aioengine-top")
-    before, now = None, await threads.run(see)
+    before, now = None, await threads.start(see)
     seen, error = time.monotonic(), None
     with board(console, screen=True) as show:
         while True:
@@ -86,7 +86,7 @@ async def _watch(console: Console, see: Callable[[], dict[str, Any]], every: flo
                 show(picture)
             await asyncio.sleep(every)
             try:
-                before, now, error = now, await threads.run(see), None
+                before, now, error = now, await threads.start(see), None
                 seen = time.monotonic()
             except ConfigError as found:
                 before, error = None, found

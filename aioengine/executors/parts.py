@@ -135,7 +135,6 @@ def build_parts(
         weights=runner.model.base_weight,
         allocate=allocate,
         stream=stream,
-        allow_nonfinite=lora is not None and lora.allow_nonfinite,
         shard=group.shard,
         affine_dtype=getattr(torch, plan.dtype),
         max_tokens=max_tokens,

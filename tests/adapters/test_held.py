@@ -5,14 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from threading import Event
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.peft_files import CONFIG, SPEC, WEIGHTS, make, read
 
-from aioengine.adapters.peft.digest import content_digest
 from aioengine.adapters.peft.held import HeldAdapter, hold_files, hold_tensors
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.slots.layout import SlotLayout
@@ -37,9 +35,6 @@ def test_the_same_as_from_a_folder(tmp_path: Path, shard: Shard, options: dict[s
     assert from_memory.digest == from_folder.digest
     for place, pair in from_folder.tensors.items():
         assert all(map(torch.equal, pair, from_memory.tensors[place]))
-    content = content_digest("sql", "memory:1", Event(), adapter.files)
-    assert content.version == from_memory.version
-    assert content.digest == content_digest("sql", str(tmp_path), Event()).digest
 
 
 def test_mixed_dtypes_in_any_order(tmp_path: Path) -> None:

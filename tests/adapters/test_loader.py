@@ -15,7 +15,6 @@ import pytest
 
 from aioengine.adapters import loader as loaders
 from aioengine.adapters.loader import MAX_HANGING, AdapterLoader, Backoff, Patience
-from aioengine.adapters.read_threads import ReadThreads
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.step import ReadOrder
@@ -142,7 +141,7 @@ def hanging() -> Any:
 async def test_when_many_reads_hang_no_more_are_started(
     hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaders, "_mounts", lambda paths: paths)
+    monkeypatch.setattr(loaders, "MAX_HANGING_IN_FOLDER", MAX_HANGING)
     loader = loader_of(FakeStore(dead=hanging), timeout=0.5, grace=0.0)
     await asyncio.gather(*(load(loader, i, "dead") for i in range(MAX_HANGING)), return_exceptions=True)
     threads = set(threading.enumerate())
@@ -186,26 +185,6 @@ async def test_no_thread_is_held_while_a_retry_is_waited_for() -> None:
         await task
 
 
-@pytest.mark.timed
-async def test_waiting_for_the_threads_is_short_and_not_for_what_hung_before(hanging: Hanging) -> None:
-    threads = ReadThreads("load")
-    task = asyncio.create_task(threads.run(hanging))
-    await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.wait([task])
-    now = asyncio.get_running_loop().time
-    start = now()
-    await threads.wait(0.3)
-    assert 0.25 < now() - start < 5
-    start = now()
-    await threads.wait(0.3)
-    assert now() - start < 0.2
-    hanging.release.set()
-    start = now()
-    await threads.wait(30)
-    assert now() - start < 20, "none is left"
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -243,7 +222,7 @@ def test_a_read_that_hangs_does_not_keep_the_process_from_ending() -> None:
             def read():
                 entered.set()
                 threading.Event().wait()
-            task = asyncio.create_task(ReadThreads("load").run(read))
+            task = ReadThreads("load").start(read)
             await asyncio.sleep(0)
             await asyncio.to_thread(entered.wait)
             task.cancel()

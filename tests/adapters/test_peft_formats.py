@@ -195,11 +195,7 @@ def test_empty_modules_to_save_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_on_request(tmp_path: Path, bad: float) -> None:
+def test_weights_that_are_not_finite(tmp_path: Path, bad: float) -> None:
     make(tmp_path, target_modules=["q_proj"])
     edit_weights(tmp_path, lambda t: t[f"{PREFIX}.lora_A.weight"][1, 2].fill_(bad))
     refused(tmp_path, "model.layers.0.self_attn.q_proj.lora_A", "NaN")
-    a, b = read(tmp_path, allow_nonfinite=True).tensors[0, "q_proj"]
-    assert torch.equal(a[1, 2], torch.tensor(bad)) or (a[1, 2] != a[1, 2] and bad != bad)
-    assert a.isfinite().sum() == a.numel() - 1
-    assert b.isfinite().all()

@@ -53,7 +53,7 @@ def test_scaled_in_float32_and_rounded_once(
     a, b = torch.randn(16, 4096).to(stored), every_float(stored)
     keys = {f"{PREFIX}.lora_A.weight": a, f"{PREFIX}.lora_B.weight": b}
     write(tmp_path, keys, lora_alpha=alpha)
-    packed = read(tmp_path, WIDE, dtype=slot, allow_nonfinite=True)  # large values overflow
+    packed = read(tmp_path, WIDE, dtype=slot, finite=False)  # large values overflow
     actual = packed.tensors[0, "q_proj"]
     assert torch.equal(actual[0], a.float().to(slot))
     assert torch.equal(actual[1], (b.float() * (alpha / 16)).to(slot))

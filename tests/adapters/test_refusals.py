@@ -25,8 +25,7 @@ def test_a_merged_model(adapter: Path) -> None:
     for file in (CONFIG, WEIGHTS):
         (adapter / file).unlink()
     (adapter / "config.json").write_text("{}")
-    (adapter / "model.safetensors").write_bytes(b"")
-    refused(adapter, f"no {CONFIG}", "a whole model", "merge_and_unload")
+    refused(adapter, f"no {CONFIG}", "save_pretrained, before merge_and_unload")
 
 
 def test_the_folder_above_that_of_a_named_adapter(adapter: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from support.waiting import until
 
 from aioengine import AdapterResolver, ChainResolver, FilesystemResolver, FsspecResolver, HubResolver
 from aioengine.adapters.resolvers import base as resolver_module
-from aioengine.adapters.resolvers.base import BlockingResolver
+from aioengine.adapters.resolvers.base import MAX_WEIGHTS_BYTES, BlockingResolver
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.files.hub import HubId, parse_hub_id
 
@@ -171,9 +171,10 @@ COMMIT = "1" * 40
 
 
 @pytest.fixture
-def hub_cache(tmp_path: Path) -> Path:
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache as huggingface_hub leaves it: an adapter, and a repository that is none."""
     cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     for repo, files in (
         ("org--sql", ["adapter_config.json", "adapter_model.safetensors"]),
         ("org--text", []),
@@ -190,6 +191,11 @@ def hub_cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hub cannot be reached: its address is a port of this machine that nobody listens on."""
     import huggingface_hub.constants
@@ -203,7 +209,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["org/sql", "hf:org/sql"])
 async def test_the_hubs_cache_works_offline(hub_cache: Path, no_hub: None, name: str) -> None:
-    folder = await HubResolver(cache_dir=str(hub_cache)).resolve(name)
+    folder = await HubResolver().resolve(name)
     assert folder == hub_cache / "models--org--sql" / "snapshots" / COMMIT
 
 
@@ -264,64 +270,66 @@ def fake_hub(no_hub: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Fak
     huggingface_hub.close_session()
 
 
-async def test_what_the_hub_has_is_downloaded(fake_hub: type[FakeHub], tmp_path: Path) -> None:
+async def test_what_the_hub_has_is_downloaded(
+    fake_hub: type[FakeHub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     fake_hub.sizes = {"adapter_config.json": 100, "adapter_model.safetensors": 1000, "optimizer.pt": 10**9}
-    folder = await HubResolver(cache_dir=str(tmp_path), max_bytes=1000).resolve("org/sql")
+    folder = await HubResolver().resolve("org/sql")
     assert (folder / "adapter_model.safetensors").stat().st_size == 1000
     assert not (folder / "optimizer.pt").exists()
-    offline = HubResolver(cache_dir=str(tmp_path), local_files_only=True)
-    assert await offline.resolve("org/sql") == folder
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert await HubResolver().resolve("org/sql") == folder
 
 
 @pytest.mark.parametrize(
-    ("file", "size"), [("adapter_config.json", (256 << 10) + 1), ("adapter_model.safetensors", 1001)]
+    ("file", "size"),
+    [("adapter_config.json", (256 << 10) + 1), ("adapter_model.safetensors", MAX_WEIGHTS_BYTES + 1)],
 )
 async def test_what_is_too_large_is_not_downloaded(
-    fake_hub: type[FakeHub], tmp_path: Path, file: str, size: int
+    fake_hub: type[FakeHub], tmp_path: Path, file: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     fake_hub.sizes = {"adapter_config.json": 100, "adapter_model.safetensors": 1000, file: size}
     with pytest.raises(AdapterInvalid, match=f"{file} has.*at most"):
-        await HubResolver(cache_dir=str(tmp_path), max_bytes=1000).resolve("org/sql")
+        await HubResolver().resolve("org/sql")
     assert len(fake_hub.asked) == 1, "nothing but what there is"
     assert not os.listdir(tmp_path)
 
 
-async def test_a_revision_of_the_cache(hub_cache: Path) -> None:
-    def resolver(revision: str | None = None) -> HubResolver:
-        return HubResolver(cache_dir=str(hub_cache), local_files_only=True, revision=revision)
-
-    assert resolver().fetch("x", "hf:org/sql@v2").name == COMMIT
-    assert (await resolver("v2").resolve("org/sql")).name == COMMIT
+async def test_a_revision_of_the_cache(hub_cache: Path, offline: None) -> None:
+    assert HubResolver().fetch("x", "hf:org/sql@v2").name == COMMIT
+    assert (await HubResolver().resolve("org/sql@v2")).name == COMMIT
     with pytest.raises(AdapterNotFound, match="offline"):
-        resolver().fetch("x", "hf:org/sql@v3")
+        HubResolver().fetch("x", "hf:org/sql@v3")
 
 
-async def test_what_neither_hub_nor_cache_has(hub_cache: Path, no_hub: None) -> None:
+async def test_what_neither_hub_nor_cache_has(
+    hub_cache: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(AdapterLoadError, match=r"hf:org/other.*cannot be reached") as caught:
-        await HubResolver(cache_dir=str(hub_cache)).resolve("org/other")
+        await HubResolver().resolve("org/other")
     assert caught.value.transient
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(AdapterNotFound, match="offline"):
-        await HubResolver(cache_dir=str(hub_cache), local_files_only=True).resolve("org/other")
+        await HubResolver().resolve("org/other")
 
 
-async def test_a_repository_that_is_no_adapter(hub_cache: Path) -> None:
+async def test_a_repository_that_is_no_adapter(hub_cache: Path, offline: None) -> None:
     with pytest.raises(AdapterNotFound, match=r"adapter_config\.json"):
-        await HubResolver(cache_dir=str(hub_cache), local_files_only=True).resolve("org/text")
+        await HubResolver().resolve("org/text")
 
 
 @pytest.mark.parametrize("name", ["sql", "a/b/c", "org/../sql", "hf:x", "org/"])
-async def test_names_that_are_no_repository(hub_cache: Path, name: str) -> None:
+async def test_names_that_are_no_repository(offline: None, name: str) -> None:
     with pytest.raises(AdapterNotFound, match="owner/name"):
-        await HubResolver(cache_dir=str(hub_cache), local_files_only=True).resolve(name)
+        await HubResolver().resolve(name)
 
 
-async def test_only_the_owners_that_are_served(hub_cache: Path) -> None:
-    def resolver(owner: str) -> HubResolver:
-        return HubResolver([owner], cache_dir=str(hub_cache), local_files_only=True)
-
-    assert (await resolver("org").resolve("org/sql")).name == COMMIT
+async def test_only_the_owners_that_are_served(hub_cache: Path, offline: None) -> None:
+    assert (await HubResolver(["org"]).resolve("org/sql")).name == COMMIT
     with pytest.raises(AdapterNotFound, match="owner"):
-        await resolver("others").resolve("org/sql")
+        await HubResolver(["others"]).resolve("org/sql")
 
 
 def test_hub_ids() -> None:
@@ -401,12 +409,13 @@ async def test_what_is_missing(store: Any, tmp_path: Path) -> None:
 
 async def test_sizes_are_bounded(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(store, "a", b"12345")
-    with pytest.raises(AdapterInvalid, match="max_bytes"):
-        await FsspecResolver("memory://bucket", cache_dir=tmp_path, max_bytes=4).resolve("a")
+    monkeypatch.setattr(resolver_module, "MAX_WEIGHTS_BYTES", 4)
+    with pytest.raises(AdapterInvalid, match=r"at most 4 B.*load the folder"):
+        await FsspecResolver("memory://bucket", cache_dir=tmp_path).resolve("a")
     info = type(store).info
     monkeypatch.setattr(type(store), "info", lambda self, path: info(self, path) | {"size": None})
     with pytest.raises(AdapterInvalid, match="at most 4 B"):
-        await FsspecResolver("memory://bucket", cache_dir=tmp_path, max_bytes=4).resolve("a")
+        await FsspecResolver("memory://bucket", cache_dir=tmp_path).resolve("a")
     assert left_over(tmp_path) == []
 
 

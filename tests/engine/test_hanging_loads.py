@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from support.steady_device import Steady
 
-from aioengine.adapters import loader as loaders
-from aioengine.adapters.loader import MAX_HANGING_ON_MOUNT, STALL_SECONDS, BaseLoader, Patience
+from aioengine.adapters.loader import MAX_HANGING_IN_FOLDER, STALL_SECONDS, BaseLoader, Patience
 from aioengine.adapters.read_threads import Progress
 from aioengine.core import Core
 from aioengine.core.adapters.name import LONGEST_SECONDS, MAX_REMEMBERED
@@ -79,7 +78,8 @@ class World:
         """A request on the adapter of this name, which is its id as well."""
         core, now = self.stepper.core, asyncio.get_running_loop().time()
         if name not in core.residency.current:
-            core.residency.names.of(name).register(f"/adapters/{name}", now)
+            mount = "dead" if name.startswith("hang") else "fine"
+            core.residency.names.of(name).register(f"/{mount}/{name}", now)
         entry = core.residency.current[name]
         params = SamplingParams(max_tokens=2)
         core.add_request(name, [3, 4], params, RequestOptions(), now, adapter=entry)
@@ -147,17 +147,16 @@ def test_one_that_hung_and_finds_no_room_is_read_again_later() -> None:
     run(loader, main)
 
 
-def test_a_mount_that_hangs_takes_so_many_threads_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "_mounts", lambda paths: ["dead" if "hang" in p else "fine" for p in paths])
+def test_a_mount_that_hangs_takes_so_many_threads_and_no_more() -> None:
     loader = Loader({"hang": 1e6}, timeout=1000.0)
 
     async def main(world: World) -> None:
         for i in range(100):
             world.add(f"hang{i}")
         await asyncio.sleep(20)
-        assert len(loader.reads) == MAX_HANGING_ON_MOUNT
+        assert len(loader.reads) == MAX_HANGING_IN_FOLDER
         refused = [end for end in world.ends.values() if end[1] == "error"]
-        assert len(refused) == 100 - MAX_HANGING_ON_MOUNT
+        assert len(refused) == 100 - MAX_HANGING_IN_FOLDER
         world.add("good")
         await asyncio.sleep(0.5)
         assert world.ends["good"][1] == "length"

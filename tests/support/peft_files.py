@@ -77,9 +77,9 @@ def read(folder: Path, spec: ModelSpec = SPEC, **options: Any) -> PackedAdapter:
     slot = options.pop("slot", None) or SlotLayout(spec, max_rank, modules)
     known = options.pop("known", None) or KnownContents()
     defaults = {"known": known, "base_weight": lambda _: torch.empty(0)}
-    dtype = options.pop("dtype", torch.float32)
+    dtype, finite = options.pop("dtype", torch.float32), options.pop("finite", True)
     found = read_adapter("sql", folder, slot, dtype=dtype, **{**defaults, **options})
-    if not options.get("allow_nonfinite"):
+    if finite:
         found.check_finite(dtype, slot.spec)
     return found.scaled(dtype)
 

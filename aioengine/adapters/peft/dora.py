@@ -102,11 +102,9 @@ class Draft:
         sums = [part.squares for part in self._parts.values()]
         return torch.cat(sums).numpy().tobytes() if sums else b""
 
-    def add(self, begin: int, squares: bytes) -> None:
-        """Add a rank's ``squares`` from byte ``begin`` on. All ranks add in the same order, so their sums are
-        equal bit for bit."""
-        values = torch.frombuffer(bytearray(squares), dtype=torch.float32)
-        self._total[begin // values.itemsize :][: len(values)] += values
+    def add(self, squares: bytes) -> None:
+        """Add a rank's ``squares``. All ranks add in the same order, so their sums are equal bit for bit."""
+        self._total += torch.frombuffer(bytearray(squares), dtype=torch.float32)
 
     def rows(self) -> dict[Key, Rows]:
         """Return the complete rows, once every rank's part has been added."""

@@ -11,7 +11,6 @@ import errno
 import io
 import os
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -43,8 +42,6 @@ _TRANSIENT = frozenset(getattr(errno, name) for name in _TRANSIENT_NAMES if hasa
 _PIECE_BYTES = 32 << 20
 """Bytes read in one call: any working disk delivers this much within a second."""
 _LOOK_AT = 100
-COPY_SECONDS = 10.0
-"""A file that is too short, and was written within these seconds, may not be complete yet."""
 
 
 @contextmanager
@@ -104,20 +101,8 @@ class OpenFile:
     def __init__(self, name: str, raw: io.FileIO, status: os.stat_result, progress: Progress) -> None:
         self.name = name
         self.size = status.st_size
-        self._written = status.st_mtime
         self._raw = raw
         self._progress = progress
-
-    def truncated(self, reason: str) -> NoReturn:
-        """Raise AdapterInvalid; a retry may help if the file was written a moment ago."""
-        fresh = abs(time.time() - self._written) < COPY_SECONDS
-        hint = "; is a program still writing it?" if fresh else ""
-        invalid(f"{self.name}: truncated: {reason}{hint}", transient=fresh)
-
-    def seek(self, offset: int) -> None:
-        """Continue reading at this byte of the file."""
-        with _calling(self._progress, self.name):
-            self._raw.seek(offset)
 
     def read(self, size: int) -> bytes:
         """Read exactly the next ``size`` bytes. Raises AdapterLoadError, also if the file ends early."""
@@ -231,11 +216,4 @@ def why_no_adapter(path: str) -> str:
     reason = f"it has no {CONFIG_FILE}"
     if inside:
         return f"{reason}; give its folder {', '.join(inside[:5])}, where PEFT saves named adapters"
-    if SAFETENSORS_FILE in names or BIN_FILE in names:
-        return f"{reason}, only weights: save the adapter with save_pretrained, which writes both"
-    if "config.json" in names:
-        return (
-            f"{reason}: it holds a whole model (perhaps a merged one); serve it as the base model, or save "
-            "the adapter alone, before merge_and_unload"
-        )
-    return reason
+    return f"{reason}: save the adapter with save_pretrained, before merge_and_unload"

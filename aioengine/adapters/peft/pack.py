@@ -12,13 +12,13 @@ from torch import Tensor
 from aioengine.adapters.peft.config import PeftLoraConfig
 from aioengine.adapters.peft.folder import SAFETENSORS_FILE, invalid_weights
 from aioengine.adapters.peft.part import HEAD_KINDS, TOKEN_KINDS, Part, Place
-from aioengine.adapters.peft.shard_reads import Cut
 from aioengine.adapters.peft.targets import Layout
 from aioengine.adapters.peft.values import Matrices, converted, is_finite, pieces_of, scaled
 from aioengine.errors import AdapterInvalid
 from aioengine.model.parallel.ranges import take
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.image import SERIAL_ELEMENTS
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.tokens import TrainedTokens
 from aioengine.model.spec import NO_LAYER, ModelSpec
 
@@ -30,8 +30,6 @@ class Contents(NamedTuple):
     layout: Layout
     parts: Mapping[str, Part]
     """By key."""
-    cuts: Mapping[str, Cut]
-    """Which part of each tensor is read."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -72,8 +70,7 @@ class PackedAdapter:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over the configuration, the weights file and the pooling's: the identity of the
-        content. "" for a rank's share, which is not the whole content; see
-        :func:`aioengine.adapters.peft.digest.content_digest`."""
+        content. Of several ranks only the first computes it; "" for the others."""
         return self.find_digest()
 
     @property
@@ -104,32 +101,38 @@ class PackedAdapter:
 def pack(
     contents: Contents,
     tensors: Mapping[str, Tensor],
+    slot: SlotLayout,
     *,
     dtype: torch.dtype,
     base_weight: Callable[[str], Tensor],
-    allow_nonfinite: bool,
 ) -> PackedAdapter:
-    """Pack the ``tensors`` of a file by key, or the parts of them that were read, without the digest and what
-    other files say. Raises AdapterInvalid."""
-    config, layout, parts, cuts = contents
+    """Pack what a ``slot`` holds of the ``tensors`` of a file by key, without the digest and what other files
+    say. Raises AdapterInvalid."""
+    config, layout, parts = contents
     read = {part: tensors[key] for key, part in parts.items()}
-    held = {part: cuts[key].held for key, part in parts.items()}
+    alone = slot.shard.size == 1
 
     def of_kind(*kinds: str) -> dict[Part, Tensor]:
         return {part: tensor for part, tensor in read.items() if part.kind in kinds}
 
+    def outputs(part: Part, tensor: Tensor) -> Tensor:
+        """Return the outputs that this rank computes."""
+        return tensor if alone else take(tensor, slot.share(part.place[1]).outputs)
+
     for part, saved in of_kind("base").items():
-        _check_base(saved, part.place[1], base_weight(part.place[1]))
+        ours = saved if alone else saved[slot.partition.vocabulary]
+        _check_base(ours, part.place[1], base_weight(part.place[1]))
     if layout.tied:
         _check_tied(read)
-    for key, part in {} if allow_nonfinite else parts.items():
+    for key, part in parts.items():
         if part.kind in (*HEAD_KINDS, "magnitude", "bias") and not is_finite(tensors[key]):
             invalid_weights(f"{key}: the weights contain NaN or infinity")
     rows = {(part.place[1], part.kind): tensor for part, tensor in of_kind(*TOKEN_KINDS).items()}
     scalings = {place: target.scaling for place, target in layout.targets.items()}
     pairs: Matrices = {place: (read[Part(place, "A")], read[Part(place, "B")]) for place in scalings}
     biases = {
-        part.place: converted(tensor, dtype, scalings[part.place]) for part, tensor in of_kind("bias").items()
+        part.place: converted(outputs(part, tensor), dtype, scalings[part.place])
+        for part, tensor in of_kind("bias").items()
     }
     if layout.dora:  # the norms are of what the slot has
         pairs, scalings = scaled(pairs, scalings, dtype), {}
@@ -137,20 +140,35 @@ def pack(
     weight, bias = HEAD_KINDS
     return PackedAdapter(
         rank=max(target.rank for target in layout.targets.values()),
-        tensors={
-            place: (take(a, held[Part(place, "A")]), take(b, held[Part(place, "B")]))
-            for place, (a, b) in pairs.items()
-        },
+        tensors=pairs if alone else {place: _held(slot, place[1], *pair) for place, pair in pairs.items()},
         scalings=scalings,
         magnitudes={
-            part.place: converted(tensor, torch.float32) for part, tensor in of_kind("magnitude").items()
+            part.place: converted(outputs(part, tensor), torch.float32)
+            for part, tensor in of_kind("magnitude").items()
         },
         biases=biases,
-        computed=pairs if layout.dora else {},
+        computed=_computed(slot, pairs) if layout.dora else {},
         head=Head(head[weight], head.get(bias)) if weight in head else None,
-        tokens=layout.embeddings.trained(rows, base_weight, dtype, finite=not allow_nonfinite),
+        tokens=layout.embeddings.trained(rows, base_weight, dtype),
         invocation=tuple(config.alora_invocation_tokens or ()),
     )
+
+
+def _held(slot: SlotLayout, module: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the parts of A and B that a slot holds of several ranks' slots."""
+    share = slot.share(module)
+    return a[share.a], take(b, share.b)
+
+
+def _computed(slot: SlotLayout, pairs: Matrices) -> Matrices:
+    """Return A and B for the norms of the weight that the rank has: its outputs, or its inputs of all
+    outputs."""
+    if slot.shard.size == 1:
+        return pairs
+    of = slot.partition
+    return {
+        place: (a[:, of.inputs(place[1])], take(b, of.outputs(place[1]))) for place, (a, b) in pairs.items()
+    }
 
 
 def _check_base(saved: Tensor, module: str, base: Tensor) -> None:

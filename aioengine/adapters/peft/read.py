@@ -5,8 +5,10 @@ Everything here blocks and is meant for a loader thread; reading and hashing rel
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -16,13 +18,11 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig, fields_of, parse_config
-from aioengine.adapters.peft.digest import BackgroundDigest
 from aioengine.adapters.peft.folder import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     SAFETENSORS_FILE,
     AdapterFolder,
-    OpenFile,
     invalid,
     invalid_weights,
     naming,
@@ -30,7 +30,6 @@ from aioengine.adapters.peft.folder import (
 from aioengine.adapters.peft.folding.fold import Folded, fold_method, method_of
 from aioengine.adapters.peft.folding.parameters import fold_parameters
 from aioengine.adapters.peft.pack import Contents, PackedAdapter, pack
-from aioengine.adapters.peft.shard_reads import cuts_of, select
 from aioengine.adapters.peft.targets import Layout, modules_of
 from aioengine.adapters.peft.weights_file import Entry, SafetensorsHeader, tensors_of
 from aioengine.adapters.read_threads import Progress
@@ -48,15 +47,34 @@ MAX_ITEM_BYTES = 4
 
 
 class Plan(NamedTuple):
-    """What follows from an adapter's configuration and its file's header: what to read, and what it is."""
+    """What follows from an adapter's configuration and its file's header."""
 
     entries: Sequence[Entry]
-    """The tensors, or the parts of them, that are read, in memory order."""
-    pieces: Sequence[tuple[int, int]]
-    """Where they are in the file's data, in the same order: offsets and lengths in bytes."""
+    """The tensors, in the order of the file."""
     contents: Contents | None
     folded: Folded | None = None
     """What the adapter is folded to; its contents follow from that."""
+
+
+class _Digest:
+    """SHA-256 of what is read, if it is ``wanted``, computed in a thread beside the work on it. What is
+    hashed must not change."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._wanted, self._sha = wanted, hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "aioengine-load-helper")
+
+    def update(self, data: bytes | memoryview) -> None:
+        if self._wanted:
+            self._thread.submit(self._sha.update, data)
+
+    def result(self) -> Callable[[], str]:
+        """Return a function that waits for the digest, in hexadecimal."""
+        return self._thread.submit(self._sha.hexdigest).result if self._wanted else str
+
+    def close(self) -> None:
+        """Let the thread end when it has hashed what it was given."""
+        self._thread.shutdown(wait=False)
 
 
 class KnownContents:
@@ -89,21 +107,18 @@ def read_adapter(
     dtype: torch.dtype,
     base_weight: Callable[[str], Tensor],
     known: KnownContents,
-    allow_nonfinite: bool = False,
     progress: Progress | None = None,
     files: HeldFiles | None = None,
 ) -> PackedAdapter:
     """Read the PEFT directory ``path`` and check that it fits the base model and the slot pool.
 
     Args:
-        slot: The slots' layout. If they hold a rank's share, only the share is read, checked and returned.
+        slot: The slots' layout. If they hold a rank's share, only the share is returned.
         dtype: The dtype that the weights will have.
         base_weight: The base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
             saves that weight along with an adapter on it; the saved copy is compared with this one and left
             out.
         known: What was derived before for the same ``slot``.
-        allow_nonfinite: Accept NaN and infinity in the weights. (Those of A and B are for
-            :meth:`PackedAdapter.check_finite`.)
         progress: Told of each call on the folder's files.
         files: Read these in place of a folder.
 
@@ -118,9 +133,7 @@ def read_adapter(
         try:
             plan, data, pooling, find_digest = _read(folder, slot, known, f"{name!r} ({path})")
             contents, tensors = _unfolded(plan, tensors_of(data, plan.entries), slot)
-            packed = pack(
-                contents, tensors, dtype=dtype, base_weight=base_weight, allow_nonfinite=allow_nonfinite
-            )
+            packed = pack(contents, tensors, slot, dtype=dtype, base_weight=base_weight)
             kind = _pooling_kind(pooling) if contents.config.feature_extraction else None
         except AdapterInvalid:
             folder.check_unchanged()  # a file that was replaced during the read does not show a bad adapter
@@ -135,8 +148,8 @@ def _read(
     folder: AdapterFolder, slot: SlotLayout, known: KnownContents, adapter: str
 ) -> tuple[Plan, Buffer, bytes, Callable[[], str]]:
     """Read the files: what to do with the tensors' data, the data, pooling's configuration if there is one,
-    and a function that waits for the digest. A rank's share has none."""
-    digest, shared = BackgroundDigest(), slot.shard.size > 1
+    and a function that waits for the digest, which only the first of several ranks computes."""
+    digest = _Digest(wanted=slot.shard.rank == 0)
     try:
         text = folder.content(CONFIG_FILE, MAX_CONFIG_BYTES)
         digest.update(text)
@@ -145,19 +158,15 @@ def _read(
         with folder.open(SAFETENSORS_FILE) as file:
             header = SafetensorsHeader.read(file)
             digest.update(header.raw)
-            plan = known.get(text, header, lambda: _plan(text, header, file, slot, adapter))
-            data, end = Buffer(max(1, sum(length for _, length in plan.pieces))), 0
-            for offset, length in plan.pieces:
-                file.seek(len(header.raw) + offset)
-                begin, end = end, end + length
-                for start in range(begin, end, HASHED_BYTES):
-                    view = data.view[start : min(start + HASHED_BYTES, end)]
-                    file.read_into(view)
-                    if not shared:
-                        digest.update(view)
+            plan = known.get(text, header, lambda: _plan(text, header, slot, adapter))
+            data = Buffer(max(1, header.data_bytes))
+            for begin in range(0, header.data_bytes, HASHED_BYTES):
+                view = data.view[begin : min(begin + HASHED_BYTES, header.data_bytes)]
+                file.read_into(view)
+                digest.update(view)
         pooling = folder.content(POOLING_FILE, MAX_POOLING_BYTES) if folder.has(POOLING_FILE) else b""
         digest.update(pooling)
-        return plan, data, pooling, str if shared else digest.result()
+        return plan, data, pooling, digest.result()
     finally:
         digest.close()
 
@@ -169,14 +178,14 @@ def _check_plain(text: bytes, slot: SlotLayout) -> None:
         parse_config(fields)
 
 
-def _plan(text: bytes, header: SafetensorsHeader, file: OpenFile, slot: SlotLayout, adapter: str) -> Plan:
-    fields, entries = fields_of(text), header.entries(file)
+def _plan(text: bytes, header: SafetensorsHeader, slot: SlotLayout, adapter: str) -> Plan:
+    fields, entries = fields_of(text), header.entries()
     shapes = {entry.key: entry.shape for entry in entries}
     folded = fold_parameters(fields, shapes, slot) or fold_method(fields, shapes, slot)
     if folded is not None:
         if header.data_bytes > MAX_ITEM_BYTES * slot.elements * slot.shard.size:
             invalid_weights(f"has {header.data_bytes} bytes of data, more than an adapter that fits can have")
-        return Plan(entries, [(0, header.data_bytes)], None, folded)
+        return Plan(entries, None, folded)
     config = parse_config(fields)
     if config.unmatched:
         logger.warning(
@@ -185,8 +194,7 @@ def _plan(text: bytes, header: SafetensorsHeader, file: OpenFile, slot: SlotLayo
             CONFIG_FILE,
             config.unmatched,
         )
-    contents = _contents(config, shapes, slot)
-    return Plan(*select(entries, contents.cuts), contents)
+    return Plan(entries, _contents(config, shapes, slot))
 
 
 def _unfolded(
@@ -197,15 +205,14 @@ def _unfolded(
         return plan.contents, tensors
     assert plan.folded is not None
     made = plan.folded.tensors(tensors)
-    contents = _contents(plan.folded.config, {key: tuple(of.shape) for key, of in made.items()}, slot)
-    return contents, {key: contents.cuts[key].of(tensor) for key, tensor in made.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in made.items()}
+    return _contents(plan.folded.config, shapes, slot), made
 
 
 def _contents(config: PeftLoraConfig, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Contents:
     config = config.on(modules_of(shapes)) if config.unmatched else config
     layout = Layout(config, slot)
-    parts = layout.parts(shapes)
-    return Contents(config, layout, parts, cuts_of(slot, layout, parts))
+    return Contents(config, layout, layout.parts(shapes))
 
 
 def _pooling_kind(text: bytes) -> Kind | None:

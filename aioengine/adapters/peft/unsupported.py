@@ -16,19 +16,10 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 MERGE = "merge the adapter into the base model with PEFT's merge_and_unload, and serve that as a model"
 _TRAIN = "train a LoRA adapter instead"
-_CONVERT = f"make a LoRA adapter of it with peft.save_as_lora(path, model, rank=...), or {MERGE}"
-
-# Of these PEFT can make a LoRA adapter, or they change no weights. Others can be merged.
-_CONVERTIBLE = (
-    *("C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "MISS", "PSOFT", "RANDLORA", "SHIRA", "TINYLORA"),
-    *("UNILORA", "VBLORA", "WAVEFT"),
+_CONVERT = (
+    "peft.save_as_lora(path, model, rank=...) makes a LoRA adapter of many others; else merge it into the "
+    "base model with PEFT's merge_and_unload, or train a LoRA adapter"
 )
-_PROMPTS = (
-    *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"),
-    "PROMPT_TUNING",
-)
-_METHODS = dict.fromkeys(_CONVERTIBLE, _CONVERT) | dict.fromkeys(_PROMPTS, _TRAIN)
-"""Other methods, and what to do about them."""
 
 _UNSUPPORTED = {
     "layer_replication": f"layer replication changes the base model's depth: {MERGE}",
@@ -64,7 +55,7 @@ def refuse_unsupported(fields: Mapping[str, msgspec.Raw], used: Collection[str])
     if peft_type != "LORA":
         invalid_config(
             f"peft_type={short(peft_type)}: only 'LORA' and methods that can be folded into it are "
-            f"supported: {_METHODS.get(peft_type, MERGE)}"
+            f"supported: {_CONVERT}"
         )
     for field, reason in _UNSUPPORTED.items():
         if field in fields and _is_set(fields[field]):

@@ -67,14 +67,14 @@ class SafetensorsHeader(NamedTuple):
         length = int.from_bytes(prefix, "little")
         if file.size < 8 or length > file.size - 8:
             needed = 8 + length if file.size >= 8 else 8
-            file.truncated(f"the file has {file.size} bytes, but its header alone needs {needed}")
+            invalid_weights(f"truncated: the file has {file.size} bytes, but its header alone needs {needed}")
         if length > _MAX_HEADER_BYTES:
             invalid_weights(
                 f"the header has {length} bytes; that of a LoRA adapter has at most {_MAX_HEADER_BYTES}"
             )
         return cls(prefix + file.read(length), file.size - 8 - length)
 
-    def entries(self, file: OpenFile) -> list[Entry]:
+    def entries(self) -> list[Entry]:
         """Return the tensors sorted by offset, checked to cover the data exactly. Raises AdapterInvalid."""
         if self.raw.count(b":") > _MAX_COLONS:
             invalid_weights("the header has more entries than that of a LoRA adapter")
@@ -98,10 +98,8 @@ class SafetensorsHeader(NamedTuple):
                 invalid_weights(f"{entry.key[:200]!r}: data begins at {entry.begin}, expected {end}")
             end += entry.nbytes
         reason = f"the header describes {end} bytes of data, the file has {self.data_bytes}"
-        if end > self.data_bytes:
-            file.truncated(reason)
-        if end < self.data_bytes:
-            invalid_weights(f"malformed: {reason}")
+        if end != self.data_bytes:
+            invalid_weights(f"{'truncated' if end > self.data_bytes else 'malformed'}: {reason}")
         return entries
 
 

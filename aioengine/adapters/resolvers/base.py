@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 ADAPTER_FILES = (CONFIG_FILE, SAFETENSORS_FILE)
 _URL_PART = re.compile(r"[\w.:+@=,~-]+(?: +[\w.:+@=,~-]+)*")
+MAX_WEIGHTS_BYTES = 4 << 30
+"""The largest weights file that is fetched."""
 MAX_THREADS = 256
 """Maximum look-ups of one resolver at once, abandoned ones included. There is at most one for each name;
 further names are refused."""
@@ -138,9 +140,10 @@ def is_plain_path(path: str) -> bool:
     return is_plain_name(path) and "::" not in path and all(map(_URL_PART.fullmatch, path.split("/")))
 
 
-def check_size(file: str, size: int, max_bytes: int) -> None:
-    """Raise AdapterInvalid if a file of an adapter is too large to fetch. ``max_bytes`` bounds the
-    weights."""
-    limit, todo = (MAX_CONFIG_BYTES, "") if file == CONFIG_FILE else (max_bytes, "; raise max_bytes")
+def check_size(file: str, size: int) -> None:
+    """Raise AdapterInvalid if a file of an adapter is too large to fetch."""
+    limit, todo = MAX_WEIGHTS_BYTES, "; copy it to this machine, and load the folder"
+    if file == CONFIG_FILE:
+        limit, todo = MAX_CONFIG_BYTES, ""
     if size > limit:
         invalid(f"{file} has {format_bytes(size)}, and at most {format_bytes(limit)} are fetched{todo}")

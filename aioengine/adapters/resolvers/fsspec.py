@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aioengine.adapters.peft.folder import CONFIG_FILE, NO_WEIGHTS, SAFETENSORS_FILE, failed, invalid, naming
 from aioengine.adapters.resolvers.base import BlockingResolver, check_size, is_plain_name
-from aioengine.adapters.resolvers.local_copies import LocalCopies
 from aioengine.checks import parse_bytes
 from aioengine.errors import AdapterError, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.files.cache import cache_root
 from aioengine.model.files.remote import check_protocol, why_failed, without_credentials
 
+KEEP_SECONDS = 3600.0
+"""Copies that were asked for within this time are kept even beyond the bound, because they are about to be
+read."""
 _PIECE = 1 << 20
+_UNFINISHED = ".part-"
+_COPY = re.compile(rf"[0-9a-f]{{32}}/([0-9a-f]{{32}}|{re.escape(_UNFINISHED)}.*)")
 
 
 class _Remote(NamedTuple):
@@ -32,19 +43,19 @@ class FsspecResolver(BlockingResolver):
     """Resolves the adapter "team/sql" to the files under ``url``/team/sql (extra ``fsspec``).
 
     ``url`` is anything that fsspec knows: "s3://bucket/adapters" (extra ``s3``), "gs://" (extra ``gcs``),
-    "memory://". An adapter's two files are fetched into a folder of ``cache_dir`` that is named after the
-    objects' ETags (or, without these, after other values that change with an object). So changed objects are
-    fetched into another folder, and an adapter that is being served keeps its own; see :class:`LocalCopies`.
-    If the copy is gone when an adapter must be read again, its requests fail and the next one fetches it
-    anew.
+    "memory://". An adapter's two files are fetched into a folder ``cache_dir/KEY/KEY``; the second key is of
+    the objects' ETags (or, without these, of other values that change with an object). So changed objects are
+    fetched into another folder, and an adapter that is being served keeps its own. A copy is complete or not
+    there, however many processes share the cache. If it is gone when an adapter must be read again, its
+    requests fail and the next one fetches it anew. (fsspec's ``filecache`` has no bound, no lock between
+    processes, and no folder for the files of one version.)
 
     Args:
         url: Where the adapters are.
         cache_dir: ``$XDG_CACHE_HOME/aioengine/adapters`` if None.
         storage_options: For the filesystem: credentials, endpoint, ...
-        max_bytes: The largest weights file that is fetched; bytes, or text such as "2GiB".
-        max_cache_bytes: Bound on all copies in ``cache_dir``; None for no bound. Beyond it, those that were
-            resolved least recently are deleted, but none of the last ten minutes.
+        max_cache_bytes: Bound on all copies in ``cache_dir``; bytes, text such as "2GiB", or None for no
+            bound. Beyond it, those that were resolved least recently are deleted, but none of the last hour.
 
     Raises ConfigError if fsspec, or the package that it needs for this kind of URL, is not installed.
     """
@@ -55,7 +66,6 @@ class FsspecResolver(BlockingResolver):
         *,
         cache_dir: str | os.PathLike[str] | None = None,
         storage_options: dict[str, Any] | None = None,
-        max_bytes: int | str = "4GiB",
         max_cache_bytes: int | str | None = "64GiB",
     ) -> None:
         super().__init__()
@@ -67,10 +77,10 @@ class FsspecResolver(BlockingResolver):
             self._fs, self._base = url_to_fs(url, **(storage_options or {}))
         except (ImportError, ValueError) as error:
             raise ConfigError(f"url={self._url!r}: {error}") from error
-        self._max_bytes = parse_bytes(max_bytes, field="max_bytes")
-        bound = None if max_cache_bytes is None else parse_bytes(max_cache_bytes, field="max_cache_bytes")
-        root = cache_root() / "adapters" if cache_dir is None else Path(cache_dir).expanduser()
-        self._copies = LocalCopies(root, bound)
+        self._most = (
+            None if max_cache_bytes is None else parse_bytes(max_cache_bytes, field="max_cache_bytes")
+        )
+        self._cache = cache_root() / "adapters" if cache_dir is None else Path(cache_dir).expanduser()
 
     def find(self, name: str) -> Path:
         if not is_plain_name(name):
@@ -88,9 +98,10 @@ class FsspecResolver(BlockingResolver):
             try:
                 remote = self._look(folder)
                 content = "\n".join(f"{r.file} {r.size} {r.stamp}" for r in remote)
-                return self._copies.get(
-                    _key(where), _key(content), lambda staging: self._fetch(folder, remote, staging)
-                )
+                copy = self._cache / _key(where) / _key(content)
+                self._copy(folder, remote, copy)
+                self._prune(keep=copy)
+                return copy
             except AdapterError:
                 raise
             except Exception as error:  # each filesystem raises its own types
@@ -111,7 +122,7 @@ class FsspecResolver(BlockingResolver):
         if weights is None:
             invalid(NO_WEIGHTS)
         for found in (config, weights):
-            check_size(found.file, found.size, self._max_bytes)
+            check_size(found.file, found.size)
         return [config, weights]
 
     def _info(self, folder: str, file: str) -> _Remote | None:
@@ -127,14 +138,46 @@ class FsspecResolver(BlockingResolver):
         )
         return _Remote(file, path, int(info.get("size") or 0), stamp or self._fs.ukey(path))
 
-    def _fetch(self, folder: str, remote: list[_Remote], to: Path) -> None:
+    def _copy(self, folder: str, remote: Sequence[_Remote], copy: Path) -> None:
+        """Fetch a copy if there is none, and mark it as used now. One process at a time does so for an
+        adapter."""
+        copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (copy.parent / ".lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, too
+            if all((copy / found.file).is_file() for found in remote):
+                with suppress(OSError):  # another user's, or on a read-only disk
+                    os.utime(copy)
+                return
+            shutil.rmtree(copy, ignore_errors=True)  # somebody has deleted a part of it
+            with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=copy.parent) as staging:
+                self._fetch(folder, remote, Path(staging))
+                os.rename(staging, copy)
+
+    def _fetch(self, folder: str, remote: Sequence[_Remote], to: Path) -> None:
         for found in remote:
             with self._fs.open(found.path, "rb") as source, (to / found.file).open("xb") as target:
                 while piece := source.read(_PIECE):
                     target.write(piece)
-                    check_size(found.file, target.tell(), self._max_bytes)
+                    check_size(found.file, target.tell())
         if self._look(folder) != remote:
             failed("it changed while it was fetched; try again", transient=True)
+
+    def _prune(self, *, keep: Path) -> None:
+        """Delete the least recently used copies, and what killed processes have left, until the bound holds.
+        What cannot be deleted stays, and so does everything else in the folder."""
+        copies = list[tuple[float, int, Path]]()
+        for copy in () if self._most is None else self._cache.glob("*/*"):
+            with suppress(OSError):  # it may be deleted meanwhile
+                if _COPY.fullmatch(str(copy.relative_to(self._cache))) and not copy.is_symlink():
+                    size = sum(file.stat().st_size for file in copy.iterdir())
+                    copies.append((copy.stat().st_mtime, size, copy))
+        left = sum(size for _, size, _ in copies) - (self._most or 0)
+        for used, size, copy in sorted(copies):
+            if left <= 0 or time.time() - used < KEEP_SECONDS:
+                return
+            if copy != keep:
+                shutil.rmtree(copy, ignore_errors=True)
+                left -= 0 if copy.exists() else size
 
 
 def _key(text: str) -> str:

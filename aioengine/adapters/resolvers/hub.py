@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from aioengine.adapters.peft.folder import CONFIG_FILE, failed, invalid, naming
 from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, check_size
-from aioengine.checks import parse_bytes
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 from aioengine.model.files.hub import HubId, download, explain, has_hub, parse_hub_id
 
@@ -17,43 +15,27 @@ HUB_SECONDS = 10.0
 
 
 class HubResolver(BlockingResolver):
-    """Resolves the adapter "owner/name", or "hf:owner/name", to that repository on the Hub (extra ``hub``).
+    """Resolves the adapter "owner/name[@revision]", or "hf:owner/name", to that repository on the Hub (extra
+    ``hub``).
 
     Only the adapter's files are downloaded, into the cache of ``huggingface_hub``; the cached files are used
-    when the Hub cannot be reached.
+    when the Hub cannot be reached. Its environment variables hold (``HF_HOME``, ``HF_TOKEN``,
+    ``HF_HUB_OFFLINE``).
 
     Args:
         owners: Owners whose repositories are allowed. None allows all owners; then anyone who can name an
             adapter in a request can make the server download any repository.
-        revision: Branch, tag or commit, for names that have none.
-        cache_dir: Cache folder, instead of the one that ``HF_HOME`` names.
-        token: Access token, instead of the stored one or ``HF_TOKEN``.
-        local_files_only: Never ask the Hub.
-        max_bytes: The largest weights file that is downloaded; bytes, or text such as "2GiB".
 
     Raises ConfigError if ``huggingface_hub`` is not installed.
     """
 
-    def __init__(
-        self,
-        owners: Collection[str] | None = None,
-        *,
-        revision: str | None = None,
-        cache_dir: str | None = None,
-        token: str | None = None,
-        local_files_only: bool = False,
-        max_bytes: int | str = "4GiB",
-    ) -> None:
+    def __init__(self, owners: Collection[str] | None = None) -> None:
         super().__init__()
         if not has_hub():
             raise ConfigError("adapters from the Hugging Face Hub need: pip install 'aioengine[hub]'")
         if isinstance(owners, str):
             raise ConfigError(f"owners={owners!r}: must be a list of owners' names, or None for any")
         self._owners = owners
-        self._revision = revision
-        self._access: dict[str, Any] = {"cache_dir": cache_dir, "token": token}
-        self._local_files_only = local_files_only
-        self._max_bytes = parse_bytes(max_bytes, field="max_bytes")
 
     def find(self, name: str) -> Path:
         hub_id = parse_hub_id(name)
@@ -68,68 +50,57 @@ class HubResolver(BlockingResolver):
         is. Blocks. Raises AdapterInvalid for another form, AdapterNotFound, AdapterLoadError."""
         return self._fetch(name, parse_hub_path(name, path))
 
-    def _fetch(self, name: str, hub_id: HubId) -> Path:
-        repo = HubId(hub_id.repo, hub_id.revision or self._revision)
+    def _fetch(self, name: str, repo: HubId) -> Path:
         path = f"hf:{repo.repo}" + (f"@{repo.revision}" if repo.revision else "")
         with naming(name, path):
             try:
-                folder = self._download(repo)
+                folder = _download(repo)
             except AdapterError:
                 raise
             except Exception as error:  # it raises many unrelated types
-                raise self._why(error) from error
+                raise _why(error) from error
             if not (folder / CONFIG_FILE).is_file():
                 raise AdapterNotFound(f"the repository has no {CONFIG_FILE}: it is no adapter", name="")
         return folder
 
-    @property
-    def _offline(self) -> bool:
-        from huggingface_hub import constants  # optional
 
-        return self._local_files_only or constants.HF_HUB_OFFLINE
+def _why(error: Exception) -> AdapterError:
+    from huggingface_hub import constants, errors  # optional
 
-    def _why(self, error: Exception) -> AdapterError:
-        from huggingface_hub import errors  # optional
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is not in the local cache, and the Hub may not be asked (offline)"
+            return AdapterNotFound(reason, name="")
+        return AdapterLoadError(explain(error), name="", transient=True)
+    missing = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError
+    gone = isinstance(error, missing) and not isinstance(error, errors.GatedRepoError)
+    return (AdapterNotFound if gone else AdapterLoadError)(explain(error), name="")
 
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            if self._offline:
-                reason = "it is not in the local cache, and the Hub may not be asked (offline)"
-                return AdapterNotFound(reason, name="")
-            return AdapterLoadError(explain(error), name="", transient=True)
-        missing = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError
-        gone = isinstance(error, missing) and not isinstance(error, errors.GatedRepoError)
-        return (AdapterNotFound if gone else AdapterLoadError)(explain(error), name="")
 
-    def _from_cache(self, repo: HubId) -> Path:
-        return download(repo, ADAPTER_FILES, **self._access, local_files_only=True)
+def _download(repo: HubId) -> Path:
+    """Download the adapter's files. If the Hub cannot be asked for their sizes, only the cache is used."""
+    from huggingface_hub import HfApi, constants, errors  # optional
 
-    def _download(self, repo: HubId) -> Path:
-        """Download the adapter's files. If the Hub cannot be asked for their sizes, only the cache is
-        used."""
-        from huggingface_hub import HfApi, errors  # optional
-
-        if self._offline:
-            return self._from_cache(repo)
+    if constants.HF_HUB_OFFLINE:
+        return download(repo, ADAPTER_FILES, local_files_only=True)
+    try:
+        info = HfApi().model_info(repo.repo, revision=repo.revision, files_metadata=True, timeout=HUB_SECONDS)
+    except Exception as error:
         try:
-            info = HfApi(token=self._access["token"]).model_info(
-                repo.repo, revision=repo.revision, files_metadata=True, timeout=HUB_SECONDS
-            )
-        except Exception as error:
-            try:
-                return self._from_cache(repo)
-            except errors.LocalEntryNotFoundError:
-                if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
-                    raise error from None  # a gated one, too
-                raise
-        for file in info.siblings or ():
-            if file.rfilename in ADAPTER_FILES:
-                if file.size is None:
-                    invalid(f"the Hub does not say how large {file.rfilename} is")
-                check_size(file.rfilename, file.size, self._max_bytes)
-        folder = download(repo, ADAPTER_FILES, **self._access)
-        if info.sha != folder.name:
-            failed("it changed while it was downloaded; try again", transient=True)
-        return folder
+            return download(repo, ADAPTER_FILES, local_files_only=True)
+        except errors.LocalEntryNotFoundError:
+            if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
+                raise error from None  # a gated one, too
+            raise
+    for file in info.siblings or ():
+        if file.rfilename in ADAPTER_FILES:
+            if file.size is None:
+                invalid(f"the Hub does not say how large {file.rfilename} is")
+            check_size(file.rfilename, file.size)
+    folder = download(repo, ADAPTER_FILES)
+    if info.sha != folder.name:
+        failed("it changed while it was downloaded; try again", transient=True)
+    return folder
 
 
 def parse_hub_path(name: str, path: str) -> HubId:

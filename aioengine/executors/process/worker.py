@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from aioengine.adapters.loader import out_of_memory
-from aioengine.adapters.peft.digest import ContentDigest, content_digest
 from aioengine.adapters.read_threads import Progress
-from aioengine.errors import AdapterLoadError, DeviceError
+from aioengine.errors import DeviceError
 from aioengine.executors.parts import build_parts, plan_parts, write_slot
 from aioengine.executors.process import wire
 from aioengine.memory_plan import MemoryPlan
@@ -78,8 +77,7 @@ class Worker:
             case wire.Masks():
                 self._steps.masks.put(message)
             case wire.Read():
-                first = self._shard.rank == 0 and self._shard.size > 1
-                self._reads.read(number, message, self._store, first=first)
+                self._reads.read(number, message, self._store)
             case wire.Finish():
                 self._reads.finish(number, message, self._store)
             case wire.Settle():
@@ -179,26 +177,14 @@ class _Reads:
         self._send = send
         self._reads: dict[int, _Read] = {}
 
-    def read(self, number: int, order: wire.Read, store: AdapterStore, *, first: bool) -> None:
-        """Read this rank's share. The ``first`` of several ranks computes the digest of all at the same
-        time."""
+    def read(self, number: int, order: wire.Read, store: AdapterStore) -> None:
+        """Read this rank's share."""
         read = self._reads[order.read] = _Read()
         progress = _Reported(lambda: self._send(wire.Reading(number)))
-        unwanted = threading.Event()
 
         def work() -> wire.ReadDone:
-            name, path, files = order.name, order.path, order.files
-            with ThreadPoolExecutor(1) as beside:
-                whole = beside.submit(content_digest, name, path, unwanted, files) if first else None
-                try:
-                    draft = store.begin(name, path, progress, files)
-                except BaseException:
-                    unwanted.set()
-                    raise
+            draft = store.begin(order.name, order.path, progress, order.files)
             squares, found = draft.squares, draft.packed
-            content = ContentDigest(found.digest, found.version) if whole is None else whole.result()
-            if content.version != found.version:
-                raise AdapterLoadError(wire.FILES_CHANGED, name=name, path=path, transient=True)
             if squares:
                 read.draft = draft
             else:
@@ -206,7 +192,7 @@ class _Reads:
             share = LoadedAdapter(
                 found.rank,
                 draft.slot_nbytes + (0 if found.head is None else found.head.nbytes),
-                content.digest,
+                found.digest,
                 labels=0 if found.head is None else len(found.head.weight),
                 slot_nbytes=draft.slot_nbytes,
                 invocation=found.invocation,
@@ -223,7 +209,7 @@ class _Reads:
 
         def work() -> None:
             for squares in order.squares:
-                draft.add(0, squares)
+                draft.add(squares)
             read.image = store.finish(draft)
 
         self._start(number, work, draft.packed.name, draft.packed.path)

@@ -37,14 +37,7 @@ def has_hub() -> bool:
     return importlib.util.find_spec("huggingface_hub") is not None
 
 
-def download(
-    hub_id: HubId,
-    patterns: Sequence[str],
-    *,
-    cache_dir: str | None = None,
-    token: str | None = None,
-    local_files_only: bool = False,
-) -> Path:
+def download(hub_id: HubId, patterns: Sequence[str], *, local_files_only: bool = False) -> Path:
     """Download the repository's files that match ``patterns``, and return their folder in the local cache.
 
     Cached files are not fetched again; if the Hub cannot be reached, cached files are used. Blocking.
@@ -56,8 +49,6 @@ def download(
         hub_id.repo,
         revision=hub_id.revision,
         allow_patterns=list(patterns),
-        cache_dir=cache_dir,
-        token=token,
         local_files_only=local_files_only,
     )
     return Path(found)

@@ -70,7 +70,7 @@ async def upload(call: Call, query: UploadQuery) -> Uploaded:
     body = await call.receive.whole()
     kind = dict(call.scope["headers"]).get(b"content-type", b"").decode("latin-1")
     try:
-        config, weights = await ReadThreads("aioengine-upload").run(lambda: unpack(body, kind, most))
+        config, weights = await ReadThreads("aioengine-upload").start(lambda: unpack(body, kind, most))
         info = await call.context.engine.load_adapter_files(name, config, weights, replace=replace)
     except AdapterError as error:
         raise load_error(call, error, replace=replace) from error

@@ -80,17 +80,14 @@ class EmbeddingParts:
         tensors: Mapping[tuple[str, str], Tensor],
         base_weight: Callable[[str], Tensor],
         dtype: torch.dtype,
-        *,
-        finite: bool,
     ) -> TrainedTokens | None:
         """Return the rows that differ from the base model's, in ``dtype``.
 
         Args:
             tensors: The file's, by module and kind.
             base_weight: The base model's weight [vocabulary, hidden] of a module.
-            finite: Whether all values must be finite in ``dtype``.
 
-        Raises AdapterInvalid if there are too many, or values are not finite.
+        Raises AdapterInvalid if there are too many, or values are not finite in ``dtype``.
         """
         tables: dict[str, TokenTable] = {}
         rows: list[Tensor] = []
@@ -107,7 +104,7 @@ class EmbeddingParts:
         whole = torch.empty(len(rows), self._spec.hidden_size, dtype=dtype)
         copies = [pair for row, to in zip(rows, whole, strict=True) for pair in serial_copies(row, to)]
         torch._foreach_copy_([to for to, _ in copies], [piece for _, piece in copies])
-        for module, table in tables.items() if finite else ():
+        for module, table in tables.items():
             if not is_finite(whole[table.first : table.first + len(table.ids)]):
                 invalid_weights(
                     f"rows of {module} overflow {dtype}, or contain NaN or infinity; set lora_dtype to "

@@ -10,6 +10,7 @@ the sum of their ranks.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aioengine.adapters.peft.digest import mix_digest
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.part import Place
 from aioengine.adapters.peft.values import Matrices
-from aioengine.errors import AdapterInvalid, AdapterTooLarge
+from aioengine.errors import AdapterChanged, AdapterInvalid, AdapterTooLarge
 from aioengine.model.slots.layout import MAX_RANK, SlotLayout
 from aioengine.step import MixPart
 
@@ -38,8 +38,8 @@ def add_up(
     """
     found = [packed for _, packed in parts]
     digests = [packed.digest for packed in found]
-    # A rank that has only shares does not know it.
-    digest = mix_digest([part for part, _ in parts], digests) if all(digests) else ""
+    # Of several ranks only the first knows it.
+    digest = _digest([part for part, _ in parts], digests) if all(digests) else ""
     biases: dict[Place, Tensor] = {}
     for part, packed in parts:
         for place, bias in packed.biases.items():
@@ -98,3 +98,18 @@ def _check(name: str, path: str, part: MixPart, packed: PackedAdapter) -> None:
             name=name,
             path=path,
         )
+
+
+def _digest(parts: Sequence[MixPart], digests: Sequence[str]) -> str:
+    """Return the digest of a mix whose parts' contents have these digests. Raises AdapterChanged if a part
+    has another content than it must have."""
+    sha = hashlib.sha256()
+    for part, digest in zip(parts, digests, strict=True):
+        if part.digest not in ("", digest):
+            raise AdapterChanged(
+                "its files have changed since it was loaded: load it with replace=True",
+                name=part.name,
+                path=part.path,
+            )
+        sha.update(f"{digest}*{part.weight!r};".encode())
+    return sha.hexdigest()
