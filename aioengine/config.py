@@ -122,18 +122,9 @@ class LoRAConfig(_Config, frozen=True):
     load_retries: Annotated[int, Meta(ge=0, le=20)] = 2
     """Retries of a read that failed for a temporary reason; after about 0.1, 0.2, ... s."""
     load_timeout: Seconds | None = 60.0
-<<<<<<< HEAD
     """Seconds that a load may take, with its retries, and a resolver's look-up as many again. None: no
     limit."""
-    allow_nonfinite: bool = False
-    """Accept adapters whose weights contain NaN or infinity. Requests for them fail when such a value reaches
-    their logits."""
     adapter_root: FilePath | None = None
-=======
-    """Seconds that a load may take, with its retries, before it fails. A resolver's look-up, with its
-    downloads, may take as many again. None: no limit."""
-    adapter_root: FolderPath | None = None
->>>>>>> 7c95305b (Adapters: every rank reads the whole file, copies and look-ups have fewer options, hanging reads one small watch)
     """Folder, or URL such as s3://bucket/adapters, whose subfolders are adapters, by name. One that is not
     registered is looked for here when a request names it."""
 

@@ -324,7 +324,7 @@ class Stage:
         if squares := draft.squares:  # with processes for ranks, the engine carries them
             mine = torch.frombuffer(bytearray(squares), dtype=torch.float32).to(self.runner.model.device)
             for theirs in self._group.all_gather(mine[None], dim=0):
-                draft.add(0, bytes(theirs.cpu().view(torch.uint8).tolist()))
+                draft.add(bytes(theirs.cpu().view(torch.uint8).tolist()))
         image = self.store.finish(draft)
         slots = self.runner.lora_slots
         assert slots is not None
