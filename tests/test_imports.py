@@ -255,7 +255,7 @@ def test_every_room_is_installed() -> None:
 
 
 BUDGETS = {
-    "aioengine/*.py": 3_750,  # aim: 2_400
+    "aioengine/*.py": 3_400,  # aim: 2_400
     "aioengine/adapters": 3_950,  # aim: 3_800
     "aioengine/cli": 4_650,  # aim: 3_200
     "aioengine/core": 4_850,  # aim: 4_600
@@ -264,14 +264,14 @@ BUDGETS = {
     "aioengine/grammars": 2_050,  # aim: 1_100
     "aioengine/lab": 10_100,  # aim: 7_500
     "aioengine/model": 11_250,  # aim: 9_000
-    "aioengine/runtime": 3_350,  # aim: 2_700
+    "aioengine/runtime": 3_300,  # aim: 2_700
     "aioengine/server": 8_850,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_250,  # aim: 1_100
     "kernels": 12_950,  # aim: 10_300
     "metrics": 3_650,  # aim: 3_600
     "schedulers": 4_600,  # aim: 4_500
-    "tests": 70_150,  # aim: 52_000
+    "tests": 70_000,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
