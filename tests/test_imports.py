@@ -260,7 +260,7 @@ BUDGETS = {
     "aioengine/cli": 4_650,  # aim: 3_200
     "aioengine/core": 4_850,  # aim: 4_600
     "aioengine/executors": 2_000,  # aim: 1_900
-    "aioengine/fleet": 5_400,  # aim: 4_200
+    "aioengine/fleet": 5_250,  # aim: 4_200
     "aioengine/grammars": 2_050,  # aim: 1_100
     "aioengine/lab": 10_100,  # aim: 7_500
     "aioengine/model": 11_250,  # aim: 9_000
@@ -271,7 +271,7 @@ BUDGETS = {
     "kernels": 12_950,  # aim: 10_300
     "metrics": 3_650,  # aim: 3_600
     "schedulers": 4_600,  # aim: 4_500
-    "tests": 70_000,  # aim: 52_000
+    "tests": 70_800,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

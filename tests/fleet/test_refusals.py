@@ -6,8 +6,6 @@ import importlib.metadata
 import math
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from aioengine.fleet import FleetConfig, cluster, existing
 from aioengine.fleet.cluster import check_address, require_ray
 from aioengine.fleet.config import CONFIG_VARIABLE
 from aioengine.fleet.deployment import replica_application
-from aioengine.fleet.existing import local_clusters
 from aioengine.server.table import settings_from
 
 
@@ -124,57 +121,32 @@ def test_an_address_of_something_else(tls: bool, monkeypatch: pytest.MonkeyPatch
                 check_address(where)
 
 
-def test_clusters_of_this_machine_are_found() -> None:
-    where = "127.0.0.1:1"
-    command = [sys.executable, "-uc", "print(); input()", f"--gcs-address={where}"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdout.readline()  # before that, the kernel may not have its command line yet
-        assert where in local_clusters()
-        process.stdin.close()
-    assert where not in local_clusters()
+def join(monkeypatch: pytest.MonkeyPatch, fleets: list[str] | None) -> list[str]:
+    """Have a Ray cluster on this machine that has these fleets; None: it refuses to be joined. Returns a list
+    of the addresses of clusters that are joined."""
+    ray, serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
+    joined: list[str] = []
 
-
-class Clusters:
-    """Ray clusters of this machine with the fleets that each has; None: it refuses to be joined."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **fleets: list[str] | None) -> None:
-        ray, serve = pytest.importorskip("ray"), pytest.importorskip("ray.serve")
-        self.joined = ""
-        self._fleets = fleets
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        for name, value in {
-            "local_clusters": lambda: list(fleets),
-            "check_address": lambda where: None,
-            "_connect": self._connect,
-            "current_address": lambda: self.joined,
-            "fleets_of_cluster": lambda: fleets[self.joined],
-        }.items():
-            monkeypatch.setattr(existing, name, value)
-        monkeypatch.setattr(ray, "is_initialized", lambda: False)
-        monkeypatch.setattr(ray, "shutdown", self._leave)
-        monkeypatch.setattr(serve, "get_deployment_handle", lambda *names: (self.joined, *names))
-        monkeypatch.setattr(os, "environ", {**os.environ})
-
-    def _connect(self, where: str) -> None:
-        if self._fleets[where] is None:
+    def init(address: str, **options: Any) -> None:
+        if fleets is None:
             raise ConnectionError("wrong token\nand more")
-        self.joined = where
+        joined.append(address)
 
-    def _leave(self) -> None:
-        self.joined = ""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(existing, "current_address", lambda: "here:1")
+    monkeypatch.setattr(existing, "fleets_of_cluster", lambda: fleets)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", joined.clear)
+    monkeypatch.setattr(serve, "get_deployment_handle", lambda *names: names)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    return joined
 
 
-def test_the_cluster_that_has_the_fleet_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    Clusters(monkeypatch, one=["other"], two=None, three=["aioengine"], four=[])
-    assert existing.existing_fleet("aioengine") == ("three", "EngineReplica", "aioengine")
-
-
-def test_several_clusters_that_have_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
-    clusters = Clusters(monkeypatch, one=["aioengine"], two=["other"], three=["other", "aioengine"])
-    with pytest.raises(ConfigError, match=r"on several clusters.*: one, three; set RAY_ADDRESS to one"):
-        existing.existing_fleet("aioengine")
-    assert not clusters.joined, "none is left joined"
+def test_the_cluster_of_this_machine_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = join(monkeypatch, ["other", "aioengine"])
+    assert existing.existing_fleet("aioengine") == ("EngineReplica", "aioengine")
+    assert joined == ["auto"]
 
 
 @pytest.mark.parametrize("command", [["status"], ["adapters"], ["drain", "r0"]], ids=str)
@@ -193,7 +165,7 @@ def test_a_fleet_that_starts_or_ends_is_looked_at(
         def broadcast(self, method: str) -> None:
             raise error
 
-    Clusters(monkeypatch, one=["aioengine"])
+    join(monkeypatch, ["aioengine"])
     monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *names: Handle())
     assert main(["fleet", *command]) == 1
     said = capsys.readouterr().err
@@ -201,13 +173,21 @@ def test_a_fleet_that_starts_or_ends_is_looked_at(
     assert "unexpected" not in said and "and more" not in said
 
 
-def test_no_cluster_that_has_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
-    Clusters(monkeypatch, one=["a", "b"], two=None, three=[])
-    with pytest.raises(ConfigError) as refused:
+@pytest.mark.parametrize(
+    ("fleets", "why"),
+    [
+        (["a", "b"], "the cluster at here:1 has a, b"),
+        ([], "the cluster at here:1 has none"),
+        (None, r"'sql' \(wrong token\)"),
+    ],
+)
+def test_no_cluster_that_has_the_fleet(
+    fleets: list[str] | None, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = join(monkeypatch, fleets)
+    with pytest.raises(ConfigError, match=why):
         existing.existing_fleet("sql")
-    assert "the cluster at one has a, b; two: wrong token; the cluster at three has none" in str(
-        refused.value
-    )
+    assert not joined
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
