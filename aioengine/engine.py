@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import msgspec
 
@@ -43,7 +43,6 @@ from aioengine.request import (
 )
 from aioengine.runtime import assemble
 from aioengine.runtime.adapters import AdapterOps
-from aioengine.runtime.event_stream import BUFFER, EventStream
 from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output import RequestOutput, SoFar
@@ -66,8 +65,6 @@ if TYPE_CHECKING:
     from aioengine.model.spec import ModelSpec
     from aioengine.model.text.tokenizer import Tokenizer
     from aioengine.step import BytesLike
-
-E = TypeVar("E", bound=Event)
 
 
 class AsyncEngine:
@@ -227,7 +224,6 @@ class AsyncEngine:
     async def _shutdown(self) -> None:
         self._adapters.close(EngineStopped("the engine was stopped while the adapter was looked for"))
         await self._loop.stop()
-        self._loop.listeners.end_streams()
         for close in self._closers:
             await close()
         await self._built.device.close()
@@ -355,12 +351,8 @@ class AsyncEngine:
         Raises RequestInvalid for a head of several labels, and what :meth:`generate` raises."""
         vectors.check_documents(query, documents)
         labels = await self.head_labels(adapter)
-
-        async def pair(first: str, second: str) -> list[int]:
-            tokenize = partial(vectors.tokenize_pair, self.tokenizer, first, second, self.plan.max_model_len)
-            return await self.text_work.run(len(first) + len(second), tokenize, tenant)
-
         complete = partial(self.complete, adapter=adapter, tenant=tenant, **keywords)
+        pair = partial(vectors.pair_tokens, self.tokenizer, limit=self.plan.max_model_len)
         return await vectors.score(
             complete, query, documents, labels=labels, pair=pair, work=self.text_work, tenant=tenant
         )
@@ -381,6 +373,9 @@ class AsyncEngine:
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
         """Set the bounds on waiting requests of single tenants, in place of ``max_waiting_per_tenant``."""
         self._core.room.max_of_tenant = dict(max_waiting)
+
+    def share_limits(self, ledger: object) -> None:
+        """Do nothing: only the gateways of a fleet share the limits of a server's keys."""
 
     def change_limits(self, **bounds: Any) -> None:
         """Change bounds on waiting requests (``config.WAITING_BOUNDS``), for new ones. Raises ConfigError,
@@ -476,7 +471,7 @@ class AsyncEngine:
         """Bring an adapter to a slot and keep it there; returns when it is in its slot. At most
         ``max_loras - 1`` can be pinned; with ``force`` all slots, and then requests for other adapters fail
         with EngineOverloaded. Raises AdapterNotFound, ConfigError, or what loading it raises."""
-        return await self.versions.pin(name, force=force)
+        return await self.versions.load(name, None, pin=True, force_pin=force)
 
     async def unpin_adapter(self, name: str) -> AdapterInfo:
         """Remove a pin. Raises AdapterNotFound."""
@@ -510,22 +505,17 @@ class AsyncEngine:
 
     def resident(self) -> list[AdapterInfo]:
         """Return the versions in slots, in the CPU cache, and on their way to it, mixes included."""
-        return list(self._adapters.resident())
+        return self._adapters.resident()
 
     def replaced(self) -> list[AdapterInfo]:
         """Return the replaced versions that requests still wait for or run on, wherever they are."""
-        return list(self._adapters.replaced())
+        return self._adapters.replaced()
 
     def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Deliver every event to ``listener``, or those of the given types, on the loop; returns a function
         that ends this. A listener must be quick; its exceptions are logged. Raises ConfigError for a type
         that is none of :mod:`aioengine.events`."""
         return self._loop.listeners.add(listener, *types)
-
-    def events(self, *types: type[E], buffer: int = BUFFER) -> EventStream[E]:
-        """Return an async iterator over the events from now on, all or those of the given types. A reader
-        that falls behind by more than ``buffer`` loses the oldest ones, and gets an ``EventsLost``."""
-        return self._loop.listeners.stream(types, buffer)
 
     @property
     def state(self) -> EngineState:

@@ -1,7 +1,7 @@
 """Typed events, for metrics, live views and applications.
 
-``engine.add_listener(callback)`` delivers them in order, on the event loop; ``engine.events()`` is an async
-iterator over them. Times are seconds on the loop's clock. ``adapter`` is None for the base model.
+``engine.add_listener(callback)`` delivers them in order, on the event loop. Times are seconds on the loop's
+clock. ``adapter`` is None for the base model.
 """
 
 from __future__ import annotations
@@ -105,16 +105,6 @@ class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
     rank: int
     nbytes: int
     seconds: float
-
-
-class AdapterRetrying(AdapterEvent, frozen=True, kw_only=True, gc=False):
-    """Failure of a read for a transient reason; it will be retried."""
-
-    attempt: int
-    """Number of reads that have failed so far."""
-    seconds: float
-    """Seconds until the next attempt."""
-    error: Exception
 
 
 class AdapterPlacing(AdapterEvent, frozen=True, kw_only=True, gc=False):
@@ -229,12 +219,6 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     """The policy's part of ``schedule_seconds``."""
     intervals: tuple[TokenInterval, ...] = ()
     """Times between its tokens and the previous ones; first tokens are left out."""
-
-
-class EventsLost(Event, frozen=True, kw_only=True, gc=False):
-    """Gap in an event stream: its reader fell behind and lost ``count`` events before the next one."""
-
-    count: int
 
 
 class EngineRestarted(Event, frozen=True, kw_only=True, gc=False):

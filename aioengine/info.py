@@ -123,22 +123,22 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     steps: int
     preemptions: int
-    requests_finished: int
+    requests_finished: int = 0
     """Ended by a stop condition or at their length."""
-    requests_aborted: int
-    requests_failed: int
-    prompt_tokens: int
+    requests_aborted: int = 0
+    requests_failed: int = 0
+    prompt_tokens: int = 0
     """Prompt tokens of accepted requests, cached ones included."""
-    cached_tokens: int
+    cached_tokens: int = 0
     """Prompt tokens that the prefix cache supplied."""
-    output_tokens: int
-    slot_loads: int
+    output_tokens: int = 0
+    slot_loads: int = 0
     """Adapters copied into slots."""
-    slot_evictions: int
-    cpu_loads: int
+    slot_evictions: int = 0
+    cpu_loads: int = 0
     """Adapters read from disk."""
-    cpu_evictions: int
-    load_failures: int
+    cpu_evictions: int = 0
+    load_failures: int = 0
     listener_failures: int = 0
     """Exceptions that event listeners have raised."""
     slot_memory: int = 0
@@ -147,9 +147,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
     slot_memory_fragmented: int = 0
     """Free bytes outside of the largest hole. Before they can be used, idle adapters must leave."""
-    slot_hits: int
+    slot_hits: int = 0
     """Requests whose adapter was in a slot when they arrived."""
-    slot_misses: int
+    slot_misses: int = 0
 
 
 def mix_name(parts: Iterable[tuple[str, float]]) -> str:

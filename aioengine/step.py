@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, overload
 
 import msgspec
 
-from aioengine.errors import AdapterError
 from aioengine.request import SamplingParams, TokenLogprob
 
 SLOT_GRANULE = 256
@@ -282,9 +281,6 @@ class LoadedAdapter(NamedTuple):
         return self.nbytes if self.slot_nbytes is None else self.slot_nbytes
 
 
-Retrying = Callable[[int, float, AdapterError], None]
-"""Called before another attempt to read: attempts that failed, seconds until the next, the last error."""
-
 Stalled = Callable[[], None]
 """Called once if a read makes no progress, so that others need not wait for it."""
 
@@ -295,6 +291,5 @@ class ReadOrder(NamedTuple):
     uid: int
     name: str
     path: str
-    retrying: Retrying
     stalled: Stalled
     files: AdapterSource | None = None

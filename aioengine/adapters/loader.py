@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterError, AdapterLoadError
-from aioengine.step import LoadedAdapter, ReadOrder, Retrying, Stalled
+from aioengine.step import LoadedAdapter, ReadOrder, Stalled
 
 if TYPE_CHECKING:
     from aioengine.adapters.store import AdapterStore  # these import torch
@@ -57,7 +57,7 @@ class Backoff:
         """Return how long to wait after ``failed`` attempts, 1 or more."""
         return self._base * float(2 ** (failed - 1)) * self._rng.uniform(0.5, 1.0)
 
-    async def run(self, attempt: Callable[[], Awaitable[T]], retrying: Retrying) -> T:
+    async def run(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Call ``attempt`` until it succeeds, and return its result. Waits on the loop's clock, holds nothing
         while it waits, and can be cancelled. Raises the AdapterError of a permanent failure, or of the last
         retry."""
@@ -76,9 +76,7 @@ class Backoff:
                         path=error.path,
                         transient=True,
                     ) from error
-                seconds = self.seconds(failed)
-                retrying(failed, seconds, error)
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(self.seconds(failed))
         raise AssertionError("the loop does not end")
 
 
@@ -130,7 +128,7 @@ class BaseLoader(ABC, Generic[R]):
             async with asyncio.timeout(self._timeout) as limit:
                 await self._until_unobstructed(name, path)
                 attempt = functools.partial(self._attempt, name, path, progress, order.files)
-                found, content = await self._backoff.run(attempt, order.retrying)
+                found, content = await self._backoff.run(attempt)
         except TimeoutError as error:
             if not limit.expired():
                 raise

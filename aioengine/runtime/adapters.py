@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
+from typing import TypedDict
 
 from aioengine.adapters.names import check_same_path, checked_path
 from aioengine.core.adapters.failures import frameless
@@ -20,6 +21,14 @@ from aioengine.runtime.sources.mixes import is_mix, parts_of
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import adapter_info
 from aioengine.schedulers.policy import Location
+
+
+class LoadFlags(TypedDict, total=False):
+    """How an adapter is loaded: ``AsyncEngine.load_adapter`` describes them."""
+
+    pin: bool
+    replace: bool
+    force_pin: bool
 
 
 class AdapterOps:
@@ -45,8 +54,7 @@ class AdapterOps:
             known.source = where
             self._table.keep(known)
         else:
-            # Or else the first list would describe thousands.
-            known.described = adapter_info(known.register(where, _now()))
+            known.register(where, _now())
             self._loop.wake()
         return self.info(name)
 
@@ -55,10 +63,10 @@ class AdapterOps:
         name: str,
         path: str | os.PathLike[str] | None,
         *,
-        pin: bool,
-        replace: bool,
-        force_pin: bool = False,
         held: AdapterFiles | None = None,
+        pin: bool = False,
+        replace: bool = False,
+        force_pin: bool = False,
     ) -> AdapterInfo:
         """Load an adapter. ``held`` has its files in memory; ``path`` is then only a name for messages."""
         if pin and held is None and path is None:
@@ -221,9 +229,6 @@ class AdapterOps:
 
     # Pinning
 
-    async def pin(self, name: str, *, force: bool) -> AdapterInfo:
-        return await self.load(name, None, pin=True, replace=False, force_pin=force)
-
     async def unpin(self, name: str) -> AdapterInfo:
         self._table.of(name).unpin(_now())
         self._loop.wake()
@@ -253,19 +258,14 @@ class AdapterOps:
     # What there is; mixes are left out
 
     def all(self) -> list[AdapterInfo]:
-        """Describe every registered adapter. Most of thousands are idle, and described once."""
-        found = []
-        for known in self._table.in_use.values():
-            entry, info = known.current, known.described
-            if entry is None:
-                found += [AdapterInfo(name=known.label, path=known.source)] if known.source else []
-            elif not is_mix(entry):
-                idle = entry.location is Location.DISK and not entry.pinned and not entry.waiting
-                if not idle or info is None or (info.version, info.digest) != (entry.version, entry.digest):
-                    info = adapter_info(entry)
-                    known.described = info if idle else known.described
-                found.append(info)
-        return found
+        """Describe every registered adapter."""
+        found = map(self._describe, self._table.in_use.values())
+        return [info for info in found if info is not None]
+
+    def _describe(self, known: AdapterName) -> AdapterInfo | None:
+        if known.current is not None:
+            return None if is_mix(known.current) else adapter_info(known.current)
+        return AdapterInfo(name=known.label, path=known.source) if known.source else None
 
     def count(self) -> int:
         """Return the number of registered adapters; a mix counts, too."""
@@ -278,21 +278,17 @@ class AdapterOps:
         entries = dict.fromkeys([*self._core.cpu.entries.values(), *waited_for])
         return [adapter_info(e) for e in entries if e.life is Life.CURRENT and not is_mix(e)]
 
-    def resident(self) -> Sequence[AdapterInfo]:
+    def resident(self) -> list[AdapterInfo]:
         """Return the adapters that hold memory or will soon hold it, mixes included."""
         return [adapter_info(entry) for entry in self._core.cpu.entries.values()]
 
-    def replaced(self) -> Sequence[AdapterInfo]:
+    def replaced(self) -> list[AdapterInfo]:
         """Return the replaced versions that requests still need, wherever they are."""
         return [adapter_info(entry) for entry in self._residency.replaced() if not is_mix(entry)]
 
     def find(self, name: str) -> AdapterInfo | None:
         """Return the adapter's present state; None if it is not registered."""
-        entry = self._table.current.get(name)
-        if entry is not None:
-            return None if is_mix(entry) else adapter_info(entry)
-        path = self._table.of(name).source
-        return AdapterInfo(name=name, path=path) if path else None
+        return self._describe(self._table.of(name))
 
     def info(self, name: str) -> AdapterInfo:
         """Return the adapter's present state. Raises AdapterNotFound."""

@@ -19,7 +19,7 @@ from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
 from aioengine.checks import format_bytes
-from aioengine.config import EngineConfig
+from aioengine.config import WAITING_BOUNDS, EngineConfig
 from aioengine.core import CoreLimits
 from aioengine.errors import PolicyError
 from aioengine.executors.base import Device
@@ -198,11 +198,7 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         prefix_caching=config.enable_prefix_caching,
-        max_waiting=config.max_waiting,
-        max_waiting_per_tenant=config.max_waiting_per_tenant,
-        max_waiting_per_adapter=config.max_waiting_per_adapter,
-        max_waiting_tokens=config.max_waiting_tokens,
-        max_waiting_tokens_per_tenant=config.max_waiting_tokens_per_tenant,
+        **{name: getattr(config, name) for name in WAITING_BOUNDS},
         eos_token_ids=spec.eos_token_ids,
         seed=config.seed,
         cpu_max_bytes=None if plan.cpu_max_bytes is None else plan.cpu_max_bytes * plan.num_ranks,

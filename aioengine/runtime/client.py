@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Unpack, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Unpack
 
 from aioengine.errors import EngineDead
 from aioengine.info import AdapterInfo, EngineState
@@ -38,24 +38,6 @@ class Usage(NamedTuple):
     tokens: int = 0
     active: int = 0
     """Requests that are being answered now."""
-
-
-class UsageLedger(Protocol):
-    """A gateway's count of the usage that it has accepted, and of other gateways' usage as far as it
-    knows."""
-
-    def take_usage(self) -> dict[str, Usage]:
-        """Return the new usage since the last call, by limit; limits without new usage are left out."""
-
-    def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
-        """Count the usage that other gateways have accepted, too."""
-
-
-@runtime_checkable
-class SharesLimits(Protocol):
-    """A client of a fleet with other gateways, whose requests count for the same limits."""
-
-    def share_limits(self, ledger: UsageLedger) -> None: ...
 
 
 class ServerMetrics(ScrapedMetrics, Protocol):
@@ -124,5 +106,6 @@ class EngineClient(WatchedEngine, Protocol):
 
     def step_age(self) -> float: ...
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None: ...
+    def share_limits(self, ledger: Any) -> None: ...
     def grammars(self, limits: GrammarLimits | None = None) -> GrammarCompiler: ...
     def at_stop(self, close: Callable[[], Awaitable[None]]) -> None: ...

@@ -8,22 +8,22 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakSet
 
 from aioengine.adapters.names import check_name
 from aioengine.adapters.peft.held import MAX_HELD, HeldAdapter, hold_files, hold_tensors
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.info import AdapterInfo
-from aioengine.runtime.adapters import AdapterOps
+from aioengine.runtime.adapters import AdapterOps, LoadFlags
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class HeldAdapters:
-    """Copies adapters that are given in memory, in the thread of ``work``, and loads them. All copies
-    together may take ``most`` bytes."""
+    """Copies adapters that are given in memory, one at a time in the thread of ``work``, and loads them. All
+    copies together may take ``most`` bytes."""
 
     def __init__(self, adapters: AdapterOps, work: ThreadPoolExecutor, most: int) -> None:
         self._adapters = adapters
@@ -31,25 +31,15 @@ class HeldAdapters:
         self._most = most
         self._numbers = count(1)
         self._living: WeakSet[HeldAdapter] = WeakSet()
-        self._coming: list[int] = []
-        """Sizes of the adapters that are being copied."""
+        self._copying = asyncio.Lock()
 
     async def load_tensors(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        config: object,
-        *,
-        pin: bool,
-        replace: bool,
+        self, name: str, tensors: Mapping[str, Tensor], config: object, **flags: Unpack[LoadFlags]
     ) -> AdapterInfo:
-        values = tensors.values() if isinstance(tensors, Mapping) else ()
-        nbytes = sum(getattr(tensor, "nbytes", 0) for tensor in values)  # others are refused later
-        hold = partial(hold_tensors, tensors=tensors, config=config)
-        return await self._load(name, nbytes, hold, pin=pin, replace=replace)
+        return await self._load(name, partial(hold_tensors, tensors=tensors, config=config), **flags)
 
     async def load_state(
-        self, name: str, model: object, adapter_name: str | None, *, pin: bool, replace: bool
+        self, name: str, model: object, adapter_name: str | None, **flags: Unpack[LoadFlags]
     ) -> AdapterInfo:
         peft: Any = sys.modules.get("peft")  # a caller with such a model has imported peft
         if peft is None or not isinstance(model, peft.PeftModel):
@@ -62,46 +52,34 @@ class HeldAdapters:
             )
         # Embeddings of the base model are not part of the adapter, and PEFT might ask the Hub for them.
         state = peft.get_peft_model_state_dict(live, adapter_name=active, save_embedding_layers=False)
-        return await self.load_tensors(name, state, live.peft_config[active], pin=pin, replace=replace)
+        return await self.load_tensors(name, state, live.peft_config[active], **flags)
 
     async def load_files(
-        self, name: str, config: bytes, weights: memoryview, *, pin: bool, replace: bool
+        self, name: str, config: bytes, weights: memoryview, **flags: Unpack[LoadFlags]
     ) -> AdapterInfo:
-        hold = partial(hold_files, config=config, weights=weights)
-        return await self._load(name, len(weights), hold, pin=pin, replace=replace)
+        return await self._load(name, partial(hold_files, config=config, weights=weights), **flags)
 
     async def _load(
-        self,
-        name: str,
-        nbytes: int,
-        hold: Callable[..., HeldAdapter],
-        *,
-        pin: bool,
-        replace: bool,
+        self, name: str, hold: Callable[..., HeldAdapter], **flags: Unpack[LoadFlags]
     ) -> AdapterInfo:
-        """Copy an adapter of ``nbytes`` with ``hold(name, path, room=...)``, and load the copy."""
+        """Copy an adapter with ``hold(name, path, room=...)``, and load the copy."""
         path = f"memory:{next(self._numbers)}"
         check_name(name, path)
-        living = [held.nbytes for held in self._living if held.alive]
-        number = len(living) + len(self._coming)
-        if number >= MAX_HELD:
-            raise AdapterLoadError(
-                f"there are {number} adapters that were given in memory, which is the maximum: unload some, "
-                "or load this one from a folder",
-                name=name,
-                path=path,
-            )
-        room = self._most - sum(living) - sum(self._coming)
-        self._coming.append(nbytes)
-        try:
+        async with self._copying:
+            living = [held.nbytes for held in self._living if held.alive]
+            if len(living) >= MAX_HELD:
+                raise AdapterLoadError(
+                    f"there are {len(living)} adapters that were given in memory, which is the maximum: "
+                    "unload some, or load this one from a folder",
+                    name=name,
+                    path=path,
+                )
             # If the caller is cancelled, the copy still ends, and is freed then.
-            work = partial(hold, name, path, room=room)
+            work = partial(hold, name, path, room=self._most - sum(living))
             held = await asyncio.get_running_loop().run_in_executor(self._work, work)
-        finally:
-            self._coming.remove(nbytes)
-        self._living.add(held)
+            self._living.add(held)
         try:
-            return await self._adapters.load(name, path, pin=pin, replace=replace, held=held)
+            return await self._adapters.load(name, path, held=held, **flags)
         except BaseException:
             if not self._adapters.holds(held):
                 held.release()  # at once, and not when the last reference to the error goes

@@ -18,7 +18,7 @@ from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.executors.base import Device
-from aioengine.runtime.event_stream import Listeners
+from aioengine.runtime.listeners import Listeners
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.step import StepBatch, StepResult
 

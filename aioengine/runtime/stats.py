@@ -10,14 +10,6 @@ from aioengine.core.state import AdapterEntry
 from aioengine.info import AdapterInfo, EngineLoad, EngineStats, SlotInfo
 from aioengine.schedulers.policy import Location
 
-_TOTALS = (
-    *("requests_finished", "requests_aborted", "requests_failed"),
-    *("prompt_tokens", "cached_tokens", "output_tokens"),
-    *("slot_hits", "slot_misses", "slot_loads", "slot_evictions"),
-    *("cpu_loads", "cpu_evictions", "load_failures"),
-)
-"""Fields of :class:`EngineStats`."""
-
 
 class Counters:
     """An event listener that counts; ``snapshot`` adds the core's state to the counts."""
@@ -30,7 +22,8 @@ class Counters:
     )
 
     def __init__(self) -> None:
-        self._counts = Counter(dict.fromkeys(_TOTALS, 0))
+        self._counts = Counter[str]()
+        """Fields of :class:`EngineStats`."""
 
     def __call__(self, event: events.Event) -> None:
         counts = self._counts

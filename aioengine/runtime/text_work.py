@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Collection, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from heapq import heappop, heappush
-from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from aioengine.errors import EngineStopped, RequestInvalid
@@ -28,9 +27,6 @@ MOST = 2**17
 
 LONG = 2**16
 """Size above which texts leave one thread free for shorter ones."""
-
-RATE = 2**20
-"""Expected speed in characters a second."""
 
 EACH = 16
 """Size of an empty text: what each call of the tokenizer takes besides."""
@@ -61,9 +57,6 @@ def size_of_json(value: object) -> int:
 
 
 class _Text(NamedTuple):
-    ends: float
-    """Time at which it would end if it ran alone."""
-    arrival: int
     size: int
     work: Callable[[], Any]
     begun: asyncio.Future[asyncio.Future[Any]]
@@ -76,8 +69,7 @@ class _Flow:
     is_long: bool
     start: float = 0.0
     """Virtual time at which its next text starts at the earliest."""
-    waiting: list[_Text] = field(default_factory=list)
-    """As a heap."""
+    waiting: deque[_Text] = field(default_factory=deque)
     running: int = 0
 
 
@@ -86,9 +78,7 @@ class TextWork:
 
     Short ones run at once, on the loop. Longer ones run in ``threads`` threads that nothing else uses.
     Owners have equal shares of these: an owner's text waits at most for those that already run and for one of
-    each other owner, even if others send many or long texts. An owner's own texts are done in the order in
-    which each would end if it ran alone at ``RATE``, so neither long nor many short ones delay the others for
-    ever. Texts over ``LONG`` have all threads but one.
+    each other owner, even if others send many or long texts. Texts over ``LONG`` have all threads but one.
 
     The shares are those of start-time fair queueing (Goyal, Vin and Cheng, 1996): an owner's next text
     starts, in virtual time, where its last one ended, or now if that is later; the one that starts first is
@@ -104,7 +94,6 @@ class TextWork:
         """None is empty."""
         self._now = 0.0
         """Virtual time."""
-        self._arrivals = count()
         self._closed = False
 
     async def run(self, size: int, work: Callable[[], T], owner: Owner = None) -> T:
@@ -117,22 +106,20 @@ class TextWork:
             return work()
         if self._closed:
             raise EngineStopped("the engine has been stopped")
-        loop = asyncio.get_running_loop()
-        begun: asyncio.Future[asyncio.Future[T]] = loop.create_future()
+        begun: asyncio.Future[asyncio.Future[T]] = asyncio.get_running_loop().create_future()
         is_long = size > LONG and self._count > 1
         flow = self._flows.setdefault((owner, is_long), _Flow(is_long))
-        heappush(flow.waiting, _Text(loop.time() + size / RATE, next(self._arrivals), size, work, begun))
+        flow.waiting.append(_Text(size, work, begun))
         self._begin()
         return await asyncio.shield(await begun)
 
     async def close(self) -> None:
         """Wait for running work; waiting work fails with EngineStopped."""
         self._closed = True
-        error = EngineStopped("the engine was stopped while the text was to be tokenized")
         for flow in self._flows.values():
             for text in flow.waiting:
                 if not text.begun.done():
-                    text.begun.set_exception(error)
+                    text.begun.set_exception(EngineStopped("the engine was stopped before the text's turn"))
             flow.waiting.clear()
         await asyncio.gather(*self._jobs, return_exceptions=True)
         self._threads.shutdown(wait=True)
@@ -144,8 +131,8 @@ class TextWork:
             ready = [flow for flow in self._flows.values() if flow.waiting and (room or not flow.is_long)]
             if not ready:
                 break
-            flow = min(ready, key=lambda flow: (max(self._now, flow.start), flow.waiting[0][:2]))
-            text = heappop(flow.waiting)
+            flow = min(ready, key=lambda flow: max(self._now, flow.start))
+            text = flow.waiting.popleft()
             if text.begun.done():  # cancelled
                 continue
             self._now = max(self._now, flow.start)

@@ -12,7 +12,7 @@ from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, ReleaseMove
 from aioengine.core.state import AdapterEntry
 from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
-from aioengine.step import LoadedAdapter, ReadOrder
+from aioengine.step import ReadOrder
 
 logger = logging.getLogger("aioengine")
 
@@ -29,11 +29,6 @@ class AdapterMoves:
         """The reads and copies under way, those that are being cancelled included."""
         self._reads: dict[int, asyncio.Task[None]] = {}
         """The reads that were not stopped, by adapter uid."""
-
-    @property
-    def under_way(self) -> bool:
-        """Whether a read or a copy is."""
-        return bool(self._tasks)
 
     def start(self, move: Move) -> None:
         match move:
@@ -74,10 +69,17 @@ class AdapterMoves:
         return task
 
     async def _load(self, entry: AdapterEntry) -> None:
-        core, loop = self._core, asyncio.get_running_loop()
+        core, loop, task = self._core, asyncio.get_running_loop(), asyncio.current_task()
         failure: errors.AdapterError | None
+
+        def stalled() -> None:
+            if self._reads.get(entry.uid) is task:  # else it was given up, but has not been cancelled yet
+                core.residency.load_stalled(entry)
+                self._changed(entry.label)
+
+        files = None if entry.files is None else entry.files.files
         try:
-            found = await self._read(entry)
+            found = await self._device.load(ReadOrder(entry.uid, entry.label, entry.path, stalled, files))
         except errors.EngineDead:
             return  # the device was lost: the restart handles all moves together
         except errors.AdapterError as error:
@@ -92,31 +94,6 @@ class AdapterMoves:
             log_failure(core.residency.names.of(entry.label).failures, entry.label, failure)
         self._reads.pop(entry.uid, None)
         self._changed(entry.label)
-
-    async def _read(self, entry: AdapterEntry) -> LoadedAdapter:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-
-        def retrying(attempt: int, seconds: float, error: errors.AdapterError) -> None:
-            self._core.outbox.append(
-                events.AdapterRetrying(
-                    time=loop.time(),
-                    adapter=entry.label,
-                    version=entry.version,
-                    attempt=attempt,
-                    seconds=seconds,
-                    error=error,
-                )
-            )
-            self._changed(entry.label)
-
-        def stalled() -> None:
-            if self._reads.get(entry.uid) is task:  # else it was given up, but has not been cancelled yet
-                self._core.residency.load_stalled(entry)
-                self._changed(entry.label)
-
-        files = None if entry.files is None else entry.files.files
-        order = ReadOrder(entry.uid, entry.label, entry.path, retrying, stalled, files)
-        return await self._device.load(order)
 
     async def _copy(self, entry: AdapterEntry, slot: int, offset: int) -> None:
         loop = asyncio.get_running_loop()

@@ -24,7 +24,7 @@ from aioengine.metrics.page.plumbing import (
     respond,
     watch_of,
 )
-from aioengine.runtime.client import EngineClient, SharesLimits
+from aioengine.runtime.client import EngineClient
 from aioengine.server.access.browsers import BrowserRules
 from aioengine.server.access.gate import Gate
 from aioengine.server.access_log import RequestRecord, log_request
@@ -65,7 +65,7 @@ class ServerApp:
     ) -> None:
         self._gate = Gate(settings, engine.limit_waiting)
         self._browsers = BrowserRules(settings.allowed_hosts, settings.allow_origins)
-        if isinstance(engine, SharesLimits) and settings.keys_file is not None:  # it has the limits
+        if settings.keys_file is not None:  # it has the limits
             engine.share_limits(self._gate)
         # From here on no key is held, only their hashes.
         self._settings = settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})

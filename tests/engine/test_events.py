@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from typing import Any
 
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
-from aioengine import AsyncEngine
-from aioengine.errors import AdapterLoadError, ConfigError, EngineStopped
+from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.events import (
     AdapterEvent,
     AdapterEvicted,
     AdapterFailed,
     AdapterLoaded,
     AdapterLoading,
-    AdapterPinned,
     AdapterPlaced,
     AdapterPlacing,
     AdapterRegistered,
     AdapterUnloaded,
     Event,
-    EventsLost,
     FirstToken,
     RequestEnded,
-    StepFinished,
 )
-from aioengine.runtime.event_stream import EventStream, Listeners
 
 
 async def test_the_life_of_an_adapter(tiny: Tiny, make_engine: MakeEngine) -> None:
-    """Each move with its time and its size, in order; the stream ends with the engine."""
+    """Each move with its time and its size, in order."""
+    found: list[Any] = []
     async with make_engine(tiny) as engine:
-        events = engine.events(AdapterEvent)
+        engine.add_listener(found.append, AdapterEvent)
         await engine.load_adapter("x", tiny.adapters["rank-3"])
         await engine.complete([4, 5], greedy(2), adapter="x")
         nbytes = engine.adapters()[0].bytes
         with pytest.raises(AdapterLoadError):
             await engine.load_adapter("bad", tiny.model.parent / "nowhere")
         await engine.unload_adapter("x")
-    found: list[Any] = [event async for event in events]
     assert [type(e) for e in found if e.adapter == "x"] == [
         AdapterLoading,
         AdapterLoaded,
@@ -58,68 +52,6 @@ async def test_the_life_of_an_adapter(tiny: Tiny, make_engine: MakeEngine) -> No
     assert all(e.seconds > 0 for e in found if isinstance(e, (AdapterLoaded, AdapterPlaced)))
     (failed,) = (e for e in found if isinstance(e, AdapterFailed))
     assert (failed.adapter, failed.reason) == ("bad", "io")
-
-
-async def test_a_slow_reader_loses_the_oldest_and_is_told(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        slow = engine.events(RequestEnded, buffer=3)
-        for i in range(8):
-            await engine.complete([4, 5], greedy(1), request_id=str(i))
-        lost = await anext(slow)
-        assert isinstance(lost, EventsLost) and lost.count == 5
-        left = [await anext(slow) for _ in range(3)]
-        assert [e.request_id for e in left if isinstance(e, RequestEnded)] == ["5", "6", "7"]
-        assert lost.time <= left[0].time
-        await engine.complete([4, 5], greedy(1), request_id="8")
-        event = await anext(slow)
-        assert isinstance(event, RequestEnded) and event.request_id == "8"
-
-
-async def test_a_stop_while_a_reader_waits_ends_it(tiny: Tiny, make_engine: MakeEngine) -> None:
-    engine = make_engine(tiny)
-    await engine.start()
-    events = engine.events(AdapterEvent)
-    reader = asyncio.create_task(read(events))
-    await asyncio.sleep(0)
-    await engine.stop()
-    assert await reader == []
-    assert [e async for e in engine.events()] == [], "after the stop there is nothing"
-
-
-async def read(events: EventStream[Any]) -> list[Any]:
-    return [event async for event in events]
-
-
-async def test_cancelling_a_wait_loses_nothing(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        events = engine.events(RequestEnded)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(anext(events), 0.001)
-        await engine.complete([4, 5], greedy(1), request_id="r")
-        event = await anext(events)
-        assert isinstance(event, RequestEnded) and event.request_id == "r"
-
-
-@pytest.mark.slow
-async def test_closed_dropped_and_cancelled_streams_are_gone() -> None:
-    """A stream listens to its own types alone, until it ends."""
-    listeners = Listeners()
-    closed = listeners.stream((), 10)
-    assert listeners.of(StepFinished) and listeners.of(FirstToken)
-    await closed.aclose()
-    assert [e async for e in closed] == []
-    assert not listeners.of(StepFinished)
-    task = asyncio.create_task(read(listeners.stream((AdapterEvent,), 10)))
-    await asyncio.sleep(0)
-    assert len(listeners.of(AdapterPinned)) == 1
-    assert not listeners.of(StepFinished) and not listeners.of(FirstToken)
-    task.cancel()
-    await asyncio.wait([task])
-    del task
-    listeners.stream((AdapterPinned,), 10)  # dropped at once
-    gc.collect()
-    listeners(AdapterPinned(time=0.0, adapter="a", version=1, pinned=True))
-    assert not listeners.of(AdapterPinned)
 
 
 async def test_a_refused_listener_leaves_nothing_behind(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -142,19 +74,6 @@ async def test_each_registration_of_a_listener_ends_alone(tiny: Tiny, make_engin
             await engine.complete([4, 5], greedy(2))
             assert [type(e) for e in heard] == left
             heard.clear()
-
-
-async def test_what_cannot_be_asked_for(tiny: Tiny, make_engine: MakeEngine) -> None:
-    engine: AsyncEngine = make_engine(tiny)
-    with pytest.raises(EngineStopped):
-        engine.events()
-    async with engine:
-        for kind in (int, "AdapterEvent", None):
-            with pytest.raises(ConfigError, match=r"aioengine\.events"):
-                engine.events(kind)  # type: ignore[type-var]
-        for buffer in (0, True, 1.5):
-            with pytest.raises(ConfigError, match="buffer"):
-                engine.events(buffer=buffer)  # type: ignore[arg-type]
 
 
 async def test_stats_after_the_stop_are_the_last(tiny: Tiny, make_engine: MakeEngine) -> None:

@@ -25,7 +25,7 @@ from aioengine.errors import (
     EngineOverloaded,
     EngineStopped,
 )
-from aioengine.events import AdapterLoading, AdapterRegistered
+from aioengine.events import AdapterLoading, AdapterRegistered, Event
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.sources import lookup as resolution
 from aioengine.schedulers.policies.fcfs import FCFS
@@ -75,7 +75,9 @@ def resolving(tiny: Tiny, make_engine: MakeEngine) -> MakeResolving:
 
 async def test_a_request_for_an_unknown_name_asks_once(tiny: Tiny, resolving: MakeResolving) -> None:
     resolver = Gated({"r": tiny.adapters["rank-3"]}, held={"r"})
-    async with resolving(resolver) as engine, engine.events(AdapterRegistered, AdapterLoading) as events:
+    heard: list[Event] = []
+    async with resolving(resolver) as engine:
+        engine.add_listener(heard.append, AdapterRegistered, AdapterLoading)
         many = [asyncio.create_task(engine.complete([4, 5 + i], greedy(4), adapter="r")) for i in range(5)]
         load = asyncio.create_task(engine.load_adapter("r"))
         await resolver.reached.wait()
@@ -85,7 +87,7 @@ async def test_a_request_for_an_unknown_name_asks_once(tiny: Tiny, resolving: Ma
         assert (await load).path == str(tiny.adapters["rank-3"])
         await engine.complete([4, 5], greedy(2), adapter="r")
         assert resolver.asked == ["r"]
-        assert [type(await anext(events)) for _ in range(2)] == [AdapterRegistered, AdapterLoading]
+        assert [type(event) for event in heard] == [AdapterRegistered, AdapterLoading]
 
 
 async def test_a_deadline_covers_the_search(resolving: MakeResolving) -> None:
@@ -212,7 +214,7 @@ def test_lookups_are_bounded_and_shared_and_all_end_whatever_happens(
     async def go() -> None:
         resolver = Answers()
         stepper = EngineLoop(Core(LIMITS, FCFS()), Steady())
-        shared = resolution.Resolution(stepper, resolver)
+        shared = resolution.Lookups(stepper, resolver)
         waiting: list[tuple[str, str, asyncio.Task[str]]] = []
         for kind, number, tenant in ops:
             name = f"n{number}"

@@ -68,9 +68,10 @@ async def test_what_the_engines_stop_ends_is_recorded(
     async with TraceWriter(path) as writer:
         async with make_engine(tiny) as engine:
             writer.attach(engine)
+            added = asyncio.Event()
+            engine.add_listener(lambda _: added.set(), RequestAdded)
             task = asyncio.ensure_future(engine.complete([4, 5], greedy(100), request_id="long"))
-            async with engine.events(RequestAdded) as added:
-                await anext(added)
+            await added.wait()
         with pytest.raises(EngineStopped):
             await task
     (row,) = lines(path)

@@ -32,7 +32,6 @@ def test_faults_by_seed() -> None:
             kind.__name__: happened[kind]
             for kind in (
                 events.AdapterFailed,
-                events.AdapterRetrying,
                 events.AdapterUnloaded,
                 events.EngineRestarted,
                 events.PolicyFailed,

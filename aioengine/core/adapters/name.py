@@ -17,7 +17,6 @@ from aioengine.core.guard import PolicyGuard
 from aioengine.core.record_views import CoreAdapterView
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterError, AdapterLoadError, AdapterNotFound, ConfigError
-from aioengine.info import AdapterInfo
 from aioengine.schedulers.policy import Location
 
 FIRST_SECONDS = 0.5
@@ -39,8 +38,6 @@ class AdapterName:
     """The version that new requests use."""
     prepared: AdapterEntry | None = None
     """A version that is published on demand."""
-    described: AdapterInfo | None = None
-    """Description of the current version, as it was when that was last found idle."""
     expected: str = ""
     """The digest of the current version, or of the one that a look-up finds next; "": any."""
     source: str | None = None

@@ -39,7 +39,6 @@ from aioengine.request import (
     check_text,
     split_keywords,
 )
-from aioengine.runtime.client import UsageLedger
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.requests.vectors import scaled_adapter
 from aioengine.runtime.text_work import TextWork
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 
     from aioengine.grammars.limits import GrammarLimits
     from aioengine.model.text.tokenizer import Tokenizer
+    from aioengine.server.access.gate import Gate
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -300,7 +300,7 @@ class FleetClient:
         bound, rounded up."""
         self._dispatcher.limit_waiting(max_waiting)
 
-    def share_limits(self, ledger: UsageLedger) -> None:
+    def share_limits(self, ledger: Gate) -> None:
         """Make the limits of ``ledger`` apply to all gateways of this fleet together."""
         self._limits.share(ledger)
 

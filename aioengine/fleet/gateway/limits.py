@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from aioengine.runtime.client import UsageLedger
 from aioengine.tasks import end_tasks
+
+if TYPE_CHECKING:
+    from aioengine.server.access.gate import Gate
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -30,11 +32,11 @@ class SharedLimits:
     def __init__(self, gateway: str, config: bytes) -> None:
         self._gateway = gateway
         self._config = config
-        self._ledgers: list[UsageLedger] = []
+        self._ledgers: list[Gate] = []
         self._has_limits = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def share(self, ledger: UsageLedger) -> None:
+    def share(self, ledger: Gate) -> None:
         self._ledgers.append(ledger)
         self._has_limits.set()
 

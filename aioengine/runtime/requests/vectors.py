@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -116,20 +117,23 @@ async def score(
     documents: Sequence[str | list[int]],
     *,
     labels: int,
-    pair: Callable[[str, str], Awaitable[list[int]]],
+    pair: Callable[[str | list[int], str | list[int]], list[int]],
     work: TextWork,
     tenant: str | None,
 ) -> requests.Scores:
-    """Score documents against a query. With a head of one label, the head scores each pair (a cross-encoder).
-    Without a head, the score is the cosine of the two vectors, computed in the threads of ``work``. ``pair``
-    tokenizes two texts together. Raises RequestInvalid if the head has several labels."""
+    """Score documents against a query. With a head of one label, the head scores each pair (a cross-encoder),
+    whose tokens ``pair`` makes. Without a head, the score is the cosine of the two vectors. What takes long
+    is done in the threads of ``work``. Raises RequestInvalid if the head has several labels."""
     if labels > 1:
         raise RequestInvalid(
             f"the adapter's head has {labels} labels, but a score needs a head of one label, or none; use "
             "classify"
         )
     if labels == 1:
-        prompts = [await _pair(query, document, pair) for document in documents]
+        prompts = [
+            await work.run(len(query) + len(document), partial(pair, query, document), tenant)
+            for document in documents
+        ]
         outputs = await together([complete(prompt, pooling_params("classify")) for prompt in prompts])
         scores = [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
     else:
@@ -164,18 +168,14 @@ def check_documents(query: object, documents: object) -> None:
             raise RequestInvalid(f"{name}: expected a text or a list of token ids, not {type(text).__name__}")
 
 
-async def _pair(
-    query: str | list[int], document: str | list[int], pair: Callable[[str, str], Awaitable[list[int]]]
+def pair_tokens(
+    tokenizer: Tokenizer | None, query: str | list[int], document: str | list[int], limit: int
 ) -> list[int]:
-    if isinstance(query, str) and isinstance(document, str):
-        return await pair(query, document)
-    if isinstance(query, str) or isinstance(document, str):
+    """Tokenize two texts together, or join two lists of tokens. Raises RequestInvalid."""
+    if isinstance(query, list) and isinstance(document, list):
+        return [*query, *document]
+    if isinstance(query, list) or isinstance(document, list):
         raise RequestInvalid("query and documents: give only texts, or only lists of token ids")
-    return [*query, *document]
-
-
-def tokenize_pair(tokenizer: Tokenizer | None, first: str, second: str, limit: int) -> list[int]:
-    """Tokenize two texts together. Raises RequestInvalid if the model has no tokenizer."""
     if tokenizer is None:
         raise RequestInvalid("the model has no tokenizer.json: give lists of token ids")
-    return tokenizer.encode_pair(first, second, limit=limit)
+    return tokenizer.encode_pair(query, document, limit=limit)

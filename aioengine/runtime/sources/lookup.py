@@ -30,17 +30,14 @@ class _Lookup:
         self.key = key
         self.task: asyncio.Task[str] | None = None
         """None until its turn."""
-        self.charged: Tenant = None
-        """The tenant in whose turn it began."""
-        self.waiting: Counter[Tenant] = Counter()
-        """Number of waiting callers, by tenant."""
+        self.callers = 0
 
     @property
     def done(self) -> bool:
         return self.task is not None and self.task.done()
 
 
-class Resolution:
+class Lookups:
     """Shared look-ups.
 
     A look-up that no caller waits for any more is cancelled; results are not cached. No look-up may take
@@ -57,8 +54,7 @@ class Resolution:
         self._sources = AdapterSources()
         self._lookups: dict[Key, _Lookup] = {}
         self._queues: dict[Tenant, dict[Key, _Lookup]] = {}
-        """Look-ups that each tenant waits for and that have not begun, in the order of turns; none is
-        empty."""
+        """What each tenant has asked for, in the order of turns. Some may have begun, or be given up."""
         self._under_way: Counter[Tenant] = Counter()
         self._closed: errors.AioEngineError | None = None
 
@@ -79,10 +75,10 @@ class Resolution:
         Raises AdapterNotFound, AdapterLoadError, or another adapter error of the resolver's; any unexpected
         exception becomes an AdapterLoadError. ConfigError if an extra that is needed is not installed.
         """
-        key = name, source
         self._check_open()
+        key = name, source
         lookup = self._lookups.setdefault(key, _Lookup(key))
-        lookup.waiting[tenant] += 1
+        lookup.callers += 1
         if lookup.task is None:
             self._queues.setdefault(tenant, {})[key] = lookup
             self._begin_next()
@@ -94,11 +90,10 @@ class Resolution:
         try:
             await self._loop.until(ended, name)
         finally:
-            lookup.waiting -= Counter({tenant: 1})
-            if tenant not in lookup.waiting:
-                self._unqueue(lookup, tenant)
-            if not lookup.waiting and not lookup.done:
+            lookup.callers -= 1
+            if not lookup.callers and not lookup.done:
                 self._forget(lookup)
+                self._queues.get(tenant, {}).pop(key, None)
                 if lookup.task is not None:
                     lookup.task.cancel()
         self._check_open()
@@ -141,31 +136,24 @@ class Resolution:
         """Start as many look-ups as there is room for."""
         while True:
             free = MAX_LOOKUPS - self._under_way.total()
-            able = (item for item in self._queues.items() if self._under_way[item[0]] < free)
-            tenant, queue = next(able, (None, None))
+            tenant, queue = next(
+                (item for item in self._queues.items() if self._under_way[item[0]] < free), (None, None)
+            )
             if queue is None:
                 return
-            lookup = next(iter(queue.values()))
-            for waiter in lookup.waiting:
-                self._unqueue(lookup, waiter)
-            if tenant in self._queues:
-                self._queues[tenant] = self._queues.pop(tenant)  # the last one in turn
-            lookup.charged = tenant
-            self._under_way[tenant] += 1
-            name = f"aioengine-resolve-{lookup.key[0]}"
-            lookup.task = asyncio.get_running_loop().create_task(self._ask(*lookup.key), name=name)
-            lookup.task.add_done_callback(partial(self._ended, lookup))
+            del self._queues[tenant]
+            lookup = queue.pop(next(iter(queue))) if queue else None
+            if queue:
+                self._queues[tenant] = queue  # the last one in turn
+            if lookup is not None and lookup.callers and lookup.task is None:
+                self._under_way[tenant] += 1
+                name = f"aioengine-resolve-{lookup.key[0]}"
+                lookup.task = asyncio.get_running_loop().create_task(self._ask(*lookup.key), name=name)
+                lookup.task.add_done_callback(partial(self._ended, lookup, tenant))
 
-    def _unqueue(self, lookup: _Lookup, tenant: Tenant) -> None:
-        queue = self._queues.get(tenant, {})
-        if queue.get(lookup.key) is lookup:
-            del queue[lookup.key]
-            if not queue:
-                del self._queues[tenant]
-
-    def _ended(self, lookup: _Lookup, task: asyncio.Task[str]) -> None:
+    def _ended(self, lookup: _Lookup, tenant: Tenant, task: asyncio.Task[str]) -> None:
         self._forget(lookup)
-        self._under_way -= Counter({lookup.charged: 1})
+        self._under_way -= Counter({tenant: 1})
         name, now = lookup.key[0], asyncio.get_running_loop().time()
         # Read even if nobody waits, because asyncio would log it.
         error = None if task.cancelled() else task.exception()

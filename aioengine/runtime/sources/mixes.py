@@ -7,7 +7,7 @@ gains or shifts (DoRA, biases): then it is a mix of one."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from aioengine.core.adapters.residency import Residency
@@ -19,7 +19,7 @@ from aioengine.step import HeldFiles, MixFiles, MixPart
 MAX_MIXES = 64
 """Maximum number of mixes of one tenant that are known at a time."""
 MAX_KEPT = 256
-"""Number of mixes of all tenants above which those that no request uses are removed."""
+"""Number of mixes of all tenants above which the oldest that no request uses are removed."""
 
 
 class Mix:
@@ -76,6 +76,7 @@ class Mixes:
         read_once: Callable[[AdapterEntry], Awaitable[None]],
     ) -> None:
         self._residency = residency
+        self._names = residency.names
         self._acquire = acquire
         self._read_once = read_once
         self._known: dict[str, AdapterEntry] = {}
@@ -101,23 +102,19 @@ class Mixes:
         # Two versions of one adapter are in the order of their content: each engine counts its own.
         ordered = sorted(found.items(), key=lambda part: (part[0].label, part[0].digest, part[1]))
         name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in ordered)
-        self._residency.names.of(name).check_worth_a_try(now)
+        self._names.of(name).check_worth_a_try(now)
         known = self._known.get(name)
-        if known is None or known.retired:
-            self._drop_outdated(now)
         if known is None or known.retired or known.owner != Owner(tenant):
-            self._make_room(tenant, now, besides=name)
-        if known is None or known.retired:
-            known = self._declare(Mix(name, ordered), now)
+            self._make_room(tenant, now)
+        known = self._known.pop(name, None) or self._declare(Mix(name, ordered), now)
         known.owner = Owner(tenant)
-        self._known.pop(name, None)
         self._known[name] = known
         return known, 1.0
 
     def _declare(self, mix: Mix, now: float) -> AdapterEntry:
         """Make a mix known. Its size is about that of its parts together."""
         self._made += 1
-        name = self._residency.names.of(mix.name)
+        name = self._names.of(mix.name)
         entry = name.declare("mix:" + mix.name, files=mix, number=self._made)
         parts = parts_of(entry)
         self._residency.set_size(entry, sum(e.nbytes for e in parts), sum(e.slot_nbytes for e in parts))
@@ -138,32 +135,29 @@ class Mixes:
             if any(part.label == label for part in parts_of(entry)):
                 self._retire(name, now)
 
-    def _drop_outdated(self, now: float) -> None:
+    def _make_room(self, tenant: str | None, now: float) -> None:
+        """Drop what is outdated, and make room for one more mix of a tenant. Raises EngineOverloaded if all
+        of its own are in use."""
         for name, entry in list(self._known.items()):
             if entry.retired or (any(part.retired for part in parts_of(entry)) and not _is_used(entry)):
                 self._retire(name, now)
-
-    def _make_room(self, tenant: str | None, now: float, *, besides: str) -> None:
-        """Make room for one more mix of a tenant. Raises EngineOverloaded if all of its own are in use."""
-        idle = [name for name, entry in self._known.items() if name != besides and not _is_used(entry)]
-        counts = Counter(entry.owner for entry in self._known.values())
-        if counts[Owner(tenant)] >= MAX_MIXES:
-            own = next((name for name in idle if self._known[name].owner == Owner(tenant)), None)
-            if own is None:
+        own = [name for name, entry in self._known.items() if entry.owner == Owner(tenant)]
+        idle = [name for name, entry in self._known.items() if not _is_used(entry)]
+        excess = len(self._known) - MAX_KEPT + 1
+        if len(own) >= MAX_MIXES:
+            idle, excess = [name for name in own if name in idle], 1
+            if not idle:
                 who = "requests without a tenant have" if tenant is None else f"tenant {tenant!r} has"
                 raise EngineOverloaded(
                     f"{who} {MAX_MIXES} mixes of adapters in use, which is the maximum; try again later"
                 )
-            idle.remove(own)
-            self._retire(own, now)
-        idle.sort(key=lambda name: -counts[self._known[name].owner])  # of whoever has most
-        for name in idle[: max(0, len(self._known) - MAX_KEPT + 1)]:
+        for name in idle[: max(0, excess)]:
             self._retire(name, now)
 
     def _retire(self, name: str, now: float) -> None:
         entry = self._known.pop(name)
         if not entry.retired:
-            self._residency.names.of(name).retire(entry, now)
+            self._names.of(name).retire(entry, now)
 
 
 def _is_used(entry: AdapterEntry) -> bool:

@@ -12,7 +12,7 @@ from aioengine.core.adapters.failures import frameless
 from aioengine.core.state import AdapterEntry, where_is
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.runtime.loop import EngineLoop
-from aioengine.runtime.sources.lookup import Resolution
+from aioengine.runtime.sources.lookup import Lookups
 from aioengine.runtime.sources.mixes import Mixes
 from aioengine.schedulers.policy import Location
 
@@ -28,7 +28,7 @@ class AdapterNames:
     ) -> None:
         self._loop = loop
         self._residency = loop.core.residency
-        self.lookups = Resolution(loop, resolver, resolve_timeout)
+        self.lookups = Lookups(loop, resolver, resolve_timeout)
         self.table = loop.core.residency.names
         self._readers: Counter[int] = Counter()
         """Number of callers that wait for a version to be read, by uid."""
@@ -93,7 +93,7 @@ class AdapterNames:
     ) -> AdapterEntry:
         """Return the current version; if there is none, register what the resolver finds for ``tenant``.
 
-        ``check`` is an argument of :meth:`Resolution.locate`, whose errors it raises.
+        ``check`` is an argument of :meth:`Lookups.locate`, whose errors it raises.
         """
         known = self.table.of(name)
         if known.current is not None:
