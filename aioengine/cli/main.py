@@ -77,7 +77,6 @@ COMMANDS = {
     ),
     "lab rerun": ("lab.folders", ["results"]),
     "lab new": ("lab.folders", ["my_study"]),
-    "lab workload": ("lab.folders", ["workload.toml --plot"]),
     "lab size": ("lab.size", ["--workload workload.toml --slo ttft_p99=2.0 itl_p95=0.05"]),
     "lab report": ("lab.folders", ["results --rank-by latency_seconds.mean"]),
     "lab calibrate": ("lab.live", ["--out this-machine.json"]),

@@ -10,7 +10,8 @@ import msgspec
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.fleet.fleet import SimulatedFleet, fleet_config
+from aioengine.lab.fleet.conditions import fleet_config
+from aioengine.lab.fleet.fleet import SimulatedFleet
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape

@@ -15,13 +15,18 @@ from hypothesis import strategies as st
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results, run
 from aioengine.lab.analysis.measures import MEASURES, find_measure
-from aioengine.lab.analysis.statistics import estimate, paired, regret
+from aioengine.lab.analysis.statistics import estimate, paired
 from aioengine.lab.analysis.summary import flatten
-from aioengine.lab.report.compare_figures import draw_compare
-from aioengine.lab.report.compare_page import load_compare, places, rankings, write_compare_report
-from aioengine.lab.report.compare_results import Compare
+from aioengine.lab.report.compare_page import (
+    Compare,
+    draw_compare,
+    load_compare,
+    places,
+    rankings,
+    write_compare_report,
+)
 from aioengine.lab.runs.comparison import read_comparison
-from aioengine.lab.runs.pool import Report
+from aioengine.lab.runs.pool import Outcome
 
 WORKLOAD = WorkloadSpec(
     arrivals="gamma:rate=20,cv=2", limit=30, adapters=6, popularity="zipf:1.0", output_tokens="uniform:4..16"
@@ -55,12 +60,6 @@ def test_what_all_seeds_share_cancels_out(values: list[float], more: float) -> N
     assert found.mean == pytest.approx(more) and found.low == pytest.approx(more, abs=1e-6)
 
 
-def test_regret_is_a_share_of_the_best() -> None:
-    found = regret([1.2, None, 2.4], [1.0, 1.0, 2.0])
-    assert found is not None and found.mean == pytest.approx(0.2) and found.runs == 2
-    assert regret([1.0], [0.0]) is None and paired([None], [1.0]) is None
-
-
 def test_estimates_are_of_each_setting() -> None:
     rows = [
         ("fcfs", 1.0, [10.0, 20.0]),
@@ -76,8 +75,7 @@ def test_estimates_are_of_each_setting() -> None:
         ]
     )
     found = {(row["policy"], row["scale"]): row for row in estimates(results).iter_rows(named=True)}
-    assert found["fcfs", 1.0]["mean"] == 15.0 and found["fcfs", 1.0]["regret"] == pytest.approx(1.0)
-    assert found["oracle", 1.0]["difference"] == -7.5 and found["oracle", 1.0]["regret"] == 0.0
+    assert found["fcfs", 1.0]["mean"] == 15.0 and found["oracle", 1.0]["difference"] == -7.5
     assert found["oracle", 2.0]["difference"] == 0.0
 
 
@@ -172,10 +170,10 @@ def test_figures_that_reports_show_are_in_summaries(tmp_path: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared")
     comparison = grid(policies=["vllm+lru", "oracle"], scales=[1.0, 2.0], seeds=[3, 4])
-    reports: list[Report] = []
-    found = compare(comparison, out, jobs=2, report=reports.append)
+    outcomes: list[Outcome] = []
+    found = compare(comparison, out, jobs=2, ended=lambda task, outcome: outcomes.append(outcome))
     assert found.failures == [] and found.results.height == 8
-    assert sum(report.kind == "done" for report in reports) == 8
+    assert sum(outcome.error is None for outcome in outcomes) == 8
     return out
 
 
@@ -203,15 +201,16 @@ def test_a_comparison_is_repeated_from_its_file(folder: Path, tmp_path: Path) ->
 def test_the_report_ranks(folder: Path) -> None:
     pytest.importorskip("vl_convert", reason="of the extra")
     found = load_compare(folder, "output_tokens_per_second")
-    best = found.of("output_tokens_per_second", slots=2, scale=2.0).sort("mean", descending=True)
-    assert list(places(found, 2, 2.0)) == best["policy"].to_list()
+    rows = sorted(
+        found.of("output_tokens_per_second", slots=2, scale=2.0), key=lambda row: row["mean"], reverse=True
+    )
+    assert list(places(found, 2, 2.0)) == [row["policy"] for row in rows]
     first = write_compare_report(folder).read_bytes()
     assert write_compare_report(folder).read_bytes() == first
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "ranking.png",
         "throughput.png",
         "ttft.png",
-        "regret.png",
     }
     assert b"aioengine lab compare --experiment FOLDER/comparison.json" in first
 
@@ -222,10 +221,8 @@ def test_figures_have_panels_for_up_to_four_numbers_of_slots(tmp_path: Path) -> 
     compare(grid(experiment=many, policies=["fcfs", "oracle"], slots=[1, 2, 3, 4, 5]), tmp_path)
     found = load_compare(tmp_path)
     rows = {figure.name: figure.spec["datasets"]["rows"] for figure in draw_compare(found)}
-    assert list(rows) == ["ranking", "slots", "ttft", "regret"]
+    assert list(rows) == ["ranking", "slots", "ttft"]
     assert {row["setting"] for row in rows["ttft"]} == {"1 slot", "3 slots", "5 slots"}
-    assert {row["slots"] for row in rows["regret"]} == {1, 3, 5}
-    assert len({row["figure"] for row in rows["regret"]}) == 4
     assert {row["slots"] for row in rows["slots"]} == {1, 2, 3, 4, 5}
 
 

@@ -18,7 +18,6 @@ from aioengine.lab.workload.lengths import (
     parse_deadline,
     parse_lengths,
     parse_ranks,
-    parse_sizes,
     parse_view,
 )
 from aioengine.lab.workload.popularity import Choose, parse_popularity, zipf
@@ -38,14 +37,14 @@ def gaps(text: str, count: int = 50_000) -> list[float]:
     return [after - before for before, after in pairwise(times(text, count))]
 
 
-def chooser(text: str, adapters: int, tenants: int = 0, seed: int = 0) -> Choose:
-    return parse_popularity("popularity", text).chooser(adapters, tenants, seed)
+def chooser(text: str, adapters: int, seed: int = 0) -> Choose:
+    return parse_popularity("popularity", text).chooser(adapters, seed)
 
 
-def counts(text: str, adapters: int, *, tenants: int = 0) -> list[float]:
+def counts(text: str, adapters: int) -> list[float]:
     """Share of each."""
-    choose = chooser(text, adapters, tenants)
-    found = Counter(choose(0.0, index % max(tenants, 1)) for index in range(DRAWS))
+    choose = chooser(text, adapters)
+    found = Counter(choose(0.0) for _ in range(DRAWS))
     return [found[index] / DRAWS for index in range(adapters)]
 
 
@@ -167,35 +166,23 @@ def test_shifts_deal_the_ranks_anew() -> None:
     favourites: list[int] = []
     total: Counter[int] = Counter()
     for second in range(60 * 400):
-        drawn = Counter(choose(float(second), 0) for _ in range(15))
+        drawn = Counter(choose(float(second)) for _ in range(15))
         favourites.append(drawn.most_common(1)[0][0])
         total.update(drawn)
     # 19 of 20 shifts put another first, and now and then the second has a lucky second.
     assert 300 < sum(a != b for a, b in pairwise(favourites)) < 1000
     assert max(total.values()) / total.total() < 0.12
     still = chooser("shift:alpha=2.0,every=60", 20, seed=5)
-    spell = Counter(still(0.0, 0) for _ in range(DRAWS))
+    spell = Counter(still(0.0) for _ in range(DRAWS))
     assert [count / DRAWS for _, count in spell.most_common(3)] == pytest.approx(zipf(20, 2.0)[:3], abs=0.01)
-
-
-def test_tenants_have_adapters_of_their_own() -> None:
-    choose = chooser("tenant", 10, 3)
-    for tenant in range(3):
-        assert {choose(0.0, tenant) for _ in range(500)} == set(range(tenant, 10, 3))
-    assert counts("tenant:1.0", 6, tenants=3) == pytest.approx([2 / 9] * 3 + [1 / 9] * 3, abs=0.01)
-    with pytest.raises(ConfigError, match="an adapter of its own"):
-        chooser("tenant", 2, 3)
 
 
 def test_ranks_have_their_shares_and_depend_on_the_name_alone() -> None:
     ranks = parse_ranks("ranks", "8:5,16:3,64:2")
-    shapes = [draw_shape(f"adapter-{i:03}", ranks, None, 0) for i in range(4000)]
+    shapes = [draw_shape(f"adapter-{i:03}", ranks, 0) for i in range(4000)]
     found = Counter(shape.rank for shape in shapes)
     assert [found[rank] / 4000 for rank in (8, 16, 64)] == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
-    assert draw_shape("adapter-007", ranks, None, 0) == shapes[7]
-    sized = [draw_shape(f"adapter-{i:03}", ranks, parse_sizes("adapter_bytes", "64MiB"), 0) for i in range(9)]
-    assert {shape.nbytes for shape in sized} == {2**26}
-    assert [shape.rank for shape in sized] == [shape.rank for shape in shapes[:9]]
+    assert draw_shape("adapter-007", ranks, 0) == shapes[7]
 
 
 def test_lengths_have_their_distributions() -> None:
@@ -206,8 +193,6 @@ def test_lengths_have_their_distributions() -> None:
     uniform = Counter(parse_lengths("x", "uniform:3..5")(rng) for _ in range(3000))
     assert set(uniform) == {3, 4, 5} and min(uniform.values()) > 900
     assert {parse_lengths("x", 128)(rng), parse_lengths("x", "128")(rng)} == {128}
-    sizes = {parse_sizes("x", "uniform:1MiB..2MiB")(rng) for _ in range(100)}
-    assert 2**20 <= min(sizes) < max(sizes) <= 2**21
 
 
 def test_what_is_told_of_lengths() -> None:

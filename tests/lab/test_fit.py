@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioengine.lab.calibration.fit import TILES, Timed, fit_line, fit_stage, fit_steps
+from aioengine.lab.calibration.direct_steps import Timed
+from aioengine.lab.calibration.fit import TILES, fit_line, fit_stage, fit_steps
 from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes, curve_at
 
 

@@ -11,12 +11,11 @@ import pytest
 from support.lab_sim import Fixed, MemorySink, config, costs
 
 from aioengine.errors import ConfigError
-from aioengine.lab.fleet.conditions import Conditions, Fault
-from aioengine.lab.fleet.fleet import SimulatedFleet, fleet_config
+from aioengine.lab.fleet.conditions import Conditions, Fault, fleet_config
+from aioengine.lab.fleet.fleet import SimulatedFleet
 from aioengine.lab.runs.comparison import Comparison, compare
 from aioengine.lab.runs.experiment import Experiment
-from aioengine.lab.runs.open_loop import Replayed
-from aioengine.lab.runs.replay import replay_on_fleet
+from aioengine.lab.runs.replay import Replayed, replay_on_fleet
 from aioengine.lab.runs.simulate import run
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, make_engine, tiny, tiny_of
 from support.lab_sim import DISK, MB, SLOT, STEP, Fixed, MemorySink, costs, play
 
-from aioengine.errors import ConfigError
-from aioengine.lab.runs.open_loop import Replayed, RunStalled
-from aioengine.lab.runs.replay import replay
+from aioengine.lab.runs.replay import Replayed, RunStalled, replay
 from aioengine.lab.workload.requests import AdapterShape, Arrival
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, load_policy
 
@@ -139,11 +137,6 @@ def test_the_caller_says_what_is_expected() -> None:
     ]
     _, kept = play(Fixed(arrivals), load_policy("sjf"), max_num_seqs=1)
     assert [r.request_id for r in kept.requests] == ["r0", "r2", "r3", "r1"]
-
-
-def test_sample_seconds_are_checked() -> None:
-    with pytest.raises(ConfigError, match="sample_seconds=0"):
-        play(Fixed([]), sample_seconds=0)
 
 
 def test_nothing_to_do() -> None:

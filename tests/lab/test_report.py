@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from support.lab_files import request, sample, write_files
 
 from aioengine.errors import ConfigError
-from aioengine.lab.analysis.numbers import change_text, policy_label, seconds_text, share_text, shorten
+from aioengine.lab.analysis.measures import change_text, policy_label, seconds_text, share_text, shorten
 from aioengine.lab.analysis.summary import summarize
 from aioengine.lab.report.charts import images
 from aioengine.lab.report.page import in_script
-from aioengine.lab.report.run_figures import MOST_STAYS, PLOTS, draw_run, load_run, thin
-from aioengine.lab.report.run_page import write_report
+from aioengine.lab.report.run_page import MOST_STAYS, PLOTS, load_run, thin, write_report
 from aioengine.lab.runs.rows import SlotSpan, load_frames
 
 pytest.importorskip("vl_convert", reason="of the extra")
@@ -31,9 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with its report."""
     folder = write_files(tmp_path_factory.mktemp("report") / "run")
     (folder / "summary.json").write_text(json.dumps(summarize(folder)))
-    drawn: list[None] = []
-    write_report(folder, lambda: drawn.append(None))
-    assert len(drawn) == len(PLOTS)
+    write_report(folder)
     return folder
 
 
@@ -110,13 +107,14 @@ def test_figures_for_a_paper(written: Path, tmp_path: Path) -> None:
         assert {path.stem for path in figures.glob(f"*.{kind}")} == names
     assert b"/FontFile" in (figures / "latency.pdf").read_bytes(), "the fonts are in it"
     captions = (figures / "captions.md").read_text()
-    drawn = list(draw_run(load_run(folder)))
+    drawn = [draw(load_run(folder)) for draw in PLOTS.values()]
     assert all(f"**{one.name}.**" in captions and one.caption in captions for one in drawn)
     assert '"policy"' in captions
 
 
 def test_a_run_without_anything_has_figures(tmp_path: Path) -> None:
-    figures = list(draw_run(load_run(write_files(tmp_path, [], [], [], []))))
+    empty = load_run(write_files(tmp_path, [], [], [], []))
+    figures = [draw(empty) for draw in PLOTS.values()]
     assert [figure.name for figure in figures] == list(PLOTS)
     assert all(images(figure, ["png"])["png"] for figure in figures)
 
@@ -124,9 +122,9 @@ def test_a_run_without_anything_has_figures(tmp_path: Path) -> None:
 def test_a_timeline_of_many_stays_shows_a_part(tmp_path: Path) -> None:
     count = MOST_STAYS + 100
     spans = [SlotSpan(i % 2, f"adapter-{i % 30}", i * 1.0, i + 0.1, i + 1.0, 1) for i in range(count)]
-    figures = {figure.name: figure for figure in draw_run(load_run(write_files(tmp_path, spans=spans)))}
-    assert f"shown are {MOST_STAYS:,}" in figures["timeline"].title
-    assert len(figures["timeline"].spec["datasets"]["rows"]) == MOST_STAYS
+    timeline = PLOTS["timeline"](load_run(write_files(tmp_path, spans=spans)))
+    assert f"shown are {MOST_STAYS:,}" in timeline.title
+    assert len(timeline.spec["datasets"]["rows"]) == MOST_STAYS
 
 
 def test_the_difference_of_service_is_drawn(tmp_path: Path) -> None:
@@ -136,7 +134,7 @@ def test_the_difference_of_service_is_drawn(tmp_path: Path) -> None:
     for service, difference in (({"a": 90, "b": 10}, 80), ({"a": 50, "b": 50}, 0)):
         samples = [sample(time, service if time == 4.0 else {}) for time in (2.0, 4.0, 6.0)]
         run = load_run(write_files(tmp_path / str(difference), requests, samples=samples))
-        figure = {figure.name: figure for figure in draw_run(run)}["fairness"]
+        figure = PLOTS["fairness"](run)
         assert f"differ by {difference} tokens" in figure.title
         assert max(row["tokens"] for row in figure.spec["datasets"]["gaps"]) == difference
 

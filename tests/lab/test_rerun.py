@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import runpy
-import shlex
 from pathlib import Path
 
 import pytest
 
 from aioengine.cli.main import main
-from aioengine.errors import ConfigError
-from aioengine.lab import Experiment
 from aioengine.lab.policy_check.check import check_policy_contract
-from aioengine.lab.runs.experiment import OF_A_FLEET
-from aioengine.lab.workload.files import read_workload
+from aioengine.lab.workload.spec import read_workload
 from aioengine.schedulers import load_policy
 
 POLICY = """
@@ -62,38 +58,8 @@ def test_what_has_changed_is_said(folder: Path, capsys: pytest.CaptureFixture[st
     assert "requests.csv: line 2 was" in said.err
 
 
-@pytest.mark.slow
-def test_a_folder_from_when_a_fleets_defaults_were_written(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It runs again, also with other settings; what is about a fleet is refused where it is given."""
-    path = folder / "experiment.json"
-    found = json.loads(path.read_text())
-    found["experiment"] |= OF_A_FLEET
-    path.write_text(json.dumps(found))
-    assert main(["lab", "rerun", str(folder)]) == 0
-    assert "the same bytes" in capsys.readouterr().out
-    again = ["lab", "run", "--experiment", str(path), "--out", str(folder.parent / "again"), "--no-report"]
-    assert main([*again, "--seed", "3"]) == 0
-    for name in ("start-seconds", "router"):
-        value = str(OF_A_FLEET[name.replace("-", "_")])
-        assert main([*again, f"--{name}", value]) == 2
-        assert "is for a fleet; give replicas" in capsys.readouterr().err
-    found["experiment"]["start_seconds"] = 31.0
-    with pytest.raises(ConfigError, match=r"start_seconds=31\.0: is for a fleet"):
-        Experiment.from_dict(found["experiment"])
-
-
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert main(["lab", "rerun", str(tmp_path)]) == 2
-
-
-def test_the_command_gives_the_same_experiment(folder: Path) -> None:
-    written = json.loads((folder / "experiment.json").read_text())
-    line = shlex.split(written["provenance"]["command"])
-    again = folder.parent / "by-command"
-    assert main([*line[1:], "--out", str(again), "--no-report"]) == 0
-    assert (again / "experiment.json").read_bytes() == (folder / "experiment.json").read_bytes()
 
 
 @pytest.mark.slow

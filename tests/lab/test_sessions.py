@@ -1,9 +1,7 @@
-"""Sessions, closed loops, shared beginnings, popularity and tenants that change; and what a workload says of
-itself."""
+"""Sessions, closed loops, and shared beginnings."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -11,10 +9,7 @@ from typing import Any
 
 import pytest
 
-from aioengine.cli.main import main
-from aioengine.errors import ConfigError
 from aioengine.lab import Experiment, WorkloadSpec, load_frames, run
-from aioengine.lab.analysis.offered import describe_offered, read_offered
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Arrival
 
@@ -48,7 +43,7 @@ def test_each_turn_begins_with_all_that_was_said_before() -> None:
 
 
 def test_agents_fork_from_one_history() -> None:
-    session = next(s for s in of_sessions(arrivals(sessions="agents:turns=6,branch=3")) if len(s) >= 6)
+    session = next(s for s in of_sessions(arrivals(sessions="chat:turns=6,branch=3")) if len(s) >= 6)
     first, second = session[:3], session[3:6]
     assert [turn.after for turn in second] == [3, 4, 5], "all wait for the first of the turn before"
     assert len({turn.prefix for turn in second[1:]}) == 1
@@ -99,63 +94,3 @@ def test_a_closed_loop_has_so_many_callers(tmp_path: Path, sessions: str | None)
         under_way += change
         most = max(most, under_way)
     assert most == 3
-
-
-def test_a_tenant_bursts_at_a_time_of_its_own() -> None:
-    fields = {"tenants": 4, "limit": 4000, "arrivals": "poisson:rate=20"}
-    found = arrivals(tenant_bursts="bursts:factor=20,on=10,off=30", **fields)
-    even = arrivals(**fields)
-    assert [a.time for a in found] == [a.time for a in even], "times are as without"
-
-    def most(of: list[Arrival]) -> float:
-        windows = [Counter(a.tenant for a in of if a.time // 10 == w) for w in range(15)]
-        return max(max(w.values()) / sum(w.values()) for w in windows)
-
-    assert most(found) > 0.6 > 0.4 > most(even)
-
-
-def test_traces_as_burst_gpt_has_them(tmp_path: Path) -> None:
-    trace = tmp_path / "burst.csv"
-    header = "Timestamp,Session ID,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
-    trace.write_text(f"{header}5,,ChatGPT,472,18,490,Conversation log\n45.5,,GPT-4,1087,0,1087,API log\n")
-    found = list(OfferedWorkload(WorkloadSpec(trace=str(trace)), 0))
-    assert [(a.time, a.prompt_tokens, a.output_tokens) for a in found] == [(0.0, 472, 18), (40.5, 1087, 1)]
-    trace.write_text(f"{header}5,,ChatGPT,x,18,490,log\n")
-    with pytest.raises(ConfigError, match=r"line 2: .*Request tokens"):
-        OfferedWorkload(WorkloadSpec(trace=str(trace)), 0)
-
-
-def test_lengths_as_share_gpt_has_them(tmp_path: Path) -> None:
-    trace = tmp_path / "share.json"
-    said = [("human", "x" * 40), ("gpt", "y" * 9), ("human", "z"), ("human", "w"), ("gpt", "v")]
-    turns = [{"from": who, "value": value} for who, value in said]
-    trace.write_text(json.dumps([{"id": "a", "conversations": turns}]))
-    spec = WorkloadSpec(trace=str(trace), arrivals="poisson:rate=1", limit=50)
-    lengths = {(a.prompt_tokens, a.output_tokens) for a in OfferedWorkload(spec, 0)}
-    assert lengths == {(10, 3), (1, 1)}
-    with pytest.raises(ConfigError, match="has no times"):
-        OfferedWorkload(WorkloadSpec(trace=str(trace)), 0)
-
-
-@pytest.mark.slow
-def test_a_workload_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = WorkloadSpec(
-        arrivals="poisson:rate=5", limit=500, adapters=10, popularity="zipf:1.5", base_share=0.2
-    )
-    found = describe_offered(read_offered(OfferedWorkload(spec, 0)))
-    assert found["requests"] == 500
-    assert found["gap_variation"] == pytest.approx(1.0, abs=0.2)
-    assert found["base_model_share"] == pytest.approx(0.2, abs=0.06)
-    assert found["adapters_for_half"] <= 3
-    pytest.importorskip("vl_convert", reason="of the extra")
-    file = tmp_path / "w.toml"
-    file.write_text('arrivals = "poisson:rate=5"\nlimit = 50\nadapters = 3\nshared_prefix = "tokens:512"\n')
-    out = tmp_path / "out"
-    assert main(["lab", "workload", str(file), "--plot", "--out", str(out)]) == 0
-    assert "cacheable prompt share" in capsys.readouterr().out
-    first = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert set(first) == {"workload.png", "workload.pdf", "workload.svg", "workload.json"}
-    assert b"/FontFile" in first.pop("workload.pdf"), "the fonts are in it"
-    assert main(["lab", "workload", str(file), "--plot", "--out", str(out)]) == 0
-    assert {name: (out / name).read_bytes() for name in first} == first
-    assert main(["lab", "workload", str(tmp_path / "no.toml")]) == 2

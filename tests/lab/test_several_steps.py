@@ -45,7 +45,7 @@ workloads = st.fixed_dictionaries(
         "prompt_tokens": st.sampled_from(["uniform:1..40", "uniform:20..900"]),
         "output_tokens": st.sampled_from([1, 2, 17, "uniform:1..120"]),
         "lengths": st.sampled_from(["known", "hidden:max=200"]),
-        "timeout": st.sampled_from([None, None, 1.5]),
+        "deadline": st.sampled_from([None, None, 1.5]),
         "sessions": st.sampled_from([None, None, "chat:turns=3,think=0.2"]),
     }
 )
@@ -114,7 +114,7 @@ def outcome(
 )
 def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any]) -> None:
     if system["replicas"] is None:
-        system = {**system, "router": None}
+        system = {key: value for key, value in system.items() if key != "router"}
     experiment = Experiment(
         workload=WorkloadSpec(**workload),
         cpu_loras=6,

@@ -31,7 +31,7 @@ def test_requests_and_times(folder: Path) -> None:
     assert counts == [4, 1, 0, 1]
     assert found["duration_seconds"] == 10.0
     assert found["output_tokens"] == 20 and found["output_tokens_per_second"] == 2.0
-    assert found["ttft_seconds"] == {"mean": 2.5, "p50": 2.0, "p90": 3.4, "p99": 3.94, "max": 4.0}
+    assert found["ttft_seconds"] == {"mean": 2.5, "p50": 2.0, "p90": 3.4, "p95": 3.7, "p99": 3.94, "max": 4.0}
     assert found["latency_seconds"]["mean"] == 5.0 and found["latency_seconds"]["max"] == 8.0
     # 2 s for 4 intervals, twice, and 6 s for 8; one token has none
     assert found["inter_token_seconds"]["mean"] == pytest.approx((0.5 + 0.5 + 0.75) / 3, abs=1e-6)

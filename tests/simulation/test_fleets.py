@@ -12,10 +12,9 @@ import pytest
 from support.lab_sim import MB, Fixed, MemorySink, config, costs
 
 from aioengine.lab.costs.model import Stage
-from aioengine.lab.fleet.conditions import Conditions, Fault
-from aioengine.lab.fleet.fleet import SimulatedFleet, fleet_config
-from aioengine.lab.runs.open_loop import Replayed
-from aioengine.lab.runs.replay import replay_on_fleet
+from aioengine.lab.fleet.conditions import Conditions, Fault, fleet_config
+from aioengine.lab.fleet.fleet import SimulatedFleet
+from aioengine.lab.runs.replay import Replayed, replay_on_fleet
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape, Arrival

@@ -8,8 +8,7 @@ from typing import Any
 from aioengine import EngineConfig, LoRAConfig
 from aioengine.lab.costs.model import CostModel, ModelShape, Stage
 from aioengine.lab.costs.steps import StepCosts
-from aioengine.lab.runs.open_loop import Replayed
-from aioengine.lab.runs.replay import replay
+from aioengine.lab.runs.replay import Replayed, replay
 from aioengine.lab.runs.rows import MemorySink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Event
@@ -22,20 +22,15 @@ from aioengine.cli.lab.flags import (
     cores,
     make_experiment,
 )
-from aioengine.cli.lab.run import draw
+from aioengine.cli.lab.run import warn
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID, process
 from aioengine.cli.progress import progress
 from aioengine.cli.struct_flags import Flags, flag_set
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from aioengine.lab.report.compare_page import Ranking
-    from aioengine.lab.report.compare_results import Compare
+    from aioengine.lab.report.compare_page import Compare
     from aioengine.lab.runs.comparison import Compared, Comparison
-    from aioengine.lab.runs.pool import Report
 
 
 @flag_set(
@@ -129,29 +124,15 @@ def split_policies(texts: Iterable[str]) -> list[str]:
 def _compare(comparison: Comparison, flags: CompareFlags) -> Compared:
     from aioengine.lab.runs.comparison import compare
 
-    tasks = comparison.tasks(flags.out)
-    under_way: dict[int, float] = {}
-    ended, stop = 0, Event()
-
+    total, count, stop = len(comparison.tasks(flags.out)), itertools.count(1), Event()
     with progress("comparing") as show, process.cancelling(stop.set):
-
-        def report(found: Report) -> None:
-            nonlocal ended
-            if found.kind == "progress":
-                under_way[found.key] = min(found.done / found.total, 1.0) if found.total else 0.0
-            else:
-                under_way.pop(found.key, None)
-                ended += 1
-            done = ended + sum(under_way.values())
-            show(done, len(tasks), f"{ended:,} of {len(tasks):,} runs, {tasks[found.key].out.name}")
-
         return compare(
             comparison,
             flags.out,
             jobs=flags.jobs or cores(),
             allow_fallback=flags.allow_fallback,
-            report=report,
-            say=lambda text: print(f"aioengine: {text}", file=sys.stderr),
+            ended=lambda task, outcome: show(next(count), total, task.out.name),
+            say=warn,
             stopping=stop.is_set,
         )
 
@@ -162,12 +143,11 @@ def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> i
     from aioengine.lab.runs.simulate import ageing_text
 
     for failure in found.failures:
-        said = failure.error if failure.invalid else f"failed: {failure.error}"
-        print(f"aioengine: run {failure.folder}: {said}", file=sys.stderr)
+        warn(f"run {failure.folder}: {'' if failure.invalid else 'failed: '}{failure.error}")
     if len(found.failures) < found.results.height:
         print_rankings(load_compare(flags.out, flags.rank_by))
-        print(ageing_text(comparison.policies, comparison.experiment.ageing))
-        draw(lambda drawn: write_compare_report(flags.out, flags.rank_by, drawn))
+        print(ageing_text(comparison.policies))
+        print(f"report: {write_compare_report(flags.out, flags.rank_by)}")
     print(f"files:  {flags.out}")
     if any(failure.invalid for failure in found.failures):
         return EXIT_NOT_VALID
@@ -176,38 +156,14 @@ def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> i
 
 def print_rankings(compare: Compare) -> None:
     """Print a table for each setting of a comparison, the best policy first."""
-    from aioengine.cli.tables import output_console
+    from aioengine.cli.tables import print_table
+    from aioengine.lab.analysis.measures import policy_label
     from aioengine.lab.report.compare_page import rankings
 
-    console = output_console()
-    shared = False
     for ranking in rankings(compare):
-        table = _ranking_table(ranking, console, " ")
-        if console.measure(table, options=console.options.update(width=1000)).maximum > console.width:
-            table = _ranking_table(ranking, console, "\n")
-        console.print(table, "")
-        shared = shared or any("=" in row.place for row in ranking.rows)
-    if shared:
-        console.print("=: the seeds do not tell which of these is better (95%)", style="dim")
-
-
-def _ranking_table(ranking: Ranking, console: Console, joint: str) -> Table:
-    """Make the table of policies, with ``joint`` between a mean and its interval. The columns of figures
-    are as wide as they need to be: Rich would break lines at no-break spaces too, between a number and its
-    unit."""
-    from rich.text import Text
-
-    from aioengine.cli.tables import new_table
-    from aioengine.lab.analysis.numbers import policy_label
-
-    table = new_table(console)
-    table.title, table.show_edge, table.pad_edge = Text(ranking.title), False, False
-    table.add_column("", no_wrap=True)
-    table.add_column("policy", overflow="fold")
-    texts = [[joint.join(filter(None, cell[:2])) for cell in row.cells] for row in ranking.rows]
-    for head, column in zip(ranking.heads, zip(*texts, strict=True), strict=True):
-        parts = [*head.split(), *(line for text in column for line in text.split("\n"))]
-        table.add_column(head, justify="right", width=max(map(len, parts)))
-    for row, cells in zip(ranking.rows, texts, strict=True):
-        table.add_row(row.place, Text(policy_label(row.name)), *cells)
-    return table
+        rows = [
+            (row.place, policy_label(row.name), *("\n".join(filter(None, cell[:2])) for cell in row.cells))
+            for row in ranking.rows
+        ]
+        print_table(("", "policy", *(f">{head}" for head in ranking.heads)), rows, ranking.title)
+    print("=: the seeds do not tell which of these is better (95%)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +14,7 @@ from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.runs.experiment import Experiment
-from aioengine.lab.workload.spec import WorkloadSpec
-
-_NAMES = {"max_loras": "--slots", "max_cpu_loras": "--cpu-loras"}
-"""Names of the lab's flags, by the engine's names of the fields."""
+from aioengine.lab.workload.spec import WorkloadSpec, read_workload
 
 
 def _numbers(kind: Any, tokens: Sequence[Token]) -> list[float]:
@@ -70,11 +66,8 @@ def make_experiment(
         own: From the command's own flags: seed, policy, slots, and the workload's scale.
         base: Workload in place of the file's.
 
-    Raises ConfigError for errors in the file or the flags, and for a flag that changes nothing.
+    Raises ConfigError for errors in the file or the flags.
     """
-    from aioengine.lab.runs.effects import check_effect, set_fields
-    from aioengine.lab.runs.experiment import refuse_fleet
-
     values = _read(file)
     spec = values.get("workload") or {} if base is None else base.to_dict()
     if not isinstance(spec, Mapping):
@@ -83,25 +76,11 @@ def make_experiment(
     asked = given(workload or WorkloadFlags())
     if "scale" in fields:
         asked["scale"] = fields.pop("scale")
-    values = {**values, **fields, "workload": {**spec, **asked}}
     source = "flags" if file is None else f"{file} and flags" if asked or fields else str(file)
-    try:
-        if values.get("replicas") is None:
-            refuse_fleet(fields)
-        experiment = Experiment.from_dict(values, source=source)
-        in_file = base is not None or (file is not None and file.suffix == ".toml")
-        check_effect(experiment, {*fields, *asked, *(set_fields(experiment.workload) if in_file else ())})
-        return experiment
-    except ConfigError as error:
-        text = re.sub(
-            r"(?:LoRAConfig\.)?\b(max_(?:cpu_)?loras)\b", lambda found: _NAMES[found[1]], str(error)
-        )
-        raise ConfigError(text) from error
+    return Experiment.from_dict({**values, **fields, "workload": {**spec, **asked}}, source=source)
 
 
 def _read(file: Path | None) -> Mapping[str, Any]:
-    from aioengine.lab.workload.files import read_workload
-
     if file is None:
         return {}
     if file.suffix == ".toml":

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aioengine.cli.flags import DEFAULT_MODEL, CommonFlags, Given
 from aioengine.cli.lab.flags import Floats, make_experiment
@@ -14,16 +13,12 @@ from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 
-if TYPE_CHECKING:
-    from aioengine.lab.calibration.validate import Validation
-
 DEFAULT_PRESET = "smollm2-135m-cpu"
 
 
-LIVE = FieldsOf(EngineConfig, only=("dtype", "device", "quantization", "tensor_parallel_size"))
-
-
-@flag_set("Engine", 5, LIVE)
+@flag_set(
+    "Engine", 5, FieldsOf(EngineConfig, only=("dtype", "device", "quantization", "tensor_parallel_size"))
+)
 class LiveFlags(Flags):
     model: str = DEFAULT_MODEL
     """Model folder, GGUF file, Hub id, or smollm2-135m (the default)."""
@@ -32,7 +27,6 @@ class LiveFlags(Flags):
 def calibrate(
     *,
     out: Given = Path("costs.json"),
-    name: str | None = None,
     live: LiveFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
@@ -42,7 +36,6 @@ def calibrate(
 
     Args:
         out: File for the cost model (costs.json).
-        name: Name of the cost model; by default that of its file.
     """
     from aioengine.cli.progress import progress
     from aioengine.lab.workload.extra import check_extra
@@ -52,7 +45,7 @@ def calibrate(
     from aioengine.lab.calibration.calibrate import calibrate_async
 
     with progress("calibrating") as show:
-        costs = run(calibrate_async(out=out, name=name, progress=show, **given(live or LiveFlags())))
+        costs = run(calibrate_async(out=out, progress=show, **given(live or LiveFlags())))
     print(f"{costs.name}: {costs.source}")
     if costs.fit is not None:
         median, p90 = costs.fit.median_error, costs.fit.p90_error
@@ -93,6 +86,7 @@ def validate(
     """
     flags = flags or ValidateFlags()
     from aioengine.cli.progress import progress
+    from aioengine.cli.tables import print_table
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
@@ -121,32 +115,21 @@ def validate(
                 **given(live or LiveFlags()),
             )
         )
-    _print_validation(found)
-    if found.worst > flags.max_error:
-        print(f"aioengine: off by {found.worst:.1%}, more than --max-error allows", file=sys.stderr)
+    rows = [
+        (
+            one.load,
+            name,
+            f"{getattr(one.live, name):.4g}",
+            f"{getattr(one.simulated, name):.4g}",
+            f"{error:+.1%}",
+        )
+        for one in found
+        for name, error in one.errors.items()
+    ]
+    title = f"{flags.calibrate or preset}: live and simulated"
+    print_table(("load", "figure", ">live", ">simulated", ">error"), rows, title)
+    worst = max(abs(error) for one in found for error in one.errors.values())
+    if worst > flags.max_error:
+        print(f"aioengine: off by {worst:.1%}, more than --max-error allows", file=sys.stderr)
         return EXIT_FAILED
     return 0
-
-
-def _print_validation(found: Validation) -> None:
-    from aioengine.cli.tables import print_table
-    from aioengine.lab.calibration.probe import DISTURBED
-
-    columns = ("load", "figure", ">live", ">simulated", ">error", ">steps as live")
-    left = [error for one in found.comparisons for error in one.error_as_live.values()]
-    rows = [
-        (load, metric, f"{live:.4g}", f"{simulated:.4g}", f"{error:+.1%}", f"{rest:+.1%}")
-        for (load, metric, live, simulated, error), rest in zip(found.rows(), left, strict=True)
-    ]
-    print_table(columns, rows, f"{found.preset}: live and simulated")
-    steps = ", ".join(f"{one.step_error:+.1%} at {one.load}" for one in found.comparisons)
-    print(f"error of the steps' time: {steps}; the last column is the error without it")
-    if found.rounds:
-        print(f"rounds of the calibration: {found.rounds}")
-    waited = max(share for one in found.comparisons for share in one.waited)
-    if waited > DISTURBED:
-        print(
-            f"aioengine: in a live run, steps waited for processors for {waited:.0%} of their time: other "
-            "programs run; end them, and validate again",
-            file=sys.stderr,
-        )

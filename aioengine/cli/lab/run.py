@@ -55,38 +55,36 @@ def run(
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
-    from aioengine.lab.report.run_figures import PLOTS
     from aioengine.lab.report.run_page import write_report
     from aioengine.lab.runs import simulate
     from aioengine.lab.runs.comparison import invalid_text
-    from aioengine.lab.runs.open_loop import RunStalled
+    from aioengine.lab.runs.replay import RunStalled
 
     own = {name: getattr(flags, name) for name in ("policy", "slots", "scale", "seed")}
     experiment = make_experiment(flags.experiment, workload, system, own)
     check_out(flags.out, "experiment.json")
     try:
         with progress("simulating") as show, fewer_collections():
-            result = simulate.run(
-                experiment,
-                flags.out,
-                simulated(show),
-                lambda text: print(f"aioengine: {text}", file=sys.stderr),
-            )
+            result = simulate.run(experiment, flags.out, simulated(show), warn)
     except RunStalled as error:
-        print(f"aioengine: {error}", file=sys.stderr)
+        warn(str(error))
         return EXIT_FAILED
     print_summary(result.summary)
     if flags.report:
-        draw(lambda drawn: write_report(flags.out, drawn), len(PLOTS))
+        print(f"report: {write_report(flags.out)}")
     print(f"files:  {flags.out}")
     policy = result.summary["policy"]
     if policy["valid"] or flags.allow_fallback:
         return 0
-    print(f"aioengine: this run is {invalid_text(policy)}", file=sys.stderr)
+    warn(f"this run is {invalid_text(policy)}")
     if policy["traceback"] is not None:
         print(policy["traceback"], end="", file=sys.stderr)
-    print("aioengine: with --allow-fallback the run is accepted", file=sys.stderr)
+    warn("with --allow-fallback the run is accepted")
     return EXIT_NOT_VALID
+
+
+def warn(text: str) -> None:
+    print(f"aioengine: {text}", file=sys.stderr)
 
 
 def simulated(show: Show) -> Callable[[int, int | None, float], None]:
@@ -106,30 +104,6 @@ def fewer_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def draw(write: Callable[[Callable[[], None]], Path], figures: int | None = None) -> None:
-    """Draw a report, if the packages for it are there, and print where it is.
-
-    Args:
-        write: Writes the report, and returns its page. It calls its argument after each figure.
-        figures: Their number, if it is known.
-    """
-    from aioengine.lab.workload.extra import NO_REPORT, can_draw
-
-    if not can_draw():
-        print(f"aioengine: {NO_REPORT}", file=sys.stderr)
-        return
-    with progress("drawing") as show:
-        drawn = 0
-
-        def count() -> None:
-            nonlocal drawn
-            drawn += 1
-            show(drawn, figures, "figures")
-
-        page = write(count)
-    print(f"report: {page}")
-
-
 def print_summary(summary: dict[str, Any]) -> None:
     """Print the table at the end of a run."""
     from aioengine.cli.tables import print_table
@@ -141,4 +115,4 @@ def print_summary(summary: dict[str, Any]) -> None:
     print_table(("figure", ">"), [(measure.label, measure.text(flat[measure.name])) for measure in there])
     if errors := summary["requests_by_error"]:
         each = ", ".join(f"{count:,} {error}" for error, count in errors.items())
-        print(f"aioengine: not all requests were served: {each}", file=sys.stderr)
+        warn(f"not all requests were served: {each}")

@@ -57,10 +57,3 @@ def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Es
         (both,), np.mean, confidence_level=CONFIDENCE, rng=0, vectorized=True
     ).confidence_interval
     return Estimate(math.fsum(both) / len(both), float(found.low), float(found.high), len(both))
-
-
-def regret(values: Sequence[float | None], best: Sequence[float | None]) -> Estimate | None:
-    """Return the difference to the oracle's value as a share of it, seed by seed: 0.2 is 20% more. It can be
-    negative, because the oracle, which knows when adapters are requested, is not the best in every figure."""
-    both = [a / b - 1 for a, b in zip(values, best, strict=True) if a is not None and b]
-    return estimate(both) if both else None

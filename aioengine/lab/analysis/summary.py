@@ -95,9 +95,9 @@ def times_of(requests: pl.DataFrame) -> dict[str, pl.Series]:
 
 
 def spread(values: pl.Series) -> dict[str, float | None]:
-    """Compute mean, p50, p90, p99 and maximum of values that are not null; percentiles are interpolated."""
+    """Compute mean, p50, p90, p95, p99 and maximum of values that are not null; percentiles are interpolated."""
     values = values.drop_nulls()
-    quantiles = {f"p{p}": values.quantile(p / 100, "linear") for p in (50, 90, 99)}
+    quantiles = {f"p{p}": values.quantile(p / 100, "linear") for p in (50, 90, 95, 99)}
     # fsum's result does not depend on the order of its terms, nor on how the column lies in memory.
     mean = math.fsum(values) / len(values) if len(values) else None
     return {"mean": mean, **quantiles, "max": values.max()}  # type: ignore[dict-item] # a column of floats

@@ -9,9 +9,12 @@ from typing import NamedTuple
 import msgspec
 
 from aioengine.config import ALLOWED_RANKS
-from aioengine.errors import ConfigError
 
 PROMPTS = (8, 16, 24, 32, 48, 64, 65, 80, 96, 128, 129, 192, 256, 257, 384, 512, 1024, 2048)
+MOST_MIXED = 24
+"""Maximum rows that decode beside prompts in a random batch."""
+LONGEST_MIXED = 512
+"""Tokens of the longest prompt in it."""
 
 
 class Row(NamedTuple):
@@ -43,25 +46,16 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Maximum positions of all rows together."""
     prompts: tuple[int, ...] = PROMPTS
     """Tokens of a prompt that is computed alone."""
-    chunks: tuple[int, ...] = (64, 512)
-    """Tokens of a part of a prompt after one of the longer ``contexts``."""
     ranks: tuple[int, ...] = (8, 16, 64)
     """Ranks of adapters. Slots are sized for the largest."""
     adapters: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of distinct adapters of one rank in a batch."""
-    adapter_rows: tuple[int, ...] = (1, 4, 8, 32)
-    """Numbers of rows that decode with adapters."""
-    adapter_prompts: tuple[int, ...] = (32, 128, 512)
-    """Tokens of a prompt with one adapter."""
     mixtures: int = 96
     """Number of random batches as in serving, with prompts beside decodes."""
-    mixed_rows: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
-    mixed_prompts: tuple[int, int] = (8, 512)
-    """Tokens of the shortest and of the longest prompt in them."""
     repeats: int = 5
-    """Number of timings of each step."""
+    """Number of rounds, in each of which every step is timed once."""
     seconds: float = 100.0
-    """Seconds after which one timing of each step is enough."""
+    """Seconds after which no other round begins."""
     live_rows: tuple[int, ...] = (1, 4, 16, 64)
     """Numbers of sequences that decode as in serving, to time the gap between steps."""
     live_steps: int = 20
@@ -71,18 +65,9 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_num_batched_tokens: int = 2048
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for field in self.__struct_fields__:
-            value = getattr(self, field)
-            least = 0 if field in ("seed", "mixed_rows") else 1
-            if min(value if isinstance(value, tuple) else (value,), default=least - 1) < least:
-                raise ConfigError(f"design.{field}={value!r}: must not be empty, and nothing below {least}")
-        if max(self.ranks) > max(ALLOWED_RANKS):
-            raise ConfigError(f"design.ranks={self.ranks!r}: slots hold at most rank {max(ALLOWED_RANKS)}")
-
     @property
     def max_rows(self) -> int:
-        return max(*self.rows, *self.adapter_rows, *self.live_rows, max(self.mixed_rows) + 3)
+        return max(*self.rows, *self.live_rows, MOST_MIXED + 3)
 
     @property
     def slot_rank(self) -> int:
@@ -96,7 +81,7 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def parts(self, longest: int) -> list[Part]:
         """Return all steps to time, without those that have more than ``longest`` positions, the model's
         maximum, or exceed the design's own bounds."""
-        found = (*self._decodes(), *self._prompts(), *self._with_adapters(), *self._mixtures())
+        found = (*self._alone(), *self._with_adapters(), *self._mixtures())
         return [part for part in found if self._fits(part, longest)]
 
     def _fits(self, part: Part, longest: int) -> bool:
@@ -106,35 +91,33 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         held = sum(row.start + row.tokens for row in part.rows)
         return computed <= self.max_num_batched_tokens and held <= self.tokens
 
-    def _decodes(self) -> Iterator[Part]:
+    def _alone(self) -> Iterator[Part]:
+        """Yield decodes, prompts, and parts of prompts, of the base model."""
         for i, context in enumerate(self.contexts):
             for rows in self.rows if i == 0 else self.rows[::3]:
                 yield Part(f"{rows} rows after {context} tokens", (Row(1, context),) * rows)
-
-    def _prompts(self) -> Iterator[Part]:
         for tokens in self.prompts:
-            yield Part(f"a prompt of {tokens}", (Row(tokens, 0),))
-        for start in self.contexts[1:]:
-            for tokens in self.chunks:
+            for start in (0, *self.contexts[1:]) if tokens in (64, 512) else (0,):
                 yield Part(f"{tokens} of a prompt after {start}", (Row(tokens, start),))
 
     def _with_adapters(self) -> Iterator[Part]:
         for rank in self.ranks:
             names = self.names(rank)
-            for rows in self.adapter_rows:
+            for rows in self.rows[::3]:
                 for count in self.adapters:
                     if count <= rows:
                         what = f"{rows} rows, {count} adapters of rank {rank}"
                         decode = (Row(1, self.contexts[0], names[row % count]) for row in range(rows))
                         yield Part(what, tuple(decode))
-            for tokens in self.adapter_prompts:
+            for tokens in self.prompts[3::6]:
                 yield Part(f"a prompt of {tokens}, an adapter of rank {rank}", (Row(tokens, 0, names[0]),))
 
     def _mixtures(self) -> Iterator[Part]:
         """Draw batches of decodes and one to three prompts. Lengths are uniform on a logarithmic scale. Three
         of four batches have adapters: half of these all of one rank, the others of any."""
         rng = random.Random(self.seed)
-        low, high = self.mixed_prompts
+        low, high = min(self.prompts), min(max(self.prompts), LONGEST_MIXED)
+        numbers = (0, *(rows for rows in self.rows if rows <= MOST_MIXED))
         for _ in range(self.mixtures):
             ranks = self.ranks if rng.random() < 0.5 else (rng.choice(self.ranks),)
             names: list[str | None] = [None]
@@ -143,7 +126,7 @@ class Design(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 names = [*rng.sample(known, rng.choice(self.adapters))]
             rows = [
                 Row(1, rng.randint(min(self.contexts[:2]), max(self.contexts[:2])), rng.choice(names))
-                for _ in range(rng.choice(self.mixed_rows))
+                for _ in range(rng.choice(numbers))
             ]
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
                 rows.append(Row(round(low * (high / low) ** rng.random()), 0, rng.choice(names)))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from aioengine.lab.calibration.direct_steps import Timed
 from aioengine.lab.calibration.probe import ProbedMove, ProbedStep
-from aioengine.lab.costs.model import CostModel, FitQuality, Stage
+from aioengine.lab.costs.model import FitQuality, Stage
 from aioengine.lab.costs.steps import NONE, StepCosts, StepShape, StepTimes, in_tiles, significant
 from aioengine.lab.workload.extra import needs_extra
 
@@ -29,13 +29,6 @@ OUTLIER = 5.0
 """Errors larger than this multiple of the median are ignored when tiles are compared."""
 ROUNDS = 8
 """Rounds of reweighting, enough for the weights to converge."""
-
-
-class Timed(NamedTuple):
-    """A step and its time."""
-
-    shape: StepShape
-    seconds: float
 
 
 class StepFit(NamedTuple):
@@ -163,83 +156,59 @@ def _solve(matrix: Array, taken: Array) -> Array:
 # From the records of a probe
 
 MAX_SLOWDOWN = 5.0
-RARE = 3.0
-"""A timing that is longer than this multiple of the median was disturbed by something else."""
-
-
-def usual_mean(timings: Sequence[float]) -> float:
-    """Return the mean without timings of :data:`RARE` length. It is not the median, because a machine's speed
-    varies by the second, and what it takes on the whole is asked."""
-    most = RARE * statistics.median(timings)
-    return statistics.fmean(seconds for seconds in timings if seconds <= most)
-
-
-class Intervals:
-    """The time during which adapters were moved, as intervals that do not touch."""
-
-    def __init__(self, moves: Iterable[ProbedMove]) -> None:
-        self._spans: list[tuple[float, float]] = []
-        for _, start, end, _ in sorted(moves, key=lambda move: move.start):
-            if self._spans and start <= self._spans[-1][1]:
-                start, last = self._spans.pop()
-                end = max(last, end)
-            self._spans.append((start, end))
-
-    def overlap(self, step: ProbedStep) -> float:
-        """Return the seconds of the step in which something was moved."""
-        first = bisect_left(self._spans, step.start, key=lambda span: span[1])
-        spans = takewhile(lambda span: span[0] < step.until, self._spans[first:])
-        return sum(min(end, step.until) - max(start, step.start) for start, end in spans)
 
 
 def fit_overhead(steps: Iterable[ProbedStep]) -> tuple[float, float]:
     """Fit the time between steps: a constant and a part for each sequence, in seconds. Each number of
-    sequences counts with its mean, because errors are relative, and single times may be close to 0."""
+    sequences counts with its median, because errors are relative, and single times may be close to 0."""
     gaps: dict[int, list[float]] = defaultdict(list)
     for step in steps:
-        gaps[step.shape.sequences].append(max(step.wall - step.seconds, 0.0))
-    return fit_line([(sequences, max(usual_mean(times), 1e-6)) for sequences, times in gaps.items()])
+        gaps[step.shape.sequences].append(step.wall - step.seconds)
+    return fit_line([(count, max(statistics.median(times), 1e-6)) for count, times in gaps.items()])
 
 
 def serving_level(costs: StepCosts, steps: Iterable[ProbedStep]) -> float:
     """Return how many times as long steps of decodes take in serving as ``costs`` has them, which was fitted
-    to steps alone: the median over the numbers of sequences, of the means of each."""
+    to steps alone: the median over the numbers of sequences, of the medians of each."""
     times = StepTimes(costs)
     ratios: dict[int, list[float]] = defaultdict(list)
     for step in steps:
         if not step.shape.prefill_tokens:
             ratios[step.shape.sequences].append(step.seconds / times(step.shape))
-    return statistics.median(map(usual_mean, ratios.values())) if ratios else 1.0
+    return statistics.median(map(statistics.median, ratios.values())) if ratios else 1.0
 
 
-def move_points(moves: Iterable[ProbedMove], stage: str) -> list[tuple[float, float]]:
-    """Return (bytes, median seconds) for each size."""
+def fit_moves(steps: Sequence[ProbedStep], moves: Sequence[ProbedMove], stage: str) -> Stage:
+    """Fit a stage to its moves, each alone beside steps of the same decodes."""
     sizes: dict[int, list[float]] = defaultdict(list)
     for move in moves:
         if move.stage == stage:
             sizes[move.nbytes].append(move.end - move.start)
-    return [(nbytes, max(statistics.median(times), 1e-9)) for nbytes, times in sizes.items()]
+    fitted = fit_stage([(nbytes, max(statistics.median(times), 1e-9)) for nbytes, times in sizes.items()])
+    return Stage(
+        significant(fitted.latency), significant(fitted.bandwidth), significant(slowdown(steps, moves, stage))
+    )
 
 
-def slowdown(costs: CostModel, steps: Sequence[ProbedStep], moves: Iterable[ProbedMove], stage: str) -> float:
+def slowdown(steps: Iterable[ProbedStep], moves: Sequence[ProbedMove], stage: str) -> float:
     """Return how many times as long steps take while adapters are moved in this stage: from steps some of
     which moves overlap.
 
     A step of s seconds that is disturbed for o of the w seconds that it takes in the end has
     w = s + o (1 - 1 / slowdown).
     """
-    moves = list(moves)
-    moving = Intervals(move for move in moves if move.stage == stage)
-    others = Intervals(move for move in moves if move.stage != stage)
-    step_seconds = StepTimes(costs.steps)
-    counted = [step for step in steps if not others.overlap(step)]
-    expected = [step_seconds(step.shape) + costs.step_overhead for step in counted]
-    overlaps = [moving.overlap(step) for step in counted]
-    calm = [step.wall / e for step, e, o in zip(counted, expected, overlaps, strict=True) if o == 0]
-    disturbed = sum(overlaps)
+    calm, disturbed = list[float](), list[tuple[float, float]]()
+    for step in steps:
+        overlaps = {"disk": 0.0, "slot": 0.0}
+        for move in moves:
+            overlaps[move.stage] += max(min(move.end, step.until) - max(move.start, step.start), 0.0)
+        own = overlaps.pop(stage)
+        if not own and not any(overlaps.values()):
+            calm.append(step.wall)
+        elif not any(overlaps.values()):
+            disturbed.append((step.wall, own))
     if not calm or not disturbed:
         return 1.0
-    level = statistics.median(calm)  # these steps may all be somewhat off the fit
-    extra = sum(step.wall - level * e for step, e, o in zip(counted, expected, overlaps, strict=True) if o)
-    share = min(max(extra / disturbed, 0.0), 1 - 1 / MAX_SLOWDOWN)
-    return 1 / (1 - share)
+    usual = statistics.median(calm)
+    extra = sum(wall - usual for wall, _ in disturbed) / sum(overlap for _, overlap in disturbed)
+    return 1 / (1 - min(max(extra, 0.0), 1 - 1 / MAX_SLOWDOWN))

@@ -1,13 +1,10 @@
-"""An engine that records the time of every step and every adapter move, and what others took of the
-processors meanwhile."""
+"""An engine that records the time of every step and every adapter move."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from aioengine import events
@@ -17,41 +14,6 @@ from aioengine.info import LoadProgress
 from aioengine.lab.costs.steps import StepShape, step_shape
 from aioengine.runtime.assemble import Built
 from aioengine.step import StepBatch, StepResult
-
-CALM = 0.02
-"""A timing counts if the threads waited for a processor for at most this share of it."""
-DISTURBED = 0.05
-"""Limit of this share for steps in serving, where the engine's own threads also wait for each other."""
-
-
-class Waits:
-    """Counts the time that this process's threads were ready to run but had no processor, from its
-    construction on, except during pauses. Linux measures it; elsewhere it is 0."""
-
-    def __init__(self) -> None:
-        self._before = 0.0
-        self._since: float | None = _waited()
-        """What had been waited when the last pause ended; None during one."""
-
-    def pause(self) -> None:
-        self._before, self._since = self.seconds(), None
-
-    def go_on(self) -> None:
-        if self._since is None:
-            self._since = _waited()
-
-    def seconds(self) -> float:
-        """Return the sum over all threads, in seconds."""
-        now = 0.0 if self._since is None else max(_waited() - self._since, 0.0)  # less if a thread has ended
-        return self._before + now
-
-
-def _waited() -> float:
-    nanoseconds = 0
-    for statistics in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError, IndexError, ValueError):  # it has ended, or there are no such statistics
-            nanoseconds += int(statistics.read_text(encoding="ascii").split()[1])
-    return nanoseconds * 1e-9
 
 
 class ProbedStep(NamedTuple):
@@ -83,13 +45,8 @@ class Probe:
     def __init__(self) -> None:
         self.steps: list[ProbedStep] = []
         self.moves: list[ProbedMove] = []
-        self.waits = Waits()
-        """Counts while no adapter is moved: the threads that read and copy take processors from the steps,
-        which is no other program's doing."""
         self._grown = asyncio.Event()
         self._last: tuple[StepShape, float, float] | None = None
-        self._open: dict[tuple[str, str, int], float] = {}
-        """Begin of each move under way, by stage, adapter and version."""
 
     def begins(self, now: float) -> None:
         """Note that a step begins."""
@@ -115,30 +72,9 @@ class Probe:
 
     def handle(self, event: events.Event) -> None:
         """Listen to the engine's events."""
-        match event:
-            case events.AdapterLoading() | events.AdapterPlacing():
-                self._open[_move(event)] = event.time
-            case events.AdapterLoaded() | events.AdapterPlaced():
-                start = self._open.pop(_move(event), None)
-                if start is not None:
-                    self.moves.append(ProbedMove(_move(event)[0], start, event.time, event.nbytes))
-            case events.AdapterFailed() | events.AdapterUnloaded():  # the latter also ends a cancelled move
-                for stage in ("disk", "slot"):
-                    self._open.pop((stage, event.adapter, event.version), None)
-            case events.EngineRestarted():
-                self._open.clear()
-            case _:
-                return
-        if self._open:
-            self.waits.pause()
-        else:
-            self.waits.go_on()
-
-
-def _move(event: events.AdapterEvent) -> tuple[str, str, int]:
-    """Return stage, adapter and version of a move."""
-    stage = "disk" if isinstance(event, events.AdapterLoading | events.AdapterLoaded) else "slot"
-    return stage, event.adapter, event.version
+        assert isinstance(event, events.AdapterLoaded | events.AdapterPlaced)
+        stage = "disk" if isinstance(event, events.AdapterLoaded) else "slot"
+        self.moves.append(ProbedMove(stage, event.time - event.seconds, event.time, event.nbytes))
 
 
 class ProbedEngine(AsyncEngine):
@@ -152,7 +88,7 @@ class ProbedEngine(AsyncEngine):
 
     async def start(self, *, progress: LoadProgress | None = None) -> None:
         await super().start(progress=progress)
-        self.add_listener(self.probe.handle)
+        self.add_listener(self.probe.handle, events.AdapterLoaded, events.AdapterPlaced)
 
 
 class _ProbedDevice:

@@ -15,16 +15,14 @@ from typing import Any, NamedTuple, Unpack
 import msgspec
 
 from aioengine.config import EngineConfig
+from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.summary import times_of
 from aioengine.lab.calibration.calibrate import Calibration, LiveSettings, Progress, check_can_write
 from aioengine.lab.calibration.design import Design
-from aioengine.lab.calibration.fit import Intervals
-from aioengine.lab.calibration.probe import DISTURBED, ProbedEngine, ProbedStep, Waits
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.lab.costs.model import CostModel, ModelShape
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.costs.steps import StepTimes
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.runs.replay import replay
 from aioengine.lab.runs.rows import MemorySink, RequestRecord
@@ -35,8 +33,6 @@ from aioengine.request import SamplingParams
 from aioengine.tasks import run_to_completion
 
 ALL_AT_ONCE = "poisson:rate=100000"
-IDLE_SECONDS = 0.02
-"""A step that begins later after the one before does not follow it: the engine had nothing to do."""
 
 
 def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) -> Experiment:
@@ -67,7 +63,7 @@ def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) ->
     )
 
 
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
+class Measured(NamedTuple):
     """Figures of a run that are compared. A mean over no requests is 0."""
 
     output_tokens_per_second: float
@@ -78,51 +74,22 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds: the mean over requests of the time between the first token and the last, a token."""
 
 
-METRICS = Measured.__struct_fields__
-
-
-class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """One load. ``error`` is (simulated - live) / live of each metric."""
+class Comparison(NamedTuple):
+    """One load, over the requests of all its runs."""
 
     load: str
     """"40%" of what the simulated engine can do, or "as given"."""
     live: Measured
-    """Over the requests of all runs."""
-    waited: tuple[float, ...]
-    """Time that threads waited for a processor in each live run while no adapter was moved, as a share of the
-    time in those steps. It shows how much other processes took."""
     simulated: Measured
-    error: dict[str, float]
-    step_error: float
-    """The error of the cost model alone, in the time of the live runs' steps, each to the beginning of the
-    next, while no adapter was moved."""
-    error_as_live: dict[str, float]
-    """``error``, with all steps longer or shorter by one factor, so that they take as long as the live ones.
-    What is left of ``error`` has other causes. Near saturation a small error of the steps is a large one of
-    the figures, because sequences that take longer run beside more others."""
-
-
-class Validation(msgspec.Struct, frozen=True, kw_only=True):
-    preset: str
-    comparisons: tuple[Comparison, ...]
-    rounds: str = ""
-    """How much the machine's speed varied, if the calibration was made in turns with the live runs."""
 
     @property
-    def worst(self) -> float:
-        """Largest absolute error."""
-        return max(abs(error) for one in self.comparisons for error in one.error.values())
-
-    def rows(self) -> list[tuple[str, str, float, float, float]]:
-        """(load, metric, live, simulated, error), for a table."""
-        return [
-            (one.load, metric, getattr(one.live, metric), getattr(one.simulated, metric), one.error[metric])
-            for one in self.comparisons
-            for metric in METRICS
-        ]
+    def errors(self) -> dict[str, float]:
+        """(simulated - live) / live of each figure; 0 where live is 0."""
+        pairs = zip(Measured._fields, self.live, self.simulated, strict=True)
+        return {name: (found - live) / live if live else 0.0 for name, live, found in pairs}
 
 
-def validate(experiment: Experiment, model: str, **options: Any) -> Validation:
+def validate(experiment: Experiment, model: str, **options: Any) -> list[Comparison]:
     """Do what :func:`validate_async` does where no loop runs."""
     return asyncio.run(validate_async(experiment, model, **options))
 
@@ -137,7 +104,7 @@ async def validate_async(
     design: Design | None = None,
     progress: Progress = lambda done, total, what: None,
     **settings: Unpack[LiveSettings],
-) -> Validation:
+) -> list[Comparison]:
     """Run the experiment's workload on the live engine and in simulation, and compare.
 
     Both run through the same :func:`~aioengine.lab.runs.replay.replay`; the live engine gets adapters with
@@ -170,59 +137,40 @@ async def validate_async(
         else:
             check_can_write(calibrate)
             progress(0, total, "calibrating")
-            design = msgspec.structs.replace(design or Design(), repeats=total + 1, seconds=float("inf"))
-            calibration = Calibration(model, name=calibrate.stem, design=design, **settings)
+            calibration = Calibration(model, calibrate.stem, design or Design(), **settings)
             await stack.enter_async_context(calibration)
             await calibration.turn()
             costs = calibration.costs()
         offered = await _loads(experiment, repeats, loads, costs)
-        for done, (repeat, load) in enumerate(product(range(repeats), offered)):
-            progress(done, total, f"load {load.name}, live run {repeat + 1}")
-            load.live.append(await _live(load.experiments[repeat], model, settings, costs))
+        live: dict[str, list[MemorySink]] = {name: [] for name in offered}
+        for done, (repeat, name) in enumerate(product(range(repeats), offered)):
+            progress(done, total, f"load {name}, live run {repeat + 1}")
+            live[name].append(await _live(offered[name][repeat], model, settings, costs))
             if calibration is not None:
                 await calibration.turn()
         progress(total, total, "done")
-        if calibration is not None:
+        if calibration is not None and calibrate is not None:
             costs = calibration.costs()
-    found = tuple([await _compare(load, costs) for load in offered])
-    if calibrate is None:
-        return Validation(preset=experiment.preset, comparisons=found)
-    costs.write(calibrate)
-    return Validation(preset=str(calibrate), comparisons=found, rounds=costs.sources["rounds"])
-
-
-class _Live(NamedTuple):
-    """A live run."""
-
-    kept: MemorySink
-    waited: float
-    steps: list[ProbedStep]
-    """Steps that others followed, while no adapter was moved."""
-
-
-class _Load(NamedTuple):
-    name: str
-    experiments: list[Experiment]
-    """What each run is offered."""
-    live: list[_Live]
+            costs.write(calibrate)
+    return [
+        Comparison(name, measured(live[name]), measured(await _simulated(experiments, costs)))
+        for name, experiments in offered.items()
+    ]
 
 
 async def _loads(
     experiment: Experiment, repeats: int, shares: Sequence[float], costs: CostModel
-) -> list[_Load]:
+) -> dict[str, list[Experiment]]:
+    """Return what each run of each load is offered."""
     seeds = [msgspec.structs.replace(experiment, seed=experiment.seed + i) for i in range(repeats)]
     if not shares:
-        return [_Load("as given", seeds, [])]
-    capacities = []
-    for run in await _simulated([_with_arrivals(one, ALL_AT_ONCE) for one in seeds], costs):
-        if not run.finished:
-            raise ConfigError("the workload has no requests: nothing can be compared")
-        capacities.append(len(run.finished) / run.seconds)
-    rates = {f"{share:.0%}": share * statistics.fmean(capacities) for share in shares}
-    return [
-        _Load(name, [_with_arrivals(one, f"poisson:rate={rate:.6g}") for one in seeds], [])
-        for name, rate in rates.items()
-    ]
+        return {"as given": seeds}
+    runs = await _simulated([_with_arrivals(one, ALL_AT_ONCE) for one in seeds], costs)
+    capacity = statistics.fmean(len(run.finished) / run.seconds for run in runs)
+    return {
+        f"{share:.0%}": [_with_arrivals(one, f"poisson:rate={share * capacity:.6g}") for one in seeds]
+        for share in shares
+    }
 
 
 def _with_arrivals(experiment: Experiment, arrivals: str) -> Experiment:
@@ -239,21 +187,12 @@ async def _simulated(experiments: Sequence[Experiment], costs: CostModel) -> lis
     return [await run_to_completion(asyncio.to_thread(run, one)) for one in experiments]
 
 
-async def _live(experiment: Experiment, model: str, settings: LiveSettings, costs: CostModel) -> _Live:
-    """Run an experiment live; once more if other programs disturbed it, and then the calmer run counts."""
-    config = msgspec.structs.replace(experiment.engine_config(), model=model, **settings)
-    config = costs.engine_config(config)
-    run = await _live_run(experiment, config, costs)
-    if run.waited > DISTURBED:
-        run = min(run, await _live_run(experiment, config, costs), key=lambda run: run.waited)
-    return run
-
-
-async def _live_run(experiment: Experiment, config: EngineConfig, costs: CostModel) -> _Live:
+async def _live(experiment: Experiment, model: str, settings: LiveSettings, costs: CostModel) -> MemorySink:
     kept, workload = MemorySink(), experiment.open_workload()
+    config: EngineConfig = msgspec.structs.replace(experiment.engine_config(), model=model, **settings)
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-validate-"))
-        engine = await stack.enter_async_context(ProbedEngine(config))
+        engine = await stack.enter_async_context(AsyncEngine(costs.engine_config(config)))
         found = ModelShape.of(engine.model_spec, engine.plan.dtype)
         if found != costs.model:
             of_costs, of_model = (
@@ -269,18 +208,8 @@ async def _live_run(experiment: Experiment, config: EngineConfig, costs: CostMod
             write = partial(write_random_adapter, Path(folder, str(i)), engine.model_spec, shape.rank, seed=i)
             paths[shape.name] = await run_to_completion(asyncio.to_thread(write))
         await engine.complete([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))  # warm-up
-        engine.probe.steps.clear()
-        engine.probe.waits = Waits()
         await replay(engine, workload, kept, paths=paths, seed=experiment.seed)
-        waited = engine.probe.waits.seconds()
-    moving = Intervals(engine.probe.moves)
-    following = [
-        step
-        for step in engine.probe.steps
-        if step.wall - step.seconds < IDLE_SECONDS and not moving.overlap(step)
-    ]
-    computed = sum(step.seconds for step in following)
-    return _Live(kept, waited / computed if computed else 0.0, following)
+    return kept
 
 
 def measured(runs: Sequence[MemorySink]) -> Measured:
@@ -291,41 +220,7 @@ def measured(runs: Sequence[MemorySink]) -> Measured:
     times = times_of(pl.DataFrame(records, schema=list(RequestRecord._fields), orient="row"))
     seconds = sum(run.seconds for run in runs)
     return Measured(
-        output_tokens_per_second=sum(record.output_tokens for record in records) / (seconds or 1.0),
-        median_ttft=float(times["ttft_seconds"].median() or 0.0),  # type: ignore[arg-type] # a column of floats
-        mean_inter_token=float(times["inter_token_seconds"].mean() or 0.0),  # type: ignore[arg-type] # floats
-    )
-
-
-def relative_error(found: float, truth: float) -> float:
-    """Return the error as a share of the truth; 0 if that is 0."""
-    return (found - truth) / truth if truth else 0.0
-
-
-async def _compare(load: _Load, costs: CostModel) -> Comparison:
-    """Simulate the same as was run live, and compare."""
-    live = measured([run.kept for run in load.live])
-    times = StepTimes(costs.steps)
-    steps = [step for run in load.live for step in run.steps]
-    expected = sum(times(step.shape) + costs.step_overhead for step in steps)
-    step_error = relative_error(expected, sum(step.wall for step in steps))
-    factor = 1 / (1 + step_error)
-    as_live = msgspec.structs.replace(
-        costs, steps=costs.steps.scaled(factor), step_overhead=costs.step_overhead * factor
-    )
-    simulated, with_other_steps = [
-        measured(await _simulated(load.experiments, model)) for model in (costs, as_live)
-    ]
-    error, error_as_live = (
-        {name: relative_error(getattr(one, name), getattr(live, name)) for name in METRICS}
-        for one in (simulated, with_other_steps)
-    )
-    return Comparison(
-        load=load.name,
-        live=live,
-        waited=tuple(run.waited for run in load.live),
-        simulated=simulated,
-        error=error,
-        step_error=step_error,
-        error_as_live=error_as_live,
+        sum(record.output_tokens for record in records) / (seconds or 1.0),
+        float(times["ttft_seconds"].median() or 0.0),  # type: ignore[arg-type] # a column of floats
+        float(times["inter_token_seconds"].mean() or 0.0),  # type: ignore[arg-type] # a column of floats
     )

@@ -1,15 +1,12 @@
-"""Conditions of a simulated fleet: what its network takes, and failures with their times."""
+"""Conditions of a simulated fleet: what its network takes, failures with their times, and its settings."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
-from aioengine.checks import check_value
-from aioengine.errors import ConfigError
-
-FaultKind = Literal["kill", "start", "cut", "heal", "drain"]
+from aioengine.config import EngineConfig
+from aioengine.fleet.config import FleetConfig
 
 
 class Fault(NamedTuple):
@@ -18,25 +15,9 @@ class Fault(NamedTuple):
 
     time: float
     """Seconds from the start of the run."""
-    kind: FaultKind
+    kind: Literal["kill", "start", "cut", "heal", "drain"]
     replica: int
     """Index, from 0."""
-
-
-def parse_faults(text: str, replicas: int) -> tuple[Fault, ...]:
-    """Parse "kill:2@60,start:2@90": what happens to which replica, at which second. Raises ConfigError for
-    another form, or a replica that is not one of ``replicas``."""
-    faults = []
-    for item in filter(None, map(str.strip, text.split(","))):
-        found = re.fullmatch(r"(\w+):(\d+)@(\d+(?:\.\d+)?)", item)
-        if found is None:
-            raise ConfigError(f"faults={text!r}: {item!r} is not KIND:REPLICA@SECONDS, as in kill:2@60")
-        kind, index, time = found.groups()
-        check_value(f"faults={text!r}: kind", kind, FaultKind)
-        if int(index) >= replicas:
-            raise ConfigError(f"faults={text!r}: replica {index} is not in 0..{replicas - 1}")
-        faults.append(Fault(float(time), cast("FaultKind", kind), int(index)))
-    return tuple(faults)
 
 
 class Conditions(NamedTuple):
@@ -56,3 +37,11 @@ class Conditions(NamedTuple):
     """Seconds from the decision to add a replica until it takes requests, because its model must be read
     first."""
     faults: Sequence[Fault] = ()
+
+
+def fleet_config(engine: EngineConfig, *, start_seconds: float = 30.0, **fields: Any) -> FleetConfig:
+    """Return the settings of a fleet of simulated engines; ``fields`` are those of FleetConfig. None of its
+    steps counts as hung, and a request waits as long as a replica may take to start. Tokens that were
+    delivered before a replica was lost are not decoded again."""
+    own = {"replay": False, "step_seconds": 1e9, "replica_wait_seconds": 30.0 + start_seconds}
+    return FleetConfig(**{"engine": engine, **own, **fields})

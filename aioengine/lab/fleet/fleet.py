@@ -8,7 +8,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple, Self, Unpack
 
-from aioengine.config import EngineConfig
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
@@ -26,21 +25,6 @@ from aioengine.tasks import end_tasks
 Watch = Callable[[SimulatedEngine, int], Callable[[float], None]]
 START_SECONDS = 1.0
 """Seconds from a fleet's start, in which its replicas report for the first time, to the start of its run."""
-
-
-def fleet_config(engine: EngineConfig, *, start_seconds: float = 30.0, **fields: Any) -> FleetConfig:
-    """Return the settings of a fleet of simulated engines; ``fields`` are those of FleetConfig. None of its
-    steps counts as hung, and a request waits as long as a replica may take to start. Tokens that were
-    delivered before a replica was lost are not decoded again."""
-    return FleetConfig(
-        **{
-            "engine": engine,
-            "replay": False,
-            "step_seconds": 1e9,
-            "replica_wait_seconds": 30.0 + start_seconds,
-            **fields,
-        }
-    )
 
 
 class Scaled(NamedTuple):
@@ -146,6 +130,18 @@ class SimulatedFleet:
     def failures(self) -> dict[str, int]:
         """Failures of the router and of the placement policy, by kind."""
         return dict(self.dispatcher.guard.failures + self._plans.failures)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the part ``fleet`` of a run's summary."""
+        found = {
+            **{name: getattr(self.config, name) for name in ("replicas", "router", "placement")},
+            "requests_by_replica": self.by_replica,
+            **{name: getattr(self, name) for name in ("migrations", "rejected", "failures")},
+            "moves": dict(self.moves),
+        }
+        if self.scaled is not None:
+            found["autoscale"] = {"policy": self.config.autoscale, **self.scaled._asdict()}
+        return found
 
     # As an engine has it
 

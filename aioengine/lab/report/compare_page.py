@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from aioengine.checks import read_json
-from aioengine.lab.analysis.measures import DEFAULT_RANKING, MEASURES, Measure, find_measure
-from aioengine.lab.analysis.numbers import change_text
+from aioengine.lab.analysis.measures import DEFAULT_RANKING, Measure, change_text, find_measure, policy_label
 from aioengine.lab.analysis.statistics import Estimate, paired
-from aioengine.lab.report.compare_figures import draw_compare
-from aioengine.lab.report.compare_results import Compare, setting_text
+from aioengine.lab.analysis.summary import times_of
+from aioengine.lab.report.charts import Figure, Row, figure, shares_up_to
 from aioengine.lab.report.page import versions_text, write_report_files
 from aioengine.lab.runs.comparison import Failure, estimates, load_results, read_comparison
+from aioengine.lab.runs.rows import load_frame
 from aioengine.lab.runs.simulate import ageing_text
+
+if TYPE_CHECKING:
+    import polars as pl
 
 COLUMNS = (
     "ttft_seconds.mean",
@@ -28,26 +31,56 @@ COLUMNS = (
     "starvation.worst_wait_seconds",
 )
 """Columns of the ranked table, beside the ranked measure."""
+_DIFFERENCE = ("difference", "difference_low", "difference_high")
+MOST_PANELS = 4
+"""Numbers of slots that have a panel each."""
+
+
+class Compare(NamedTuple):
+    """The results of a comparison."""
+
+    folder: Path
+    results: pl.DataFrame
+    estimates: pl.DataFrame
+    measure: Measure
+    """Measure that policies are ranked by."""
+
+    @property
+    def policies(self) -> list[str]:
+        """Return the policies in the order in which they were given, which is that of their colours."""
+        return self.results["policy"].unique(maintain_order=True).to_list()
+
+    def settings(self) -> list[tuple[int, float]]:
+        """Slots and scale, of all there are."""
+        return sorted(self.results.select("slots", "scale").unique().iter_rows())
+
+    def of(self, figure: str, **where: Any) -> Iterator[dict[str, Any]]:
+        """Yield the estimates of a figure, where columns have these values."""
+        yield from self.estimates.filter(figure=figure, **where).iter_rows(named=True)
+
+    def setting_text(self, slots: int, scale: float) -> str:
+        """ "8 slots", "8 slots, load x1.5" """
+        text = f"{slots} slot{'s' * (slots != 1)}"
+        return f"{text}, load ×{scale:g}" if self.results["scale"].n_unique() > 1 else text
 
 
 class Cell(NamedTuple):
     value: str
-    interval: str | None
+    interval: str | None = None
     """Half of it, as in "± 0.2 s"."""
-    difference: str | None
+    difference: str | None = None
     """Difference to the first policy, if its interval leaves out 0: in percent of that policy's mean, or in
     percentage points for shares."""
-    verdict: str
+    verdict: str = ""
     """ "good" or "bad", for a difference."""
 
 
-class Row(NamedTuple):
+class Ranked(NamedTuple):
     name: str
-    """Name of a policy, or of a figure."""
     cells: list[Cell]
-    place: str = ""
+    place: str
     """ "1", or "1=" where others share it."""
-    best: bool = False
+    best: bool
     """Whether the seeds say that it is better than all others."""
 
 
@@ -56,7 +89,7 @@ class Ranking(NamedTuple):
 
     title: str
     heads: list[str]
-    rows: list[Row]
+    rows: list[Ranked]
 
 
 def load_compare(folder: str | Path, rank_by: str = DEFAULT_RANKING) -> Compare:
@@ -68,13 +101,7 @@ def load_compare(folder: str | Path, rank_by: str = DEFAULT_RANKING) -> Compare:
     return Compare(Path(folder), results, estimates(results), measure)
 
 
-def write_compare_report(
-    folder: str | Path,
-    rank_by: str = DEFAULT_RANKING,
-    progress: Callable[[], None] | None = None,
-    *,
-    vector: bool = False,
-) -> Path:
+def write_compare_report(folder: str | Path, rank_by: str = DEFAULT_RANKING, *, vector: bool = False) -> Path:
     """Write ``figures/*.png`` and ``report.html`` for the comparison in ``folder``; returns the page's path.
 
     With ``vector``, also figures as PDF and SVG, and ``figures/captions.md``.
@@ -82,8 +109,8 @@ def write_compare_report(
     Raises ConfigError if it is none, or ``rank_by`` names no figure.
     """
     compare = load_compare(folder, rank_by)
-    described = read_json(compare.folder / "comparison.json")
-    comparison = read_comparison(compare.folder / "comparison.json")
+    described = compare.folder / "comparison.json"
+    comparison = read_comparison(described)
     results, seeds = compare.results, len(comparison.seeds)
     failed = results.drop_nulls("error").select("folder", "error").iter_rows()
     return write_report_files(
@@ -92,7 +119,6 @@ def write_compare_report(
         list(draw_compare(compare)),
         msgspec.to_builtins(comparison),
         vector=vector,
-        progress=progress,
         title=f"{len(compare.policies)} policies on {comparison.experiment.preset}",
         subtitle=(
             f"{results.height:,} runs: {len(compare.policies)} policies, {len(compare.settings())} settings, "
@@ -101,9 +127,8 @@ def write_compare_report(
         runs=results.height,
         failures=[Failure(*row) for row in failed],
         rankings=list(rankings(compare)),
-        details=list(_details(compare)),
-        note=_note(compare, seeds, ageing_text(comparison.policies, comparison.experiment.ageing)),
-        versions=versions_text(described),
+        note=_note(compare, seeds, ageing_text(comparison.policies)),
+        versions=versions_text(read_json(described)),
         example=results["folder"][0],
     )
 
@@ -113,11 +138,12 @@ def rankings(compare: Compare) -> Iterator[Ranking]:
     measures = [find_measure(name) for name in dict.fromkeys((compare.measure.name, *COLUMNS))]
     tells = compare.results["seed"].n_unique() > 1 < len(compare.policies)
     for slots, scale in compare.settings():
-        rows = [
-            Row(policy, _cells(compare, measures, policy, slots, scale), place, best=place == "1" and tells)
-            for policy, place in places(compare, slots, scale).items()
-        ]
-        title = f"{setting_text(compare, slots, scale)}: by {compare.measure.label}"
+        rows = []
+        for policy, place in places(compare, slots, scale).items():
+            of_policy = {"slots": slots, "scale": scale, "policy": policy}
+            cells = [_cell(next(compare.of(one.name, **of_policy), None), one) for one in measures]
+            rows.append(Ranked(policy, cells, place, best=place == "1" and tells))
+        title = f"{compare.setting_text(slots, scale)}: by {compare.measure.label}"
         yield Ranking(title, [measure.label for measure in measures], rows)
 
 
@@ -128,9 +154,8 @@ def places(compare: Compare, slots: int, scale: float) -> dict[str, str]:
     values = {
         policy: setting.filter(policy=policy)[compare.measure.name].to_list() for policy in compare.policies
     }
-    table = compare.of(compare.measure.name, slots=slots, scale=scale)
-    best_first = table.sort("mean", descending=compare.measure.better == "higher", maintain_order=True)
-    rest = best_first["policy"].to_list()
+    means = {row["policy"]: row["mean"] for row in compare.of(compare.measure.name, slots=slots, scale=scale)}
+    rest = sorted(means, key=means.__getitem__, reverse=compare.measure.better == "higher")
     found: dict[str, str] = {}
     while rest:
         tied = [policy for policy in rest if _is_tie(paired(values[policy], values[rest[0]]))]
@@ -146,45 +171,23 @@ def _is_tie(difference: Estimate | None) -> bool:
     return difference.mean == 0 if low is None or high is None else low <= 0 <= high
 
 
-def _details(compare: Compare) -> Iterator[Ranking]:
-    """Yield all figures of a setting: a row for each, a column for each policy."""
-    for slots, scale in compare.settings():
-        columns = [_cells(compare, MEASURES, policy, slots, scale) for policy in compare.policies]
-        rows = [
-            Row(measure.label, list(cells))
-            for measure, cells in zip(MEASURES, zip(*columns, strict=True), strict=True)
-        ]
-        yield Ranking(setting_text(compare, slots, scale), compare.policies, rows)
-
-
-def _cells(
-    compare: Compare, measures: Iterable[Measure], policy: str, slots: int, scale: float
-) -> list[Cell]:
-    """Return a policy's figures in a setting."""
-    cells = []
-    for measure in measures:
-        found = compare.of(measure.name, slots=slots, scale=scale, policy=policy)
-        if found.is_empty():
-            cells.append(Cell("–", None, None, ""))
-            continue
-        row = found.row(0, named=True)
-        mean, high = row["mean"], row["high"]
-        interval = None if high is None else measure.interval_text(mean, high - mean)
-        cells.append(Cell(measure.text(mean), interval, *_difference(row, measure)))
-    return cells
-
-
-def _difference(row: dict[str, Any], measure: Measure) -> tuple[str | None, str]:
-    """Return the difference to the first policy, where the seeds show one."""
-    low, high, change = row["difference_low"], row["difference_high"], row["difference"]
+def _cell(row: Mapping[str, Any] | None, measure: Measure) -> Cell:
+    """Return a policy's figure, and its difference to the first policy's, where the seeds show one."""
+    if row is None:
+        return Cell("–")
+    mean, low, high, change = (
+        row[name] for name in ("mean", "difference_low", "difference_high", "difference")
+    )
+    interval = None if row["high"] is None else measure.interval_text(mean, row["high"] - mean)
     if low is None or low <= 0 <= high:
-        return None, ""
-    base = row["mean"] - change
+        return Cell(measure.text(mean), interval)
+    base = mean - change
     if measure.unit == "share":
         text = f"{change_text(change).removesuffix('%')} pp"
     else:
         text = change_text(change / base) if base else f"{change:+.3g}"
-    return text, "good" if (change < 0) == (measure.better == "lower") else "bad"
+    verdict = "good" if (change < 0) == (measure.better == "lower") else "bad"
+    return Cell(measure.text(mean), interval, text, verdict)
 
 
 def _note(compare: Compare, seeds: int, ageing: str) -> str:
@@ -199,3 +202,73 @@ def _note(compare: Compare, seeds: int, ageing: str) -> str:
         f"has the first place alone. In colour: the difference to {compare.policies[0]}, where its interval "
         "leaves out 0, in percent of its mean; of shares, as their ±, in percentage points (pp). " + ageing
     )
+
+
+# Figures
+
+
+def draw_compare(compare: Compare) -> Iterator[Figure]:
+    """Draw each figure for which there are data."""
+    measure = compare.measure
+    head = f"{measure.label[:1].upper()}{measure.label[1:]}"
+    better = f"({measure.better} is better)"
+    axis = f"{measure.label}, s" if measure.unit == "seconds" else measure.label
+    words = {"value": axis, "format": ".3~%" if measure.unit == "share" else ",.6~g"}
+    domains = {"policy": [policy_label(policy) for policy in compare.policies]}
+    rows = estimate_rows(compare, measure.name)
+    best_first = sorted(rows, key=lambda row: row["mean"], reverse=measure.better == "higher")
+    yield figure("ranking", f"{head} {better}", best_first, domains=domains, words=words)
+    if compare.results["scale"].n_unique() > 1:
+        title = "What throughput costs in latency, as the load grows along each line"
+        yield figure("throughput", title, load_rows(compare), domains=domains)
+    if compare.results["slots"].n_unique() > 1:
+        panels = [{**row, "panel": f"load ×{row['scale']:g}"} for row in rows]
+        yield figure("slots", f"{head} by the number of slots {better}", panels, domains=domains, words=words)
+    yield figure("ttft", "Time to the first token", first_token_rows(compare), domains=domains)
+
+
+def estimate_rows(compare: Compare, name: str) -> list[Row]:
+    """Return the estimates of a figure, by slots and scale."""
+    return [
+        {
+            "policy": policy_label(row["policy"]),
+            "slots": row["slots"],
+            "scale": row["scale"],
+            "setting": compare.setting_text(row["slots"], row["scale"]),
+            "mean": row["mean"],
+            "low": row["mean"] if row["low"] is None else row["low"],
+            "high": row["mean"] if row["high"] is None else row["high"],
+        }
+        for row in sorted(compare.of(name), key=lambda row: (row["slots"], row["scale"]))
+    ]
+
+
+def load_rows(compare: Compare) -> list[Row]:
+    """Return the estimates of the time to the first token, with the throughput of the same setting."""
+
+    def setting(row: Row) -> tuple[Any, ...]:
+        return row["policy"], row["slots"], row["scale"]
+
+    tokens = {setting(row): row["mean"] for row in estimate_rows(compare, "output_tokens_per_second")}
+    return [
+        {**row, "throughput": tokens[setting(row)], "panel": f"{row['slots']} slots"}
+        for row in estimate_rows(compare, "ttft_seconds.p99")
+        if setting(row) in tokens
+    ]
+
+
+def first_token_rows(compare: Compare) -> list[Row]:
+    """Return the distributions of times to the first token, over all seeds, at the highest load: one for each
+    panel, with different numbers of slots."""
+    import polars as pl
+
+    rows: list[Row] = []
+    slots, load = sorted(compare.results["slots"].unique()), compare.results["scale"].max()
+    for count in slots[:: -(-len(slots) // MOST_PANELS)]:
+        runs = compare.results.filter(pl.col("error").is_null(), slots=count, scale=load)
+        labels = {"setting": compare.setting_text(count, load)}  # type: ignore[arg-type] # a column of floats
+        for policy, folders in runs.group_by("policy", maintain_order=True):
+            frames = [load_frame(compare.folder / "runs" / name, "requests") for name in folders["folder"]]
+            times = times_of(pl.concat(frames))["ttft_seconds"]
+            rows += shares_up_to(times, policy=policy_label(str(policy[0])), **labels)
+    return rows

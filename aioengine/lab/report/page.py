@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ def write_report_files(
     settings: Mapping[str, Any],
     *,
     vector: bool,
-    progress: Callable[[], None] | None,
     **values: Any,
 ) -> Path:
     """Write ``report.html`` from the template of this name, and the figures as PNG; with ``vector``, for a
@@ -34,10 +32,10 @@ def write_report_files(
         for figure in figures:
             for kind, image in images(figure, kinds).items():
                 (drawn / f"{figure.name}.{kind}").write_bytes(image)
-            if progress is not None:
-                progress()
         if vector:
-            (drawn / "captions.md").write_text("\n".join(_captions(figures, settings)), encoding="utf-8")
+            captions = [f"**{figure.name}.** {figure.title}. {figure.caption}\n" for figure in figures]
+            captions.append(f"All with: `{json.dumps(settings, sort_keys=True, ensure_ascii=False)}`\n")
+            (drawn / "captions.md").write_text("\n".join(captions), encoding="utf-8")
         page = template(name).render(
             **values,
             script=script(),
@@ -51,13 +49,6 @@ def write_report_files(
     return folder / "report.html"
 
 
-def _captions(figures: Sequence[Figure], settings: Mapping[str, Any]) -> Iterator[str]:
-    for figure in figures:
-        yield f"**{figure.name}.** {figure.title}. {figure.caption}\n"
-    yield f"All with: `{json.dumps(settings, sort_keys=True, ensure_ascii=False)}`\n"
-
-
-@cache
 def template(name: str) -> Template:
     """Load a page template, which escapes all values that are put into it."""
     from jinja2 import Environment, PackageLoader, StrictUndefined

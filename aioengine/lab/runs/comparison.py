@@ -15,12 +15,12 @@ import msgspec
 
 from aioengine.checks import from_plain, read_json
 from aioengine.errors import ConfigError
-from aioengine.lab.analysis.statistics import estimate, paired, regret
+from aioengine.lab.analysis.statistics import estimate, paired
 from aioengine.lab.analysis.summary import flatten
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
-from aioengine.lab.runs.pool import Report, Task, run_all
-from aioengine.lab.runs.simulate import ageing_text, fitting, too_long_text
+from aioengine.lab.runs.pool import Outcome, Task, run_all
+from aioengine.lab.runs.simulate import Say, ageing_text, fitting
 from aioengine.lab.workload.extra import needs_extra
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         routers: Sequence[str | None] = self.routers or [self.experiment.router]
         grid = itertools.product(self.scales, self.slots, self.policies, routers, self.seeds)
         tasks = []
-        for key, (scale, slots, policy, router, seed) in enumerate(grid):
+        for number, (scale, slots, policy, router, seed) in enumerate(grid):
             workload = msgspec.structs.replace(self.experiment.workload, scale=scale)
             experiment = msgspec.structs.replace(
                 self.experiment, workload=workload, slots=slots, policy=policy, router=router, seed=seed
             )
             plain = re.sub(r"[^A-Za-z0-9.=-]+", "_", self.label(experiment)).strip("_.")[:40]
-            name = f"{key:04d}-{plain}-slots={slots}-scale={scale:g}-seed={seed}"
-            tasks.append(Task(key, experiment, out / "runs" / name))
+            name = f"{number:04d}-{plain}-slots={slots}-scale={scale:g}-seed={seed}"
+            tasks.append(Task(experiment, out / "runs" / name))
         return tasks
 
     def label(self, experiment: Experiment) -> str:
@@ -107,8 +107,8 @@ def compare(
     *,
     jobs: int = 1,
     allow_fallback: bool = False,
-    report: Callable[[Report], None] = lambda found: None,
-    say: Callable[[str], None] = lambda text: None,
+    ended: Callable[[Task, Outcome], None] = lambda task, outcome: None,
+    say: Say = lambda text: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Compared:
     """Run all settings in separate processes, ``jobs`` at a time, and write their results to ``out``.
@@ -120,6 +120,7 @@ def compare(
 
     Args:
         allow_fallback: Take the figures of invalid runs as well.
+        ended: Told of each run that has ended.
         say: Called with warnings about the comparison before any run begins.
 
     Raises ConfigError or PolicyError before anything runs if a setting is impossible or the preset, the
@@ -129,31 +130,41 @@ def compare(
     tasks = comparison.tasks(out)
     # What all runs need is checked before any of them begins.
     experiment = comparison.experiment
-    _, too_long = fitting(experiment, load_costs(experiment.preset).plan(experiment.engine_config()))
-    if too_long.requests:
-        say(too_long_text(experiment, too_long))
-    ageing_text(comparison.policies, experiment.ageing)
+    fitting(experiment, load_costs(experiment.preset).plan(experiment.engine_config()), say)
+    ageing_text(comparison.policies)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "comparison.json").exists():  # else what is below "runs" is somebody else's
             for earlier in (out / "runs").glob("[0-9][0-9][0-9][0-9]-*/experiment.json"):
                 shutil.rmtree(earlier.parent)
-        write_comparison(comparison, out / "comparison.json")
+        data = {
+            "aioengine": version("aioengine"),
+            "python": platform.python_version(),
+            "comparison": msgspec.to_builtins(comparison),
+        }
+        text = msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n"
+        (out / "comparison.json").write_bytes(text)
     except OSError as error:
         raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error
-    ended: dict[int, Report] = {}
-
-    def heard(found: Report) -> None:
-        if found.kind != "progress":
-            ended[found.key] = found
-        report(found)
-
-    run_all(tasks, jobs, heard, stopping)
-    rows, failures = [], []
-    for task in tasks:
-        failure = _failure(task, ended[task.key], allow_fallback)
-        failures += [] if failure is None else [failure]
-        rows.append(_row(task, comparison.label(task.experiment), ended[task.key], failure))
+    outcomes = run_all(tasks, jobs, ended=ended, stopping=stopping)
+    rows, failures = [], list[Failure]()
+    for task, (summary, fault) in zip(tasks, outcomes, strict=True):
+        invalid = summary is not None and not (allow_fallback or summary["policy"]["valid"])
+        if invalid and summary is not None:
+            fault = invalid_text(summary["policy"])
+            summary = None
+        if fault is not None:
+            failures.append(Failure(task.out.name, fault, invalid))
+        row = {
+            "policy": comparison.label(task.experiment),
+            "slots": task.experiment.slots,
+            "scale": float(task.experiment.workload.scale),
+            "seed": task.experiment.seed,
+            "folder": task.out.name,
+            "error": fault,
+        }
+        figures = flatten(summary or {}).items()
+        rows.append(row | {name: None if value is None else float(value) for name, value in figures})
     with needs_extra():
         import polars as pl
     # Counts are floats, too: a column has one type, even if a run has no value for it.
@@ -169,44 +180,12 @@ def compare(
     return Compared(results, failures)
 
 
-def _failure(task: Task, found: Report, allow_fallback: bool) -> Failure | None:
-    if found.summary is None:
-        return Failure(task.out.name, found.error or "")
-    policy = found.summary["policy"]
-    if policy["valid"] or allow_fallback:
-        return None
-    return Failure(task.out.name, invalid_text(policy), invalid=True)
-
-
-def _row(task: Task, label: str, found: Report, failure: Failure | None) -> dict[str, Any]:
-    figures = flatten(found.summary or {}) if failure is None else {}
-    return {
-        "policy": label,
-        "slots": task.experiment.slots,
-        "scale": float(task.experiment.workload.scale),
-        "seed": task.experiment.seed,
-        "folder": task.out.name,
-        "error": None if failure is None else failure.error,
-        **{name: None if value is None else float(value) for name, value in figures.items()},
-    }
-
-
 def invalid_text(policy: Mapping[str, Any]) -> str:
     """Return why a run is not valid, from the part ``policy`` of its summary."""
     return (
         f"not valid: {policy['name']} failed {policy['failures']:,} times, and the built-in safe policy made "
         f"{policy['fallback_steps']:,} decisions in its place; first: {policy['reason']}"
     )
-
-
-def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the comparison as JSON for :func:`read_comparison`, with the libraries' versions."""
-    data = {
-        "aioengine": version("aioengine"),
-        "python": platform.python_version(),
-        "comparison": msgspec.to_builtins(comparison),
-    }
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
 
 
 def read_comparison(path: str | Path) -> Comparison:
@@ -232,15 +211,13 @@ def estimates(results: pl.DataFrame) -> pl.DataFrame:
     """Means over the seeds with their 95% intervals: a row for each setting and figure.
 
     Columns: ``policy``, ``slots``, ``scale``, ``figure``, ``runs``; ``mean``, ``low``, ``high``;
-    ``difference`` (and ``_low``, ``_high``) to the first policy with the same slots and scale, by seed;
-    ``regret`` (and so on) against the policy "oracle", where it took part, as a share of its figure.
+    ``difference`` (and ``_low``, ``_high``) to the first policy with the same slots and scale, by seed.
     """
     with needs_extra():
         import polars as pl
     schema: dict[str, Any] = {"policy": pl.String, "slots": pl.Int64, "scale": pl.Float64}
     schema |= {"figure": pl.String, "runs": pl.Int64, "mean": pl.Float64, "low": pl.Float64}
     schema |= dict.fromkeys(("high", "difference", "difference_low", "difference_high"), pl.Float64)
-    schema |= dict.fromkeys(("regret", "regret_low", "regret_high"), pl.Float64)
     return pl.DataFrame(list(_estimate_rows(results)), schema=schema, orient="row")
 
 
@@ -249,15 +226,13 @@ def _estimate_rows(results: pl.DataFrame) -> Iterator[tuple[Any, ...]]:
     figures = [name for name in results.columns if name not in (*KEYS, "seed", "folder", "error")]
     by_setting = {key: frame.sort("seed") for key, frame in results.group_by(KEYS, maintain_order=True)}
     for (policy, slots, scale), frame in by_setting.items():
-        base, best = (by_setting.get((name, slots, scale)) for name in (first, "oracle"))
+        base = by_setting.get((first, slots, scale))
         for figure in figures:
             values = frame[figure].to_list()
             known = [value for value in values if value is not None]
             if not known:
                 continue
             found = estimate(known)
-            row = [policy, slots, scale, figure, found.runs, found.mean, found.low, found.high]
-            for function, other in ((paired, base), (regret, best)):
-                compared = None if other is None else function(values, other[figure].to_list())
-                row += [None] * 3 if compared is None else [compared.mean, compared.low, compared.high]
-            yield tuple(row)
+            compared = None if base is None else paired(values, base[figure].to_list())
+            difference = [None] * 3 if compared is None else compared[:3]
+            yield policy, slots, scale, figure, found.runs, *found[:3], *difference

@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
-from aioengine.checks import LARGEST, AnySeconds, Whole, check_fields, from_plain, read_json, refuse_unknown
+from aioengine.checks import AnySeconds, Count, Whole, check_fields, from_plain, read_json, refuse_unknown
 from aioengine.config import EngineConfig, LoRAConfig, refuse_removed
 from aioengine.errors import ConfigError
-from aioengine.lab.fleet.conditions import parse_faults
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
 from aioengine.lab.workload.spec import WorkloadSpec
-from aioengine.schedulers.routing import (
-    DEFAULT_PLACEMENT,
-    DEFAULT_ROUTER,
-    load_autoscaler,
-    load_placement,
-    load_router,
-)
+from aioengine.schedulers.routing import DEFAULT_PLACEMENT, DEFAULT_ROUTER
+
+if TYPE_CHECKING:
+    from aioengine.fleet.config import FleetConfig
 
 MAX_REPLICAS = 1024
 """All engines of a fleet are simulated in one process."""
@@ -35,6 +31,10 @@ Policy = str | dict[str, Any]
 def policy_label(policy: Policy) -> str:
     """Return a policy's name in results: its text, or its table as JSON."""
     return policy if isinstance(policy, str) else json.dumps(policy, sort_keys=True)
+
+
+OF_A_FLEET = ("router", "placement", "autoscale", "start_seconds")
+"""Fields that mean something only with replicas."""
 
 
 class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,9 +49,9 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     takes ``future``, is given the arrivals to come."""
     preset: str = "llama3-8b-h100"
     """A cost model that comes with aioengine, or the path of one that ``lab calibrate`` has written."""
-    slots: int = 8
+    slots: Count = 8
     """Adapter slots on the device (``max_loras``)."""
-    cpu_loras: int = 64
+    cpu_loras: Count = 64
     """Adapters in the CPU cache, those in slots included (``max_cpu_loras``)."""
     max_lora_rank: int = 64
     """Rank that every slot is sized for; requests for adapters of a higher rank fail."""
@@ -72,9 +72,6 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Treatment of requests whose prompt and output are longer than the model's context: the engine gets them
     as they are (it refuses a prompt that does not fit and ends an output where the context ends), or their
     prompts are cut until they fit, or the run is refused with a ConfigError before it begins."""
-    ageing: bool = True
-    """Whether policies serve a request out of turn when it has waited for ``max_wait``. Without this, orders
-    differ more clearly, and requests may starve."""
     max_waiting: int | None = None
     seed: Whole = 0
     """Seed of the workload: arrivals, adapters, lengths."""
@@ -82,53 +79,30 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Simulated seconds between two rows of samples.csv."""
     replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] | None = None
     """Engines behind one gateway; each is as the fields above say. None: one engine and no gateway."""
-    router: str | None = None
-    """Router, which chooses the replica for a request; see :mod:`aioengine.schedulers.registry`. This
-    and the fields below are None without ``replicas``; in a fleet they get the values of ``OF_A_FLEET``."""
-    placement: str | None = None
+    router: str = DEFAULT_ROUTER
+    """Router, which chooses the replica for a request; see :mod:`aioengine.schedulers.registry`."""
+    placement: str = DEFAULT_PLACEMENT
     """Which adapters should live on which replicas."""
     autoscale: str | None = None
     """Scaling policy by name, with its bounds ("waiting_work:least=1,most=4"); ``replicas`` are there at
     first. None: there are always as many."""
-    start_seconds: AnySeconds | None = None
+    start_seconds: AnySeconds = 30.0
     """Seconds that an added replica takes to start."""
-    report_delay: Annotated[float, Meta(ge=0, le=LARGEST)] | None = None
-    """Seconds by which a router's knowledge of the replicas is older than a message takes."""
-    faults: str | None = None
-    """What happens to replicas, and when: "kill:2@60,start:2@90" ends the third one after 60 s of simulated
-    time and starts it again, with empty caches, 30 s later. "cut" and "heal" are about its network; "drain"
-    lets it finish its requests."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.replicas is None:
-            refuse_fleet({name: getattr(self, name) for name in OF_A_FLEET})
-        else:
-            self._check_fleet(self.replicas)
         if self.slots > self.cpu_loras:
             raise ConfigError(
                 f"cpu_loras={self.cpu_loras}: must be >= slots={self.slots}, because an adapter in a slot "
                 "also stays in the CPU cache; raise cpu_loras or lower slots"
             )
+        if self.replicas is not None:
+            self.fleet_config(self.replicas)
+            return
         self.engine_config()
-
-    def _check_fleet(self, replicas: int) -> None:
-        """Check what is about a fleet, and set what was not given."""
-        for name, value in OF_A_FLEET.items():
-            if getattr(self, name) is None:
-                msgspec.structs.force_setattr(self, name, value)
-        parse_faults(self.faults or "", replicas)
-        try:
-            load_router(str(self.router))
-            load_placement(str(self.placement))
-            policy = None if self.autoscale is None else load_autoscaler(self.autoscale)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if policy is not None and not policy.least <= replicas <= policy.most:
-            raise ConfigError(
-                f"replicas={replicas}: must be within the bounds of autoscale={self.autoscale!r}, "
-                f"which are {policy.least} and {policy.most}"
-            )
+        for field in msgspec.structs.fields(type(self)):
+            if field.name in OF_A_FLEET and (value := getattr(self, field.name)) != field.default:
+                raise ConfigError(f"{field.name}={value!r}: is for a fleet; give replicas")
 
     def open_workload(self, longest: int | None = None) -> Workload:
         """Open the workload, its requests cut to ``longest`` tokens. Raises ConfigError for an unusable
@@ -157,6 +131,19 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         engine = {name: getattr(self, name) for name in of_engine}
         return EngineConfig(model=self.preset, lora=lora, **engine)
 
+    def fleet_config(self, replicas: int) -> FleetConfig:
+        """Return the configuration of a simulated fleet of these engines. Raises ConfigError."""
+        from aioengine.lab.fleet.conditions import fleet_config
+
+        return fleet_config(
+            self.engine_config(),
+            start_seconds=self.start_seconds,
+            replicas=replicas,
+            router=self.router,
+            placement=self.placement,
+            autoscale=self.autoscale,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the experiment as plain data, with defaults filled in."""
         values = msgspec.to_builtins(self)
@@ -165,14 +152,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "experiment") -> Self:
-        """Make an experiment from plain data. Raises ConfigError, which names ``source`` and the field.
-
-        Without replicas, values that fleets have by default are left out: experiments were once written with
-        them.
-        """
+        """Make an experiment from plain data. Raises ConfigError, which names ``source`` and the field."""
         refuse_removed(values, f"{source}: ")
-        if values.get("replicas") is None:
-            values = {n: v for n, v in values.items() if n not in OF_A_FLEET or v != OF_A_FLEET[n]}
         workload = values.get("workload")
         if isinstance(workload, Mapping):
             refuse_unknown(WorkloadSpec, workload, f"{source}, workload")
@@ -184,22 +165,3 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         values = read_json(path)
         inner = values.get("experiment")
         return cls.from_dict(inner if isinstance(inner, dict) else values, source=str(path))
-
-
-OF_A_FLEET: Mapping[str, Any] = {
-    "router": DEFAULT_ROUTER,
-    "placement": DEFAULT_PLACEMENT,
-    "autoscale": None,
-    "start_seconds": 30.0,
-    "report_delay": 0.0,
-    "faults": None,
-}
-"""Fields that mean something only with replicas, and their values where a fleet does not say."""
-
-
-def refuse_fleet(values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the first of these values, of an experiment without replicas, that is about a
-    fleet."""
-    for name in OF_A_FLEET:
-        if (value := values.get(name)) is not None:
-            raise ConfigError(f"{name}={value!r}: is for a fleet; give replicas")

@@ -11,11 +11,12 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from aioengine.lab.runs.experiment import Experiment
 
@@ -24,92 +25,72 @@ _POLL_SECONDS = 0.2
 
 
 class Task(NamedTuple):
-    key: int
     experiment: Experiment
     out: Path
 
 
-class Report(NamedTuple):
-    """Report of a task: any number of "progress", then one "done" or "failed"."""
+class Outcome(NamedTuple):
+    """How a task has ended: its run's summary, or why there is none."""
 
-    key: int
-    kind: Literal["progress", "done", "failed"]
-    done: int = 0
-    """Requests."""
-    total: int | None = None
-    summary: dict[str, Any] | None = None
+    summary: dict[str, Any] | None
     error: str | None = None
 
 
-class _Worker:
-    """A process, and the task that it has."""
-
-    def __init__(self) -> None:
-        # Not forked: the parent may hold threads of polars and of the progress bar.
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.task: Task | None = None
-        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def give(self, task: Task) -> None:
-        self.task = task
-        self.pipe.send(task)
-
-    def hear(self, task: Task) -> Report:
-        """Return what it reports of its task, or how it has ended."""
-        try:
-            found: Report = self.pipe.recv()
-            return found
-        except (EOFError, ConnectionError):
-            self.process.join()
-            code = self.process.exitcode or 0
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            return Report(task.key, "failed", error=f"its process {how} (out of memory?)")
-
-    def end(self) -> None:
-        self.pipe.close()
-        self.process.kill()
-        self.process.join()
-
-
 def run_all(
-    tasks: Iterable[Task],
+    tasks: Sequence[Task],
     jobs: int,
-    report: Callable[[Report], None],
+    *,
+    ended: Callable[[Task, Outcome], None] = lambda task, outcome: None,
     stopping: Callable[[], bool] = lambda: False,
-) -> None:
-    """Run the tasks, at most ``jobs`` at a time, and report on each as it goes.
+) -> list[Outcome]:
+    """Run the tasks, at most ``jobs`` at a time, and tell of each that has ended. Returns their outcomes, in
+    the order of the tasks.
 
     Raises KeyboardInterrupt soon after ``stopping()`` has become true. However this ends, no process is
     left behind, not even if this process is killed.
     """
-    upcoming = deque(tasks)
-    workers = [_Worker() for _ in range(min(jobs, len(upcoming)))]
+    upcoming, outcomes = deque(enumerate(tasks)), dict[int, Outcome]()
+    idle: list[tuple[Connection, SpawnProcess]] = []
+    busy: dict[Connection, tuple[SpawnProcess, int]] = {}
     try:
-        for worker in workers:
-            worker.give(upcoming.popleft())
-        while any(worker.task is not None for worker in workers):
-            ready = wait([worker.pipe for worker in workers if worker.task is not None], _POLL_SECONDS)
+        while upcoming or busy:
+            while upcoming and len(busy) < jobs:
+                pipe, process = idle.pop() if idle else _start_worker()
+                index, task = upcoming.popleft()
+                busy[pipe] = process, index
+                pipe.send(task)
+            ready = wait(busy, _POLL_SECONDS)
             if stopping():
                 raise KeyboardInterrupt
-            for index, worker in enumerate(workers):
-                if worker.pipe not in ready or worker.task is None:
-                    continue
-                found = worker.hear(worker.task)
-                report(found)
-                if found.kind == "progress":
-                    continue
-                worker.task = None
-                if upcoming and not worker.process.is_alive():
-                    worker.end()
-                    workers[index] = worker = _Worker()
-                if upcoming:
-                    worker.give(upcoming.popleft())
+            for pipe in [pipe for pipe in busy if pipe in ready]:
+                process, index = busy.pop(pipe)
+                try:
+                    outcomes[index] = pipe.recv()
+                    idle.append((pipe, process))
+                except (EOFError, ConnectionError):
+                    process.join()
+                    outcomes[index] = Outcome(None, _how_it_ended(process.exitcode or 0))
+                ended(tasks[index], outcomes[index])
     finally:
-        for worker in workers:
-            worker.end()
+        for process in [*(process for process, _ in busy.values()), *(process for _, process in idle)]:
+            process.kill()
+            process.join()
+    return [outcomes[index] for index in range(len(tasks))]
+
+
+def _start_worker() -> tuple[Connection, SpawnProcess]:
+    # Not forked: the parent may hold threads of polars and of the progress bar.
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return pipe, process
+
+
+def _how_it_ended(code: int) -> str:
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return f"its process {how} (out of memory?)"
 
 
 def _work(pipe: Connection) -> None:
@@ -121,16 +102,11 @@ def _work(pipe: Connection) -> None:
     with suppress(EOFError, ConnectionError):
         while True:
             task: Task = pipe.recv()
-
-            def progress(done: int, total: int | None, now: float, key: int = task.key) -> None:
-                pipe.send(Report(key, "progress", done, total))
-
             try:
-                found = Report(task.key, "done", summary=run(task.experiment, task.out, progress).summary)
+                outcome = Outcome(run(task.experiment, task.out).summary)
             except Exception as error:
-                text = " ".join(str(error).split())
-                found = Report(task.key, "failed", error=f"{type(error).__name__}: {text}")
-            pipe.send(found)
+                outcome = Outcome(None, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            pipe.send(outcome)
 
 
 def _end_with_parent() -> None:

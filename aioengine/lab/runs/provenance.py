@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import msgspec
 
 from aioengine.checks import read_json
 from aioengine.errors import ConfigError
@@ -43,32 +40,12 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
     name = policy if isinstance(policy, str) else str(policy.get("name", ""))
     workload = json.dumps(experiment.workload.to_dict(), sort_keys=True).encode()
     return {
-        "command": command(experiment),
         "seed": experiment.seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "workload_sha256": _hash(workload, experiment.workload.trace),
         "preset_sha256": _hash(None, experiment.preset, ".json"),
         "policy_sha256": _hash(None, name.partition(":")[0], ".py"),
     }
-
-
-def command(experiment: Experiment) -> str:
-    """Return the command that runs an experiment, by the flags that differ from their defaults."""
-    flags = [*_flags(experiment.workload), *_flags(experiment)]
-    if isinstance(experiment.policy, dict):  # a table cannot be a flag
-        flags = ["--experiment", "experiment.json"]
-    return shlex.join(["aioengine", "lab", "run", *flags])
-
-
-def _flags(values: msgspec.Struct) -> Iterator[str]:
-    for field in msgspec.structs.fields(values):
-        value, flag = getattr(values, field.name), field.name.replace("_", "-")
-        if value == field.default or field.name == "workload":
-            continue
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        else:
-            yield from (f"--{flag}", str(value))
 
 
 def rerun(folder: str | Path, run: Callable[[Experiment, Path], object], out: Path | None = None) -> Rerun:

@@ -1,22 +1,52 @@
-"""Runs a workload on an engine, live or simulated, or on a simulated fleet, and records the results."""
+"""Sends a workload to an engine, live or simulated, or to a simulated fleet, and records what happens: each
+request at its time (an open loop), or when the one before it has ended (a closed loop)."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 from aioengine.engine import AsyncEngine
+from aioengine.errors import AioEngineError, EngineDead, EngineStopped
 from aioengine.fleet.config import FleetConfig
 from aioengine.lab.fleet.conditions import Conditions
 from aioengine.lab.fleet.fleet import START_SECONDS, SimulatedFleet
-from aioengine.lab.runs.open_loop import OpenLoop, Progress, Replayed
 from aioengine.lab.runs.recorder import PolicyWatch, Recorder
 from aioengine.lab.runs.rows import Sink
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.prompts import LiveRequests, SimulatedRequests
-from aioengine.lab.workload.requests import Workload
+from aioengine.lab.workload.requests import Arrival, Workload
+
+STALL_SECONDS = 600.0
+"""A run is given up after this time without a step or a move while requests wait."""
+
+MOST_WITHOUT_TOKEN = 10_000
+"""A run is given up after this many steps and moves in which no request got a token."""
+
+Progress = Callable[[int, int | None, float], None]
+"""Callback with the number of requests that have ended, their total (None: not known), and the seconds into
+the run."""
+
+
+class RunStalled(AioEngineError):
+    """Error for a run in which nothing moves, because of the policy or of the requests."""
+
+
+class Replayed(NamedTuple):
+    """Result of a workload."""
+
+    requests: int
+    finished: int
+    """Up to their last token."""
+    refused: int
+    """Never accepted."""
+    failed: int
+    """Accepted, and ended with an error, for example because a deadline passed."""
+    seconds: float
+    """From the start to the end of the last request."""
 
 
 class Watching(TypedDict, total=False):
@@ -44,27 +74,21 @@ async def replay(
 
     Args:
         engine: It must be running; the workload's adapters are registered first.
-        paths: Where a live engine finds the adapters, by name; those that are not in it must be
-            registered, or found by its resolver.
+        paths: Where a live engine finds the adapters, by name.
         seed: For the prompts, which are random tokens on a live engine.
         listener: Called with the engine's events.
 
-    Raises:
-        RunStalled: Nothing has moved for ``STALL_SECONDS`` while requests wait, or no request got a token in
-            ``MOST_WITHOUT_TOKEN`` steps and moves.
-        ConfigError: ``sample_seconds`` is not more than 0.
+    Raises RunStalled if nothing has moved for ``STALL_SECONDS`` while requests wait, or no request got a
+    token in ``MOST_WITHOUT_TOKEN`` steps and moves.
     """
-    of_engine: dict[str, Any]
+    requests: SimulatedRequests | LiveRequests
     if isinstance(engine, SimulatedEngine):
         engine.add_adapters(workload.adapters)
-        requests = SimulatedRequests(engine.model_spec.vocab_size)
-        of_engine = {"requests": requests, "lengths": engine.lengths}
+        requests, lengths = SimulatedRequests(engine.model_spec.vocab_size), engine.lengths
     else:
-        of_engine = {"requests": LiveRequests(engine.model_spec, seed)}
-        known = {info.name for info in engine.adapters()}
-        for shape in workload.adapters:
-            if paths is not None and shape.name in paths and shape.name not in known:
-                engine.register_adapter(shape.name, paths[shape.name])
+        requests, lengths = LiveRequests(engine.model_spec, seed), None
+        for name, path in (paths or {}).items():
+            engine.register_adapter(name, path)
 
     def state() -> str:
         stats = engine.stats()
@@ -76,19 +100,11 @@ async def replay(
 
     start = asyncio.get_running_loop().time()
     recorder = Recorder(sink, workload, start=start, listener=listener)
-    loop = OpenLoop(
-        target=engine,
-        recorder=recorder,
-        workload=workload,
-        start=start,
-        state=state,
-        **of_engine,
-        **watching,
-    )
+    sender = _Sender(engine, recorder, workload, requests, start, lengths, state, **watching)
     unwatch = recorder.watch(engine)
     try:
-        replayed = await loop.send_all()
-        loop.close()
+        replayed = await sender.send_all()
+        sender.close()
     finally:
         unwatch(asyncio.get_running_loop().time())
     return replayed
@@ -120,16 +136,145 @@ async def replay_on_fleet(
     recorder = Recorder(sink, workload, start=start, slots=slots, delay=conditions.delay, listener=listener)
     async with SimulatedFleet(config, make_engine, conditions, watch=recorder.watch) as fleet:
         fleet.add_adapters(workload.adapters)
-        loop = OpenLoop(
-            target=fleet,
-            recorder=recorder,
-            workload=workload,
-            requests=SimulatedRequests(first.costs.spec.vocab_size),
-            start=start,
-            lengths=fleet.lengths,
-            **watching,
-        )
-        replayed = await loop.send_all()
+        requests = SimulatedRequests(first.costs.spec.vocab_size)
+        sender = _Sender(fleet, recorder, workload, requests, start, fleet.lengths, **watching)
+        replayed = await sender.send_all()
         fleet.check_invariants()
-    loop.close()
+    sender.close()
     return replayed, fleet
+
+
+@dataclass
+class _Sender:
+    """Sends a workload and waits for all of it. No more of it is held than the requests that have not
+    ended."""
+
+    target: AsyncEngine | SimulatedFleet
+    recorder: Recorder
+    workload: Workload
+    requests: SimulatedRequests | LiveRequests
+    start: float
+    lengths: dict[str, int] | None
+    """Where the target finds the lengths of outputs, by request; None: it needs none."""
+    state: Callable[[], str] = lambda: "requests are in flight"
+    """Describes the target's state, for the message that nothing moves."""
+    sample_seconds: float = 1.0
+    progress: Progress | None = None
+    total: int | None = None
+    _ends: dict[int, asyncio.Event] = field(default_factory=dict)
+    """The ends that others wait for, by the request's number."""
+
+    def __post_init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._finished = self._refused = self._failed = 0
+        callers = self.workload.concurrency
+        self._callers = None if callers is None else asyncio.Semaphore(callers)
+
+    async def send_all(self) -> Replayed:
+        """Send all requests and wait for them. Raises RunStalled."""
+        try:
+            async with asyncio.TaskGroup() as around:
+                watch = around.create_task(self._watch(), name="aioengine-lab-watch")
+                async with asyncio.TaskGroup() as requests:
+                    await self._send_each(requests)
+                watch.cancel()
+        except* AioEngineError as errors:
+            first: BaseException = errors  # several at a time are usually alike
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
+        count = self._finished + self._refused + self._failed
+        return Replayed(count, self._finished, self._refused, self._failed, self._loop.time() - self.start)
+
+    def close(self) -> None:
+        """Record the rest, when nothing more comes."""
+        now = self._loop.time()
+        self.recorder.close(now)
+        self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        if self.progress is not None:
+            self.progress(self.recorder.ended, self.total, now - self.start)
+
+    async def _send_each(self, group: asyncio.TaskGroup) -> None:
+        for index, arrival in enumerate(self.workload):
+            if self._callers is None:
+                wait = self.start + arrival.time - self._loop.time()
+                if wait > 0:
+                    await asyncio.sleep(wait)
+                if arrival.is_alone:
+                    group.create_task(self._send(index, arrival))
+                    continue
+            elif arrival.first:
+                await self._callers.acquire()
+            before = self._ends.get(index - arrival.after) if arrival.after else None
+            if arrival.more:
+                self._ends[index] = asyncio.Event()
+            group.create_task(self._send_in_turn(index, arrival, before))
+
+    async def _send_in_turn(self, index: int, arrival: Arrival, before: asyncio.Event | None) -> None:
+        """Send a request of a session, or of a caller in a closed loop, when it is its turn."""
+        if before is not None:
+            await before.wait()
+            await asyncio.sleep(arrival.think)
+        try:
+            await self._send(index, arrival._replace(time=self._loop.time() - self.start))
+        finally:
+            if arrival.more:
+                self._ends.pop(index).set()
+        if arrival.last and self._callers is not None:
+            await asyncio.sleep(self.workload.think)
+            self._callers.release()
+
+    async def _send(self, index: int, arrival: Arrival) -> None:
+        """Send one request, and count how it ends."""
+        request_id = f"r{index}"
+        self.recorder.expect(request_id, arrival)
+        if self.lengths is not None:
+            self.lengths[request_id] = arrival.output_tokens
+        failed = output = None
+        try:
+            output = await self.target.complete(
+                self.requests.prompt(index, arrival),
+                self.requests.params(arrival),
+                adapter=arrival.adapter,
+                request_id=request_id,
+                priority=arrival.priority,
+                deadline=arrival.deadline,
+                tenant=arrival.tenant,
+                expected_tokens=arrival.expected_tokens,
+            )
+        except AioEngineError as error:
+            if self.lengths is None and isinstance(error, (EngineDead, EngineStopped)):
+                raise  # there is nothing more to be had of a live engine
+            failed = error
+        finally:
+            if self.lengths is not None:
+                del self.lengths[request_id]
+        accepted = self.recorder.settled(request_id, self._loop.time(), failed, output)
+        self._finished += failed is None
+        self._failed += failed is not None and accepted
+        self._refused += not accepted
+
+    async def _watch(self) -> None:
+        """Sample at regular times, and check that something moves."""
+        recorder, tick = self.recorder, 0
+        while True:
+            tick += 1
+            await asyncio.sleep(self.start + tick * self.sample_seconds - self._loop.time())
+            now = self._loop.time()
+            recorder.sample(now)
+            self._tell(now)
+            if not recorder.requests:
+                recorder.last_progress = now
+            elif now - recorder.last_progress > STALL_SECONDS:
+                self._stalled(now, f"no step and no move of an adapter ended for {STALL_SECONDS:g} s")
+            elif (since := recorder.since_token) > MOST_WITHOUT_TOKEN:
+                self._stalled(
+                    now, f"no request had a token in the last {since:,} steps and moves of adapters"
+                )
+
+    def _stalled(self, now: float, what: str) -> None:
+        raise RunStalled(
+            f"at {now - self.start:g} s: {what}, while {self.state()}; see what the policy waits for"
+        )

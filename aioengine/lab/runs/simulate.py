@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,26 +16,23 @@ import msgspec
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.fleet.conditions import Conditions, parse_faults
-from aioengine.lab.fleet.fleet import START_SECONDS, fleet_config
+from aioengine.lab.fleet.conditions import Conditions
+from aioengine.lab.fleet.fleet import START_SECONDS
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
-from aioengine.lab.runs.open_loop import Progress, Replayed
 from aioengine.lab.runs.provenance import provenance
 from aioengine.lab.runs.recorder import PolicyWatch
-from aioengine.lab.runs.replay import Watching, replay, replay_on_fleet
+from aioengine.lab.runs.replay import Progress, Replayed, Watching, replay, replay_on_fleet
 from aioengine.lab.runs.rows import CsvFiles, Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.extra import needs_extra
-from aioengine.lab.workload.requests import COUNTED, TooLong, Workload, count_too_long
+from aioengine.lab.workload.requests import COUNTED, Arrival, TooLong, Workload, count_too_long
 from aioengine.memory_plan import MemoryPlan
 from aioengine.schedulers import SchedulerPolicy, load_policy
 from aioengine.schedulers.policies.fcfs import FCFS
 
-NEVER = 1e12
-"""Seconds; no request waits this long."""
-Future = Callable[[], list[tuple[float, str]]]
-"""Returns the times of all arrivals to come, with their adapters."""
+Say = Callable[[str], None]
+"""Callback with a warning, before anything runs."""
 
 
 class RunResult(NamedTuple):
@@ -50,7 +47,7 @@ def run(
     experiment: Experiment,
     out: str | Path,
     progress: Progress | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> RunResult:
     """Simulate an experiment, and write what happened into the folder ``out``.
 
@@ -61,7 +58,7 @@ def run(
     Args:
         progress: Called every ``sample_seconds`` of simulated time with the requests that have ended, their
             total (None: not known), and the simulated seconds.
-        say: Called with warnings about the workload before the run begins.
+        say: Called with warnings about the workload.
 
     Raises:
         ConfigError: The preset, the trace or the output folder cannot be used, or the plan does not fit.
@@ -72,15 +69,12 @@ def run(
         import polars  # noqa: F401 - the summary's
     from aioengine.lab.analysis.summary import summarize
 
-    out = Path(out)
+    # A run that is not possible overwrites no earlier files.
+    out, watch = Path(out), PolicyWatch()
     costs = load_costs(experiment.preset)
     plan = costs.plan(experiment.engine_config())
-    workload, too_long = fitting(experiment, plan)
-    if too_long.requests:
-        say(too_long_text(experiment, too_long))
-    watch = PolicyWatch()
-    # A run that is not possible overwrites no earlier files.
-    run_in_virtual_time(_start(experiment, costs, plan))
+    check_policy(experiment.policy)
+    workload, too_long = fitting(experiment, plan, say)
     try:
         out.mkdir(parents=True, exist_ok=True)
         description = {
@@ -109,29 +103,24 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def fitting(experiment: Experiment, plan: MemoryPlan) -> tuple[Workload, TooLong]:
+def fitting(experiment: Experiment, plan: MemoryPlan, say: Say) -> tuple[Workload, TooLong]:
     """Return the workload as the experiment wants it, and how much of it is longer than the model's context,
-    which is in the ``plan`` of its engine.
+    which is in the ``plan`` of its engine; if anything is, say so.
 
     Raises ConfigError if something is and ``on_too_long`` is "fail", and what
     :meth:`Experiment.open_workload` raises.
     """
-    workload = experiment.open_workload()
-    fails = experiment.on_too_long == "fail"
-    found = count_too_long(workload, plan.max_model_len, None if fails else COUNTED)
-    if found.requests and fails:
+    workload, treatment = experiment.open_workload(), experiment.on_too_long
+    found = count_too_long(workload, plan.max_model_len, None if treatment == "fail" else COUNTED)
+    if not found.requests:
+        return workload, found
+    if treatment == "fail":
         raise ConfigError(f"on_too_long='fail': {found}")
-    if experiment.on_too_long == "truncate":
-        return experiment.open_workload(found.limit), found
-    return workload, found
-
-
-def too_long_text(experiment: Experiment, found: TooLong) -> str:
-    """Return the warning before a run in which requests are too long."""
     done = "prompts that do not fit are refused, other outputs end where the context ends"
-    if experiment.on_too_long == "truncate":
-        done = "their prompts are cut"
-    return f"{found}: {done} (--on-too-long reject|truncate|fail)"
+    if treatment == "truncate":
+        workload, done = experiment.open_workload(found.limit), "their prompts are cut"
+    say(f"{found}: {done} (--on-too-long reject|truncate|fail)")
+    return workload, found
 
 
 async def simulate(
@@ -150,77 +139,41 @@ async def simulate(
     ``watch`` is told of the policy's failures and of its replacement, on all replicas. ``plan`` is the memory
     of an engine, if it is known already.
     """
-    spec = experiment.policy if experiment.ageing else without_ageing(experiment.policy)
-    config = experiment.engine_config()
+    config, replicas = experiment.engine_config(), experiment.replicas
     known_plan = plan or costs.plan(config)
-    start = asyncio.get_running_loop().time() + (0.0 if experiment.replicas is None else START_SECONDS)
+    start = asyncio.get_running_loop().time() + (0.0 if replicas is None else START_SECONDS)
     total = experiment.workload.limit
     watching = Watching(sample_seconds=experiment.sample_seconds, progress=progress, total=total)
 
     def make_engine() -> SimulatedEngine:
-        policy = lab_policy(spec, workload, start=start)
+        policy = lab_policy(experiment.policy, workload, start=start)
         return SimulatedEngine(config, costs, policy, metrics=False, plan=known_plan)
 
-    if experiment.replicas is None:
+    if replicas is None:
         async with make_engine() as engine:
             replayed = await replay(engine, workload, sink, listener=watch, **watching)
             engine.check_invariants()
             return replayed, None
-    fields = {name: getattr(experiment, name) for name in ("replicas", "router", "placement")}
-    start_seconds = experiment.start_seconds or 0.0
     replayed, fleet = await replay_on_fleet(
         workload,
         sink,
-        config=fleet_config(config, start_seconds=start_seconds, autoscale=experiment.autoscale, **fields),
+        config=experiment.fleet_config(replicas),
         make_engine=make_engine,
-        conditions=Conditions(
-            start_seconds=start_seconds,
-            report_delay=experiment.report_delay or 0.0,
-            faults=parse_faults(experiment.faults or "", experiment.replicas),
-        ),
+        conditions=Conditions(start_seconds=experiment.start_seconds),
         listener=watch,
         **watching,
     )
-    found = {
-        **fields,
-        "requests_by_replica": fleet.by_replica,
-        "migrations": fleet.migrations,
-        "rejected": fleet.rejected,
-        "failures": fleet.failures,
-        "moves": dict(fleet.moves),
-    }
-    if fleet.scaled is not None:
-        found["autoscale"] = {"policy": experiment.autoscale, **fleet.scaled._asdict()}
-    return replayed, found
+    return replayed, fleet.summary()
 
 
-async def _start(experiment: Experiment, costs: CostModel, plan: MemoryPlan) -> None:
-    """Start the engine, and end it again: raises what keeps it from running."""
-    config, policy = experiment.engine_config(), check_policy(experiment.policy)
-    async with SimulatedEngine(config, costs, policy, metrics=False, plan=plan):
-        pass
-
-
-def without_ageing(spec: Policy) -> Policy:
-    """Return the same policy without ageing: no request is served out of turn because it has waited. Raises
-    PolicyError if the policy has no option ``max_wait``."""
-    policy = check_policy(spec)
-    if not isinstance(policy, FCFS):
-        text = f"policy {policy_label(spec)!r} with ageing=False: {type(policy).__name__} has no max_wait"
-        raise PolicyError(f"{text}; leave out --no-ageing, or give it an option of its own")
-    if isinstance(spec, dict):
-        return {**spec, "max_wait": NEVER}
-    return f"{spec}{',' if ':' in spec.rsplit('+', 1)[-1] else ':'}max_wait={NEVER}"
-
-
-def ageing_text(policies: Sequence[Policy], ageing: bool) -> str:
+def ageing_text(policies: Sequence[Policy]) -> str:
     """Describe after which time each policy serves a waiting request out of turn. Raises PolicyError if there
-    is no such policy or, without ``ageing``, if one has no ``max_wait``."""
+    is no such policy."""
     waits = {}
     for spec in policies:
-        policy = check_policy(spec if ageing else without_ageing(spec))
+        policy = check_policy(spec)
         wait = policy.max_wait if isinstance(policy, FCFS) else math.inf
-        waits[policy_label(spec)] = "none" if wait >= NEVER else f"after {wait:g} s"
+        waits[policy_label(spec)] = f"after {wait:g} s" if wait < math.inf else "none"
     text = ", ".join(f"{wait} in {name}" for name, wait in waits.items())
     if len(set(waits.values())) == 1:
         text = f"{next(iter(waits.values()))} in all policies"
@@ -229,16 +182,16 @@ def ageing_text(policies: Sequence[Policy], ageing: bool) -> str:
 
 def check_policy(spec: Policy) -> SchedulerPolicy:
     """Return the policy that ``spec`` names, which knows no arrivals. Raises PolicyError if there is none."""
-    return _load_policy(spec, list)
+    return lab_policy(spec, ())
 
 
-def lab_policy(spec: Policy, workload: Workload, *, start: float = 0.0) -> SchedulerPolicy:
+def lab_policy(spec: Policy, workload: Iterable[Arrival], *, start: float = 0.0) -> SchedulerPolicy:
     """Return the policy that ``spec`` names. One that takes ``future`` gets the workload's arrivals; when the
     workload begins, the engine's clock shows ``start``. Raises PolicyError if there is none."""
-    return _load_policy(spec, lambda: [(a.time, a.adapter) for a in workload if a.adapter is not None], start)
 
+    def future() -> list[tuple[float, str]]:
+        return [(arrival.time, arrival.adapter) for arrival in workload if arrival.adapter is not None]
 
-def _load_policy(spec: Policy, future: Future, start: float = 0.0) -> SchedulerPolicy:
     try:
         return load_policy(spec, supply={"future": future, "start": lambda: start})
     except ValueError as error:

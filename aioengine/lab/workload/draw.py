@@ -10,7 +10,6 @@ import msgspec
 from msgspec import UNSET
 
 from aioengine.checks import check_value
-from aioengine.errors import ConfigError
 from aioengine.lab.workload import traces
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.lengths import (
@@ -18,12 +17,11 @@ from aioengine.lab.workload.lengths import (
     parse_deadline,
     parse_lengths,
     parse_ranks,
-    parse_sizes,
     parse_view,
     shares,
 )
-from aioengine.lab.workload.popularity import TenantShares, parse_bursts, parse_popularity
-from aioengine.lab.workload.random_streams import stable_number, stream
+from aioengine.lab.workload.popularity import parse_popularity
+from aioengine.lab.workload.random_streams import Weighted, stream
 from aioengine.lab.workload.requests import Arrival, Workload
 from aioengine.lab.workload.sessions import Sessions, Turn, parse_sessions, parse_shared
 from aioengine.lab.workload.spec import MAX_PRIORITY, WorkloadSpec
@@ -55,14 +53,14 @@ class OfferedWorkload(Workload):
         ]
         self._trace = self._sample = None
         if spec.plays_trace and spec.trace is not None:
-            self._trace = _scan(spec, spec.trace)
+            seconds = None if spec.seconds is None else spec.seconds * spec.scale
+            self._trace = traces.scan_trace(spec.trace, limit=spec.limit, seconds=seconds)
         elif spec.trace is not None and "trace" in texts.values():
             self._sample = traces.LengthSample(spec.trace, stream(seed, "sample of lengths"))
         self._names = numbered("adapter", spec.adapters, width=3)
         ranks = parse_ranks("ranks", spec.ranks)
-        sizes = None if spec.adapter_bytes is None else parse_sizes("adapter_bytes", spec.adapter_bytes)
         names = dict.fromkeys([*self._names, *(self._trace.adapters if self._trace else ())])
-        self.adapters = tuple(draw_shape(name, ranks, sizes, seed) for name in names)
+        self.adapters = tuple(draw_shape(name, ranks, seed) for name in names)
 
     def describe(self) -> dict[str, Any]:
         """Return the fields of the spec, and the seed."""
@@ -73,8 +71,7 @@ class OfferedWorkload(Workload):
         spec = self.spec
         chosen = _Choices(spec, self.seed, self._names)
         view, views = parse_view("lengths", spec.lengths), stream(self.seed, "predictions")
-        limit = spec.deadline if spec.timeout is None else spec.timeout
-        deadlines = None if limit is None else parse_deadline("deadline", limit)
+        deadlines = None if spec.deadline is None else parse_deadline("deadline", spec.deadline)
         whose: tuple[str | None, str | None, int] = (None, None, 0)
         for time, row, turn in islice(self._requests(), spec.limit):
             if spec.seconds is not None and time > spec.seconds:
@@ -170,25 +167,16 @@ class OfferedWorkload(Workload):
             start += summary.period
 
 
-def _scan(spec: WorkloadSpec, trace: str) -> traces.TraceSummary:
-    if spec.concurrency is None and not traces.has_times(trace):
-        raise ConfigError(f"trace {trace}: has no times; give arrivals, or concurrency for a closed loop")
-    seconds = None if spec.seconds is None else spec.seconds * spec.scale
-    return traces.scan_trace(trace, limit=spec.limit, seconds=seconds)
-
-
 class _Choices:
     """Draws adapter, tenant and priority. Fields that a row has are drawn, too, and dropped, so that they do
     not change the draws of other rows."""
 
     def __init__(self, spec: WorkloadSpec, seed: int, adapters: list[str]) -> None:
         self._adapters = adapters
-        self._tenants = {name: index for index, name in enumerate(numbered("tenant", spec.tenants))}
-        self._names = list(self._tenants)
-        bursts = None if spec.tenant_bursts is None else parse_bursts("tenant_bursts", spec.tenant_bursts)
-        self._shares = TenantShares(spec.tenant_weights(), bursts, seed) if spec.tenants else None
+        self._tenants = numbered("tenant", spec.tenants)
+        self._shares = Weighted(spec.tenant_weights()) if spec.tenants else None
         popularity = parse_popularity("popularity", spec.popularity)
-        self._choose = popularity.chooser(len(adapters), spec.tenants, seed) if adapters else None
+        self._choose = popularity.chooser(len(adapters), seed) if adapters else None
         self._base_share = spec.base_share
         self._conversations: dict[int, str | None] = {}
         self._priorities = shares("priority", spec.priority or "0", low=-MAX_PRIORITY, high=MAX_PRIORITY)
@@ -198,10 +186,13 @@ class _Choices:
 
     def draw(self, time: float, row: traces.TraceRow) -> tuple[str | None, str | None, int]:
         """Adapter, tenant and priority."""
-        tenant, index = self._tenant(time, row)
+        tenant = row.tenant
+        if self._shares is not None:
+            drawn = self._tenants[self._shares.draw(self._tenant_rng)]
+            tenant = drawn if tenant is None else tenant
         adapter: str | None = None
         if self._choose is not None:
-            adapter = self._adapters[self._choose(time, index)]
+            adapter = self._adapters[self._choose(time)]
             if self._base_rng.random() < self._base_share:
                 adapter = None
             if row.prefix:  # prompts with the same beginning are one conversation, which keeps its adapter
@@ -220,15 +211,6 @@ class _Choices:
         if len(known) > CONVERSATIONS:
             del known[next(iter(known))]
         return adapter
-
-    def _tenant(self, time: float, row: traces.TraceRow) -> tuple[str | None, int]:
-        """Return a tenant's name, and the number whose adapters it has."""
-        if self._shares is None:
-            return row.tenant, 0
-        index = self._shares.at(time).draw(self._tenant_rng)
-        if row.tenant is None:
-            return self._names[index], index
-        return row.tenant, self._tenants.get(row.tenant, stable_number(row.tenant) % len(self._names))
 
 
 def numbered(prefix: str, count: int, *, width: int = 1) -> list[str]:

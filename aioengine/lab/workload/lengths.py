@@ -1,4 +1,4 @@
-"""Lengths of prompts and outputs, ranks and sizes of adapters, and what policies are told of a request: how
+"""Lengths of prompts and outputs, ranks of adapters, and what policies are told of a request: how
 long its output will be, and by when it must have ended."""
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from typing import Annotated, NamedTuple
 
 from msgspec import Meta
 
-from aioengine.checks import parse_bytes
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.forms import Form, parse_form, parse_number, parse_shares, parse_whole
 from aioengine.lab.workload.random_streams import Weighted, log_normal, stream
@@ -33,12 +32,6 @@ class LogNormal(Form):
     max: AtLeastOne = 32_768.0
 
 
-class LogNormalBytes(LogNormal):
-    """The same, up to larger numbers."""
-
-    max: AtLeastOne = 2.0**50
-
-
 def shares(field: str, text: str, *, low: int, high: int) -> Draw:
     """Parse "16", or "8:0.5,16:0.3,64:0.2": some numbers, each with its share. Raises ConfigError."""
     found = parse_shares(field, text, low=low, high=high)
@@ -51,24 +44,18 @@ def parse_ranks(field: str, value: int | str) -> Draw:
     return shares(field, str(value), low=1, high=MAX_RANK)
 
 
+def draw_shape(name: str, ranks: Draw, seed: int) -> AdapterShape:
+    """Return the adapter's shape, which depends on its name and not on other draws."""
+    return AdapterShape(name, ranks(stream(seed, f"rank of {name}")))
+
+
 def parse_lengths(field: str, value: int | str) -> Draw:
     """Parse tokens: 128, "128", "uniform:8..512" or "lognormal:median=200,sigma=0.8". Raises ConfigError."""
+
+    def number(part: str) -> int:
+        return parse_whole(field, text, part, low=1, high=MAX_TOKENS)
+
     text = str(value)
-    return _parse(field, text, lambda one: parse_whole(field, text, one, low=1, high=MAX_TOKENS), LogNormal)
-
-
-def parse_sizes(field: str, value: int | str) -> Draw:
-    """Parse bytes, in the same forms; "64MiB" and "uniform:8MiB..64MiB" too. Raises ConfigError."""
-    return _parse(field, str(value), lambda number: parse_bytes(number, field=field), LogNormalBytes)
-
-
-def draw_shape(name: str, ranks: Draw, sizes: Draw | None, seed: int) -> AdapterShape:
-    """Return the adapter's shape, which depends on its name and not on other draws."""
-    rank = ranks(stream(seed, f"rank of {name}"))
-    return AdapterShape(name, rank, None if sizes is None else sizes(stream(seed, f"size of {name}")))
-
-
-def _parse(field: str, text: str, number: Callable[[str], int], log: type[LogNormal]) -> Draw:
     name, colon, rest = text.partition(":")
     if name == "uniform":
         first, dots, last = rest.partition("..")
@@ -79,14 +66,14 @@ def _parse(field: str, text: str, number: Callable[[str], int], log: type[LogNor
             raise ConfigError(f"{field}={text!r}: {first} is more than {last}")
         return lambda rng: low + int(rng.random() * (high - low + 1))
     if colon or name.isalpha():
-        form = parse_form(field, text, {"lognormal": log, "uniform": log})
+        form = parse_form(field, text, {"lognormal": LogNormal, "uniform": LogNormal})
         least, most = int(form.min), int(form.max)
         if least > most:
             raise ConfigError(f"{field}={text!r}: min={least} is more than max={most}")
         median, sigma = form.median, form.sigma
         return lambda rng: max(round(min(log_normal(rng, median, sigma), most)), least)
-    value = number(text)
-    return lambda rng: value
+    tokens = number(text)
+    return lambda rng: tokens
 
 
 # Information for policies

@@ -1,4 +1,4 @@
-"""Choice of the adapter that a request asks for, and of the tenant that asks."""
+"""Choice of the adapter that a request asks for."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import Spell
 from aioengine.lab.workload.forms import Form, parse_form
 from aioengine.lab.workload.random_streams import Weighted, exponential, shuffle, stream
 
 Alpha = Annotated[float, Meta(ge=0, le=100)]
-Choose = Callable[[float, int], int]
-"""Draws the index of the adapter for a request at a time (seconds, which never go back) of the tenant with a
-number."""
+Choose = Callable[[float], int]
+"""Draws the index of the adapter for a request at a time, in seconds, which never go back."""
 
 
 def zipf(count: int, alpha: float) -> list[float]:
@@ -32,11 +30,10 @@ class Popularity(Form):
         """Return the shares of ``count`` adapters, by their places in the order of popularity."""
         return zipf(count, 0.0)
 
-    def chooser(self, count: int, tenants: int, seed: int) -> Choose:
-        """Return what draws one of ``count`` adapters (>= 1). Raises ConfigError for "tenant" if there are
-        too few."""
+    def chooser(self, count: int, seed: int) -> Choose:
+        """Return what draws one of ``count`` adapters (>= 1)."""
         rng, table = stream(seed, "popularity"), Weighted(self.shares(count))
-        return lambda time, tenant: table.draw(rng)
+        return lambda time: table.draw(rng)
 
 
 class Zipf(Popularity):
@@ -66,40 +63,20 @@ class Shift(Zipf):
     alpha: Alpha = 1.0
     every: Spell = 60.0
 
-    def chooser(self, count: int, tenants: int, seed: int) -> Choose:
-        place, shifts = super().chooser(count, tenants, seed), stream(seed, "popularity shifts")
+    def chooser(self, count: int, seed: int) -> Choose:
+        place, shifts = super().chooser(count, seed), stream(seed, "popularity shifts")
         order, upcoming = list(range(count)), exponential(shifts) * self.every
 
-        def choose(time: float, tenant: int) -> int:
+        def choose(time: float) -> int:
             nonlocal upcoming
             if time >= upcoming:
                 # Dealing once is as good as several times: nobody saw what was in between.
                 while time >= upcoming:
                     upcoming += exponential(shifts) * self.every
                 shuffle(shifts, order)
-            return order[place(time, tenant)]
+            return order[place(time)]
 
         return choose
-
-
-class Tenant(Popularity):
-    """Adapters of its own for every tenant: adapter i is tenant (i mod tenants)'s."""
-
-    alpha: Alpha = 0.0
-
-    def check(self, count: int, tenants: int) -> None:
-        """Raise ConfigError if not every tenant could have an adapter of its own."""
-        if not 1 <= tenants <= count:
-            raise ConfigError(
-                f"popularity='tenant' with tenants={tenants} and adapters={count}: every tenant must have an "
-                "adapter of its own; give 1 <= tenants <= adapters"
-            )
-
-    def chooser(self, count: int, tenants: int, seed: int) -> Choose:
-        self.check(count, tenants)
-        rng = stream(seed, "popularity")
-        tables = [Weighted(zipf(len(range(one, count, tenants)), self.alpha)) for one in range(tenants)]
-        return lambda time, tenant: tenant + tenants * tables[tenant].draw(rng)
 
 
 FORMS: dict[str, type[Popularity]] = {
@@ -107,59 +84,10 @@ FORMS: dict[str, type[Popularity]] = {
     "zipf": Zipf,
     "power": Power,
     "shift": Shift,
-    "tenant": Tenant,
 }
 
 
 def parse_popularity(field: str, text: str) -> Popularity:
-    """Parse "uniform", "zipf:1.0", "power:alpha=0.5", "shift:alpha=1.0,every=60" or "tenant". Raises
+    """Parse "uniform", "zipf:1.0", "power:alpha=0.5" or "shift:alpha=1.0,every=60". Raises
     ConfigError."""
     return parse_form(field, text, FORMS)
-
-
-class Bursts(Form):
-    """Times at which tenants send ``factor`` times as much: exponential, of the means ``on`` and ``off``
-    seconds."""
-
-    factor: Annotated[float, Meta(ge=1, le=1e6)] = 5.0
-    on: Spell = 10.0
-    off: Spell = 60.0
-
-
-def parse_bursts(field: str, text: str) -> Bursts:
-    """Parse "bursts:factor=5,on=10,off=60". Raises ConfigError."""
-    return parse_form(field, text, {"bursts": Bursts})
-
-
-class TenantShares:
-    """Shares of the tenants' requests over time. With bursts each tenant sends more at times of its own, so
-    that the requests for all of its adapters rise and fall together."""
-
-    def __init__(self, weights: list[float], bursts: Bursts | None, seed: int) -> None:
-        self._weights = weights
-        self._bursts = bursts
-        self._table = Weighted(weights)
-        self._rng = stream(seed, "tenant bursts")
-        self._bursting = [False] * len(weights)
-        self._changes = [
-            float("inf") if bursts is None else exponential(self._rng) * bursts.off for _ in weights
-        ]
-        self._next = min(self._changes)
-
-    def at(self, time: float) -> Weighted:
-        """Return the shares at a time, which never goes back from call to call."""
-        if self._bursts is not None and time >= self._next:
-            self._change(self._bursts, time)
-        return self._table
-
-    def _change(self, bursts: Bursts, time: float) -> None:
-        for index, at in enumerate(self._changes):
-            while at <= time:
-                self._bursting[index] = not self._bursting[index]
-                at += exponential(self._rng) * (bursts.on if self._bursting[index] else bursts.off)
-            self._changes[index] = at
-        self._next = min(self._changes)
-        pairs = zip(self._weights, self._bursting, strict=True)
-        weights = [weight * (bursts.factor if bursting else 1.0) for weight, bursting in pairs]
-        total = sum(weights)
-        self._table = Weighted([weight / total for weight in weights])

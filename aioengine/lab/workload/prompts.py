@@ -4,7 +4,6 @@ beginnings that the workload gives, and for a live one, random prompts and outpu
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 from aioengine.lab.workload.requests import PREFIX_BLOCK, Arrival
 from aioengine.model.spec import ModelSpec
@@ -63,40 +62,12 @@ class LiveRequests:
 
     def __init__(self, spec: ModelSpec, seed: int) -> None:
         self._seed = seed
-        self._end = spec.eos_token_ids
         self._tokens = [token for token in range(spec.vocab_size) if token not in set(spec.eos_token_ids)]
-        self._all_but_end = _bits(self._tokens)
-        self._only_end = _bits(spec.eos_token_ids)
 
     def prompt(self, index: int, arrival: Arrival) -> list[int]:
         return random.Random(f"{self._seed} {index}").choices(self._tokens, k=arrival.prompt_tokens)
 
     def params(self, arrival: Arrival) -> SamplingParams:
-        """Return parameters with which the output has ``arrival.output_tokens`` tokens. If ``max_tokens`` is
-        larger, because the policy must not know the length, the last token is forced to be the end of the
-        sequence."""
+        """Return parameters with which the output has ``arrival.output_tokens`` tokens."""
         allowed = arrival.output_tokens if arrival.max_tokens is None else arrival.max_tokens
-        if allowed <= arrival.output_tokens or not self._end:
-            return SamplingParams(max_tokens=min(allowed, arrival.output_tokens), ignore_eos=True)
-        constraint = _EndsAfter(arrival.output_tokens, self._all_but_end, self._only_end)
-        return SamplingParams(max_tokens=allowed, constraint=constraint)
-
-
-class _EndsAfter:
-    """Token constraint that allows any tokens, and then the end of the sequence as the ``length``-th."""
-
-    def __init__(self, length: int, all_but_end: bytes, only_end: bytes) -> None:
-        self._length = length
-        self._all_but_end = all_but_end
-        self._only_end = only_end
-
-    def allowed(self, output: Sequence[int]) -> bytes:
-        return self._only_end if len(output) + 1 >= self._length else self._all_but_end
-
-
-def _bits(tokens: Sequence[int]) -> bytes:
-    """Return a mask in the form of :meth:`~aioengine.request.TokenConstraint.allowed`."""
-    bits = bytearray(max(tokens, default=0) // 8 + 1)
-    for token in tokens:
-        bits[token // 8] |= 1 << token % 8
-    return bytes(bits)
+        return SamplingParams(max_tokens=min(allowed, arrival.output_tokens), ignore_eos=True)

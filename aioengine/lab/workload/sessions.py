@@ -19,22 +19,17 @@ _BLOCKS = 4096
 """Numbers for the blocks of one prompt."""
 _SHARED, _SESSION = 2**33, 2**34
 """First numbers of shared beginnings and of sessions; a trace's numbers are below 2**32."""
-Turns = Annotated[float, Meta(ge=1, le=MOST_TURNS)]
-Think = Annotated[float, Meta(ge=0, le=1e6)]
 
 
 class Session(Form):
     """Chat: a geometric number of turns of the mean ``turns``. A turn's prompt is all that was said before
     and a new question; it comes an exponential time, of the mean ``think`` seconds, after the answer to the
-    one before."""
+    one before. With ``branch``, every turn is so many requests at once, with the same history and a question
+    each, and the next one follows the first of them: agents that fork."""
 
-    turns: Turns = 5.0
-    think: Think = 10.0
-
-    @property
-    def branches(self) -> int:
-        """Requests of a turn."""
-        return 1
+    turns: Annotated[float, Meta(ge=1, le=MOST_TURNS)] = 5.0
+    think: Annotated[float, Meta(ge=0, le=1e6)] = 10.0
+    branch: Annotated[float, Meta(ge=1, le=64)] = 1.0
 
     def number(self, rng: Random) -> int:
         """Draw a number of turns."""
@@ -42,19 +37,6 @@ class Session(Form):
         while turns < MOST_TURNS and rng.random() * self.turns >= 1.0:
             turns += 1
         return turns
-
-
-class Agents(Session):
-    """Session in which every turn is ``branch`` requests at once, with the same history and a question each;
-    it goes on after the first of them: agents that fork."""
-
-    turns: Turns = 5.0
-    think: Think = 0.5
-    branch: Annotated[float, Meta(ge=1, le=64)] = 4.0
-
-    @property
-    def branches(self) -> int:
-        return int(self.branch)
 
 
 class SharedPrefix(Form):
@@ -67,9 +49,8 @@ class SharedPrefix(Form):
 
 
 def parse_sessions(text: str | None) -> Session:
-    """Parse "chat:turns=5,think=10" or "agents:turns=5,think=0.5,branch=4"; None: one turn. Raises
-    ConfigError."""
-    return parse_form("sessions", text or "chat:turns=1", {"chat": Session, "agents": Agents})
+    """Parse "chat:turns=5,think=10,branch=1"; None: one turn. Raises ConfigError."""
+    return parse_form("sessions", text or "chat:turns=1", {"chat": Session})
 
 
 def parse_shared(text: str | None) -> SharedPrefix | None:
@@ -107,7 +88,7 @@ class Sessions:
     def draw(self, first: tuple[int, int], lengths: Callable[[], tuple[int, int]]) -> Iterator[Turn]:
         """Draw one session. ``first`` is the length of its first question and answer; ``lengths`` draws
         others."""
-        rng, number, branches = self._rng, self._count, self._session.branches
+        rng, number, branches = self._rng, self._count, int(self._session.branch)
         self._count += 1
         turns = self._session.number(rng)
         group = 0 if self._groups is None else self._groups.draw(rng)

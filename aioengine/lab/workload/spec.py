@@ -1,9 +1,12 @@
-"""A workload as plain values, checked when it is made: :class:`WorkloadSpec`."""
+"""A workload as plain values, checked when it is made: :class:`WorkloadSpec`, from a file or from flags."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+import tomllib
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import msgspec
@@ -18,10 +21,9 @@ from aioengine.lab.workload.lengths import (
     parse_deadline,
     parse_lengths,
     parse_ranks,
-    parse_sizes,
     parse_view,
 )
-from aioengine.lab.workload.popularity import Popularity, Tenant, Zipf, parse_bursts, parse_popularity
+from aioengine.lab.workload.popularity import Popularity, Zipf, parse_popularity
 from aioengine.lab.workload.sessions import parse_sessions, parse_shared
 
 MAX_PRIORITY = 2**31
@@ -59,9 +61,8 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Number of adapters to spread over trace requests that name none; 0: those are for the base model."""
     sessions: Text | None = None
     """Each arrival begins a session of several requests: "chat:turns=5,think=10" (5 turns on average, each 10
-    s after the answer before, also on average) or "agents:turns=5,think=0.5,branch=4" (every turn is four
-    requests at once that begin alike); see :mod:`aioengine.lab.workload.sessions`. With ``arrivals`` or
-    ``concurrency`` only."""
+    s after the answer before, also on average); with "branch=4" every turn is four requests at once that
+    begin alike. With ``arrivals`` or ``concurrency`` only."""
     shared_prefix: Text | None = None
     """"tokens:1024,groups=8,alpha=1": prompts begin with 1024 tokens more, which are the same in a group (of
     8, drawn by Zipf's law). With ``arrivals`` or ``concurrency`` only."""
@@ -72,26 +73,19 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Seconds, in a closed loop, from a request's, or session's, end to the caller's next one."""
 
     popularity: Text = "uniform"
-    """uniform, zipf:1.0, power:0.5, shift:1.0 or tenant. "power" is S-LoRA's: 1 is uniform, less is more
-    skewed. "shift:alpha=1.0,every=60": Zipf, with ranks dealt anew every 60 s, on average. "tenant": every
-    tenant has its own adapters; "tenant:1.0": with a Zipf distribution among them."""
+    """uniform, zipf:1.0, power:0.5 or shift:1.0. "power" is S-LoRA's: 1 is uniform, less is more skewed.
+    "shift:alpha=1.0,every=60": Zipf, with ranks dealt anew every 60 s, on average."""
     base_share: Share = 0.0
     """Share (0 to 1) of the requests without an adapter in the trace that are for the base model."""
     tenants: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Number of tenants to spread over trace requests that name none; 0: they have no tenant."""
     tenant_shares: Text = "uniform"
     """"uniform", "zipf:1.0", or a weight for each: "3,1,1"."""
-    tenant_bursts: Text | None = None
-    """"bursts:factor=5,on=10,off=60": each tenant sends five times its share for 10 s on average, every 60
-    s."""
     priority: Text | None = None
     """Whole numbers with their shares: "0:0.9,5:0.1". None: 0 for all."""
 
     ranks: Lengths = 16
     """Ranks of the adapters: 16, or "8:0.5,16:0.3,64:0.2" with shares."""
-    adapter_bytes: Lengths | None = None
-    """Size of an adapter: bytes, "64MiB", "uniform:8MiB..64MiB" or "lognormal:median=2e7,sigma=0.5". None:
-    what the model's shape gives for its rank."""
     prompt_tokens: Lengths | None = None
     """128, "uniform:8..512", "lognormal:median=200,sigma=0.8" (with min= and max= that it is clipped to),
     or "trace". None: "trace" if there is one, else "uniform:8..512", as in S-LoRA."""
@@ -108,34 +102,25 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     deadline: Due | None = None
     """When the engine ends a request with an error: seconds from arrival, or "proportional:0.5+0.05": 0.5 s,
     and 0.05 s for each token of output. Policies see it."""
-    timeout: Due | None = None
-    """Another name of ``deadline``, for use with ``slo``; give at most one of the two."""
     slo: Due | None = None
     """When a request should have ended, in the same form. It is measured (``slo`` in the summary) and not
-    enforced. None: requests are measured by their ``deadline`` or ``timeout``."""
+    enforced. None: requests are measured by their ``deadline``."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for field, is_wrong, why in self._wrong():
-            if is_wrong:
-                raise ConfigError(f"{field}={getattr(self, field)!r}: {why}")
+        self._check_end()
         parse_sessions(self.sessions)
         parse_shared(self.shared_prefix)
-        popularity = parse_popularity("popularity", self.popularity)
-        if isinstance(popularity, Tenant) and self.adapters:
-            popularity.check(self.adapters, self.tenants)
+        parse_popularity("popularity", self.popularity)
         self.tenant_weights()
         parse_ranks("ranks", self.ranks)
         parse_view("lengths", self.lengths)
         parsers: dict[str, Callable[[str, Any], object]] = {
             "arrivals": parse_arrivals,
-            "tenant_bursts": parse_bursts,
             "priority": partial(parse_shares, low=-MAX_PRIORITY, high=MAX_PRIORITY),
-            "adapter_bytes": parse_sizes,
-            "prompt_tokens": _parse_lengths,
-            "output_tokens": _parse_lengths,
+            "prompt_tokens": self._check_lengths,
+            "output_tokens": self._check_lengths,
             "deadline": parse_deadline,
-            "timeout": parse_deadline,
             "slo": parse_deadline,
         }
         for field, parse in parsers.items():
@@ -148,37 +133,27 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         drawn = self.arrivals is not None or (self.concurrency is not None and self.sessions is not None)
         return self.trace is not None and not drawn
 
-    @property
-    def draws_lengths(self) -> bool:
-        """Whether no length is taken from a trace."""
-        return not {None, "trace"} & {self.prompt_tokens, self.output_tokens}
-
-    def _wrong(self) -> Iterator[tuple[str, object, str]]:
-        """Yield fields with whether they are wrong, and why: there must be requests, they must end, and
-        nothing may be given in vain."""
-        endless = self.limit is None and self.seconds is None
+    def _check_end(self) -> None:
+        """Check that there are requests, and that they end."""
         closed, timed = self.concurrency is not None, self.arrivals is not None
         if not (self.trace or timed or closed):
             raise ConfigError(
                 "no requests: give trace (a path), arrivals (such as 'poisson:rate=2') or concurrency"
             )
-        yield "think", self.think and not closed, "is for a closed loop; give concurrency with it"
         for field in ("sessions", "shared_prefix"):
-            given = getattr(self, field)
-            yield field, given and not (timed or closed), "give arrivals or concurrency with it"
-        for field in ("prompt_tokens", "output_tokens"):
-            in_vain = getattr(self, field) == "trace" and self.trace is None
-            yield field, in_vain, "there is no trace; give one, or a distribution"
-        why = "nothing is taken from it, with arrivals, prompt_tokens and output_tokens given; leave one out"
-        yield "trace", self.trace and timed and self.draws_lengths, why
-        why = f"with concurrency={self.concurrency} the loop never ends; give limit"
-        yield "limit", closed and self.trace is None and self.limit is None, why
-        yield "repeat", self.repeat and timed, "arrivals never end; leave it out"
-        yield "repeat", self.repeat and endless, "say when to end, by limit or seconds"
-        yield "arrivals", timed and endless, "they never end; give limit or seconds"
-        yield "tenant_bursts", self.tenant_bursts and not self.tenants, "there are no tenants; give tenants"
-        both = self.deadline is not None and self.timeout is not None
-        yield "timeout", both, f"with deadline={self.deadline!r}: give one of the two"
+            if (given := getattr(self, field)) and not (timed or closed):
+                raise ConfigError(f"{field}={given!r}: give arrivals or concurrency with it")
+        if closed and self.trace is None and self.limit is None:
+            raise ConfigError(f"with concurrency={self.concurrency} the loop never ends; give limit")
+        for field in ("arrivals", "repeat"):
+            if (given := getattr(self, field)) and self.limit is None and self.seconds is None:
+                raise ConfigError(f"{field}={given!r}: it never ends; give limit or seconds")
+
+    def _check_lengths(self, field: str, value: int | str) -> None:
+        if value != "trace":
+            parse_lengths(field, value)
+        elif self.trace is None:
+            raise ConfigError(f"{field}='trace': there is no trace; give one, or a distribution")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "workload") -> Self:
@@ -210,5 +185,43 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return normalised("tenant_shares", text, weights)
 
 
-def _parse_lengths(field: str, value: int | str) -> object:
-    return value == "trace" or parse_lengths(field, value)
+def read_workload(path: str | Path) -> WorkloadSpec:
+    """Return the workload that a file describes.
+
+    ``.toml`` and ``.json`` hold the fields of :class:`WorkloadSpec`, at the top or in a table ``workload``
+    (so an experiment.json will do); a trace that they name is looked for beside the file first. Anything else
+    is a trace.
+
+    Raises ConfigError, which begins with the path, if it cannot be read or a field is wrong.
+    """
+    path = Path(path)
+    if path.suffix not in (".toml", ".json"):
+        if not path.exists():
+            raise ConfigError(f"workload {path}: there is no such file")
+        if not path.is_file():
+            raise ConfigError(f"workload {path}: is not a regular file, which can be read several times")
+        return WorkloadSpec(trace=str(path))
+    values = _read(path)
+    for key in ("comparison", "experiment", "workload"):
+        inner = values.get(key)
+        if isinstance(inner, Mapping):
+            values = inner
+    values = dict(values)
+    trace = values.get("trace")
+    if isinstance(trace, str) and not Path(trace).is_absolute() and (path.parent / trace).is_file():
+        values["trace"] = str(path.parent / trace)
+    return WorkloadSpec.from_dict(values, source=f"workload {path}")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"workload {path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # what tomllib and json raise, and UnicodeDecodeError
+        kind = "TOML" if path.suffix == ".toml" else "JSON"
+        raise ConfigError(f"workload {path}: is not {kind}: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"workload {path}: must be a table of fields, not {type(values).__name__}")
+    return values

@@ -4,13 +4,9 @@ gzip:
 - CSV with the columns ``TIMESTAMP``, ``ContextTokens``, ``GeneratedTokens``: the Azure LLM inference traces
   of 2023-11-16, code and conversation, published under CC-BY (Patel et al., "Splitwise: Efficient Generative
   LLM Inference Using Phase Splitting", ISCA 2024).
-- CSV with the columns ``Timestamp`` (seconds), ``Request tokens`` and ``Response tokens``: BurstGPT (Wang et
-  al., "BurstGPT: A Real-World Workload Dataset to Optimize LLM Serving Systems", 2024).
 - JSON lines with the fields of :class:`JsonRow`, as ``--record`` writes them.
 - JSON lines with the fields of :class:`MooncakeRow`: traces that say which prompts begin alike (Qin et al.,
   "Mooncake: A KVCache-centric Disaggregated Architecture for LLM Serving", FAST 2025).
-- A JSON array of ``{"conversations": [{"from": "human", "value": ...}, ...]}``: ShareGPT's. It has lengths
-  without times, a row for each question with its answer. Four characters count as a token.
 
 Rows must be in order of time. Every error is a ConfigError that names the file and the line.
 """
@@ -23,7 +19,6 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
-from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Annotated, BinaryIO, NamedTuple, cast
@@ -83,7 +78,7 @@ class JsonRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def row(self) -> TraceRow:
         time, prompt, output, *more = msgspec.structs.astuple(self)
-        return TraceRow(_from_seconds(time), prompt, max(output, 1), *more)
+        return TraceRow(round(time * 1e6) * 1000, prompt, max(output, 1), *more)
 
 
 class MooncakeRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -124,17 +119,6 @@ class AzureRow(msgspec.Struct):
         return TraceRow(time, self.prompt, max(self.output, 1))
 
 
-class BurstRow(msgspec.Struct):
-    """A line of BurstGPT's."""
-
-    time: Time = msgspec.field(name="Timestamp")
-    prompt: Tokens = msgspec.field(name="Request tokens")
-    output: Output = msgspec.field(name="Response tokens")
-
-    def row(self) -> TraceRow:
-        return TraceRow(_from_seconds(self.time), self.prompt, max(self.output, 1))
-
-
 class TraceSummary(NamedTuple):
     """Facts that one reading of a trace finds out. Times are in nanoseconds."""
 
@@ -157,10 +141,6 @@ def read_trace(path: str | Path) -> Iterator[TraceRow]:
     line = 0
     try:
         with _open(path) as file:
-            if file.read(1) == b"[":
-                yield from _share_gpt(b"[" + file.read())
-                return
-            file.seek(0)
             while raw := file.readline(MAX_LINE):
                 line += 1
                 if len(raw) == MAX_LINE:
@@ -180,7 +160,8 @@ def read_trace(path: str | Path) -> Iterator[TraceRow]:
                 last = row.time
                 yield row
     except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ConfigError(f"trace {path}: cannot be read: {reason}") from error
     except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         text = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
         raise ConfigError(f"trace {path}, line {line}: {text}") from error
@@ -224,24 +205,10 @@ class LengthSample:
         return pair >> 32, pair & 0xFFFF_FFFF
 
 
-def has_times(path: str | Path) -> bool:
-    """Whether its rows have times; ShareGPT's have none. Raises ConfigError if it cannot be read."""
-    try:
-        with _open(path) as file:
-            return file.read(1) != b"["
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from error
-
-
 def _open(path: str | Path) -> BinaryIO:
     with open(path, "rb") as file:
         packed = file.read(len(_GZIP)) == _GZIP
     return cast("BinaryIO", gzip.open(path, "rb")) if packed else open(path, "rb")
-
-
-def _unreadable(path: str | Path, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ConfigError(f"trace {path}: cannot be read: {reason}")
 
 
 def _parser(first: bytes) -> Callable[[bytes], TraceRow]:
@@ -252,9 +219,7 @@ def _parser(first: bytes) -> Callable[[bytes], TraceRow]:
         return lambda raw: decode(raw).row()
     header = first.decode()
     names = [name.strip() for name in header.split(",")]
-    kinds: tuple[type[AzureRow | BurstRow], ...] = (AzureRow, BurstRow)
-    kind = next((kind for kind in kinds if {*kind.__struct_encode_fields__} <= {*names}), None)
-    if kind is None:
+    if not {*AzureRow.__struct_encode_fields__} <= {*names}:
         shown = header if len(header) <= 80 else f"{header[:80]}..."
         raise ConfigError(
             f"{shown!r} is neither the header {CSV_HEADER} nor a JSON object; a trace is CSV or JSON lines"
@@ -264,33 +229,6 @@ def _parser(first: bytes) -> Callable[[bytes], TraceRow]:
         fields = [text.strip() for text in raw.decode().split(",")]
         if len(fields) != len(names):
             raise ConfigError(f"has {len(fields)} fields; there must be {len(names)}, as in the header")
-        return msgspec.convert(dict(zip(names, fields, strict=True)), kind, strict=False).row()
+        return msgspec.convert(dict(zip(names, fields, strict=True)), AzureRow, strict=False).row()
 
     return parse
-
-
-class _ChatTurn(msgspec.Struct):
-    speaker: str = msgspec.field(name="from")
-    value: str
-
-
-class _Conversation(msgspec.Struct):
-    conversations: list[_ChatTurn]
-
-
-def _share_gpt(data: bytes) -> Iterator[TraceRow]:
-    """Yield a row for each question that is followed by an answer."""
-    askers, rows = ("human", "user"), 0
-    for conversation in msgspec.json.decode(data, type=list[_Conversation]):
-        for question, answer in pairwise(conversation.conversations):
-            if question.speaker in askers and answer.speaker not in (*askers, "system"):
-                lengths = [min(-(-len(said.value) // 4), MAX_TOKENS) for said in (question, answer)]
-                rows += 1
-                yield TraceRow(0, max(lengths[0], 1), max(lengths[1], 1))
-    if not rows:
-        raise ConfigError("has no question that is followed by an answer")
-
-
-def _from_seconds(seconds: float) -> int:
-    """Return nanoseconds, rounded to the microsecond."""
-    return round(seconds * 1e6) * 1000
