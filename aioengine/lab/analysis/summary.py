@@ -95,7 +95,7 @@ def times_of(requests: pl.DataFrame) -> dict[str, pl.Series]:
 
 
 def spread(values: pl.Series) -> dict[str, float | None]:
-    """Compute mean, p50, p90, p95, p99 and maximum of values that are not null; percentiles are interpolated."""
+    """Compute mean, percentiles (interpolated) and maximum of values that are not null."""
     values = values.drop_nulls()
     quantiles = {f"p{p}": values.quantile(p / 100, "linear") for p in (50, 90, 95, 99)}
     # fsum's result does not depend on the order of its terms, nor on how the column lies in memory.

@@ -31,6 +31,8 @@ from aioengine.memory_plan import MemoryPlan
 from aioengine.schedulers import SchedulerPolicy, load_policy
 from aioengine.schedulers.policies.fcfs import FCFS
 
+NEVER = 1e12
+"""Seconds; no request waits this long."""
 Say = Callable[[str], None]
 """Callback with a warning, before anything runs."""
 
@@ -173,7 +175,7 @@ def ageing_text(policies: Sequence[Policy]) -> str:
     for spec in policies:
         policy = check_policy(spec)
         wait = policy.max_wait if isinstance(policy, FCFS) else math.inf
-        waits[policy_label(spec)] = f"after {wait:g} s" if wait < math.inf else "none"
+        waits[policy_label(spec)] = f"after {wait:g} s" if wait < NEVER else "none"
     text = ", ".join(f"{wait} in {name}" for name, wait in waits.items())
     if len(set(waits.values())) == 1:
         text = f"{next(iter(waits.values()))} in all policies"
