@@ -245,10 +245,10 @@ def _of_kinds(what: str, target: str, kinds: Collection[str]) -> dict[str, type[
     if found:
         return found
     bases = " or ".join(_base(kind).__name__ for kind in kinds)
-    is_of = [kind for kind in KINDS if issubclass(cls, _base(kind))]
-    articles = {"order": "an"}
     hints = [
-        f"; it is {articles.get(kind, 'a')} {_base(kind).__name__}: register it as {kind!r}" for kind in is_of
+        f"; it is {'an' if kind == 'order' else 'a'} {_base(kind).__name__}: register it as {kind!r}"
+        for kind in KINDS
+        if issubclass(cls, _base(kind))
     ]
     raise ValueError(f"{what}: {target} is not a subclass of {bases}{''.join(hints)}")
 

@@ -49,11 +49,9 @@ class Ordering(Part):
     starvation_bound: str = "none"
     """Worst case of the ordering alone: how long a request whose adapter is in a slot can be passed over."""
     take_after: float | None = None
-    """Seconds after which an idle slot may be taken although later requests wait for its adapter;
-    None leaves it to the policy's ``max_wait``."""
+    """Seconds after which an idle slot that later requests wait for may be taken; None: ``max_wait``."""
     close_after: float | None = None
     """Seconds after which a busy slot is closed to new requests so that it becomes idle; None as above."""
-
     ages: bool = True
     """Whether cold adapters that have been waited for ``take_after`` seconds go before all others, the oldest
     first. Set it to False only if the order of ``cold`` lets none starve, as that of arrival does."""

@@ -110,11 +110,8 @@ def in_turn(
     cost: Callable[[Client, RequestView], float],
 ) -> list[RequestView]:
     """Return the next requests for these adapters: one after the other the oldest of the client with the
-    least service, which grows by ``cost`` with each request.
-
-    Args:
-        ranked: (service, turn, client) of all clients, sorted; of clients with equal service the one with the
-            smaller turn goes first.
+    least service, which grows by ``cost`` with each request. ``ranked``: (service, turn, client) of all
+    clients, sorted; of clients with equal service the one with the smaller turn goes first.
     """
     able = dict.fromkeys(names)
     heap: list[tuple[float, int, float, int, RequestView, Client, Iterator[RequestView]]] = []

@@ -49,7 +49,8 @@ class Composed(FCFS):
             part.on_event(event)
 
     def schedule(self, view: SchedulerView) -> Decision:
-        cold, cold_too, cold_again = tee(self._by_urgency(view), 3)
+        by_urgency = self._aged_first(view) if self.order.ages else self.order.cold(view)
+        cold, cold_too, cold_again = tee(by_urgency, 3)
         plan = self.assign_slots(view, cold, lambda slot, adapter: self.replace.score(view, slot, adapter))
         room, names = view.free_seqs, plan.open
         admit = list(self.order.admit(view, names, room)) if room > 0 else []
@@ -83,11 +84,8 @@ class Composed(FCFS):
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:
         return sorted(candidates, key=lambda name: self.replace.cpu_score(view, view.adapters[name]))
 
-    def _by_urgency(self, view: SchedulerView) -> Iterator[str]:
-        """Return the cold adapters: aged ones by age, then the others in the ordering's order."""
-        return self._aged_first(view) if self.order.ages else self.order.cold(view)
-
     def _aged_first(self, view: SchedulerView) -> Iterator[str]:
+        """Yield the cold adapters: aged ones by age, then the others in the ordering's order."""
         aged: set[str] = set()
         for name in cold_by_arrival(view):
             oldest = view.adapters[name].oldest_arrival

@@ -27,8 +27,7 @@ class LRU(Replacement):
 class Discard(LRU):
     """Keeps no adapter in a slot that no request uses or waits for: the slots are no cache.
 
-    This is how S-LoRA treats adapters, and what Chameleon's cache is compared with. It is a baseline: the
-    adapter is copied again for its next request. It stays in the CPU cache.
+    A baseline: the adapter, which stays in the CPU cache, is copied again for its next request.
     """
 
     source = "Sheng et al. 2023, S-LoRA (2311.03285); the baseline of Chameleon (2411.17741)"
@@ -167,10 +166,9 @@ def _worth(adapter: AdapterView, seconds: float) -> float:
 class Belady(Replacement):
     """Evicts the idle adapter whose next use lies furthest in the future; for replayed traces only.
 
-    score = -(time of the next use). That is now if a request waits for the adapter, else its next arrival in
-    ``future``, or infinity if there is none. For slots filled on demand by one request after the other, no
-    replacement makes fewer swaps. With prefetch, batches, or adapters of unequal load times it is a
-    yardstick, not a bound.
+    score = -(time of the next use): now if a request waits for it, else its next arrival in ``future``, or
+    infinity. For slots filled on demand by one request after the other, no replacement makes fewer swaps.
+    With prefetch, batches, or adapters of unequal load times it is a yardstick, not a bound.
 
     Args:
         future: (arrival time, adapter) of every request of the trace, in any order.

@@ -23,9 +23,8 @@ class VLLMOrder(Arrival):
     adapter in it (``take_after = 0``), and a busy slot goes on admitting (``close_after = inf``).
 
     What differs here: vLLM loads an adapter inside the step that admits its request, and all others wait
-    for that. Here reads and copies take time beside the steps, and no slot is reserved meanwhile: a slot that
-    is idle while another adapter is read may be busy again after the read. No adapter is read ahead
-    (``default_prefetch = "none"``), and the engine's cache decides which adapters stay on the CPU.
+    for that. Here reads and copies take time beside the steps, and a slot that is idle while another adapter
+    is read may be busy again after the read. No adapter is read ahead (``default_prefetch = "none"``).
     """
 
     source = "vLLM V1, vllm/v1/core/sched/scheduler.py (the loop over waiting requests, max_loras)"

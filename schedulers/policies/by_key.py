@@ -188,7 +188,10 @@ class PreemptLower(Preemption):
         victims = sorted(view.running, key=lambda r: (r.priority, -r.arrival))
         seqs, blocks = view.free_seqs, view.free_blocks
         chosen: list[str] = []
-        for request in self._candidates(view):
+        usable = (SlotState.READY, SlotState.DRAINING)
+        able = {None, *(slot.adapter for slot in view.slots if slot.state in usable)}
+        self._requests.sync(view)
+        for request in self._requests.waiting_for(able):
             if not victims or request.priority <= victims[0].priority:
                 break
             need = -(-(request.prompt_tokens + request.output_tokens) // view.block_size)
@@ -207,10 +210,3 @@ class PreemptLower(Preemption):
             del victims[:count]
             seqs, blocks = seqs - 1, blocks - need
         return chosen
-
-    def _candidates(self, view: SchedulerView) -> Iterator[RequestView]:
-        """Yield waiting requests that could run now, the highest priority first."""
-        usable = (SlotState.READY, SlotState.DRAINING)
-        able = {None, *(slot.adapter for slot in view.slots if slot.state in usable)}
-        self._requests.sync(view)
-        return self._requests.waiting_for(able)

@@ -29,10 +29,9 @@ class ChameleonOrder(Arrival):
     without waiting requests go to the other lanes, again the smallest sizes first. A request that has waited
     for ``age`` seconds goes before all of these.
 
-    Differences from the paper: shares are of ``max_num_seqs`` and not of memory, which the core guards; they
-    follow the load instead of a latency target; the caller may predict the output; borders are by equal work
-    and not by k-means; an adapter in no slot delays no other request, so there is nothing to bypass and no
-    request is squashed.
+    Differences from the paper: shares are of ``max_num_seqs`` and not of memory; they follow the load instead
+    of a latency target; the caller may predict the output; borders are by equal work and not by k-means; an
+    adapter in no slot delays no other request, so there is nothing to bypass.
 
     Args:
         queues: Maximum number of lanes.

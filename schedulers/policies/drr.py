@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heapreplace
 
+from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Arrival
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView
 
@@ -15,8 +16,7 @@ class DRR(Arrival):
     At its turn an adapter may have ``quantum`` more tokens than before; its requests are admitted in order of
     arrival while their cost = prompt_tokens + max_tokens - output_tokens is within what is left. The rest is
     kept for its next turn. Only adapters in slots (and the base model) take turns, and what those do not use
-    that no request waits for is lost. The cost counts ``max_tokens``, and not the tokens that are really
-    generated.
+    that no request waits for is lost.
 
     A request's round follows from the cost admitted before it: round = ceil((this + its own cost) / quantum).
     So requests are admitted in the order of their rounds, and in one round one adapter after the other.
@@ -32,8 +32,7 @@ class DRR(Arrival):
     starvation_bound = "ceil(cost / quantum) rounds, each at most quantum + largest cost for each adapter"
 
     def __init__(self, quantum: int = 512) -> None:
-        if quantum < 1:
-            raise ValueError(f"quantum={quantum}: must be >= 1 token")
+        at_least(1, "token", quantum=quantum)
         self.quantum = quantum
         self._admitted: dict[str | None, int] = {}
         """Cost admitted for each adapter that takes turns, in their order. A new one begins where the one

@@ -98,10 +98,8 @@ class Fair(FCFS):
     def _make_room(
         self, view: SchedulerView, request: RequestView, seqs: int, gone: Sequence[str]
     ) -> list[str]:
-        """Return the requests to preempt so that ``request`` can start.
-
-        Empty if it fits, if its tenant has its share, or if it needs more than the others have beyond theirs.
-        """
+        """Return the requests to preempt so that ``request`` can start; none if it fits, if its tenant has
+        its share, or if it needs more than the others have beyond theirs."""
         need = -(-(request.prompt_tokens + request.output_tokens) // view.block_size)
         blocks = view.free_blocks
         if (seqs >= 1 and blocks >= need) or view.step < self._preempts_from:
@@ -144,8 +142,8 @@ class Fair(FCFS):
     # Slots
 
     def _give_slots(self, view: SchedulerView, use: _Use) -> tuple[SlotPlan, list[str], list[str]]:
-        """Give slots to cold adapters in turns: first those of the tenant with the fewest. Returns the plan,
-        the adapters to read, and the requests that are preempted for others."""
+        """Give slots to cold adapters in turns. Returns the plan, the adapters to read, and the requests that
+        are preempted for others."""
         plan = SlotPlan(view, lambda slot, adapter: slot.last_used, self)
         read, preempt, tries = list[str](), list[str](), MAKE_WAY_LIMIT
         for number, cold in enumerate(_turns(view, self.tenants, use)):

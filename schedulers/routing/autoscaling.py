@@ -17,9 +17,8 @@ class Scaling(NamedTuple):
 
 
 class WaitingWork:
-    """Adds replicas when the waiting work is more than ``target`` seconds for the fleet. Removes replicas
-    when the work would be less than ``low`` times that for the remaining ones, for ``cool_down`` seconds
-    without interruption.
+    """Adds replicas when the waiting work is more than ``target`` seconds for the fleet. Removes one when the
+    work has been less than ``low`` times that for the remaining ones for ``cool_down`` seconds.
 
     Work is seconds of computing that wait (prompt tokens at the measured speed), seconds of loading and of
     waiting for slots for the adapters that wait, and, for requests beyond those that may run at once, the

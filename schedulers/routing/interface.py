@@ -83,10 +83,6 @@ class ReplicaView(Protocol):
         """Requests that it runs at once."""
 
     @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens that it has still to compute, those on their way to it included."""
-
-    @property
     def kv_tokens(self) -> int:
         """Number of tokens that its KV cache has room for."""
 
@@ -122,8 +118,8 @@ class ReplicaView(Protocol):
 
     @property
     def queue_seconds(self) -> float:
-        """Seconds of computing before a request that is sent now: ``waiting_tokens``, and a token for each
-        running request, at the measured speed (at first, at a guessed speed)."""
+        """Seconds of computing before a request that is sent now: prompt tokens that it has still to compute,
+        and a token for each running request, at the measured speed (at first, at a guessed speed)."""
 
     def location(self, adapter: str) -> Location:
         """Return the fastest place of the replica that holds the adapter. Also LOADING if a request for it

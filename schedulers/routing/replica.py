@@ -122,7 +122,6 @@ class Replica:
     accepting = property(attrgetter("_accepting"))
     waiting = property(attrgetter("_waiting"))
     running = property(attrgetter("_running"))
-    waiting_tokens = property(attrgetter("_waiting_tokens"))
     adapters_waiting = property(attrgetter("_adapters_waiting"))
     free_slots = property(attrgetter("_free_slots"))
     queue_seconds = property(attrgetter("_queue_seconds"))
@@ -186,10 +185,9 @@ class Replica:
         report = self._report
         self._running = max(report.running - max(self._ended - report.ended, 0), 0)
         self._waiting = report.waiting + len(self._on_the_way)
-        on_the_way = sum([request.prompt_tokens for request in self._on_the_way])
-        self._waiting_tokens = report.waiting_tokens + on_the_way
+        tokens = report.waiting_tokens + sum([request.prompt_tokens for request in self._on_the_way])
         seconds = report.seconds_per_token or self._clock.token_seconds
-        self._queue_seconds = (self._waiting_tokens + self._running) * seconds
+        self._queue_seconds = (tokens + self._running) * seconds
         expected = sum(name is not None and name not in self._tiers for name in self._transit)
         self._adapters_waiting = self._waiting_there + expected
 

@@ -158,18 +158,14 @@ class Affinity(RouterPolicy):
             planned = [replica for replica in adapter.target_holders if replica in index]
             if planned:
                 return planned
-            count = self._count(adapter, view)
+            # By the time of its tokens, or by its concurrent requests; all replicas count as the first one.
+            first = view.accepting[0]
+            share = adapter.demand * (first.seconds_per_token or self._fastest("seconds_per_token"))
+            count = max(ceil(max(share, adapter.in_flight / first.max_running) / self._home_share), 1)
         if count == 1 and 0 < len(holding) <= MAX_HOLDERS:  # usual: no order of all replicas is needed
             return [self._order.first(name, view, holding)]
         order = [replica for replica in self._order.of(name, view) if replica in index]
         return sorted(order, key=lambda replica: replica not in holding)[:count]
-
-    def _count(self, adapter: AdapterView, view: FleetView) -> int:
-        """Return how many homes the adapter needs, by the time of its tokens or by its concurrent requests.
-        All replicas are assumed to be as fast and as large as the first one."""
-        first = view.accepting[0]
-        share = adapter.demand * (first.seconds_per_token or self._fastest("seconds_per_token"))
-        return max(ceil(max(share, adapter.in_flight / first.max_running) / self._home_share), 1)
 
 
 def _share(replica: ReplicaView) -> float:

@@ -187,7 +187,7 @@ class FleetMachine(RuleBasedStateMachine):
         for replica in view.accepting:
             assert replica.accepting and not self.truth[replica.replica_id].draining
         for name, replica in view.replicas.items():
-            assert replica.waiting >= 0 and replica.running >= 0 and replica.waiting_tokens >= 0
+            assert replica.waiting >= 0 and replica.running >= 0
             assert replica.age >= 0 and replica.queue_seconds >= 0
             for adapter in "abcd":
                 holds = adapter in view.adapters and name in view.adapters[adapter].holders
