@@ -246,8 +246,8 @@ class Request:
     in ``blocks``."""
     hashes: list[bytes] = field(default_factory=list)
     """Prefix-cache identities of the full blocks of ``tokens``, as far as known."""
-    hashed_for: tuple[bytes, int, bytes] = (b"", 0, b"")
-    """The keys that ``hashes`` was computed with."""
+    hashed_for: tuple[str, int] = ("", 0)
+    """Content of the adapter that ``hashes`` was computed for, and the block from which it is applied."""
     invoked: tuple[Sequence[int], int] = ((), 0)
     """The invocation tokens of the last search, and its result, ``adapted_from``."""
     committed: int = 0
@@ -358,11 +358,15 @@ class Request:
     def hash_blocks(self, cache: BlockManager) -> list[bytes]:
         """Bring ``hashes`` up to date with ``tokens`` and with the adapter's content, which may have changed
         if the adapter was read again."""
-        turn, own = self.adapted_from // cache.block_size, self._cache_key(self.content.encode())
-        # The base model computes the tokens before the invocation.
-        keys = (self._cache_key(b""), turn, own) if turn else (own, 0, b"")
-        known = self.hashes if keys == self.hashed_for else []
-        self.hashes, self.hashed_for = cache.hash_blocks(keys[0], self.tokens, known, *keys[1:]), keys
+        read = self.content, self.adapted_from // cache.block_size
+        if read != self.hashed_for:
+            self.hashes, self.hashed_for = [], read
+        if len(self.tokens) // cache.block_size > len(self.hashes):
+            (content, turn), key = read, self._cache_key
+            own = key(content.encode())
+            # The base model computes the tokens before the invocation.
+            keys = (key(b""), turn, own) if turn else (own, 0, b"")
+            self.hashes = cache.hash_blocks(keys[0], self.tokens, self.hashes, *keys[1:])
         return self.hashes
 
     @property

@@ -122,7 +122,7 @@ class CoreView:
     def tokens_left(self) -> dict[str | None, int]:
         left: dict[AdapterEntry | None, int] = {}
         for request in self._batcher.running.values():
-            tokens = request.params.max_tokens + request.prompt_len - len(request.tokens)
+            tokens = request.most_tokens - len(request.tokens)
             if tokens > left.get(request.adapter, -1):
                 left[request.adapter] = tokens
         return {None if entry is None else entry.name: tokens for entry, tokens in left.items()}

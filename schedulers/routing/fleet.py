@@ -22,8 +22,6 @@ DEMAND_SECONDS = 60.0
 """Time constant of the moving average of demand."""
 CHANGED_SHARE = 0.25
 """A demand has changed when it differs by more than this share from that of the last plan."""
-NO_DEMAND = 1e-3
-"""Tokens a second that count as none."""
 
 
 class Demand(NamedTuple):
@@ -71,7 +69,7 @@ class Adapter:
 
     def _changed(self) -> bool:
         difference = abs(self.demand - self._planned)
-        return self._holders_changed or difference > max(CHANGED_SHARE * self._planned, NO_DEMAND)
+        return self._holders_changed or difference > max(CHANGED_SHARE * self._planned, 1e-3)
 
     def _copy(self, clock: Clock) -> Adapter:
         found = copy.copy(self)

@@ -36,27 +36,6 @@ def test_what_is_expected_goes_before_what_is_allowed() -> None:
     assert order_of(sim) == [short.id, long.id]
 
 
-def test_weights_decide_what_is_short() -> None:
-    long_prompt, long_output = (12, 2), (2, 10)
-    for order, first in ((SJF(input_weight=0.1), 0), (SJF(output_weight=0.1), 1)):
-        sim = serial_sim(order)
-        requests = [add_sized(sim, *size) for size in (long_prompt, long_output)]
-        sim.run()
-        assert order_of(sim)[0] == requests[first].id
-
-
-def test_a_request_that_ends_while_it_waits_is_forgotten() -> None:
-    order = SJF()
-    sim = serial_sim(order)
-    add_sized(sim, 4, 4)
-    gone = add_sized(sim, 1, 1)
-    sim.core.end(gone, "abort", sim.now)
-    last = add_sized(sim, 2, 2)
-    sim.run()
-    assert order_of(sim)[0] == last.id
-    assert gone.admitted is None
-
-
 def test_a_new_version_of_an_adapter_does_not_mix_up_the_queues() -> None:
     sim = Sim(LIMITS._replace(max_num_seqs=1), compose(order=SJF()))
     sim.register("a")

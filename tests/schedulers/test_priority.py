@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.policy_cases import order_of, preempted
+from support.policy_cases import preempted
 
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
@@ -25,13 +25,6 @@ def running(sim: Sim, priorities: list[int], tokens: int = 20) -> list[Request]:
         sim.settle()
     assert all(r.admitted is not None for r in requests)
     return requests
-
-
-def test_higher_first_then_arrival() -> None:
-    sim = priority_sim(LIMITS._replace(max_num_seqs=1))
-    requests = [sim.add(priority=p) for p in (0, 5, -1, 5, 9)]
-    sim.run()
-    assert order_of(sim) == [requests[i].id for i in (4, 1, 3, 0, 2)]
 
 
 def test_the_lowest_and_youngest_makes_way_and_ends_all_the_same() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from support.policy_cases import order_of
-
 from aioengine.core import CoreLimits
 from aioengine.schedulers import compose
 from aioengine.schedulers.policies.by_arrival import VLLMOrder
@@ -15,24 +13,6 @@ def sim_with(limits: CoreLimits, names: str) -> Sim:
     for name in names:
         sim.register(name)
     return sim
-
-
-def test_what_needs_a_further_adapter_is_skipped_and_keeps_its_place() -> None:
-    sim = sim_with(LIMITS._replace(num_slots=1, max_num_seqs=4), "ab")
-    first = sim.add("a", max_tokens=8)
-    for _ in range(3):
-        sim.settle()
-    assert first.admitted is not None
-    skipped = sim.add("b")
-    sim.now += 0.001
-    hot = sim.add("a")
-    sim.now += 0.001
-    base = sim.add()
-    sim.settle()
-    assert skipped.admitted is None
-    assert hot.admitted is not None and base.admitted is not None
-    sim.run()
-    assert order_of(sim) == [first.id, hot.id, base.id, skipped.id]
 
 
 def test_an_idle_slot_goes_to_the_first_in_the_queue_at_once() -> None:

@@ -1,40 +1,22 @@
-"""lpm, discard: what each does that others do not, and its bound."""
+"""lpm, discard: what each does that others do not; and the contract that all policies keep."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 from support.policy_cases import order_of
 
 from aioengine import events
-from aioengine.core import Core
+from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.lab.policy_check.check import check_policy_contract
-from aioengine.schedulers import load_policy
+from aioengine.schedulers import available_policies, load_policy
 from aioengine.testing import LIMITS, Sim
 
 ONE = LIMITS._replace(max_num_seqs=1, num_blocks=200, max_model_len=200, max_num_batched_tokens=64)
 
 
-class FixedCosts:
-    """A step takes 10 ms, and 1 ms more for each rank of the largest adapter; a prompt 1 ms a token."""
-
-    def step(self, tokens: int, ranks: Sequence[int] = (), *, context: int = 0) -> float | None:
-        return 0.01 + 0.001 * max(ranks, default=0)
-
-    def prefill(self, tokens: int, rank: int = 0, *, cached: int = 0) -> float | None:
-        return 0.001 * tokens
-
-    def load(self, adapter: str, stage: str) -> float | None:
-        return 0.1
-
-
-def sim_of(policy: str, limits: Any = ONE) -> Sim:
-    sim = Sim(limits, load_policy(policy))
-    sim.core = Core(limits, load_policy(policy), costs=FixedCosts())
-    return sim
+def sim_of(policy: str, limits: CoreLimits = ONE) -> Sim:
+    return Sim(limits, load_policy(policy))
 
 
 def warmed(policy: str) -> Sim:
@@ -60,9 +42,8 @@ def test_the_longest_cached_prefix_goes_first() -> None:
     assert order_of(sim) == [long.id, short.id, new.id]
 
 
-@pytest.mark.parametrize("policy", ["lpm:age=0.5"])
-def test_nobody_is_put_off_for_longer_than_age(policy: str) -> None:
-    sim = warmed(policy)
+def test_nobody_is_put_off_for_longer_than_age() -> None:
+    sim = warmed("lpm:age=0.5")
     new = sim.add(prompt=[9] * 16, max_tokens=1)
     for _ in range(100):
         sim.add(prompt=[*[7] * 12, 3], max_tokens=1)
@@ -93,23 +74,7 @@ def test_discard_copies_an_adapter_again_for_each_burst_of_requests() -> None:
     assert copies_of("discard", overlapping=True) == 1, "requests wait for it until the last one runs"
 
 
-def test_discard_empties_the_slot_as_soon_as_the_last_request_has_ended() -> None:
-    sim = sim_of("discard")
-    entry = sim.register("a")
-    sim.add("a", max_tokens=2)
-    sim.run()
-    sim.settle()
-    assert entry.slot is None
-    assert entry.location.name == "CPU", "it stays in the CPU cache"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("fcfs", "vtc", "vllm", "chameleon", "fair", "lpm", "drr", "sjf", "edf", "priority", "slora"),
-        *("discard", "gdsf", "lfu", "priority+priority"),
-    ],
-)
+@pytest.mark.parametrize("name", [*sorted(set(available_policies()) - {"oracle"}), "priority+priority"])
 @pytest.mark.slow
 def test_they_keep_the_contract(name: str) -> None:
     found = check_policy_contract(lambda: load_policy(name), runs=1, turns=30)
