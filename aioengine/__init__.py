@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aioengine.config import EngineConfig, LoRAConfig
     from aioengine.engine import AsyncEngine
     from aioengine.info import AdapterInfo, EngineInfo, EngineStats, SlotInfo
-    from aioengine.request import CachePin, SamplingParams, TokenLogprob
+    from aioengine.request import SamplingParams, TokenLogprob
     from aioengine.runtime.output import RequestOutput
 
 __version__ = "0.1.0"
@@ -25,7 +25,6 @@ __all__ = [
     "AdapterInfo",
     "AdapterResolver",
     "AsyncEngine",
-    "CachePin",
     "ChainResolver",
     "EngineConfig",
     "EngineInfo",
@@ -48,7 +47,7 @@ _NAMES = {
     ".config": ("EngineConfig", "LoRAConfig"),
     ".engine": ("AsyncEngine",),
     ".info": ("AdapterInfo", "EngineInfo", "EngineStats", "SlotInfo"),
-    ".request": ("CachePin", "SamplingParams", "TokenLogprob"),
+    ".request": ("SamplingParams", "TokenLogprob"),
     ".runtime.output": ("RequestOutput",),
 }
 """Module -> the names that it defines, as in the imports above."""

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from aioengine import checks
-from aioengine.checks import Count, FilePath, Seconds, Share, Size, Text, Whole
+from aioengine.checks import Count, FilePath, Seconds, Size, Text, Whole
 from aioengine.errors import ConfigError
 from aioengine.model.spec import KNOWN_MODULES, LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
 
@@ -45,12 +45,14 @@ REMOVED = {
     "slot_memory='shared'": "adapters and the KV cache no longer share one memory. Set slot_memory to a "
     "number of bytes, such as '256MiB', and lower kv_cache_memory by as much",
     "policy='joint'": "it weighed adapters against cached prefixes in one memory. Set policy='fcfs'",
-    "kv_cache_dir": "prefixes are kept in memory only. Leave it out; pins and cache_control work without it",
+    "kv_cache_dir": "prefixes are kept in memory only. Leave it out",
     "kv_cache_dir_bytes": "prefixes are kept in memory only. Leave it out",
     "speculation='suffix'": "earlier outputs propose no tokens any more. Set speculation='ngram'",
     "allow_nonfinite": "adapters whose weights contain NaN or infinity are always refused. Leave it out, and "
     "train such an adapter again",
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
+    "max_prefix_pins": "the prefix cache keeps what was used last; nothing is pinned in it. Leave it out",
+    "max_prefix_pins_per_tenant": "nothing is pinned in the prefix cache. Leave it out",
     "policy_max_overruns": "fcfs replaces a policy after 20 slow decisions. Raise policy_time_budget instead",
     "max_tenant_labels": "tenants have as many labels as adapters. Set max_adapter_labels",
     "policy='session'": "it was nearly 'lpm'. Set policy='lpm'",
@@ -213,11 +215,6 @@ class EngineConfig(_Config, frozen=True):
     on CUDA, e4m3 without scales, up to 448."""
     enable_prefix_caching: bool = True
     """Share the KV blocks of equal prefixes."""
-    max_prefix_pins: Share = 0.25
-    """Share of the KV blocks that pinned prefixes (a request's ``cache_pins``) may have. When tenants want
-    more, the one with the most loses those that it has used least recently."""
-    max_prefix_pins_per_tenant: Share | None = None
-    """Share of the KV blocks that the pinned prefixes of each tenant may have; None: ``max_prefix_pins``."""
     cuda_graphs: bool = True
     """Record decode steps as CUDA graphs at start, so that the GPU does not wait for the host."""
     tensor_parallel_size: Count = 1

@@ -116,10 +116,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Maximum number of requests in the batch."""
     kv_blocks: int
     kv_blocks_free: int
-    kv_blocks_pinned: int = 0
-    """KV blocks whose contents are kept for later requests (``cache_pins``)."""
-    kv_pins_lost: int = 0
-    """Pinned blocks that were reused before their time, because requests needed them."""
     block_size: int
     steps: int
     preemptions: int

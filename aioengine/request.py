@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Protocol, TypedDict, runtime_checkab
 import msgspec
 from msgspec import Meta
 
-from aioengine.checks import AnySeconds, Count, Seconds, Text, Whole, check_fields, check_value
+from aioengine.checks import AnySeconds, Count, Text, Whole, check_fields, check_value
 from aioengine.errors import RequestInvalid
 
 Prompt = str | list[int] | list[dict[str, Any]]
@@ -62,7 +62,6 @@ class ForcingConstraint(StartedConstraint, Protocol):
         allows; none if that allows several, or nothing is known. They are chosen without asking again."""
 
 
-MAX_PINS = 4  # cache_pins of a request
 LATEST = "@latest"  # in place of a version: the current one
 MAX_MIXED = 8  # adapters in one mix
 _Constraint = Annotated[TokenConstraint, Meta(extra={"is": "an object with a method allowed(output)"})]
@@ -169,19 +168,6 @@ def for_choice(params: SamplingParams, choice: int) -> SamplingParams:
     return msgspec.structs.replace(params, seed=(params.seed + choice * 0x9E3779B97F4A7C15) % 2**64)
 
 
-class CachePin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Part of a prompt whose whole KV blocks should stay in the prefix cache until ``seconds`` after the last
-    request that began with them, within ``EngineConfig.max_prefix_pins``. Where a request could otherwise not
-    run, they give way."""
-
-    tokens: Count
-    """Number of tokens from the prompt's beginning; more than it has mean all of it."""
-    seconds: Seconds = 300.0
-
-    def __post_init__(self) -> None:
-        check_fields(self, RequestInvalid)
-
-
 class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Adapter and scheduling arguments of a request: the keyword arguments of ``AsyncEngine.generate``.
 
@@ -204,8 +190,6 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cache_salt: str | None = None
     """Requests share blocks of the prefix cache only with those of the same salt, so that people with other
     salts learn nothing about each other's prompts."""
-    cache_pins: Annotated[Sequence[CachePin], Meta(max_length=MAX_PINS)] = ()
-    """Parts of the prompt, at most 4, that should stay in the prefix cache. Tenants share the room."""
     output: Sequence[Whole] = ()
     """Tokens that another engine has generated for this request and delivered. This engine continues after
     them as if it had made them, and yields only new output. Drawn tokens need the other engine's seed."""
@@ -215,7 +199,6 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
-        set_(self, "cache_pins", pins := _tuple(self.cache_pins))
         set_(self, "output", _tuple(self.output))
         if self.mix is not None:
             mix = _checked_mix(self.mix)
@@ -223,8 +206,6 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             set_(self, "mix", mix if alone is None else None)
             set_(self, "adapter", alone)
         check_fields(self, RequestInvalid)
-        if not all(isinstance(pin, CachePin) for pin in pins):
-            raise RequestInvalid(f"cache_pins={pins!r}: must be CachePin")
         for field in ("adapter", "tenant", "cache_salt"):
             check_text(field, getattr(self, field))
         if self.adapter is not None:
@@ -260,7 +241,6 @@ class RequestKeywords(TypedDict, total=False):
     tenant: str | None
     expected_tokens: int | None
     cache_salt: str | None
-    cache_pins: Sequence[CachePin]
     output: Sequence[int]
     replay: bool
 

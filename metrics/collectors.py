@@ -180,7 +180,6 @@ class EngineMetrics(Collector):
         self._apply()
         engine, stats, adapters = self.engine, self._snapshot(), self._adapters()
         self._store.count("log_dropped", self.dropped_log_lines())
-        self._store.count("kv_pins_lost", stats.kv_pins_lost)
         self._store.count("listener_failures", stats.listener_failures)
         build = [tuple(self._build[label] for label in OWN["build_info"].labels)] if self._build else []
         values = engine_gauges(stats, adapters, self._tracker.rank)

@@ -15,7 +15,7 @@ from aioengine.checks import parse_bytes
 from aioengine.config import CHANGED, CONFLICTS, REMOVED, Conflict
 from aioengine.errors import ConfigError, PolicyError, RequestInvalid
 from aioengine.fleet.config import FleetConfig
-from aioengine.request import CachePin, RequestOptions, SamplingParams
+from aioengine.request import RequestOptions, SamplingParams
 
 
 @pytest.mark.parametrize("rank", [0, 3, 1024, 16.0, "16", True, None])
@@ -190,7 +190,6 @@ def test_whatever_a_field_is_given_it_is_taken_or_refused(data: st.DataObject) -
         (FleetConfig, ConfigError, {"engine": EngineConfig(model="m")}),
         (SamplingParams, RequestInvalid, {}),
         (RequestOptions, RequestInvalid, {}),
-        (CachePin, RequestInvalid, {"tokens": 1}),
     ]
     kind, error, needed = data.draw(st.sampled_from(kinds))
     field, value = data.draw(st.sampled_from(kind.__struct_fields__)), data.draw(WEIRD)

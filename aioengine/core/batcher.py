@@ -247,11 +247,11 @@ class Batcher:
     def _has_blocks(self, request: Request, tokens: int, *, only_free: bool = False) -> bool:
         """Give a running request blocks for this many more tokens. Returns False if it has none, because it
         was preempted: while no blocks are free, the latest arrival of the tenant with the most blocks is.
-        With ``only_free`` nobody is, and pinned contents stay."""
+        With ``only_free`` nobody is."""
         new = self.blocks.blocks_for(request.computed + tokens) - len(request.blocks)
         if new <= 0:
             return True
-        if only_free and not self.blocks.can_allocate(new + self.blocks.kept_beside(())):
+        if only_free and not self.blocks.can_allocate(new):
             return False
         while not self.blocks.can_allocate(new):
             youngest = max(self._of_who_has_most(), key=lambda r: r.seq)
@@ -281,12 +281,8 @@ class Batcher:
         freed = blocks.unseen(computed)
         shared = cached[:1] + cached[1 + freed :]
         new = blocks.blocks_for(until) - len(cached)
-        kept = blocks.kept_beside(shared)
-        if not blocks.can_allocate(new + kept, shared):
-            # Pins give way if it would otherwise wait for them, and not for requests that end.
-            waits = self.running and len(shared) + new + kept <= blocks.num_blocks
-            if not kept or waits or not blocks.can_allocate(new, shared):
-                return False
+        if not blocks.can_allocate(new, shared):
+            return False
         table = blocks.allocate(new, shared)
         request.blocks, request.freed = table[:1] * (1 + freed) + table[1:], freed
         request.committed, request.computed = len(cached), computed
@@ -304,8 +300,6 @@ class Batcher:
         if not resumed:
             request.admitted = now
             request.cached_tokens = min(request.computed, request.prompt_len)
-        blocks.pins.use(request.hashes[: len(cached)], now)
-        self._pin_reached(request)
         self._guard.note(
             events.RequestAdmitted,
             request,
@@ -349,17 +343,6 @@ class Batcher:
         for index in range(request.committed, full):
             blocks.commit(request.blocks[index], request.hashes[index])
         request.committed = full
-        self._pin_reached(request)
-
-    def _pin_reached(self, request: Request) -> None:
-        """Pin those of the request's ``cache_pins`` whose blocks are all in the prefix cache by now, once
-        each. Tokens of a block that the pin covers in part are not kept."""
-        size = self.blocks.block_size
-        while request.pins and request.pins[-1][0] // size <= request.committed:
-            tokens, seconds = request.pins.pop()
-            prefix = request.hashes[: tokens // size]
-            count = self.blocks.pin(request.options.tenant, prefix, seconds, self._now)
-            request.pinned_tokens = max(request.pinned_tokens, count * size)
 
     def release(self, request: Request) -> None:
         """Give back the request's blocks and its claim on the slot."""

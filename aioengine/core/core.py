@@ -21,7 +21,7 @@ from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher
-from aioengine.core.blocks import BlockManager, PrefixPins
+from aioengine.core.blocks import BlockManager
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.pacing import MeasuredCosts, Pacer
@@ -77,13 +77,11 @@ class Core:
         self.slots = self.residency.slots
         self.cpu = self.residency.cpu
         self.placing = Placing(self.residency, self.guard)
-        pins = PrefixPins(limits.max_pinned_blocks, limits.max_pinned_blocks_per_tenant)
         self.blocks = BlockManager(
             limits.num_blocks,
             limits.block_size,
             prefix_caching=limits.prefix_caching,
             window=limits.window,
-            pins=pins,
         )
         self.room = WaitingRoom(limits)
         self.queues = RequestQueues(self.room)
@@ -272,7 +270,6 @@ class Core:
         assert not self._in_flight
         self.now = now
         self.expire(now)
-        self.blocks.expire(now)
         news = self.guard.changes != self._arranged_at
         if news and self.residency.names.pinned:
             self.residency.refuse_shut_out(now)
@@ -356,7 +353,7 @@ class Core:
 
     def next_due(self) -> float | None:
         """Return the time when ``schedule`` must be called even if nothing else happens."""
-        times = self.next_deadline(), self.placing.next_retry(self.now), self.blocks.pins.next_end
+        times = self.next_deadline(), self.placing.next_retry(self.now)
         return min((at for at in times if at is not None), default=None)
 
     def next_deadline(self) -> float | None:

@@ -38,9 +38,6 @@ class CoreLimits(NamedTuple):
     pair_tokens: float = 1e-4
     """First guess of the cost of a pair of a query and a key, in tokens."""
     speculation: Literal["none", "ngram"] = "none"
-    max_pinned_blocks: int = 0
-    """Blocks with pinned contents, in all."""
-    max_pinned_blocks_per_tenant: int | None = None
     """None: as many as in all."""
     draft_constrained: bool = True
     """Whether tokens are proposed to requests with a constraint, too."""

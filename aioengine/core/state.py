@@ -254,10 +254,6 @@ class Request:
     """Number of ``blocks``, from the first on, that the prefix cache knows."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when it was first admitted."""
-    pins: list[tuple[int, float]] = field(init=False)
-    """Tokens and seconds of the pins that it asks for and has not reached, the longest prefix first."""
-    pinned_tokens: int = 0
-    """Prompt tokens whose blocks it has pinned in the prefix cache."""
     admitted: float | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
     """Log-probabilities of the second prompt token, the third, ..., as far as they have been computed."""
@@ -274,8 +270,6 @@ class Request:
         self.view, self.given = CoreRequestView(self), len(self.tokens) - self.prompt_len
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = []
-        pins = [(min(pin.tokens, self.prompt_len), pin.seconds) for pin in self.options.cache_pins]
-        self.pins = sorted(pins, reverse=True)
 
     @property
     def held(self) -> list[int]:

@@ -129,8 +129,7 @@ class CoreView:
 
     @property
     def free_blocks(self) -> int:
-        blocks = self._batcher.blocks
-        return blocks.num_free - blocks.kept_beside(())
+        return self._batcher.blocks.num_free
 
     @property
     def free_seqs(self) -> int:

@@ -179,7 +179,7 @@ class EngineReplica:
                             raise gone(names[0])  # its next token would be of another text
                         delta.content, told = output.adapter_digest, True
                     delta.finish, delta.stop = output.finish_reason, output.stop_reason
-                    delta.cached_tokens, delta.pinned_tokens = output.cached_tokens, output.pinned_tokens
+                    delta.cached_tokens = output.cached_tokens
                     delta.logprobs = list(output.logprobs_delta[known:])
                     known = max(0, known - len(output.logprobs_delta))
                     if output.prompt_logprobs is not None and not scored:

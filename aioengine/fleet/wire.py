@@ -83,7 +83,6 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     misrouted: bool = False
     """Whether the replica lacks the adapter that the gateway believed it to have."""
     pooled: list[float] | None = None
-    pinned_tokens: int = 0
     content: str = ""
     """In the first one: digest of the content that it runs on (``RequestOutput.adapter_digest``)."""
 

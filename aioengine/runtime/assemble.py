@@ -185,7 +185,7 @@ def build_labels(info: EngineInfo) -> dict[str, str]:
 
 def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
     lora, plan, spec = config.lora, parts.plan, parts.spec
-    max_step_seconds, tenant_pins = config.max_step_seconds, config.max_prefix_pins_per_tenant
+    max_step_seconds = config.max_step_seconds
     if max_step_seconds is None and plan.device == "cpu":
         max_step_seconds = CPU_STEP_SECONDS
     return CoreLimits(
@@ -209,7 +209,5 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         max_step_seconds=max_step_seconds,
         pair_tokens=spec.pair_tokens,
         speculation=config.speculation,
-        max_pinned_blocks=int(plan.num_blocks * config.max_prefix_pins),
-        max_pinned_blocks_per_tenant=None if tenant_pins is None else int(plan.num_blocks * tenant_pins),
         draft_constrained=config.executor == "thread",
     )

@@ -83,9 +83,6 @@ class RequestOutput:
     """The vector that ``pooling`` asks for, at the end: [hidden], or [labels] of a head."""
     cached_tokens: int = 0
     """Prompt tokens whose KV was taken from the prefix cache."""
-    pinned_tokens: int = 0
-    """Prompt tokens whose KV the request has pinned in the prefix cache (``cache_pins``), those that were
-    there already included."""
     adapter_digest: str = ""
     """SHA-256 of the adapter's content that it runs with (``AdapterInfo.digest``), or of a mix's parts and
     weights. "" for the base model, and until that has been read."""

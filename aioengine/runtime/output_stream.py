@@ -144,7 +144,6 @@ class OutputStream:
             prompt_logprobs=self._prompt(),
             pooled=request.pooled if self._finish == "length" else None,
             cached_tokens=request.cached_tokens,
-            pinned_tokens=request.pinned_tokens,
             adapter_digest=request.content,
             arrival=request.arrival,
             first_token=request.first_token,

@@ -73,8 +73,6 @@ class Counters:
             max_running=core.limits.max_num_seqs,
             kv_blocks=blocks.num_blocks,
             kv_blocks_free=blocks.num_free,
-            kv_blocks_pinned=len(blocks.pins),
-            kv_pins_lost=blocks.pins_lost,
             block_size=blocks.block_size,
             steps=core.step,
             preemptions=core.batcher.preemptions,

@@ -17,7 +17,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError, DeadlineExceeded, RequestInvalid
 from aioengine.info import without_versions
 from aioengine.metrics.page.plumbing import Scope, departure_of, disconnected, respond
-from aioengine.request import CachePin, RequestOptions, SamplingParams, for_choice
+from aioengine.request import RequestOptions, SamplingParams, for_choice
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
@@ -134,10 +134,6 @@ class Answer:
 
     def __len__(self) -> int:
         return len(self._params)
-
-    def pin(self, pins: Sequence[CachePin]) -> None:
-        """Have the requests, which have not begun, pin parts of their prompts."""
-        self._options = msgspec.structs.replace(self._options, cache_pins=pins)
 
     # The engine's requests
 

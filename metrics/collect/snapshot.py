@@ -60,7 +60,6 @@ def engine_gauges(
         "waiting_tokens_limit": math.inf if stats.max_waiting_tokens is None else stats.max_waiting_tokens,
         "kv_cache_usage_ratio": kv_usage(stats),
         "kv_cache_blocks": stats.kv_blocks,
-        "kv_blocks_pinned": stats.kv_blocks_pinned,
     }
 
 

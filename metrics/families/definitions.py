@@ -122,8 +122,6 @@ batch_adapters histogram few: Distinct adapters in a step.
 preemptions counter: Requests taken off the batch, to be computed again later.
 kv_cache_usage_ratio gauge: KV blocks that running requests hold, as a share of all (0 to 1).
 kv_cache_blocks gauge: KV blocks that there are.
-kv_blocks_pinned gauge: KV blocks whose contents requests have pinned in the prefix cache.
-kv_pins_lost counter: Pinned KV blocks that were reused before their time, because requests needed them.
 listener_failures counter: Exceptions that event listeners have raised.
 engine_state{state} gauge: 1 for the state that the engine is in: starting, ready, draining (it finishes what
     it has accepted), degraded (the model's processes were lost and are being started again) or dead.

@@ -25,7 +25,6 @@ from aioengine.core.adapters.version import LIVES, STATES, Change, ChangeNotAllo
 from aioengine.core.state import AdapterEntry, Status
 from aioengine.core.waiting_room import Reservation
 from aioengine.errors import EngineOverloaded
-from aioengine.request import CachePin
 from aioengine.schedulers import Location, SlotState
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS
@@ -47,7 +46,6 @@ class CoreMachine(RuleBasedStateMachine):
         bounded=st.sampled_from([None, "requests", "tokens"]),
         speculation=st.sampled_from(["none", "ngram"]),
         window=st.sampled_from([None, None, 1, 5, 8, 13]),
-        pinned=st.sampled_from([0, 3, 3, 9]),
         caching=st.booleans(),
         repeats=st.booleans(),
     )
@@ -62,7 +60,6 @@ class CoreMachine(RuleBasedStateMachine):
         bounded: Literal["requests", "tokens"] | None,
         speculation: Literal["none", "ngram"],
         window: int | None,
-        pinned: int,
         caching: bool,
         repeats: bool,
     ) -> None:
@@ -71,7 +68,6 @@ class CoreMachine(RuleBasedStateMachine):
         """Declared, and not published by hand."""
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
-        limits = limits._replace(max_pinned_blocks=pinned, max_pinned_blocks_per_tenant=5)
         limits = limits._replace(window=window, num_blocks=max(blocks if window is None else blocks // 2, 9))
         limits = limits._replace(slot_bytes=slot_bytes, prefix_caching=caching)
         if slot_memory is not None:
@@ -94,7 +90,6 @@ class CoreMachine(RuleBasedStateMachine):
         deadline=st.sampled_from([None, None, 0.3, 2.0]),
         tenant=st.sampled_from([None, "x", "x", "x", "y"]),
         constrained=st.sampled_from([False, False, True]),
-        pins=st.sampled_from([(), ((8, 0.5),), ((4, 3.0), (13, 0.2)), ((99, 9.0), (1, 1.0))]),
         stop=st.sampled_from([None, None, (4, 5), (6, 3), (3, 2)]),
         logprobs=st.sampled_from([None, None, None, 0]),
         penalty=st.sampled_from([0.0, 0.0, 1.0]),
@@ -108,14 +103,12 @@ class CoreMachine(RuleBasedStateMachine):
         deadline: float | None,
         tenant: str | None,
         constrained: bool,
-        pins: tuple[tuple[int, float], ...],
         stop: tuple[int, int] | None,
         logprobs: int | None,
         penalty: float,
         late: bool,
     ) -> None:
         sim = self.sim
-        cache_pins = [CachePin(tokens=tokens, seconds=seconds) for tokens, seconds in pins]
         names = (adapter,) if isinstance(adapter, str) else adapter or ()
         for name in names:
             if name not in sim.core.residency.current:
@@ -136,7 +129,6 @@ class CoreMachine(RuleBasedStateMachine):
                 constrained=constrained,
                 scale=scale,
                 logprobs=logprobs,
-                cache_pins=cache_pins,
             )
             request.params = msgspec.structs.replace(request.params, presence_penalty=penalty)
             sim.read(request, stop, late=late)

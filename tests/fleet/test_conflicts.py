@@ -124,7 +124,7 @@ def test_all_or_none(disks: tuple[str, str], why: str, caplog: pytest.LogCapture
 
 
 async def _replaced(adapters: FleetAdapters, members: Members) -> None:
-    await adapters.load("sql", "sql", pin=False, force_pin=False, replace=True)
+    await adapters.load("sql", "sql", pin=False, replace=True)
 
 
 async def _replaced_in_vain(adapters: FleetAdapters, members: Members) -> None:
@@ -143,7 +143,7 @@ def test_a_first_load_has_those_agree_that_have_it_already() -> None:
     """They found it by its name, before anybody loaded it."""
 
     async def loaded(adapters: FleetAdapters, members: Members) -> None:
-        info = await adapters.load("sql", "sql", pin=False, force_pin=False, replace=False)
+        info = await adapters.load("sql", "sql", pin=False, replace=False)
         assert info.digest == "new"
 
     found, _ = contents("new", "new", held=("new", "old"), change=loaded)

@@ -108,7 +108,7 @@ class Gateway:
     async def replace(self, path: str) -> None:
         await self.adapters.start(self._registry)
         try:
-            await self.adapters.load("sql", path, pin=False, force_pin=False, replace=True)
+            await self.adapters.load("sql", path, pin=False, replace=True)
         finally:
             await self.adapters.stop()
 

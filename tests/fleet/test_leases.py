@@ -92,7 +92,7 @@ class Gateway:
                 await self._adapters.stop()
 
     async def load(self) -> None:
-        await self._adapters.load("sql", "sql", pin=False, force_pin=False, replace=True)
+        await self._adapters.load("sql", "sql", pin=False, replace=True)
 
     def cut(self, how: str) -> None:
         """From now on the registry does not hear what it says: calls fail at once, or (``how`` is "hangs")

@@ -105,7 +105,7 @@ class Gateway:
         return adapter_info(arguments["name"]) if action in ("load", "commit", "unload", "prepare") else None
 
     async def load(self, name: str, **flags: Any) -> None:
-        await self.adapters.load(name, name, **{"pin": False, "force_pin": False, "replace": False, **flags})
+        await self.adapters.load(name, name, **{"pin": False, "replace": False, **flags})
 
     @property
     def names(self) -> list[str]:

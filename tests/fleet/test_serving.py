@@ -81,18 +81,6 @@ def _finished_by_replica(fleet: FleetServer) -> dict[str, float]:
     return found
 
 
-def test_a_pinned_prefix_is_asked_for_where_it_is(fleet: FleetServer) -> None:
-    """Too short for the hashes of whole prompts."""
-    for index in range(6):
-        system = f"{index} " * 40
-        first = fleet.message(system, "How are you?")
-        assert first["cache_creation_input_tokens"] > 60 and not first["cache_read_input_tokens"]
-        second = fleet.message(system, "Who are you?")
-        assert second["cache_read_input_tokens"] >= first["cache_creation_input_tokens"]
-        assert not second["cache_creation_input_tokens"]
-    assert fleet.metric("aioengine_kv_blocks_pinned") > 0
-
-
 def test_every_sample_says_whose_it_is(fleet: FleetServer) -> None:
     samples = [line for line in fleet.metrics().splitlines() if line and not line.startswith("#")]
     replicas = {match[1] for line in samples if (match := re.search(r'[{,]replica="([^"]+)"', line))}

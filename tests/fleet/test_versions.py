@@ -60,7 +60,7 @@ class Gateway:
             await asyncio.sleep(0)
 
     async def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
-        return await self.adapters.load(name, path, pin=False, force_pin=False, replace=replace)
+        return await self.adapters.load(name, path, pin=False, replace=replace)
 
 
 @pytest.fixture

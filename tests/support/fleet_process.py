@@ -72,17 +72,6 @@ class FleetServer:
             found: dict[str, Any] = answer.json()["choices"][0]
             return found
 
-    def message(self, system: str, text: str) -> dict[str, Any]:
-        """Ask with a system prompt that is to stay in the cache; returns the usage."""
-        kept = {"type": "text", "text": system, "cache_control": {"type": "ephemeral"}}
-        body = {"model": "tiny", "max_tokens": 1, "temperature": 0, "system": [kept]}
-        body["messages"] = [{"role": "user", "content": text}]
-        with self.client() as client:
-            answer = client.post("/v1/messages", json=body)
-            assert answer.status_code == 200, answer.text
-            usage: dict[str, Any] = answer.json()["usage"]
-            return usage
-
     def metrics(self, source: str | None = None) -> str:
         """Of all, or of one replica or the gateway."""
         with self.client() as client:

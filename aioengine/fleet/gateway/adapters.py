@@ -127,7 +127,6 @@ class FleetAdapters:
         path: str | os.PathLike[str] | None,
         *,
         pin: bool,
-        force_pin: bool,
         replace: bool,
     ) -> AdapterInfo:
         """Have every replica know it. One reads and validates it now, all that hold it if it is replaced.
@@ -150,7 +149,7 @@ class FleetAdapters:
                     where = None
                 info = await self._add(name, where, known, change)
             if pin:
-                info = numbered(await self._replicas.pin(name, change.members, force_pin), info.version)
+                info = numbered(await self._replicas.pin(name, change.members, False), info.version)
                 info = await self._note(info, change, where, pinned=True)
             return info
 

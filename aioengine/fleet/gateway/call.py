@@ -66,7 +66,6 @@ class Call:
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._pooled: list[float] | None = None
         self._cached_tokens: int | None = None
-        self._pinned_tokens = 0
         self._first: float | None = None
         self._last: float | None = None
         self._finish: FinishReason | None = None
@@ -102,7 +101,6 @@ class Call:
             self._pooled = delta.pooled
         if self._cached_tokens is None:
             self._cached_tokens = delta.cached_tokens
-        self._pinned_tokens = max(self._pinned_tokens, delta.pinned_tokens)
         if delta.error:
             self.fail(unpack_error(delta.error))
         elif delta.finish is not None:
@@ -147,7 +145,6 @@ class Call:
             prompt_logprobs=self._prompt_logprobs,
             pooled=self._pooled,
             cached_tokens=self._cached_tokens or 0,
-            pinned_tokens=self._pinned_tokens,
             adapter_digest=self.content,
             arrival=self.arrival,
             first_token=self._first,

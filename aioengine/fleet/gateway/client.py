@@ -326,14 +326,13 @@ class FleetClient:
         path: str | os.PathLike[str] | None = None,
         *,
         pin: bool = False,
-        force_pin: bool = False,
         replace: bool = False,
     ) -> AdapterInfo:
         """Load an adapter as ``AsyncEngine.load_adapter`` does, for the whole fleet; see
         :meth:`aioengine.fleet.gateway.adapters.FleetAdapters.load`."""
         self._check_lora()
         async with self._uploads.held(path, name):
-            return await self._adapters.load(name, path, pin=pin, force_pin=force_pin, replace=replace)
+            return await self._adapters.load(name, path, pin=pin, replace=replace)
 
     async def load_adapter_files(
         self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
@@ -343,7 +342,7 @@ class FleetClient:
         raises."""
         self._check_lora()
         async with self._uploads.stored(name, config, weights) as folder:
-            return await self._adapters.load(name, folder, pin=pin, force_pin=False, replace=replace)
+            return await self._adapters.load(name, folder, pin=pin, replace=replace)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Unload an adapter from every replica. Raises AdapterNotFound if no replica knows it."""

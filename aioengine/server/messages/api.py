@@ -10,14 +10,6 @@ from msgspec import Meta
 from aioengine.server.openai import api
 
 
-class CacheControl(msgspec.Struct, kw_only=True):
-    """A breakpoint: the prompt up to here is kept in the prefix cache for later requests."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
-    """Time after its last use; by default 5 minutes."""
-
-
 class Block(msgspec.Struct, kw_only=True):
     """A part of a content: "text", a call ("tool_use") or its result ("tool_result"). "thinking" and
     "redacted_thinking" are skipped. Fields beyond these are ignored."""
@@ -29,7 +21,6 @@ class Block(msgspec.Struct, kw_only=True):
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
     content: str | Annotated[list[Block], Meta(max_length=api.MAX_PARTS)] | None = None
-    cache_control: CacheControl | None = None
 
 
 Content = str | Annotated[list[Block], Meta(max_length=api.MAX_PARTS)]
@@ -48,7 +39,7 @@ class MessagesTool(msgspec.Struct, kw_only=True):
     description: str | None = None
     input_schema: api.Schema | None = None
     strict: bool | None = None
-    cache_control: CacheControl | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 class MessagesToolChoice(api.Strict, kw_only=True):
@@ -104,8 +95,8 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     output_config: OutputConfig | None = None
     """A JSON schema that the answer must conform to."""
     thread: Thread | None = None
-    cache_control: CacheControl | None = None
-    """A breakpoint after the last message."""
+    cache_control: dict[str, Any] | None = None
+    """Nothing depends on it, here and in tools: the prefix cache keeps what was used last."""
 
     # vLLM's
     priority: api.Priority | None = None

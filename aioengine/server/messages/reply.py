@@ -100,12 +100,7 @@ class ListReply:
 
 
 class MessagesReply(ListReply):
-    """The reply of a message.
-
-    Args:
-        hour_tokens: Number of tokens of the prompt, from the first on, that are to be kept for an hour; other
-            tokens are kept for 5 minutes.
-    """
+    """The reply of a message."""
 
     def __init__(
         self,
@@ -114,13 +109,10 @@ class MessagesReply(ListReply):
         model: str,
         parser: AnswerParser | None,
         stop_sequences: Sequence[str],
-        *,
-        hour_tokens: int = 0,
     ) -> None:
         super().__init__(parser)
         self._message: dict[str, Any] = {"id": message_id, "type": "message", "role": "assistant"}
         self._message |= {"seed": seed, "model": model}
-        self._hour_tokens = hour_tokens
         self._stop_sequences = frozenset(stop_sequences)
 
     def last_events(self, usage: Usage) -> bytes:
@@ -162,19 +154,12 @@ class MessagesReply(ListReply):
         return {**self._message, "content": self._items, **self._ending(output), "usage": used}
 
     def _usage(self, output: RequestOutput, output_tokens: int) -> dict[str, Any]:
-        """Build the usage. ``input_tokens`` counts the tokens of the prompt that were neither in the cache
-        nor are now kept there for a breakpoint."""
+        """Build the usage. ``input_tokens`` counts the tokens of the prompt that were not in the cache."""
         cached = output.cached_tokens
-        created = max(0, output.pinned_tokens - cached)
-        for_an_hour = max(0, min(output.pinned_tokens, self._hour_tokens) - cached)
         return {
-            "input_tokens": output.prompt_tokens - cached - created,
+            "input_tokens": output.prompt_tokens - cached,
             "cache_read_input_tokens": cached,
-            "cache_creation_input_tokens": created,
-            "cache_creation": {
-                "ephemeral_5m_input_tokens": created - for_an_hour,
-                "ephemeral_1h_input_tokens": for_an_hour,
-            },
+            "cache_creation_input_tokens": 0,
             "output_tokens": output_tokens,
         }
 

@@ -6,11 +6,9 @@ from typing import Annotated, Any
 
 import msgspec
 
-from aioengine.request import CachePin
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
 from aioengine.server.messages.api import CountRequest, MessagesRequest
-from aioengine.server.messages.cache_control import breakpoints, find_pins, hour_tokens
 from aioengine.server.messages.read import prompt_of, to_chat, with_thinking
 from aioengine.server.messages.reply import MessagesReply
 from aioengine.server.names import wanted_adapter
@@ -25,17 +23,8 @@ class Counted(msgspec.Struct):
 async def messages(call: Call, data: MessagesRequest) -> Annotated[Answer, dict[str, Any]]:
     """Answer, as Anthropic's API."""
     data = with_thinking(data, call.context.tokenizer.chat_template)
-    wanted = breakpoints(data)
     answer, [parser] = await start_chat(call, to_chat(data), prefix="msg_")
-    pins: list[CachePin] = []
-    if wanted:
-        [prompt] = answer.prompts
-        pins = await find_pins(call, prompt, wanted)
-        answer.pin(pins)
-    for_an_hour = hour_tokens(pins, call.context.engine.config.block_size)
-    answer.reply = MessagesReply(
-        answer.id, answer.seed, data.model, parser, data.stop_sequences or (), hour_tokens=for_an_hour
-    )
+    answer.reply = MessagesReply(answer.id, answer.seed, data.model, parser, data.stop_sequences or ())
     return answer
 
 
