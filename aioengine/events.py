@@ -38,7 +38,6 @@ class RequestRefused(Event, frozen=True, kw_only=True, gc=False):
     """A request was refused because a bound on waiting requests was reached."""
 
     adapter: str | None
-    """The adapter whose bound was reached, or else the request's."""
     tenant: str | None
     bound: Bound
 

@@ -27,19 +27,18 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     """0 until its source has been fetched."""
     path: str
     rank: int = 0
-    """0 until it has been read once."""
+    """0, as ``bytes`` and ``labels``, until it has been read once."""
     bytes: int = 0
-    """Size in the CPU cache; 0 until it has been read once."""
+    """Size in the CPU cache."""
     digest: str = ""
-    """SHA-256 of its files, hexadecimal: equal for equal content. "" until it has been read once."""
+    """SHA-256 of its files, hexadecimal; "" until it has been read once."""
     labels: int = 0
-    """Labels of its trained classification head; 0 without one, and until it has been read once."""
+    """Labels of its trained classification head."""
     location: AdapterLocation = "disk"
     """The fastest place that holds it."""
     slot: int | None = None
     pinned: bool = False
     running: int = 0
-    """Requests for it that run; in a fleet those of one replica, some time ago."""
     waiting: int = 0
 
 
@@ -48,13 +47,12 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     version: str
     kernels: str
-    """Name of the kernels that compute the steps: "cpu-avx512_bf16", "triton", "torch", ..."""
+    """Name of the kernels: "cpu-avx512_bf16", "triton", "torch", ..."""
     python: str
     torch: str
     model_impl: str
     quantization: str
     batch_invariant: bool
-    """Whether a request's logits are the same bits in any batch (docs/determinism.md)."""
 
 
 class SlotInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -65,11 +63,10 @@ class SlotInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running: int
     pinned: bool
     replica: str | None = None
-    """Replica of a fleet that has the slot; ``index`` counts that replica's slots."""
+    """Replica of a fleet, whose slots ``index`` counts."""
     offset: int | None = None
-    """Offset of its adapter in the memory that slots share, in bytes."""
+    """Of its adapter in the memory that slots share, as ``bytes``."""
     bytes: int = 0
-    """Bytes that its adapter takes of that memory."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,12 +79,12 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     running_tokens: int
     """Tokens of running requests that are in the KV cache."""
     kv_tokens: int
-    """Number of tokens that the KV cache has room for."""
+    """Tokens that the KV cache has room for."""
     kv_tokens_free: int
     waiting_for: dict[str | None, int]
-    """Waiting requests by adapter (None: the base model); those without any are left out."""
+    """Waiting requests by adapter."""
     step_age: float
-    """Seconds since the step that runs now began; 0 if none does."""
+    """Seconds since the step that runs now began."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,7 +92,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     slots: tuple[SlotInfo, ...]
     cpu_adapters: int
-    """Adapters in the CPU cache (those in slots and those being read included)."""
+    """Adapters in the CPU cache."""
     cpu_capacity: int
     adapters: int
     """Registered adapters."""
@@ -103,28 +100,23 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Requests in the batch."""
     waiting: int
     waiting_for_adapter: int
-    """Number of requests in ``waiting`` that have not run yet and whose adapter is in no slot."""
+    """Of ``waiting``: have not run yet, and their adapter is in no slot."""
     waiting_preempted: int = 0
-    """Number of requests in ``waiting`` that have run before and were preempted."""
+    """Of ``waiting``: have run before."""
     max_waiting: int | None = None
-    """Bound on waiting requests; None: there is none."""
     waiting_tokens: int = 0
-    """Prompt tokens of the requests that have not run yet, as far as they are tokenized."""
+    """Prompt tokens of the requests that have not run yet."""
     max_waiting_tokens: int | None = None
-    """Bound on waiting tokens; None: there is none."""
     max_running: int = 0
-    """Maximum number of requests in the batch."""
     kv_blocks: int
     kv_blocks_free: int
     block_size: int
     steps: int
     preemptions: int
     requests_finished: int = 0
-    """Ended by a stop condition or at their length."""
     requests_aborted: int = 0
     requests_failed: int = 0
     prompt_tokens: int = 0
-    """Prompt tokens of accepted requests, cached ones included."""
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache supplied."""
     output_tokens: int = 0
@@ -140,9 +132,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     slot_memory: int = 0
     """Bytes of the slots' memory, on each device."""
     slot_memory_used: int = 0
-    """Bytes that adapters take; without ``LoRAConfig.slot_memory``, those of the slots that are not free."""
+    """Bytes that adapters take."""
     slot_memory_fragmented: int = 0
-    """Free bytes outside of the largest hole. Before they can be used, idle adapters must leave."""
+    """Free bytes outside of the largest hole."""
     slot_hits: int = 0
     """Requests whose adapter was in a slot when they arrived."""
     slot_misses: int = 0

@@ -64,9 +64,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     num_slots: int = 0
     slot_bytes_by_module: dict[str, int] = {}
-    """One slot's share by targeted module, over all layers: A and B, and with int8 their scales."""
+    """One slot's share by targeted module, over all layers."""
     slot_affine_bytes: int = 0
-    """One slot's share for DoRA and ``lora_bias``: a gain and a shift for every output of the modules."""
+    """One slot's share for DoRA and ``lora_bias``."""
     slot_token_bytes: int = 0
     """One slot's share for the rows of ``max_trained_tokens``."""
     num_blocks: int
@@ -79,13 +79,13 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """See :attr:`ModelSpec.kept`."""
     cpu_capacity: int = 0
     cpu_max_bytes: int | None = None
-    """A rank's part of the CPU cache's bound in bytes, if it has one beside ``cpu_capacity``."""
+    """The CPU cache's bound in bytes, if it has one: a rank's part."""
     available_bytes: int
     num_ranks: int = 1
     slot_memory: int | None = None
-    """Bytes that the slots share; None: each has a fixed place of ``slot_bytes``."""
+    """Bytes that the slots share; None: slots of one size."""
     working: WorkingMemory | None = None
-    """Memory that steps take beside all that; None on a CPU, where the system provides it."""
+    """Memory that steps take on a GPU beside all that."""
 
     @property
     def slot_bytes(self) -> int:

@@ -79,13 +79,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     max_tokens: _Int64 = 256
-    """Upper bound on generated tokens; also bounded by ``max_model_len`` minus the prompt. 0 only with
-    ``prompt_logprobs`` or ``pooling``: nothing is generated."""
+    """Upper bound on generated tokens; 0, with ``prompt_logprobs`` or ``pooling`` only, generates none."""
     min_tokens: Whole = 0
-    """Until this many tokens are generated, nothing ends the output (unless ``constraint`` allows no other
-    token)."""
+    """Nothing ends the output before this many tokens, unless ``constraint`` allows no other."""
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    """Sampling temperature; 0 is greedy."""
+    """0 is greedy."""
     top_k: _Int64 = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -177,25 +175,21 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     adapter: str | None = None
     """An adapter's name, or "name@version"; None is the base model."""
     mix: Mapping[str, float] | None = None
-    """Adapters and weights, in place of ``adapter``: ``{"sql": 0.7, "pirate": 0.3}`` is the sum of them, and
-    ``{"sql": 0.5}`` a scaled one; see docs/adapters.md."""
+    """Adapters with weights, in place of ``adapter``: their weighted sum (docs/adapters.md)."""
     priority: int = 0
     """Higher is more urgent, for policies that look at it."""
     deadline: AnySeconds | None = None
-    """Seconds from now within which the request must end; the look-up of its adapter counts, too."""
+    """Seconds from now within which the request must end, the look-up of its adapter included."""
     tenant: str | None = None
     """Tenant that sends the request, for policies that are fair between tenants."""
     expected_tokens: Count | None = None
     """Expected length of the output, for policies that use it; None: ``max_tokens``."""
     cache_salt: str | None = None
-    """Requests share blocks of the prefix cache only with those of the same salt, so that people with other
-    salts learn nothing about each other's prompts."""
+    """The prefix cache is shared with requests of the same salt only."""
     output: Sequence[Whole] = ()
-    """Tokens that another engine has generated for this request and delivered. This engine continues after
-    them as if it had made them, and yields only new output. Drawn tokens need the other engine's seed."""
+    """Tokens that another engine has generated and delivered, with this seed; only new output is yielded."""
     replay: bool = False
-    """Decode the tokens of ``output`` again, one in each step, so that the continuation equals that of an
-    undisturbed run to the last bit also where ``info.batch_invariant`` is false. Always with ``logprobs``."""
+    """Decode ``output`` one token a step, so that the rest is equal to the last bit; so do ``logprobs``."""
 
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr

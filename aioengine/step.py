@@ -92,8 +92,7 @@ class SequenceWork(msgspec.Struct, gc=False):
     tokens: Sequence[int]
     start: int
     block_table: Sequence[int]
-    """KV block ids that cover positions ``0..start+len(tokens)-1``. The first also stands for those that no
-    layer sees any more."""
+    """KV blocks of positions ``0..start+len(tokens)-1``; the first also stands for those behind windows."""
     sample: bool
     """Whether a token is to be sampled: the last of ``tokens`` is the sequence's last known one."""
     params: SamplingParams
@@ -102,8 +101,7 @@ class SequenceWork(msgspec.Struct, gc=False):
     """Prompt followed by output so far."""
     prompt_len: int
     score: int = 0
-    """Number of ``tokens``, from the first on, for which to report the log-probability of the next token of
-    ``history``."""
+    """Number of ``tokens`` whose successors' log-probabilities are to be reported."""
     draft: Sequence[int] = ()
     """Proposed tokens after ``history``, with which ``tokens`` end. A token is sampled after each of them, as
     long as all before it equal the sampled ones."""
@@ -132,7 +130,7 @@ class StepBatch(NamedTuple):
     step: int
     sequences: Sequence[SequenceWork]
     slot_ranks: Sequence[int]
-    """Rank of the adapter in each slot (0 where there is none), for all ``max_loras`` slots."""
+    """Rank of the adapter in each slot, 0 where there is none."""
     again: bool = False
     """Whether the sequences are those of the step before, each of which decodes the token that it got."""
     steps: int = 1
@@ -178,8 +176,7 @@ class StepResult(NamedTuple):
     tokens: Sequence[int]
     """The tokens of all sequences: those of the first one, then those of the second one, and so on."""
     counts: Sequence[int]
-    """Number of tokens of each sequence: none if ``sample`` was False, or if its constraint is late (its last
-    token is computed again then)."""
+    """Number of tokens of each sequence: none without ``sample``, or if its constraint is late."""
     seconds: Sequence[float]
     """Duration of each step."""
     ends: Sequence[float] = ()
@@ -262,15 +259,12 @@ class LoadedAdapter(NamedTuple):
 
     rank: int
     nbytes: int
-    """Bytes that it takes in the CPU cache."""
     digest: str
-    """SHA-256 of its files, hexadecimal."""
     seconds: float = 0.0
     """Wall time of the load, with its retries."""
     labels: int = 0
-    """Labels of its classification head."""
     slot_nbytes: int | None = None
-    """Bytes that it takes in a slot, on the rank with the largest share; None: ``nbytes``."""
+    """Bytes in a slot, on the rank with the largest share; None: ``nbytes``."""
     invocation: Sequence[int] = ()
     """Tokens from which on an activated LoRA adapter is applied; (): to all."""
     scalable: bool = True

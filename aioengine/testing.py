@@ -164,8 +164,7 @@ class Sim:
         """Add a request. ``options`` are fields of ``RequestOptions``: tenant, priority, ..."""
         constraint = Free() if constrained else None
         prompt = prompt or [10 + (self.count + 1) % 7, 20, 30]
-        counted = () if adapter is None else self.parts.get(adapter, (adapter,))
-        reservation = self.core.reserve(options.get("tenant"), counted, self.now, len(prompt))
+        reservation = self.core.reserve(options.get("tenant"), adapter, self.now, len(prompt))
         self.count += 1
         return self.core.add_request(
             f"r{self.count}",

@@ -111,27 +111,26 @@ class Core:
     # Events in: requests
 
     def reserve(
-        self, tenant: str | None, adapters: Sequence[str], now: float, tokens: int | None = None
+        self, tenant: str | None, adapter: str | None, now: float, tokens: int | None = None
     ) -> Reservation:
-        """Reserve a waiting place for a later ``add_request``, for the adapters of these names. ``tokens`` is
+        """Reserve a waiting place for a later ``add_request``, for an adapter of this name. ``tokens`` is
         the length of its prompt; if that is not known yet, ``weigh`` follows. Another tenant's request may be
         displaced for it. Raises EngineOverloaded if there is none."""
-        with self._telling_refusals(tenant, adapters, now):
-            return self.room.enter(tenant, adapters, now, tokens)
+        with self._telling_refusals(tenant, adapter, now):
+            return self.room.enter(tenant, adapter, now, tokens)
 
     def weigh(self, reservation: Reservation, tokens: int, now: float) -> None:
         """Count the tokens of a prompt whose place was reserved. Raises EngineOverloaded if they are too
         many."""
-        with self._telling_refusals(reservation.tenant, reservation.adapters, now):
+        with self._telling_refusals(reservation.tenant, reservation.adapter, now):
             self.room.weigh(reservation, tokens, now)
 
     @contextmanager
-    def _telling_refusals(self, tenant: str | None, adapters: Sequence[str], now: float) -> Iterator[None]:
+    def _telling_refusals(self, tenant: str | None, adapter: str | None, now: float) -> Iterator[None]:
         """Tell listeners of a request that finds no waiting place."""
         try:
             yield
         except EngineOverloaded as error:
-            adapter = error.adapter or next(iter(adapters), None)
             bound = error.bound or "server"
             self.guard.emit(events.RequestRefused(time=now, adapter=adapter, tenant=tenant, bound=bound))
             raise
@@ -159,8 +158,8 @@ class Core:
         """
         assert request_id not in self.requests
         if reservation is None:
-            names = () if adapter is None else (adapter.label,)
-            reservation = self.reserve(options.tenant, names, now, len(prompt))
+            name = None if adapter is None else adapter.label
+            reservation = self.reserve(options.tenant, name, now, len(prompt))
         stops = frozenset(params.stop_token_ids)
         request = Request(
             request_id,

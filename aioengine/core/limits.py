@@ -19,7 +19,6 @@ class CoreLimits(NamedTuple):
     prefix_caching: bool = True
     max_waiting: int | None = None
     max_waiting_per_tenant: int | None = None
-    max_waiting_per_adapter: int | None = None
     max_waiting_tokens: int | None = None
     max_waiting_tokens_per_tenant: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ request of each tenant is always accepted, or else a long prompt would never be.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import inf
 
 from aioengine.core.limits import CoreLimits
@@ -24,11 +24,11 @@ Tenant = str | None
 class Reservation:
     """A request's waiting place, held from before its prompt is tokenized until it first runs."""
 
-    __slots__ = ("_room", "adapters", "displaced", "tenant")
+    __slots__ = ("_room", "adapter", "displaced", "tenant")
 
-    def __init__(self, tenant: Tenant, adapters: Sequence[str], room: WaitingRoom) -> None:
+    def __init__(self, tenant: Tenant, adapter: str | None, room: WaitingRoom) -> None:
         self.tenant = tenant
-        self.adapters = adapters
+        self.adapter = adapter
         self.displaced: Callable[[EngineOverloaded, float], None] = lambda error, now: None
         """Called with the reason and the time when another tenant's request displaces this one."""
         self._room = room
@@ -39,9 +39,9 @@ class Reservation:
 
 
 class WaitingRoom:
-    """Places for waiting requests: ``max_waiting`` in all, and as many for each tenant and each adapter as
-    the limits say (None: no bound). A request for a mix counts for each of its adapters. Preempted requests
-    count in all, but are never displaced, because their callers already have the first tokens."""
+    """Places for waiting requests: ``max_waiting`` in all, and as many for each tenant as the limits say
+    (None: no bound). Preempted requests count in all, but are never displaced, because their callers already
+    have the first tokens."""
 
     def __init__(self, limits: CoreLimits) -> None:
         self.limits = limits
@@ -52,7 +52,6 @@ class WaitingRoom:
         self.returned = 0
         """Preempted requests that wait again."""
         self._all = _Shares()
-        self._of_adapter: dict[str, _Shares] = {}
         self._tokens = _Shares()
 
     @property
@@ -64,37 +63,26 @@ class WaitingRoom:
         return self._all.total + self.returned
 
     def enter(
-        self, tenant: Tenant, adapters: Sequence[str], now: float, tokens: int | None = None
+        self, tenant: Tenant, adapter: str | None, now: float, tokens: int | None = None
     ) -> Reservation:
-        """Take a place for a request of ``tenant`` for ``adapters`` (different names; none: the base model).
-        ``tokens`` is the length of its prompt; None if it is not known yet (then :meth:`weigh` follows).
-        Raises EngineOverloaded, which says which bound is reached."""
+        """Take a place for a request of ``tenant``. ``tokens`` is the length of its prompt; None if it is not
+        known yet (then :meth:`weigh` follows). Raises EngineOverloaded, which says which bound is reached."""
         if tokens is not None:
             self._check_tokens(tenant, tokens)
-        most, own = self.limits.max_waiting_per_adapter, self.limits.max_waiting_per_tenant
+        own = self.limits.max_waiting_per_tenant
         if tenant is not None:
             own = self.max_of_tenant.get(tenant, own)
         has = self._all.sums[tenant]
         if own is not None and has >= own:
             text = f"{has} requests of tenant {tenant!r} are waiting, and it may have {own}; retry later, or "
             raise EngineOverloaded(f"{text}raise max_waiting_per_tenant", bound="tenant", waiting=has)
-        victims: dict[Reservation, str] = {}
-        for adapter in adapters:
-            places = self._of_adapter.get(adapter, _NOBODY)
-            if most is not None and places.total - sum(adapter in v.adapters for v in victims) >= most:
-                named = f"max_waiting_per_adapter={most} requests wait for {adapter!r}"
-                victims[_displaced_by(tenant, places, named, "adapter", places.total, adapter)] = named
         bound = self.limits.max_waiting
-        if bound is not None and len(self) - len(victims) >= bound:
+        if bound is not None and len(self) >= bound:
             named = f"{len(self)} requests are waiting and max_waiting={bound}"
-            places = _NOBODY if victims else self._all
-            victims[_displaced_by(tenant, places, named, "server", len(self))] = named
-        for victim, named in victims.items():
+            victim = self._displaced_by(tenant, named)
             self._displace(victim, f"{named}; tenant {victim.tenant!r} has most", now)
-        reservation = Reservation(tenant, adapters, self)
+        reservation = Reservation(tenant, adapter, self)
         self._all.add(reservation)
-        for adapter in adapters if most is not None else ():
-            self._of_adapter.setdefault(adapter, _Shares()).add(reservation)
         if tokens is not None:
             self._count_tokens(reservation, tokens, now)
         return reservation
@@ -137,6 +125,17 @@ class WaitingRoom:
             named = f"prompts of more than max_waiting_tokens={most} tokens are waiting; "
             self._displace(victim, f"{named}tenant {victim.tenant!r} has more than its part", now)
 
+    def _displaced_by(self, newcomer: Tenant, named: str) -> Reservation:
+        """Choose the reservation that the new request displaces: the newest of the tenant with the most, if
+        the newcomer's tenant would still have no more than that tenant. Raises EngineOverloaded if there is
+        none."""
+        places = self._all
+        victim = places.newest_of_largest()
+        if victim is None or places.sums[newcomer] + 1 >= places.sums[victim.tenant]:
+            text = f"{named}; retry later, or raise this bound"
+            raise EngineOverloaded(text, bound="server", waiting=len(self))
+        return victim
+
     def _displace(self, victim: Reservation, text: str, now: float) -> None:
         victim.leave()
         text += ", and another's took this one's place; retry later"
@@ -146,22 +145,12 @@ class WaitingRoom:
         """Give the reservation's place back, if it has one."""
         self._tokens.remove(reservation)
         self._all.remove(reservation)
-        for adapter in reservation.adapters:
-            places = self._of_adapter.get(adapter, _NOBODY)
-            places.remove(reservation)
-            if places is not _NOBODY and not places.total:
-                del self._of_adapter[adapter]
 
     def check(self) -> None:
         """Assert that all counts agree."""
-        for shares in (self._all, self._tokens, *self._of_adapter.values()):
+        for shares in (self._all, self._tokens):
             assert shares.sums == Counter({tenant: sum(own.values()) for tenant, own in shares.of.items()})
             assert all(shares.of.values()) and shares.total == shares.sums.total()
-        assert all(places.total for places in self._of_adapter.values())
-        if self.limits.max_waiting_per_adapter is not None:
-            reservations = [reservation for own in self._all.of.values() for reservation in own]
-            named = Counter(adapter for reservation in reservations for adapter in reservation.adapters)
-            assert named == {adapter: places.total for adapter, places in self._of_adapter.items()}
 
 
 class _Shares:
@@ -199,18 +188,3 @@ class _Shares:
         if not several:
             return None
         return next(reversed(self.of[max(several, key=lambda tenant: (self.sums[tenant], repr(tenant)))]))
-
-
-_NOBODY = _Shares()
-
-
-def _displaced_by(
-    newcomer: Tenant, places: _Shares, named: str, bound: Bound, waiting: int, adapter: str | None = None
-) -> Reservation:
-    """Choose the reservation that the new request displaces: the newest of the tenant with the most, if the
-    newcomer's tenant would still have no more than that tenant. Raises EngineOverloaded if there is none."""
-    victim = places.newest_of_largest()
-    if victim is None or places.sums[newcomer] + 1 >= places.sums[victim.tenant]:
-        text = f"{named}; retry later, or raise this bound"
-        raise EngineOverloaded(text, bound=bound, waiting=waiting, adapter=adapter)
-    return victim

@@ -65,13 +65,13 @@ class Submitter:
         due = None if options.deadline is None else arrival + options.deadline
         adapter: Wanted = options.adapter if options.mix is None else options.mix
         # Before the work of tokenizing.
-        counted = () if adapter is None else self._adapters.check_wanted(adapter)
+        named = None if adapter is None else self._adapters.check_wanted(adapter)
         self._check_params(params)
         # A request that can never run must get this error, and not "try again later".
         tokens = self._token_ids(prompt, params)
         with self._publishing():
             size = None if tokens is None else len(tokens)
-            reservation = self._core.reserve(options.tenant, counted, arrival, size)
+            reservation = self._core.reserve(options.tenant, named, arrival, size)
         entry, scale = None if adapter is None else self._adapters.current(adapter), 1.0
         text = None
         if self._tokenizer is not None:

@@ -195,8 +195,7 @@ class ServerApp:
         now, queue = time.monotonic(), record.queue
         if queue is None or queue.waiting is None or queue.bound is None:
             return self._pace.retry_after(self.context.engine.stats().waiting, now)
-        name = record.owner if queue.bound == "tenant" else queue.adapter
-        return self._pace.retry_after(queue.waiting, now, (queue.bound, name))
+        return self._pace.retry_after(queue.waiting, now, (queue.bound, record.owner))
 
     def _count(self, record: RequestRecord) -> None:
         if record.output_tokens is not None and record.status == 200:

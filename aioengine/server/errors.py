@@ -160,7 +160,6 @@ _NAMED_FIELD = re.compile(r"(\w+)(?:\[[^\]]*\])?(?:=|: )")
 _OVERLOADED = {
     "server": "the engine is overloaded: as many requests are waiting as it allows",
     "tenant": "too many requests of your tenant (without keys: address) are waiting; others are served",
-    "adapter": "too many requests for this adapter are waiting; other adapters are served",
     "pinned": "pinned adapters leave no room for this adapter; whoever runs the server can unpin one",
 }
 """Messages by the owner of the bound that is reached."""
@@ -234,7 +233,7 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
         retry_after=retry_after if status in (429, 503) else None,
         retry=status != 504,
     )
-    if overloaded is not None and overloaded.bound in ("tenant", "adapter"):
+    if overloaded is not None and overloaded.bound == "tenant":
         found.queue = overloaded
     return found
 

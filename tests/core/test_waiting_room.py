@@ -32,13 +32,11 @@ def test_who_fills_the_queue_shuts_nobody_out() -> None:
     assert all(sim.ended[request.id] == "length" for request in (*hog[:5], *others))
 
 
-def test_bounds_of_tenants_and_adapters_concern_nobody_else() -> None:
-    sim = Sim(LIMITS._replace(max_waiting_per_tenant=4, max_waiting_per_adapter=2))
-    for name in "xyz":
-        sim.register(name)
+def test_bounds_of_tenants_concern_nobody_else() -> None:
+    sim = Sim(LIMITS._replace(max_waiting_per_tenant=4))
     sim.core.room.max_of_tenant = {"b": 1}
-    for adapter in "xxyy":
-        sim.add(adapter, tenant="a")
+    for _ in range(4):
+        sim.add(tenant="a")
     with pytest.raises(EngineOverloaded, match=r"'a'.*max_waiting_per_tenant") as caught:
         sim.add(tenant="a")
     assert (caught.value.bound, caught.value.waiting) == ("tenant", 4)
@@ -47,62 +45,9 @@ def test_bounds_of_tenants_and_adapters_concern_nobody_else() -> None:
         sim.add(tenant="b")
     sim.core.room.max_of_tenant = {}
     sim.add(tenant="b")
-    shared = sim.add("x", tenant="c")
-    assert [r.options.tenant for r in sim.core.queues.all if r.adapter and r.adapter.label == "x"] == [
-        "a",
-        "c",
-    ]
-    with pytest.raises(EngineOverloaded, match=r"max_waiting_per_adapter=2 .*'x'") as caught:
-        sim.add("x", tenant="d")
-    assert (caught.value.bound, caught.value.waiting) == ("adapter", 2)
-    sim.core.end(shared, "abort", sim.now)
-    sim.add("x", tenant="d")
     sim.take_events()
     refused = [event.bound for event in sim.of(events.RequestRefused)]  # type: ignore[attr-defined]
-    assert refused == ["tenant", "tenant", "adapter"]
-
-
-def test_a_mix_counts_for_each_of_its_adapters() -> None:
-    sim = Sim(LIMITS._replace(max_waiting_per_adapter=2, max_num_seqs=1))
-    for name in "xyz":
-        sim.register(name)
-    running = sim.add(max_tokens=20)
-    sim.settle()
-    first = [sim.add(sim.mix("x", "y"), tenant="a"), sim.add("y", tenant="a")]
-    for wanted in (sim.mix("x", "y"), sim.mix("z", "y"), "y", sim.mix("y")):
-        with pytest.raises(EngineOverloaded, match=r"max_waiting_per_adapter=2 .*'y'") as caught:
-            sim.add(wanted, tenant="a")
-        assert (caught.value.bound, caught.value.waiting, caught.value.adapter) == ("adapter", 2, "y")
-    sim.take_events()
-    refused = [(event.bound, event.adapter) for event in sim.of(events.RequestRefused)]  # type: ignore[attr-defined]
-    assert refused == [("adapter", "y")] * 4
-    first += [sim.add("x", tenant="a"), sim.add(sim.mix("z"), tenant="a"), sim.add("z", tenant="a")]
-    with pytest.raises(EngineOverloaded, match="'x'"):
-        sim.add("x", tenant="a")
-    sim.core.check()
-    sim.core.end(first[0], "abort", sim.now)
-    first += [sim.add("x", tenant="a"), sim.add("y", tenant="a")]
-    sim.core.check()
-    sim.run()
-    assert all(sim.ended[request.id] == "length" for request in (running, *first[1:]))
-    assert not sim.core.room._of_adapter
-
-
-def test_a_mix_takes_a_place_of_each_of_its_adapters_or_none() -> None:
-    sim = Sim(LIMITS._replace(max_waiting_per_adapter=2, max_num_seqs=1))
-    for name in "vwxyz":
-        sim.register(name)
-    sim.add(max_tokens=20)
-    sim.settle()
-    hog = [sim.add(wanted, tenant="hog") for wanted in (*"vvwwzz", sim.mix("x", "y"), sim.mix("x", "y"))]
-    sim.add(sim.mix("v", "w"), tenant="b")
-    assert list(endings(sim)) == [hog[1].id, hog[3].id]
-    sim.add(sim.mix("x", "y"), tenant="b")
-    assert list(endings(sim))[2:] == [hog[7].id], "it had places of both"
-    with pytest.raises(EngineOverloaded, match="'x'"):
-        sim.add(sim.mix("z", "x"), tenant="c")
-    assert len(endings(sim)) == 3, "nobody makes way in vain"
-    sim.core.check()
+    assert refused == ["tenant", "tenant"]
 
 
 def prompt(tokens: int) -> list[int]:
@@ -145,7 +90,7 @@ def test_those_beside_a_flood_of_long_prompts_get_their_part() -> None:
 
 def test_tokens_that_are_known_later_are_counted_then() -> None:
     room = WaitingRoom(LIMITS._replace(max_waiting_tokens_per_tenant=10))
-    first, second = room.enter("a", (), 0.0), room.enter("a", (), 0.0)
+    first, second = room.enter("a", None, 0.0), room.enter("a", None, 0.0)
     room.weigh(first, 8, 0.0)
     with pytest.raises(EngineOverloaded, match="8 tokens of tenant 'a'"):
         room.weigh(second, 3, 0.0)

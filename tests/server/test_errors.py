@@ -225,7 +225,7 @@ async def test_who_has_a_short_queue_may_soon_come_back(serve: Serve) -> None:
 
 
 async def test_overload_says_whose_it_is(serve: Serve) -> None:
-    bounds = {"max_waiting": 2, "max_waiting_per_tenant": 2, "max_waiting_per_adapter": 1, **LONG}
+    bounds = {"max_waiting": 2, "max_waiting_per_tenant": 2, **LONG}
     keys = {"ka": "a", "kb": "b"}
     async with serve(max_num_seqs=1, **bounds, settings={"api_keys": keys, "retry_after": 3}) as served:
         running = served.engine.generate("busy", greedy(500))

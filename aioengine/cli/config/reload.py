@@ -33,7 +33,6 @@ class Reloadable(msgspec.Struct, frozen=True, kw_only=True):
 
     max_waiting: int | None
     max_waiting_per_tenant: int | None
-    max_waiting_per_adapter: int | None
     max_waiting_tokens: int | None
     max_waiting_tokens_per_tenant: int | None
     policy: str | dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from aioengine.adapters.names import NAME_RULE
 from aioengine.adapters.resolvers.base import AdapterResolver
@@ -40,9 +40,8 @@ class AdapterNames:
 
     # What a request asks for
 
-    def check_wanted(self, adapter: Asked) -> Sequence[str]:
-        """Check what a request asks for before any work is done for it. Returns the names of the adapters
-        that it counts for in bounds on waiting requests.
+    def check_wanted(self, adapter: Asked) -> str:
+        """Check what a request asks for before any work is done for it. Returns the (first) adapter's name.
 
         Raises AdapterNotFound for a name that is neither registered nor resolvable. For an adapter that has
         failed more than once in a row, raises its last error again for a while."""
@@ -52,7 +51,7 @@ class AdapterNames:
             entry = self.table.current.get(name)
             if entry is None or entry.location is Location.DISK:
                 self.table.of(name).check_worth_a_try(_now())
-        return tuple(dict.fromkeys(name.partition("@")[0] for name in names))
+        return names[0].partition("@")[0]
 
     async def acquire_wanted(self, adapter: Asked, tenant: str | None) -> tuple[AdapterEntry, float]:
         """Return the version, or the mix, that a request asks for, and what it is multiplied by."""
