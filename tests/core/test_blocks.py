@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.device_memory import DeviceMemory
+from support.full_sim import FullSim
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
 from aioengine.step import most_blocks
-from aioengine.testing import LIMITS, Sim
+from aioengine.testing import LIMITS
 
 
 @pytest.mark.parametrize("caching", [True, False])
@@ -47,7 +48,7 @@ def test_a_committed_prefix_is_found_and_shared() -> None:
 def test_blocks_behind_a_window_are_given_back_once() -> None:
     """A sequence of any length holds a bounded number of blocks, and the prefix cache keeps the others."""
     limits = LIMITS._replace(window=6, num_blocks=14)
-    sim = Sim(limits, memory=DeviceMemory)
+    sim = FullSim(limits, memory=DeviceMemory)
     request = sim.add(prompt=list(range(2, 42)), max_tokens=20)
     most = 0
     while sim.core.requests:
@@ -60,7 +61,7 @@ def test_blocks_behind_a_window_are_given_back_once() -> None:
 
 def test_a_prompt_is_found_though_blocks_behind_its_window_are_gone() -> None:
     """They are the first to be reused, since they were given back first."""
-    sim = Sim(LIMITS._replace(window=6, num_blocks=14), memory=DeviceMemory)
+    sim = FullSim(LIMITS._replace(window=6, num_blocks=14), memory=DeviceMemory)
     prompt = list(range(2, 42))
     sim.add(prompt=prompt, max_tokens=1)
     sim.run()
@@ -103,7 +104,7 @@ def test_what_is_found_is_the_longest_prefix_of_which_all_is_there_that_is_seen(
 
 def test_a_request_that_is_preempted_behind_its_window_starts_again() -> None:
     """Two requests that hold up to 7 blocks each, in a pool of 11."""
-    sim = Sim(LIMITS._replace(window=20, num_blocks=11), memory=DeviceMemory)
+    sim = FullSim(LIMITS._replace(window=20, num_blocks=11), memory=DeviceMemory)
     for first in (2, 3):
         sim.add(prompt=list(range(first, first + 6)), max_tokens=50)
     sim.run()

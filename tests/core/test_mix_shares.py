@@ -8,7 +8,7 @@ import pytest
 
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.schedulers import load_policy
-from aioengine.testing import LIMITS, Sim
+from aioengine.testing import LIMITS
 
 OWN = ("b0", "b1", "b2", "b3")
 """The adapters of the tenant that is measured."""
@@ -20,7 +20,7 @@ AT_A_TIME = 64
 """Mixes that a tenant may have in use."""
 
 
-class Timed(Sim):
+class Timed(FullSim):
     """Reads and copies take their time beside the steps."""
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.full_sim import FullSim
 
 from aioengine import events
 from aioengine.core.adapters.placing import PIN_RETRY_SECONDS
@@ -10,19 +11,19 @@ from aioengine.core.limits import CoreLimits
 from aioengine.errors import AdapterChanged, AdapterTooLarge, EngineOverloaded
 from aioengine.schedulers import load_policy
 from aioengine.schedulers.policy import Location
-from aioengine.testing import LIMITS, Sim
+from aioengine.testing import LIMITS
 
 SLOT = LIMITS._replace(num_slots=4, cpu_capacity=6, slot_bytes=1000)
 
 
-def core_with(*names: str, limits: CoreLimits = LIMITS) -> Sim:
-    sim = Sim(limits)
+def core_with(*names: str, limits: CoreLimits = LIMITS) -> FullSim:
+    sim = FullSim(limits)
     for name in names:
         sim.register(name)
     return sim
 
 
-def moved(sim: Sim) -> list[str]:
+def moved(sim: FullSim) -> list[str]:
     """The adapters that were read or copied, in order."""
     kinds = (events.AdapterLoading, events.AdapterPlacing)
     return [event.adapter for event in sim.events if isinstance(event, kinds)]
@@ -132,7 +133,7 @@ def test_it_is_refused_where_pinned_adapters_lie_in_the_way() -> None:
 @pytest.mark.parametrize("policy", ["fcfs", "fair", "lpm", "slora", "drr", "chameleon"])
 def test_no_policy_keeps_it_out(policy: str) -> None:
     """Beside steady requests for as many adapters as there are slots."""
-    sim = Sim(SLOT._replace(max_num_seqs=8), load_policy(policy))
+    sim = FullSim(SLOT._replace(max_num_seqs=8), load_policy(policy))
     for name in (*"abcd", "large"):
         sim.register(name)
     sim.sizes["large"] = 1900

@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
+from support.full_sim import FullSim
 
 from aioengine import events
 from aioengine.core.speculation import Drafting, PromptLookup, allot, copy
-from aioengine.testing import LIMITS, Sim
+from aioengine.testing import LIMITS
 
 Text = list[int]
 
@@ -60,7 +61,7 @@ def run(
     speculation: str, next_token: Callable[[list[int]], int], requests: Sequence[tuple[str | None, Text, int]]
 ) -> tuple[list[Text], int, list[events.Event]]:
     limits = LIMITS._replace(speculation=speculation, max_model_len=200, num_blocks=80)  # type: ignore[arg-type]
-    sim = Sim(limits, next_token=next_token)
+    sim = FullSim(limits, next_token=next_token)
     sim.register("a")
     sim.register("b")
     found = []
@@ -92,7 +93,7 @@ def test_forced_tokens_take_no_step_of_their_own(speculation: str) -> None:
 
     def answers(*, constrained: bool) -> tuple[list[Text], int]:
         limits = LIMITS._replace(speculation=speculation, max_model_len=200, num_blocks=80)  # type: ignore[arg-type]
-        sim = Sim(limits, next_token=periodic)
+        sim = FullSim(limits, next_token=periodic)
         requests = [
             sim.add(prompt=[3 + i] * (1 + 9 * i), max_tokens=20 + i, constrained=constrained and i != 1)
             for i in range(6)

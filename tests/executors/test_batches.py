@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.full_sim import FullSim
 
 from aioengine.errors import RequestInvalid
 from aioengine.executors.process.wire import (
@@ -23,7 +24,7 @@ from aioengine.executors.process.wire import (
 )
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
-from aioengine.testing import LIMITS, Sim
+from aioengine.testing import LIMITS
 
 
 def over_the_wire(step: Step) -> Step:
@@ -60,7 +61,7 @@ class Both:
 def test_both_sides_agree_on_every_batch(seed: int) -> None:
     """With prompts in chunks, preemptions, and ends at any time."""
     rng = random.Random(seed)
-    sim = Sim(LIMITS._replace(num_blocks=rng.randint(16, 24)))
+    sim = FullSim(LIMITS._replace(num_blocks=rng.randint(16, 24)))
     sim.register("a")
     sim.register("b")
     mix = sim.mix("a", "b", weight=0.3)

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 from support.device_memory import DeviceMemory
+from support.full_sim import FullSim
 
 from aioengine.core.pacing import GRAIN
 from aioengine.core.state import Request
 from aioengine.step import SequenceWork, StepBatch
-from aioengine.testing import LIMITS, Sim
+from aioengine.testing import LIMITS
 
 TARGET = 0.2
 PAIR_TOKENS = 1 / 3000
@@ -63,7 +64,7 @@ MACHINES = st.builds(
 MIDDLING = Machine(5e-4, 10, PAIR_TOKENS, 3 * PAIR_TOKENS, 0.004, 8)
 
 
-class PacedSim(Sim):
+class PacedSim(FullSim):
     """Steps take what ``machine`` says, times ``slowness``; ``seconds`` has each."""
 
     def __init__(self, machine: Machine, **limits: object) -> None:

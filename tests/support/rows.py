@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from support.full_sim import FullSim
+
 from aioengine import events
 from aioengine.core.state import Request
 from aioengine.events import EndReason
 from aioengine.request import SamplingParams, TokenLogprob
 from aioengine.step import Sampled, SequenceWork
-from aioengine.testing import Sim
 
 EOS = 1
 
@@ -51,7 +52,7 @@ class Reader:
         self.reason = reason
 
 
-class RowSim(Sim):
+class RowSim(FullSim):
     """A core with readers, whose device gives rows of no, one or several tokens: late constraints, drafts
     that are right or not, forced tokens, and several steps at once."""
 
