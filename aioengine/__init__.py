@@ -9,35 +9,23 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aioengine.adapters.resolvers.base import AdapterResolver, ChainResolver
-    from aioengine.adapters.resolvers.filesystem import FilesystemResolver
-    from aioengine.adapters.resolvers.fsspec import FsspecResolver
-    from aioengine.adapters.resolvers.hub import HubResolver
-    from aioengine.config import EngineConfig, LoRAConfig
-    from aioengine.engine import AsyncEngine
-    from aioengine.info import AdapterInfo, EngineInfo, EngineStats, SlotInfo
-    from aioengine.request import SamplingParams, TokenLogprob
-    from aioengine.runtime.output import RequestOutput
+    from aioengine.adapters.resolvers.base import AdapterResolver as AdapterResolver
+    from aioengine.adapters.resolvers.base import ChainResolver as ChainResolver
+    from aioengine.adapters.resolvers.filesystem import FilesystemResolver as FilesystemResolver
+    from aioengine.adapters.resolvers.fsspec import FsspecResolver as FsspecResolver
+    from aioengine.adapters.resolvers.hub import HubResolver as HubResolver
+    from aioengine.config import EngineConfig as EngineConfig
+    from aioengine.config import LoRAConfig as LoRAConfig
+    from aioengine.engine import AsyncEngine as AsyncEngine
+    from aioengine.info import AdapterInfo as AdapterInfo
+    from aioengine.info import EngineInfo as EngineInfo
+    from aioengine.info import EngineStats as EngineStats
+    from aioengine.info import SlotInfo as SlotInfo
+    from aioengine.request import SamplingParams as SamplingParams
+    from aioengine.request import TokenLogprob as TokenLogprob
+    from aioengine.runtime.output import RequestOutput as RequestOutput
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "AdapterInfo",
-    "AdapterResolver",
-    "AsyncEngine",
-    "ChainResolver",
-    "EngineConfig",
-    "EngineInfo",
-    "EngineStats",
-    "FilesystemResolver",
-    "FsspecResolver",
-    "HubResolver",
-    "LoRAConfig",
-    "RequestOutput",
-    "SamplingParams",
-    "SlotInfo",
-    "TokenLogprob",
-]
 
 _NAMES = {
     ".adapters.resolvers.base": ("AdapterResolver", "ChainResolver"),
@@ -50,7 +38,7 @@ _NAMES = {
     ".request": ("SamplingParams", "TokenLogprob"),
     ".runtime.output": ("RequestOutput",),
 }
-"""Module -> the names that it defines, as in the imports above."""
+__all__ = [name for names in _NAMES.values() for name in names]
 
 
 def __getattr__(name: str) -> object:

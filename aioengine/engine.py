@@ -260,20 +260,12 @@ class AsyncEngine:
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run one request; yields whenever there is new output, and at the end. Closing the iterator or
-        cancelling the task aborts the request.
+        cancelling the task aborts the request. ``keywords`` are the fields of ``options``, where ``adapter``
+        may be a dict of names and weights, and a ``request_id`` that no other open request has.
 
-        Args:
-            prompt: Text, token ids, or chat messages.
-            params: How to sample; greedy, at most 256 tokens, by default.
-            options: The adapter, the deadline, and more about the request.
-            **keywords: Instead of ``options`` its fields, where ``adapter`` may be a dict of names and
-                weights; and ``request_id``, unique among requests that have not ended.
-
-        Raises:
-            RequestInvalid: Empty or too long prompt, unknown token, request id in use, ...
-            AdapterNotFound, AdapterInvalid, AdapterTooLarge, AdapterLoadError: See ``load_adapter``.
-            EngineOverloaded: A bound on waiting requests is reached, or pinned adapters hold every slot.
-            DeadlineExceeded, EngineStopped, EngineDead.
+        Raises RequestInvalid (empty or too long prompt, unknown token, request id in use, ...), what
+        :meth:`load_adapter` raises, EngineOverloaded (a bound on waiting requests is reached, or pinned
+        adapters hold every slot), DeadlineExceeded, EngineStopped or EngineDead.
         """
         stream = await self._submit(prompt, params, options, keywords)
         try:
@@ -371,7 +363,7 @@ class AsyncEngine:
         return request is not None
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
-        """Set the bounds on waiting requests of single tenants, in place of ``max_waiting_per_tenant``."""
+        """Set bounds on waiting requests of single tenants, in place of ``max_waiting_per_tenant``."""
         self._core.room.max_of_tenant = dict(max_waiting)
 
     def share_limits(self, ledger: object) -> None:
@@ -395,18 +387,14 @@ class AsyncEngine:
 
     @property
     def versions(self) -> AdapterOps:
-        """Change an adapter's version in two steps, so that several engines can do it at the same time:
-        ``prepare``, ``commit``, ``discard`` and ``expect``."""
+        """Change versions in two steps, at the same time as other engines: ``prepare``, then ``commit``."""
         self._check_lora()
         return self._adapters
 
     def register_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
-        """Declare an adapter that is read when a request first needs it. No I/O.
-
-        ``path`` is a PEFT folder, "hf:owner/name[@revision]" on the Hugging Face Hub (extra ``hub``), or a
-        URL that fsspec knows: "s3://bucket/folder" (extra ``s3``), "gs://" (extra ``gcs``), "file://".
-        Raises AdapterInvalid for a bad name, or if the name stands for another path already.
-        """
+        """Declare an adapter that is read when a request first needs it. No I/O. ``path`` is a PEFT folder,
+        "hf:owner/name[@revision]" (extra ``hub``), or a URL such as "s3://bucket/folder" (extra ``s3``).
+        Raises AdapterInvalid for a bad name, or if the name stands for another path already."""
         return self.versions.register(name, path)
 
     async def load_adapter(
@@ -422,13 +410,10 @@ class AsyncEngine:
         """Read and validate an adapter and bring it to the CPU cache.
 
         ``path`` is as in :meth:`register_adapter`, and may be left out for a name that is registered or that
-        the resolver has. With ``replace`` it becomes the next version of this name, and takes over its pin:
-        requests accepted before finish on the old version, and if the new one is not valid, the old one
-        stays. With ``pin`` it goes to a slot and stays there: see :meth:`pin_adapter`.
-
-        ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) are an adapter in memory,
-        with the names and shapes that PEFT saves. They are copied once, within
-        ``LoRAConfig.max_held_lora_bytes``.
+        the resolver has. ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) are an
+        adapter in memory instead, as PEFT saves it. With ``replace`` it becomes the next version of this
+        name, with its pin: accepted requests finish on the old version, which stays if the new one is not
+        valid. With ``pin`` it goes to a slot, as by :meth:`pin_adapter`.
 
         Raises AdapterInvalid, AdapterTooLarge, AdapterLoadError; AdapterNotFound without ``path`` for
         an unknown name; ConfigError if ``pin`` would leave no slot for other adapters; EngineOverloaded if

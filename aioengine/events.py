@@ -1,7 +1,6 @@
-"""Typed events, for metrics, live views and applications.
+"""Typed events, for metrics, live views and applications: see ``engine.add_listener``.
 
-``engine.add_listener(callback)`` delivers them in order, on the event loop. Times are seconds on the loop's
-clock. ``adapter`` is None for the base model.
+Times are seconds on the loop's clock. ``adapter`` is None for the base model.
 """
 
 from __future__ import annotations
@@ -22,13 +21,18 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     time: float
 
 
-class RequestAdded(Event, frozen=True, kw_only=True, gc=False):
+class RequestEvent(Event, frozen=True, kw_only=True, gc=False):
+    """Base of the events of accepted requests."""
+
     request_id: str
     adapter: str | None
+
+
+class RequestAdded(RequestEvent, frozen=True, kw_only=True, gc=False):
     prompt_tokens: int
     tenant: str | None
     location: Literal["disk", "loading", "cpu", "slot"] | None = None
-    """Location of its adapter when the request arrived; None for the base model."""
+    """Location of its adapter when the request arrived."""
     priority: int = 0
     deadline: float | None = None
     """The time by which it must have ended."""
@@ -42,9 +46,7 @@ class RequestRefused(Event, frozen=True, kw_only=True, gc=False):
     bound: Bound
 
 
-class RequestAdmitted(Event, frozen=True, kw_only=True, gc=False):
-    request_id: str
-    adapter: str | None
+class RequestAdmitted(RequestEvent, frozen=True, kw_only=True, gc=False):
     slot: int | None
     cached_tokens: int
     queue_seconds: float
@@ -53,23 +55,18 @@ class RequestAdmitted(Event, frozen=True, kw_only=True, gc=False):
     """Whether it had been preempted before."""
 
 
-class RequestPreempted(Event, frozen=True, kw_only=True, gc=False):
-    request_id: str
-    adapter: str | None
+class RequestPreempted(RequestEvent, frozen=True, kw_only=True, gc=False):
+    """Removal of a request from the batch; it waits again."""
 
 
-class FirstToken(Event, frozen=True, kw_only=True, gc=False):
-    request_id: str
-    adapter: str | None
+class FirstToken(RequestEvent, frozen=True, kw_only=True, gc=False):
     seconds: float
     """Time to first token, from arrival."""
 
 
-class RequestEnded(Event, frozen=True, kw_only=True, gc=False):
+class RequestEnded(RequestEvent, frozen=True, kw_only=True, gc=False):
     """End of a request; there is exactly one for each accepted request."""
 
-    request_id: str
-    adapter: str | None
     reason: EndReason
     error: Exception | None
     prompt_tokens: int

@@ -75,8 +75,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One KV block over all layers."""
     request_blocks: int
     """The most KV blocks that a request holds at a time."""
-    kept: str = ""
-    """See :attr:`ModelSpec.kept`."""
     cpu_capacity: int = 0
     cpu_max_bytes: int | None = None
     """The CPU cache's bound in bytes, if it has one: a rank's part."""
@@ -125,29 +123,24 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
             of_slot = {**self.slot_bytes_by_module, "DoRA and biases": self.slot_affine_bytes}
             of_slot["trained tokens"] = self.slot_token_bytes
         shares = [
-            Part(
-                f"slot pool: {name}", f"{self.num_slots} slots x {format_bytes(size)}", self.num_slots * size
-            )
+            Part(f"slot pool: {name}", f"x {format_bytes(size)}", self.num_slots * size, counts=False)
             for name, size in of_slot.items()
             if self.num_slots * size
         ]
         token = format_bytes(self.block_bytes // self.block_size)
-        blocks = f"{self.num_blocks} blocks x {self.block_size} tokens x {token}"
-        blocks += "" if self.kv_cache_dtype == "auto" else f", {self.kv_cache_dtype}"
-        if self.kept:
-            blocks += f"; a request holds at most {self.request_blocks}: {self.kept}"
+        dtype = "" if self.kv_cache_dtype == "auto" else f", {self.kv_cache_dtype}"
+        blocks = f"{self.num_blocks} blocks x {self.block_size} tokens x {token}{dtype}"
+        blocks += f"; a request holds at most {self.request_blocks}"
         # Without kv_cache_memory there are no more blocks than one request needs, where all do not fit.
         fewer = "lower kv_cache_memory" if self.num_blocks > self.request_blocks else "lower max_model_len"
-        cache = f"{self.cpu_capacity} adapters x {slot} at most"
-        if self.cpu_max_bytes is not None:
-            cache += f", bound to {format_bytes(self.cpu_max_bytes)}"
         here = self.device == "cpu"
-        cache += "" if here else " (host memory, not in the total)"
+        bound = "" if self.cpu_max_bytes is None else f", bound to {format_bytes(self.cpu_max_bytes)}"
+        cache = f"{self.cpu_capacity} adapters x {slot} at most{bound}{'' if here else ' (host memory)'}"
         steps = [] if self.working is None else self.working.rows()
         return [
             Part("base weights", weights, self.weights_bytes),
             Part("slot pool", pool, self.slot_pool_bytes, less),
-            *(share._replace(counts=False) for share in shares),
+            *shares,
             Part("KV blocks", blocks, self.kv_bytes, fewer),
             Part(
                 *("CPU adapter cache", cache, self.cpu_cache_bytes),
@@ -185,12 +178,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 def plan_memory(
     spec: ModelSpec, config: EngineConfig, *, device: str, available_bytes: int | None = None
 ) -> MemoryPlan:
-    """Plan for a model on a device ("cpu" or "cuda"). On CUDA every rank has a device of its own.
-
-    Raises ConfigError if it does not fit into ``available_bytes`` (default: the device's free bytes), and
-    says how much is missing and which settings to change. Also if the model cannot be divided by
-    ``tensor_parallel_size``.
-    """
+    """Plan for a model on a device ("cpu" or "cuda"). On CUDA every rank has a device of its own. Raises
+    ConfigError if it does not fit into ``available_bytes`` (default: the device's free bytes), or the model
+    cannot be divided by ``tensor_parallel_size``."""
     if spec.impl == "transformers":
         config = msgspec.structs.replace(config, model_impl="transformers")  # refused beside some settings
     if available_bytes is None:
@@ -227,7 +217,6 @@ def plan_memory(
         block_size=config.block_size,
         block_bytes=config.block_size
         * local.kv_bytes_per_token(kv_bytes, int8=config.kv_cache_dtype == "int8"),
-        kept=spec.kept,
         request_blocks=most_blocks(
             max_model_len, config.block_size, config.max_num_batched_tokens, spec.longest_window
         ),
@@ -281,11 +270,8 @@ def spec_from_config(config: EngineConfig, progress: LoadProgress | None = None)
 def plan_from_config(
     config: EngineConfig, *, available_bytes: int | None = None, progress: LoadProgress | None = None
 ) -> MemoryPlan:
-    """Make the plan for a configuration. Reads the model's description, not its weights. ``progress`` is
-    called if the model must be converted first.
-
-    Raises ConfigError if the model is not available, is not supported, or does not fit.
-    """
+    """Make the plan for a configuration, from the model's description. ``progress`` is called if the model
+    must be converted first. Raises ConfigError if it is not available, not supported, or does not fit."""
     spec = spec_from_config(config, progress)
     device = resolve_device(config.device)
     return plan_memory(spec, config, device=device, available_bytes=available_bytes)

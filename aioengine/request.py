@@ -1,4 +1,4 @@
-"""SamplingParams and RequestOptions: what a caller sends. (What comes back is in ``runtime/output.py``.)"""
+"""SamplingParams and RequestOptions: what a caller sends."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class TokenConstraint(Protocol):
 
 
 class StartedConstraint(TokenConstraint, Protocol):
-    """A constraint whose answer is computed elsewhere, beside the model's forward pass. If it is late, its
-    request gets no token in this step, and the constraint is asked again in the next one."""
+    """A constraint whose answer is computed elsewhere, beside the model's forward pass. If it is late, it is
+    asked again in the next step."""
 
     @property
     def slow(self) -> bool:
@@ -52,14 +52,10 @@ class StartedConstraint(TokenConstraint, Protocol):
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
         """Return ``allowed(output)`` if it is known within ``seconds``; else None."""
 
-
-class ForcingConstraint(StartedConstraint, Protocol):
-    """A constraint that knows more than the next token, where it leaves no choice."""
-
     @property
     def forced(self) -> Sequence[int]:
-        """Tokens that must follow, one after another, after the only token that the last answer of ``poll``
-        allows; none if that allows several, or nothing is known. They are chosen without asking again."""
+        """Tokens that must follow the only token that the last answer of ``poll`` allows, as far as that is
+        known. They are chosen without asking again."""
 
 
 LATEST = "@latest"  # in place of a version: the current one
@@ -243,10 +239,7 @@ def split_keywords(
     keywords: RequestKeywords, options: RequestOptions | None = None
 ) -> tuple[str | None, RequestOptions]:
     """Return the request's id, None if it has none yet, and its options, given or made of the keywords.
-
-    Raises RequestInvalid for a value that is out of range, and TypeError for a keyword that is not known, or
-    that is given beside ``options``.
-    """
+    Raises RequestInvalid for a bad value, and TypeError for an unknown keyword, or one beside ``options``."""
     values: dict[str, Any] = {**keywords}
     request_id = values.pop("request_id", None)
     if options is None:
@@ -329,8 +322,7 @@ _DEFAULTS = SamplingParams()
 
 
 def pack_params(params: SamplingParams) -> dict[str, Any]:
-    """Return the fields that differ from their defaults, for another process, without the constraint, which
-    is sent separately."""
+    """Return the fields, but the constraint, that differ from their defaults, for another process."""
     fields = msgspec.structs.asdict(params)
     del fields["constraint"]
     return {name: value for name, value in fields.items() if value != getattr(_DEFAULTS, name)}

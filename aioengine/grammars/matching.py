@@ -192,7 +192,7 @@ class Grammar:
 
 
 class GrammarConstraint:
-    """A :class:`~aioengine.request.ForcingConstraint` that follows one request's output."""
+    """A :class:`~aioengine.request.StartedConstraint` that follows one request's output."""
 
     def __init__(self, text: str, replace: Callable[[GrammarConstraint], None]) -> None:
         self.text = text

@@ -391,13 +391,6 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         windows = [window for window in self.sliding_windows if window is not None]
         return max(windows) if windows and len(windows) == self.num_layers else None
 
-    @property
-    def kept(self) -> str:
-        """Describe the part of a sequence that the cache keeps; empty without windows."""
-        if self.longest_window is not None:
-            return f"windows of {self.longest_window} tokens"
-        return "all positions, since only some layers have windows" if self.sliding_windows else ""
-
     def num_parameters(self) -> int:
         """Return the number of parameters that the decoder allocates (tied embeddings counted once)."""
         linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from support.full_sim import FullSim
 
 from aioengine.core.state import AdapterEntry, Request
 from aioengine.schedulers import load_policy

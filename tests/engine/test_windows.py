@@ -105,9 +105,7 @@ def test_the_plan_says_what_a_request_holds(tmp_path: Path) -> None:
         plan = plan_memory(read_spec(folder, "native"), config, device="cpu")
         return next(detail for part, detail, _ in plan.rows() if part == "KV blocks")
 
-    assert "a request holds at most 4: windows of 9 tokens" in detail(tmp_path)
-    some = {"family": "gemma2", "layer_types": ["sliding_attention", "full_attention"]}
-    assert "all positions, since only some layers have windows" in detail(tmp_path, **some)
-    assert "positions" not in detail(tmp_path, family="llama")
+    assert "a request holds at most 4" in detail(tmp_path)
+    assert "a request holds at most 16" in detail(tmp_path, family="llama")
     with pytest.raises(ConfigError, match="is less than one request of max_model_len=256"):
         detail(tmp_path, family="llama", max_position_embeddings=256)
