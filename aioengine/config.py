@@ -222,7 +222,7 @@ class EngineConfig(_Config, frozen=True):
     policy: Annotated[
         Text | dict[str, Any],
         Meta(
-            extra={"is": "a name, 'package.module:Class' or a table; an instance is AsyncEngine's argument"}
+            extra={"is": "a name, 'package.module:Class' or a table (an instance: AsyncEngine(policy=...))"}
         ),
     ] = "fcfs"
     """Scheduling policy ("fcfs:max_wait=2"), parts ("edf+gdsf"), path ("package.module:Class"), or table."""
@@ -241,8 +241,13 @@ class EngineConfig(_Config, frozen=True):
             raise ConfigError(f"lora={self.lora!r}: must be a LoRAConfig, or None for no adapters")
         values = {name: getattr(self.lora, name, None) for name in LoRAConfig.__struct_fields__}
         values |= msgspec.structs.asdict(self)
-        for conflict in CONFLICTS:
-            conflict.refuse(values)
+        for settings, why, instead in CONFLICTS:
+            if all(
+                values[name] != _DEFAULTS[name] if value == CHANGED else values[name] == value
+                for name, value in settings.items()
+            ):
+                first = next(iter(settings))
+                raise ConfigError(f"{first}={values[first]!r}: {why}; set {instead}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: must be >= max_num_seqs="
@@ -288,15 +293,6 @@ class Conflict(NamedTuple):
     why: str
     instead: str
     """What to set."""
-
-    def refuse(self, values: Mapping[str, Any]) -> None:
-        """Raise ConfigError if all of the settings are among these values of fields."""
-        if all(
-            values.get(name) != _DEFAULTS[name] if value == CHANGED else values.get(name) == value
-            for name, value in self.settings.items()
-        ):
-            first = next(iter(self.settings))
-            raise ConfigError(f"{first}={values[first]!r}: {self.why}; set {self.instead}")
 
 
 CHANGED = "changed"

@@ -19,15 +19,7 @@ from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.errors import AdapterInvalid, ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
-from aioengine.info import (
-    AdapterInfo,
-    EngineInfo,
-    EngineLoad,
-    EngineState,
-    EngineStats,
-    LoadProgress,
-    SlotInfo,
-)
+from aioengine.info import AdapterInfo, EngineInfo, EngineLoad, EngineState, EngineStats, LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import (
     Classification,
@@ -49,7 +41,7 @@ from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.names import AdapterNames
-from aioengine.runtime.stats import Counters, engine_load, slot_infos
+from aioengine.runtime.stats import Counters, engine_load
 from aioengine.runtime.submit import Submitter
 from aioengine.runtime.text_work import TextWork
 from aioengine.runtime.warm_up import warm_up
@@ -483,10 +475,6 @@ class AsyncEngine:
     def load(self) -> EngineLoad:
         """Return the engine's load, for routers. It costs less than :meth:`stats`."""
         return engine_load(self._core, self._loop.step_age())
-
-    def slots(self) -> tuple[SlotInfo, ...]:
-        """Return the present contents of the slots."""
-        return slot_infos(self._core)
 
     def resident(self) -> list[AdapterInfo]:
         """Return the versions in slots, in the CPU cache, and on their way to it, mixes included."""

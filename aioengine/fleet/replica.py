@@ -208,7 +208,7 @@ class EngineReplica:
             pid=os.getpid(),
             node=platform.node(),
             actor=self._actor(),
-            slots=0 if lora is None else len(self.engine.slots()),
+            slots=0 if lora is None else len(self.engine.stats().slots),
             cpu_loras=0 if lora is None else lora.cpu_capacity,
             max_running=self._config.engine.max_num_seqs,
             kv_tokens=self.engine.load().kv_tokens,
@@ -245,7 +245,7 @@ class EngineReplica:
             for info in self.engine.resident()
             if (info.name, info.version) not in old
         }
-        return Residency(list(self.engine.slots()), list(held.values()), replaced)
+        return Residency(list(self.engine.stats().slots), list(held.values()), replaced)
 
     # Adapters
 
@@ -280,7 +280,7 @@ class EngineReplica:
             "running": load.running,
             "waiting": load.waiting,
             "kv_free": load.kv_tokens_free / max(load.kv_tokens, 1),
-            "slots": [slot.adapter for slot in self.engine.slots()],
+            "slots": [slot.adapter for slot in self.engine.stats().slots],
             "adapters": self.engine.adapters(),
         }
 
@@ -301,7 +301,7 @@ class EngineReplica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`. Serve calls this for the scaling
         policy."""
-        slots = {slot.adapter for slot in self.engine.slots()}
+        slots = {slot.adapter for slot in self.engine.stats().slots}
         return self._speed.demand(self.engine.load(), slots, self._config.engine.max_num_seqs)
 
     async def stop(self) -> None:

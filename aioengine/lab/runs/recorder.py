@@ -246,7 +246,7 @@ class _EngineRecorder:
         """Begin and slot of each move under way, by stage, adapter and version."""
         self._spans = {
             slot.index: _Span(slot.adapter, run.start, run.start)
-            for slot in engine.slots()
+            for slot in engine.stats().slots
             if slot.adapter is not None
         }
         self.on: dict[type[events.Event], Callable[[Any], None]] = {
