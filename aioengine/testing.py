@@ -152,7 +152,7 @@ class Sim:
         rows = [[Sampled(self.next_token(list(w.history)))] if w.sample else [] for w in batch.sequences]
         return StepResult.of(rows, seconds)
 
-    def read(self, entry: AdapterEntry) -> LoadedAdapter:
+    def loaded(self, entry: AdapterEntry) -> LoadedAdapter:
         """Return what a read of an adapter finds."""
         name = entry.label
         rank, nbytes = self.ranks.get(name, 8), self.sizes.get(name, 1000)
@@ -166,7 +166,7 @@ class Sim:
             self.core.adapter_load_failed(entry, self.now, error, "io")
         else:
             self.on_cpu.add(entry.uid)
-            self.core.adapter_loaded(entry, self.now, self.read(entry))
+            self.core.adapter_loaded(entry, self.now, self.loaded(entry))
         self.take_events()
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:

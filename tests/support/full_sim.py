@@ -152,8 +152,8 @@ class FullSim(Sim):
         """Return how many tokens are forced after these."""
         return sum(history) * 7 % 11
 
-    def read(self, entry: AdapterEntry) -> LoadedAdapter:
-        name, found = entry.label, super().read(entry)
+    def loaded(self, entry: AdapterEntry) -> LoadedAdapter:
+        name, found = entry.label, super().loaded(entry)
         digest = found.digest + "'" * self.contents.get(name, 0)
         return found._replace(digest=digest, scalable=name not in self.unscalable)
 
