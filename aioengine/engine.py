@@ -164,7 +164,9 @@ class AsyncEngine:
         )
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
-        self._loop = EngineLoop(self._core, built.device, timer=built.timer, virtual=built.virtual)
+        self._loop = EngineLoop(
+            self._core, built.device, timer=built.timer, virtual=built.virtual, intervals=built.metrics
+        )
         lora = self.config.lora
         names = AdapterNames(self._loop, built.resolver, None if lora is None else lora.load_timeout)
         self._adapters = AdapterOps(self._loop, names)

@@ -35,7 +35,8 @@ Decided = tuple[float, float]
 
 
 class EngineLoop:
-    """Drives a core with a device. ``virtual``: the loop's clock stands still while the loop is busy."""
+    """Drives a core with a device. ``virtual``: the loop's clock stands still while the loop is busy.
+    ``intervals``: whether events about steps have the times between tokens."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class EngineLoop:
         *,
         timer: Callable[[], float] = time.perf_counter,
         virtual: bool = False,
+        intervals: bool = True,
     ) -> None:
         self.core = core
         self.listeners = Listeners()
@@ -55,6 +57,7 @@ class EngineLoop:
         """Why the device was restarted last, or is being restarted."""
         self._device = device
         self._timer = timer
+        self._intervals = intervals
         self._moves = AdapterMoves(core, device, changed=self._moved)
         self._waits: dict[str | None, dict[asyncio.Future[None], Condition]] = {}
         """What callers wait for, by the adapter that it is about; None: an end of requests. So the cost of an
@@ -259,7 +262,7 @@ class EngineLoop:
         """Report a result to the core."""
         now = asyncio.get_running_loop().time()
         wanted = bool(self.listeners.of(events.StepFinished))
-        intervals = self.core.step_finished(batch, result, now, intervals=wanted)
+        intervals = self.core.step_finished(batch, result, now, intervals=wanted and self._intervals)
         if wanted:
             event = events.StepFinished(
                 time=result.ends[-1] if result.ends else now,
