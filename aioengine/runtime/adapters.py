@@ -28,7 +28,6 @@ class LoadFlags(TypedDict, total=False):
 
     pin: bool
     replace: bool
-    force_pin: bool
 
 
 class AdapterOps:

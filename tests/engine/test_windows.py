@@ -106,6 +106,6 @@ def test_the_plan_says_what_a_request_holds(tmp_path: Path) -> None:
         return next(detail for part, detail, _ in plan.rows() if part == "KV blocks")
 
     assert "a request holds at most 4" in detail(tmp_path)
-    assert "a request holds at most 16" in detail(tmp_path, family="llama")
+    assert "a request holds at most 8" in detail(tmp_path, family="llama")
     with pytest.raises(ConfigError, match="is less than one request of max_model_len=256"):
         detail(tmp_path, family="llama", max_position_embeddings=256)
