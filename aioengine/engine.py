@@ -193,11 +193,7 @@ class AsyncEngine:
 
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> assemble.Built:
         """Build the engine's parts; the policy lab overrides it."""
-        loop = asyncio.get_running_loop()
-        if self.config.executor != "thread":
-            built = await assemble.build_with_workers(self.config, self._resolver, progress, work)
-        else:
-            built = await loop.run_in_executor(work, assemble.build, self.config, self._resolver, progress)
+        built = await assemble.build(self.config, self._resolver, progress, work)
         try:
             first_steps = await warm_up(built.device, built.plan, self.config)
         except BaseException:

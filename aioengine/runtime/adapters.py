@@ -31,8 +31,7 @@ class LoadFlags(TypedDict, total=False):
 
 
 class AdapterOps:
-    """Operations on adapters. All methods run on the event loop; those that wait can be cancelled at any
-    point. ``names`` finds the versions that names stand for."""
+    """Operations on adapters, on the event loop; those that wait can be cancelled at any point."""
 
     def __init__(self, loop: EngineLoop, names: AdapterNames) -> None:
         self._loop = loop
@@ -118,7 +117,7 @@ class AdapterOps:
         return known.declare(where, source=source)
 
     async def _read(self, entry: AdapterEntry, known: AdapterName, *, pin: bool) -> None:
-        """Have a version read; it is published then, unless it is held. If that fails, a new one goes."""
+        """Have a version read, and published unless it is held. If that fails, a new one goes."""
         try:
             await self._names.read(entry, now=True, pin=pin, check=known.check_not_unloaded)
         except BaseException:
@@ -129,8 +128,7 @@ class AdapterOps:
             raise
 
     async def labels(self, name: str) -> int:
-        """Return how many labels the head of a version has; without "@version", of the current one. Reads it
-        if it was never read."""
+        """Return how many labels the head of a version has. Reads it if it was never read."""
         self._names.check_known(name)
         await self._names.read(await self._names.acquire(name), now=False)
         entry = await self._names.acquire(name)  # it may have been replaced meanwhile
@@ -153,8 +151,8 @@ class AdapterOps:
     async def prepare(
         self, name: str, path: str | os.PathLike[str] | None = None, *, read: bool = True
     ) -> AdapterInfo:
-        """Make the next version of an adapter ready, as ``load_adapter(..., replace=True)`` does, but do not
-        let requests use it yet. With ``read=False`` it is read when a request first needs it."""
+        """Make the next version of an adapter ready for :meth:`commit`. With ``read=False`` it is read when a
+        request first needs it."""
         source = None if path is None else checked_path(name, path)
         async with self._alone(name) as known:
             with known.load():
@@ -185,9 +183,8 @@ class AdapterOps:
             self._loop.wake()
 
     def expect(self, name: str, digest: str) -> None:
-        """Accept only this content (``AdapterInfo.digest``) under a name that is known, until the adapter is
-        replaced or unloaded: if its files are read later and differ, its requests fail with AdapterChanged.
-        Raises AdapterNotFound."""
+        """Accept only this content (``AdapterInfo.digest``) under a known name, until it is replaced or
+        unloaded: if its files differ later, its requests fail with AdapterChanged. Raises AdapterNotFound."""
         self._names.check_known(name)
         self._table.of(name).expect(digest)
 
@@ -221,9 +218,7 @@ class AdapterOps:
 
     def _abort_all(self, entry: AdapterEntry) -> None:
         for request in list(self._core.requests.values()):
-            if request.adapter is not None and (
-                request.adapter is entry or entry in parts_of(request.adapter)
-            ):
+            if request.adapter is not None and entry in parts_of(request.adapter):
                 self._core.end(request, "abort", _now())
 
     # Pinning
@@ -271,8 +266,7 @@ class AdapterOps:
         return sum(known.is_known for known in self._table.in_use.values())
 
     def busy(self) -> list[AdapterInfo]:
-        """Return the registered adapters that hold memory, will soon hold it, or have requests that wait. The
-        cost does not grow with the number of registered adapters."""
+        """Return the registered adapters that hold memory, will soon, or have requests that wait."""
         waited_for = [entry for entry in self._core.queues.heads.values() if entry is not None]
         entries = dict.fromkeys([*self._core.cpu.entries.values(), *waited_for])
         return [adapter_info(e) for e in entries if e.life is Life.CURRENT and not is_mix(e)]

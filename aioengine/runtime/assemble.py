@@ -71,44 +71,36 @@ class Built(NamedTuple):
     """Whether the loop's clock stands still while the loop is busy."""
 
 
-def build(
-    config: EngineConfig, resolver: AdapterResolver | None, progress: LoadProgress | None = None
-) -> Built:
-    """Do everything that takes time when an engine starts. Raises ConfigError as :func:`plan_parts` does, and
-    if ``adapter_root`` is no folder."""
-    chosen = _choose_resolver(config, resolver)
-    path, spec, plan = planned = plan_parts(config, progress=progress)
-    with typed_failures():
-        runner, store = build_parts(config, planned, progress=progress)
-    tokenizer = load_tokenizer(path, config.chat_template)
-    loader = AdapterLoader(store, Patience.of(config.lora, config.seed))
-    return Built(spec, plan, tokenizer, ThreadDevice(runner, loader), chosen, path)
-
-
-async def build_with_workers(
+async def build(
     config: EngineConfig,
     resolver: AdapterResolver | None,
     progress: LoadProgress | None,
     work: ThreadPoolExecutor,
 ) -> Built:
-    """Build the parts as :func:`build` does, but with the model in separate processes; blocking work is done
-    in ``work``. Also raises EngineDead if one of the processes ends."""
+    """Do everything that takes time when an engine starts; blocking work is done in ``work``. Raises
+    ConfigError as :func:`plan_parts` does, and if ``adapter_root`` is no folder; EngineDead if a process of
+    the model ends."""
     run = partial(asyncio.get_running_loop().run_in_executor, work)
     chosen = await run(_choose_resolver, config, resolver)
     path = await run(resolve_model, config.model, progress)
+    tokenizer = await run(load_tokenizer, path, config.chat_template)
+    if config.executor == "thread":
+        return (await run(_build_here, config, progress))._replace(tokenizer=tokenizer, resolver=chosen)
     spec = await run(read_spec, path, config.model_impl)
     # Only the engine needs the policy, which a message might not be able to hold.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
     kind = RayWorkers if config.executor == "ray" else Workers
     device = ProcessDevice(theirs, kind, vocab=spec.vocab_size)
-    reading = run(load_tokenizer, path, config.chat_template)
-    plan = await device.start()
-    try:
-        tokenizer = await reading
-    except BaseException:
-        await device.close()
-        raise
-    return Built(spec, plan, tokenizer, device, chosen, path)
+    return Built(spec, await device.start(), tokenizer, device, chosen, path)
+
+
+def _build_here(config: EngineConfig, progress: LoadProgress | None) -> Built:
+    """Build what runs the model in this process."""
+    path, spec, plan = planned = plan_parts(config, progress=progress)
+    with typed_failures():
+        runner, store = build_parts(config, planned, progress=progress)
+    loader = AdapterLoader(store, Patience.of(config.lora, config.seed))
+    return Built(spec, plan, None, ThreadDevice(runner, loader), None, path)
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:

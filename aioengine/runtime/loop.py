@@ -60,12 +60,13 @@ class EngineLoop:
         self._intervals = intervals
         self._moves = AdapterMoves(core, device, changed=self._moved)
         self._waits: dict[str | None, dict[asyncio.Future[None], Condition]] = {}
-        """What callers wait for, by the adapter that it is about; None: an end of requests. So the cost of an
-        event grows with the callers that wait for its adapter, not with all callers."""
+        """What callers wait for, by the adapter that it is about; None: an end of requests."""
         self._lag = None if virtual else LoopLagMeter(self._report_lag, timer)
         self._wake = asyncio.Event()
         self._died = asyncio.Event()
         self._step_began: float | None = None
+        self._schedule_seconds = 0.0
+        """Time that core and policy took to form the step that runs."""
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -114,12 +115,9 @@ class EngineLoop:
         return self.dead
 
     async def until(self, happened: Callable[[], bool], adapter: str | None = None) -> None:
-        """Wait until ``happened()`` is true.
-
-        ``happened`` is called at once, and again after each event of this adapter or, without an adapter,
-        after the end of each request. Raises what ``happened`` raises, and EngineStopped or EngineDead if the
-        engine ends first.
-        """
+        """Wait until ``happened()`` is true, which is called at once, and after each event of this adapter
+        or, without an adapter, after the end of each request. Raises what it raises, and EngineStopped or
+        EngineDead if the engine ends first."""
         if happened():
             return
         self.check_goes_on()
@@ -199,7 +197,7 @@ class EngineLoop:
         due. Raises EngineDead when the device is lost."""
         if self._lost is not None:
             raise self._lost
-        batch, decided = self._decide()
+        batch = self._decide()
         if batch is None:
             now, due = asyncio.get_running_loop().time(), self.core.next_due()
             if self.core.queues:
@@ -208,49 +206,43 @@ class EngineLoop:
             await self._woken(due)
             return
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._begin(batch, decided, over)
+        self._begin(batch, over)
         try:
             await over
         finally:
             self._step_began = None
 
-    def _decide(self) -> tuple[StepBatch | None, Decided]:
+    def _decide(self) -> StepBatch | None:
         """Ask the core for the next step, and begin the moves that it wants."""
         start = self._timer()
         batch, moves = self.core.schedule(asyncio.get_running_loop().time())
-        decided = self._timer() - start, self.core.guard.seconds
+        self._schedule_seconds = self._timer() - start
         for move in moves:
             self._moves.start(move)
         self.publish()
-        return batch, decided
+        return batch
 
-    def _begin(self, batch: StepBatch, decided: Decided, over: asyncio.Future[None]) -> None:
+    def _begin(self, batch: StepBatch, over: asyncio.Future[None]) -> None:
         """Run ``batch`` and the steps after it, each begun where the result of the one before comes in, so
         that a step takes one turn of the event loop. ``over`` is done when none follows, or one has
         failed."""
         self._step_began = asyncio.get_running_loop().time()
-        self._device.begin(batch, partial(self._ended, batch, decided, over))
+        self._device.begin(batch, partial(self._ended, batch, over))
 
-    def _ended(
-        self,
-        batch: StepBatch,
-        decided: Decided,
-        over: asyncio.Future[None],
-        result: StepResult | Exception,
-    ) -> None:
+    def _ended(self, batch: StepBatch, over: asyncio.Future[None], result: StepResult | Exception) -> None:
         if over.done():  # the loop was cancelled
             return
         self._step_began = None
         try:
             if isinstance(result, Exception):
                 raise result
-            self._take(batch, result, decided)
+            self._take(batch, result)
             # Also if nothing runs now: what the last request kept is given up before its reader goes on.
             if not self._stopping and self._lost is None:
                 self._wake.clear()
-                following, decided = self._decide()
+                following = self._decide()
                 if following is not None:
-                    self._begin(following, decided, over)
+                    self._begin(following, over)
                     return
             over.set_result(None)
         except BaseException as error:  # else the loop would wait for ever
@@ -258,7 +250,7 @@ class EngineLoop:
                 error if isinstance(error, Exception) else EngineDead(f"the step raised {error!r}")
             )
 
-    def _take(self, batch: StepBatch, result: StepResult, decided: Decided) -> None:
+    def _take(self, batch: StepBatch, result: StepResult) -> None:
         """Report a result to the core."""
         now = asyncio.get_running_loop().time()
         wanted = bool(self.listeners.of(events.StepFinished))
@@ -269,8 +261,8 @@ class EngineLoop:
                 step=batch.step,
                 steps=len(result.seconds),
                 seconds=sum(result.seconds),
-                schedule_seconds=decided[0],
-                policy_seconds=decided[1],
+                schedule_seconds=self._schedule_seconds,
+                policy_seconds=self.core.guard.seconds,
                 intervals=tuple(chain.from_iterable(intervals)),
                 **self.core.contents._asdict(),
             )
@@ -386,8 +378,7 @@ class EngineLoop:
 
 
 class LoopLagMeter:
-    """Reports, four times a second, how late in seconds the event loop ran a timer. It is a timer and not a
-    task, so there is nothing to cancel and await when the engine stops."""
+    """Reports, four times a second, how late in seconds the event loop ran a timer."""
 
     def __init__(self, report: Callable[[float], None], timer: Callable[[], float]) -> None:
         self._report = report

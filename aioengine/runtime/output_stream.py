@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from aioengine.core.state import Request
-from aioengine.errors import RequestInvalid
 from aioengine.events import EndReason
 from aioengine.request import FinishReason, SamplingParams, TokenLogprob
 from aioengine.runtime.output import Answer, RequestOutput
@@ -51,11 +50,10 @@ class OutputStream:
         self._ended = asyncio.Event()
 
     def add_given(self, tokens: Sequence[int], ends: Collection[int]) -> None:
-        """Add the output that the request comes with. Raises RequestInvalid if more tokens follow a stop
-        string."""
-        for index, token in enumerate(tokens):
-            if self._add(token, is_stop=token in ends) and index < len(tokens) - 1:
-                raise RequestInvalid(f"output: token {index} completes a stop string, but more tokens follow")
+        """Add the output that the request comes with, up to a stop string."""
+        for token in tokens:
+            if self._add(token, is_stop=token in ends):
+                break
         self._decode()
 
     def attach(self, request: Request, *, replayed: int) -> None:

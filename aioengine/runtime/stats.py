@@ -14,12 +14,7 @@ from aioengine.schedulers.policy import Location
 class Counters:
     """An event listener that counts; ``snapshot`` adds the core's state to the counts."""
 
-    COUNTED = (
-        events.RequestAdded,
-        events.RequestAdmitted,
-        events.RequestEnded,
-        events.AdapterEvent,
-    )
+    COUNTED = (events.RequestAdded, events.RequestAdmitted, events.RequestEnded, events.AdapterEvent)
 
     def __init__(self) -> None:
         self._counts = Counter[str]()

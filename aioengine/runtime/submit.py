@@ -99,7 +99,7 @@ class Submitter:
                         self._core.weigh(reservation, len(tokens), loop.time())
                 if adapter is not None and entry is None:
                     entry, scale = await self._adapters.acquire_wanted(adapter, reservation.tenant)
-                self._check_output(output, len(tokens), params, frozenset(ends))
+                self._check_output(output, len(tokens), params)
                 if given:
                     await self._text_work.run(len(given), lambda: stream.add_given(given, ends))
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
@@ -168,10 +168,7 @@ class Submitter:
         if params.stop and self._tokenizer is None:
             raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and the model has none")
 
-    def _check_output(
-        self, output: Sequence[int], prompt_len: int, params: SamplingParams, ends: Collection[int]
-    ) -> None:
-        """Check that an engine could have made this output. ``ends`` are the tokens that end an output."""
+    def _check_output(self, output: Sequence[int], prompt_len: int, params: SamplingParams) -> None:
         made, limit = len(output), self._limit
         if made > params.max_tokens:
             raise RequestInvalid(f"output: has {made} tokens, more than max_tokens={params.max_tokens}")
@@ -180,11 +177,6 @@ class Submitter:
                 f"output: its {made} tokens and the prompt's {prompt_len} are more than max_model_len={limit}"
             )
         self._check_vocabulary("output:", output)
-        early = next((index for index, token in enumerate(output[:-1]) if token in ends), None)
-        if early is not None:
-            raise RequestInvalid(
-                f"output: token {output[early]} at {early} ends the output, but more tokens follow"
-            )
 
     def _check_vocabulary(self, what: str, tokens: Collection[int]) -> None:
         for token in tokens:

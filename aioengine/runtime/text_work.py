@@ -74,15 +74,13 @@ class _Flow:
 
 
 class TextWork:
-    """Runs functions whose time grows with a text's length.
+    """Runs functions whose time grows with a text's length: short ones at once, on the loop, longer ones in
+    ``threads`` threads that nothing else uses. Texts over ``LONG`` have all threads but one.
 
-    Short ones run at once, on the loop. Longer ones run in ``threads`` threads that nothing else uses.
-    Owners have equal shares of these: an owner's text waits at most for those that already run and for one of
-    each other owner, even if others send many or long texts. Texts over ``LONG`` have all threads but one.
-
-    The shares are those of start-time fair queueing (Goyal, Vin and Cheng, 1996): an owner's next text
+    Owners have equal shares by start-time fair queueing (Goyal, Vin and Cheng, 1996): an owner's next text
     starts, in virtual time, where its last one ended, or now if that is later; the one that starts first is
-    next. Virtual time is the start of the text that was begun last.
+    next. Virtual time is the start of the text that was begun last. So a text waits at most for those that
+    run and for one of each other owner.
     """
 
     def __init__(self, threads: int = 2) -> None:

@@ -51,7 +51,7 @@ def build(*_):
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait()
 
-assemble.build = build
+assemble._build_here = build
 from aioengine.__main__ import run
 run()
 """

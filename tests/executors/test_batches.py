@@ -152,10 +152,10 @@ def test_what_has_ended_is_forgotten_on_both_sides() -> None:
     both.encoder.forget("r")
     both.encoder.forget("never seen")
     both.send(StepBatch(2, [work("s", [3, 4, 5], [1])], [0]))
-    assert len(both.decoder) == 1
+    assert len(both.decoder._known) == 1
     both.encoder.forget("s")
     both.send(StepBatch(3, [work("s", [9, 9], [2], seed=5)], [0]))  # another one of that name
-    assert len(both.decoder) == 1
+    assert len(both.decoder._known) == 1
 
 
 def test_a_constraint_stays_here_and_its_mask_goes() -> None:

@@ -39,8 +39,6 @@ class Start(_Message, frozen=True):
     config: EngineConfig
     rank: int
     size: int
-    threads: int
-    """Compute threads for this rank; 0: its share of torch's default."""
     rendezvous: str
     """A file or "tcp://host:port", where the ranks find each other; "" for one rank."""
 
@@ -275,10 +273,6 @@ class StepDecoder:
         self._known: dict[str, tuple[SamplingParams, list[int], list[int]]] = {}
         """The parameters, the history and the block table of each request."""
         self.masks = SentMasks()
-
-    def __len__(self) -> int:
-        """Return the number of requests that are known."""
-        return len(self._known)
 
     def decode(self, step: Step) -> StepBatch:
         for request_id in step.ended:

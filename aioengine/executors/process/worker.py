@@ -116,7 +116,7 @@ class Worker:
 
         from aioengine.model.parallel.threads import rank_threads
 
-        torch.set_num_threads(start.threads or rank_threads(start.size))
+        torch.set_num_threads(rank_threads(start.size))
         self._config = start.config
         lora = start.config.lora
         self._shard = Shard(start.rank, start.size, lora is not None and lora.fully_sharded_loras)

@@ -131,7 +131,7 @@ class Workers:
         plans: asyncio.Future[list[MemoryPlan]] = asyncio.get_running_loop().create_future()
         number = self._open(_Call(MemoryPlan, partial(_settle, plans)))
         for worker in self._workers:
-            start = wire.Start(self._config, worker.rank, self.size, rank_threads(self.size), rendezvous)
+            start = wire.Start(self._config, worker.rank, self.size, rendezvous)
             worker.write(wire.frame(wire.Request(number, start)))
         return plans
 
@@ -256,15 +256,6 @@ def _settle(answers: asyncio.Future[list[A]], result: list[A] | Exception) -> No
         answers.exception()  # as above
     else:
         answers.set_result(result)
-
-
-def rank_threads(size: int) -> int:
-    """Return a worker's share of the compute threads of this process; 0 if torch is not loaded here."""
-    if "torch" not in sys.modules:
-        return 0
-    from aioengine.model.parallel.threads import rank_threads as share
-
-    return share(size)
 
 
 def _dead(reason: str, cause: Exception | None = None) -> EngineDead:

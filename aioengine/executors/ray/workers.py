@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from aioengine.errors import ConfigError, EngineDead
 from aioengine.executors.process.spawn import WorkerConnection
-from aioengine.executors.process.workers import Workers, rank_threads
+from aioengine.executors.process.workers import Workers
 from aioengine.executors.ray.address import address, check_address, check_installed, first_line
 from aioengine.memory_plan import resolve_device
 
@@ -123,7 +123,9 @@ class RayWorkers(Workers):
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        threads = max(1, rank_threads(self.size))
+        from aioengine.model.parallel.threads import rank_threads  # imports torch
+
+        threads = rank_threads(self.size)
         cuda = resolve_device(self._config.device) == "cuda"
         bundle = {"CPU": float(threads), **({"GPU": 1.0} if cuda else {})}
         self._group = placement_group([bundle] * self.size, strategy="PACK")

@@ -161,11 +161,11 @@ def check_documents(query: object, documents: object) -> None:
         raise RequestInvalid(
             f"documents: has {len(documents)}, more than {MAX_DOCUMENTS}: send them in parts"
         )
-    for name, text in (("query", query), *((f"documents[{i}]", text) for i, text in enumerate(documents))):
-        if isinstance(text, str):
-            requests.check_text(name, text)
-        elif not isinstance(text, list):
-            raise RequestInvalid(f"{name}: expected a text or a list of token ids, not {type(text).__name__}")
+    for text in (query, *documents):
+        if not isinstance(text, (str, list)):
+            raise RequestInvalid(
+                f"query, documents: expected texts or lists of token ids, not {type(text).__name__}"
+            )
 
 
 def pair_tokens(

@@ -38,12 +38,9 @@ class _Lookup:
 
 
 class Lookups:
-    """Shared look-ups.
-
-    A look-up that no caller waits for any more is cancelled; results are not cached. No look-up may take
-    longer than ``timeout`` seconds once it has begun. Tenants take turns in starting look-ups; a name that
-    several tenants wait for starts at the first turn of any of them.
-    """
+    """Shared look-ups, each of which may take ``timeout`` seconds once it has begun. One that no caller waits
+    for any more is cancelled; results are not cached. Tenants take turns in starting look-ups; a name that
+    several wait for starts at the first turn of any of them."""
 
     def __init__(
         self, loop: EngineLoop, resolver: AdapterResolver | None, timeout: float | None = None

@@ -60,10 +60,8 @@ def parts_of(entry: AdapterEntry) -> list[AdapterEntry]:
 
 
 class Mixes:
-    """Makes mixes, keeps them, and counts each for the tenant that asked for it last.
-
-    Only a tenant's own mixes count against its bound. There is no bound on the mixes of all tenants that are
-    in use, because each has a request, and requests have bounds.
+    """Makes mixes, keeps them, and counts each for the tenant that asked for it last. (Those of all tenants
+    that are in use have no bound, because each has a request, and requests have bounds.)
 
     ``acquire`` finds the version that a name stands for. ``read_once`` waits until a version has been read,
     if it never was: only then it is known what it is made of.
