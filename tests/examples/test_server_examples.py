@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,8 +10,6 @@ import httpx
 import pytest
 from support.tiny_chat import build_chat_model
 from support.tiny_models import build_adapter
-
-from aioengine.server.run import ListenSettings, listening
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -42,16 +38,3 @@ async def test_the_application_and_its_client(tmp_path: Path, monkeypatch: pytes
             assert set(answer.json()) == {"sql"}
             models = (await client.get("/llm/v1/models")).json()["data"]
             assert [card["id"] for card in models] == ["base", "sql", "json", "pirate", "sentiment"]
-
-        mounted = next(route.app for route in example.app.routes if route.path == "/llm")
-        async with listening(mounted, ListenSettings(port=0)) as url:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                str(EXAMPLES / "chat_client.py"),
-                *("--url", f"{url}/v1", "--model", "pirate", "--system", "Be brief."),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-            )
-            out, _ = await asyncio.wait_for(process.communicate(b"Hello\n\n"), 60)
-            assert process.returncode == 0
-            assert b"Models: base, sql" in out
