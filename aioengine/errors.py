@@ -113,24 +113,12 @@ class EngineDead(AioEngineError):
 
 
 class DeviceError(EngineDead):
-    """A GPU has failed, and what ran on it is lost; what torch raised is chained. Where the model has
-    processes of its own (``executor``), ``restart="on-failure"`` starts them again."""
+    """A GPU, or the exchange between ranks, has failed, and what ran is lost; what torch raised is chained.
+    Where the model has processes of its own, ``restart="on-failure"`` starts them again."""
 
 
 class DeviceOutOfMemory(DeviceError):
     """A step, or the start, needed more memory than the device has left."""
-
-
-class DeviceFault(DeviceError):
-    """A kernel failed; the process in which it happened cannot use the device any more."""
-
-
-class DeviceLost(DeviceError):
-    """The driver does not find the device any more, or does not let this process use it."""
-
-
-class ExchangeFailed(DeviceError):
-    """The ranks could not exchange data: a time-out or an error of NCCL, or of another backend."""
 
 
 class PolicyError(AioEngineError):

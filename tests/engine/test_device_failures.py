@@ -15,18 +15,13 @@ from support.process_harness import NothingLeft
 from support.selection import mostly_slow
 from support.server_fixtures import served_by
 
-from aioengine.errors import (
-    AdapterLoadError,
-    DeviceFault,
-    DeviceLost,
-    DeviceOutOfMemory,
-)
+from aioengine.errors import AdapterLoadError, DeviceError, DeviceOutOfMemory
 from aioengine.events import EngineRestarted
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import StepBatch, StepResult
 
-KINDS = {"memory": DeviceOutOfMemory, "illegal": DeviceFault, "lost": DeviceLost}
+KINDS = {"memory": DeviceOutOfMemory, "illegal": DeviceError, "lost": DeviceError}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
@@ -101,7 +96,7 @@ async def test_a_copy_into_a_slot_that_fails_so_is_no_fault_of_the_adapter(
     monkeypatch.setattr(LoRASlots, "write", failing)
     async with make_engine(tiny) as engine:
         error = await error_of(engine.load_adapter("a", tiny.adapters["rank-3"], pin=True))
-        assert type(error) is DeviceFault and engine.state == "dead"
+        assert type(error) is DeviceError and engine.state == "dead"
 
 
 async def test_too_little_memory_for_an_adapter_harms_nobody_else(

@@ -7,28 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioengine.errors import (
-    AdapterLoadError,
-    DeviceError,
-    DeviceFault,
-    DeviceLost,
-    DeviceOutOfMemory,
-    EngineDead,
-    ExchangeFailed,
-)
+from aioengine.errors import AdapterLoadError, DeviceError, DeviceOutOfMemory, EngineDead
 from aioengine.executors.process import wire
 from aioengine.model.cuda.failures import copy_error, device_error, typed_failures
 
 TYPED = [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), DeviceOutOfMemory),
     (torch.OutOfMemoryError(""), DeviceOutOfMemory),
-    (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), DeviceFault),
-    (torch.AcceleratorError("something that is new"), DeviceFault),
-    (
-        torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled"),
-        ExchangeFailed,
-    ),
-    (torch.distributed.DistBackendError("something that is new"), ExchangeFailed),
+    (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), DeviceError),
+    (torch.AcceleratorError("something that is new"), DeviceError),
+    (torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, unhandled"), DeviceError),
+    (torch.distributed.DistBackendError("something that is new"), DeviceError),
 ]
 MESSAGES = {
     DeviceOutOfMemory: [
@@ -38,7 +27,7 @@ MESSAGES = {
         "Triton Error [CUDA]: out of memory",
         "NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'",
     ],
-    DeviceFault: [
+    DeviceError: [
         "CUDA error: an illegal memory access was encountered",
         "CUDA error: device-side assert triggered",
         "CUDA error: misaligned address",
@@ -46,16 +35,12 @@ MESSAGES = {
         "CUDA error: uncorrectable ECC error encountered",
         "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
         "Triton Error [CUDA]: an illegal memory access was encountered",
-    ],
-    DeviceLost: [
         "CUDA error: no CUDA-capable device is detected",
         "No CUDA-capable device is detected",
         "CUDA error: all CUDA-capable devices are busy or unavailable",
         "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
         "CUDA error: invalid device ordinal",
         "Found no NVIDIA driver on your system.",
-    ],
-    ExchangeFailed: [
         "NCCL error in: ProcessGroupNCCL.cpp:1333, unhandled system error",
         "NCCL communicator was aborted on rank 1.",
         "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=12, OpType=ALLREDUCE)",
@@ -91,7 +76,7 @@ def test_others_stay_what_they_are(error: Exception) -> None:
 
 
 def test_codes_come_before_messages() -> None:
-    codes = {2: DeviceOutOfMemory, 100: DeviceLost, 46: DeviceLost, 700: DeviceFault, 719: DeviceFault}
+    codes = {2: DeviceOutOfMemory, 100: DeviceError, 700: DeviceError}
     for code, kind in codes.items():
         error = torch.AcceleratorError("CUDA error: a text in another language")
         error.error_code = code
@@ -119,9 +104,9 @@ def test_an_error_of_the_package_says_already_what_it_is() -> None:
     adapter = AdapterLoadError("no memory", name="a")
     adapter.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
     assert device_error(adapter) is None
-    lost = DeviceLost("gone")
+    lost = DeviceError("gone")
     assert device_error(lost) is lost
-    with pytest.raises(DeviceLost) as caught, typed_failures():
+    with pytest.raises(DeviceError) as caught, typed_failures():
         raise lost
     assert caught.value is lost and lost.__cause__ is None
 
@@ -136,4 +121,4 @@ def test_what_was_raised_in_place_of_a_failure_that_is_over_is_no_failure() -> N
 def test_too_little_memory_for_an_adapter_is_the_adapters_failure() -> None:
     assert copy_error(torch.OutOfMemoryError("CUDA out of memory")) is None
     fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    assert type(copy_error(fault)) is DeviceFault
+    assert type(copy_error(fault)) is DeviceError

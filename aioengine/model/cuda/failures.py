@@ -15,54 +15,28 @@ from aioengine import errors
 _ADVICE: dict[type[errors.DeviceError], str] = {
     errors.DeviceOutOfMemory: "lower kv_cache_memory, max_num_batched_tokens or max_num_seqs, or end other "
     "programs that use the device",
-    errors.ExchangeFailed: "a rank or a link between the ranks did not respond; look at the logs of all "
-    "ranks",
-    errors.DeviceFault: "only a new process can use the device again: executor='process' with "
-    "restart='on-failure' starts one; if it comes again, look at nvidia-smi and at the "
-    "kernel's log for Xid errors",
-    errors.DeviceLost: "look at nvidia-smi and at the kernel's log for Xid errors; perhaps restart the "
-    "machine",
+    errors.DeviceError: "look at nvidia-smi, for Xid errors in the kernel's log, and at all logs. "
+    "Only a new process can use the device again: executor='process' with restart='on-failure' starts one",
 }
-_MESSAGES: tuple[tuple[type[errors.DeviceError], re.Pattern[str]], ...] = (
-    (
-        errors.DeviceOutOfMemory,
-        re.compile(
-            r"CUDA out of memory|(CUDA|NCCL|Triton).{0,80}out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-            r"|cudaErrorMemoryAllocation",
-            re.IGNORECASE | re.DOTALL,
-        ),
+_MESSAGES: dict[type[errors.DeviceError], re.Pattern[str]] = {
+    errors.DeviceOutOfMemory: re.compile(
+        r"CUDA out of memory|(CUDA|NCCL|Triton).{0,80}out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+        r"|cudaErrorMemoryAllocation",
+        re.IGNORECASE | re.DOTALL,
     ),
-    (
-        errors.DeviceLost,
-        re.compile(
-            r"no CUDA-capable device|CUDA-capable device(s|\(s\))? (is/)?are busy or unavailable"
-            r"|fallen off the bus|CUDA.{0,80}invalid device ordinal|Found no NVIDIA driver",
-            re.IGNORECASE | re.DOTALL,
-        ),
+    errors.DeviceError: re.compile(
+        r"no CUDA-capable device|CUDA-capable device(s|\(s\))? (is/)?are busy or unavailable"
+        r"|fallen off the bus|CUDA.{0,80}invalid device ordinal|Found no NVIDIA driver"
+        r"|NCCL (error|operation|communicator)|nccl(System|Internal|Remote|UnhandledCuda)Error"
+        r"|Watchdog caught collective operation timeout|ProcessGroupNCCL.{0,200}(timed? ?out|abort)"
+        r"|CUDA (driver )?error:|Triton Error \[CUDA\]|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR"
+        r"|NOT_INITIALIZED)|an illegal memory access was encountered|device-side assert triggered",
+        re.IGNORECASE | re.DOTALL,
     ),
-    (
-        errors.ExchangeFailed,
-        re.compile(
-            r"NCCL (error|operation|communicator)|nccl(System|Internal|Remote|UnhandledCuda)Error"
-            r"|Watchdog caught collective operation timeout|ProcessGroupNCCL.{0,200}(timed? ?out|abort)",
-            re.IGNORECASE | re.DOTALL,
-        ),
-    ),
-    (
-        errors.DeviceFault,
-        re.compile(
-            r"CUDA (driver )?error:|Triton Error \[CUDA\]|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR"
-            r"|NOT_INITIALIZED)|an illegal memory access was encountered|device-side assert triggered",
-            re.IGNORECASE,
-        ),
-    ),
-)
-"""In the order in which they are tried: NCCL's messages may quote CUDA's."""
-_CODES: dict[int, type[errors.DeviceError]] = {
-    2: errors.DeviceOutOfMemory,
-    **dict.fromkeys((46, 100, 101, 802, 803), errors.DeviceLost),
 }
-"""Codes of cudaError_t (CUDA Runtime API, "Data types used by CUDA Runtime"); all others are faults."""
+"""In the order in which they are tried."""
+OUT_OF_MEMORY = 2
+"""Code of cudaError_t (CUDA Runtime API, "Data types used by CUDA Runtime")."""
 
 
 @contextlib.contextmanager
@@ -110,18 +84,17 @@ def _by_type(error: BaseException) -> type[errors.DeviceError] | None:
         return errors.DeviceOutOfMemory
     accelerator = getattr(torch, "AcceleratorError", None)  # torch 2.8 and later
     if accelerator is not None and isinstance(error, accelerator):
-        code = getattr(error, "error_code", None)
-        known = _CODES.get(code) if isinstance(code, int) else None
-        return known or _by_message(str(error)) or errors.DeviceFault
+        out = getattr(error, "error_code", None) == OUT_OF_MEMORY
+        return errors.DeviceOutOfMemory if out else _by_message(str(error)) or errors.DeviceError
     distributed = sys.modules.get("torch.distributed")
     lost = getattr(distributed, "DistBackendError", None)
     if lost is not None and isinstance(error, lost):
-        return _by_message(str(error)) or errors.ExchangeFailed
+        return _by_message(str(error)) or errors.DeviceError
     return None
 
 
 def _by_message(text: str) -> type[errors.DeviceError] | None:
-    return next((kind for kind, pattern in _MESSAGES if pattern.search(text)), None)
+    return next((kind for kind, pattern in _MESSAGES.items() if pattern.search(text)), None)
 
 
 def _made(kind: type[errors.DeviceError], text: str) -> errors.DeviceError:
