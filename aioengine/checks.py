@@ -53,11 +53,14 @@ def _refusal(field: str, value: Any, kind: Any, wrong: msgspec.ValidationError) 
         return str(wrong.__cause__)
     said, _, path = str(wrong).partition(" - at `$")
     for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
-        value = value[name] if name else value[int(index)]
-        field = (f"{field}.{name}" if field else name) if name else f"{field}[{index}]"
-        parts = [part for part in (kind, *get_args(kind)) if isinstance(part, type)]
-        structs = [part for part in parts if issubclass(part, msgspec.Struct)] if name else []
-        kind = _fields_of(structs[0]).kinds[name] if structs else None
+        if index:
+            field, value, kind = f"{field}[{index}]", value[int(index)], None
+            continue
+        field = f"{field}.{name}" if field else name
+        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+        parts = (part for part in (kind, *get_args(kind)) if isinstance(part, type))
+        structs = [part for part in parts if issubclass(part, msgspec.Struct)]
+        kind = _fields_of(structs[0]).kinds.get(name) if structs else None
     for part in (kind, *get_args(kind)):
         for meta in getattr(part, "__metadata__", ()):
             if "is" in (getattr(meta, "extra", None) or {}):
@@ -65,8 +68,10 @@ def _refusal(field: str, value: Any, kind: Any, wrong: msgspec.ValidationError) 
         if get_origin(part) is Literal and (choices := get_args(part))[1:]:
             listed = ", ".join(map(str, choices))
             return f"{field}={value!r}: allowed are {listed}; choose one of them{nearest(value, choices)}"
+    if not field:
+        return str(wrong)
     if (expected := re.match(r"Expected `([^`]*)`(?: ([^,]*)|)", said)) is None:
-        return f"{field}={value!r}: {said}" if field else said
+        return f"{field}={value!r}: {said}"
     types = ", or ".join(_WORDS.get(name, name) for name in expected[1].split(" | "))
     if isinstance(value, float) and not math.isfinite(value):
         types = "a finite number"

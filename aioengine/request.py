@@ -29,7 +29,7 @@ class TokenConstraint(Protocol):
     where the sampler runs, in another thread than the event loop's, once for each token."""
 
     def allowed(self, output: Sequence[int]) -> bytes:
-        """Return the tokens that may follow ``output``, all tokens generated so far: only on it it depends.
+        """Return the tokens that may follow ``output``, all tokens generated so far, and depend on it alone.
         (One that remembers how many it has seen reads ``output[seen:]``.)
 
         Token ``t`` is allowed if bit ``t % 8`` (the lowest is 0) of byte ``t // 8`` is set; tokens beyond the
