@@ -152,11 +152,6 @@ class LoRAConfig(_Config, frozen=True):
         return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
 
     @property
-    def held_bytes(self) -> int:
-        """``max_held_lora_bytes`` as a number."""
-        return checks.parse_bytes(self.max_held_lora_bytes, field="max_held_lora_bytes")
-
-    @property
     def modules(self) -> tuple[str, ...]:
         """The targeted modules with the default filled in, in :data:`TARGETABLE_MODULES` order."""
         return LORA_MODULES if self.target_modules is None else tuple(self.target_modules)

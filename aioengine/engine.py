@@ -170,7 +170,7 @@ class AsyncEngine:
         lora = self.config.lora
         names = AdapterNames(self._loop, built.resolver, None if lora is None else lora.load_timeout)
         self._adapters = AdapterOps(self._loop, names)
-        self._held = HeldAdapters(self._adapters, work, lora.held_bytes if lora else 0)
+        self._held = HeldAdapters(self._adapters, work, int(lora.max_held_lora_bytes) if lora else 0)
         self._submitter = Submitter(
             self._loop, names, built, text_work=self.text_work, check_running=self._check_running
         )
