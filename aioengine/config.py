@@ -18,7 +18,7 @@ from msgspec import Meta
 from aioengine import checks
 from aioengine.checks import Count, FilePath, Seconds, Size, Text, Whole
 from aioengine.errors import ConfigError
-from aioengine.model.spec import KNOWN_MODULES, LORA_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
+from aioengine.model.spec import KNOWN_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -150,11 +150,6 @@ class LoRAConfig(_Config, frozen=True):
     def cpu_capacity(self) -> int:
         """``max_cpu_loras`` with its default filled in."""
         return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The targeted modules with the default filled in, in :data:`TARGETABLE_MODULES` order."""
-        return LORA_MODULES if self.target_modules is None else tuple(self.target_modules)
 
 
 class EngineConfig(_Config, frozen=True):
