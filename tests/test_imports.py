@@ -254,7 +254,7 @@ def test_every_room_is_installed() -> None:
 
 
 BUDGETS = {
-    "aioengine/*.py": 3_150,  # aim: 2_400
+    "aioengine/*.py": 3_100,  # aim: 2_400
     "aioengine/adapters": 3_950,  # aim: 3_800
     "aioengine/cli": 4_450,  # aim: 3_200
     "aioengine/core": 4_650,  # aim: 4_600
@@ -262,15 +262,15 @@ BUDGETS = {
     "aioengine/fleet": 5_250,  # aim: 4_200
     "aioengine/grammars": 2_050,  # aim: 1_100
     "aioengine/lab": 8_750,  # aim: 7_500
-    "aioengine/model": 11_250,  # aim: 9_000
-    "aioengine/runtime": 3_100,  # aim: 2_700
+    "aioengine/model": 11_200,  # aim: 9_000
+    "aioengine/runtime": 3_050,  # aim: 2_700
     "aioengine/server": 8_700,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
-    "examples, docs, setup": 1_100,
+    "examples, docs, setup": 1_150,  # aim: 1_100
     "kernels": 12_950,  # aim: 10_300
     "metrics": 3_650,  # aim: 3_600
     "schedulers": 4_550,  # aim: 4_500
-    "tests": 68_600,  # aim: 52_000
+    "tests": 68_550,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
