@@ -269,8 +269,8 @@ BUDGETS = {
     "examples, docs, setup": 1_150,  # aim: 1_100
     "kernels": 12_950,  # aim: 10_300
     "metrics": 3_650,  # aim: 3_600
-    "schedulers": 4_550,  # aim: 4_500
-    "tests": 68_550,  # aim: 52_000
+    "schedulers": 4_500,
+    "tests": 68_950,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

@@ -13,6 +13,7 @@ import pytest
 
 from aioengine import AsyncEngine, EngineConfig
 from aioengine.errors import PolicyError
+from aioengine.lab.policy_check.check import check_policy_contract
 from aioengine.schedulers import (
     Composed,
     available_policies,
@@ -44,6 +45,13 @@ def test_every_name_is_a_policy_that_serves(name: str) -> None:
         sim.add((None, "a", "b", "c", "d")[i % 5], priority=i % 3, deadline=100.0 + i, tenant=f"t{i % 2}")
     sim.run()
     assert set(sim.ended.values()) == {"length"}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "priority+priority"])
+@pytest.mark.slow
+def test_they_keep_the_contract(name: str) -> None:
+    found = check_policy_contract(lambda: load_policy(name), runs=1, turns=30)
+    assert found.sound, found.broken
 
 
 @pytest.mark.parametrize("kind", ["order", "replace", "prefetch", "preempt"])

@@ -8,7 +8,7 @@ import pytest
 
 from aioengine import events
 from aioengine.core.state import AdapterEntry
-from aioengine.schedulers import compose
+from aioengine.schedulers import compose, load_policy
 from aioengine.schedulers.parts.base import Replacement
 from aioengine.schedulers.parts.replacement import GDSF, LFU, LRU
 from aioengine.schedulers.policy import PolicyEvent
@@ -191,3 +191,23 @@ def test_each_replacement_has_its_own_victim_in_the_cpu_cache(
     sim.settle()
     dropped = [e.adapter for e in sim.of(events.AdapterEvicted) if e.level == "cpu"]  # type: ignore[attr-defined]
     assert dropped == [victim]
+
+
+def copies_of(policy: str, *, overlapping: bool) -> int:
+    """How often an adapter is copied into a slot for ten requests, one after the other or all at once."""
+    sim = Sim(LIMITS._replace(num_slots=2), load_policy(policy))
+    sim.register("a")
+    for _ in range(10):
+        sim.add("a", max_tokens=3)
+        if not overlapping:
+            sim.run()
+            sim.settle()  # as the engine does, the core asks the policy after the last step
+    sim.run()
+    assert set(sim.ended.values()) == {"length"}
+    return len(sim.of(events.AdapterPlacing))
+
+
+def test_discard_copies_an_adapter_again_for_each_burst_of_requests() -> None:
+    assert copies_of("fcfs", overlapping=False) == 1
+    assert copies_of("discard", overlapping=False) == 10
+    assert copies_of("discard", overlapping=True) == 1, "requests wait for it until the last one runs"

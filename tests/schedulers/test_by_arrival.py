@@ -1,16 +1,17 @@
-"""Adapter clustering: few adapters in a batch, and nobody put off for ever."""
+"""Orders that begin with that of arrival: adapter clustering, vLLM's, and the longest cached prefix first."""
 
 from __future__ import annotations
 
 import pytest
-from support.policy_cases import warm
+from support.policy_cases import order_of, warm
 
+from aioengine.core import CoreLimits
 from aioengine.schedulers import Composed, compose
-from aioengine.schedulers.policies.by_arrival import SLoRA
+from aioengine.schedulers.policies.by_arrival import LPM, SLoRA, VLLMOrder
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import SchedulerPolicy
 from aioengine.step import StepBatch
-from aioengine.testing import LIMITS
+from aioengine.testing import LIMITS, Sim
 
 NAMES = "abcd"
 WIDE = LIMITS._replace(num_blocks=400, max_num_batched_tokens=64)
@@ -89,3 +90,72 @@ def test_a_request_outside_the_batch_waits_for_its_age_and_one_generation(seqs: 
     assert other.admitted - arrival <= age + before_it + (tokens + 1) * step
     if seqs > 1:
         assert other.admitted - arrival >= age, "put off in favour of the batch's adapter until then"
+
+
+# vLLM
+
+
+def vllm_sim(limits: CoreLimits) -> Sim:
+    sim = Sim(limits, compose(order=VLLMOrder()))
+    for name in "ab":
+        sim.register(name)
+    return sim
+
+
+def test_an_idle_slot_goes_to_the_first_in_the_queue_at_once() -> None:
+    """Although a later request waits for the adapter that is in it, and is served when it comes back."""
+    sim = vllm_sim(LIMITS._replace(num_slots=1))
+    for name in "ba":  # both on the CPU, a in the slot
+        sim.add(name)
+        sim.run()
+    cold = sim.add("b")
+    sim.now += 0.001
+    warm = sim.add("a")
+    sim.run()
+    assert cold.admitted is not None and warm.admitted is not None
+    assert cold.admitted < warm.admitted
+
+
+def test_nothing_is_read_ahead() -> None:
+    sim = vllm_sim(LIMITS._replace(num_slots=1, cpu_capacity=3))
+    sim.add("a", max_tokens=8)
+    for _ in range(3):
+        sim.settle()
+    sim.add("b")
+    sim.settle()
+    assert not sim.loads, "b would have to wait for the slot anyway"
+
+
+# The longest cached prefix
+
+
+def warmed(order: LPM) -> Sim:
+    """Two histories are in the KV cache: one of 12 tokens and one of 40."""
+    limits = LIMITS._replace(max_num_seqs=1, num_blocks=200, max_model_len=200, max_num_batched_tokens=64)
+    sim = Sim(limits, compose(order=order))
+    for history in ([7] * 12, [8] * 40):
+        sim.add(prompt=[*history, 1], max_tokens=1)
+    sim.run()
+    sim.events.clear()
+    return sim
+
+
+def test_the_longest_cached_prefix_goes_first() -> None:
+    sim = warmed(LPM())
+    new = [9] * 16
+    prompts = (new, [*[7] * 12, 3, 4], [*[8] * 40, *[5] * 60])
+    requests = [sim.add(prompt=prompt, max_tokens=1) for prompt in prompts]
+    sim.run()
+    assert order_of(sim) == [requests[i].id for i in (2, 1, 0)]
+
+
+def test_nobody_is_put_off_for_longer_than_age() -> None:
+    sim = warmed(LPM(age=0.5))
+    new = sim.add(prompt=[9] * 16, max_tokens=1)
+    for _ in range(100):
+        sim.add(prompt=[*[7] * 12, 3], max_tokens=1)
+        sim.settle(step_seconds=0.1)
+        if new.admitted is not None:
+            break
+    assert new.admitted is not None
+    assert new.admitted - new.arrival <= 0.7
