@@ -49,6 +49,8 @@ REMOVED = {
     "speculation='suffix'": "earlier outputs propose no tokens any more. Set speculation='ngram'",
     "allow_nonfinite": "adapters whose weights contain NaN or infinity are always refused. Leave it out, and "
     "train such an adapter again",
+    "bind_threads": "threads of steps stay on no core of their own. Leave it out; on a machine with several "
+    "NUMA nodes start an engine on each with numactl --cpunodebind=N --membind=N",
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
     "max_waiting_per_adapter": "requests are bounded by tenant. Set max_waiting_per_tenant",
     "max_prefix_pins": "the prefix cache keeps what was used last; nothing is pinned in it. Leave it out",
@@ -169,8 +171,6 @@ class EngineConfig(_Config, frozen=True):
     """Whether tokens must not depend on the batch (docs/determinism.md); "auto": where that is possible."""
     speculation: Literal["none", "ngram"] = "none"
     """Propose tokens, from the request's own text ("ngram"), and check several of them in one step."""
-    bind_threads: bool = True
-    """Keep each thread of a compiled step on a core, where the engine has all cores of several NUMA nodes."""
     device: Device = "auto"
     """Device that runs the model."""
     max_model_len: Annotated[int, Meta(ge=2)] | None = None

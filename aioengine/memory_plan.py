@@ -17,7 +17,7 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.coverage import check_int8_adapters, check_kv_cache
 from aioengine.model.cuda.working_memory import WorkingMemory, working_memory
-from aioengine.model.files.quantization import with_quantization
+from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition

@@ -5,15 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
 from aioengine.kernels.backend import Backend
 from aioengine.kernels.portable import plain
-
-if TYPE_CHECKING:
-    from aioengine.kernels.measured import AttentionCase
 
 logger = logging.getLogger("aioengine")
 
@@ -33,8 +29,6 @@ def _backends(device_type: str) -> dict[str, Backend]:
     found: dict[str, Backend] = {"torch": plain}  # runs everywhere
     if device_type == "cuda" and (triton := _triton_backend()) is not None:
         found = {"triton": triton, **found}
-        if (library := _flashinfer_backend()) is not None:
-            found["flashinfer"] = library  # see fastest_backend
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted and (triton := _triton_backend()) is not None:
         found = {**found, "triton": triton}  # never the default: thousands of times slower, for tests
@@ -65,15 +59,6 @@ def _triton_backend() -> Backend | None:
             return None
     table.measured(os.environ.get(table.ENV))  # refuse a bad file now, and not in a step
     return backend
-
-
-@functools.cache
-def _flashinfer_backend() -> Backend | None:
-    try:
-        from aioengine.kernels.triton import flashinfer
-    except ImportError:  # an optional extra
-        return None
-    return flashinfer
 
 
 @functools.cache
@@ -111,20 +96,3 @@ def get_backend(device_type: str, name: str | None = None) -> Backend:
             f"available: {', '.join(available)}"
         )
     return backends[chosen]
-
-
-def fastest_backend(device: torch.device, case: AttentionCase) -> Backend:
-    """Return what :func:`get_backend` does or, where nobody has named a backend, FlashInfer's if that is
-    installed and attends to prompts in less time."""
-    best = get_backend(device.type)
-    library = _flashinfer_backend() if best.name == "triton" and not os.environ.get(ENV) else None
-    if library is None:
-        return best
-    from aioengine.kernels import measured
-    from aioengine.kernels.triton import flashinfer
-
-    if not all(flashinfer.covers(case.dtype, case.head_dim, scores) for scores in case.layers):
-        return best
-    chosen = measured.fastest([best, library], case, device)
-    flashinfer.forget()  # a step may run in another thread
-    return chosen

@@ -157,7 +157,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "schedulers": {"torch", "asyncio", "time"},
 }
 ONLY: dict[str, set[str]] = {
-    "kernels": {"torch", "triton", "flashinfer", *sys.stdlib_module_names},
+    "kernels": {"torch", "triton", *sys.stdlib_module_names},
     "schedulers": {"msgspec", "sortedcontainers", *sys.stdlib_module_names},
     "core": {"msgspec", "sortedcontainers", *sys.stdlib_module_names},
 }

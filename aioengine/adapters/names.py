@@ -7,7 +7,7 @@ import re
 
 from aioengine.adapters.resolvers.sources import checked_source
 from aioengine.errors import AdapterConflict, AdapterInvalid
-from aioengine.model.files.hub import is_source
+from aioengine.model.files.sources import is_source
 
 NAME_RULE = re.compile(r"(?!(?:.*/)?\.{0,2}(?:/|\Z))[A-Za-z0-9_][A-Za-z0-9_.:/+\-]{0,254}")
 """A proxy would take a name with an empty part, "." or ".." for another one."""

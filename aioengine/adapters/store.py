@@ -18,9 +18,8 @@ from aioengine.adapters.read_threads import Progress
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.linear import WeightRows
 from aioengine.model.parallel.group import SOLO, Shard
-from aioengine.model.slots.image import AdapterImage, build_image, elements_of
+from aioengine.model.slots.image import AdapterImage, build_image, elements_of, quantize_image
 from aioengine.model.slots.layout import SlotLayout
-from aioengine.model.slots.quantized import quantize_image
 from aioengine.model.spec import NO_LAYER, ModelSpec
 from aioengine.step import AdapterSource, HeldFiles, MixFiles, MixPart
 

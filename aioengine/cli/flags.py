@@ -16,7 +16,7 @@ from aioengine.checks import read_toml
 from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
 from aioengine.config import OTHER_TABLES, EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.model.files.hub import is_source
+from aioengine.model.files.sources import is_source
 
 if TYPE_CHECKING:
     from aioengine.lab.runs.trace_writer import TraceWriter

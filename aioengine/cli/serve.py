@@ -164,7 +164,7 @@ def _log_engine(engine: AsyncEngine) -> None:
 
     threads = os.cpu_count()
     if "torch" in sys.modules:  # not imported just for this, because that takes seconds
-        from aioengine.model.parallel.threads import rank_threads
+        from aioengine.model.parallel.group import rank_threads
 
         threads = rank_threads(1)
     config, plan = engine.config, engine.plan

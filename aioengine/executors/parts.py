@@ -12,7 +12,7 @@ from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
 from aioengine.model.coverage import check_invariant
 from aioengine.model.cuda.failures import copy_error
-from aioengine.model.files.quantization import with_quantization
+from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import SOLO, Group, Shard, SoloGroup
 from aioengine.model.spec import ModelSpec
@@ -119,7 +119,6 @@ def build_parts(
         progress=progress,
         group=group,
         fixed_decode=graphs,
-        bind_threads=config.bind_threads and config.executor != "ray",
     )
     check_invariant(config, runner.variance)
     allocate: Allocate = pageable

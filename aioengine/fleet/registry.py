@@ -17,7 +17,7 @@ import msgspec
 from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.fleet.usage import SharedUsage
 from aioengine.fleet.versions import SpentVersions
-from aioengine.model.files.remote import check_protocol, why_failed, without_credentials
+from aioengine.model.files.sources import check_protocol, why_failed, without_credentials
 from aioengine.runtime.client import Usage
 
 logger = logging.getLogger("aioengine.fleet")

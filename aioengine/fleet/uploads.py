@@ -13,8 +13,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from aioengine.errors import AdapterConflict, AdapterInvalid, AdapterLoadError, ConfigError
 from aioengine.fleet.registry import write_file
-from aioengine.model.files.hub import is_source
-from aioengine.model.files.remote import check_protocol, why_failed
+from aioengine.model.files.sources import check_protocol, is_source, why_failed
 from aioengine.step import BytesLike
 from aioengine.tasks import end_tasks, run_to_completion
 

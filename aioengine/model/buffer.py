@@ -11,6 +11,7 @@ import torch
 
 _HUGE_PAGE = 2 << 20
 _LINE = 64
+_ARENA_BYTES = 256 << 20
 
 Allocate = Callable[[int], torch.Tensor]
 """Function that returns a uint8 tensor of a number of bytes (> 0). Its memory is freed when no tensor refers
@@ -69,17 +70,19 @@ def _anonymous(nbytes: int, **options: int) -> mmap.mmap:
 
 
 class Arena:
-    """Tensors that follow each other in one :class:`Buffer`, which lives as long as any of them.
+    """Tensors that follow each other in large buffers, each of which lives as long as any of its own.
 
     What every step reads is best in huge pages, or the processor looks up where tens of thousands of small
     ones are.
     """
 
-    def __init__(self, nbytes: int, count: int = 1) -> None:
-        """Room for ``count`` tensors of ``nbytes`` in all."""
-        self._rest = Buffer(nbytes + count * _LINE).tensor
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
 
     def take(self, nbytes: int) -> torch.Tensor:
         """Return the next ``nbytes`` (> 0) as uint8, aligned to a cache line; they are zero until written."""
+        if nbytes > len(self._rest):
+            # Only what is used of it becomes memory.
+            self._rest = Buffer(max(nbytes, _ARENA_BYTES)).tensor
         taken, self._rest = self._rest[:nbytes], self._rest[-(-nbytes // _LINE) * _LINE :]
         return taken

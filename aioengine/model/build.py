@@ -13,10 +13,9 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels import get_backend
 from aioengine.model import coverage
-from aioengine.model.cuda.attention import fastest_kernels
 from aioengine.model.decoder import Decoder
 from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.files.quantization import with_quantization
+from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.weights import load_weights
 from aioengine.model.generic.spec import GenericSpec
 from aioengine.model.kv_cache import KVCache
@@ -57,7 +56,6 @@ def build_runner(
     group: Group | None = None,
     fixed_decode: DecodeLimits | None = None,
     record: Record | None = None,
-    bind_threads: bool = True,
 ) -> ModelRunner:
     """Load a model folder or GGUF file, or one rank's share of it, and allocate what steps need.
 
@@ -72,8 +70,6 @@ def build_runner(
         group: Of several ranks all must be built.
         fixed_decode: Decode steps within these limits are recorded and played back, if the kernels allow for
             it, by ``record`` (None: as CUDA graphs).
-        bind_threads: Whether the compiled step's threads stay on a core each where there are several NUMA
-            nodes, which is for groups whose ranks are all on this machine.
 
     Raises :class:`~aioengine.errors.ConfigError` if the weights do not fit ``spec``, if that cannot be
     divided, or if they cannot be quantized here.
@@ -85,10 +81,7 @@ def build_runner(
         quantization = "none"  # for what is packed once it is loaded
     if progress is not None:
         progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
-    if kernels is not None or kv_cache_dtype != "auto" or device.type != "cuda":
-        backend = get_backend(device.type, kernels)
-    else:
-        backend = fastest_kernels(spec, dtype, device, block_size=block_size, ranks=shard.size)
+    backend = get_backend(device.type, kernels)
     coverage.check_kv_cache(kv_cache_dtype, spec, backend.name)
     local = Partition(spec, shard).local
     cache = KVCache(local, num_blocks, block_size, dtype, device, kv_cache_dtype)
@@ -128,7 +121,6 @@ def build_runner(
         from aioengine.model.native import NativeDecoder
 
         model = native = NativeDecoder(spec, dtype, device, backend, cache, slots, group)
-        native.bind(_processors(shard.rank, shard.size) if bind_threads else ())
         load_weights(native, weights, progress)
         native.finish(quantization)
     else:
@@ -178,12 +170,6 @@ def _recorded(model: Model, vocabulary: int, limits: DecodeLimits, record: Recor
         group=spec.num_heads // spec.num_kv_heads,
         head_dim=spec.head_dim,
     )
-
-
-def _processors(rank: int, ranks: int) -> list[int]:
-    from aioengine.kernels.cpu.nodes import permitted, processors_of_threads
-
-    return list(permitted(processors_of_threads(rank, ranks)))
 
 
 def _name(dtype: torch.dtype) -> str:

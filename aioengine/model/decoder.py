@@ -21,7 +21,6 @@ from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear, Mlp, WeightRows, activation
 from aioengine.model.model import LastLayer, Model, StepInputs
 from aioengine.model.parallel.group import Group, SoloGroup
-from aioengine.model.parallel.head_norms import norm_heads
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.rope import Ropes
 from aioengine.model.slots.pool import LoRASlots
@@ -49,16 +48,11 @@ class Layer:
 
 
 class _Memory:
-    """Memory for the matrices of a model: on a CPU all of them in one piece."""
+    """Memory for the matrices of a model."""
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self._spec, self._dtype, self._device = spec, dtype, device
-        self._arena: Arena | None = None
-        if device.type == "cpu":
-            nbytes = spec.num_parameters() * dtype.itemsize
-            nbytes += sum(p.row_bytes(s.in_features) * s.out_features for s, p in spec.packed_weights())
-            nbytes -= sum(s.in_features * s.out_features * dtype.itemsize for s, _ in spec.packed_weights())
-            self._arena = Arena(nbytes, (len(spec.layer_modules) * spec.num_layers + 2))
+        self._arena = Arena() if device.type == "cpu" else None
 
     def matrix(self, *modules: tuple[int, str]) -> Weight:
         """Return a weight of (layer, module)s that read the same input: theirs, one after the other."""
@@ -293,11 +287,7 @@ class Decoder(Model):
 
             x = self._sum(hidden, delta, layer.attention_input)
             qkv = begin(layer.qkv, x, pools.get("qkv"), lora).view(tokens, -1, spec.head_dim)
-            norms = layer.head_norms
-            if norms is not None and self.partition.norm_parts > 1:
-                norm_heads(qkv, norms, self.adapted.group)
-                norms = None
-            kernels.rope_store(qkv, norms, rotations[spec.rope_of(i)], kv, plan)
+            kernels.rope_store(qkv, layer.head_norms, rotations[spec.rope_of(i)], kv, plan)
             scores = Scores(spec.window(i), spec.attention_scale, spec.attention_cap, layer.sinks)
             attended = kernels.paged_attention(qkv, kv, plan, scores)
             delta = end(layer.o, attended, pools.get("o"), lora)

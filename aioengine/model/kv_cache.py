@@ -41,11 +41,10 @@ class KVCache:
             for layer in spec.kv_shapes()
             for heads, dim in (layer[:2], layer[2:])
         ]
-        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
         if device.type == "cpu":
-            arena = Arena(sum(sizes), len(sizes))
+            arena = Arena()
             tensors = [
-                arena.take(size).view(dtype).view(shape) for size, shape in zip(sizes, shapes, strict=True)
+                arena.take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape) for shape in shapes
             ]
         else:
             tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +53,6 @@ class Model(ABC):
     slots: LoRASlots | None
     compiled = False
     """Whether a step is one call into the compiled library."""
-    processors: Sequence[int] = ()
-    """Those that the compiled step's threads are bound to; none: they are not."""
 
     @property
     @abstractmethod

@@ -7,14 +7,14 @@ the library's layout. Operations that the library does not cover run without it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from aioengine.kernels import LoRABatch, LoRAPool, PlainWeight, Weight
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
-from aioengine.kernels.cpu import nodes, structs
+from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.lora import segment_table, slots_struct
@@ -46,19 +46,11 @@ class NativeDecoder(Decoder):
 
     compiled = True
 
-    def bind(self, processors: Sequence[int]) -> None:
-        """Bind the threads of steps to ``processors``, each of which has its part of the weights near. To be
-        called before the weights are loaded."""
-        self.processors = processors
-        for weight in self.linear_weights():
-            nodes.touch(weight, len(weight), processors)
-
     def finish(self, quantization: Quantization) -> None:
         """Store the weights, which are loaded, as the library needs them. Nothing else is computed with them
         afterwards."""
-        self.pack(_packing(self, quantization, self.processors))
+        self.pack(_packing(quantization))
         self._library = load()
-        self._bound = (ctypes.c_int32 * len(self.processors))(*self.processors)
         self.seconds: Tensor | None = None
         """[phases] float64: if it is set, steps add their time in each of ``structs.PHASES``."""
         self._parallel = self.partition.shard.size > 1
@@ -144,7 +136,6 @@ class NativeDecoder(Decoder):
             rope_neighbours=int(spec.rotary_neighbours),
             q_norm_size=spec.qk_norm_sizes[0],
             k_norm_size=spec.qk_norm_sizes[1],
-            norm_parts=self.partition.norm_parts,
             activation=structs.ACTIVATIONS.index(spec.activation),
             norm_rounded=int(spec.norm_offset is None),
             eps=spec.rms_norm_eps,
@@ -232,8 +223,6 @@ class NativeDecoder(Decoder):
         decodes = len(logits) == len(inputs.token_ids) == len(tables)
         if decodes and not (step.embedded or angles is None or self._parallel):
             self._last = step, logits, (segments, inputs)
-        bound = len(self._bound) == step.threads
-        step.processors = ctypes.addressof(self._bound) if bound else None
         if not self._parallel:
             self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
             return LastLayer(space.hidden, space.scratch.x)
@@ -251,7 +240,6 @@ class NativeDecoder(Decoder):
         sizes |= {"wide": self._wide, "narrow": self._narrow}
         memory = {name: torch.empty(tokens, size, dtype=self.dtype) for name, size in sizes.items()}
         memory |= _mixture_scratch(spec, tokens, width, self.dtype)
-        memory["squares"] = torch.empty(tokens, 2)
         for name in ("cos", "sin"):
             memory[name] = torch.empty(len(spec.ropes), tokens, 1, self.ropes.half)
         memory |= {name: torch.empty(tokens, dtype=torch.int64) for name in ("cells", "best")}
@@ -309,7 +297,7 @@ class _Workspace:
         self.step: structs.Step = structs.Step(tokens=size[0], **_pointers(**memory))
         self.hidden, self.best = memory["hidden"], memory["best"]
         self.angles = memory["cos"], memory["sin"]
-        self.scratch = Scratch(memory["x"], memory["h"].view(-1), memory.get("rows_h"), memory["squares"])
+        self.scratch = Scratch(memory["x"], memory["h"].view(-1), memory.get("rows_h"))
         self._segments: tuple[LoRABatch, _Segments] | None = None
 
     def segments(self, batch: LoRABatch) -> _Segments:
@@ -361,20 +349,16 @@ def _pointers(**tensors: Tensor) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
-def _packing(
-    decoder: Decoder, quantization: Quantization, processors: Sequence[int]
-) -> Callable[[Weight], Weight]:
-    """Pack the decoder's linears: in place, or quantized one after the other into memory of their own."""
+def _packing(quantization: Quantization) -> Callable[[Weight], Weight]:
+    """Return what packs linears: in place, or quantized one after the other into memory of their own."""
     if quantization == "none":
         return _pack
     form = QuantizedWeight if quantization == "int8" else Int4Weight
-    sizes = [form.packed_bytes(*weight.shape) for weight in decoder.linear_weights()]
-    arena = Arena(sum(sizes), len(sizes))
+    arena = Arena()
 
     def quantize(weight: Weight) -> Weight:
         assert isinstance(weight, PlainWeight)
         memory = arena.take(form.packed_bytes(weight.n, weight.k))
-        nodes.touch(memory, weight.n, processors)
         return form.pack(weight.data, memory, int8_activations=has_int8_products())
 
     return quantize

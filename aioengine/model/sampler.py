@@ -12,7 +12,7 @@ Where the most likely few do not decide, a CPU finds the token by sums over buck
 a GPU sorts the row.
 
 On a GPU the host waits once, for the tokens of all rows together; and once more for log-probabilities, for
-each time that draws have to look at more tokens than before, and for constraints.
+draws that have to look at all tokens, and for constraints.
 """
 
 from __future__ import annotations
@@ -283,8 +283,8 @@ def _by_id(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 class _Draw:
     """Filters each row of ``x`` [N, vocab] (scores; overwritten) and draws by inverse CDF in rank order.
 
-    Looks at the most likely few tokens first and widens only for the rows that need more, which
-    changes no result: the cumulative sums start at the most likely token.
+    Looks at the most likely few tokens first, and at all only for the rows that need more, which changes no
+    result: the cumulative sums start at the most likely token.
     """
 
     def __init__(self, x: Tensor, rows: Sequence[SequenceWork]) -> None:
@@ -329,26 +329,16 @@ class _Draw:
 
     def finish(self, tokens: list[int], known: Sequence[int]) -> list[int]:
         """Return the tokens of all rows, where those of the first look are certain only as ``known`` says."""
-        pending, width = [i for i in self.everyone if not known[i]], self.width
+        pending = [i for i in self.everyone if not known[i]]
         vocab = self._x.shape[1]
-        while pending:
-            width = _wider(width, vocab)
-            if width == vocab and self._x.device.type == "cpu":
-                drawn = [Ranks(self._x[i]).draw(self._params[i], self._draws[i]) for i in pending]
-                _assign(tokens, pending, drawn)
-                break
-            size = max(1, _WIDE_CELLS // width)
-            pieces = [pending[at : at + size] for at in range(0, len(pending), size)]
-            found = torch.cat([torch.stack(self.look(piece, width)) for piece in pieces], dim=1).tolist()
-            _assign(tokens, pending, found[0])
-            pending = [i for i, is_known in zip(pending, found[1], strict=True) if not is_known]
+        if self._x.device.type == "cpu":
+            drawn = [Ranks(self._x[i]).draw(self._params[i], self._draws[i]) for i in pending]
+            _assign(tokens, pending, drawn)
+            return tokens
+        size = max(1, _WIDE_CELLS // vocab)
+        for piece in (pending[at : at + size] for at in range(0, len(pending), size)):
+            _assign(tokens, piece, self.look(piece, vocab)[0].tolist())
         return tokens
-
-
-def _wider(width: int, vocab: int) -> int:
-    """Return how many tokens to look at after ``width``: all, where to find the most likely ones would take
-    as long as to sort all."""
-    return width * 8 if width * 8 * _BLOCK <= vocab else vocab
 
 
 def _kept(

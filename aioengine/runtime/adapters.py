@@ -15,7 +15,7 @@ from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterNotFound, AioEngineError
 from aioengine.info import AdapterInfo
-from aioengine.model.files.hub import is_source
+from aioengine.model.files.sources import is_source
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.sources.mixes import is_mix, parts_of
 from aioengine.runtime.sources.names import AdapterNames

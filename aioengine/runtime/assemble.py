@@ -31,8 +31,8 @@ from aioengine.executors.thread import ThreadDevice
 from aioengine.info import EngineInfo, LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.cuda.failures import typed_failures
-from aioengine.model.files.hub import is_source
 from aioengine.model.files.resolve import read_spec, resolve_model
+from aioengine.model.files.sources import is_source
 from aioengine.model.spec import ModelSpec
 from aioengine.schedulers import CostsView, SchedulerPolicy, load_policy
 from aioengine.step import StepBatch
@@ -137,11 +137,14 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer | 
     if path.suffix != ".gguf":
         tokenizer = Tokenizer.from_dir(path)
     else:
-        from aioengine.model.text import gguf_tokenizer  # optional dependency
+        from aioengine.model.files.gguf import GGUFFile
+        from aioengine.model.text.gguf_tokenizer import build_tokenizer
 
-        found = gguf_tokenizer.build_tokenizer(path)
-        own = gguf_tokenizer.chat_template(path)
-        tokenizer = None if found is None else Tokenizer.from_tokenizer(found, chat_template=own)
+        file = GGUFFile(path)
+        found = build_tokenizer(file)
+        tokenizer = None
+        if found is not None:
+            tokenizer = Tokenizer.from_tokenizer(found, chat_template=file.chat_template)
     if tokenizer is not None and chat_template is not None:
         tokenizer.use_chat_template(Path(chat_template))
     return tokenizer

@@ -93,9 +93,7 @@ _SIGNATURES = {
     ),
     "aio_step": (c_void_p, c_void_p),
     "aio_probe_dot": (c_int, c_long, c_int, c_void_p),
-    "aio_touch": (c_void_p, c_long, c_long, c_void_p, c_int),
     "aio_probe_read": (c_void_p, c_long, c_int, c_void_p),
-    "aio_probe_bound": (c_void_p, c_int, c_void_p),
 }
 
 

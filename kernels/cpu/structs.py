@@ -28,8 +28,6 @@ class Exchange(IntEnum):
     """Add up ``h``: each rank has some of the inputs."""
     TOTAL = 3
     """Add up the outputs of a linear whose inputs are split; they are scaled and shifted afterwards."""
-    SQUARES = 4
-    """Add up the squares of queries and keys, which are normed over all heads."""
 
 
 ExchangeFunction = CFUNCTYPE(c_int, c_int64, c_int64)
@@ -138,7 +136,6 @@ class Model(Structure):
         *((name, c_int64) for name in ("bf16", "layers", "hidden", "heads", "kv_heads", "head_dim")),
         *((name, c_int64) for name in ("intermediate", "block_size", "block_bytes", "int8_cache")),
         *((name, c_int64) for name in ("rope_half", "rope_neighbours", "q_norm_size", "k_norm_size")),
-        ("norm_parts", c_int64),
         *((name, c_int64) for name in ("activation", "norm_rounded")),
         *((name, c_double) for name in ("eps", "norm_offset", "residual_scale")),
         *((name, c_double) for name in ("attention_scale", "attention_cap")),
@@ -175,8 +172,7 @@ class Step(Structure):
         ("sample_lora", LoraBatch),
         *((name, c_void_p) for name in ("logits", "best", "x", "wide", "narrow", "h")),
         *((name, c_void_p) for name in ("rows", "rows_wide", "rows_narrow", "rows_h")),
-        *((name, c_void_p) for name in ("scores", "weights", "gates", "routes", "squares")),
+        *((name, c_void_p) for name in ("scores", "weights", "gates", "routes")),
         ("seconds", c_void_p),
         ("exchange", ExchangeFunction),
-        ("processors", c_void_p),
     ]

@@ -20,7 +20,7 @@ from aioengine import AdapterResolver, ChainResolver, FilesystemResolver, Fsspec
 from aioengine.adapters.resolvers import base as resolver_module
 from aioengine.adapters.resolvers.base import MAX_WEIGHTS_BYTES, BlockingResolver
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
-from aioengine.model.files.hub import HubId, parse_hub_id
+from aioengine.model.files.sources import HubId, parse_hub_id
 
 
 def adapter_folder(path: Path, weights: bytes = b"w") -> Path:

@@ -19,8 +19,7 @@ from torch import Tensor
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.read import KnownContents
 from aioengine.errors import AdapterError, AdapterInvalid
-from aioengine.model.parallel.group import Shard
-from aioengine.model.parallel.ranges import take
+from aioengine.model.parallel.group import Shard, take
 from aioengine.model.slots.image import build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES

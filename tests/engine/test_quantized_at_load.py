@@ -21,7 +21,7 @@ from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.memory_plan import plan_memory
-from aioengine.model.files.quantization import packing_of, with_quantization
+from aioengine.model.files.quantized import packing_of, with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition

@@ -51,10 +51,6 @@ SCHEMES: dict[str, tuple[Quantize, dict[str, Any]]] = {
         pack_quantized(symmetric=False),
         compressed("pack-quantized", {**GROUP, "symmetric": False}),
     ),
-    "w4a16-act-order": (
-        pack_quantized(ordered=True),
-        compressed("pack-quantized", {**GROUP, "actorder": "group"}),
-    ),
     "w8a16": (pack_quantized(8, -1), compressed("pack-quantized", {"num_bits": 8, "strategy": "channel"})),
     "w8a8": (
         int_quantized,

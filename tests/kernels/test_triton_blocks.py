@@ -25,7 +25,7 @@ from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.portable.dequantize import codes, scales
 from aioengine.kernels.weight import PlainWeight
 from aioengine.model.build import build_runner
-from aioengine.model.files.quantization import with_quantization
+from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.request import SamplingParams

@@ -21,7 +21,7 @@ from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import AdapterInvalid, ConfigError
 from aioengine.memory_plan import plan_memory
 from aioengine.model.build import build_runner
-from aioengine.model.files.quantization import with_quantization
+from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.generic.model import GenericModel
 

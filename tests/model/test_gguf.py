@@ -18,15 +18,24 @@ from support.tiny_gguf import bpe_fields, tiny_model, write_gguf, write_tokenize
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from aioengine.errors import ConfigError
-from aioengine.model.files.gguf import GGUFFile, iter_tensors, read_spec
+from aioengine.model.files import gguf as files
+from aioengine.model.files.gguf import GGUFFile
 from aioengine.model.rope import attention_scaling, inverse_frequencies
-from aioengine.model.spec import RopeSpec
-from aioengine.model.text.gguf_tokenizer import build_tokenizer, chat_template
+from aioengine.model.spec import ModelSpec, RopeSpec
+from aioengine.model.text import gguf_tokenizer
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
     file = GGUFFile(path)
-    return dict(iter_tensors(file, read_spec(file)))
+    return {name: stored.tensor() for name, stored in files.iter_stored(file, files.read_spec(file))}
+
+
+def read_spec(path: Path) -> ModelSpec:
+    return files.read_spec(GGUFFile(path))
+
+
+def build_tokenizer(path: Path) -> Tokenizer | None:
+    return gguf_tokenizer.build_tokenizer(GGUFFile(path))
 
 
 # --- tensors -------------------------------------------------------------------------------------
@@ -317,9 +326,9 @@ def test_unknown_tokenizers_are_none(tmp_path: Path) -> None:
 
 def test_chat_template(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert chat_template(write_tokenizer_gguf(tmp_path / "none.gguf", {})) is None
+    assert GGUFFile(write_tokenizer_gguf(tmp_path / "none.gguf", {})).chat_template is None
     path = write_tokenizer_gguf(tmp_path / "t.gguf", {"chat_template": template})
-    assert chat_template(path) == template
+    assert GGUFFile(path).chat_template == template
 
 
 # --- tokenizer: SentencePiece BPE ----------------------------------------------------------------

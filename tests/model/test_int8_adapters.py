@@ -20,9 +20,9 @@ from aioengine.kernels import available_backends
 from aioengine.kernels.cpu.lora import turn
 from aioengine.memory_plan import plan_from_config
 from aioengine.model.files.hf_config import read_spec
+from aioengine.model.slots.image import quantize_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.slots.quantized import quantize_image
 from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, ModelSpec
 from aioengine.step import Sampled, SequenceWork
 

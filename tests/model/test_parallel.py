@@ -53,8 +53,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {}),
     "phi3": ("phi3", {"attention_bias": True}),
     "glm4": ("glm4", {"attention_bias": True}),
-    "olmo2": ("olmo2", {}),
-    "olmo3": ("olmo3", {"num_key_value_heads": 1}),
     "phi3-by-three": ("phi3", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}),
     "by-three": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}),
 }
@@ -144,7 +142,7 @@ def check(
     assert {outcome.compiled for outcome in (found, *others)} == {compiled}
 
 
-PLAIN = ["llama", "mistral", "qwen2", "qwen3", "one-kv-head", "granite", "phi3", "olmo3"]
+PLAIN = ["llama", "mistral", "qwen2", "qwen3", "one-kv-head", "granite", "phi3"]
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
@@ -166,7 +164,7 @@ def test_three_ranks_give_the_tokens_and_logits_of_one(
     check(three, root, model, fully_sharded)
 
 
-COMPILED = ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3", "phi3", "glm4", "olmo2", "olmo3"]
+COMPILED = ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3", "phi3", "glm4"]
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True])
@@ -287,7 +285,7 @@ def test_bytes_sent_are_those_of_the_formulas(two: Ranks, root: Path) -> None:
 @pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize(
     ("model", "quantization"),
-    [*((name, "none") for name in ("qwen3", "mistral", "one-kv-head", "glm4", "olmo2")), ("qwen2", "int8")],
+    [*((name, "none") for name in ("qwen3", "mistral", "one-kv-head", "glm4")), ("qwen2", "int8")],
 )
 @pytest.mark.usefixtures("cpu_library")
 def test_the_plan_is_what_each_rank_allocates(

@@ -53,7 +53,7 @@ def folder(root: Path, quantize: Quantize, config: dict[str, Any]) -> Path:
         ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format='marlin': supported: gptq, gptq_v2"),
         ({**GPTQ, "dynamic": {"-:lm_head": {}, "+:.*": {"bits": 8}}}, "dynamic"),
         ({**AWQ, "version": "gemv"}, "version='gemv': only 'gemm'"),
-        (AWQ, r"down_proj.qweight: groups of 32 inputs, of 12"),
+        (AWQ, r"down_proj.weight: groups of 32 inputs, of 12"),
         ({**PACKED, "config_groups": {}}, "config_groups"),
         ({**PACKED, "format": "marlin-24"}, "format='marlin-24': supported: pack-quantized"),
         (
@@ -95,6 +95,12 @@ def with_words(tensors: dict[str, torch.Tensor], words: torch.Tensor) -> None:
         (float8(), FP8, lambda t: t[f"{Q0}.weight"].view(torch.uint8).fill_(127), "weight: is not finite"),
         (float8(), FP8, lambda t: t.update({SCALE: torch.ones(4, 4)}), r"weight_scale: has shape \(4, 4\)"),
         (pack_quantized(), PACKED, lambda t: t.pop(SCALE), "weight_scale: is missing"),
+        (
+            pack_quantized(),
+            PACKED,
+            lambda t: t.update({f"{Q0}.weight_g_idx": torch.zeros(4)}),
+            "not neighbours are not supported",
+        ),
     ],
 )
 def test_tensors(

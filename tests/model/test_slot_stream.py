@@ -9,9 +9,9 @@ import pytest
 import torch
 from support.tiny_models import build_model
 
+from aioengine.model.buffer import page_locked
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.slots.image import build_image
-from aioengine.model.slots.pinned import PinnedSlabs
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES
 
@@ -33,7 +33,7 @@ def test_a_write_is_done_when_it_returns_and_steps_see_it(tmp_path: Path) -> Non
         }
         adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors)
         slots.write(
-            1, build_image(slots.layout, adapter, {}, torch.float32, PinnedSlabs(torch.device("cuda")))
+            1, build_image(slots.layout, adapter, {}, torch.float32, page_locked(torch.device("cuda")))
         )
         slots.before_step()
         for pools in slots.layers:
@@ -50,7 +50,7 @@ def test_a_write_goes_on_beside_work_on_the_steps_stream(tmp_path: Path) -> None
     linear = spec.linear("q_proj")
     pair = (torch.ones(4, linear.in_features), torch.ones(linear.out_features, 4))
     adapter = SimpleNamespace(rank=4, digest="", tensors={(0, "q_proj"): pair})
-    image = build_image(slots.layout, adapter, {}, torch.float32, PinnedSlabs(torch.device("cuda")))
+    image = build_image(slots.layout, adapter, {}, torch.float32, page_locked(torch.device("cuda")))
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)  # about a second of the step's stream
     busy = torch.cuda.Event()

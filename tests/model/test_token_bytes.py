@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from aioengine.model.text.token_bytes import TokenBytes
+from aioengine.model.text.detokenizer import TokenBytes
 
 
 def byte_level(*, in_sequence: bool) -> Tokenizer:

@@ -201,8 +201,8 @@ def test_the_end_of_a_text_has_the_last_tokens(
         tokenizer = Tokenizer.from_tokenizer(made)
         whole = tokenizer.encode(text, special)
         end = whole[-keep:] if keep else []
-        assert tokenizer.encode_end(text, keep, special) == end
-        short = tokenizer.encode_end("".join(words), keep, special)
+        assert tokenizer.encode_ends([text], keep, special) == [end]
+        [short] = tokenizer.encode_ends(["".join(words)], keep, special)
         assert tokenizer.encode_ends([text, "".join(words), text], keep, special) == [end, short, end]
 
 
@@ -218,7 +218,7 @@ def test_the_end_of_a_long_text_costs_no_more_than_that_of_a_short_one() -> None
     for word in ("a ", "x", "🙂", "The quick brown fox. "):
         for made in KINDS.values():
             seen.clear()
-            Seen.from_tokenizer(made).encode_end(word * 300_000, 100)
+            Seen.from_tokenizer(made).encode_ends([word * 300_000], 100)
             assert sum(seen) < 10_000
 
 

@@ -158,14 +158,12 @@ def awq(group: int = 32) -> Quantize:
     return quantize
 
 
-def pack_quantized(
-    bits: int = 4, group: int = 32, *, symmetric: bool = True, ordered: bool = False
-) -> Quantize:
+def pack_quantized(bits: int = 4, group: int = 32, *, symmetric: bool = True) -> Quantize:
     """Of compressed-tensors."""
 
     def quantize(weight: torch.Tensor, generator: torch.Generator) -> Quantized:
         size = weight.shape[1] if group == -1 else group
-        made = codes(weight, generator, bits, size, symmetric=symmetric, ordered=ordered)
+        made = codes(weight, generator, bits, size, symmetric=symmetric, ordered=False)
         tensors = {
             "weight_packed": words(made.q, bits),
             "weight_scale": made.scale,
@@ -173,8 +171,6 @@ def pack_quantized(
         }
         if not symmetric:
             tensors["weight_zero_point"] = words(made.zero.T.contiguous(), bits).T
-        if ordered:
-            tensors["weight_g_idx"] = made.group_of
         return Quantized(tensors, made.weight)
 
     return quantize

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from aioengine.model.buffer import Allocate, pageable
-from aioengine.model.slots.image import AdapterImage, build_image
+from aioengine.model.slots.image import AdapterImage, build_image, quantize_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.slots.quantized import quantize_image
 from aioengine.model.slots.tokens import TrainedTokens
 
 

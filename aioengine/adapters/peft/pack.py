@@ -15,7 +15,7 @@ from aioengine.adapters.peft.part import HEAD_KINDS, TOKEN_KINDS, Part, Place
 from aioengine.adapters.peft.targets import Layout
 from aioengine.adapters.peft.values import Matrices, converted, is_finite, pieces_of, scaled
 from aioengine.errors import AdapterInvalid
-from aioengine.model.parallel.ranges import take
+from aioengine.model.parallel.group import take
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.image import SERIAL_ELEMENTS
 from aioengine.model.slots.layout import SlotLayout

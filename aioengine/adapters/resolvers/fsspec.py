@@ -18,8 +18,7 @@ from aioengine.adapters.peft.folder import CONFIG_FILE, NO_WEIGHTS, SAFETENSORS_
 from aioengine.adapters.resolvers.base import BlockingResolver, check_size, is_plain_name
 from aioengine.checks import parse_bytes
 from aioengine.errors import AdapterError, AdapterLoadError, AdapterNotFound, ConfigError
-from aioengine.model.files.cache import cache_root
-from aioengine.model.files.remote import check_protocol, why_failed, without_credentials
+from aioengine.model.files.sources import cache_root, check_protocol, why_failed, without_credentials
 
 KEEP_SECONDS = 3600.0
 """Copies that were asked for within this time are kept even beyond the bound, because they are about to be

@@ -8,7 +8,7 @@ from pathlib import Path
 from aioengine.adapters.peft.folder import CONFIG_FILE, failed, invalid, naming
 from aioengine.adapters.resolvers.base import ADAPTER_FILES, BlockingResolver, check_size
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
-from aioengine.model.files.hub import HubId, download, explain, has_hub, parse_hub_id
+from aioengine.model.files.sources import HubId, download, explain, has_hub, parse_hub_id
 
 HUB_SECONDS = 10.0
 """Time limit for listing a repository on the Hub."""

@@ -9,8 +9,7 @@ from aioengine.adapters.resolvers.fsspec import FsspecResolver
 from aioengine.adapters.resolvers.hub import HubResolver, parse_hub_path
 from aioengine.checks import file_url_path
 from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
-from aioengine.model.files.hub import PREFIX, has_hub, is_source
-from aioengine.model.files.remote import check_protocol
+from aioengine.model.files.sources import PREFIX, check_protocol, has_hub, is_source
 
 
 def checked_source(name: str, path: str) -> str:

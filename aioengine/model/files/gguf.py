@@ -2,7 +2,7 @@
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, read with the ``gguf`` package
 (extra ``gguf``), which is imported only when a file is opened. Opening parses the whole vocabulary
-and takes seconds on large files, so every function here takes a path or an open :class:`GGUFFile`.
+and takes seconds on large files, so functions here take an open :class:`GGUFFile`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,8 +58,8 @@ class GGUFFile:
     missing, malformed or one part of a split model.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             import gguf as _  # noqa: F401  (whose absence has a message of its own)
 
@@ -111,17 +110,18 @@ class GGUFFile:
         except ValueError as e:
             raise ConfigError(f"{self.path}: metadata key {key!r} is not readable: {e}") from e
 
+    @property
+    def chat_template(self) -> str | None:
+        """The model's Jinja chat template, if the file has one."""
+        template = self.get("tokenizer.chat_template")
+        return None if template is None else str(template)
+
     def require(self, key: str) -> Any:
         """Return the value of a metadata key; ConfigError if the file does not have it."""
         value = self.get(key)
         if value is None:
             raise ConfigError(f"{self.path}: metadata key {key!r} is missing; convert the model again")
         return value
-
-
-def open_gguf(source: str | PathLike[str] | GGUFFile) -> GGUFFile:
-    """Return ``source`` if it is open already, else the opened file."""
-    return source if isinstance(source, GGUFFile) else GGUFFile(source)
 
 
 def hf_config(file: GGUFFile) -> dict[str, Any]:
@@ -136,13 +136,12 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def read_spec(source: str | PathLike[str] | GGUFFile) -> ModelSpec:
+def read_spec(file: GGUFFile) -> ModelSpec:
     """Return the model's shape, from metadata and the tensor directory; no weights are read.
 
     ``dtype`` is that of the unquantised matrices, and bfloat16 for quantised files. Raises
     ConfigError for an unsupported architecture, RoPE variant, or layers of unequal shape.
     """
-    file = open_gguf(source)
     spec = parse_config(ConfigFile(file.path, raw=hf_config(file)))
     fixed = {"attention.value_length": spec.head_dim}
     fixed["rope.dimension_count"] = spec.rotary_dim or spec.head_dim
@@ -214,15 +213,12 @@ class StoredTensor:
         return _half_split_rows(self._file, self._name, tensor, self._heads, self._head_dim)
 
 
-def iter_stored(
-    source: str | PathLike[str] | GGUFFile, spec: ModelSpec
-) -> Iterator[tuple[str, StoredTensor]]:
+def iter_stored(file: GGUFFile, spec: ModelSpec) -> Iterator[tuple[str, StoredTensor]]:
     """Yield every parameter by its Hugging Face name.
 
     The q and k rows of the ``llama`` architecture are put back into the Hugging Face order. Raises
     ConfigError for a tensor that the Llama family does not have.
     """
-    file = open_gguf(source)
     for name in file.tensors:
         if isinstance(spec, MixtureSpec) and (found := _EXPERTS.fullmatch(name)):
             for expert in range(int(file.tensors[name].shape[-1])):
@@ -231,14 +227,6 @@ def iter_stored(
                 yield f"{module}.{found[3]}", StoredTensor(file, name, spec, expert)
         elif name not in (_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS):
             yield _hf_name(file, name), StoredTensor(file, name, spec)
-
-
-def iter_tensors(
-    source: str | PathLike[str] | GGUFFile, spec: ModelSpec
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every parameter as (Hugging Face name, tensor), one at a time, quantized ones as float32."""
-    for name, stored in iter_stored(source, spec):
-        yield name, stored.tensor()
 
 
 def _packing(stored: ReaderTensor, expert: int | None = None) -> Packing | None:

@@ -10,8 +10,8 @@ import msgspec
 from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
-from aioengine.model.files.cache import EMBEDDED_MODEL
-from aioengine.model.files.hub import HubId, download, explain, has_hub, parse_hub_id
+from aioengine.model.files.embedded import EMBEDDED_MODEL, embedded_model_dir
+from aioengine.model.files.sources import HubId, download, explain, has_hub, parse_hub_id
 from aioengine.model.spec import ModelImpl, ModelSpec, Quantization
 
 
@@ -33,8 +33,6 @@ def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
     if path.exists():
         return path
     if model == EMBEDDED_MODEL:
-        from aioengine.model.files.embedded import embedded_model_dir  # needs gguf
-
         return embedded_model_dir(progress)
     hub_id = parse_hub_id(model)
     if hub_id is not None:
@@ -76,7 +74,7 @@ def _read_spec(path: Path, impl: ModelImpl) -> ModelSpec:
     if path.suffix == ".gguf":
         from aioengine.model.files import gguf
 
-        return gguf.read_spec(path)
+        return gguf.read_spec(gguf.GGUFFile(path))
     from aioengine.model.files import hf_config
 
     try:

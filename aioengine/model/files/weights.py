@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -21,15 +20,12 @@ from aioengine.kernels.portable.dequantize import scales
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.model.decoder import Decoder
 from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.files.folder import INDEX, check_exists, shards, unreadable
+from aioengine.model.files.folder import INDEX, check_exists, headers, shards, unreadable
 from aioengine.model.files.packing import MXFP4, Packing
 from aioengine.model.files.quantized import QuantizedFolder, quantized_folder
 from aioengine.model.files.stacked_experts import StackedExperts
-from aioengine.model.parallel.ranges import Ranges, take
+from aioengine.model.parallel.group import Ranges, take
 from aioengine.model.spec import ModelSpec
-
-_ROWS = 8192
-"""Rows of two matrices that are compared at once."""
 
 
 class Stored(NamedTuple):
@@ -57,9 +53,9 @@ def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Stored |
     index.
     """
     if path.suffix == ".gguf":
-        from aioengine.model.files.gguf import iter_stored
+        from aioengine.model.files.gguf import GGUFFile, iter_stored
 
-        for name, stored in iter_stored(path, spec):
+        for name, stored in iter_stored(GGUFFile(path), spec):
             if isinstance(stored.packing, Packing):
                 yield name, StoredBlocks(stored.shape, stored.packing, stored.blocks)
             else:
@@ -132,23 +128,15 @@ def _check_tied(path: Path) -> None:
     """Raise :class:`ConfigError` if a head that the configuration ties to the embeddings is stored with other
     values. (transformers does not tie it then.)"""
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    found: dict[str, Any] = {}
-    with contextlib.ExitStack() as files:
-        for shard in shards(path):
-            check_exists(shard)
-            try:
-                file = files.enter_context(safe_open(shard, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise unreadable(shard, error) from error
-            found |= {name: file.get_slice(name) for name in set(names).intersection(file.keys())}
-        if len(found) < len(names):
-            return
-        head, embeddings = (found[name] for name in names)
-        same = head.get_shape() == embeddings.get_shape() and all(
-            torch.equal(head[row : row + _ROWS], embeddings[row : row + _ROWS])
-            for row in range(0, head.get_shape()[0], _ROWS)
-        )
-    if not same:
+    if not headers(path).keys() >= set(names):
+        return
+    found = {
+        name: stored.read([slice(0, n) for n in stored.shape])
+        for shard, keys in shards(path).items()
+        for name, stored in _iter_safetensors(shard, keys)
+        if name in names
+    }
+    if not torch.equal(found[names[0]], found[names[1]]):
         raise ConfigError(
             f"{path}: {names[0]} differs from {names[1]}, but config.json has tie_word_embeddings=true (or "
             "leaves it out, where its family's default is true): set it to false, or delete the tensor"

@@ -12,9 +12,9 @@ import torch
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.hf_config import special_tokens
-from aioengine.model.generic.caches import KeepsMore
 from aioengine.model.generic.classes import TransformersClass
 from aioengine.model.generic.spec import Adaptable, GenericSpec, Stack
+from aioengine.model.generic.step import KeepsMore
 from aioengine.model.generic.trace import Trace, has_matrices, is_linear, observe
 from aioengine.model.generic.weights import linear_matrix
 from aioengine.model.spec import DTYPE_BYTES, NO_LAYER, LinearShape, RopeSpec

@@ -21,10 +21,17 @@ from aioengine.info import LoadProgress
 from aioengine.kernels import Backend, LoRABatch
 from aioengine.model.generic import attention
 from aioengine.model.generic.adapters import EXPERTS, Adapters
-from aioengine.model.generic.caches import EngineCache, Pages, PassingLayer, cache_argument, gathering
 from aioengine.model.generic.classes import TransformersClass
 from aioengine.model.generic.spec import GenericSpec
-from aioengine.model.generic.step import Holder, Step
+from aioengine.model.generic.step import (
+    EngineCache,
+    Holder,
+    Pages,
+    PassingLayer,
+    Step,
+    cache_argument,
+    gathering,
+)
 from aioengine.model.generic.trace import Implementations
 from aioengine.model.generic.weights import StoredWeight, linear_matrix, pack_weights
 from aioengine.model.kv_cache import KVCache

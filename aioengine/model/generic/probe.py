@@ -16,9 +16,9 @@ from torch import Tensor
 from aioengine.errors import ConfigError
 from aioengine.kernels import AttentionPlan, LoRABatch, Span
 from aioengine.model.generic.attention import Unsuitable
-from aioengine.model.generic.caches import KeepsMore
 from aioengine.model.generic.classes import one_line
 from aioengine.model.generic.model import GenericModel
+from aioengine.model.generic.step import KeepsMore
 from aioengine.model.model import StepInputs
 from aioengine.model.slots.image import build_image
 
@@ -98,19 +98,7 @@ class _Probe:
 
     def difference(self) -> str | None:
         """Return what differs from the model itself; None if nothing does."""
-        lengths = [len(tokens) for tokens in self.sequences]
-        first, rest = lengths[0] - 2, [length - 2 for length in lengths[1:]]
-        steps = [[first // 2] + [0] * len(rest), [first - first // 2, *rest]]
-        steps += [[1] * len(lengths)] * 2
-        try:
-            found = self._run(steps, slots=[-1] * len(lengths), ranks=[])
-        except (Unsuitable, KeepsMore) as error:
-            return str(error)
-        except Exception as error:  # whatever a model's modules do to inputs that they were not made for
-            logger.debug("the probe failed", exc_info=True)
-            return one_line(error)
-        off = self._off(found, self.expected)
-        return None if off is None else f"logits {off}"
+        return self._differs([-1] * len(self.sequences), [], self.expected)
 
     def difference_with_adapter(self) -> str | None:
         """Return the same for an adapter in slot 0, beside a base row."""
@@ -119,17 +107,26 @@ class _Probe:
         rank = _write_random_adapter(model)
         if len(self.sequences) < 2 or rank == 0:
             return None
+        with model.adapters.plainly():
+            expected = [self.expected[0], model.alone(self.sequences[1])]
+        found = self._differs([-1, 0], [rank] + [0] * (model.slots.max_loras - 1), expected)
+        return None if found is None else f"with an adapter, {found}"
+
+    def _differs(self, slots: list[int], ranks: list[int], expected: list[Tensor]) -> str | None:
+        """Return what differs in chunks, side by side and token by token, for adapters in these slots."""
         lengths = [len(tokens) for tokens in self.sequences]
-        halves = [length // 2 for length in lengths]
-        steps = [halves, [length - half for length, half in zip(lengths, halves, strict=True)]]
+        first, rest = lengths[0] - 2, [length - 2 for length in lengths[1:]]
+        steps = [[first // 2] + [0] * len(rest), [first - first // 2, *rest]]
+        steps += [[1] * len(lengths)] * 2
         try:
-            with model.adapters.plainly():
-                expected = [self.expected[0], model.alone(self.sequences[1])]
-            found = self._run(steps, slots=[-1, 0], ranks=[rank] + [0] * (model.slots.max_loras - 1))
-        except Exception as error:
-            return f"with an adapter: {one_line(error)}"
+            found = self._run(steps, slots, ranks)
+        except (Unsuitable, KeepsMore) as error:
+            return str(error)
+        except Exception as error:  # whatever a model's modules do to inputs that they were not made for
+            logger.debug("the probe failed", exc_info=True)
+            return one_line(error)
         off = self._off(found, expected)
-        return None if off is None else f"with an adapter, logits {off}"
+        return None if off is None else f"logits {off}"
 
     def _run(self, steps: list[list[int]], slots: list[int], ranks: list[int]) -> list[Tensor]:
         """Return the logits of each sequence, whose adapters are in ``slots``, in steps of so many tokens of

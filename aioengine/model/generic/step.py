@@ -1,15 +1,20 @@
-"""The step that is under way, as the modules of a model see it."""
+"""The step that is under way, as the modules of a model see it: its tokens, and the caches that transformers
+gets in the place of its own."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from aioengine.kernels import AttentionPlan, Backend, LoRABatch
+from aioengine.kernels.plan.attention import locate
+from aioengine.kernels.portable.cells import put, take
 from aioengine.model.kv_cache import KVCache
 
 Allowed = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -70,3 +75,86 @@ def _classified(allowed: Allowed | None, longest: int, device: torch.device) -> 
     if torch.equal(seen, causal & (every[None] > some[:, None] - window)):
         return MaskKind(window)
     return MaskKind(odd=True)
+
+
+class KeepsMore(Exception):
+    """Error for a model that keeps something other than keys and values."""
+
+
+class EngineCache(Cache):
+    """Layers that hold keys and values, and nothing else."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise KeepsMore("it keeps the states of recurrences or convolutions, or an index")
+
+    update_conv_state = update_recurrent_state = update_indexer = _refuse
+    get_conv_state = get_recurrent_state = has_previous_state = _refuse
+
+
+class PassingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call] # transformers has no types for it
+    """Returns its inputs unchanged, because the attention stores the keys and values. ``past`` is the number
+    of tokens before those of the pass."""
+
+    is_sliding = False
+
+    def __init__(self, past: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # as above
+        self.past = self.length = past
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.past + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class Pages:
+    """One sequence of a step: the cells of its new tokens, and of all of them."""
+
+    def __init__(self, plan: AttentionPlan, index: int) -> None:
+        row, length, self.past = plan.spans[index]
+        every = torch.arange(self.past + length)
+        self.cells = plan.cells[row : row + length]
+        self.context = locate(plan.host_tables, plan.block_size, torch.tensor(index), every).to(plan.device)
+
+
+class GatheringLayer(PassingLayer):  # type: ignore[no-untyped-call] # as above
+    """Stores into a layer's pages, and gathers the sequence's keys and values from them."""
+
+    def __init__(self, pages: Pages, keys: Tensor, values: Tensor) -> None:
+        super().__init__(pages.past)
+        self._pages, self._keys, self._values = pages, keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        pages = self._pages
+        put(self._keys, pages.cells, key_states[0].transpose(0, 1))
+        put(self._values, pages.cells, value_states[0].transpose(0, 1))
+        self.length = len(pages.context)
+        self.keys = take(self._keys, pages.context).transpose(0, 1)[None]
+        self.values = take(self._values, pages.context).transpose(0, 1)[None]
+        return self.keys, self.values
+
+
+def gathering(cache: KVCache, layer_ids: tuple[int, ...], layers: int, pages: Pages) -> EngineCache:
+    """Return a cache for one sequence and attention of the model's own."""
+    made: list[Any] = [PassingLayer() for _ in range(layers)]
+    for i, layer in enumerate(layer_ids):
+        made[layer] = GatheringLayer(pages, cache.k[i], cache.v[i])
+    return EngineCache(layers=made)
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """Return the name of the argument by which a module takes the cache."""
+    names = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)

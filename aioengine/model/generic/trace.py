@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from aioengine.model.generic.caches import EngineCache, KeepsMore, PassingLayer, cache_argument
+from aioengine.model.generic.step import EngineCache, KeepsMore, PassingLayer, cache_argument
 from aioengine.model.spec import KVShape
 
 NAME = "aioengine-trace"

@@ -108,7 +108,7 @@ def pack_weights(model: Any, spec: GenericSpec) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append((module, name))
     matrices = {id(matrix.own): matrix for matrix in _matrices(model, spec) if matrix.fits}
-    arena = Arena(sum(matrix.own.nbytes for matrix in matrices.values()), len(matrices) or 1)
+    arena = Arena()
     for key, matrix in matrices.items():
         own, values = matrix.own, matrix.values
         packed = PackedWeight.pack(arena.take(own.nbytes).view(own.dtype).view(values.shape).copy_(values))

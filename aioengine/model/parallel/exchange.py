@@ -27,8 +27,6 @@ class Scratch(NamedTuple):
     """A's outputs [elements]."""
     rows_h: Tensor | None
     """The same for the rows of experts: [rows, elements of a row]."""
-    squares: Tensor
-    """[T, 2]"""
 
 
 def between(name: str, adapted: AdaptedLinears) -> Exchange:
@@ -71,9 +69,6 @@ class StepExchange:
     def _exchange(self, what: Exchange, pool: LoRAPool | None) -> None:
         if what == Exchange.TOTAL:
             self._adapted.total(self._scratch.x, None, pool, self._inputs.lora)
-            return
-        if what == Exchange.SQUARES:
-            self._adapted.group.all_reduce(self._scratch.squares)
             return
         assert pool is not None
         batch, memory = self._inputs.sample_lora if pool is self._head else self._inputs.lora, self._scratch.h

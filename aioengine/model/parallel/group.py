@@ -33,6 +33,34 @@ SOLO = Shard()
 """The whole model."""
 
 
+Ranges = tuple[slice, ...]
+"""Ranges of a dimension that are taken together, one at least. More where one matrix has several linears
+below each other, of each of which a rank has a part."""
+
+EVERYTHING: Ranges = (slice(None),)
+
+
+def count(ranges: Ranges, size: int) -> int:
+    """Return how many of ``size`` elements are in the ranges."""
+    return sum(len(range(size)[part]) for part in ranges)
+
+
+def take(tensor: Tensor, ranges: Ranges) -> Tensor:
+    """Return rows of ``tensor`` [n, ...]: a view if there is one range, else a copy."""
+    if len(ranges) == 1:
+        return tensor[ranges[0]]
+    from torch import cat
+
+    return cat([tensor[part] for part in ranges])
+
+
+def rank_threads(size: int) -> int:
+    """Return each of ``size`` ranks' share of the threads that a step here would have, at least 1."""
+    from aioengine.kernels.cpu.shared_library import threads
+
+    return max(1, threads() // size)
+
+
 class Group(ABC):
     """The processes that hold one model together. All of them make the same calls in the same order.
 

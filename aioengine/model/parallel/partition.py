@@ -14,17 +14,13 @@ import msgspec
 from aioengine.errors import ConfigError
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.packing import Packing
-from aioengine.model.parallel.group import Shard
-from aioengine.model.parallel.ranges import Ranges
+from aioengine.model.parallel.group import Ranges, Shard
 from aioengine.model.spec import GATE_UP, QKV, ModelSpec
 
 _SPLIT_INPUTS = frozenset({"o_proj", "down_proj", "embed_tokens"})
 
 _LINEARS_OF = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
 """The linears that are below each other in one matrix."""
-
-_NORMED = {"self_attn.q_norm": "q_proj", "self_attn.k_norm": "k_proj"}
-"""Norms that may be over all heads, and what they norm."""
 
 _MAX_SIZE = 64
 
@@ -105,11 +101,6 @@ class Partition:
         return self._range(module, self.local.linear(module).in_features)
 
     @property
-    def norm_parts(self) -> int:
-        """The ranks over whose heads together queries, and keys, are normed."""
-        return self.shard.size if self.whole.qk_norm and self.whole.qk_norm_whole else 1
-
-    @property
     def vocabulary(self) -> slice:
         """The tokens whose embeddings and logits the rank has."""
         return self.inputs("embed_tokens")
@@ -128,9 +119,6 @@ class Partition:
             )
         place = self.whole.find_module(path)
         if place is None or kind not in ("weight", "bias"):
-            normed = _NORMED.get(".".join(path.rsplit(".", 2)[1:])) if self.whole.qk_norm_whole else None
-            if normed is not None:
-                return (self.whole.linear(normed).out_features,), (self.outputs(normed),)
             return tuple(shape), tuple((slice(0, n),) for n in shape)
         module = place[1]
         n_in, n_out = self.whole.linear(module)
@@ -160,6 +148,8 @@ def _expert_sizes(spec: ModelSpec, size: int) -> dict[str, int]:
 
 def _obstacle(spec: ModelSpec, shard: Shard) -> str | None:
     size = shard.size
+    if size > 1 and spec.qk_norm and spec.qk_norm_whole:
+        return "queries and keys are normed over all heads together"
     sizes = [(count, f"as the {what}") for what, count in spec.mlp_sizes.items()]
     for count, what in ((spec.num_heads, "attention heads"), *sizes):
         if count % size:

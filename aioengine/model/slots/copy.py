@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor
 
 from aioengine.model.slots.image import serial_pieces
-
-_WIDE = ((16, torch.complex128), (8, torch.int64), (4, torch.int32))
 
 
 class Copy(NamedTuple):
@@ -47,17 +44,8 @@ class SerialCopier:
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for to, source in copies:
-            to, source = to.view(-1), source.view(-1)
-            # In the widest elements that divide the memory, because what torch does costs by the element.
-            size = math.gcd(
-                to.nbytes, to.storage_offset() * to.itemsize, source.storage_offset() * to.itemsize
-            )
-            for unit, dtype in _WIDE:
-                if unit > to.itemsize and size % unit == 0:
-                    to, source = to.view(dtype), source.view(dtype)
-                    break
-            targets += serial_pieces(to)
-            sources += serial_pieces(source)
+            targets += serial_pieces(to.view(-1))
+            sources += serial_pieces(source.view(-1))
         torch._foreach_copy_(targets, sources)
         return list(new)
 

@@ -20,9 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from aioengine.model.parallel.group import SOLO, Shard
+from aioengine.model.parallel.group import SOLO, Ranges, Shard, count
 from aioengine.model.parallel.partition import Partition
-from aioengine.model.parallel.ranges import Ranges, count
 from aioengine.model.spec import NO_LAYER, LinearShape, ModelSpec
 
 __all__ = ["MAX_RANK", "Elements", "FusedPlace", "Place", "Share", "SlotLayout"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from os import PathLike
-
 from tokenizers import (
     AddedToken,
     Regex,
@@ -16,7 +14,7 @@ from tokenizers import (
 )
 
 from aioengine.errors import ConfigError
-from aioengine.model.files.gguf import GGUFFile, open_gguf
+from aioengine.model.files.gguf import GGUFFile
 
 _CONTROL, _USER_DEFINED = 3, 4
 """Values of ``tokenizer.ggml.token_type`` for tokens that are matched before any splitting."""
@@ -37,14 +35,13 @@ _CASED_SPLIT = (
 _THREE_DIGITS = ("llama-bpe", "llama3", "smaug-bpe", "dbrx", "glm4", "chatglm-bpe")
 
 
-def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> Tokenizer | None:
+def build_tokenizer(file: GGUFFile) -> Tokenizer | None:
     """Return the file's tokenizer, or None if it is of a kind (or splits text in a way) not known here.
 
     Byte-level BPE (``gpt2``) with the splitting rules of Llama 3, Qwen 2, GPT-2, SmolLM, OLMo, Granite,
     GLM-4 and GPT-OSS, and SentencePiece BPE (``llama``). Raises ConfigError if the file or its tokenizer is
     malformed.
     """
-    file = open_gguf(source)
     kind = file.get("tokenizer.ggml.model")
     rebuild = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}.get(kind)
     if rebuild is None:
@@ -65,12 +62,6 @@ def build_tokenizer(source: str | PathLike[str] | GGUFFile) -> Tokenizer | None:
             single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
         )
     return tokenizer
-
-
-def chat_template(source: str | PathLike[str] | GGUFFile) -> str | None:
-    """Return the model's Jinja chat template, or None if the file has none."""
-    template = open_gguf(source).get("tokenizer.chat_template")
-    return None if template is None else str(template)
 
 
 def _byte_level_bpe(file: GGUFFile) -> Tokenizer | None:

@@ -14,8 +14,7 @@ import tokenizers
 from aioengine.checks import read_json
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.model.text.chat_template import ChatTemplate, read_chat_template
-from aioengine.model.text.detokenizer import Detokenizer, TextStream, special_tokens
-from aioengine.model.text.token_bytes import TokenBytes
+from aioengine.model.text.detokenizer import Detokenizer, TextStream, TokenBytes, special_tokens
 
 _SHORT = 512
 """Maximum characters of a text that is tokenized without other threads' help."""
@@ -121,11 +120,6 @@ class Tokenizer:
             return [self.encode(texts[0], add_special_tokens, limit=limit)]
         return list(self._encode_all(texts, add_special_tokens, limit))
 
-    def encode_pair(self, first: str, second: str, *, limit: int) -> list[int]:
-        """Return what :meth:`encode_pairs` does for one pair."""
-        [ids] = self.encode_pairs([(first, second)], limit=limit)
-        return ids
-
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, limit: int) -> list[list[int]]:
         """Return the token ids of each two texts that belong together, with the special tokens that the
         tokenizer puts around and between them. Raises as :meth:`encode` does."""
@@ -151,16 +145,11 @@ class Tokenizer:
                     raise PromptTooLong(len(encoded), limit)
                 yield encoded.ids
 
-    def encode_end(self, text: str, keep: int, add_special_tokens: bool = True) -> list[int]:
-        """Return the last ``keep`` tokens of a text, in time and memory that follow from ``keep`` and not
-        from its length. A word without an end may be divided in another way than in the whole text."""
-        [ids] = self.encode_ends([text], keep, add_special_tokens)
-        return ids
-
     def encode_ends(
         self, texts: Sequence[str], keep: int, add_special_tokens: bool = True
     ) -> list[list[int]]:
-        """Return what :meth:`encode_end` does for each text. Many are tokenized together."""
+        """Return the last ``keep`` tokens of each text, in time and memory that follow from ``keep`` and not
+        from its length. A word without an end may be divided in another way than in the whole text."""
         found: list[list[int]] = [[] for _ in texts]
         size, left = _TEXT_PER_TOKEN * (keep + _SETTLED), list(range(len(texts)))
         while left:

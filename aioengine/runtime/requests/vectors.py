@@ -178,4 +178,4 @@ def pair_tokens(
         raise RequestInvalid("query and documents: give only texts, or only lists of token ids")
     if tokenizer is None:
         raise RequestInvalid("the model has no tokenizer.json: give lists of token ids")
-    return tokenizer.encode_pair(query, document, limit=limit)
+    return tokenizer.encode_pairs([(query, document)], limit=limit)[0]

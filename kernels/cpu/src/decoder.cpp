@@ -53,7 +53,6 @@ struct Model {
   int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, block_bytes, int8_cache;
   int64_t rope_half, rope_neighbours;  // see Rope in elementwise.cpp
   int64_t q_norm_size, k_norm_size;    // a head's, or of all heads together
-  int64_t norm_parts;                  // the processes over whose heads such a norm is
   int64_t activation, norm_rounded;  // an Activation
   double eps, norm_offset, residual_scale, attention_scale, attention_cap, swiglu_alpha, swiglu_limit;
   const void* norm;
@@ -100,20 +99,18 @@ struct Step {
   void *rows, *rows_wide, *rows_narrow, *rows_h;
   float *scores, *weights, *gates;
   int32_t* routes;
-  float* squares;   // [tokens, 2] of queries and keys, if these are normed over the heads of several processes
   double* seconds;  // [PHASES] to which the time of each is added; may be null
   // Of a model that several processes hold: does what the first argument says (an Exchange) for the pool with this id
   // (below 0: none), or returns other than 0 to have the step end. Null: there are no others.
   int (*exchange)(int64_t what, int64_t id);
-  const int32_t* processors;  // [threads] that they are bound to; null: to none
 };
 
 // structs.py names these.
 enum Activation { SILU, GELU, CLAMPED_SWIGLU };
 enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, AFFINE, EXCHANGE, ROUTE, PHASES };
 // GATHER makes h [rows, slices, width] of what every process has of it, SUM adds them up; of experts, rows_h. TOTAL adds
-// up x, the outputs of linears that are split over their inputs, and scales and shifts the sum. SQUARES adds up the squares.
-enum Exchange { NOTHING, GATHER, SUM, TOTAL, SQUARES };
+// up x, the outputs of linears that are split over their inputs, and scales and shifts the sum.
+enum Exchange { NOTHING, GATHER, SUM, TOTAL };
 
 }  // extern "C"
 
@@ -223,27 +220,6 @@ struct Run {
     return weight != nullptr ? s.x : s.hidden;
   }
 
-  // Queries and keys, in place, over the heads of several processes.
-  void norm_heads(const Layer& l) const {
-    struct {
-      char* begin;
-      const void* weight;
-      long size;
-    } const parts[] = {{(char*)s.wide, l.q_norm, m.q_norm_size},
-                       {(char*)s.wide + m.heads * m.head_dim * element(), l.k_norm, m.k_norm_size}};
-    const long stride = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    timed(ROPE, [&] {
-      for (int i = 0; i < 2; i++)
-        aio_head_squares(m.bf16, parts[i].begin, s.squares + i, s.tokens, stride, parts[i].size, threads);
-    });
-    exchange(SQUARES, -1);
-    timed(ROPE, [&] {
-      for (int i = 0; i < 2; i++)
-        aio_norm_part(m.bf16, parts[i].begin, parts[i].weight, s.squares + i, s.tokens, stride, parts[i].size,
-                      parts[i].size * m.norm_parts, m.eps, int(m.norm_rounded), m.norm_offset, threads);
-    });
-  }
-
   // gate_up [rows, 2 * size] -> out [rows, size].
   void activate(const void* gate_up, void* out, long rows, long size) const {
     timed(ACTIVATION, [&] {
@@ -291,13 +267,11 @@ struct Run {
     const Adapted o{&l.o, &l.lora_o}, gate_up{&l.gate_up, &l.lora_gate_up}, down{&l.down, &l.lora_down};
     linear(QKV, {&l.qkv, &l.lora_qkv}, s.lora, x, s.wide, s.tokens, o);
     const aio::HeadNorms norms{l.q_norm, l.k_norm, m.q_norm_size, m.k_norm_size, m.norm_rounded, m.eps, m.norm_offset};
-    const bool normed_here = l.q_norm != nullptr && m.norm_parts == 1;
-    if (l.q_norm != nullptr && !normed_here) norm_heads(l);
     timed(ROPE, [&] {
       const long rotation = l.rope * s.tokens * m.rope_half;
       aio_rope_store(m.bf16, s.wide, s.cos + rotation, s.sin + rotation, s.cells, s.last, l.keys, l.values, s.tokens,
                      m.heads, m.kv_heads, m.head_dim, m.block_size, m.block_bytes, m.rope_half, int(m.rope_neighbours),
-                     int(m.int8_cache), normed_here ? &norms : nullptr, threads);
+                     int(m.int8_cache), l.q_norm != nullptr ? &norms : nullptr, threads);
     });
     timed(ATTENTION, [&] {
       aio_attention(m.bf16, s.wide, qkv_width, l.keys, l.values, s.tables, s.table_width, s.spans, s.sequences,
@@ -427,5 +401,5 @@ AIO_EXPORT void aio_step(const Model* model, const Step* step) {
     } catch (const Stopped&) {
     }
   };
-  aio::step_together(int(step->threads), work, step->processors);
+  aio::step_together(int(step->threads), work);
 }

@@ -88,30 +88,6 @@ void norm_heads(typename T::elem* x, long width, const void* weight, long size, 
     norm_row<T>(x + at, (const typename T::elem*)weight, x + at, size, rule);
 }
 
-// Of every row of x, to squares[2 * row].
-template <class T>
-void head_squares(const void* x, float* found, long rows, long stride, long size, int threads) {
-  together(worth(rows * size, threads), [&](const Member& me) {
-    const Range mine = me.share(rows);
-    for (long row = mine.begin; row < mine.end; row++)
-      found[2 * row] = squares<T>((const typename T::elem*)x + row * stride, size);
-  });
-}
-
-// The norm of a part of every row, for the squares of the whole row, in which there are `total` elements.
-template <class T>
-void norm_part(void* x_, const void* weight, const float* squares, long rows, long stride, long size, long total,
-               const NormRule& rule, int threads) {
-  using elem = typename T::elem;
-  together(worth(rows * size, threads), [&](const Member& me) {
-    const Range mine = me.share(rows);
-    for (long row = mine.begin; row < mine.end; row++) {
-      elem* x = (elem*)x_ + row * stride;
-      norm_row<T>(x, (const elem*)weight, x, size, squares[2 * row] / float(total), rule);
-    }
-  });
-}
-
 enum Activation { SILU, GELU, CLAMPED };
 
 // Of CLAMPED alone.
@@ -267,22 +243,6 @@ AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void
   const aio::NormRule rule{eps, rounded != 0, offset};
   bf16 ? aio::add_rms_norm<aio::Bf16>(hidden, delta, delta_weight, weight, out, rows, size, factor, rule, threads)
        : aio::add_rms_norm<aio::F32>(hidden, delta, delta_weight, weight, out, rows, size, factor, rule, threads);
-}
-
-// The norm of rows of which this process has a part, x [rows, size], in two parts: the sum of its squares, to
-// squares [rows] with a stride of 2; and with the sum over all processes there, and `total` elements in all of them, the
-// norm in place.
-AIO_EXPORT void aio_head_squares(int bf16, const void* x, float* squares, long rows, long stride, long size,
-                                 int threads) {
-  bf16 ? aio::head_squares<aio::Bf16>(x, squares, rows, stride, size, threads)
-       : aio::head_squares<aio::F32>(x, squares, rows, stride, size, threads);
-}
-
-AIO_EXPORT void aio_norm_part(int bf16, void* x, const void* weight, const float* squares, long rows, long stride,
-                              long size, long total, float eps, int rounded, float offset, int threads) {
-  const aio::NormRule rule{eps, rounded != 0, offset};
-  bf16 ? aio::norm_part<aio::Bf16>(x, weight, squares, rows, stride, size, total, rule, threads)
-       : aio::norm_part<aio::F32>(x, weight, squares, rows, stride, size, total, rule, threads);
 }
 
 AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads) {

@@ -126,10 +126,6 @@ AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const floa
                                const aio::HeadNorms* norms, int threads);
 AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_weight, const void* weight, void* out,
                                  long rows, long size, float factor, float eps, int rounded, float offset, int threads);
-AIO_EXPORT void aio_head_squares(int bf16, const void* x, float* squares, long rows, long stride, long size,
-                                 int threads);
-AIO_EXPORT void aio_norm_part(int bf16, void* x, const void* weight, const float* squares, long rows, long stride,
-                              long size, long total, float eps, int rounded, float offset, int threads);
 AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
 AIO_EXPORT void aio_gelu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
 AIO_EXPORT void aio_clamped_swiglu(int bf16, const void* gate_up, void* out, long rows, long size, float alpha,
@@ -144,7 +140,5 @@ AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const aio::Slots* slots
 AIO_EXPORT void aio_turn(void* memory, long size, const int64_t* matrices, long count);
 AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const aio::Slots* slots, long first,
                                 const aio::Slice* slice, long slices, const int32_t* segments, long count, int threads);
-AIO_EXPORT void aio_touch(void* memory, long n, long panel_bytes, const int32_t* processors, int threads);
 AIO_EXPORT void aio_probe_dot(int kind, long count, int threads, float* out);
 AIO_EXPORT void aio_probe_read(const void* from, long bytes, int threads, float* out);
-AIO_EXPORT void aio_probe_bound(const int32_t* processors, int threads, int32_t* out);

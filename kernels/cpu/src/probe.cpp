@@ -1,4 +1,4 @@
-// What the machine can do at most: floors for benchmarks; and where threads are.
+// What the machine can do at most: floors for benchmarks.
 #include <omp.h>
 
 #include "ops.h"
@@ -75,17 +75,4 @@ AIO_EXPORT void aio_probe_read(const void* from, long bytes, int threads, float*
 #pragma omp atomic
     *out += float(sum);
   }
-}
-
-// The processor that each of the threads of a step is on; below zero if the system does not say.
-AIO_EXPORT void aio_probe_bound(const int32_t* processors, int threads, int32_t* out) {
-  const auto work = [&](const aio::Member& me) {
-#if defined(__linux__)
-    out[me.index] = sched_getcpu();
-#else
-    out[me.index] = -1;
-#endif
-    me.wait();
-  };
-  aio::step_together(threads, work, processors);
 }

@@ -9,9 +9,6 @@
 #pragma once
 
 #include <omp.h>
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -115,36 +112,10 @@ void together(int threads, const Work& work) {
   }
 }
 
-// Keeps a thread on a processor while this lives. Then it gets back those that it had, which are not ours to change: it
-// may be the caller's own thread.
-class Bound {
- public:
-#if defined(__linux__)
-  // `processors` are those of the team's threads; null: they are not bound.
-  Bound(const int32_t* processors, long index) {
-    if (processors == nullptr || sched_getaffinity(0, sizeof before_, &before_) != 0) return;
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(processors[index], &one);
-    bound_ = sched_setaffinity(0, sizeof one, &one) == 0;
-  }
-  ~Bound() {
-    if (bound_) sched_setaffinity(0, sizeof before_, &before_);
-  }
-
- private:
-  cpu_set_t before_;
-  bool bound_ = false;
-#else
-  Bound(const int32_t*, long) {}
-#endif
-};
-
 // Has a step's threads go through `work`, in which together() is theirs.
 template <class Work>
-void step_together(int threads, const Work& work, const int32_t* processors = nullptr) {
+void step_together(int threads, const Work& work) {
   together(threads, [&](const Member& me) {
-    const Bound bound(processors, me.index);
     current = &me;
     work(me);
     current = nullptr;

@@ -314,21 +314,3 @@ template void compute_share<F32>(const Member&, const Linear&, const Beside&, co
                                  const void*);
 
 }  // namespace aio
-
-// Has each page of a weight, of n outputs, written to first by the thread that reads it in steps of few rows: then it lies
-// on that thread's NUMA node. A huge page is the thread's that reads where it begins. No byte changes.
-AIO_EXPORT void aio_touch(void* memory, long n, long panel_bytes, const int32_t* processors, int threads) {
-  constexpr uintptr_t PAGE = 4096, HUGE_PAGE = 2 << 20;  // with larger pages some are written to several times
-  const uintptr_t begin = (uintptr_t)memory, end = begin + n / aio::LANES * panel_bytes;
-  const auto work = [&](const aio::Member& me) {
-    const aio::Share share(me, 1, n);
-    if (share.count() == 0) return;
-    const aio::Block last = share[share.count() - 1];
-    const uintptr_t from = begin + share[0].first * panel_bytes, to = begin + (last.first + last.panels) * panel_bytes;
-    for (uintptr_t page = begin / PAGE * PAGE; page < end; page += PAGE) {
-      const uintptr_t at = page < begin ? begin : page, huge = at / HUGE_PAGE * HUGE_PAGE, owned = huge < begin ? at : huge;
-      if (from <= owned && owned < to) __atomic_fetch_or((char*)at, 0, __ATOMIC_RELAXED);
-    }
-  };
-  aio::step_together(threads, work, processors);
-}

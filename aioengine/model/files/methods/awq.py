@@ -36,9 +36,7 @@ def awq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
     def layout(module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
         if "qweight" not in headers:
             return None
-        name = f"{module}.qweight"
-        k, words = wrong.matrix(name, headers["qweight"])
-        scheme.check_group(packing.group, k, name, wrong)
+        k, words = wrong.matrix(f"{module}.qweight", headers["qweight"])
         groups, n = packing.groups(k), words * 8
         expected: scheme.Expected = {
             "qweight": ((k, words), ("I32",)),
@@ -46,7 +44,6 @@ def awq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
         }
         if zeros:
             expected["qzeros"] = ((groups, words), ("I32",))
-        wrong.check(module, headers, expected)
 
         def read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             import torch
@@ -64,6 +61,6 @@ def awq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
             found = {"data": data.view(n, -1), "scale": tensors["scales"].T.float()}
             return found | ({"zero": zero.flatten(1).T} if zeros else {})
 
-        return scheme.Layout(n, k, packing, read)
+        return scheme.Layout(n, k, packing, expected, read)
 
     return layout

@@ -2,10 +2,9 @@
 
 "pack-quantized": ``weight_packed`` [n, k / 8] has codes along the inputs in each int32, the lowest first,
 with half of their range added; "int-quantized": ``weight`` [n, k] int8; "float-quantized": float8. Beside
-them ``weight_scale`` [n, groups], [n, 1] or [1], and, for what is not symmetric, ``weight_zero_point``;
-``weight_g_idx`` [k] has the group of each input where inputs are ordered. Scales of activations are not used.
-These stay in the compute dtype, which is more exact, except on CUDA for many rows, if the checkpoint rounds
-them with scales of their own ("dynamic").
+them ``weight_scale`` [n, groups], [n, 1] or [1], and, for what is not symmetric, ``weight_zero_point``.
+Activations stay in the compute dtype, which is more exact, except on CUDA for many rows, if the checkpoint
+rounds them with scales of their own ("dynamic").
 https://github.com/vllm-project/compressed-tensors
 """
 
@@ -38,18 +37,20 @@ class _Settings(NamedTuple):
 def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
     """Return the way of "compressed-tensors"."""
     wrong = scheme.CheckpointErrors(path, "compressed-tensors")
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise wrong.setting("config_groups", groups, "must be a JSON object of groups")
+    settings = config.get("config_groups")
+    if not isinstance(settings, dict) or not settings:
+        raise wrong.setting("config_groups", settings, "must be a JSON object of groups")
     for key in ("sparsity_config", "transform_config"):
         value = config.get(key)
         if value and not (isinstance(value, dict) and value.get("format") == "dense"):
             raise wrong.setting(key, "{...}", "is not supported; use a checkpoint without it")
-    first, *others = (_settings(name, one, config, wrong) for name, one in groups.items())
+    first, *others = (_settings(name, one, config, wrong) for name, one in settings.items())
     if any(other != first for other in others):
-        raise wrong.setting("config_groups", list(groups), "different settings for groups are not supported")
+        raise wrong.setting(
+            "config_groups", list(settings), "different settings for groups are not supported"
+        )
     bits, group = first.bits, first.group
-    inputs = [one.get("input_activations") for one in groups.values()]
+    inputs = [one.get("input_activations") for one in settings.values()]
     rounds = all(isinstance(x, dict) and x.get("num_bits") == 8 and x.get("dynamic") for x in inputs)
     activations = "dynamic" if rounds else "static"
     floats = {"quant_method": "compressed-tensors", "weight_block_size": first.block}
@@ -57,59 +58,50 @@ def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf
 
     def layout(module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
         words = headers.get("weight_packed")
+        packed, each = words is not None, 32 // bits
         if words is not None:
-            each, name = 32 // bits, f"{module}.weight_packed"
-            n, count = wrong.matrix(name, words)
+            n, count = wrong.matrix(f"{module}.weight_packed", words)
             k = count * each
-            zeros = (-(-n // each), -(-k // (group or k))), ("I32",)
             expected: scheme.Expected = {"weight_packed": ((n, count), ("I32",))}
         elif "weight" in headers and headers["weight"].dtype == "I8":
-            name = f"{module}.weight"
-            n, k = wrong.matrix(name, headers["weight"])
-            zeros, expected = ((n, -(-k // (group or k))), ("I8",)), {}
+            n, k = wrong.matrix(f"{module}.weight", headers["weight"])
+            expected = {}
         else:
             return float_layout(module, headers)
-        scheme.check_group(group, k, name, wrong)
-        four = words is not None and bits == 4
+        if "weight_g_idx" in headers:
+            raise wrong.tensor(
+                f"{module}.weight_g_idx", "groups of inputs that are not neighbours are not supported"
+            )
+        four = packed and bits == 4
         packing = Packing(
             format="int4" if four else "int8",
             group=group,
             zeros=not first.symmetric,
-            ordered="weight_g_idx" in headers,
             middle=8 if four else 0,
             rounds=rounds,
         )
+        groups = packing.groups(k)
         scale = headers.get("weight_scale")
         if group or scale is None or scale.shape not in ((), (1,), (n,), (1, 1)):
-            expected["weight_scale"] = ((n, packing.groups(k)), scheme.FLOATS)
-        if packing.zeros:
+            expected["weight_scale"] = ((n, groups), scheme.FLOATS)
+        if packing.zeros:  # packed along the outputs
+            zeros = ((-(-n // each), groups), ("I32",)) if packed else ((n, groups), ("I8",))
             expected["weight_zero_point"] = zeros
-        if packing.ordered:
-            expected["weight_g_idx"] = ((k,), ("I32", "I64"))
-        wrong.check(module, headers, expected)
 
         def read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             import torch
 
-            packed, groups = tensors.get("weight_packed"), packing.groups(k)
-            data = (tensors["weight"] if packed is None else packed.contiguous()).view(torch.uint8)
-            if packed is not None and not four:
-                data = data ^ 128
+            data = tensors["weight_packed" if packed else "weight"].contiguous().view(torch.uint8)
             scale = tensors["weight_scale"].float().reshape(-1, groups).expand(n, -1)
-            found = {"data": data, "scale": scale}
+            found = {"data": data if four or not packed else data ^ 128, "scale": scale}
             if packing.zeros:
                 zero = tensors["weight_zero_point"]
-                if packed is not None:  # packed along the outputs
-                    zero = scheme.unpack_int32(zero.T, bits)[:, :n].T.short()
-                    zero = zero if four else zero - 128
+                if packed:
+                    zero = scheme.unpack_int32(zero.T, bits)[:, :n].T.short() - (0 if four else 128)
                 found["zero"] = zero.short()
-            if packing.ordered:
-                group_of = tensors["weight_g_idx"]
-                scheme.check_groups(group_of, groups, f"{module}.weight_g_idx", wrong)
-                found["group_of"] = group_of.int()
             return found
 
-        return scheme.Layout(n, k, packing, read)
+        return scheme.Layout(n, k, packing, expected, read)
 
     return layout
 

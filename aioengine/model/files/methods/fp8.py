@@ -12,27 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aioengine.model.files.methods.scheme import (
-    FLOATS,
-    FP8_NAN,
-    CheckpointErrors,
-    Header,
-    Layout,
-    LayoutOf,
-    check_group,
-)
+from aioengine.model.files.methods import scheme
 from aioengine.model.files.packing import Packing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SCALES = ("weight_scale", "weight_scale_inv")
-_SCALE_TYPES = (*FLOATS, "F8_E8M0")
+_SCALE_TYPES = (*scheme.FLOATS, "F8_E8M0")
+_NAN = 127
 
 
-def fp8(path: Path, config: Mapping[str, Any]) -> LayoutOf:
+def fp8(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
     """Return the way of "fp8" and "fbgemm_fp8", and of float8 weights of compressed-tensors."""
-    wrong = CheckpointErrors(path, config["quant_method"])
+    wrong = scheme.CheckpointErrors(path, config["quant_method"])
     # fbgemm_fp8 has no other; static scales are not read.
     usual = "dynamic" if config["quant_method"] == "fbgemm_fp8" else None
     rounds = config.get("activation_scheme", usual) == "dynamic"
@@ -43,7 +36,7 @@ def fp8(path: Path, config: Mapping[str, Any]) -> LayoutOf:
     if (kind := config.get("fmt", "e4m3")) != "e4m3":
         raise wrong.setting("fmt", kind, "only e4m3 is supported")
 
-    def layout(module: str, headers: Mapping[str, Header]) -> Layout | None:
+    def layout(module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
         weight = headers.get("weight")
         if weight is None or not weight.dtype.startswith("F8"):
             return None
@@ -54,6 +47,7 @@ def fp8(path: Path, config: Mapping[str, Any]) -> LayoutOf:
         if kind is None:
             raise wrong.tensor(f"{module}.weight_scale", "is missing")
         found, rows, group = headers[kind], 0, 0
+        expected: scheme.Expected = {}
         if found.dtype not in _SCALE_TYPES:
             raise wrong.tensor(f"{module}.{kind}", f"{found.dtype} is not supported for scales")
         if found.shape not in ((), (1,), (n,), (n, 1), (1, 1)):
@@ -63,18 +57,18 @@ def fp8(path: Path, config: Mapping[str, Any]) -> LayoutOf:
                     f"has shape {found.shape}; expected a scale, or one for each of {n} outputs",
                 )
             rows, group = block
-            check_group(group, max(k, group), f"{module}.{kind}", wrong)
-            wrong.check(module, headers, {kind: ((-(-n // rows), -(-k // group)), _SCALE_TYPES)})
+            expected[kind] = ((-(-n // rows), -(-k // group)), _SCALE_TYPES)
 
         def read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             import torch
 
             data, scale = tensors["weight"].view(torch.uint8), tensors[kind].float()
-            if bool((data & FP8_NAN == FP8_NAN).any()):
+            if bool((data & _NAN == _NAN).any()):
                 raise wrong.tensor(f"{module}.weight", "is not finite")
             whole = scale.repeat_interleave(rows, 0)[:n] if rows else scale.reshape(-1, 1).expand(n, 1)
             return {"data": data, "scale": whole}
 
-        return Layout(n, k, Packing(format="fp8", group=group, rounds=rounds), read)
+        packing = Packing(format="fp8", group=min(group, k), rounds=rounds)
+        return scheme.Layout(n, k, packing, expected, read)
 
     return layout

@@ -30,9 +30,7 @@ def gptq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
         raise wrong.setting("bits", bits, "4 and 8 are supported; use a checkpoint with one of them")
     version = config.get("checkpoint_format", "gptq")
     if version not in _FORMATS:
-        raise wrong.setting(
-            "checkpoint_format", version, f"supported: {', '.join(_FORMATS)}; convert it to one of them"
-        )
+        raise wrong.setting("checkpoint_format", version, f"supported: {', '.join(_FORMATS)}")
     dynamic = config.get("dynamic") or {}
     # Patterns with a minus are of modules that are not quantized, which their tensors show.
     if not isinstance(dynamic, dict) or any(not name.startswith("-:") for name in dynamic):
@@ -47,10 +45,9 @@ def gptq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
     def layout(module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
         if "qweight" not in headers:
             return None
-        name, each = f"{module}.qweight", 32 // bits
-        words, n = wrong.matrix(name, headers["qweight"])
+        each = 32 // bits
+        words, n = wrong.matrix(f"{module}.qweight", headers["qweight"])
         k = words * each
-        scheme.check_group(packing.group, k, name, wrong)
         expected: scheme.Expected = {
             "qweight": ((words, n), ("I32",)),
             "qzeros": ((packing.groups(k), n // each), ("I32",)),
@@ -58,7 +55,6 @@ def gptq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
         }
         if packing.ordered or "g_idx" in headers:
             expected["g_idx"] = ((k,), ("I32",))
-        wrong.check(module, headers, expected)
 
         def read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             import torch
@@ -73,11 +69,10 @@ def gptq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
                 scheme.check_groups(tensors["g_idx"], len(tensors["scales"]), f"{module}.g_idx", wrong)
                 found["group_of"] = tensors["g_idx"]
             elif group_of is not None and not torch.equal(group_of, usual):
-                raise wrong.tensor(
-                    f"{module}.g_idx", "has groups of inputs that are not neighbours, but desc_act is false"
-                )
+                what = "has groups of inputs that are not neighbours, but desc_act is false"
+                raise wrong.tensor(f"{module}.g_idx", what)
             return found
 
-        return scheme.Layout(n, k, packing, read)
+        return scheme.Layout(n, k, packing, expected, read)
 
     return layout

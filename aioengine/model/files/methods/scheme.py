@@ -12,7 +12,7 @@ from aioengine.model.files.packing import Packing
 if TYPE_CHECKING:
     from torch import Tensor
 
-FP8_NAN = 127
+FLOATS = ("F16", "BF16", "F32")
 
 
 class Header(NamedTuple):
@@ -33,6 +33,8 @@ class Layout(NamedTuple):
     n: int
     k: int
     packing: Packing
+    expected: Expected
+    """The tensors that it must have."""
     read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     """Makes the tensors of a :class:`aioengine.kernels.blocks.BlockWeight`, under its names for them, of the
     linear's, by the last parts of their names. Raises ConfigError for values that cannot be."""
@@ -66,9 +68,14 @@ class CheckpointErrors:
             raise self.tensor(name, f"expected a matrix, found shape {header.shape}")
         return header.shape[0], header.shape[1]
 
-    def check(self, module: str, headers: Mapping[str, Header], expected: Expected) -> None:
-        """Raise ConfigError unless the module has these tensors with the expected shapes and types."""
-        for kind, (shape, dtypes) in expected.items():
+    def check(self, module: str, headers: Mapping[str, Header], layout: Layout) -> None:
+        """Raise ConfigError unless the module has the tensors of a layout, and groups of inputs are whole
+        bytes, and not larger than a row."""
+        group = layout.packing.group
+        if group < 0 or group % 8 or group > layout.k:
+            what = f"groups of {group} inputs, of {layout.k}, are not supported; a multiple of 8 is"
+            raise self.tensor(f"{module}.weight", what)
+        for kind, (shape, dtypes) in layout.expected.items():
             name, header = f"{module}.{kind}", headers.get(kind)
             if header is None:
                 raise self.tensor(name, "is missing")
@@ -77,9 +84,6 @@ class CheckpointErrors:
                 raise self.tensor(
                     name, f"expected shape {shape} of {types}, found {header.shape} of {header.dtype}"
                 )
-
-
-FLOATS = ("F16", "BF16", "F32")
 
 
 def check_groups(group_of: Tensor, groups: int, name: str, wrong: CheckpointErrors) -> None:
@@ -94,9 +98,7 @@ def unpack_int32(packed: Tensor, bits: int) -> Tensor:
     import torch
 
     data = packed.contiguous().view(torch.uint8)
-    if bits == 8:
-        return data
-    return torch.stack((data & 15, data >> 4), -1).flatten(1)
+    return data if bits == 8 else torch.stack((data & 15, data >> 4), -1).flatten(1)
 
 
 def integer(config: Mapping[str, Any], key: str, wrong: CheckpointErrors, default: int | None = None) -> int:
@@ -105,9 +107,3 @@ def integer(config: Mapping[str, Any], key: str, wrong: CheckpointErrors, defaul
     if not isinstance(value, int) or isinstance(value, bool):
         raise wrong.setting(key, value, "must be an integer")
     return value
-
-
-def check_group(group: int, k: int, name: str, wrong: CheckpointErrors) -> None:
-    """Raise ConfigError for groups whose inputs are not whole bytes, or that are larger than a row."""
-    if group < 0 or group % 8 or group > k:
-        raise wrong.tensor(name, f"groups of {group} inputs, of {k}, are not supported; a multiple of 8 is")
