@@ -51,6 +51,8 @@ REMOVED = {
     "train such an adapter again",
     "bind_threads": "threads of steps stay on no core of their own. Leave it out; on a machine with several "
     "NUMA nodes start an engine on each with numactl --cpunodebind=N --membind=N",
+    "api_key_file": "set the variable AIOENGINE_API_KEYS, or use a file of hashed keys (--keys)",
+    "admin_key_file": "set the variable AIOENGINE_ADMIN_KEYS, or use a file of hashed keys (--keys)",
     "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
     "max_waiting_per_adapter": "requests are bounded by tenant. Set max_waiting_per_tenant",
     "max_prefix_pins": "the prefix cache keeps what was used last; nothing is pinned in it. Leave it out",

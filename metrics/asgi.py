@@ -169,7 +169,7 @@ class MetricsApp:
         self._watching_from[client] += 1
         try:
             await send(start)
-            await self._stream(watcher, send, gone, None if plumbing.watch_of(scope) else SEND_SECONDS)
+            await self._stream(watcher, send, gone)
             if gone.cancelled():  # by close(); the client is still connected
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
@@ -182,10 +182,8 @@ class MetricsApp:
             watcher.close()
             await end_tasks([gone])
 
-    async def _stream(
-        self, watcher: Watcher, send: plumbing.Send, gone: asyncio.Task[None], patience: float | None
-    ) -> None:
-        """Send updates until the client is gone, or takes longer than ``patience`` for a part of one."""
+    async def _stream(self, watcher: Watcher, send: plumbing.Send, gone: asyncio.Task[None]) -> None:
+        """Send updates until the client is gone, or takes longer than ``SEND_SECONDS`` for a part of one."""
         loop = asyncio.get_running_loop()
         while not gone.done():
             changes = watcher.next(loop.time())
@@ -198,7 +196,7 @@ class MetricsApp:
                 try:
                     await asyncio.wait(
                         {sending, gone},
-                        timeout=patience and patience * parts,
+                        timeout=SEND_SECONDS * parts,
                         return_when=asyncio.FIRST_COMPLETED,
                     )
                     if not sending.done():

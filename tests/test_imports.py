@@ -131,7 +131,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     },
     "schedulers": {"parts", "policies", "routing", "routing.routers"},
     "runtime": {"requests", "sources"},
-    "server": {"access", "formats", "messages", "openai", "responses", "transport", "vectors"},
+    "server": {"access", "formats", "messages", "openai", "responses", "transport"},
 }
 """Room -> the folders in it."""
 
@@ -256,21 +256,21 @@ def test_every_room_is_installed() -> None:
 BUDGETS = {
     "aioengine/*.py": 3_100,  # aim: 2_400
     "aioengine/adapters": 3_950,  # aim: 3_800
-    "aioengine/cli": 4_450,  # aim: 3_200
+    "aioengine/cli": 4_400,  # aim: 3_200
     "aioengine/core": 4_650,  # aim: 4_600
     "aioengine/executors": 2_000,  # aim: 1_900
     "aioengine/fleet": 5_250,  # aim: 4_200
     "aioengine/grammars": 2_050,  # aim: 1_100
     "aioengine/lab": 8_750,  # aim: 7_500
-    "aioengine/model": 10_950,  # aim: 9_000
+    "aioengine/model": 10_900,  # aim: 9_000
     "aioengine/runtime": 3_050,  # aim: 2_700
-    "aioengine/server": 8_700,  # aim: 6_300
+    "aioengine/server": 7_100,  # aim: 6_300
     "benchmarks": 3_650,  # aim: 3_600
     "examples, docs, setup": 1_150,  # aim: 1_100
     "kernels": 12_450,  # aim: 10_300
-    "metrics": 3_650,  # aim: 3_600
+    "metrics": 3_600,
     "schedulers": 4_550,  # aim: 4_500
-    "tests": 68_800,  # aim: 52_000
+    "tests": 66_950,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

@@ -151,7 +151,9 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
 
 def _log_start(url: str, checked: Checked) -> None:
     settings, host, certificate = checked.settings, checked.flags.host, checked.listen.tls
-    logger.info("serving at %s (API: %s/v1, page: %s/, description: %s/docs)", url, url, url, url)
+    logger.info(
+        "serving at %s (API: %s/v1, page: %s/, description: %s/docs/openapi.json)", url, url, url, url
+    )
     if not settings.api_keys and settings.keys_file is None and not is_loopback(host):
         logger.warning("anybody who reaches %s may use this server: there are no API keys", host)
     if certificate is not None and certificate.expires < time.time() + EXPIRES_SOON_SECONDS:

@@ -144,7 +144,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         engine = {key: value for key, value in values.items() if key not in tables}
         fleet = dict(tables["fleet"])
         if tables["server"]:
-            from aioengine.server.table import refuse_unknown_fields  # replicas do without the server
+            from aioengine.server.settings import refuse_unknown_fields  # replicas do without the server
 
             refuse_unknown_fields(tables["server"], source)
             fleet["server"] = dict(tables["server"])

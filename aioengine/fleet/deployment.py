@@ -175,7 +175,7 @@ class Gateway:
         from ray import serve
 
         from aioengine.server.app import create_app
-        from aioengine.server.table import settings_from
+        from aioengine.server.settings import settings_from
 
         settings = settings_from(config.server)
         if config.served_model_names:

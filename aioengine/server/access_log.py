@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -10,9 +9,7 @@ from operator import attrgetter
 
 import msgspec
 
-from aioengine.errors import EngineOverloaded
-from aioengine.server.access.auth import Identity
-from aioengine.server.access.limits import Admission
+from aioengine.server.access.clients import Admission, Identity
 from aioengine.server.errors import ApiError, to_api_error
 from aioengine.server.settings import ServerSettings
 
@@ -33,11 +30,8 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     owner: str | None = None
     """The owner whose shares it counts on: the tenant or, without keys, the client's address."""
     adapter: str | None = None
-    wanted: tuple[str | None, ...] = ()
-    """What its key must be allowed to use: the adapter, or each one of a mix, without versions; None is the
-    base model."""
     named_in: str = "model"
-    """The field of its body that names these."""
+    """The field of its body that names the adapters."""
     stream: bool = False
     trace_id: str | None = None
     """Trace id of its span, where requests are traced."""
@@ -64,27 +58,19 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     """Bytes of its JSON, by which its work on long texts is shared out."""
     route: str = "other"
     """The route, as named in the metrics."""
-    ended: asyncio.Future[ApiError] | None = None
-    """Done when its key becomes invalid; None without a key."""
     so_far: Callable[[], int] = int
     """Returns the number of the answer's tokens so far."""
-    queue: EngineOverloaded | None = None
-    """What says which queue, of its own tenant or adapter, had no place for it."""
     counted: bool = False
     """Whether it was refused for its key: such requests are counted and logged together."""
 
     def refused_by(self, error: BaseException, settings: ServerSettings) -> ApiError:
         """Note and return the client's error that an exception becomes."""
         found = to_api_error(error, settings, self.named_in, may_load=self.identity.may("adapters"))
-        self.refused(found)
-        return found
-
-    def refused(self, error: ApiError) -> None:
-        detail = error.detail
-        self.queue = error.queue
+        detail = found.detail
         self.error = detail.code or detail.type
         self.param = None if detail.param is None else detail.param[:100]
         self.reason = detail.message[:200]
+        return found
 
     def left_out(self, requirements: Iterable[str]) -> None:
         """Note what of the answer's schema is not enforced; of a long list its beginning."""

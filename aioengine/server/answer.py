@@ -13,17 +13,14 @@ from typing import Protocol, TypeVar, cast
 
 import msgspec
 
-from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError, DeadlineExceeded, RequestInvalid
-from aioengine.info import without_versions
 from aioengine.metrics.page.plumbing import Scope, departure_of, disconnected, respond
 from aioengine.request import RequestOptions, SamplingParams, for_choice
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.context import Context
+from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, ClientDisconnected, invalid
-from aioengine.server.names import wanted_adapter
 from aioengine.server.openai.api import GenerationFields, PromptTokensDetails, Usage
 from aioengine.server.openai.form import Form
 from aioengine.server.transport.body import BoundedBody
@@ -39,9 +36,9 @@ SCORE_BYTES = 64
 MAX_SCORES = 2**18
 """Log-probabilities of prompts in one request: prompt tokens x (1 + most likely ones)."""
 VALUES_PER_SCORE = 16
-"""Numbers of a vector, or token ids, that take as much memory or time as a log-probability."""
+"""Numbers of a vector that take as much memory as a log-probability."""
 FORMED_IN_THREAD = 256
-"""Log-probabilities, or numbers of vectors, above which JSON is encoded in a thread."""
+"""Log-probabilities above which JSON is encoded in a thread."""
 _EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -88,21 +85,21 @@ class Answer:
 
     def __init__(
         self,
-        context: Context,
+        call: Call,
         fields: GenerationFields,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        form: Form | None,
-        record: RequestRecord,
+        form: Form | None = None,
         *,
         prefix: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        context, record = call.context, call.record
         self.prompts = prompts
         self._engine, self._context, self._record = context.engine, context, record
         self._form = form
         self._clock, self._began = clock, clock()
-        self._is_stream, self._with_ids = bool(fields.stream), bool(fields.return_token_ids)
+        self._is_stream = bool(fields.stream)
         self.seed = next(context.seeds) if params.seed is None else params.seed
         """Seed of the first choice; those of the others follow from it."""
         params = msgspec.structs.replace(params, seed=self.seed)
@@ -113,7 +110,7 @@ class Answer:
         self._ids = [id_] if len(self) == 1 else [f"{id_}-{index}" for index in range(len(self))]
         # The engine's is its own, even where another request has chosen the same id.
         self.id = id_ if fields.request_id is None else f"{prefix}{fields.request_id}"
-        wanted = wanted_adapter(context, fields, record)
+        wanted = call.wanted_adapter(fields)
         self._options = RequestOptions(
             adapter=wanted if isinstance(wanted, str) else None,
             mix=None if isinstance(wanted, str) else wanted,
@@ -127,13 +124,26 @@ class Answer:
         """Functions that return the outputs so far of choices whose ends are waited for."""
         self._has_waited = form is not None or len(self) > 1
         """Whether a choice does not begin at once."""
-        self._room = Room(context.engine.config) if len(self) > 1 else None
+        self._room = asyncio.Semaphore(self._at_once()) if len(self) > 1 else None
+        self._beginning = asyncio.Lock()
         self._held = 0
         """Log-probabilities and vectors that are counted for it."""
-        self._note_begin()
+        record.completion_id, record.stream = self.id, self._is_stream
+        record.prompt_tokens = sum(map(len, prompts))
+        record.so_far = self._output_tokens
+        if record.admission is not None:
+            record.admission.charge_prompt(record.prompt_tokens, time.monotonic())
 
     def __len__(self) -> int:
         return len(self._params)
+
+    def _at_once(self) -> int:
+        """Return how many choices may be in the engine at a time: those whose prompts have half of what the
+        bounds on waiting tokens leave, or else many long prompts could never be accepted."""
+        config, longest = self._engine.config, max(map(len, self.prompts))
+        bounds = (config.max_waiting_tokens, config.max_waiting_tokens_per_tenant)
+        fit = (bound // (2 * max(longest, 1)) for bound in bounds if bound is not None)
+        return max(1, min((AT_ONCE, *fit)))
 
     # The engine's requests
 
@@ -158,19 +168,25 @@ class Answer:
             for params, constraint in zip(self._params, made, strict=True)
         ]
 
-    async def outputs(self, index: int) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the outputs of one choice. Closing it aborts the engine's request. Raises what the engine
-        raises."""
+    async def outputs(self, index: int) -> AsyncGenerator[tuple[RequestOutput, int], None]:
+        """Yield the outputs of one choice, and how many log-probabilities and numbers are new in each.
+        Closing it aborts the engine's request. Raises what the engine raises."""
+        numbers, params = self._prompt_scores(index), self._params[index]
         async with self._begun(index) as options:
             stream = self._engine.generate(
-                self._prompts[index], self._params[index], options=options, request_id=self._ids[index]
+                self._prompts[index], params, options=options, request_id=self._ids[index]
             )
             async with contextlib.aclosing(stream) as outputs:
                 async for output in outputs:
-                    if output.logprobs_delta or output.pooled is not None:
-                        self._hold_numbers(index, output)
+                    more = len(output.logprobs_delta) * (1 + (params.logprobs or 0))
+                    if output.pooled is not None:
+                        more += 1 + len(output.pooled) // VALUES_PER_SCORE
+                        # A list takes four times as much.
+                        output.pooled = cast("list[float]", array("d", output.pooled))
+                    self._hold(more)
                     self._last[index] = output
-                    yield output
+                    yield output, numbers + more
+                    numbers = 0
 
     async def last_outputs(self) -> list[RequestOutput]:
         """Return the last output of every choice. If one fails, the others are aborted."""
@@ -179,7 +195,7 @@ class Answer:
     async def _last_output(self, index: int) -> RequestOutput:
         params = self._params[index]
         if params.logprobs is not None or params.pooling is not None:  # they count as they come
-            async for output in self.outputs(index):
+            async for output, _ in self.outputs(index):
                 found = output
             return found
         so_far = self._so_far
@@ -204,10 +220,10 @@ class Answer:
     async def _begun(self, index: int) -> AsyncIterator[RequestOptions]:
         """Context of a choice, from its turn to its end. Yields its options: the engine counts a deadline
         from now on, so the time that the choice has waited is taken off."""
-        room = self._room
-        async with contextlib.nullcontext() if room is None else room.holding(len(self._prompts[index])):
-            if room is not None:
-                await self._context.starts.turn(self._options.tenant, self._record)
+        async with contextlib.nullcontext() if self._room is None else self._room:
+            if self._room is not None:
+                async with self._beginning:
+                    await asyncio.sleep(0)  # one begins in each pass of the loop: there may be hundreds
             options = self._options
             if self._has_waited:
                 options = msgspec.structs.replace(options, deadline=self._time_left())
@@ -243,34 +259,15 @@ class Answer:
 
     def _hold(self, more: int) -> None:
         if more and not self._context.numbers.take(self._options.tenant, more):
-            text = (
-                "too many log-probabilities or vectors are being computed; try again later, or ask for fewer"
-            )
+            text = "too many log-probabilities or vectors are being computed; try again later"
             later = self._context.settings.retry_after
-            raise ApiError(429, f"{text} of them", code="engine_overloaded", retry_after=later)
+            raise ApiError(429, text, code="engine_overloaded", retry_after=later)
         self._held += more
-
-    def _hold_numbers(self, index: int, output: RequestOutput) -> None:
-        """Count the numbers that are new since the choice's last output, and store a vector compactly."""
-        more = len(output.logprobs_delta) * (1 + (self._params[index].logprobs or 0))
-        if output.pooled is not None:
-            more += 1 + len(output.pooled) // VALUES_PER_SCORE
-            output.pooled = cast("list[float]", array("d", output.pooled))  # a list takes four times as much
-        self._hold(more)
 
     def _prompt_scores(self, index: int) -> int:
         """Return how many log-probabilities the prompt of one choice has."""
         most_likely = self._params[index].prompt_logprobs
         return 0 if most_likely is None else len(self._prompts[index]) * (1 + most_likely)
-
-    def _numbers(self, index: int, output: RequestOutput, scores: int, ids: int, *, first: bool) -> int:
-        """Return how many numbers are written of a choice: ``scores`` tokens with log-probabilities, values
-        of a vector, its ids, and with its first part those of its prompt."""
-        found = scores * (1 + (self._params[index].logprobs or 0)) + len(output.pooled or ())
-        if first:
-            found += self._prompt_scores(index)
-            ids += len(self._prompts[index])
-        return found + (ids // VALUES_PER_SCORE if self._with_ids else 0)
 
     async def _formed(self, numbers: int, form: Callable[[], T]) -> T:
         """Return ``form()``, which writes so many log-probabilities: if they are many, from a thread, in
@@ -284,11 +281,11 @@ class Answer:
     async def __call__(self, scope: Scope, body: BoundedBody, send: Sender) -> None:
         """Answer as an ASGI application. Raises what fails before anything is sent."""
         work = self._answer(body, send)
-        gone = departure_of(scope)
-        own = asyncio.ensure_future(disconnected(body)) if gone is None else None
+        departure = departure_of(scope)
+        gone = departure or asyncio.ensure_future(disconnected(body))
         try:
             with self._numbers_held():
-                await unless(work, own or gone, self._record.ended)
+                await unless(work, gone)
         except Exception as error:
             if not send.started:
                 raise
@@ -299,8 +296,8 @@ class Answer:
                     await self._send(send, self.reply.failure(api_error), last=True)
         finally:
             work.close()  # nothing has begun if there are too many log-probabilities
-            if own is not None:
-                await end_tasks([own])
+            if departure is None:
+                await end_tasks([gone])
 
     async def _answer(self, body: BoundedBody, send: Sender) -> None:
         await self.prepare()
@@ -311,20 +308,13 @@ class Answer:
             await self._send(send, self.reply.last_events(self.usage), last=True)
             return
         outputs = await self.last_outputs()
-        numbers = sum(
-            self._numbers(i, output, len(output.logprobs or ()), output.output_tokens, first=True)
-            for i, output in enumerate(outputs)
-        )
-        whole = await self._formed(numbers, lambda: self.reply.whole(outputs, self.usage))
+        whole = await self._formed(self._held, lambda: self.reply.whole(outputs, self.usage))
         await respond(send, 200, [(b"content-type", b"application/json")], whole)
 
     async def _stream(self, index: int, send: Sender, writing: asyncio.Lock) -> None:
-        is_first = True
         async with contextlib.aclosing(self.outputs(index)) as outputs:
-            async for output in outputs:
-                numbers = self._numbers(index, output, len(output.logprobs_delta), 0, first=is_first)
+            async for output, numbers in outputs:
                 events = await self._formed(numbers, partial(self.reply.events, index, output))
-                is_first = False
                 if events is not None:
                     async with writing:
                         await self._send(send, events)
@@ -350,20 +340,6 @@ class Answer:
             prompt_tokens_details=PromptTokensDetails(cached),
         )
 
-    def _note_begin(self) -> None:
-        """Note the request, and charge its prompt. Raises ApiError (429) beyond a limit."""
-        record, now = self._record, time.monotonic()
-        record.completion_id, record.stream = self.id, self._is_stream
-        record.prompt_tokens = sum(map(len, self.prompts))
-        record.so_far = self._output_tokens
-        if record.admission is None:
-            return
-        for name in {without_versions(name) for name in record.wanted if name is not None}:
-            of_adapter = record.identity.adapter_meters.get(name)
-            if of_adapter is not None:
-                record.admission.also(of_adapter, now)
-        record.admission.charge_prompt(record.prompt_tokens, now)
-
     def _output_tokens(self) -> int:
         now = (output() for output in list(self._so_far.values()))  # another thread may ask
         return sum(output.output_tokens for output in (*self._last, *now) if output is not None)
@@ -379,33 +355,6 @@ class Answer:
         if output.finish_reason:
             reasons = {output.finish_reason, *(record.finish_reason or output.finish_reason).split(",")}
             record.finish_reason = ",".join(sorted(reasons))
-
-
-class Room:
-    """Choices that one answer may have in the engine at a time: ``AT_ONCE``, with prompts of half of what the
-    bounds on waiting tokens leave it, or else one with many long prompts could never be accepted. One is let
-    in whatever its length."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        bounds = (config.max_waiting_tokens, config.max_waiting_tokens_per_tenant)
-        self._most = min((bound // 2 for bound in bounds if bound is not None), default=math.inf)
-        self._held = 0
-        self._freed = asyncio.Condition()
-        self._at_once = asyncio.Semaphore(AT_ONCE)
-
-    @contextlib.asynccontextmanager
-    async def holding(self, tokens: int) -> AsyncIterator[None]:
-        """Context in which a choice is in the engine; waits until there is room for its prompt."""
-        async with self._at_once:
-            async with self._freed:
-                await self._freed.wait_for(lambda: not self._held or self._held + tokens <= self._most)
-                self._held += tokens
-            try:
-                yield
-            finally:
-                self._held -= tokens
-                async with self._freed:
-                    self._freed.notify_all()
 
 
 def _of_shares(record: RequestRecord, choices: int) -> str | None:

@@ -15,15 +15,7 @@ from starlette.routing import Router
 from aioengine.adapters.read_threads import SharedRead
 from aioengine.errors import EngineStopped
 from aioengine.metrics.asgi import metrics_app
-from aioengine.metrics.page.plumbing import (
-    Receive,
-    Scope,
-    Send,
-    answer_no_http,
-    below_mount,
-    respond,
-    watch_of,
-)
+from aioengine.metrics.page.plumbing import Receive, Scope, Send, answer_no_http, below_mount, respond
 from aioengine.runtime.client import EngineClient
 from aioengine.server.access.browsers import BrowserRules
 from aioengine.server.access.gate import Gate
@@ -31,8 +23,7 @@ from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.bounds import UNREAD, Shares
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, ClientDisconnected
-from aioengine.server.openapi import make_documents
-from aioengine.server.pace import Pace
+from aioengine.server.openapi import make_document
 from aioengine.server.routes import METRICS, OPEN, ROUTES, Requests
 from aioengine.server.settings import ServerSettings
 from aioengine.server.transport.sender import Sender
@@ -43,18 +34,6 @@ if TYPE_CHECKING:
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
 _PROBES = frozenset(route.path for route in ROUTES if route.scopes == OPEN)
 _PAGES = frozenset(("", *(route.path for route in ROUTES if route.scopes == METRICS)))
-_NOT_SERVED = {
-    "the model reads and writes text": ("audio", "images", "videos"),
-    "no files are kept": ("files", "uploads", "vector_stores"),
-    "train elsewhere, and load the adapter": ("fine_tuning", "fine-tunes"),
-    "nothing is kept; send the whole conversation to /v1/responses": ("conversations", "threads"),
-    "use /v1/chat/completions": ("assistants",),
-    "send the requests themselves, as many at once as you like": ("batches",),
-    "no code is run": ("containers",),
-    "only text generation is served": ("moderations",),
-    "use /v1/responses with stream: true": ("realtime",),
-}
-"""What to do instead of parts of OpenAI's API that this server lacks."""
 
 
 class ServerApp:
@@ -72,11 +51,10 @@ class ServerApp:
         self.context = context = Context(engine, settings)
         context.page = self._page = metrics_app(engine)
         with_keys = not self._gate.is_open
-        context.documents = SharedRead("aioengine-docs", lambda: make_documents(ROUTES, with_keys=with_keys))
+        context.document = SharedRead("aioengine-docs", lambda: make_document(ROUTES, with_keys=with_keys))
         self.requests = Requests(context, self._gate, ignores_unknown=settings.ignore_unknown_fields)
         self._routes = Router(self.requests.endpoints(), redirect_slashes=False)
         self.unread = Shares(UNREAD)
-        self._pace = Pace(settings.retry_after)
         self._spans = None
         if tracer_provider is not None:
             from aioengine.metrics.remote_spans import HttpSpans
@@ -129,8 +107,6 @@ class ServerApp:
             await answer_no_http(scope, receive, send, self.close)
             return
         self.open()
-        if watch := watch_of(scope):
-            watch.within(self._settings.send_timeout)
         path = below_mount(scope)[0]
         asked = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
         # The client's id, if there is one and its form is harmless.
@@ -143,8 +119,7 @@ class ServerApp:
     async def _http(
         self, path: str, record: RequestRecord, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        seconds, pace = self._settings.send_timeout, self._come_back
-        sender = Sender(send, scope, record, self.unread, self._browsers, pace, seconds=seconds)
+        sender = Sender(send, scope, record, self.unread, self._browsers)
         try:
             await self._answer(path, record, scope, receive, sender)
         except asyncio.CancelledError:
@@ -161,8 +136,13 @@ class ServerApp:
                 raise
         finally:
             sender.close()
-            self._gate.leave(record, time.monotonic())
-            self._count(record)
+            if record.admission is not None:
+                record.admission.end(
+                    (record.prompt_tokens or 0) + (record.output_tokens or 0), time.monotonic()
+                )
+            with contextlib.suppress(EngineStopped):  # not started yet
+                http = self.context.engine.metrics.http
+                http.responded(record.route, record.status, record.error, record.tenant)
             log_request(record, quiet=record.counted or _is_quiet(path))
 
     async def _answer(
@@ -182,28 +162,11 @@ class ServerApp:
     def _refused(self, error: Exception, record: RequestRecord, path: str) -> ApiError:
         if isinstance(error, HTTPException):  # of the routes
             if error.status_code == 404:
-                part = path.removeprefix("/v1/").partition("/")[0] if path.startswith("/v1/") else ""
-                why = next((f": {why}" for why, parts in _NOT_SERVED.items() if part in parts), "")
-                error = ApiError(404, f"there is no {path[:200]}{why}", code="not_found")
+                error = ApiError(404, f"there is no {path[:200]}; see /docs/openapi.json", code="not_found")
             else:
                 text = f"{record.method} is not allowed for {path[:200]}"
                 error = ApiError(error.status_code, text, code="method_not_allowed")
         return record.refused_by(error, self._settings)
-
-    def _come_back(self, record: RequestRecord) -> int:
-        """Return the seconds after which a request may come again that was one too many."""
-        now, queue = time.monotonic(), record.queue
-        if queue is None or queue.waiting is None or queue.bound is None:
-            return self._pace.retry_after(self.context.engine.stats().waiting, now)
-        return self._pace.retry_after(queue.waiting, now, (queue.bound, record.owner))
-
-    def _count(self, record: RequestRecord) -> None:
-        if record.output_tokens is not None and record.status == 200:
-            adapters = (("adapter", name) for name in dict.fromkeys(record.wanted))
-            self._pace.answered(time.monotonic(), ("tenant", record.owner), *adapters)
-        with contextlib.suppress(EngineStopped):  # not started yet
-            http = self.context.engine.metrics.http
-            http.responded(record.route, record.status, record.error, record.tenant)
 
 
 def create_app(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Sized
 from functools import cached_property
@@ -12,21 +13,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from aioengine import FilesystemResolver
+from aioengine.adapters.names import NAME_RULE
 from aioengine.adapters.read_threads import SharedRead
+from aioengine.adapters.resolvers.sources import source_below
 from aioengine.guided import Guide
 from aioengine.metrics.page.plumbing import Receive, Scope
+from aioengine.request import Wanted
 from aioengine.runtime.client import EngineClient
 from aioengine.runtime.requests.vectors import read_label_names
 from aioengine.runtime.text_work import EACH, SHORT
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.adapter_root import adapter_root
 from aioengine.server.bounds import NUMBERS, Shares
-from aioengine.server.errors import ApiError
-from aioengine.server.formats.registry import AnswerFormats
-from aioengine.server.openai.logprobs import TokenBytes
-from aioengine.server.openai.sampling import SamplingDefaults, chosen_defaults, drawn_seeds
+from aioengine.server.errors import ApiError, invalid, model_not_found
+from aioengine.server.formats.calls import AnswerFormats
+from aioengine.server.openai.api import ModelFields
+from aioengine.server.openai.sampling import SamplingDefaults, drawn_seeds, read_sampling_defaults
 from aioengine.server.settings import ServerSettings
-from aioengine.server.transport.turns import Starts
 
 if TYPE_CHECKING:
     from aioengine.metrics.asgi import MetricsApp
@@ -34,22 +37,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("aioengine.server")
 
+_VERSION = re.compile(r"@([0-9]{1,18}|latest)$")
+"""End of an adapter's name in requests for one of its versions."""
+
 
 class Context:
     page: MetricsApp
-    documents: SharedRead[tuple[bytes, bytes]]
-    """The API's description, for programs and for people; made on first use."""
+    document: SharedRead[bytes]
+    """The API's description; made on first use."""
 
     def __init__(self, engine: EngineClient, settings: ServerSettings) -> None:
         self.engine = engine
         self.change(settings)
-        self.adapter_root = adapter_root(engine.config.lora)
+        lora = engine.config.lora
+        self.adapter_root = root = None if lora is None else lora.adapter_root
+        is_folder = root is not None and source_below(root, "", "any") is None
+        self.folders = FilesystemResolver(root) if root is not None and is_folder else None
+        """Finds adapters below the adapter root, if that is a folder. Raises ConfigError if it is none."""
         self.created, self.made = int(time.time()), time.monotonic()
         self.numbers = Shares(NUMBERS)
         """Log-probabilities, and numbers of vectors, that open requests hold or will hold."""
         self.open_requests: set[RequestRecord] = set()
         """Open requests, without probes and pages."""
-        self.starts = Starts(lambda: len(self.open_requests))
         self.draining = False
         """Whether new requests are refused; set by whoever runs the server."""
         self.seeds = drawn_seeds((engine.config.seed or None) if settings.seed is None else settings.seed)
@@ -57,7 +66,6 @@ class Context:
         """The model's ``id2label``; empty if it has none."""
         self._draw = random.Random().getrandbits  # SystemRandom releases the GIL at each call
         self._defaults: SamplingDefaults | None = None
-        self._tools_noted = False
 
     def change(self, settings: ServerSettings) -> None:
         """Use other settings from now on."""
@@ -74,9 +82,9 @@ class Context:
         """Default sampling parameters. They are read once and logged. Raises ConfigError if they are not
         valid."""
         if self._defaults is None:
-            wanted, model = self.settings.generation_config, self.engine.model_path
+            folder = self.engine.model_path if self.settings.generation_config == "auto" else None
             self._defaults = await self.engine.text_work.run(
-                SHORT + 1, lambda: chosen_defaults(wanted, model)
+                SHORT + 1, lambda: read_sampling_defaults(folder)
             )
             given = " ".join(f"{name}={value:g}" for name, value in self._defaults.given().items())
             logger.info("defaults of requests, from generation_config.json: %s", given or "none")
@@ -106,7 +114,7 @@ class Context:
             raise ApiError(400, f"{self.model_names[0]} has no tokenizer: it takes and gives token ids only")
         return tokenizer
 
-    def token_bytes(self) -> TokenBytes:
+    def token_bytes(self) -> Callable[[int], bytes]:
         """Return the table of token bytes, which stays valid for a request whatever happens to the engine."""
         tokenizer = self.engine.tokenizer
         return (lambda _token: b"") if tokenizer is None else tokenizer.token_bytes
@@ -120,17 +128,6 @@ class Context:
             self._formats = AnswerFormats.chosen(tokenizer.chat_template, *names, tokenizer.added_tokens)
             logger.info("formats of answers: tools=%s reasoning=%s", *self._formats[:2])
         return self._formats
-
-    async def note_hidden_tools(self) -> None:
-        """Warn once if the chat template does not show tools to the model."""
-        if self._tools_noted:
-            return
-        self._tools_noted = True
-        if not await self.engine.text_work.run(SHORT + 1, lambda: self.tokenizer.shows_tools):
-            logger.warning(
-                "the model's chat template does not show tools to the model, so that it cannot know them; "
-                "give another one with --chat-template"
-            )
 
     def cache_salt(self, tenant: str | None, asked: str | None) -> str | None:
         """Combine the tenant and the requested salt, as JSON: no client can make another tenant's salt."""
@@ -150,6 +147,41 @@ class Call(NamedTuple):
     record: RequestRecord
     scope: Scope
     receive: Receive
+
+    def adapter_of(self, model: str, field: str = "model") -> str | None:
+        """Return the adapter that the request's ``field`` names; None for the base model.
+
+        If its key may not use it, raises the same ApiError as for an unknown model, without checking whether
+        it exists.
+        """
+        context = self.context
+        names_base = model == context.engine.config.model and not context.settings.served_model_names
+        adapter = None if names_base or model in context.model_names else model
+        name = None if adapter is None else _VERSION.sub("", adapter)
+        # Any text, however long, would be logged as the adapter's name.
+        known = name is None or NAME_RULE.fullmatch(name) is not None
+        if not known or not self.record.identity.models.allow(name):
+            raise model_not_found(model[:300], field)
+        return adapter
+
+    def wanted_adapter(self, fields: ModelFields) -> Wanted:
+        """Return the adapter or the mix that the request asks for, and note its name. Raises ApiError if its
+        key may not use it, or if ``model`` is not the base model of a mix."""
+        record, mix = self.record, fields.adapters
+        record.adapter = adapter = self.adapter_of(fields.model)
+        if mix is None:
+            return adapter
+        if adapter is not None:
+            base = self.context.model_names[0]
+            raise invalid("adapters", f"with this field, model must be the base model's name ({base})")
+        if not mix:
+            raise invalid("adapters", "is empty")
+        record.named_in = "adapters"
+        for name in mix:
+            if self.adapter_of(name, "adapters") is None:
+                raise invalid("adapters", f"{name!r} is the base model; name adapters only")
+        record.adapter = "+".join(sorted(mix))[:255]
+        return mix
 
 
 class Sent(NamedTuple):

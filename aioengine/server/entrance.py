@@ -9,15 +9,7 @@ from aioengine.metrics.starting import starting_metrics
 from aioengine.server.app import ServerApp
 from aioengine.server.errors import ApiError
 
-
-class Starting(msgspec.Struct):
-    """The body of ``/health`` and ``/ready`` until the engine runs."""
-
-    status: str = "starting"
-    stage: str | None = None
-    """The stage that is under way."""
-    done: int = 0
-    total: int = 0
+_JSON = [(b"content-type", b"application/json")]
 
 
 class Entrance:
@@ -30,11 +22,11 @@ class Entrance:
     def __init__(self, engine_name: str = "default") -> None:
         self._engine_name = engine_name
         self.app: ServerApp | None = None
-        self._starting = Starting()
+        self._stage: dict[str, str | int] = {}
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """A :class:`~aioengine.info.LoadProgress`; may be called in any thread."""
-        self._starting = Starting(stage=stage, done=done, total=total)
+        self._stage = {"stage": stage, "done": done, "total": total}
 
     def open(self, app: ServerApp) -> None:
         """Pass all requests to ``app`` from now on."""
@@ -54,16 +46,13 @@ class Entrance:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is not None:
             await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            await respond(send, *self._answer(scope["path"]))
-
-    def _answer(self, path: str) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-        if path in ("/health", "/ready"):
-            kind = [(b"content-type", b"application/json")]
-            return 200 if path == "/health" else 503, kind, msgspec.json.encode(self._starting)
-        if path == "/metrics":  # without a key: it says what the probes say
-            content_type, body = starting_metrics(self._engine_name)
-            return 200, [(b"content-type", content_type.encode())], body
-        text = "the engine is still starting: see /ready"
-        error = ApiError(503, text, code="starting", retry_after=2, close=True)
-        return error.status, error.headers, error.body_for(path)
+        elif scope["path"] in ("/health", "/ready"):
+            status = 200 if scope["path"] == "/health" else 503
+            await respond(send, status, _JSON, msgspec.json.encode({"status": "starting", **self._stage}))
+        elif scope["path"] == "/metrics":  # without a key: it says what the probes say
+            kind, body = starting_metrics(self._engine_name)
+            await respond(send, 200, [(b"content-type", kind.encode())], body)
+        else:
+            text = "the engine is still starting: see /ready"
+            error = ApiError(503, text, code="starting", retry_after=2, close=True)
+            await respond(send, error.status, error.headers, error.body_for(scope["path"]))

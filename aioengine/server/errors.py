@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -15,8 +15,6 @@ logger = logging.getLogger("aioengine.server")
 
 T = TypeVar("T")
 
-THREAD_NOT_FOUND = "thread_not_found"
-"""Code that makes Anthropic's client send a whole conversation again."""
 _TYPES = {403: "permission_error", 429: "rate_limit_error", 499: "client_error", 504: "timeout_error"}
 _MESSAGES_TYPES = {
     401: "authentication_error",
@@ -27,12 +25,12 @@ _MESSAGES_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_RESPONSES_NAMES = (
-    (re.compile(r"^messages\b.*"), "input"),
-    (re.compile(r"^response_format\b"), "text.format"),
-    (re.compile(r"^reasoning_effort$"), "reasoning.effort"),
-    (re.compile(r"^(tools\[\d+\])\.function\b"), r"\1"),
-)
+_RESPONSES_NAMES = {
+    r"^messages\b.*": "input",
+    r"^response_format\b": "text.format",
+    r"^reasoning_effort$": "reasoning.effort",
+    r"^(tools\[\d+\])\.function\b": r"\1",
+}
 """Fields of a chat -> the same fields in ``/v1/responses``, whose requests are converted to chats."""
 _LONGEST = 2000
 """Characters of a message."""
@@ -59,9 +57,6 @@ class ApiError(Exception):
         close: The connection is closed, too.
         challenge: Value of ``WWW-Authenticate``.
     """
-
-    queue: errors.EngineOverloaded | None = None
-    """What says which queue was too long, if it was the tenant's or the adapter's own."""
 
     def __init__(
         self,
@@ -92,21 +87,16 @@ class ApiError(Exception):
     def body_for(self, path: str = "") -> bytes:
         """Return the body in the form of the API that ``path`` belongs to."""
         detail = self.detail
-        if path.startswith("/v1/messages"):
-            kind = "invalid_request_error" if self.status < 500 else "api_error"
-            error: dict[str, Any] = {"type": _MESSAGES_TYPES.get(self.status, kind)}
-            error["message"] = detail.message
-            if detail.code == THREAD_NOT_FOUND:
-                error["details"] = {"error_code": detail.code}
-            return msgspec.json.encode({"type": "error", "error": error})
         if path.startswith("/v1/responses") and detail.param is not None:
-            for pattern, own in _RESPONSES_NAMES:
-                if pattern.match(detail.param):
-                    param = pattern.sub(own, detail.param)
-                    message = detail.message.replace(detail.param, param)
-                    detail = msgspec.structs.replace(detail, message=message, param=param)
-                    break
-        return msgspec.json.encode(ErrorBody(detail))
+            for pattern, own in _RESPONSES_NAMES.items():
+                param = re.sub(pattern, own, detail.param)
+                message = detail.message.replace(detail.param, param)
+                detail = msgspec.structs.replace(detail, message=message, param=param)
+        if not path.startswith("/v1/messages"):
+            return msgspec.json.encode(ErrorBody(detail))
+        kind = _MESSAGES_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        error = {"type": kind, "message": self.detail.message}
+        return msgspec.json.encode({"type": "error", "error": error})
 
 
 class ClientDisconnected(Exception):
@@ -222,20 +212,11 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
     status, code = known
     named = _NAMED_FIELD.match(str(error)) if isinstance(error, errors.RequestInvalid) else None
     message = "the engine has failed" if isinstance(error, errors.EngineDead) else str(error)
-    overloaded = error if isinstance(error, errors.EngineOverloaded) and error.bound is not None else None
-    if overloaded is not None and overloaded.bound is not None:
-        message = f"{_OVERLOADED[overloaded.bound]}; try again later"
-    found = ApiError(
-        status,
-        message,
-        param=named[1] if named else None,
-        code=code,
-        retry_after=retry_after if status in (429, 503) else None,
-        retry=status != 504,
-    )
-    if overloaded is not None and overloaded.bound == "tenant":
-        found.queue = overloaded
-    return found
+    if isinstance(error, errors.EngineOverloaded) and error.bound is not None:
+        message = f"{_OVERLOADED[error.bound]}; try again later"
+    later = retry_after if status in (429, 503) else None
+    param = named[1] if named else None
+    return ApiError(status, message, param=param, code=code, retry_after=later, retry=status != 504)
 
 
 def without_places(text: str) -> str:

@@ -7,33 +7,25 @@ from typing import Any
 
 from aioengine.errors import PromptTooLong
 from aioengine.runtime.text_work import EACH, SHORT, size_of_all
-from aioengine.server.access_log import RequestRecord
-from aioengine.server.context import Context
+from aioengine.server.context import Call, Context
 from aioengine.server.errors import ApiError, invalid
 
 PAIRS_PER_BODY = 2
 """Characters of all pairs of texts in one request, in bodies of the largest size: a long text may be paired
 with thousands."""
+NO_PROMPT = "must be a text, a list of texts, a list of token ids or a list of such lists, not empty"
 
 
-async def encode(
-    context: Context,
-    texts: Sequence[str],
-    record: RequestRecord,
-    *,
-    add_special_tokens: bool = True,
-    keep: int | None = None,
-) -> list[list[int]]:
-    """Tokenize each text. With ``keep``, only that many last tokens of each; without, raises ApiError for a
-    text that cannot fit."""
-    make = _encoder(context, add_special_tokens, keep, field="prompt")
-    return await context.engine.text_work.run(size_of_all(texts), lambda: make(texts), record.owner)
+async def encode(call: Call, texts: Sequence[str], *, special: bool = True, field: str) -> list[list[int]]:
+    """Tokenize each text, with ``special`` tokens at its ends. Raises ApiError for one that is too long."""
+    tokenizer, limit = call.context.tokenizer, call.context.max_model_len
+    make = _fitting(call.context, field, lambda: tokenizer.encode_all(texts, special, limit=limit))
+    return await call.context.engine.text_work.run(size_of_all(texts), make, call.record.owner)
 
 
-async def encode_pairs(
-    context: Context, pairs: Sequence[tuple[str, str]], record: RequestRecord
-) -> list[list[int]]:
+async def encode_pairs(call: Call, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Encode pairs of texts as :func:`encode` does single ones. Raises ApiError if they are too long."""
+    context = call.context
     tokenizer, limit = context.tokenizer, context.max_model_len
     size = sum(len(first) + len(second) for first, second in pairs)
     most = PAIRS_PER_BODY * context.max_body_bytes
@@ -43,79 +35,44 @@ async def encode_pairs(
             f"they and the query, which is read with each of them, have {size} characters together, and one "
             f"request may have {most}; send fewer documents at a time",
         )
-
-    def make() -> list[list[int]]:
-        return _fitting(context, "documents", lambda: tokenizer.encode_pairs(pairs, limit=limit))
-
-    return await context.engine.text_work.run(size + EACH * len(pairs), make, record.owner)
+    make = _fitting(context, "documents", lambda: tokenizer.encode_pairs(pairs, limit=limit))
+    return await context.engine.text_work.run(size + EACH * len(pairs), make, call.record.owner)
 
 
-async def encode_chat(
-    context: Context,
-    messages: list[dict[str, Any]],
-    variables: dict[str, Any],
-    record: RequestRecord,
-    *,
-    keep: int | None = None,
-) -> list[int]:
+async def encode_chat(call: Call, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
     """Render messages by the chat template, and tokenize the result as :func:`encode` does."""
-    tokenizer = context.tokenizer
-    make = _encoder(context, False, keep, field="messages")
+    tokenizer, limit = call.context.tokenizer, call.context.max_model_len
+
+    def encoded() -> list[list[int]]:
+        return tokenizer.encode_all([tokenizer.render_chat(messages, **variables)], False, limit=limit)
+
     # Never on the event loop, because a template may take any time. It may write all of the body, tools and
     # arguments of calls included.
-    [ids] = await context.engine.text_work.run(
-        SHORT + record.body_size,
-        lambda: make([tokenizer.render_chat(messages, **variables)]),
-        record.owner,
-    )
+    size, make = SHORT + call.record.body_size, _fitting(call.context, "messages", encoded)
+    [ids] = await call.context.engine.text_work.run(size, make, call.record.owner)
     return ids
 
 
-def _encoder(
-    context: Context, add_special_tokens: bool, keep: int | None, *, field: str
-) -> Callable[[Sequence[str]], list[list[int]]]:
-    tokenizer, limit = context.tokenizer, context.max_model_len
+def _fitting(
+    context: Context, field: str, encode: Callable[[], list[list[int]]]
+) -> Callable[[], list[list[int]]]:
+    def fitting() -> list[list[int]]:
+        try:
+            return encode()
+        except PromptTooLong as error:
+            raise too_long(context, error.tokens, field=field, at_least=error.at_least) from None
 
-    def make(texts: Sequence[str]) -> list[list[int]]:
-        if keep is not None and keep <= limit:
-            return tokenizer.encode_ends(texts, keep, add_special_tokens)
-        return _fitting(context, field, lambda: tokenizer.encode_all(texts, add_special_tokens, limit=limit))
-
-    return make
-
-
-def _fitting(context: Context, field: str, encode: Callable[[], list[list[int]]]) -> list[list[int]]:
-    try:
-        return encode()
-    except PromptTooLong as error:
-        raise too_long(context, error.tokens, field=field, at_least=error.at_least) from None
+    return fitting
 
 
-async def texts_of(
-    context: Context, prompts: Sequence[list[int]], texts: list[str] | None, record: RequestRecord
-) -> list[str]:
-    """Return the prompts' texts: the given ones, or the decoded token ids."""
-    if texts is not None:
-        return texts
-    tokenizer = context.tokenizer
+async def texts_of(call: Call, prompts: Sequence[list[int]]) -> list[str]:
+    """Decode prompts that were given as token ids."""
+    tokenizer = call.context.tokenizer
 
     def decode() -> list[str]:  # the engine refuses the ids that are left out
         return [tokenizer.decode([t for t in prompt if 0 <= t < 2**31], False) for prompt in prompts]
 
-    return await context.engine.text_work.run(size_of_all(prompts), decode, record.owner)
-
-
-def kept(context: Context, keep: int | None, max_tokens: int | None) -> int | None:
-    """Return how many last tokens of each prompt ``truncate_prompt_tokens`` keeps; None: all. -1 keeps as
-    many as leave room for ``max_tokens``, or for one."""
-    if keep is None or keep >= 0:
-        return keep
-    return max(context.max_model_len - (1 if max_tokens is None else max_tokens), 1)
-
-
-def last_tokens(prompts: Sequence[list[int]], keep: int | None) -> Sequence[list[int]]:
-    """Return the last ``keep`` tokens of each prompt; None: all."""
-    return prompts if keep is None else [prompt[-keep:] if keep else [] for prompt in prompts]
+    return await call.context.engine.text_work.run(size_of_all(prompts), decode, call.record.owner)
 
 
 def check_prompts(
@@ -124,9 +81,7 @@ def check_prompts(
     """Raise ApiError for prompts that the engine cannot take, with the code that clients know."""
     most = context.settings.max_choices
     if len(prompts) * n > most:
-        text = (
-            f"{len(prompts)} prompts with {n} choices each are too many; one request may have {most} choices"
-        )
+        text = f"{len(prompts)} prompts with {n} choices each; one request may have {most} choices"
         raise invalid("n", text)
     longest = max(map(len, prompts))
     if longest > context.max_model_len - (max_tokens != 0):

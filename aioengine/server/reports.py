@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -20,10 +15,6 @@ from aioengine.metrics.page.plumbing import Receive, Scope, Send
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Call, Sent, listing, sent
 from aioengine.server.errors import model_not_found
-from aioengine.server.transport.sender import unless
-
-MOST_TASKS = 1000
-"""Tasks whose stacks are written; more would delay the loop."""
 
 
 class Health(msgspec.Struct, omit_defaults=True):
@@ -173,46 +164,16 @@ async def debug_requests(call: Call) -> Annotated[Sent, Now]:
     return await listing(call, found, described)
 
 
-async def debug_adapters(call: Call) -> Annotated[Sent, list[AdapterInfo]]:
-    """All adapters that are registered."""
-    found = call.context.engine.adapters()
-    return await listing(call, found, lambda: found)
-
-
-async def debug_stacks(call: Call) -> str:
-    """Where every thread and task stands."""
-    text = io.StringIO()
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    for ident, frame in sys._current_frames().items():
-        print(f"thread {names.get(ident, ident)}", file=text)
-        traceback.print_stack(frame, file=text)
-        print(file=text)
-    tasks = sorted(asyncio.all_tasks(), key=lambda task: task.get_name())
-    for task in tasks[:MOST_TASKS]:
-        print(f"task {task.get_name()}", file=text)
-        task.print_stack(file=text)
-        print(file=text)
-    if len(tasks) > MOST_TASKS:
-        print(f"and {len(tasks) - MOST_TASKS} more tasks", file=text)
-    return text.getvalue()
-
-
-async def docs(call: Call) -> Annotated[Sent, str]:
-    """The description of the API for people."""
-    return Sent((await call.context.documents.result())[1], kind=b"text/html; charset=utf-8")
-
-
 async def openapi(call: Call) -> Annotated[Sent, dict[str, Any]]:
-    """The description of the API for programs."""
-    return Sent((await call.context.documents.result())[0])
+    """The description of the API."""
+    return Sent(await call.context.document.result())
 
 
 async def page(call: Call) -> ASGIApp:
     """Metrics, and the live page."""
 
-    async def until_revoked(scope: Scope, receive: Receive, send: Send) -> None:
+    async def below_mount(scope: Scope, receive: Receive, send: Send) -> None:
         # Not the scope in which the route was found: the page's own URLs are below the mount point.
-        work = call.context.page(scope["state"]["outer"], receive, send)
-        await unless(work, None, call.record.ended)
+        await call.context.page(scope["state"]["outer"], receive, send)
 
-    return until_revoked
+    return below_mount

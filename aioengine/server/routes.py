@@ -6,9 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-import msgspec
 from starlette import routing
-from starlette.datastructures import QueryParams
 
 from aioengine.metrics.page.plumbing import Receive, Scope, respond
 from aioengine.server import reports
@@ -20,10 +18,9 @@ from aioengine.server.bounds import BODIES, UPLOADS, Shares
 from aioengine.server.context import Call, Context, sent
 from aioengine.server.errors import ApiError
 from aioengine.server.messages import routes as messages
-from aioengine.server.openai import adapters, chat, completions, tokens, uploads
+from aioengine.server.openai import adapters, chat, completions, tokens, vectors
 from aioengine.server.responses import routes as responses
 from aioengine.server.transport.body import BoundedBody, JsonDecoder, check_kind
-from aioengine.server.vectors import routes as vectors
 
 OPEN: tuple[KeyScope, ...] = ()
 GENERATE: tuple[KeyScope, ...] = ("generate",)
@@ -46,13 +43,13 @@ class Route(NamedTuple):
     method: str
     path: str
     function: Callable[..., Awaitable[Any]]
-    """Takes a Call and, if they are to be decoded, the body as ``data`` and the query as ``query``."""
+    """Takes a Call and, if it is to be decoded, the body as ``data``."""
     scopes: tuple[KeyScope, ...]
     """A key needs one of them ("admin" includes all); empty if no key is required."""
 
     def type_of(self, what: str) -> Any:
-        """Type of the body (``data``), the query (``query``), or the answer's JSON (``return``; ``str`` for a
-        text); None if it is not decoded."""
+        """Type of the body (``data``), or of the answer's JSON (``return``; ``str`` for a text); None if it
+        is not decoded."""
         given = get_type_hints(self.function, include_extras=what == "return").get(what)
         return get_args(given)[-1] if what == "return" and get_args(given) else given
 
@@ -66,10 +63,7 @@ ROUTES = (
     Route("GET", "/ready", reports.ready, OPEN),
     Route("POST", "/v1/messages/count_tokens", messages.count_tokens, GENERATE),
     Route("POST", "/v1/embeddings", vectors.embeddings, GENERATE),
-    Route("POST", "/pooling", vectors.pooling, GENERATE),
     Route("POST", "/classify", vectors.classify, GENERATE),
-    Route("POST", "/score", vectors.score, GENERATE),
-    Route("POST", "/v1/score", vectors.score, GENERATE),
     Route("POST", "/rerank", vectors.rerank, GENERATE),
     Route("POST", "/v1/rerank", vectors.rerank, GENERATE),
     Route("POST", "/v2/rerank", vectors.rerank, GENERATE),
@@ -80,12 +74,9 @@ ROUTES = (
     Route("GET", "/v1/models/{model}", reports.model, MODELS),
     Route("POST", "/v1/load_lora_adapter", adapters.load, ADAPTERS),
     Route("POST", "/v1/unload_lora_adapter", adapters.unload, ADAPTERS),
-    Route("POST", "/v1/upload_lora_adapter", uploads.upload, ADAPTERS),
+    Route("POST", "/v1/upload_lora_adapter", adapters.upload, ADAPTERS),
     Route("GET", "/version", reports.version, SCOPES),
     Route("GET", "/debug/requests", reports.debug_requests, ADMIN),
-    Route("GET", "/debug/adapters", reports.debug_adapters, ADMIN),
-    Route("GET", "/debug/stacks", reports.debug_stacks, ADMIN),
-    Route("GET", "/docs", reports.docs, SCOPES),
     Route("GET", "/docs/openapi.json", reports.openapi, SCOPES),
     Route("GET", "/", reports.page, METRICS),
     Route("GET", "/metrics", reports.page, METRICS),
@@ -121,7 +112,7 @@ class Requests:
     def body(self, call: Call, route: Route) -> BoundedBody:
         settings, limit = self.context.settings, self.context.max_body_bytes
         shares, bound = self.bodies, BODIES
-        if route.function is uploads.upload and settings.max_upload_bytes is not None:
+        if route.function is adapters.upload and settings.max_upload_bytes is not None:
             shares, bound, limit = self.uploads, UPLOADS, settings.max_upload_bytes
         shares.most = bound.most * limit
         timeout, owner = settings.read_timeout, call.record.owner
@@ -150,7 +141,7 @@ class _Endpoint:
 
     def __init__(self, route: Route, requests: Requests) -> None:
         self._route, self._requests = route, requests
-        self._takes, self._query = route.type_of("data"), route.type_of("query")
+        self._takes = route.type_of("data")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
         record: RequestRecord = scope["state"]["record"]
@@ -174,15 +165,11 @@ class _Endpoint:
             requests.leave(record)
 
     async def _run(self, call: Call, send: Any) -> None:
-        given: dict[str, Any] = {}
-        if self._query is not None:
-            query = dict(QueryParams(call.scope.get("query_string", b"")))
-            given["query"] = msgspec.convert(query, self._query)
-        if self._takes is not None:
-            given["data"] = await self._requests.decoded(call, self._takes)
-        made = self._route.function(call, **given)
-        given.clear()  # nothing of the request is kept here while it is answered
-        found = await made
+        function = self._route.function
+        if self._takes is None:
+            found = await function(call)
+        else:
+            found = await function(call, await self._requests.decoded(call, self._takes))
         if callable(found):
             await found(call.scope, call.receive, send)
         else:

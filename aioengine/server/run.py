@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from ipaddress import ip_network
 from typing import Any
 
@@ -20,8 +19,7 @@ from aioengine.errors import ConfigError
 from aioengine.server.app import ServerApp
 from aioengine.server.entrance import Entrance
 from aioengine.server.transport.protocol import BoundedProtocol, Limits
-from aioengine.server.transport.tls import Certificate
-from aioengine.server.transport.tls_listener import TlsListener
+from aioengine.server.transport.tls import Certificate, TlsListener
 from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.server")
@@ -31,7 +29,6 @@ _ACCEPTS = 16
 """Number of connections accepted in one pass of the loop, because uvloop accepts one for each listening
 socket. With a single socket, a client waits for seconds while others connect again and again."""
 FLUSH_SECONDS = 5
-DRAIN_LOG_SECONDS = 5.0
 
 
 class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +45,8 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds for a TLS handshake, and again for a request's headers."""
     keep_alive: Seconds = 75.0
     """How long a connection may be idle between two requests."""
+    send_timeout: Seconds = 60.0
+    """Seconds after which a client is cut off that leaves unread what is kept for it, if that is much."""
     tls: Certificate | None = None
     """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""
 
@@ -80,15 +79,14 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
-        tls, seconds = self._settings.tls, self._settings.header_timeout
-        loop = asyncio.get_running_loop()
+        tls, loop = self._settings.tls, asyncio.get_running_loop()
         for bound in sockets or []:
             if tls is None:
                 server: Any = await loop.create_server(self._protocol, sock=bound, backlog=_BACKLOG)
                 self.servers.append(server)
             elif not self.servers:
                 bound.listen(_BACKLOG)
-                server = TlsListener(bound, tls.context, self._protocol, timeout=seconds, at_once=_ACCEPTS)
+                server = TlsListener(bound, tls.context, self._protocol, self._settings.header_timeout)
                 self.servers.append(server)
         self.listens.set()
 
@@ -113,7 +111,7 @@ def bind(settings: ListenSettings) -> socket.socket:
     return bound
 
 
-def _cannot_listen(settings: ListenSettings, error: BaseException | None) -> ConfigError:
+def _cannot_listen(settings: ListenSettings, error: BaseException) -> ConfigError:
     why = str(error).rstrip(".")
     return ConfigError(
         f"cannot listen on {settings.host} port {settings.port}: {why}; choose another host or port"
@@ -144,7 +142,8 @@ async def listening(
             forwarded_allow_ips=list(settings.trusted_proxies),
             timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # any number of seconds will do
         )
-        limits = Limits(settings.max_connections, settings.header_timeout, lambda: app.active > 0)
+        timeouts = settings.header_timeout, settings.send_timeout
+        limits = Limits(settings.max_connections, *timeouts, is_busy=lambda: app.active > 0)
         server = _Server(config, settings, limits)
         task = asyncio.get_running_loop().create_task(
             server.serve(sockets=[bound, *same]), name="aioengine-http"
@@ -179,32 +178,29 @@ class Signals:
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """Handle SIGTERM and SIGINT. While a server starts nothing is to be drained, and they end it."""
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        with _handlers({number: functools.partial(self._received, number) for number in numbers}):
+        loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+        for number in numbers:
+            loop.add_signal_handler(number, self._received, number)
+        try:
             yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
 
     @contextlib.contextmanager
     def reload_handled(self) -> Iterator[None]:
         """Handle SIGHUP, which otherwise ends the process."""
-        with _handlers({signal.SIGHUP: self.reload.set}):
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
+        try:
             yield
+        finally:
+            loop.remove_signal_handler(signal.SIGHUP)
 
-    def _received(self, number: int) -> None:
+    def _received(self, number: signal.Signals) -> None:
         first = not self.drain.is_set()
-        logger.info("%s: %s", signal.Signals(number).name, "draining" if first else "giving up")
+        logger.info("%s: %s", number.name, "draining" if first else "giving up")
         (self.drain if first else self.abort).set()
-
-
-@contextlib.contextmanager
-def _handlers(handlers: Mapping[signal.Signals, Callable[[], object]]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    for number, handler in handlers.items():
-        loop.add_signal_handler(number, handler)
-    try:
-        yield
-    finally:
-        for number in handlers:
-            loop.remove_signal_handler(number)
 
 
 async def serve_until_told(
@@ -217,7 +213,6 @@ async def serve_until_told(
     that load balancers can move their traffic before requests are refused.
     """
     await signals.drain.wait()
-    loop = asyncio.get_running_loop()
     aborted = asyncio.ensure_future(signals.abort.wait())
     tasks: list[asyncio.Future[Any]] = [aborted]
     try:
@@ -227,13 +222,9 @@ async def serve_until_told(
             await asyncio.wait({aborted}, timeout=drain_delay)
         draining = asyncio.ensure_future(app.drain())
         tasks.append(draining)
-        await asyncio.sleep(0)
-        end = loop.time() + grace_seconds
-        while not draining.done() and not aborted.done() and (left := end - loop.time()) > 0:
-            if app.active:
-                logger.info("draining: %d requests are left; they have %.0f s to end", app.active, left)
-            seconds = min(left, DRAIN_LOG_SECONDS)
-            await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if app.active:
+            logger.info("draining: %d requests are left; they have %g s to end", app.active, grace_seconds)
+        await asyncio.wait(tasks, timeout=grace_seconds, return_when=asyncio.FIRST_COMPLETED)
         if not draining.done():
             logger.warning("%d requests are cut off", app.active)
         return draining.done()

@@ -1,19 +1,23 @@
-"""Settings of a server: its limits and keys."""
+"""Settings of a server: its limits and keys, and how flags and files give them."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from aioengine.checks import AnySeconds, Count, check_fields
+from aioengine.checks import AnySeconds, Count, check_fields, from_plain, nearest
+from aioengine.config import refuse_removed
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
-from aioengine.server.formats.registry import REASONING, TOOLS, check_name
+from aioengine.server.access.keys import read_keys_file
+from aioengine.server.formats.calls import REASONING, TOOLS, check_name
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\[\]:@/?#*\sA-Z]+)(:[0-9]+)?")
 
@@ -42,15 +46,15 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: Count | None = None
     """Maximum bytes of a body; by default 1 MiB, and 64 bytes for each token of ``max_model_len``."""
     max_upload_bytes: Count | None = None
-    """Maximum size of an uploaded adapter, packed and unpacked. None: none can be uploaded. What is uploaded
-    is kept in memory, within ``LoRAConfig.max_held_lora_bytes``."""
+    """Maximum size of an uploaded adapter. None: none can be uploaded. What is uploaded is kept in memory,
+    within ``LoRAConfig.max_held_lora_bytes``."""
     max_choices: Count = 128
     """Bound on prompts x n in one request."""
     share_prefix_cache: bool = False
     """Share the prefix cache between tenants, who can then find out what others have sent. A request's
     ``cached_tokens``, and how soon it is answered, tell whether another tenant has sent the same text."""
-    generation_config: Annotated[str, Meta(min_length=1, extra={"is": "'auto', 'none' or a path"})] = "auto"
-    """Sampling defaults: auto (the model's generation_config.json), none, or a path to one. They are those of
+    generation_config: Literal["auto", "none"] = "auto"
+    """Sampling defaults: auto (the model's generation_config.json) or none. They are those of
     ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and ``max_tokens``; "none" is the
     API's own."""
     tool_call_parser: str = "auto"
@@ -72,12 +76,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Maximum seconds from arrival to the end of a generation; None, or as a flag 0: no bound."""
     read_timeout: AnySeconds = 30.0
     """Maximum seconds between two parts of a request's body."""
-    send_timeout: AnySeconds = 60.0
-    """Seconds in which a client has to read 16 KiB of its answers, or all of them; else it is disconnected.
-    Other ASGI servers than aioengine's do not watch this: there it has to accept 64 KiB of a stream."""
     retry_after: Count = 1
-    """Minimum ``Retry-After`` of answers 429 and 503, in seconds. If requests are refused because too many
-    wait, it is the time to answer those at the rate of the last minute."""
+    """``Retry-After`` of answers 429 and 503, in seconds."""
     stuck_step_seconds: AnySeconds = 120.0
     """Seconds after which a step counts as stuck: /health then answers 503, and the watchdog is not fed."""
     reword: Callable[[str], str] | None = None
@@ -113,3 +113,81 @@ def parse_keys(entries: Sequence[str], *, source: str) -> dict[str, str]:
             raise ConfigError(f"{source}: one API key is given to two tenants")
         keys[key] = tenant or f"key-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     return keys
+
+
+# Settings as flags and the table ``[server]`` of a configuration file give them
+
+KEY_VARIABLE = "AIOENGINE_API_KEYS"
+ADMIN_KEY_VARIABLE = "AIOENGINE_ADMIN_KEYS"
+
+_LISTENING = (
+    *("host", "port", "tls_cert", "tls_key", "trusted_proxy", "max_connections", "header_timeout"),
+    *("keep_alive", "send_timeout", "grace_seconds", "drain_delay", "keep_dead", "log_format"),
+    "otlp_endpoint",
+)
+"""Fields that concern the process which listens, and not its answers."""
+_NOT_SAME = {"api_keys", "admin_keys", "keys_file", "schemas", "reword", "retry_after", "seed"}
+_NOT_SAME |= {"served_model_names", "allowed_hosts", "allow_origins", "request_timeout"}
+_SAME = tuple(name for name in ServerSettings.__struct_fields__ if name not in _NOT_SAME)
+"""Fields that ServerSettings has under the same name."""
+_SCHEMAS = {"open_objects": "open_objects", "any_whitespace": "any_whitespace", "lenient_schemas": "lenient"}
+"""Fields of SchemaOptions, by their names here."""
+_RENAMED = {
+    "served_model_name": "served_model_names",
+    "allowed_host": "allowed_hosts",
+    "allow_origin": "allow_origins",
+}
+"""Fields of ServerSettings, by their names here."""
+_OTHERS = (*("keys", "request_timeout", "api_key", "admin_key"), *_RENAMED, *_SCHEMAS)
+SERVER_FIELDS = frozenset((*_LISTENING, *_SAME, *_OTHERS))
+"""Fields of the table: the flags of ``aioengine serve``, with underscores."""
+
+
+def refuse_unknown_fields(table: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError, with the nearest name, if the table has a field that it cannot have."""
+    refuse_removed(table, f"{source}: [server] ")
+    for name in table:
+        if name not in SERVER_FIELDS:
+            near = nearest(name, SERVER_FIELDS)
+            raise ConfigError(
+                f"{source}: [server] has no field {name!r}{near}; see `aioengine config schema`"
+            )
+
+
+def settings_from(values: Mapping[str, Any]) -> ServerSettings:
+    """Return the settings that these fields give; those that are left out have their defaults. Fields of the
+    process that listens are ignored. Reads the files of keys. Raises ConfigError."""
+    keys_file = values.get("keys")
+    if keys_file is not None:  # check now, and not after the model has been loaded
+        if not isinstance(keys_file, (str, Path)):
+            raise ConfigError(f"[server] keys={keys_file!r}: must be the path of a file")
+        read_keys_file(Path(keys_file))
+    given = {name: values[name] for name in _SAME if name in values}
+    given |= {
+        "api_keys": _keys("api-key", values.get("api_key"), KEY_VARIABLE),
+        "admin_keys": _keys("admin-key", values.get("admin_key"), ADMIN_KEY_VARIABLE),
+        "keys_file": None if keys_file is None else str(keys_file),
+        "schemas": {ours: values[name] for name, ours in _SCHEMAS.items() if name in values},
+    }
+    if not given["admin_keys"] and len(tenants := set(given["api_keys"].values())) > 1:
+        raise ConfigError(
+            f"--api-key: there are keys of {len(tenants)} tenants, each of which could replace the others' "
+            "adapters: give --admin-key (only its key may change adapters), or --keys FILE"
+        )
+    for field, ours in _RENAMED.items():
+        if (texts := values.get(field)) is not None:
+            given[ours] = [texts] if isinstance(texts, str) else texts
+    if "*" in given.get("allowed_hosts", ()):
+        del given["allowed_hosts"]
+    if "request_timeout" in values:
+        given["request_timeout"] = values["request_timeout"] or None
+    return from_plain(ServerSettings, given, "[server]", strict=False)
+
+
+def _keys(flag: str, given: object, variable: str) -> Mapping[str, str]:
+    """Return key -> tenant, from a flag and a variable together. Raises ConfigError."""
+    entries = [given] if isinstance(given, str) else given or ()
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
+        raise ConfigError(f"--{flag}: must be a text, or a list of texts")
+    keys = parse_keys(entries, source=f"--{flag}")
+    return keys | parse_keys(os.environ.get(variable, "").split(), source=variable)

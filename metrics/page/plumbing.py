@@ -1,11 +1,10 @@
-"""Parts that all ASGI applications here share: types, mount paths, answers, and clients that leave or read
-slowly."""
+"""Parts that all ASGI applications here share: types, mount paths, answers, and clients that leave."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -15,26 +14,9 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 PART_BYTES = 64 * 1024
 """Largest part of an answer. The next one is sent when the client has taken most of those before."""
-WATCH = "aioengine.reader_watch"
-"""ASGI extension of servers that cut off clients that do not read; its value is a :class:`Watch`."""
-
 DEPARTURE = "aioengine.departure"
 """ASGI extension of servers that say at once when a client has gone: its value is a future, which is done
 then. It costs less than a task that waits for ASGI's message of it."""
-
-
-class Watch(Protocol):
-    """A server's watch over the client of one connection."""
-
-    def within(self, seconds: float) -> None:
-        """Say in how many seconds the client has to read a part of what is sent."""
-
-
-def watch_of(scope: Scope) -> Watch | None:
-    """Return the server's watch over this client, if it has one. Else applications limit the time that it may
-    take to accept a part."""
-    watch: Watch | None = (scope.get("extensions") or {}).get(WATCH)
-    return watch
 
 
 def departure_of(scope: Scope) -> asyncio.Future[None] | None:

@@ -77,7 +77,7 @@ def bodies_with_json_in_texts() -> Iterator[tuple[str, bytes]]:
             yield "/v1/chat/completions", f'{start}"messages": [{turn}]}}'.encode()
         call = f'{{"type": "function_call", "call_id": "x", "name": "f", "arguments": {text}}}'
         yield "/v1/responses", f'{{"model": "tiny", "input": [{call}]}}'.encode()
-        for field in ("guided_json", "guided_regex", "guided_grammar", "prompt", "stop", "cache_salt"):
+        for field in ("prompt", "stop", "cache_salt"):
             rest = "" if field == "prompt" else '"prompt": "x", '
             yield "/v1/completions", f'{start}{rest}"{field}": {text}}}'.encode()
 

@@ -109,7 +109,6 @@ def others() -> Iterator[Ask]:
         yield f"rule of {count}", "/v1/completions", {"structured_outputs": outputs}
     for count in (2_048, 100_000):
         yield f"{count} documents", "/rerank", {"query": "q" * 400, "documents": ["d"] * count}
-        yield f"{count} pairs", "/score", {"text_1": ["a"] * count, "text_2": ["b"] * count}
         yield f"{count} adapters", "/v1/completions", {"adapters": {f"a{i}": 1 for i in range(count)}}
         yield f"{count} stop strings", "/v1/completions", {"stop": [str(i) for i in range(count)]}
         yield f"{count} biases", "/v1/completions", {"logit_bias": {str(i): 1 for i in range(count)}}

@@ -24,7 +24,6 @@ async def test_large_answers_hold_up_nobody(tiny_text: Tiny) -> None:
         "model": "tiny",
         "prompt": [[index % 250 + 1] * LENGTH for index in range(MOST)],
         "logprobs": TOP,
-        "prompt_logprobs": TOP,
         "echo": True,
         "max_tokens": 0,
     }
@@ -35,9 +34,7 @@ async def test_large_answers_hold_up_nobody(tiny_text: Tiny) -> None:
         await client.post("/v1/completions", json={**body, "prompt": body["prompt"][:1]})
         async with bystander(server.url) as seen:
             answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(2)))
-            streamed = await client.post(
-                "/v1/completions", json={**body, "stream": True, "prompt_logprobs": None}
-            )
+            streamed = await client.post("/v1/completions", json={**body, "stream": True})
         for answer in answers:
             assert answer.status_code == 200, answer.text[:300]
             assert all(len(choice["logprobs"]["tokens"]) == LENGTH for choice in answer.json()["choices"])
@@ -57,7 +54,7 @@ async def test_many_numbers_in_answers_hold_up_nobody(tiny_text: Tiny) -> None:
         ("/v1/chat/completions", {**choices, **messages}),
         ("/v1/completions", {**choices, "prompt": "Hi", "logprobs": TOP, "top_logprobs": None}),
         ("/v1/embeddings", {"input": texts}),
-        ("/score", {"text_1": texts, "text_2": texts[::-1]}),
+        ("/rerank", {"query": "0", "documents": texts}),
     ]
     async with (
         serving(tiny_text.model, "--served-model-name", "tiny") as server,

@@ -25,13 +25,10 @@ LOOKS = 100
 """How often it is looked for more than that: what is kept is still there after a while."""
 NUMBERS = [i + 0.5 for i in range(SIZE // 8)]
 TEXT = "some words " * (SIZE // 11)
-WIDE = "\U0001d538" * (SIZE // 4)
-"""Characters that take four bytes each."""
 USER = {"role": "user", "content": "Hi"}
 COMMENTED = {"type": "object", "properties": {"a": {"type": "integer"}}, "$comment": NUMBERS}
 """A small schema in a large text."""
 FUNCTION = {"name": "f", "description": TEXT, "parameters": COMMENTED}
-CUT = {"truncate_prompt_tokens": 4}
 
 
 def requests() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -41,15 +38,10 @@ def requests() -> Iterator[tuple[str, dict[str, Any]]]:
     for n in (1, 2):
         yield "/v1/chat/completions", {**chat, "response_format": schema, "n": n}
         yield "/v1/completions", {"prompt": "Hi", "structured_outputs": {"json": COMMENTED}, "n": n}
-        yield "/v1/completions", {"prompt": "Hi", "guided_json": json.dumps(COMMENTED), "n": n}
     yield "/v1/chat/completions", {**chat, "tools": [tool], "tool_choice": "required"}
     yield "/v1/chat/completions", {**chat, "tools": [tool], "tool_choice": "none"}
     yield "/v1/chat/completions", {**chat, "chat_template_kwargs": {"x": NUMBERS}}
     yield "/v1/chat/completions", {"messages": [{**USER, "extra": NUMBERS}], "metadata": {"x": NUMBERS}}
-    yield "/v1/chat/completions", {"messages": [{"role": "user", "content": TEXT}], **CUT}
-    for echo in (False, True):
-        yield "/v1/completions", {"prompt": TEXT, "echo": echo, **few, **CUT}
-        yield "/v1/completions", {"prompt": list(range(100)) * (SIZE // 400), "echo": echo, **few, **CUT}
     flat = {"type": "function", **FUNCTION}
     for fields in ({"tools": [flat], "tool_choice": "none"}, {"tools": [flat], "tool_choice": "required"}):
         yield "/v1/responses", {"input": "Hi", **fields}
@@ -66,14 +58,6 @@ def requests() -> Iterator[tuple[str, dict[str, Any]]]:
         "content": [{"type": "thinking", "thinking": TEXT, "input": {"x": NUMBERS}}],
     }
     yield "/v1/messages", {"messages": [USER, thought, USER], **few}
-    for path in ("/v1/embeddings", "/pooling"):
-        yield path, {"input": TEXT, **CUT}
-        yield path, {"input": list(range(100)) * (SIZE // 400), **CUT}
-    yield "/score", {"text_1": TEXT, "text_2": [TEXT + "a", "b"], **CUT}
-    for shown in (False, True):
-        yield "/rerank", {"query": TEXT, "documents": [TEXT, "b"], "return_documents": shown, **CUT}
-    yield "/rerank", {"query": "a", "documents": [WIDE, "b"], "return_documents": True, **CUT}
-    yield "/v1/completions", {"prompt": WIDE, "echo": True, **few, **CUT}
 
 
 @pytest.fixture(scope="module")

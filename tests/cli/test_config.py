@@ -25,8 +25,7 @@ from aioengine.cli.flags import EngineFlags
 from aioengine.cli.main import main
 from aioengine.errors import ConfigError
 from aioengine.fleet.config import FleetConfig
-from aioengine.server.settings import ServerSettings
-from aioengine.server.table import SERVER_FIELDS, settings_from
+from aioengine.server.settings import SERVER_FIELDS, ServerSettings, settings_from
 
 __all__ = ["tiny_text"]
 
@@ -142,7 +141,7 @@ def test_files_of_other_editors_are_read(change: str, file: Path, capsys: pytest
         ("policy = 'fcs'", "did you mean 'fcfs'"),
         ("chat_template = '/nowhere.jinja'", "/nowhere.jinja: cannot be read"),
         ("kv_cache_memory = '1KiB'", "raise kv_cache_memory"),
-        ("[server]\ngeneration_config = '/nowhere'", "/nowhere"),
+        ("[server]\ngeneration_config = '/nowhere'", '"auto", "none"'),
         ("[server]\ntls_cert = '/nowhere.pem'\ntls_key = '/nowhere.pem'", "No such file"),
     ],
 )

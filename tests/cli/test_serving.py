@@ -19,7 +19,6 @@ from support.waiting import until
 
 from aioengine.cli.serving.lifetime import LINGER_SECONDS, Systemd
 from aioengine.server.access.keys import hash_key
-from aioengine.server.pace import MAX_QUEUES, Pace
 
 __all__ = ["tiny_text"]
 
@@ -128,38 +127,3 @@ async def test_only_progress_feeds_the_watchdog(tmp_path: Path, monkeypatch: pyt
         assert [receiver.recv(100) for _ in range(2)] == [b"WATCHDOG=1"] * 2
         with pytest.raises(BlockingIOError):
             receiver.recv(100)
-
-
-def test_a_refused_request_is_told_when_the_queue_will_be_empty() -> None:
-    pace = Pace(1)
-    assert pace.retry_after(50, now=0.0) == 1
-    for second in range(10):
-        pace.answered(float(second))
-    assert pace.retry_after(0, now=10.0) == 1
-    assert pace.retry_after(20, now=10.0) == 20
-    assert pace.retry_after(10_000, now=10.0) == 120
-    assert pace.retry_after(20, now=1000.0) == 1  # what was long ago says nothing
-
-
-def test_a_queue_is_answered_at_its_own_pace() -> None:
-    pace = Pace(1)
-    for tenth in range(100):
-        pace.answered(tenth / 10, ("tenant", "a"), ("adapter", "x"))
-        if tenth % 20 == 0:
-            pace.answered(tenth / 10, ("tenant", "b"), ("adapter", None))
-    assert pace.retry_after(20, 10.0) == 2
-    assert pace.retry_after(20, 10.0, ("tenant", "a")) == 2
-    assert pace.retry_after(20, 10.0, ("tenant", "b")) == 40
-    assert pace.retry_after(20, 10.0, ("adapter", None)) == 40
-    assert pace.retry_after(20, 10.0, ("tenant", "c")) == 2, "nothing is known of it"
-    assert pace.retry_after(20, 1000.0, ("tenant", "b")) == 1
-
-
-def test_a_pace_forgets_whose_answers_are_oldest() -> None:
-    pace = Pace(1)
-    pace.answered(0.0, ("tenant", "slow"))
-    for i in range(MAX_QUEUES - 1):
-        pace.answered(9.0, ("tenant", str(i)))
-    assert pace.retry_after(11, 10.0, ("tenant", "slow")) == 110
-    pace.answered(9.0, ("tenant", "one more"))
-    assert pace.retry_after(11, 10.0, ("tenant", "slow")) == 1

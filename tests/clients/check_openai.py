@@ -123,17 +123,17 @@ def no_parameters() -> None:
 def extra_body() -> None:
     fields = {
         "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 4, "return_token_ids": True,
-        "truncate_prompt_tokens": 20, "include_stop_str_in_output": True, "guided_regex": "[a-z]{8,9}",
-        "request_id": "mine", "cache_salt": "x", "priority": 1, "best_of": 1,
+        "include_stop_str_in_output": True, "structured_outputs": {"regex": "[a-z]{8,9}"},
+        "request_id": "mine", "cache_salt": "x", "priority": 1,
     }  # fmt: skip
     answer = client.chat.completions.create(model=MODEL, messages=USER, max_tokens=20, extra_body=fields)
-    assert answer.id.endswith("mine") and answer.usage is not None and answer.usage.prompt_tokens == 20
+    assert answer.id.endswith("mine") and answer.usage is not None
     text = answer.choices[0].message.content
     assert text is not None and text.isalpha() and 8 <= len(text) <= 9
     again = [*USER, {"role": "assistant", "content": "The weather is"}]
-    fields = {"continue_final_message": True, "add_generation_prompt": False, "echo": True}
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
     answer = client.chat.completions.create(model=MODEL, messages=again, max_tokens=5, extra_body=fields)
-    assert (answer.choices[0].message.content or "").startswith("The weather is")
+    assert answer.choices[0].message.content
     answer = client.chat.completions.create(
         model=MODEL, messages=USER, max_tokens=4, reasoning_effort="none", verbosity="low"
     )

@@ -77,8 +77,8 @@ def replies() -> list[Reply]:
     usage = StreamOptions(include_usage=True, continuous_usage_stats=True)
     fields = GenerationFields(model="m", stream_options=usage, return_token_ids=True)
     return [
-        ChatReply("c", 0, fields, parsers=[None], token_bytes=lambda _: b" 1", with_logprobs=True),
-        CompletionReply("c", 0, fields, 1, logprobs=1, echoed=None, token_bytes=lambda _: b" 1"),
+        ChatReply("c", 0, fields, lambda _: b" 1", [None], with_logprobs=True),
+        CompletionReply("c", 0, fields, lambda _: b" 1", count=1, logprobs=1, echoed=None),
     ]
 
 

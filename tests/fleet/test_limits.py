@@ -10,8 +10,8 @@ import pytest
 from aioengine.fleet.gateway.limits import SHARE_SECONDS
 from aioengine.fleet.usage import GATEWAY_SECONDS, SharedUsage
 from aioengine.runtime.client import Usage
+from aioengine.server.access.clients import Admission, Meter
 from aioengine.server.access.keys import Limits
-from aioengine.server.access.limits import Admission, Meter
 from aioengine.server.errors import ApiError
 
 

@@ -22,7 +22,7 @@ from aioengine.fleet import FleetConfig, cluster, existing
 from aioengine.fleet.cluster import check_address, require_ray
 from aioengine.fleet.config import CONFIG_VARIABLE
 from aioengine.fleet.deployment import replica_application
-from aioengine.server.table import settings_from
+from aioengine.server.settings import settings_from
 
 
 def config(**fields: Any) -> FleetConfig:

@@ -122,9 +122,9 @@ def test_errors_are_those_of_one_engine(fleet: FleetServer) -> None:
         assert unknown.json()["error"]["code"] == "model_not_found"
         assert post(prompt="y" * 2000).json()["error"]["code"] == "context_length_exceeded"
         assert post(model="broken").status_code in (400, 503)
-        bad = post(guided_regex="(", max_tokens=5)
+        bad = post(structured_outputs={"regex": "("}, max_tokens=5)
         assert bad.status_code == 400, bad.text
-        good = post(guided_regex="[a-c]{4}z", max_tokens=20, temperature=1.0)
+        good = post(structured_outputs={"regex": "[a-c]{4}z"}, max_tokens=20, temperature=1.0)
         assert re.fullmatch("[a-c]{4}z", good.json()["choices"][0]["text"])
 
 

@@ -88,12 +88,11 @@ async def test_slow_client_costs_nothing_and_catches_up_at_once(app: MetricsApp,
         assert update["numbers"]["steps"] == engine.steps
 
 
-@pytest.mark.parametrize("is_watched", [False, True])
 @pytest.mark.parametrize("share", [0.9, 1.1])
 def test_a_large_update_has_its_time(
-    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, share: float, is_watched: bool
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    """The client takes that share of ``SEND_SECONDS`` for each part; the server may watch it by itself."""
+    """The client takes that share of ``SEND_SECONDS`` for each part."""
     monkeypatch.setattr(plumbing, "PART_BYTES", 100)
 
     async def run() -> list[bytes]:
@@ -111,14 +110,13 @@ def test_a_large_update_has_its_time(
                 taken.append(message["body"])
                 leave.set()
 
-        server = {plumbing.WATCH: object()} if is_watched else {}
         app = metrics_app(engine)  # type: ignore[arg-type]
-        await app(scope("/events", extensions=server), receive, send)
+        await app(scope("/events"), receive, send)
         return taken
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         taken = runner.run(run())
-    assert len(taken) == (share < 1 or is_watched)
+    assert len(taken) == (share < 1)
 
 
 async def test_unloading_without_end_is_not_remembered_for_ever(app: MetricsApp, engine: FakeEngine) -> None:

@@ -184,44 +184,6 @@ def test_encode_and_decode() -> None:
             tokenizer.encode(bad)  # type: ignore[arg-type]
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    words=st.lists(
-        st.sampled_from([" the fox", " jumps", "Grüße", "世界", " \n", "🙂", "    ", "<|im_end|>"])
-    ),
-    times=st.integers(1, 400),
-    keep=st.integers(0, 300),
-    special=st.booleans(),
-)
-def test_the_end_of_a_text_has_the_last_tokens(
-    words: list[str], times: int, keep: int, special: bool
-) -> None:
-    text = "".join(words) * times
-    for made in KINDS.values():
-        tokenizer = Tokenizer.from_tokenizer(made)
-        whole = tokenizer.encode(text, special)
-        end = whole[-keep:] if keep else []
-        assert tokenizer.encode_ends([text], keep, special) == [end]
-        [short] = tokenizer.encode_ends(["".join(words)], keep, special)
-        assert tokenizer.encode_ends([text, "".join(words), text], keep, special) == [end, short, end]
-
-
-def test_the_end_of_a_long_text_costs_no_more_than_that_of_a_short_one() -> None:
-    """Whatever a token stands for: an encoding takes hundreds of bytes for each token."""
-    seen: list[int] = []
-
-    class Seen(Tokenizer):
-        def encode_all(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[list[int]]:
-            seen.extend(map(len, texts))
-            return super().encode_all(texts, *args, **kwargs)
-
-    for word in ("a ", "x", "🙂", "The quick brown fox. "):
-        for made in KINDS.values():
-            seen.clear()
-            Seen.from_tokenizer(made).encode_ends([word * 300_000], 100)
-            assert sum(seen) < 10_000
-
-
 @settings(max_examples=10, deadline=None)
 @given(
     texts=st.lists(st.text(max_size=20), min_size=1, max_size=140),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioengine.cli.serve import ServerFlags
-from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.server import bounds
-from aioengine.server.bounds import CONNECTIONS, WAITS, Bound, Shares
+from aioengine.server.bounds import CONNECTIONS, Bound, Shares
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "security-testing.md"
 OWNERS = st.sampled_from("abc")
@@ -59,47 +56,10 @@ def test_all_have_a_bound_and_one_owner_a_part_of_what_others_leave(
         if fits:
             held.append((owner, more))
         assert shares.held == sum(size for _, size in held) <= 1000
-        assert shares.has(owner) == (of[owner] > 0 or fits)
 
 
-@given(st.lists(st.tuples(OWNERS, st.integers(1, 1000), st.floats(0, 9), st.floats(0, 9)), max_size=30))
-def test_what_waits_for_room_is_bounded_too(asked: list[tuple[str, int, float, float]]) -> None:
-    """Who gets no room has waited for all of the time, or found too many waiting."""
-
-    async def run() -> None:
-        shares, loop = Shares(Bound(1000, 0.5)), asyncio.get_running_loop()
-        held: list[int] = []
-        waiting: list[int] = []
-
-        async def one(owner: str, size: int, begins: float, lasts: float) -> None:
-            await asyncio.sleep(begins)
-            before, at = sum(waiting), loop.time()
-            waiting.append(size)
-            found = await shares.take_soon(owner, size, 5.0, alone=size)
-            waiting.remove(size)
-            if not found:
-                waited = loop.time() - at
-                assert before + size > 1000 if waited == 0 else waited == pytest.approx(5.0)
-                return
-            held.append(size)
-            assert sum(held) <= 1000
-            await asyncio.sleep(lasts)
-            held.remove(size)
-            shares.give_back(owner, size)
-
-        await asyncio.gather(*(one(*each) for each in asked))
-        assert await shares.take_soon("a", 1000, 5.0, alone=1000)  # all were given back
-
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(run())
-
-
-def test_the_tables_name_settings_and_the_docs_have_their_rows() -> None:
+def test_the_docs_have_the_bounds() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    settings = {*ServerFlags.__dataclass_fields__}
-    for what, (seconds, then) in WAITS.items():
-        assert isinstance(seconds, float) or seconds in settings, what
-        assert f"| {what} |" in text and then in text, what
-    for bound in (bounds.INPUT, bounds.NUMBERS, bounds.UNREAD):
+    for bound in (bounds.NUMBERS, bounds.UNREAD):
         size = f"{bound.most // 2**20} MiB" if bound.most > 2**22 else f"{bound.most:,}"
         assert size in text, bound

@@ -114,7 +114,7 @@ async def test_without_max_tokens_the_context_is_the_bound(serve: Serve) -> None
         ({"functions": []}, "functions"),
         ({"function_call": "auto"}, "function_call"),
         ({"audio": {}}, "audio"),
-        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"modalities": ["text", "audio"]}, "modalities[1]"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"chat_template_kwargs": {"messages": []}}, "messages"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from typing import Any, cast
 
 import httpx
@@ -197,7 +196,10 @@ async def test_an_offer_of_another_protocol_is_declined(cut: int | None, chunked
     """As Java's client makes it with every request; the body comes all the same."""
     async with serve() as served:
         body = json.dumps({**LONG, "max_tokens": 2}).encode()
-        head = POST + b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+        head = (
+            POST
+            + b"connection: Upgrade, HTTP2-Settings, close\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+        )
         data = head + b"content-length: %d\r\n\r\n" % len(body) + body
         if chunked:
             chunks = b"10\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (body[:16], len(body) - 16, body[16:])
@@ -247,10 +249,10 @@ CHUNKED = b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n"
 @pytest.mark.parametrize(
     "rest",
     [
-        b"a: b\r\n" * 300,
+        b"a: b\r\n" * 30_000,
         b"a: " + b"b" * 200_000,
         b"a" * 200_000,
-        CHUNKED + b"0\r\n" + b"a: b\r\n" * 300,
+        CHUNKED + b"0\r\n" + b"a: b\r\n" * 30_000,
         CHUNKED + b"0\r\na: " + b"b" * 200_000,
         CHUNKED + b"1;" + b"x" * 200_000,
     ],
@@ -275,35 +277,6 @@ async def test_chunks_of_a_byte_are_no_flood_of_headers(serve: Serve) -> None:
         answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
         assert answer.startswith(b"HTTP/1.1 200")
         writer.close()
-
-
-@pytest.mark.parametrize("begun", [b"", b"GET /hea"])
-@pytest.mark.slow
-async def test_what_comes_while_the_loop_is_busy_comes_in_time(begun: bytes, serve: Serve) -> None:
-    """A timer is due when the loop goes on, and the rest of the request is there, but not read yet."""
-    loop = asyncio.get_running_loop()
-
-    async def answer(client: socket.socket) -> bytes:
-        found = b""
-        async with asyncio.timeout(60):
-            while not found.endswith(b"}") and (part := await loop.sock_recv(client, 2**16)):
-                found += part
-        return found
-
-    async with serve(listen={"header_timeout": 1.0, "keep_alive": 1.0}) as served:
-        address = address_of(served.url)
-        with socket.create_connection(address) as first, socket.create_connection(address) as second:
-            for client in (first, second):
-                client.setblocking(False)
-            first.send(HEALTH)
-            assert b" 200 " in await answer(first)
-            first.send(begun)
-            second.send(HEALTH)
-            assert b" 200 " in await answer(second)  # and so the server has read the first one's, too
-            first.send(HEALTH[len(begun) :])
-            time.sleep(1.1)  # noqa: ASYNC251 - the loop stands still
-            assert b" 200 " in await answer(first)
-            assert await answer(second) == b""  # nothing has come from this one
 
 
 def test_many_that_connect_at_once_are_accepted_in_few_passes() -> None:

@@ -12,10 +12,10 @@ import pytest
 from aioengine.config import EngineConfig
 from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
 from aioengine.runtime.output import RequestOutput
-from aioengine.server.access.auth import Identity
+from aioengine.server.access.clients import Identity
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.answer import Answer
-from aioengine.server.context import Context
+from aioengine.server.context import Call, Context
 from aioengine.server.openai.api import GenerationFields
 from aioengine.server.openai.form import Form
 
@@ -69,9 +69,6 @@ async def test_waits_before_a_choice_begins_count(
 ) -> None:
     engine = Engine(max_waiting_tokens=2)  # so that one is let in at a time
 
-    async def turn(*_: object) -> None:
-        engine.now += WAIT
-
     context = SimpleNamespace(
         engine=engine,
         settings=SimpleNamespace(request_timeout=deadline, served_model_names=("tiny",)),
@@ -79,33 +76,33 @@ async def test_waits_before_a_choice_begins_count(
         new_id=lambda: "a",
         seeds=itertools.count(),
         cache_salt=lambda *_: None,
-        starts=SimpleNamespace(turn=turn),
         guide=None,
     )
+    record = RequestRecord(request_id="a", method="POST", path="/v1/completions", identity=Identity())
     answer = Answer(
-        cast(Context, context),
+        Call(cast(Context, context), record, {}, cast(Any, None)),
         GenerationFields(model="tiny"),
         [[1], [2], [3]],
         SamplingParams(max_tokens=1),
         cast(Form, Constrained(engine)) if constrained else None,
-        RequestRecord(request_id="a", method="POST", path="/v1/completions", identity=Identity()),
         prefix="cmpl-",
         clock=lambda: engine.now,
     )
     began = engine.now
+    engine.now += WAIT
     await answer.prepare()
     if streams:
         for index in range(3):
-            _ = [output async for output in answer.outputs(index)]
+            _ = [output async for output, _ in answer.outputs(index)]
     else:
         await answer.last_outputs()
     assert len(engine.deadlines) == 3
-    assert engine.now == began + 3 * (WAIT + 1.0 + 0.5 * constrained)
+    assert engine.now == began + WAIT + 3 * (1.0 + 0.5 * constrained)
     if deadline is None:
         assert engine.deadlines == [None] * 3
     elif streams:
-        waited = [0.5 * 3 * constrained + WAIT * (index + 1) + index for index in range(3)]
+        waited = [0.5 * 3 * constrained + WAIT + index for index in range(3)]
         assert engine.deadlines == [max(0.001, deadline - seconds) for seconds in waited]
-    else:  # all have waited for their turns at once
+    else:
         assert all(left is not None and left <= deadline - WAIT for left in engine.deadlines)
         assert sorted(engine.deadlines, key=lambda left: -(left or 0)) == engine.deadlines

@@ -19,15 +19,14 @@ KEYS = {"api_keys": {"sk-user": "alice"}, "admin_keys": {"sk-root": "ops"}}
 @pytest.mark.slow
 async def test_only_admins_see_it(serve: Serve) -> None:
     async with serve(settings=KEYS) as served:
-        for path in ("/debug/requests", "/debug/adapters", "/debug/stacks"):
-            for key, status in (("sk-user", 403), ("sk-root", 200), ("sk-wrong", 401)):
-                headers = {"authorization": f"Bearer {key}"}
-                assert (await served.http.get(path, headers=headers)).status_code == status, path
+        for key, status in (("sk-user", 403), ("sk-root", 200), ("sk-wrong", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            assert (await served.http.get("/debug/requests", headers=headers)).status_code == status
     async with serve() as served:
         assert (await served.http.get("/debug/requests")).status_code == 401  # without keys nobody is one
 
 
-async def test_open_requests_adapters_and_stacks(serve: Serve) -> None:
+async def test_open_requests(serve: Serve) -> None:
     async with serve(settings=KEYS, key="sk-root") as served:
         stream = await served.client.completions.create(
             model="a", prompt="abc", max_tokens=120, stream=True, extra_body={"ignore_eos": True}
@@ -38,10 +37,6 @@ async def test_open_requests_adapters_and_stacks(serve: Serve) -> None:
         assert one["adapter"] == "a" and one["tenant"] == "ops" and one["route"] == "/v1/completions"
         assert one["stream"] and one["prompt_tokens"] == 3 and one["output_tokens"] >= 1
         assert one["status"] == 200 and now["state"] == "running" and now["stats"]["running"] == 1
-        stacks = (await served.http.get("/debug/stacks")).text
-        assert "thread MainThread" in stacks and "task aioengine-loop" in stacks and "_stacks" in stacks
-        [adapter] = (await served.http.get("/debug/adapters")).json()
-        assert adapter["name"] == "a" and adapter["location"] == "slot"
         seen = await asyncio.to_thread(look, served.url, "sk-root")
         picture = io.StringIO()
         Console(file=picture, width=120).print(frame(seen, now, 120))

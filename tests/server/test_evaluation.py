@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from typing import Any
 
@@ -88,13 +89,13 @@ async def test_echo(n: int, serve: Serve) -> None:
         size = len(prompt.encode())
         assert found["tokens"][size:] == plain["choices"][index]["logprobs"]["tokens"]
         assert found["token_logprobs"][size:] == plain["choices"][index]["logprobs"]["token_logprobs"]
-        # a character of two tokens belongs to the last of them
-        assert found["text_offset"][:size] == [
-            len(prompt.encode()[:i].decode(errors="ignore")) for i in range(size)
-        ]
+        before = itertools.accumulate(map(len, found["tokens"][: size - 1]), initial=0)
+        assert found["text_offset"][:size] == list(before)
         assert found["text_offset"][size] == len(prompt)
         assert only["choices"][index]["text"] == prompt
-        assert only["choices"][index]["logprobs"] == {name: found[name][:size] for name in found}
+        scored = only["choices"][index]["logprobs"]
+        assert scored["tokens"] == found["tokens"][:size]
+        assert scored["token_logprobs"][1:] == pytest.approx(found["token_logprobs"][1:size], abs=1e-4)
         parts = [event["choices"][0] for event in streamed if event["choices"][0]["index"] == index]
         assert "".join(part["text"] for part in parts) == whole
         joined: dict[str, list[Any]] = {name: [] for name in found}
@@ -105,24 +106,6 @@ async def test_echo(n: int, serve: Serve) -> None:
     assert only["usage"]["completion_tokens"] == 0
 
 
-@pytest.mark.parametrize("count", [0, 3])
-@pytest.mark.slow
-async def test_prompt_logprobs(count: int, tiny_text: Tiny, serve: Serve) -> None:
-    async with serve() as served:
-        [choice] = (await posted(served, prompt="Hello", prompt_logprobs=count, max_tokens=0))["choices"]
-        chat = await posted(served, "chat/completions", messages=USER, prompt_logprobs=count)
-        prompts = [ids_of(served, text) for text in ("Hello", "<user>Hi")]
-    for ids, found in zip(prompts, (choice["prompt_logprobs"], chat["prompt_logprobs"]), strict=True):
-        first, *rest = found
-        assert first is None
-        for token, value, entry in zip(ids[1:], expected(tiny_text, ids), rest, strict=True):
-            own = entry[str(token)]
-            assert own["logprob"] == pytest.approx(value, abs=1e-3)
-            assert own["decoded_token"] in "Hello<user>i"
-            ranked = sorted((e["rank"], -e["logprob"]) for e in entry.values() if e["rank"] is not None)
-            assert [rank for rank, _ in ranked] == list(range(1, count + 1)) and ranked == sorted(ranked)
-
-
 X = {"prompt": "x"}
 CHAT = {"messages": USER}
 
@@ -131,13 +114,8 @@ CHAT = {"messages": USER}
     ("fields", "param"),
     [
         ({**X, "max_tokens": 0}, "max_tokens"),
-        ({**X, "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
-        ({**X, "prompt_logprobs": 21}, "prompt_logprobs"),
         ({**X, "min_tokens": 9, "max_tokens": 8}, "min_tokens"),
-        ({"prompt": "x" * 127, "prompt_logprobs": 1, "max_tokens": 0, "n": 3, "best_of": 2}, "best_of"),
         ({"prompt": "x" * 129, "echo": True, "max_tokens": 0}, "prompt"),
-        ({**X, "guided_choice": ["a"], "structured_outputs": {"regex": "a"}}, "guided_choice"),
-        ({**X, "guided_choice": ["a"], "guided_regex": "a"}, "guided_choice"),
         ({**CHAT, "continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
         ({**CHAT, "reasoning_effort": "high"}, "reasoning_effort"),
         ({**CHAT, "max_tokens": 0}, "max_tokens"),
@@ -203,19 +181,6 @@ async def test_token_ids(serve: Serve) -> None:
         assert not {"token_ids", "prompt_token_ids", "prompt_logprobs"} & plain["choices"][0].keys()
 
 
-async def test_prompts_are_cut_at_their_beginning(serve: Serve) -> None:
-    async with serve() as served:
-        answer = await posted(
-            served, prompt="Hello", truncate_prompt_tokens=2, echo=True, return_token_ids=True
-        )
-        assert answer["choices"][0]["prompt_token_ids"] == ids_of(served, "lo")
-        assert answer["choices"][0]["text"].startswith("lo")
-        long = await posted(served, prompt="x" * 500, truncate_prompt_tokens=-1, max_tokens=5)
-        assert long["usage"]["prompt_tokens"] == 123
-        chat = await posted(served, "chat/completions", messages=USER, truncate_prompt_tokens=4)
-        assert chat["usage"]["prompt_tokens"] == 4
-
-
 async def test_the_last_message_is_continued(serve: Serve) -> None:
     messages = [*USER, {"role": "assistant", "content": "The answer is "}]
     async with serve() as served:
@@ -226,12 +191,6 @@ async def test_the_last_message_is_continued(serve: Serve) -> None:
         }
         answer = await posted(served, "chat/completions", **chat)
         assert answer["prompt_token_ids"] == ids_of(served, "<user>Hi<assistant>The answer is ")
-        echoed = await posted(served, "chat/completions", **chat, echo=True)
-        text = answer["choices"][0]["message"]["content"]
-        assert echoed["choices"][0]["message"]["content"] == "The answer is " + text
-        parts = await events(served, "chat/completions", **chat, echo=True)
-        deltas = [part["choices"][0]["delta"].get("content", "") for part in parts]
-        assert "".join(deltas) == "The answer is " + text
 
 
 async def test_the_clients_own_id(serve: Serve) -> None:
@@ -249,9 +208,7 @@ async def test_small_fields(serve: Serve) -> None:
         for fields in (
             {"verbosity": "low"},
             {"reasoning_effort": "none"},
-            {"best_of": 1},
             {"user": "u", "metadata": {"a": "b"}, "store": False, "prompt_cache_options": {"ttl": "30m"}},
-            {"guided_choice": ["x"], "ignore_eos": False},
         ):
             await posted(served, "chat/completions", messages=USER, **fields)
         least = {"stop": ["\n"], "ignore_eos": False, "min_tokens": 20, "max_tokens": 20}
@@ -267,7 +224,6 @@ async def test_small_fields(serve: Serve) -> None:
     ("fields", "param", "meant"),
     [
         ({"max_token": 2}, "max_token", "max_tokens"),
-        ({"guided_jsn": {}}, "guided_jsn", "guided_json, today structured_outputs"),
         ({"stream_options": {"include_usages": True}}, "stream_options.include_usages", "include_usage"),
         ({"num_ctx": 5}, "num_ctx", None),
     ],

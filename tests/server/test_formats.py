@@ -63,12 +63,6 @@ FAMILIES = {
         f'<|python_tag|>{{"name": "paint", "parameters": {ARGUMENTS}}}',
         text="",
     ),
-    "gemma": Family(
-        ("<start_function_call>", "<escape>", "<end_function_call>", "<end_of_turn>"),
-        (),
-        SHOWN + "{# <start_function_call> #}",
-        "So. <start_function_call>call:paint{color:<escape>red<escape>}<end_function_call>",
-    ),
 }
 PAINT = {
     "name": "paint",
@@ -191,7 +185,6 @@ async def test_required_calls_are_in_the_familys_form(
             "gpt-oss": "<|channel|>commentary to=functions.paint <|constrain|>json<|message|>{",
             "mistral": "[TOOL_CALLS]paint[ARGS]{",
             "llama3": '{"name": "paint", "parameters": {',
-            "gemma": '[{"name": "paint", "arguments": {' if choice == "required" else '{"color":',
         }
         assert written.startswith(begin[name])
 

@@ -62,10 +62,6 @@ async def test_the_models_defaults_and_what_wins_over_them(
         ]
         async with served_by(engine, settings={"generation_config": "none"}) as served:
             assert await ask(served, seed=7) == (await direct(temperature=1, seed=7, max_tokens=16), 16)
-        other = tmp_path / "other.json"
-        other.write_text('{"temperature": 0.0}')
-        async with served_by(engine, settings={"generation_config": str(other)}) as served:
-            assert await ask(served) == (await direct(temperature=0, max_tokens=16), 16)
 
 
 bounds = {
@@ -86,7 +82,6 @@ def test_a_field_of_the_request_wins_whatever_both_are(
         SamplingDefaults(**defaults),  # type: ignore[arg-type]
         max_tokens=3,
         logprobs=None,
-        prompt_logprobs=None,
     )
     neutral = SamplingParams(temperature=1.0)
     for name in bounds:
@@ -100,8 +95,6 @@ def test_a_field_of_the_request_wins_whatever_both_are(
 def test_what_cannot_be_is_said(text: str, tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(text)
-    for where in (file, tmp_path):
-        with pytest.raises(ConfigError, match="generation_config"):
-            read_sampling_defaults(where)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_sampling_defaults(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="generation_config"):
+        read_sampling_defaults(tmp_path)
+    assert read_sampling_defaults(tmp_path / "nothing") == SamplingDefaults()

@@ -138,7 +138,7 @@ async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: S
         ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs"),
         (
             {"tools": [TOOLS[1], with_parameters({"not": {}})], "tool_choice": "required"},
-            "tools[1].function.parameters",
+            "tools",
         ),
         (
             {"tools": [with_parameters({"not": {}})], "tool_choice": named("f")},
@@ -367,18 +367,6 @@ async def test_history_as_clients_write_it(hermes: Tiny, make_engine: MakeEngine
         tokens = await served.http.post("/tokenize", json={"messages": messages})
         back = await served.http.post("/detokenize", json={"tokens": tokens.json()["tokens"]})
         assert back.json()["prompt"] == "user:Hi;assistant:({});tool:ok;assistant:No.;assistant:Never.;"
-
-
-@pytest.mark.slow
-async def test_a_template_that_hides_tools_is_told_of_once(
-    tiny_text: Tiny, hermes: Tiny, make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
-) -> None:
-    for model, count in ((tiny_text, 1), (hermes, 0)):
-        caplog.clear()
-        async with make_engine(model, max_model_len=500) as engine, served_by(engine) as served:
-            for _ in range(2):
-                await answers(served, False, **chat(tools=TOOLS, max_tokens=1))
-            assert sum("does not show tools" in record.message for record in caplog.records) == count
 
 
 async def test_another_chat_template(tiny_text: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from aioengine.cli.config.checked import ServerFlags
 from aioengine.cli.main import main
 from aioengine.errors import ConfigError
 from aioengine.server.access import gate, keys
+from aioengine.server.access.clients import Admission, Bucket, Meter
 from aioengine.server.access.keys import SCOPES, KeysFile, KeysWatch, hash_key, parse_keys_file
-from aioengine.server.access.limits import Admission, Bucket, Meter
 from aioengine.server.errors import ApiError
 
 LOADED = "aioengine_config_last_reload_successful"
@@ -133,7 +133,7 @@ GOOD = {"KEY": "k" * 22, "tenant": "t"}
         ),
         (
             keys_text({**GOOD, "scopes": ["metric"]}),
-            "keys[0]: scopes: there is no 'metric' (did you mean 'metrics'?)",
+            "keys[0].scopes[0]: Invalid enum value 'metric'",
         ),
         (keys_text({**GOOD, "scopes": []}), "scopes"),
         (keys_text({"hash": "sk-plain", "tenant": "t"}), "aioengine keys hash"),
@@ -143,7 +143,6 @@ GOOD = {"KEY": "k" * 22, "tenant": "t"}
         (keys_text({**GOOD, "expires": datetime(2030, 1, 1)}), "keys[0].expires"),
         (keys_text({**GOOD, "tenant": "alice"}, alcie={"max_concurrent": 1}), "did you mean 'alice'"),
         ("[[keys]", "not valid TOML"),
-        ("x" * (4 * 2**20 + 1), "bytes"),
     ],
 )
 def test_errors_say_where_and_what(text: str, says: str) -> None:
@@ -156,8 +155,8 @@ def test_errors_say_where_and_what(text: str, says: str) -> None:
 
 GENERATE = """
     POST /v1/completions, POST /v1/completions/, POST /v1/chat/completions, POST /v1/responses,
-    POST /v1/messages, POST /v1/messages/count_tokens, POST /v1/embeddings, POST /pooling, POST /classify,
-    POST /score, POST /v1/score, POST /rerank, POST /v1/rerank, POST /v2/rerank, POST /tokenize,
+    POST /v1/messages, POST /v1/messages/count_tokens, POST /v1/embeddings, POST /classify,
+    POST /rerank, POST /v1/rerank, POST /v2/rerank, POST /tokenize,
     POST /detokenize, GET /tokenizer_info"""
 ADAPTERS = """POST /v1/load_lora_adapter, POST /v1/load_lora_adapter/, POST /v1/unload_lora_adapter,
     POST /v1/upload_lora_adapter"""
@@ -166,7 +165,7 @@ NEEDED = {
     GENERATE: {"generate"},
     "GET /v1/models, GET /v1/models/a": {"generate", "adapters"},
     ADAPTERS: {"adapters"},
-    "GET /version, GET /docs, GET /docs/openapi.json": set(SCOPES),
+    "GET /version, GET /docs/openapi.json": set(SCOPES),
 }
 ROUTES = [(*route.split(), scopes) for routes, scopes in NEEDED.items() for route in routes.split(",")]
 
@@ -369,31 +368,6 @@ async def test_limits_at_the_door(serve: Serve, tmp_path: Path) -> None:
         assert (await ask("one")).status_code == 200
 
 
-async def test_limits_of_an_adapter_are_of_all_that_use_it(serve: Serve, tmp_path: Path) -> None:
-    """Of its versions and mixes, too."""
-    file = tmp_path / "keys.toml"
-    keys = keys_text({"KEY": "one", "tenant": "alice"}, {"KEY": "two", "tenant": "bob"})
-    file.write_text(f"{keys}[adapters.a]\nrequests_per_minute = 3\n")
-    asks: list[tuple[str, dict[str, Any]]] = [
-        ("one", {"model": "a@1"}),
-        ("two", {"model": "a@latest"}),
-        ("one", {"adapters": {"a": 0.5, "a@1": 0.1}}),
-        ("two", {"adapters": {"b": 0.5, "a@1": 0.5}}),
-        ("one", {"model": "a"}),
-        ("one", {}),
-    ]
-    async with serve(settings={"keys_file": str(file)}) as served:
-        served.engine.register_adapter("b", served.engine.adapters()[0].path)
-        answers = [
-            await served.http.post("/v1/completions", json={**OK, **fields}, headers=bearer(key))
-            for key, fields in asks
-        ]
-        assert [answer.status_code for answer in answers] == [200, 200, 200, 429, 429, 200]
-        assert "adapter 'a' may have 3 requests per minute" in answers[4].text
-        assert 15 <= int(answers[4].headers["retry-after"]) <= 20
-        await until(lambda: served.app.active == 0)
-
-
 @pytest.mark.slow
 async def test_a_tenants_bound_on_waiting_requests_is_the_engines(serve: Serve, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
@@ -488,7 +462,7 @@ async def test_a_disk_that_hangs_is_told_and_leaves_the_keys(
                 await asyncio.sleep(0.005)
 
 
-@pytest.mark.parametrize("what", ["thread", "use", "then", "open"])
+@pytest.mark.parametrize("what", ["thread", "use", "open"])
 async def test_whatever_fails_once_the_keys_are_watched_further(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -519,13 +493,13 @@ async def test_whatever_fails_once_the_keys_are_watched_further(
         start(thread)
 
     def open_or_fail(path: Path, *args: Any, **keywords: Any) -> Any:
-        if path == file and args == ("rb",):
+        if path == file:
             fail("open")
         return opened(path, *args, **keywords)
 
     monkeypatch.setattr(Thread, "start", start_or_fail)
     monkeypatch.setattr(Path, "open", open_or_fail)
-    watch = KeysWatch(str(file), use, lambda: fail("then"))
+    watch = KeysWatch(str(file), use)
     running = asyncio.create_task(watch.run())
     try:
         faults = 3
@@ -538,104 +512,6 @@ async def test_whatever_fails_once_the_keys_are_watched_further(
         running.cancel()
     complaints = [r.getMessage() for r in caplog.records if "stay as they were" in r.getMessage()]
     assert len(complaints) == 1, "it is told, and once"
-
-
-async def test_keys_expire_while_their_file_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keys, "POLL_SECONDS", 0.001)
-    file = tmp_path / "keys.toml"
-    file.write_text(keys_text({"KEY": "old", "tenant": "t"}))
-    checks = 0
-
-    def then() -> None:
-        nonlocal checks
-        checks += 1
-
-    watch = KeysWatch(str(file), lambda found: None, then)
-    running = asyncio.create_task(watch.run())
-    try:
-        file.unlink()
-        await until(lambda: not watch.good)
-        before = checks
-        await until(lambda: checks > before + 2)
-        assert not watch.good
-    finally:
-        running.cancel()
-
-
-@pytest.mark.parametrize("change", ["gone", "expired", "scope", "model"])
-@pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.slow
-async def test_a_key_that_is_revoked_ends_its_requests(
-    change: str, stream: bool, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keys, "POLL_SECONDS", 0.005)
-    file = tmp_path / "keys.toml"
-    mine, other = {"KEY": "mine", "tenant": "t"}, {"KEY": "other", "tenant": "t"}
-    file.write_text(keys_text(mine, other))
-    long = {**OK, "max_tokens": 100, "ignore_eos": True, "stream": stream, "n": 40}
-    async with serve(settings={"keys_file": str(file)}, max_num_seqs=1) as served:
-
-        def requests() -> int:
-            return served.engine.stats().running + served.engine.stats().waiting
-
-        async def ask(key: str) -> str:
-            async with served.http.stream(
-                "POST", "/v1/completions", json=long, headers=bearer(key)
-            ) as answer:
-                lines = [line async for line in answer.aiter_lines() if line]
-                return f"{answer.status_code} {lines[-2:]}"
-
-        asks = [asyncio.create_task(ask("mine")), asyncio.create_task(ask("other"))]
-        await until(lambda: requests() > 70)
-        changed: dict[str, list[dict[str, Any]]] = {
-            "gone": [],
-            "expired": [{**mine, "expires": datetime.now(UTC) - timedelta(seconds=1)}],
-            "scope": [{**mine, "scopes": ["metrics"]}],
-            "model": [{**mine, "base_model": False}],
-        }
-        file.write_text(keys_text(*changed[change], other))
-        async with asyncio.timeout(60):
-            end = await asks[0]
-        await until(lambda: requests() <= 40)
-        assert not asks[1].done(), "others go on"
-        asks[1].cancel()
-        assert "the API key" in end and ("[DONE]" in end or end.startswith("401")), end
-    await asyncio.gather(*asks, return_exceptions=True)
-
-
-@pytest.mark.parametrize(
-    "asked", [{"model": "a@1"}, {"adapters": {"a": 0.7, "b": 0.3}}, {"adapters": {"a": 0.5}}]
-)
-@pytest.mark.slow
-async def test_access_to_versions_and_mixes_is_that_to_their_adapters(
-    asked: dict[str, Any], serve: Serve, tiny_text: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keys, "POLL_SECONDS", 0.005)
-    file = tmp_path / "keys.toml"
-    mine, other = {"KEY": "mine", "tenant": "t", "adapters": ["a", "b"]}, {"KEY": "other", "tenant": "o"}
-    file.write_text(keys_text(mine))
-    long = {**OK, "max_tokens": 400, "ignore_eos": True, "stream": True, **asked}
-    async with serve(settings={"keys_file": str(file)}, max_num_seqs=1, max_model_len=500) as served:
-        served.engine.register_adapter("b", tiny_text.adapters["a"])
-        async with served.http.stream("POST", "/v1/completions", json=long, headers=bearer("mine")) as answer:
-            lines = answer.aiter_lines()
-            assert answer.status_code == 200, await answer.aread()
-            await anext(lines)
-            file.write_text(keys_text(mine, other))  # the key has what it had
-
-            async def known(key: str) -> bool:
-                found = await served.http.get("/v1/models", headers=bearer(key))
-                return found.status_code == 200
-
-            while not await known("other"):
-                await asyncio.sleep(0)
-            async with asyncio.timeout(60):
-                await anext(lines)
-                file.write_text(keys_text({**mine, "adapters": ["b"]}, other))
-                end = [line async for line in lines if line][-2:]
-        assert "lost access to the model" in str(end), end
 
 
 def test_keys_beside_the_file_and_missing_files_are_refused(tmp_path: Path) -> None:
@@ -668,10 +544,8 @@ async def test_wrong_keys_are_throttled_and_good_ones_are_not(
         forwarded = {"x-forwarded-for": "10.0.0.1"}
         assert (await served.http.get("/v1/models", headers=forwarded)).status_code == 429
     lines = [r.getMessage() for r in caplog.records if "valid API key" in r.getMessage()]
-    assert lines == [
-        "refused a request from 127.0.0.1: no valid API key",
-        "refused 100 more requests without a valid API key, from 1 addresses; most, 100, from 127.0.0.1",
-    ]
+    said = "requests without a valid API key since the last such line; the latest was from 127.0.0.1"
+    assert lines == [f"refused 1 {said}"]
     access = [r for r in caplog.records if r.name == "aioengine.server.access"]
     assert [r.fields["status"] for r in access] == [200]  # type: ignore[attr-defined]
 
@@ -706,7 +580,7 @@ def test_the_command_makes_hashes_and_checks(
     assert main(["keys", "check", str(file)]) == 0
     assert "team/*" in capsys.readouterr().out
     assert main(["keys", "new", "--tenant", "x", "--scope", "generat"]) == 2
-    assert "did you mean 'generate'" in capsys.readouterr().err
+    assert "scopes[0]: Invalid enum value 'generat'" in capsys.readouterr().err
     for text, code in ((key, 0), ("short", 2)):
         monkeypatch.setattr("sys.stdin", __import__("io").StringIO(f"{text}\n"))
         assert main(["keys", "hash"]) == code

@@ -138,20 +138,6 @@ async def test_stop_sequences_and_formats(serve: Serve) -> None:
         assert block.text.replace(" ", "") in ('{"color":"red"}', '{"color":"green"}')
 
 
-async def test_threads_are_not_kept(serve: Serve) -> None:
-    """Anthropic's ``tool_runner`` begins one, and sends the whole conversation again on this very error."""
-    async with serve() as served:
-        ask: dict[str, Any] = {"model": MODEL, "messages": USER, "max_tokens": 4}
-        made = await served.http.post("/v1/messages", json={**ask, "thread": {"type": "create"}})
-        assert made.status_code == 200
-        thread = {"type": "continue", "previous_message_id": made.json()["id"]}
-        again = await served.http.post("/v1/messages", json={**ask, "thread": thread})
-        assert again.status_code == 404
-        assert again.json()["error"]["details"] == {"error_code": "thread_not_found"}
-        other = await served.http.post("/v1/messages", json={**ask, "model": "nobody"})
-        assert other.status_code == 404 and "details" not in other.json()["error"]
-
-
 async def test_an_answer_that_was_begun_goes_on(serve: Serve) -> None:
     async with serve() as served, client_of(served) as client:
         begun: Any = [*USER, {"role": "assistant", "content": "Well"}]

@@ -20,8 +20,6 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": TEXT, "max_output_tokens": 6, "temperature": 0},
     "/v1/messages": {"messages": CHAT, "max_tokens": 6, "temperature": 0},
     "/v1/embeddings": {"input": TEXT},
-    "/pooling": {"input": TEXT},
-    "/score": {"text_1": TEXT, "text_2": "another"},
     "/rerank": {"query": TEXT, "documents": ["another"]},
 }
 
@@ -57,10 +55,6 @@ def of(path: str, body: Any) -> Any:
             return body["content"][0]["text"]
         case "/v1/embeddings":
             return body["data"][0]["embedding"]
-        case "/pooling":
-            return body["data"][0]["data"]
-        case "/score":
-            return body["data"][0]["score"]
     return body["results"][0]["relevance_score"]
 
 
@@ -78,8 +72,7 @@ async def test_every_endpoint(served: Served, mix: dict[str, float]) -> None:
     expected = {
         "/v1/completions": text,
         "/v1/embeddings": (await engine.embed(TEXT, mix)).vector,
-        "/pooling": (await engine.embed(TEXT, mix, normalize=False)).vector,
-        **dict.fromkeys(("/score", "/rerank"), score),
+        "/rerank": score,
         **dict.fromkeys(("/v1/chat/completions", "/v1/responses", "/v1/messages"), chat),
     }
     for path in BODIES:

@@ -195,10 +195,9 @@ async def test_tokenize_and_back(serve: Serve) -> None:
             return (await served.http.post(path, json=body)).json()
 
         text = "héllo, 世界"
-        found = await post("/tokenize", model=MODEL, prompt=text, return_token_strs=True)
+        found = await post("/tokenize", model=MODEL, prompt=text)
         assert found["count"] == len(found["tokens"]) == len(text.encode())
         assert found["max_model_len"] == 128
-        assert found["token_strs"][:3] == ["h", "\ufffd", "\ufffd"]
         assert (await post("/detokenize", model="a", tokens=found["tokens"]))["prompt"] == text
         chat = await post("/tokenize", messages=[{"role": "user", "content": "Hi"}])
         assert (await post("/detokenize", tokens=chat["tokens"]))["prompt"] == "<user>Hi"
@@ -218,10 +217,6 @@ async def test_probes_and_pages(serve: Serve) -> None:
         assert "aioengine_" in metrics.text
         page = await served.http.get("/")
         assert page.headers["content-type"].startswith("text/html")
-        docs = await served.http.get("/docs")
-        assert docs.status_code == 200
-        assert "/v1/chat/completions" in docs.text
-        assert "http://" not in docs.text and "https://" not in docs.text
         schema = (await served.http.get("/docs/openapi.json")).json()
         post = schema["paths"]["/v1/chat/completions"]["post"]
         assert set(post["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}

@@ -137,8 +137,6 @@ async def test_what_is_pinned_how_full_it_is_and_what_caches_and_batches_bring(s
         await asyncio.gather(*(post(served.http, "a", "sk-admin") for _ in range(3)))
         assert (await post(served.http, "a", "sk-admin")).status_code == 200
         found = await scraped(served.http)
-        [held] = (await served.http.get("/debug/adapters")).json()
-    assert held["name"] == "a" and held["pinned"] is True
     assert found["aioengine_lora_adapter_loaded"]['adapter="a",level="slot",pinned="true"'] == 1
     assert found["aioengine_requests_waiting_limit"][""] == 7
     assert found["aioengine_requests_running_limit"][""] == 3

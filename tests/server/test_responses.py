@@ -115,10 +115,7 @@ async def test_events_of_calls(serve: Serve) -> None:
     ("choice", "name"),
     [
         ({"type": "function", "name": "paint"}, "paint"),
-        (
-            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "stop"}]},
-            "stop",
-        ),
+        ({"type": "function", "name": "stop"}, "stop"),
     ],
 )
 @pytest.mark.slow
@@ -192,16 +189,6 @@ async def test_what_is_not_supported_is_refused(fields: Any, param: str, serve: 
         with pytest.raises(openai.BadRequestError) as caught:
             await served.client.responses.create(model=MODEL, input="Hi", extra_body=fields)
         assert caught.value.param == param
-
-
-async def test_what_is_not_served_says_so(serve: Serve) -> None:
-    async with serve() as served:
-        with pytest.raises(openai.NotFoundError, match="only text generation"):
-            await served.client.moderations.create(model=MODEL, input="Hi")
-        with pytest.raises(openai.NotFoundError, match="no files are kept"):
-            await served.client.files.list()
-        version = await served.http.get("/version")
-        assert set(version.json()) == {"version"}
 
 
 async def test_effort_is_a_variable_of_templates_that_have_it(serve: Serve, tmp_path: Path) -> None:

@@ -23,10 +23,8 @@ from aioengine.cli.main import main
 
 
 @pytest.mark.slow
-async def test_sigterm_finishes_what_was_accepted(tiny_text: Tiny, tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("# for the team\nteam:sk-secret\n")
-    flags = ["--api-key-file", str(keys), "--served-model-name", "tiny", "--lora-modules"]
+async def test_sigterm_finishes_what_was_accepted(tiny_text: Tiny) -> None:
+    flags = ["--api-key", "team:sk-secret", "--served-model-name", "tiny", "--lora-modules"]
     flags += [f"a={tiny_text.adapters['a']}"]
     async with serving(tiny_text.model, *flags, AIOENGINE_API_KEYS="team:sk-other") as server:
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="sk-secret", max_retries=0)
@@ -92,14 +90,11 @@ def test_what_is_refused_is_refused_before_the_model_is_loaded(
     tiny_text: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aioengine.cli.serve.configure_logging", lambda form, level: None)
-    (tmp_path / "empty").write_text("\n# nothing\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for flags, what in (
             (["--port", port], port),
             (["--port", "99999"], "99999"),
-            (["--api-key-file", "/nowhere"], "/nowhere"),
-            (["--api-key-file", str(tmp_path / "empty")], "has no key"),
             (["--api-key", "a b"], "--api-key"),
             (["--max-body-bytes", "0"], "max_body_bytes"),
             (["--grace-seconds", "-1"], "grace"),

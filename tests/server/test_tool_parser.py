@@ -15,8 +15,7 @@ from support.machine import slowness
 
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
-from aioengine.server.formats.calls import JSON_TEXT, MAX_CALLS, json_calls
-from aioengine.server.formats.registry import REASONING, TOOLS, AnswerFormats
+from aioengine.server.formats.calls import JSON_TEXT, MAX_CALLS, REASONING, TOOLS, AnswerFormats
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import Function, Tool
 from aioengine.server.openai.form import ToolPlan, plan_tools
@@ -27,14 +26,12 @@ TEMPLATES = {
     "harmony": "<|start|>assistant<|channel|>",
     "mistral": "[TOOL_CALLS]",
     "mistral with [ARGS]": "[TOOL_CALLS] [ARGS]",
-    "gemma": "<start_function_call>",
     "hermes": "<tool_call></tool_call>",
     "llama3": '<|start_header_id|>"parameters"',
 }
 CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
 LLAMA = '{"name": "f", "parameters": {"x": 1}}'
 NAMED, LISTED = '[TOOL_CALLS]f[ARGS]{"x": 1}', '[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}'
-GEMMA = "<start_function_call>call:f{x:1}<end_function_call>"
 TO_F = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
 HARMONY = TO_F + '{"x": 1}<|call|>'
 THOUGHT = "<|channel|>analysis<|message|>why<|end|><|start|>assistant"
@@ -43,9 +40,9 @@ Found = tuple[str, str, list[tuple[str, Any]]]
 """Reasoning, text and calls."""
 
 
-def parse(parser: AnswerParser, pieces: Sequence[str], stopped_by: str | None = None) -> Found:
+def parse(parser: AnswerParser, pieces: Sequence[str]) -> Found:
     text, reasoning, calls = "", "", []
-    for parsed in (*map(parser.push, pieces), parser.finish(stopped_by)):
+    for parsed in (*map(parser.push, pieces), parser.finish()):
         text += parsed.text
         reasoning += parsed.reasoning
         calls += [(call.function.name, json.loads(call.function.arguments)) for call in parsed.calls]
@@ -91,18 +88,6 @@ CASES: list[tuple[str, str, str | None, list[tuple[str, Any]]]] = [
     ("mistral", '[TOOL_CALLS]f[CALL_ID]{"x": 1}', None, []),
     ("mistral", f"{LISTED}", "", ONE),
     ("mistral", f"{LISTED} then", " then", ONE),
-    ("gemma", f"so {GEMMA}", "so ", ONE),
-    (
-        "gemma",
-        "<start_function_call>call:g{a:<escape>{,:}<escape>,b:[1,-2.5,true,null],c:{d:word},e:[],h:{}}"
-        "<end_function_call>",
-        "",
-        [("g", {"a": "{,:}", "b": [1, -2.5, True, None], "c": {"d": "word"}, "e": [], "h": {}})],
-    ),
-    ("gemma", "<start_function_call>call:f{x 1}<end_function_call>", None, []),
-    ("gemma", "<start_function_call>call:f{x:" + "[" * 500 + "<end_function_call>", None, []),
-    ("gemma", GEMMA.replace("call:f", "call:h"), None, []),
-    ("gemma", GEMMA[:-1], None, []),
     ("harmony", "no channel", None, []),
     ("harmony", "<|channel|>final<|message|>hello", "hello", []),
     ("harmony", HARMONY, "", ONE),
@@ -146,10 +131,9 @@ def test_reasoning_of_harmony() -> None:
 
 
 PARTS = (
-    *(CALL, LLAMA, NAMED, LISTED, GEMMA, HARMONY, THOUGHT, "<think>", "</think>", "<tool_call>"),
+    *(CALL, LLAMA, NAMED, LISTED, HARMONY, THOUGHT, "<think>", "</think>", "<tool_call>"),
     *("</tool_call>", "\n", "text", "<", " ", ";", "]", ", ", "{", "}", '"', "\\", "[TOOL_CALLS]", "[ARGS]"),
-    *("<|start|>", "é", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", " to=functions.f", "<escape>"),
-    "<start_function_call>",
+    *("<|start|>", "é", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", " to=functions.f"),
 )
 
 
@@ -181,7 +165,6 @@ def test_long_answers_take_time_in_proportion(name: str) -> None:
         "<tool_call>{",
         '{"name": "',
         "[TOOL_CALLS]f[CALL_ID]",
-        "<start_function_call>",
         TO_F,
         "<",
         "[",
@@ -192,12 +175,6 @@ def test_long_answers_take_time_in_proportion(name: str) -> None:
             began = time.thread_time()
             parse(parser(name), pieces)
             assert time.thread_time() - began < 2 * slowness(), (part, len(pieces))
-
-
-def test_the_answer_ends_with_its_only_call() -> None:
-    cut = CALL.removesuffix("</tool_call>")
-    assert parse(parser("hermes", single=True), [cut], "</tool_call>") == ("", "", ONE)
-    assert parse(parser("hermes", single=True), [CALL + "more" + CALL]) == ("", "", ONE)
 
 
 def test_formats_by_chat_template() -> None:
@@ -215,30 +192,6 @@ def test_formats_by_chat_template() -> None:
 
 
 texts = st.text(st.sampled_from('ab"\\{}[],:é\n'), max_size=8)
-calls_with = st.lists(st.dictionaries(texts, st.one_of(texts, st.lists(texts, max_size=2))), max_size=3)
-
-
-def test_an_escape_may_come_in_parts_with_nothing_between_them() -> None:
-    call = json.dumps({"name": "f", "arguments": {'"': "\\"}})
-    pieces = [piece for character in f"[{call}]" for piece in (character, "")]
-    assert parse(AnswerParser(json_calls), pieces) == ("", "", [("f", {'"': "\\"})])
-
-
-@settings(derandomize=True, max_examples=200)
-@given(calls_with, st.booleans(), st.data())
-@pytest.mark.slow
-def test_listed_calls_come_when_complete(wanted: list[Any], escape: bool, data: st.DataObject) -> None:
-    calls = [json.dumps({"name": "f", "arguments": found}, ensure_ascii=escape) for found in wanted]
-    text = "[" + ",".join(calls) + "]"
-    ends = [1 + sum(map(len, calls[: i + 1])) + i for i in range(len(calls))]
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
-    parser, found, told = AnswerParser(json_calls), [], 0
-    for piece in [text[a:b] for a, b in zip([0, *cuts], cuts, strict=False)]:
-        found += parser.push(piece).calls
-        told += len(piece)
-        assert len(found) == sum(end <= told for end in ends)
-    assert [json.loads(call.function.arguments) for call in found] == wanted[: len(found)]
-    assert parser.finish().calls == []
 
 
 def takes(grammar: str, text: str) -> bool:
@@ -260,7 +213,7 @@ def test_how_many_calls_the_grammar_allows() -> None:
         assert found == [False, True] + 3 * [False]
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "gemma"])
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_calls_that_are_held_to_a_familys_form_are_parsed(name: str) -> None:
     """What the grammar takes, the parser reads; and nothing else is taken."""
     parameters = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]}
@@ -292,7 +245,7 @@ numbers = st.from_regex(
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
-@given(st.sampled_from([*TEMPLATES, ""]).filter(lambda name: name != "gemma"), numbers, texts)
+@given(st.sampled_from([*TEMPLATES, ""]), numbers, texts)
 @example("", "1e999", "")
 @example("hermes", "9" * 5000, r"\ ")
 @example("llama3", "[" * 300 + "]" * 300, ' "{" ')
@@ -304,10 +257,7 @@ def test_arguments_are_passed_on_as_they_are_written(name: str, number: str, tex
     form = formats.required
     answer = form.begin + form.opening.format("f") + written + form.closing + form.end
     parsers = [formats.held(NAMES, single=True)]
-    if formats.tools is None:
-        found = formats.held(frozenset(), single=False, forced="f").push(written)
-        assert [call.function.arguments for call in found.calls] == [expected]
-    else:
+    if formats.tools is not None:
         free = formats.free(NAMES, single=True, is_thinking=False)
         assert free is not None
         parsers.append(free)

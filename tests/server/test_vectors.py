@@ -62,9 +62,10 @@ async def test_embeddings_as_openai_asks_for_them(serve: Serve) -> None:
             status, body = await answer(served, "/v1/embeddings", input=ids)
             vector = (await engine.embed([1, 2, 3])).vector
             assert (status, body["data"][0]["embedding"]) == (200, pytest.approx(vector, abs=1e-6))
-        status, body = await answer(served, "/pooling", input="one", pooling="last", encoding_format="base64")
+        asked = {"input": "one", "pooling": "last", "normalize": False, "encoding_format": "base64"}
+        status, body = await answer(served, "/v1/embeddings", **asked)
         raw = (await engine.embed("one", pooling="last", normalize=False)).vector
-        data = base64.b64decode(body["data"][0]["data"])
+        data = base64.b64decode(body["data"][0]["embedding"])
         assert struct.unpack(f"<{len(data) // 4}f", data) == pytest.approx(raw, abs=1e-6)
         many = await served.client.embeddings.create(model=MODEL, input=[[1, 2]] * 300)
         assert len(many.data) == 300
@@ -72,7 +73,7 @@ async def test_embeddings_as_openai_asks_for_them(serve: Serve) -> None:
         engine.check_invariants()
 
 
-async def test_classify_score_and_rerank(serve: Serve, heads: dict[int, Path]) -> None:
+async def test_classify_and_rerank(serve: Serve, heads: dict[int, Path]) -> None:
     async with serve() as served:
         engine = served.engine
         for labels, folder in heads.items():
@@ -85,18 +86,15 @@ async def test_classify_score_and_rerank(serve: Serve, heads: dict[int, Path]) -
         for model in ("head-1", "a", MODEL):
             adapter = None if model == MODEL else model
             expected = (await engine.score("query", TEXTS, adapter=adapter)).scores
-            for path in ("/score", "/v1/score"):
-                _, body = await answer(served, path, model=model, text_1="query", text_2=TEXTS)
-                assert [item["score"] for item in body["data"]] == pytest.approx(expected, abs=1e-5)
             documents = [TEXTS[0], {"text": TEXTS[1]}, TEXTS[2]]
             for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
                 asked = {"query": "query", "documents": documents, "top_n": 2}
                 _, body = await answer(served, path, model=model, **asked)
                 best = sorted(range(3), key=lambda i: -expected[i])[:2]
                 assert [item["index"] for item in body["results"]] == best
+                scores = [item["relevance_score"] for item in body["results"]]
+                assert scores == pytest.approx([expected[i] for i in best], abs=1e-5)
                 assert [item["document"]["text"] for item in body["results"]] == [TEXTS[i] for i in best]
-        _, body = await answer(served, "/score", text_1=TEXTS, text_2=TEXTS)
-        assert [item["score"] for item in body["data"]] == pytest.approx([1.0] * 3, abs=1e-5)
         engine.check_invariants()
 
 
@@ -114,19 +112,16 @@ async def test_refused(serve: Serve, heads: dict[int, Path]) -> None:
             ("/v1/embeddings", {"input": "x", "encoding_format": "int8"}, 400, "encoding_format"),
             ("/v1/embeddings", {"input": "x", "model": "nobody"}, 404, "nobody"),
             ("/v1/embeddings", {"input": [999]}, 400, "vocabulary"),
-            ("/pooling", {"input": "x", "pooling": "max"}, 400, "pooling"),
+            ("/v1/embeddings", {"input": "x", "pooling": "max"}, 400, "pooling"),
             ("/classify", {"input": "x"}, 400, "no trained classification head"),
             ("/classify", {"input": "x", "model": "a"}, 400, "no trained classification head"),
-            ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, 400, "text_1"),
-            ("/score", {"text_1": "a", "text_2": "b", "model": "two"}, 400, "its head has 2 labels"),
+            ("/rerank", {"query": "a", "documents": ["b"], "model": "two"}, 400, "its head has 2 labels"),
             ("/rerank", {"query": "a", "documents": []}, 400, "documents"),
             ("/rerank", many, 400, "send fewer documents"),
             ("/rerank", {"query": "a", "documents": ["b"], "model": "nobody"}, 404, "nobody"),
         ]:
             found, body = await answer(served, path, **fields)
             assert (found, words in body["error"]["message"]) == (status, True), body
-        shortened, body = await answer(served, "/v1/embeddings", input="x" * 200, truncate_prompt_tokens=-1)
-        assert (shortened, body["usage"]["prompt_tokens"]) == (200, 128)
         served.engine.check_invariants()
 
 
@@ -140,12 +135,12 @@ async def test_a_replaced_version_has_its_own_labels(serve: Serve, heads: dict[i
         await until(held.begun.is_set)
         await engine.versions.prepare("h", heads[2], read=False)
         engine.versions.commit("h")
-        score = {"text_1": "query", "text_2": TEXTS}
-        scored = asyncio.create_task(answer(served, "/score", model="h@1", **score))
+        score = {"query": "query", "documents": TEXTS}
+        scored = asyncio.create_task(answer(served, "/rerank", model="h@1", **score))
         await until(lambda: engine.load().waiting > 0 or scored.done())
         held.go_on.set()
         assert (await scored)[0] == 200
-        status, body = await answer(served, "/score", model="h", **score)
+        status, body = await answer(served, "/rerank", model="h", **score)
         assert status == 400 and "its head has 2 labels" in body["error"]["message"]
         await running
         engine.check_invariants()

@@ -19,8 +19,7 @@ from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
 from aioengine.metrics.otlp import check_endpoint
-from aioengine.server.settings import ServerSettings
-from aioengine.server.table import SERVER_FIELDS, settings_from
+from aioengine.server.settings import SERVER_FIELDS, ServerSettings, settings_from
 from aioengine.server.transport.tls import Certificate
 
 if TYPE_CHECKING:
@@ -53,7 +52,8 @@ class ServerFlags(Flags):
     served_model_name: list[str] | None = None
     """The base model's name in requests; repeatable."""
     api_key: Keys = None
-    """Require a key; repeatable. Other users of this machine can see it: prefer --keys."""
+    """Require a key; repeatable. Other users of this machine can see it: prefer --keys, or the variable
+    AIOENGINE_API_KEYS."""
     keys: Path | None = None
     """File with keys, scopes and limits; see aioengine keys --help."""
     allowed_host: list[str] | None = None
@@ -67,12 +67,9 @@ class ServerFlags(Flags):
 
     keep_dead: bool = False
     """Keep answering 503 when the engine is dead; by default the process exits with status 1."""
-    api_key_file: Path | None = None
-    """File with one key per line, as for --api-key; or set AIOENGINE_API_KEYS."""
     admin_key: Keys = None
-    """Key that may also load and unload adapters; other keys then may not. Repeatable."""
-    admin_key_file: Path | None = None
-    """File with one admin key per line; or set AIOENGINE_ADMIN_KEYS."""
+    """Key that may also load and unload adapters; other keys then may not. Repeatable; or set
+    AIOENGINE_ADMIN_KEYS."""
     allow_origin: list[str] | None = None
     """Origin of another site whose pages may call the server, such as https://chat.example; repeatable."""
     trusted_proxy: list[str] | None = None
@@ -86,6 +83,8 @@ class ServerFlags(Flags):
     """Maximum seconds for a request's headers to arrive, and before them for a TLS handshake."""
     keep_alive: float = 75.0
     """Maximum seconds that a connection may be idle."""
+    send_timeout: float = 60.0
+    """Seconds after which a client is cut off that leaves unread what is kept for it, if that is much."""
     tls_cert: Path | None = None
     """PEM file with the certificate and its chain, to serve HTTPS; SIGHUP reads it again."""
     tls_key: Path | None = None
@@ -118,6 +117,7 @@ class ServerFlags(Flags):
             max_connections=self.max_connections,
             header_timeout=self.header_timeout,
             keep_alive=self.keep_alive,
+            send_timeout=self.send_timeout,
             tls=None if self.tls_cert is None else Certificate(str(self.tls_cert), str(self.tls_key)),
         )
 

@@ -38,10 +38,8 @@ def check(
     Whether the memory and the device of this machine suffice is not checked, nor a model on the Hub, which is
     fetched at the start.
     """
-    from aioengine.server.openai.sampling import read_sampling_defaults
-
     checked = check_all(server, engine, fleet)
-    config, flags = checked.config, checked.flags
+    config = checked.config
     root = None if config.lora is None else config.lora.adapter_root
     if root is not None and not is_source(root) and not Path(root).expanduser().is_dir():
         raise ConfigError(
@@ -50,8 +48,6 @@ def check(
     check_named(config.policy)
     if config.chat_template is not None:
         read_chat_template(Path(config.chat_template))
-    if flags.generation_config not in ("auto", "none"):
-        read_sampling_defaults(Path(flags.generation_config))
     if Path(config.model).expanduser().exists() or parse_hub_id(config.model) is None:
         device = "cuda" if config.device == "cuda" else "cpu"
         # This machine's memory and devices may not be those of the one that serves.

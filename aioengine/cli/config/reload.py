@@ -46,7 +46,6 @@ class Reloadable(msgspec.Struct, frozen=True, kw_only=True):
     lenient_schemas: bool
     request_timeout: float | None
     read_timeout: float
-    send_timeout: float
     stuck_step_seconds: float
 
 
@@ -74,13 +73,13 @@ class Reloader:
         engine, which is a fleet, only the certificate is read again."""
         self.good = False
         try:
-            tls = None if self._certificate is None else await _read_in_time(self._certificate.renewed)
+            is_renewed = self._certificate is not None and await _read_in_time(self._certificate.renew)
             changed = [] if engine is None else await self._apply(engine, app)
         except AioEngineError as error:
             logger.error("the configuration stays as it was: %s", error)
             return
         self.good = True
-        if self._certificate is not None and tls is not None and self._certificate.use(tls):
+        if is_renewed:
             changed.append("the TLS certificate")
         logger.info("read the configuration again; changed: %s", ", ".join(changed) or "nothing")
         # Compared with the start, so that the log names them until the restart.

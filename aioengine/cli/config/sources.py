@@ -15,7 +15,7 @@ from cyclopts.config import Dict, Env
 
 from aioengine.checks import nearest, read_toml
 from aioengine.errors import ConfigError
-from aioengine.server.table import refuse_unknown_fields
+from aioengine.server.settings import refuse_unknown_fields
 
 PREFIX = "AIOENGINE_"
 _READ_ELSEWHERE = (

@@ -20,10 +20,6 @@ _SHORT = 512
 """Maximum characters of a text that is tokenized without other threads' help."""
 _TOGETHER = 64
 """Maximum number of texts that are tokenized in one call."""
-_TEXT_PER_TOKEN = 8
-"""Characters of a text's end that are taken for each wanted token at first."""
-_SETTLED = 64
-"""Tokens after a cut that may be others than those of the whole text."""
 _SHRINKS = 4
 """How many times shorter, in bytes of UTF-8, a Unicode normal form can be than its text."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -145,24 +141,6 @@ class Tokenizer:
                     raise PromptTooLong(len(encoded), limit)
                 yield encoded.ids
 
-    def encode_ends(
-        self, texts: Sequence[str], keep: int, add_special_tokens: bool = True
-    ) -> list[list[int]]:
-        """Return the last ``keep`` tokens of each text, in time and memory that follow from ``keep`` and not
-        from its length. A word without an end may be divided in another way than in the whole text."""
-        found: list[list[int]] = [[] for _ in texts]
-        size, left = _TEXT_PER_TOKEN * (keep + _SETTLED), list(range(len(texts)))
-        while left:
-            again = []
-            ends = self.encode_all([texts[i][-size:] for i in left], add_special_tokens)
-            for i, ids in zip(left, ends, strict=True):
-                if size >= len(texts[i]) or len(ids) >= keep + _SETTLED:
-                    found[i] = ids[-keep:] if keep else []
-                else:
-                    again.append(i)
-            left, size = again, 4 * size
-        return found
-
     def least_tokens(self, text: str) -> int:
         """Return how many tokens ``text`` has at least, by its length and the longest token: normalizers make
         a text up to four times shorter. (What a tokenizer drops altogether counts as well.)"""
@@ -229,18 +207,6 @@ class Tokenizer:
         """Replace the chat template, before the first chat is rendered. Raises
         :class:`~aioengine.errors.ConfigError` if the file cannot be read or does not compile."""
         self._chat_template, self._compiled = read_chat_template(path)
-
-    @functools.cached_property
-    def shows_tools(self) -> bool:
-        """Whether the chat template writes the ``tools`` that it is given into the prompt. True if it does
-        not take a plain message, which tells nothing."""
-        function = {"name": "look_up", "description": "Looks it up.", "parameters": {"type": "object"}}
-        messages = [{"role": "user", "content": "Hi"}]
-        try:
-            without = self.render_chat(messages)
-            return self.render_chat(messages, tools=[{"type": "function", "function": function}]) != without
-        except RequestInvalid:
-            return True
 
     @functools.cached_property
     def added_tokens(self) -> Mapping[str, int]:

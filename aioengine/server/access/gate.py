@@ -9,24 +9,15 @@ import logging
 import math
 import secrets
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 
 from aioengine.errors import EngineStopped
 from aioengine.metrics.page.plumbing import Scope as HttpScope
 from aioengine.runtime.client import Usage
-from aioengine.server.access.auth import AllowedModels, Identity, presented_key
-from aioengine.server.access.keys import (
-    SCOPES,
-    KeysFile,
-    KeysWatch,
-    Limits,
-    Scope,
-    TenantLimits,
-    hash_key,
-)
-from aioengine.server.access.limits import Admission, Bucket, Meter
+from aioengine.server.access.clients import Admission, AllowedModels, Bucket, Identity, Meter, presented_key
+from aioengine.server.access.keys import SCOPES, KeysFile, KeysWatch, Limits, Scope, TenantLimits, hash_key
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.bounds import network_of
 from aioengine.server.errors import ApiError
@@ -65,15 +56,13 @@ class Gate:
         """Clients without a key; None if a key is required."""
         self._meters: dict[tuple[str, str], Meter] = {}
         self._task: asyncio.Task[None] | None = None
-        self._open: dict[int, tuple[RequestRecord, Sequence[Scope]]] = {}
-        """Open requests with keys. The key of each must have one of the scopes."""
         self.keys_file: KeysWatch | None = None
         """The watched keys file, if there is one."""
         self._missing_scope_code = "insufficient_scope"
         if settings.keys_file is None:
             self._use_settings(settings)
         else:
-            self.keys_file = KeysWatch(settings.keys_file, self._use_file, self._end_revoked)
+            self.keys_file = KeysWatch(settings.keys_file, self._use_file)
 
     @property
     def is_open(self) -> bool:
@@ -93,7 +82,6 @@ class Gate:
     def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
-        self._refusals.close()
 
     def identify(self, scope: HttpScope, record: RequestRecord) -> None:
         """Identify the client and write it into ``record``. Raises ApiError without a valid key where one is
@@ -124,18 +112,8 @@ class Gate:
                 raise self._refused(scope, record, text)
             text = f"this API key may not do that; use a key with the scope {names}"
             raise ApiError(403, text, code=self._missing_scope_code)
-        if needed == ("generate",) and (identity.meters or identity.adapter_meters):
+        if needed == ("generate",) and identity.meters:
             record.admission = Admission(identity.meters, time.monotonic())
-        if identity.key is not None:
-            record.ended = asyncio.get_running_loop().create_future()
-            self._open[id(record)] = record, needed
-
-    def leave(self, record: RequestRecord, now: float) -> None:
-        """Note that a request was answered or refused; call after each."""
-        self._open.pop(id(record), None)
-        if record.admission is not None:
-            tokens = (record.prompt_tokens or 0) + (record.output_tokens or 0)
-            record.admission.end(tokens, now)
 
     def take_usage(self) -> dict[str, Usage]:
         """Return each meter's usage since the last call, for the other gateways of a fleet."""
@@ -152,23 +130,6 @@ class Gate:
             if meter is not None:
                 meter.used_elsewhere(used, now)
 
-    def _end_revoked(self) -> None:
-        """End open requests whose keys were removed or lost the scope."""
-        for record, needed in list(self._open.values()):
-            assert record.identity.key is not None and record.ended is not None
-            found = self._known.get(record.identity.key)
-            if found is None or not found.is_valid:
-                why = "was revoked, or has expired,"
-            elif needed and not any(map(found.may, needed)):
-                why = "lost the scope for this"
-            elif record.completion_id is not None and not all(map(found.models.allow, record.wanted)):
-                why = "lost access to the model"
-            else:
-                continue
-            if not record.ended.done():
-                text = f"the API key {why} while the request was being answered"
-                record.ended.set_result(ApiError(401, text, code="invalid_api_key"))
-
     def _refused(self, scope: HttpScope, record: RequestRecord, text: str) -> ApiError:
         record.counted = True
         return self._refusals.refuse(_client_of(scope), text)
@@ -182,7 +143,7 @@ class Gate:
         # A key that is both is an admin key.
         for keys, own in ((settings.api_keys, scopes), (settings.admin_keys, frozenset({"admin"}))):
             for key, tenant in keys.items():
-                self._known[hash_key(key)] = Identity(tenant, own, key=hash_key(key))
+                self._known[hash_key(key)] = Identity(tenant, own)
 
     def _use_file(self, file: KeysFile) -> None:
         """Use keys from a file. Existing meters keep their counts."""
@@ -197,11 +158,6 @@ class Gate:
             self._meters[kind, which] = found
             return (found,)
 
-        adapters = {
-            name: found
-            for name, limits in file.adapters.items()
-            for found in meter("adapter", name, f"adapter {name!r}", limits)
-        }
         self._known = {}
         for entry in file.keys:
             tenant = entry.tenant
@@ -212,8 +168,6 @@ class Gate:
                 AllowedModels(entry.adapters, entry.base_model),
                 meter("key", entry.hash, "this API key", entry.limits) + shared,
                 None if entry.expires is None else entry.expires.timestamp(),
-                entry.hash,
-                adapters,
             )
         bounds = {name: limits.max_waiting for name, limits in file.tenants.items()}
         self._new_bounds = {name: most for name, most in bounds.items() if most is not None}
@@ -226,54 +180,30 @@ def _client_of(scope: HttpScope) -> str:
 
 
 class Refusals:
-    """Counts refusals by client address. A valid key is never refused, whatever its address has sent: keys
+    """Bounds refusals by client address. A valid key is never refused, whatever its address has sent: keys
     cannot be guessed, so the limit protects processor time and the log, not the keys."""
 
     def __init__(self) -> None:
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
-        self._counts: Counter[str] = Counter()
-        self._timer: asyncio.TimerHandle | None = None
+        self._count = 0
+        self._told = -math.inf
 
     def refuse(self, address: str, text: str) -> ApiError:
-        """Return the error to send to ``address``: a 401, or a 429 after too many of these."""
-        loop = asyncio.get_running_loop()
-        self._note(address, loop)
+        """Return the error to send to ``address``: a 401, or a 429 after too many of these. They are logged
+        in one line each ``LOG_SECONDS``."""
+        now = time.monotonic()
+        self._count += 1
+        if now - self._told >= LOG_SECONDS:
+            what = "requests without a valid API key since the last such line"
+            logger.warning("refused %d %s; the latest was from %s", self._count, what, address)
+            self._count, self._told = 0, now
         bucket = self._buckets.setdefault(address, Bucket(PER_MINUTE))
         self._buckets.move_to_end(address)
         if len(self._buckets) > MAX_ADDRESSES:
             self._buckets.popitem(last=False)
-        wait = math.ceil(bucket.wait(loop.time()))
+        wait = math.ceil(bucket.wait(now))
         if wait:
             text = "too many requests without a valid API key from this address; correct the key"
             return ApiError(429, text, code="too_many_invalid_keys", retry_after=wait, close=True)
-        bucket.take(1, loop.time())
+        bucket.take(1, now)
         return ApiError(401, text, code="invalid_api_key", challenge=_CHALLENGE)
-
-    def close(self) -> None:
-        """Log the remaining counts."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            self._tell()
-
-    def _note(self, address: str, loop: asyncio.AbstractEventLoop) -> None:
-        """Count a refusal. The first is logged at once, those of the next ``LOG_SECONDS`` in one line."""
-        if self._timer is None:
-            logger.warning("refused a request from %s: no valid API key", address)
-            self._timer = loop.call_later(LOG_SECONDS, self._due, loop)
-        else:
-            is_known = address in self._counts or len(self._counts) < MAX_ADDRESSES
-            self._counts[address if is_known else "others"] += 1
-
-    def _due(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = loop.call_later(LOG_SECONDS, self._due, loop) if self._counts else None
-        self._tell()
-
-    def _tell(self) -> None:
-        """Log the counted refusals."""
-        for address, most in self._counts.most_common(1):
-            logger.warning(
-                "refused %d more requests without a valid API key, from %d addresses; most, %d, from %s",
-                *(self._counts.total(), len(self._counts), most, address),
-            )
-        self._counts.clear()

@@ -14,7 +14,6 @@ import re
 import secrets
 import tomllib
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -30,7 +29,6 @@ logger = logging.getLogger("aioengine.server")
 
 Scope = Literal["metrics", "generate", "adapters", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-MAX_FILE_BYTES = 4 * 2**20
 POLL_SECONDS = 1.0
 SLOW_SECONDS = 10.0
 """A read of the file that takes longer is complained about: meanwhile no key can be revoked."""
@@ -65,9 +63,9 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     hash: str
     """"sha256:" and the 64 hexadecimal digits of the key's SHA-256."""
     tenant: Annotated[str, Meta(min_length=1, max_length=255)]
-    scopes: tuple[str, ...] = ("generate",)
+    scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)] = ("generate",)
     """"admin" includes the others."""
-    adapters: tuple[str, ...] = ("*",)
+    adapters: tuple[Annotated[str, Meta(min_length=1)], ...] = ("*",)
     """Names of adapters, or patterns with ``*``, ``?`` and ``[...]``; ``*`` matches slashes too."""
     base_model: bool = True
     """Whether the key may use the base model by itself."""
@@ -82,14 +80,6 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         if not self.tenant.isprintable():
             raise ConfigError(f"tenant={self.tenant!r}: must be printable text")
-        known = ", ".join(SCOPES)
-        if not self.scopes:
-            raise ConfigError(f"scopes: is empty; name some of {known}")
-        for scope in self.scopes:
-            if scope not in SCOPES:
-                raise ConfigError(f"scopes: there is no {scope!r}{nearest(scope, SCOPES)}; there are {known}")
-        if any(not pattern for pattern in self.adapters):
-            raise ConfigError("adapters: contains an empty name; remove it")
 
 
 class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,8 +87,6 @@ class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     keys: tuple[KeyEntry, ...]
     tenants: dict[str, TenantLimits] = {}
-    adapters: dict[str, Limits] = {}
-    """Limits by adapter. All requests for the adapter count together, whoever sends them."""
 
     def __post_init__(self) -> None:
         if not self.keys:
@@ -119,8 +107,6 @@ class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def parse_keys_file(data: bytes, *, source: str) -> KeysFile:
     """Parse the content of a keys file. Raises ConfigError, which names ``source`` and the place, never a
     hash."""
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"{source}: has more than {MAX_FILE_BYTES} bytes")
     try:
         values = tomllib.loads(data.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -141,8 +127,7 @@ def read_keys_file(path: Path) -> KeysFile:
     """Read a keys file. Raises ConfigError if it cannot be read or is not valid."""
     source = f"keys file {path}"
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{source}: cannot be read: {error.strerror}") from error
     return parse_keys_file(data, source=source)
@@ -163,16 +148,13 @@ class KeysWatch:
     that fails.
 
     While :meth:`run` runs, each change is passed to ``use`` within about ``POLL_SECONDS``. A file that is
-    broken, missing, or on a disk that hangs leaves the keys as they were, and the log says why. ``then`` is
-    called after each check, and while a read is slow: keys expire, whatever the file is like.
+    broken, missing, or on a disk that hangs leaves the keys as they were, and the log says why.
     """
 
-    def __init__(
-        self, path: str, use: Callable[[KeysFile], None], then: Callable[[], None] = lambda: None
-    ) -> None:
-        self._path = Path(path)
-        self._use, self._then = use, then
-        self._seen: tuple[int, ...] | None = None
+    def __init__(self, path: str, use: Callable[[KeysFile], None]) -> None:
+        self._path, self._use = Path(path), use
+        self._seen: tuple[int, ...] = ()
+        """Signature of the file that was read last."""
         self._complaint = ""
         """Why the keys in use are not those of the file; empty if they are."""
         use(self._read())
@@ -184,38 +166,20 @@ class KeysWatch:
 
     async def run(self) -> None:
         """Check until cancelled, in a thread that can be abandoned, because the file's disk may hang. There
-        is one such thread at a time. Whatever fails, the log says it, and the next check tries again."""
+        is one such thread at a time."""
         threads = ReadThreads("aioengine-keys")
         while True:
             await asyncio.sleep(POLL_SECONDS)
-            before, waited = self._complaint, 0.0
             try:
                 reading = threads.start(self._changed)
-                while not (await asyncio.wait({reading}, timeout=POLL_SECONDS))[0]:
-                    waited += POLL_SECONDS
-                    if waited >= SLOW_SECONDS:
-                        self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
-                    with suppress(Exception):
-                        self._then()
-                self._take(reading.result(), before)
-            except ConfigError as error:
-                self._complain(str(error))
-            except Exception as error:
-                self._seen = None  # read, and used, once more: it may be no fault of the file
-                self._complain(f"{self._path}: {error!r}")
-            with suppress(Exception):
-                self._then()
-
-    def _take(self, found: KeysFile | None, before: str) -> None:
-        """Use what was read: None if the file has not changed. ``before`` was the complaint at the start."""
-        if found is not None:
-            self._use(found)
-            self._then()
-            self._complaint = ""
-            logger.info("read %s again: %d keys", self._path, len(found.keys))
-        elif self._complaint != before:
-            self._complaint = before
-            logger.info("%s can be read again, and has not changed", self._path)
+                if not (await asyncio.wait({reading}, timeout=SLOW_SECONDS))[0]:
+                    self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
+                if (found := await reading) is not None:
+                    self._use(found)
+                    self._complaint = ""
+                    logger.info("read %s again: %d keys", self._path, len(found.keys))
+            except Exception as error:  # whatever fails, the next check reads the file again
+                self._complain(str(error) if isinstance(error, ConfigError) else f"{self._path}: {error!r}")
 
     def _complain(self, text: str) -> None:
         if text != self._complaint:
@@ -223,21 +187,17 @@ class KeysWatch:
             logger.error("the keys stay as they were: %s", text)
 
     def _changed(self) -> KeysFile | None:
-        return None if self._seen is not None and self._signature() == self._seen else self._read()
+        """Return the content if it may not be that of the keys in use."""
+        return self._read() if self._complaint or self._signature() != self._seen else None
 
     def _read(self) -> KeysFile:
         # Before the content: what is written meanwhile makes another signature, and is read next time.
         self._seen = self._signature()
-        try:
-            return read_keys_file(self._path)
-        except ConfigError as error:
-            if isinstance(error.__cause__, OSError):  # no word on the content: the next check reads it again
-                self._seen = None
-            raise
+        return read_keys_file(self._path)
 
-    def _signature(self) -> tuple[int, ...] | None:
+    def _signature(self) -> tuple[int, ...]:
         try:
             found = self._path.stat()
         except OSError:
-            return None
+            return ()
         return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

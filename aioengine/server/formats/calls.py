@@ -1,28 +1,35 @@
 """How families of models write calls and reasoning, and how these are read; docs/server.md has the formats.
-For models whose own format is not known, calls are a JSON list of {"name", "arguments"}, to which a
-constraint holds the answer. Text that is no such call stays text."""
+
+A call is read once the text that may be one is complete. For models whose own format is not known, calls are
+a JSON list of {"name", "arguments"}, to which a constraint holds the answer. Text that is no call stays text.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
+from aioengine.checks import nearest
+from aioengine.errors import ConfigError
 from aioengine.server.formats.source import (
     NO_MARKS,
+    AnswerParser,
     Marks,
     Reasoning,
     Source,
     Steps,
     arguments_call,
     call_of,
+    ends_in_text,
+    object_end,
 )
+from aioengine.server.openai.api import ToolCall
 
 MAX_CALLS = 16
 """Bound on the calls of one answer where calls are required and ``parallel_tool_calls`` is true."""
-FIRST_ARGUMENTS = 3
-"""Number of the grammar's line with the first tool's arguments; each tool has a line of its own."""
 
 Read = Callable[[Source], Steps[None]]
 """A format's generator."""
@@ -62,7 +69,6 @@ class CallText(NamedTuple):
         again = f"({quoted(self.between)}call){{0,{self.most - 1}}} " if parallel and self.most > 1 else ""
         start = f"start: {quoted(self.begin)}call {again}{quoted(self.end)}".rstrip()
         rules = [start, "call: " + " | ".join(f"call_{i}" for i in range(len(names)))]
-        assert len(rules) + 1 == FIRST_ARGUMENTS
         rules += [f"arguments_{i}: %json {schema}" for i, schema in enumerate(schemas)]
         for i, name in enumerate(names):
             opening, closing = quoted(self.opening.format(name)), quoted(self.closing)
@@ -72,23 +78,53 @@ class CallText(NamedTuple):
 
 _OBJECT = '{{"name": "{}", "arguments": '
 JSON_TEXT = CallText(_OBJECT, "}", begin="[", between=",", end="]")
+_MOST_MARKS = 16
+"""Marks that may be in the texts of one call's arguments."""
+_BETWEEN = re.compile(r"[\s;,]*")
+
+
+def _held(source: Source, marks: Marks) -> Steps[tuple[str, str]]:
+    """Take the text before the next of ``marks`` that is not in a text of its JSON, and the mark."""
+    parts, mark = [], ""
+    for _ in range(_MOST_MARKS):
+        part, mark = yield from source.read_until(marks)
+        parts.append(part)
+        if not mark or not ends_in_text("".join(parts)):
+            break
+        parts.append(mark)
+    return "".join(parts), mark
+
+
+def _listed(text: str, names: frozenset[str] | None, begin: int, end: str) -> Iterator[str | ToolCall]:
+    """Yield calls of ``names``, each an object, from ``begin`` on, and what is left of the text: all of it if
+    there is no call. ``end`` may stand after the last one."""
+    at, count = begin, 0
+    while True:
+        found = _BETWEEN.match(text, at)
+        start = found.end() if found else at
+        stop = object_end(text, start) if text.startswith("{", start) else 0
+        call = call_of(text[start:stop], names) if stop else None
+        if call is None:
+            break
+        yield call
+        at, count = stop, count + 1
+    rest = text[at:] if count else text
+    yield rest.lstrip().removeprefix(end) if end and count and rest.lstrip().startswith(end) else rest
+
 
 # Hermes, Qwen 2.5 and 3
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 HERMES_TEXT = CallText(f"{TOOL_CALL}\n{_OBJECT}", f"}}\n{END_TOOL_CALL}", between="\n")
-_HERMES = Marks(TOOL_CALL)
+_HERMES, _HERMES_END = Marks(TOOL_CALL), Marks(END_TOOL_CALL)
 
 
 def hermes(names: frozenset[str]) -> Read:
     def steps(source: Source) -> Steps[None]:
         while (yield from source.until(_HERMES)):
-            before = yield from source.blank()
-            body, is_complete = yield from source.json_object()
-            after = yield from source.blank()
-            is_closed = is_complete and (yield from source.literal(END_TOOL_CALL))
-            call = call_of(body, names) if is_closed else None
-            yield call or TOOL_CALL + before + body + after + (END_TOOL_CALL if is_closed else "")
+            body, mark = yield from _held(source, _HERMES_END)
+            call = call_of(body.strip(), names) if mark else None
+            yield call or TOOL_CALL + body + mark
 
     return steps
 
@@ -101,118 +137,45 @@ LLAMA_TEXT = CallText('{{"name": "{}", "parameters": ', "}", between="; ")
 
 def llama3(names: frozenset[str]) -> Read:
     def steps(source: Source) -> Steps[None]:
-        before = yield from source.blank()
+        begin = yield from source.blank()
         if (yield from source.literal(PYTHON_TAG)):
-            before += PYTHON_TAG
-        yield from _listed(source, names, before, ";", "")
-        yield from source.until(NO_MARKS)
+            begin += PYTHON_TAG
+        if (yield from source.literal("{")):
+            rest, _ = yield from source.read_until(NO_MARKS)
+            yield from _listed(begin + "{" + rest, names, len(begin), "")
+        else:
+            yield begin
+            yield from source.until(NO_MARKS)
 
     return steps
 
 
 # Mistral: older models write a list, newer ones the name before the arguments, also with a call's id
 
-TOOL_CALLS, ARGUMENTS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+TOOL_CALLS, ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 MISTRAL_LIST_TEXT = CallText(_OBJECT, "}", begin=f"{TOOL_CALLS}[", between=", ", end="]")
 MISTRAL_TEXT = CallText(f"{TOOL_CALLS}{{}}{ARGUMENTS}", "")
-_MISTRAL, _ID_END = Marks(TOOL_CALLS), Marks(ARGUMENTS, "{")
-_NAME = re.compile(r"[A-Za-z0-9_.-]*")
+_MISTRAL = Marks(TOOL_CALLS)
+_NAMED = re.compile(r"\s*([A-Za-z0-9_.-]{1,64})(?:(?:\[CALL_ID\][^{\[]*)?\[ARGS\])?\s*(?={)")
 
 
 def mistral(names: frozenset[str]) -> Read:
     def steps(source: Source) -> Steps[None]:
-        while (yield from source.until(_MISTRAL)):
-            read = TOOL_CALLS + (yield from source.blank())
-            if (yield from source.literal("[")):
-                yield from _listed(source, names, read + "[", ",", "]")
+        mark = yield from source.until(_MISTRAL)
+        while mark:
+            body, mark = yield from _held(source, _MISTRAL)
+            named = _NAMED.match(body)
+            end = object_end(body, named.end()) if named else 0
+            if named and end and named[1] in names:
+                call = arguments_call(named[1], body[named.end() : end])
+                yield call or TOOL_CALLS + body[:end]
+                yield body[end:]
+            elif body.lstrip().startswith("["):
+                yield from _listed(TOOL_CALLS + body, names, len(TOOL_CALLS) + body.index("[") + 1, "]")
             else:
-                yield from _named(source, names, read)
+                yield TOOL_CALLS + body
 
     return steps
-
-
-def _named(source: Source, names: frozenset[str], read: str) -> Steps[None]:
-    """Read a call whose name stands before its arguments."""
-    name = yield from source.matching(_NAME, 64)
-    read += name
-    if (yield from source.literal(CALL_ID)):
-        id_, mark = yield from source.read_until(_ID_END)
-        read += CALL_ID + id_ + mark
-        if mark == "{":
-            yield read
-            return
-    elif (yield from source.literal(ARGUMENTS)):
-        read += ARGUMENTS
-    read += yield from source.blank()
-    body, is_complete = yield from source.json_object()
-    yield (arguments_call(name, body) if is_complete and name in names else None) or read + body
-
-
-def _listed(source: Source, names: frozenset[str] | None, read: str, between: str, end: str) -> Steps[None]:
-    """Read calls of ``names``, each an object, up to ``end`` or to what is no call. Without an ``end``,
-    nothing has to be between them. ``read`` is the text that was read before."""
-    while True:
-        read += yield from source.blank()
-        body, is_complete = yield from source.json_object()
-        call = call_of(body, names) if is_complete else None
-        if call is None:
-            yield read + body
-            return
-        yield call
-        read = yield from source.blank()
-        if end and (yield from source.literal(end)):
-            return
-        if (yield from source.literal(between)):
-            read += between
-        elif end:
-            yield read
-            return
-
-
-# FunctionGemma: call:name{key:<escape>text<escape>,other:[1,true]} between its marks
-
-GEMMA_OPEN, GEMMA_CLOSE = "<start_function_call>", "<end_function_call>"
-_GEMMA, _GEMMA_END = Marks(GEMMA_OPEN), Marks(GEMMA_CLOSE)
-_CALL = re.compile(r"\s*call:\s*(?P<name>[A-Za-z0-9_.-]{1,64})\s*(?P<arguments>\{.*\})\s*", re.DOTALL)
-_TOKEN = re.compile(
-    r"\s*(?:<escape>(?P<text>.*?)<escape>|(?P<mark>[{}\[\]:,])|(?P<bare>[^{}\[\]:,<\s]+))(?P<is_key>\s*:)?",
-    re.DOTALL,
-)
-_LITERAL = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false|null")
-
-
-def gemma(names: frozenset[str]) -> Read:
-    def steps(source: Source) -> Steps[None]:
-        while (yield from source.until(_GEMMA)):
-            body, mark = yield from source.read_until(_GEMMA_END)
-            found = _CALL.fullmatch(body) if mark else None
-            call = None
-            if found is not None and found["name"] in names:
-                call = arguments_call(found["name"], "".join(_as_json(found["arguments"].rstrip())))
-            yield call or GEMMA_OPEN + body + mark
-
-    return steps
-
-
-def _as_json(text: str) -> Iterator[str]:
-    """Write the arguments as JSON: texts and names get their quotes. What is not well formed becomes no
-    JSON."""
-    at = 0
-    while at < len(text):
-        found = _TOKEN.match(text, at)
-        if found is None:
-            yield "?"
-            return
-        at = found.end()
-        is_key, bare = found["is_key"] is not None, found["bare"]
-        if found["mark"]:
-            yield found["mark"]
-        elif bare is not None and not is_key and _LITERAL.fullmatch(bare):
-            yield bare
-        else:
-            yield json.dumps(found["text"] if bare is None else bare, ensure_ascii=False)
-        if is_key:
-            yield ":"
 
 
 # GPT-OSS ("harmony"): a sequence of <|channel|>NAME to=RECIPIENT<|constrain|>json<|message|>TEXT<|end|>. The
@@ -261,22 +224,8 @@ def harmony(names: frozenset[str], reasons: bool = True) -> Read:
 
 def json_calls(source: Source) -> Steps[None]:
     """Read an answer that is a list of {"name", "arguments"}."""
-    yield from source.literal("[")
-    for piece in _listed(source, None, "", ",", "]"):
-        if not isinstance(piece, str):
-            yield piece
-
-
-def named_call(name: str) -> Read:
-    """Read an answer that is the arguments of ``name`` alone."""
-
-    def steps(source: Source) -> Steps[None]:
-        yield from source.blank()
-        body, _ = yield from source.json_object()
-        if (call := arguments_call(name, body)) is not None:
-            yield call
-
-    return steps
+    text, _ = yield from source.read_until(NO_MARKS)
+    yield from (piece for piece in _listed(text.lstrip(" \n["), None, 0, "]") if not isinstance(piece, str))
 
 
 # Qwen 3, DeepSeek R1 and many others
@@ -300,3 +249,108 @@ def think(then: Read, *, is_open: bool) -> Read:
         yield from then(source)
 
     return steps
+
+
+# Which of them a model has
+
+
+class ToolFormat(NamedTuple):
+    """Form in which a family writes"""
+
+    read: Callable[[frozenset[str]], Read]
+    """Makes a parser's generator for functions of these names."""
+    shown_by: tuple[str, ...]
+    """Texts in the chat template of a model that writes calls so."""
+    written: Mapping[str, CallText]
+    """Form of calls, by a text in the chat template."""
+    special: bool = True
+    """Whether marks of the format are special tokens, which an answer's text otherwise leaves out."""
+
+
+_MISTRAL_TEXTS = {ARGUMENTS: MISTRAL_TEXT, "": MISTRAL_LIST_TEXT}
+_HERMES_SHOWN = (TOOL_CALL, END_TOOL_CALL)
+_LLAMA = ("<|start_header_id|>", '"parameters"')
+TOOLS = {
+    "harmony": ToolFormat(harmony, (CHANNEL,), {"": HARMONY_TEXT}),
+    "mistral": ToolFormat(mistral, (TOOL_CALLS,), _MISTRAL_TEXTS),
+    "hermes": ToolFormat(hermes, _HERMES_SHOWN, {"": HERMES_TEXT}, special=False),
+    "llama3": ToolFormat(llama3, _LLAMA, {"": LLAMA_TEXT}),
+}
+"""The first format that a chat template shows is the model's."""
+REASONING = {"harmony": (CHANNEL,), "think": (THINK, END_THINK)}
+"""Name -> texts in the chat template of a model that writes reasoning so."""
+
+
+class AnswerFormats(NamedTuple):
+    """Formats of a model's answers."""
+
+    tools: str | None
+    reasoning: str | None
+    written: CallText | None = None
+    """Form in which the model writes calls; None if that is not known."""
+    tokens: Mapping[str, int] = MappingProxyType({})
+    """Texts that are tokens of their own, and their ids."""
+
+    @classmethod
+    def chosen(
+        cls, chat_template: str | None, tools: str, reasoning: str, tokens: Mapping[str, int] | None = None
+    ) -> AnswerFormats:
+        """Choose formats by name. "auto" is the format that the chat template shows, "none" is none."""
+        template = chat_template or ""
+
+        def choose(name: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
+            if name == "auto":
+                shown = (own for own, texts in known.items() if all(text in template for text in texts))
+                return next(shown, None)
+            return None if name == "none" else name
+
+        tool = choose(tools, {name: known.shown_by for name, known in TOOLS.items()})
+        texts = {} if tool is None else TOOLS[tool].written
+        written = next((text for shown, text in texts.items() if shown in template), None)
+        return cls(tool, choose(reasoning, REASONING), written, tokens or {})
+
+    @property
+    def required(self) -> CallText:
+        """Form of required calls: in the model's format, or else in this server's JSON."""
+        return self.written or JSON_TEXT
+
+    def needs_special_tokens(self, with_tools: bool) -> bool:
+        """Whether an answer's text must have its special tokens."""
+        is_harmony = "harmony" in (self.tools, self.reasoning)
+        return is_harmony or (with_tools and self.tools is not None and TOOLS[self.tools].special)
+
+    def free(self, names: frozenset[str], *, single: bool, is_thinking: bool) -> AnswerParser | None:
+        """Make a parser for an answer without a constraint; None if there is nothing to look for.
+        ``is_thinking`` says whether the prompt has begun the model's reasoning."""
+        if "harmony" in (self.tools, self.reasoning):
+            known = names if self.tools == "harmony" else frozenset[str]()
+            return AnswerParser(harmony(known, self.reasoning == "harmony"), single=single)
+        read: Read = _plain
+        if names and self.tools is not None:
+            read = TOOLS[self.tools].read(names)
+        elif self.reasoning is None:
+            return None
+        if self.reasoning == "think":
+            read = think(read, is_open=is_thinking)
+        return AnswerParser(read, single=single)
+
+    def held(self, names: frozenset[str], *, single: bool) -> AnswerParser:
+        """Make a parser for an answer that a grammar of :attr:`required` holds to calls."""
+        if self.written is not None and self.tools is not None:
+            return AnswerParser(TOOLS[self.tools].read(names), single=single)
+        return AnswerParser(json_calls, single=single)
+
+
+NO_FORMATS = AnswerFormats(None, None)
+
+
+def _plain(source: Source) -> Steps[None]:
+    """Parse an answer that is text alone."""
+    yield from source.until(NO_MARKS)
+
+
+def check_name(field: str, name: str, known: Collection[str]) -> None:
+    """Raise ConfigError unless the format is known."""
+    names = ["auto", "none", *known]
+    if name not in names:
+        raise ConfigError(f"{field}={name!r}: must be one of {', '.join(names)}{nearest(name, names)}")

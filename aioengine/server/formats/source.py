@@ -54,7 +54,6 @@ class Marks:
 
 NO_MARKS = Marks()
 _BLANK = re.compile(r"\s*")
-_JSON_MARKS = re.compile(r'\\.|["{}\[\]<\n]', re.DOTALL)
 
 
 class Source:
@@ -112,72 +111,25 @@ class Source:
                 return False
             yield None
 
-    def matching(self, pattern: re.Pattern[str], most: int = 2**31) -> Steps[str]:
-        """Take the characters that match ``pattern``, a repeated class, but at most about ``most``."""
-        parts: list[str] = []
-        size = 0
-        while True:
-            found = pattern.match(self._text, self._at)
-            parts.append(self._take(found.end()) if found else "")
-            size += len(parts[-1])
-            if self._at < len(self._text) or self.ended or size > most:
-                return "".join(parts)
-            yield None
-
     def blank(self) -> Steps[str]:
         """Take white space."""
-        return (yield from self.matching(_BLANK))
-
-    def json_object(self) -> Steps[tuple[str, bool]]:
-        """Take a JSON object, if one begins here. Returns its text, and whether it is complete. The text ends
-        early where the answer ends, and at a character that JSON cannot have there: "<" outside of strings, a
-        line end within them."""
-        while self._at == len(self._text) and not self.ended:
-            yield None
-        if not self._text.startswith("{", self._at):
-            return "", False
         parts: list[str] = []
-        depth, in_text = 0, False
         while True:
-            seen = self._at
-            for found in _JSON_MARKS.finditer(self._text, self._at):
-                mark, seen = found[0], found.end()
-                if mark == '"':
-                    in_text = not in_text
-                elif mark == ("\n" if in_text else "<"):
-                    parts.append(self._take(found.start()))
-                    return "".join(parts), False
-                elif not in_text and mark in "{[":
-                    depth += 1
-                elif not in_text and mark in "}]":
-                    depth -= 1
-                    if depth == 0:
-                        parts.append(self._take(seen))
-                        return "".join(parts), True
-            # A backslash at the end is read again, with what it escapes.
-            is_cut = self._text.endswith("\\") and seen < len(self._text) and not self.ended
-            parts.append(self._take(len(self._text) - is_cut))
-            if self.ended:
-                return "".join(parts), False
+            found = _BLANK.match(self._text, self._at)
+            parts.append(self._take(found.end()) if found else "")
+            if self._at < len(self._text) or self.ended:
+                return "".join(parts)
             yield None
 
 
 class AnswerParser:
-    """Runs a format's generator. White space alone before, between and after calls is dropped.
+    """Runs a format's generator. White space alone before, between and after calls is dropped; with
+    ``single`` everything after the first call."""
 
-    Args:
-        steps: The format.
-        single: Drop everything after the first call.
-        closing: A text that ends a call, and that ends the answer if it is a stop string.
-    """
-
-    def __init__(
-        self, steps: Callable[[Source], Steps[None]], *, single: bool = False, closing: str | None = None
-    ) -> None:
+    def __init__(self, steps: Callable[[Source], Steps[None]], *, single: bool = False) -> None:
         self._source = Source()
         self._steps = steps(self._source)
         self._single = single
-        self._closing = closing
         self._space: list[str] = []
         """Text since the last call, as long as it is white space alone."""
         self._in_text = False
@@ -204,25 +156,42 @@ class AnswerParser:
                 self._space.append(piece)
                 if piece and not piece.isspace():
                     self._in_text = True
-                    texts += self._take_space()
+                    texts += self._space
+                    self._space = []
         return Parsed("".join(texts), calls, "".join(reasoning))
 
-    def finish(self, stopped_by: str | int | None = None) -> Parsed:
-        if stopped_by is not None and stopped_by == self._closing:
-            self._source.add(self._closing)
+    def finish(self) -> Parsed:
         self._source.ended = True
         last = self.push("")
-        return last if self._called else last._replace(text=last.text + "".join(self._take_space()))
-
-    def _take_space(self) -> list[str]:
-        space, self._space = self._space, []
-        return space
+        return last if self._called else last._replace(text=last.text + "".join(self._space))
 
 
-_SPACE = re.compile(r'("(?:[^"\\]|\\.)*")|\s+')
+_JSON_PART = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)
+"""A text, or a mark outside of texts; a quotation mark alone begins a text without an end."""
+_SPACE = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|\s+', re.DOTALL)
 """White space outside of texts, or a text, which is a group."""
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NULL, _NOTHING = msgspec.Raw(b"null"), msgspec.Raw(b"{}")
+
+
+def object_end(text: str, begin: int) -> int:
+    """Return where the JSON that begins with a brace or bracket at ``begin`` ends; 0 if it does not."""
+    depth = 0
+    for found in _JSON_PART.finditer(text, begin):
+        if found[0] in ("{", "["):
+            depth += 1
+        elif found[0] in ("}", "]"):
+            depth -= 1
+            if depth == 0:
+                return found.end()
+        elif found[0] == '"':
+            break
+    return 0
+
+
+def ends_in_text(json: str) -> bool:
+    """Whether what follows belongs to a text of this JSON."""
+    return '"' in (found[0] for found in _JSON_PART.finditer(json))
 
 
 def call_of(body: str, names: frozenset[str] | None) -> ToolCall | None:

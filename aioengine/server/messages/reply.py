@@ -154,11 +154,9 @@ class MessagesReply(ListReply):
         return {**self._message, "content": self._items, **self._ending(output), "usage": used}
 
     def _usage(self, output: RequestOutput, output_tokens: int) -> dict[str, Any]:
-        """Build the usage. ``input_tokens`` counts the tokens of the prompt that were not in the cache."""
-        cached = output.cached_tokens
         return {
-            "input_tokens": output.prompt_tokens - cached,
-            "cache_read_input_tokens": cached,
+            "input_tokens": output.prompt_tokens - output.cached_tokens,
+            "cache_read_input_tokens": output.cached_tokens,
             "cache_creation_input_tokens": 0,
             "output_tokens": output_tokens,
         }

@@ -1,19 +1,35 @@
-"""Loading and unloading adapters over HTTP, in vLLM's format. Off unless the engine has an ``adapter_root``,
-and then confined to it."""
+"""Loading, uploading and unloading adapters over HTTP, in vLLM's format.
+
+Loading is off unless the engine has an ``adapter_root``, and then confined to it; uploading unless the server
+has ``max_upload_bytes``. Nothing of an upload is written to disk.
+"""
 
 from __future__ import annotations
 
+import os
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from multipart import MultipartSegment, PushMultipartParser, parse_options_header
+from starlette.datastructures import QueryParams
+
 from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
+from aioengine.adapters.read_threads import ReadThreads
 from aioengine.adapters.resolvers.base import within
+from aioengine.adapters.resolvers.sources import source_below
 from aioengine.errors import AdapterConflict, AdapterError, AdapterNotFound
-from aioengine.server.adapter_root import AdapterRoot
 from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, to_api_error, without_places
 from aioengine.server.openai.api import Strict
+from aioengine.server.transport.body import BoundedBody
 
 MAX_ADAPTERS = 10_000
 """Number of adapters from which on no further ones are loaded over HTTP: they take memory, and each list of
 them takes time."""
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 256 << 10
 
 
 class LoadRequest(Strict, kw_only=True):
@@ -32,25 +48,33 @@ class UnloadRequest(Strict, kw_only=True):
     """Ignored."""
 
 
+class Uploaded(msgspec.Struct, kw_only=True):
+    """The adapter as it was loaded."""
+
+    name: str
+    version: int
+    digest: str
+    """SHA-256 of its two files, one after the other."""
+    rank: int
+    bytes: int
+
+
 async def load(call: Call, data: LoadRequest) -> str:
     """Load an adapter."""
     root, name, path = _root(call), data.lora_name, data.lora_path
     replace = bool(data.load_inplace)
     if not name or not path:
         raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.")
-    check_may_load(call, name, replace=replace)
+    _check_may_load(call, name, replace=replace)
     try:
-        below = root.below(name, path)
-        if not call.record.identity.models.allow(below):
-            raise _not_allowed(f"from {path[:300]!r}", "lora_path")
-        folder = await within(root.timeout, name, root.find(name, below))
+        folder = await _place(call, root, name, path)
     except AdapterNotFound as error:
         text = f"no adapter found for {path[:300]}: {without_places(error.reason)}"
         raise _not_found(f"Loading lora {name} failed: {text}", "lora_path") from error
     try:
         await call.context.engine.load_adapter(name, folder, replace=replace)
     except AdapterError as error:
-        api_error = load_error(call, error, replace=replace)
+        api_error = _load_error(call, error, replace=replace)
         if api_error.detail.param != "lora_name":
             api_error.detail.param = "lora_path"
         raise api_error from error
@@ -72,7 +96,81 @@ async def unload(call: Call, data: UnloadRequest) -> str:
     return f"Success: LoRA adapter '{name}' removed successfully."
 
 
-def check_may_load(call: Call, name: str, *, replace: bool) -> None:
+async def upload(call: Call) -> Uploaded:
+    """Upload an adapter: its two files as multipart/form-data; ``lora_name`` and ``load_inplace`` are in the
+    query."""
+    if call.context.settings.max_upload_bytes is None:
+        text = "adapters cannot be uploaded: the server was started without max_upload_bytes"
+        raise ApiError(403, text, code="adapter_uploads_disabled")
+    query = QueryParams(call.scope.get("query_string", b""))
+    name, replace = query.get("lora_name", ""), query.get("load_inplace", "false") == "true"
+    _check_may_load(call, name, replace=replace)
+    assert isinstance(call.receive, BoundedBody)
+    body = await call.receive.whole()
+    kind = dict(call.scope["headers"]).get(b"content-type", b"").decode("latin-1")
+    files = await ReadThreads("aioengine-upload").start(lambda: read_form(body, kind))
+    try:
+        info = await call.context.engine.load_adapter_files(name, *files, replace=replace)
+    except AdapterError as error:
+        raise _load_error(call, error, replace=replace) from error
+    return msgspec.convert(info, Uploaded, from_attributes=True)
+
+
+def read_form(body: bytes, content_type: str) -> tuple[bytes, bytes]:
+    """Return the two files of an upload. Blocking. Raises ApiError if it is no such form."""
+    main, options = parse_options_header(content_type)
+    if main != "multipart/form-data":
+        text = "the upload must be multipart/form-data with the two files that save_pretrained writes"
+        raise ApiError(415, text, code="unsupported_media_type")
+    try:
+        found = list(_parts(body, options.get("boundary", "")))
+    except Exception as error:  # the library does not say which errors a damaged form causes
+        text = f"the upload cannot be read: the form is damaged: {str(error)[:200]}"
+        raise ApiError(400, text, code="invalid_value") from error
+    if sorted(name for name, _ in found) != [CONFIG, WEIGHTS]:
+        text = f"the upload must have one {CONFIG} and one {WEIGHTS}"
+        raise ApiError(400, text, code="invalid_value")
+    files = dict(found)
+    if len(files[CONFIG]) > MAX_CONFIG_BYTES:
+        raise ApiError(413, f"{CONFIG} has more than {MAX_CONFIG_BYTES} bytes", code="request_too_large")
+    return files[CONFIG], files[WEIGHTS]
+
+
+def _parts(body: bytes, boundary: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of a form that an adapter has."""
+    name, data = "", bytearray()
+    with PushMultipartParser(boundary, max_segment_count=16) as parser:
+        for event in parser.parse(body):
+            if isinstance(event, MultipartSegment):
+                name, data = posixpath.basename(event.filename or event.name), bytearray()
+            elif event:
+                data += event
+            elif name in (CONFIG, WEIGHTS):
+                yield name, bytes(data)
+
+
+async def _place(call: Call, root: str, name: str, path: str) -> str:
+    """Return the folder or the URL of a path below ``root``. Raises AdapterNotFound if it is not below it,
+    and ApiError if the key may not use the adapter that is called as the path is."""
+    folders, lora = call.context.folders, call.context.engine.config.lora
+    if folders is None:
+        place = str(source_below(root, name, path))
+        below = place.removeprefix(root.rstrip("/") + "/")
+    else:
+        below = _relative(path, folders.root)
+    if not call.record.identity.models.allow(below):
+        raise _not_allowed(f"from {path[:300]!r}", "lora_path")
+    if folders is None or lora is None:
+        return place
+    return str(await within(lora.load_timeout, name, folders.resolve(below)))
+
+
+def _relative(path: str, root: Path) -> str:
+    """Return the path relative to ``root``. A path outside gets ".." parts, which the resolver refuses."""
+    return os.path.relpath(path, root) if os.path.isabs(path) else path.removeprefix("./").rstrip("/")
+
+
+def _check_may_load(call: Call, name: str, *, replace: bool) -> None:
     """Raise ApiError if no adapter can have this name, if the request's key may not load one of it, if there
     is one that it does not ``replace``, or if there are too many others."""
     engine = call.context.engine
@@ -89,8 +187,8 @@ def check_may_load(call: Call, name: str, *, replace: bool) -> None:
         raise ApiError(400, text, param="lora_name", code="too_many_adapters")
 
 
-def load_error(call: Call, error: AdapterError, *, replace: bool) -> ApiError:
-    """Convert an error of loading an adapter that was not there when :func:`check_may_load` looked. The
+def _load_error(call: Call, error: AdapterError, *, replace: bool) -> ApiError:
+    """Convert an error of loading an adapter that was not there when :func:`_check_may_load` looked. The
     message does not say where another request has loaded it from meanwhile."""
     is_there = call.context.engine.find_adapter(error.name) is not None
     if isinstance(error, AdapterConflict) and not replace and is_there:
@@ -98,7 +196,7 @@ def load_error(call: Call, error: AdapterError, *, replace: bool) -> ApiError:
     return to_api_error(error, call.context.settings)
 
 
-def _root(call: Call) -> AdapterRoot:
+def _root(call: Call) -> str:
     root = call.context.adapter_root
     if root is None:
         why = "the server was started without an adapter root"

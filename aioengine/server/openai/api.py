@@ -29,7 +29,6 @@ FunctionText = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
 """A function's name."""
 Schema = dict[str, Any]
 """A JSON schema."""
-Verbosity = Literal["low", "medium", "high"]
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 Ignored = msgspec.Raw
 """Type of a field that is accepted and has no effect: its value is skipped, not decoded."""
@@ -49,16 +48,16 @@ class Strict(msgspec.Struct, forbid_unknown_fields=True):
     """A part of a request whose unknown fields are refused."""
 
 
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int = 0
+    """Tokens whose keys and values were in the prefix cache."""
+
+
 class Usage(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-
-
-class PromptTokensDetails(msgspec.Struct):
-    cached_tokens: int = 0
-    """Tokens whose keys and values were in the prefix cache."""
 
 
 class StreamOptions(Strict, kw_only=True):
@@ -92,10 +91,6 @@ class StructuredOutputs(Strict, kw_only=True):
     choice: Choices | None = None
     grammar: str | None = None
     """Grammar in Lark's notation."""
-    disable_any_whitespace: bool | None = None
-    """For ``json``: whether the output is compact. The server's default if not given."""
-    disable_additional_properties: bool | None = None
-    """For ``json``: whether only declared properties are allowed. The server's default if not given."""
 
 
 class ModelFields(Strict, kw_only=True):
@@ -123,10 +118,8 @@ class GenerationFields(IgnoredFields, kw_only=True):
     """Fields that both completion endpoints share."""
 
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
-    best_of: int | None = None
-    """Must equal ``n``."""
     max_tokens: Count | None = None
-    """0 with ``prompt_logprobs``, or with ``echo`` for a completion, evaluates only the prompt."""
+    """0 with ``echo`` for a completion evaluates only the prompt."""
     temperature: Temperature | None = None
     """1 if it is not given; 0 is greedy."""
     top_p: Probability | None = None
@@ -154,11 +147,6 @@ class GenerationFields(IgnoredFields, kw_only=True):
     min_tokens: Count | None = None
     """Minimum number of generated tokens before anything can end the answer."""
     include_stop_str_in_output: bool | None = None
-    truncate_prompt_tokens: Whole | None = None
-    """Keep only this many last tokens of the prompt; -1 keeps as many as the context has room for."""
-    prompt_logprobs: Logprobs | None = None
-    """Return log-probabilities of the prompt's tokens and of this many most likely ones. Not with
-    ``stream``."""
     return_token_ids: bool | None = None
     """Also return the token ids of the prompt and the answer."""
     request_id: RequestId | None = None
@@ -167,11 +155,6 @@ class GenerationFields(IgnoredFields, kw_only=True):
     cache_salt: Salt | None = None
     """The prefix cache is shared only with requests of the same salt, and of the same tenant."""
     structured_outputs: StructuredOutputs | None = None
-    # Its fields under their older names
-    guided_json: Schema | str | None = None
-    guided_regex: str | None = None
-    guided_choice: Choices | None = None
-    guided_grammar: str | None = None
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
@@ -183,8 +166,6 @@ class CompletionRequest(GenerationFields, kw_only=True):
     """Whether the prompt precedes the answer, in the text and in the log-probabilities."""
     add_special_tokens: bool | None = None
     """Whether special tokens are added to text prompts; true if not given."""
-    suffix: str | None = None
-    """Only null or empty."""
 
 
 # Chats
@@ -272,17 +253,8 @@ class ChatRequest(GenerationFields, kw_only=True):
     """Whether the opening of the assistant's next turn follows the messages; true if it is not given."""
     continue_final_message: bool | None = None
     """Whether the answer continues the last message instead of opening a new turn."""
-    echo: bool | None = None
-    """Whether the answer's content begins with the last message, if that is the assistant's."""
-    verbosity: Verbosity | None = None
-    """Has no effect."""
+    verbosity: Ignored = IGNORED
     reasoning_effort: Any = None
     """The variable ``reasoning_effort`` of chat templates that have it; otherwise only "none"."""
 
-    # Refused unless null: they would change the answer
-    functions: Any = None
-    function_call: Any = None
-    audio: Any = None
-    modalities: Any = None
-    prediction: Any = None
-    web_search_options: Any = None
+    modalities: list[Literal["text"]] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sys import getsizeof
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -16,35 +15,17 @@ from aioengine.server.openai.api import ChatRequest, Message, Tool
 from aioengine.server.openai.form import ToolPlan, plan_tools, wanted_form
 from aioengine.server.openai.replies import ChatCompletion, ChatReply
 from aioengine.server.openai.sampling import sampling_params
-from aioengine.server.prompts import check_prompts, encode_chat, kept, last_tokens
+from aioengine.server.prompts import check_prompts, encode_chat
 from aioengine.server.transport.body import check_counts
 
 _OWN_VARIABLES = ("messages", "tools", "continue_final_message")
-_UNSUPPORTED = {
-    "functions": "use tools",
-    "function_call": "use tool_choice",
-    "audio": "answers are text",
-    "prediction": "is not supported",
-    "web_search_options": "there is no web search",
-}
-"""Fields that are refused, and why."""
 
 
 async def chat_completions(call: Call, data: ChatRequest) -> Annotated[Answer, ChatCompletion]:
     """Continue a conversation."""
     answer, parsers = await start_chat(call, data, prefix="chatcmpl-")
-    last = data.messages[-1]
-    echoed = _text(last, "messages[-1]") if data.echo and last.role == "assistant" else ""
-    answer.kept = getsizeof(echoed)
-    answer.reply = ChatReply(
-        answer.id,
-        answer.seed,
-        data,
-        parsers=parsers,
-        token_bytes=call.context.token_bytes(),
-        with_logprobs=bool(data.logprobs),
-        echoed=echoed,
-    )
+    with_logprobs, token_bytes = bool(data.logprobs), call.context.token_bytes()
+    answer.reply = ChatReply(answer.id, answer.seed, data, token_bytes, parsers, with_logprobs=with_logprobs)
     return answer
 
 
@@ -63,13 +44,12 @@ async def start_chat(call: Call, data: ChatRequest, *, prefix: str) -> Chat:
     Raises ApiError and RequestInvalid for requests that cannot be served.
     """
     context = call.context
-    _refuse_unsupported(data, context)
+    _check(data, context)
     tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
     formats = context.formats
     form = wanted_form(data, context.settings.schemas, tools, formats)
     asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
-    keep = kept(context, data.truncate_prompt_tokens, asked)
-    [prompt] = last_tokens([await encode_messages(call, data, tools, keep=keep)], keep)
+    prompt = await encode_messages(call, data, tools)
     check_prompts(context, [prompt], data.n or 1, max_tokens=asked, field="messages")
     defaults = await context.defaults()
     room = context.settings.default_max_tokens or context.max_model_len - len(prompt)
@@ -78,24 +58,17 @@ async def start_chat(call: Call, data: ChatRequest, *, prefix: str) -> Chat:
         defaults,
         max_tokens=defaults.bounded(room) if asked is None else asked,
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
-        prompt_logprobs=data.prompt_logprobs,
     )
-    params = tools.sampling(params, formats)
-    answer = Answer(context, data, [prompt], params, form, call.record, prefix=prefix)
+    answer = Answer(call, data, [prompt], tools.sampling(params, formats), form, prefix=prefix)
     is_thinking = False
     if form is None and formats.reasoning == "think":
         is_thinking = context.tokenizer.decode(prompt[-16:], False).rstrip().endswith(THINK)
     return Chat(answer, [tools.parser(formats, is_thinking=is_thinking) for _ in range(len(answer))])
 
 
-async def encode_messages(
-    call: Call, data: ChatRequest, tools: ToolPlan, *, keep: int | None = None
-) -> list[int]:
-    """Tokenize the chat's prompt, or its end with ``keep`` tokens."""
-    if tools.tools:
-        await call.context.note_hidden_tools()
-    messages, variables = to_template(data.messages), _variables(data, tools)
-    return await encode_chat(call.context, messages, variables, call.record, keep=keep)
+async def encode_messages(call: Call, data: ChatRequest, tools: ToolPlan) -> list[int]:
+    """Tokenize the chat's prompt."""
+    return await encode_chat(call, to_template(data.messages), _variables(data, tools))
 
 
 def to_template(messages: list[Message]) -> list[dict[str, Any]]:
@@ -174,17 +147,12 @@ def tools_to_template(tools: list[Tool]) -> list[dict[str, Any]]:
     ]
 
 
-def _refuse_unsupported(data: ChatRequest, context: Context) -> None:
-    for field, why in _UNSUPPORTED.items():
-        if getattr(data, field) is not None:
-            raise unsupported(field, why)
+def _check(data: ChatRequest, context: Context) -> None:
     if data.reasoning_effort not in (None, "none"):
         if not isinstance(data.reasoning_effort, str):
             raise invalid("reasoning_effort", "must be a text")
         if "reasoning_effort" not in (context.tokenizer.chat_template or ""):
             why = "the chat template has no such variable; set those that it has in chat_template_kwargs"
             raise unsupported("reasoning_effort", why)
-    if data.modalities not in (None, ["text"]):
-        raise unsupported("modalities", "answers are text")
     if data.top_logprobs and not data.logprobs:
         raise invalid("top_logprobs", "needs logprobs to be true")

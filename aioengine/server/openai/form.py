@@ -9,7 +9,6 @@ because its arguments are no JSON.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,16 +19,14 @@ from aioengine.grammars.limits import SchemaBudget
 from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, arguments_schema, prepare_schema
 from aioengine.guided import Guide
 from aioengine.request import SamplingParams, TokenConstraint
-from aioengine.server.errors import ApiError, invalid
-from aioengine.server.formats.calls import FIRST_ARGUMENTS, CallText
-from aioengine.server.formats.registry import NO_FORMATS, AnswerFormats
+from aioengine.server.errors import invalid
+from aioengine.server.formats.calls import NO_FORMATS, AnswerFormats, CallText
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai import api
 from aioengine.server.transport.body import check_counts
 
 Compile = Callable[..., Coroutine[Any, Any, TokenConstraint]]
 """A method of Guide: it takes the guide, what is wanted, and the ``tenant``."""
-_LINE = re.compile(r"\bat (\d+)\(\d+\)")
 
 
 class Form(NamedTuple):
@@ -42,8 +39,6 @@ class Form(NamedTuple):
     write: Callable[[], tuple[Any, Sequence[str]]]
     """Returns the input of ``compile``, and the requirements that are not enforced. Called once, in a thread.
     Raises RequestInvalid."""
-    blame: Callable[[str], str | None] = lambda _reason: None
-    """Finds a more exact ``param`` in the reason for which ``compile`` refused the form; None: ``param``."""
 
     async def constraints(
         self, guide: Guide, tenant: str | None, count: int
@@ -57,7 +52,7 @@ class Form(NamedTuple):
                 made.append(await guide.another(made[0], tenant=tenant))
             return made, not_enforced
         except RequestInvalid as error:
-            raise invalid(self.blame(str(error)) or self.param, str(error)) from error
+            raise invalid(self.param, str(error)) from error
 
 
 class ToolPlan(NamedTuple):
@@ -84,16 +79,13 @@ class ToolPlan(NamedTuple):
 
     def form(self, options: SchemaOptions, formats: AnswerFormats) -> Form:
         """Return the form of an answer that must be calls."""
-        plan, param = self, "tools"
+        plan = self
         if self.forced is not None:
             at = self.names.index(self.forced)
             plan = self._replace(tools=[self.tools[at]], places=[self.places[at]], parallel=False)
-            param = f"tools[{plan.places[0]}].function.parameters"
-            if formats.written is None:
-                tool = plan.tools[0]
-                return _of_schema(param, lambda: _arguments(tool, options, SchemaBudget()))
+        param = "tools" if len(plan.tools) > 1 else f"tools[{plan.places[0]}].function.parameters"
         written, tokens = formats.required, formats.tokens
-        return Form(param, Guide.lark, lambda: plan.grammar(options, written, tokens), plan.blame)
+        return Form(param, Guide.lark, lambda: plan.grammar(options, written, tokens))
 
     def grammar(
         self, options: SchemaOptions, written: CallText, tokens: Mapping[str, int]
@@ -114,27 +106,18 @@ class ToolPlan(NamedTuple):
         grammar = written.grammar(self.names, schemas, tokens, parallel=bool(self.parallel))
         return grammar, tuple(dict.fromkeys(each for schema in prepared for each in schema.not_enforced))
 
-    def blame(self, reason: str) -> str | None:
-        """Return the field whose part of the grammar was refused for ``reason``; None if it is not known."""
-        found = _LINE.search(reason)
-        index = int(found[1]) - FIRST_ARGUMENTS if found else -1
-        return f"tools[{self.places[index]}].function.parameters" if 0 <= index < len(self.tools) else None
-
     def parser(self, formats: AnswerFormats, *, is_thinking: bool) -> AnswerParser | None:
         """Make the parser for one answer; None if nothing is looked for. ``is_thinking`` says that the prompt
         has begun the model's reasoning, and that no constraint keeps the answer from going on with it."""
         single = self.forced is not None or self.parallel is False
         if self.is_free:
             return formats.free(frozenset(self.names), single=single, is_thinking=is_thinking)
-        return formats.held(frozenset(self.names), single=single, forced=self.forced)
+        return formats.held(frozenset(self.names), single=single)
 
     def sampling(self, params: SamplingParams, formats: AnswerFormats) -> SamplingParams:
-        """Return ``params``, changed so that the answer's text has what parsers look for. An answer without a
-        constraint ends with its first call, if only one is allowed."""
+        """Return ``params``, changed so that the answer's text has what parsers look for."""
         if formats.needs_special_tokens(bool(self.tools)):
-            params = msgspec.structs.replace(params, skip_special_tokens=False)
-        if self.parallel is False and self.is_free and self.tools and formats.closing is not None:
-            params = msgspec.structs.replace(params, stop=(*params.stop, formats.closing))
+            return msgspec.structs.replace(params, skip_special_tokens=False)
         return params
 
 
@@ -183,23 +166,13 @@ def wanted_form(
         found.append(("response_format", _of_format(wanted, options)))
     if fields.structured_outputs is not None:
         found.append(("structured_outputs", _of_outputs(fields.structured_outputs, options)))
-    older = api.StructuredOutputs(
-        json=fields.guided_json,
-        regex=fields.guided_regex,
-        choice=fields.guided_choice,
-        grammar=fields.guided_grammar,
-    )
-    if older != api.StructuredOutputs():
-        form = _of_outputs(older, options, "guided_{}")
-        found.append((form.param, form))
     if must_call and tools is not None:
         found.append(("tool_choice", tools.form(options, formats)))
     if not found:
         return None
     field, form = found[0]
     if len(found) > 1:
-        param = found[1][0]
-        raise ApiError(400, f"{field} and {param} cannot both hold", param=param, code="invalid_value")
+        raise invalid(found[1][0], f"not together with {field}; leave one of them out")
     if fields.ignore_eos:
         raise invalid("ignore_eos", f"not with {field}, which decides where the answer ends; leave it out")
     return form
@@ -228,24 +201,15 @@ def _of_schema(param: str, prepare: Callable[[], PreparedSchema]) -> Form:
 _KINDS: dict[str, Compile] = {"regex": Guide.regex, "choice": Guide.choice, "grammar": Guide.lark}
 
 
-def _of_outputs(
-    wanted: api.StructuredOutputs, options: SchemaOptions, param: str = "structured_outputs"
-) -> Form:
-    """Return the form that ``wanted`` describes. ``{}`` in ``param`` stands for the kind of form."""
+def _of_outputs(wanted: api.StructuredOutputs, options: SchemaOptions) -> Form:
     given = {name: getattr(wanted, name) for name in ("json", *_KINDS)}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
-        fields = list(dict.fromkeys(map(param.format, given))) or [param]
-        why = "give exactly one of json, regex, choice and grammar"
-        raise invalid(", ".join(fields), why, param=fields[-1])
+        raise invalid("structured_outputs", "give exactly one of json, regex, choice and grammar")
     [(name, value)] = given.items()
-    field = param.format(name)
+    field = "structured_outputs"
     if name != "json":
         return Form(field, _KINDS[name], lambda: (value, ()))
-    if wanted.disable_any_whitespace is not None:
-        options = msgspec.structs.replace(options, any_whitespace=not wanted.disable_any_whitespace)
-    if wanted.disable_additional_properties is not None:
-        options = msgspec.structs.replace(options, open_objects=not wanted.disable_additional_properties)
 
     def prepare() -> PreparedSchema:
         if isinstance(value, str):

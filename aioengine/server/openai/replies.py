@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,14 +24,10 @@ from aioengine.server.openai.api import (
 from aioengine.server.openai.logprobs import (
     ChatLogprobs,
     CompletionLogprobs,
-    PromptLogprob,
-    TextOffsets,
     TokenBytes,
     chat_logprobs,
-    prompt_logprobs,
 )
 
-PromptLogprobs = list[dict[str, PromptLogprob] | None]
 DONE = b"data: [DONE]\n\n"
 """The last event of OpenAI's streams of completions."""
 _encode = msgspec.json.Encoder().encode
@@ -62,7 +59,6 @@ class Choice(msgspec.Struct, kw_only=True):
 class CompletionChoice(Choice, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None = None
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -108,7 +104,6 @@ class ChatCompletion(Head, kw_only=True):
     object: Literal["chat.completion", "chat.completion.chunk"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage | None = None
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -122,41 +117,46 @@ class _Reply:
         self._include_usage = bool(wanted.include_usage)
         self._continuous_usage = self._include_usage and bool(wanted.continuous_usage_stats)
         self._with_ids = bool(fields.return_token_ids)
-        self._prompt_logprobs = fields.prompt_logprobs
         self._token_bytes = token_bytes
+        self._begun: set[int] = set()
+        """Choices of which something was sent."""
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
-        part = self._next_part(index, output, self._usage_so_far(output) if self._continuous_usage else None)
-        return None if part is None else event(_encode(part))
+        choice = self._choice(index, output, is_whole=False)
+        if choice is None:
+            return None
+        usage = None
+        if self._continuous_usage:
+            prompt, answer = output.prompt_tokens, output.output_tokens
+            usage = Usage(
+                prompt_tokens=prompt,
+                completion_tokens=answer,
+                total_tokens=prompt + answer,
+                prompt_tokens_details=PromptTokensDetails(output.cached_tokens),
+            )
+        part = self._part([choice], usage, None if index in self._begun else output)
+        self._begun.add(index)
+        return event(_encode(part))
 
     def last_events(self, usage: Usage) -> bytes:
-        return event(_encode(self._part([], usage))) + DONE if self._include_usage else DONE
+        return event(_encode(self._part([], usage, None))) + DONE if self._include_usage else DONE
 
     def failure(self, error: ApiError) -> bytes:
         return event(error.body_for()) + DONE
 
-    def _next_part(self, index: int, output: RequestOutput, usage: Usage | None) -> Head | None:
-        """Make the next part of a stream; None if there is nothing to send."""
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        choices = [self._choice(i, output, is_whole=True) for i, output in enumerate(outputs)]
+        return _encode(self._part(choices, usage, outputs[0], is_whole=True))
+
+    def _choice(self, index: int, output: RequestOutput, *, is_whole: bool) -> Choice | None:
+        """Make a choice, or the next part of one; None if there is nothing to send."""
         raise NotImplementedError
 
-    def _part(self, choices: list[Any], usage: Usage | None) -> Head:
+    def _part(
+        self, choices: list[Any], usage: Usage | None, first: RequestOutput | None, *, is_whole: bool = False
+    ) -> Head:
+        """Make an answer, or a part of one. ``first`` is a choice's first output."""
         raise NotImplementedError
-
-    def _usage_so_far(self, output: RequestOutput) -> Usage:
-        prompt, answer = output.prompt_tokens, output.output_tokens
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=answer,
-            total_tokens=prompt + answer,
-            prompt_tokens_details=PromptTokensDetails(output.cached_tokens),
-        )
-
-    def _add_prompt(self, to: CompletionChoice | ChatCompletion, output: RequestOutput) -> None:
-        """Add what was asked for of the prompt."""
-        if self._prompt_logprobs is not None:
-            to.prompt_logprobs = prompt_logprobs(output, self._prompt_logprobs, self._token_bytes)
-        if self._with_ids:
-            to.prompt_token_ids = output.prompt_token_ids
 
 
 class CompletionReply(_Reply):
@@ -168,141 +168,114 @@ class CompletionReply(_Reply):
         id_: str,
         seed: int | None,
         fields: GenerationFields,
-        count: int,
+        token_bytes: TokenBytes,
         *,
+        count: int,
         logprobs: int | None,
         echoed: Sequence[str] | None,
-        token_bytes: TokenBytes,
     ) -> None:
         super().__init__(id_, seed, fields, token_bytes)
-        self._logprobs = logprobs
-        texts: Sequence[str | None] = [None] if echoed is None else echoed
-        self._echoed = [texts[index * len(texts) // count] for index in range(count)]
-        self._offsets = [TextOffsets(begin=len(text or "")) for text in self._echoed]
-        self._begun: set[int] = set()
+        self._logprobs, self._echoed, self._count = logprobs, echoed, count
+        self._offsets: dict[int, int] = {}
+        """Where the next token of each choice that has begun starts in its text."""
 
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        choices = [self._choice(i, output, is_whole=True) for i, output in enumerate(outputs)]
-        return _encode(self._part(choices, usage))
-
-    def _next_part(self, index: int, output: RequestOutput, usage: Usage | None) -> Completion | None:
-        choice = self._choice(index, output, is_whole=False)
-        if not choice.text and not output.finished and choice.logprobs is None and not choice.token_ids:
-            return None
-        return self._part([choice], usage)
-
-    def _part(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
+    def _part(
+        self, choices: list[Any], usage: Usage | None, first: RequestOutput | None, *, is_whole: bool = False
+    ) -> Completion:
         return Completion(**self._head, choices=choices, usage=usage)
 
-    def _choice(self, index: int, output: RequestOutput, *, is_whole: bool) -> CompletionChoice:
+    def _choice(self, index: int, output: RequestOutput, *, is_whole: bool) -> CompletionChoice | None:
         text = output.text if is_whole else output.text_delta
         choice = CompletionChoice(
             index=index, text=text, finish_reason=output.finish_reason, stop_reason=output.stop_reason
         )
+        is_first = index not in self._offsets
+        offset = self._offsets.setdefault(index, 0)
         if self._with_ids:
             choice.token_ids = output.token_ids if is_whole else output.token_ids_delta
+            choice.prompt_token_ids = output.prompt_token_ids if is_first else UNSET
+        if is_first and self._echoed is not None:
+            choice.text = self._echoed[index * len(self._echoed) // self._count] + text
         if self._logprobs is not None:
-            choice.logprobs = CompletionLogprobs()
-        if index not in self._begun:
-            self._begun.add(index)
-            self._add_prompt(choice, output)
-            echoed = self._echoed[index]
-            if echoed is not None:
-                choice.text = echoed + choice.text
-                if choice.logprobs is not None and self._logprobs is not None:
-                    choice.logprobs.add_prompt(output, self._logprobs, echoed, self._token_bytes)
-        if choice.logprobs is not None:  # that of the token that ends the answer, too
-            entries = output.logprobs if is_whole else output.logprobs_delta
-            choice.logprobs.add_answer(entries or (), self._token_bytes, self._offsets[index])
-        return choice
+            choice.logprobs = logprobs = CompletionLogprobs()
+            most, token_bytes = self._logprobs, self._token_bytes
+            if is_first and self._echoed is not None:
+                prompt = output.prompt_token_ids
+                entries = output.prompt_logprobs or [None] * len(prompt)
+                logprobs.add(prompt, entries, most, token_bytes, offset)
+                offset = len(choice.text) - len(text)
+            # That of the token that ends the answer, too.
+            new = (output.logprobs if is_whole else output.logprobs_delta) or []
+            tokens = [entry.token_id for entry in new]
+            self._offsets[index] = logprobs.add(tokens, new, most, token_bytes, offset)
+        has_more = choice.text or output.finished or choice.logprobs is not None or choice.token_ids
+        return choice if is_whole or has_more else None
 
 
 class ChatReply(_Reply):
     """The reply of a chat. ``parsers`` has one parser for each choice, or None where tool calls are not
-    parsed; ``echoed`` precedes every answer."""
+    parsed."""
 
     def __init__(
         self,
         id_: str,
         seed: int | None,
         fields: GenerationFields,
-        *,
-        parsers: Sequence[AnswerParser | None],
         token_bytes: TokenBytes,
+        parsers: Sequence[AnswerParser | None],
+        *,
         with_logprobs: bool,
-        echoed: str = "",
     ) -> None:
         super().__init__(id_, seed, fields, token_bytes)
-        self._parsers = parsers
-        self._calls: dict[int, int] = {}
-        """Number of calls so far of the choices that have begun."""
-        self._with_logprobs = with_logprobs
-        self._echoed = echoed
+        self._parsers, self._with_logprobs = parsers, with_logprobs
+        self._calls = Counter[int]()
+        """Number of calls so far, by choice."""
 
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        choices = [self._whole_choice(index, output) for index, output in enumerate(outputs)]
-        answer = ChatCompletion(**self._head, choices=choices, usage=usage)
-        self._add_prompt(answer, outputs[0])
-        return _encode(answer)
-
-    def _next_part(self, index: int, output: RequestOutput, usage: Usage | None) -> ChatCompletion | None:
-        text, calls, reasoning = parse_output(self._parsers[index], output.text_delta, output)
-        logprobs = self._logprobs(output, output.logprobs_delta)
-        has_numbers = (logprobs and logprobs.content) or (self._with_ids and output.token_ids_delta)
-        if not (text or reasoning or calls or output.finished or has_numbers):
-            return None
-        delta = AnswerMessage()
-        choice = ChatChoice(index=index, delta=delta, logprobs=logprobs)
-        part = self._part([choice], usage)
-        count = self._calls.get(index)
-        if count is None:
-            count = 0
-            delta.role, delta.content = "assistant", self._echoed + text
-            self._add_prompt(part, output)
-        elif text:
-            delta.content = text
-        if reasoning:
-            delta.reasoning_content = reasoning
-        if calls:
-            delta.tool_calls = [
-                AnswerCall(index=count + i, id=call.id, function=call.function)
-                for i, call in enumerate(calls)
-            ]
-        count = self._calls[index] = count + len(calls)
-        if output.finished:
-            choice.finish_reason, choice.stop_reason = _finish_reason(output, count), output.stop_reason
-        if self._with_ids:
-            choice.token_ids = output.token_ids_delta
+    def _part(
+        self, choices: list[Any], usage: Usage | None, first: RequestOutput | None, *, is_whole: bool = False
+    ) -> ChatCompletion:
+        part = ChatCompletion(**self._head, choices=choices, usage=usage)
+        if not is_whole:
+            part.object = "chat.completion.chunk"
+        if self._with_ids and first is not None:
+            part.prompt_token_ids = first.prompt_token_ids
         return part
 
-    def _part(self, choices: list[ChatChoice], usage: Usage | None) -> ChatCompletion:
-        return ChatCompletion(**self._head, object="chat.completion.chunk", choices=choices, usage=usage)
-
-    def _whole_choice(self, index: int, output: RequestOutput) -> ChatChoice:
-        text, calls, reasoning = parse_output(self._parsers[index], output.text, output)
-        text = self._echoed + text
-        message = AnswerMessage(
-            role="assistant",
-            content=text if text or not calls else None,
-            reasoning_content=reasoning or UNSET,
-            refusal=None,
-            tool_calls=[AnswerCall(id=call.id, function=call.function) for call in calls] or UNSET,
-        )
-        return ChatChoice(
-            index=index,
-            message=message,
-            logprobs=self._logprobs(output, output.logprobs or ()),
-            finish_reason=_finish_reason(output, len(calls)),
-            stop_reason=output.stop_reason,
-            token_ids=output.token_ids if self._with_ids else UNSET,
-        )
-
-    def _logprobs(self, output: RequestOutput, entries: Sequence[Any]) -> ChatLogprobs | None:
-        if not self._with_logprobs:
-            return None
+    def _choice(self, index: int, output: RequestOutput, *, is_whole: bool) -> ChatChoice | None:
+        new = output.text if is_whole else output.text_delta
+        text, calls, reasoning = parse_output(self._parsers[index], new, output)
+        ids = output.token_ids if is_whole else output.token_ids_delta
+        entries = (output.logprobs if is_whole else output.logprobs_delta) or []
         if output.finished and isinstance(output.stop_reason, int):  # it is not part of the text
             entries = entries[:-1]
-        return chat_logprobs(entries, self._token_bytes)
+        has_numbers = (self._with_logprobs and entries) or (self._with_ids and ids)
+        if not (is_whole or text or reasoning or calls or output.finished or has_numbers):
+            return None
+        message = AnswerMessage(content=text or UNSET, reasoning_content=reasoning or UNSET)
+        if index not in self._begun:
+            message.role, message.content = "assistant", text
+        if calls:
+            before = self._calls[index]
+            message.tool_calls = [
+                AnswerCall(index=UNSET if is_whole else before + i, id=call.id, function=call.function)
+                for i, call in enumerate(calls)
+            ]
+            self._calls[index] += len(calls)
+        choice = ChatChoice(index=index)
+        if is_whole:
+            message.refusal, message.content = None, text if text or not calls else None
+            choice.message = message
+        else:
+            choice.delta = message
+        if self._with_logprobs:
+            choice.logprobs = chat_logprobs(entries, self._token_bytes)
+        if output.finished:
+            has_called = self._calls[index] and output.finish_reason == "stop"
+            choice.finish_reason = "tool_calls" if has_called else output.finish_reason
+            choice.stop_reason = output.stop_reason
+        if self._with_ids:
+            choice.token_ids = ids
+        return choice
 
 
 def parse_output(parser: AnswerParser | None, text: str, output: RequestOutput) -> Parsed:
@@ -313,9 +286,5 @@ def parse_output(parser: AnswerParser | None, text: str, output: RequestOutput) 
     parsed = parser.push(text)
     if not output.finished:
         return parsed
-    rest = parser.finish(output.stop_reason)
+    rest = parser.finish()
     return Parsed(parsed.text + rest.text, [*parsed.calls, *rest.calls], parsed.reasoning + rest.reasoning)
-
-
-def _finish_reason(output: RequestOutput, calls: int) -> FinishReason | None:
-    return "tool_calls" if calls and output.finish_reason == "stop" else output.finish_reason

@@ -14,7 +14,6 @@ from msgspec import Meta
 
 from aioengine.errors import ConfigError
 from aioengine.request import SamplingParams
-from aioengine.server.errors import unsupported
 from aioengine.server.openai.api import GenerationFields, Probability, Temperature, Whole
 
 FILE_NAME = "generation_config.json"
@@ -46,23 +45,15 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
         return max_tokens if self.max_new_tokens is None else min(max_tokens, self.max_new_tokens)
 
 
-def chosen_defaults(wanted: str, model: Path | None) -> SamplingDefaults:
-    """Return the defaults that ``ServerSettings.generation_config`` names; ``model`` is the model's folder.
-    Raises ConfigError."""
-    if wanted == "none" or (wanted == "auto" and (model is None or not (model / FILE_NAME).is_file())):
+def read_sampling_defaults(model: Path | None) -> SamplingDefaults:
+    """Read the defaults from the model's folder, if its has the file. Raises ConfigError if a value is not
+    valid."""
+    path = None if model is None else model / FILE_NAME
+    if path is None or not path.is_file():
         return SamplingDefaults()
-    return read_sampling_defaults(model if wanted == "auto" and model is not None else Path(wanted))
-
-
-def read_sampling_defaults(where: Path) -> SamplingDefaults:
-    """Read the defaults from ``where``, a file or its folder. Raises ConfigError if it cannot be read, or a
-    value is not valid."""
-    path = where / FILE_NAME if where.is_dir() else where
     try:
         return msgspec.json.decode(path.read_bytes(), type=SamplingDefaults)
-    except OSError as error:
-        raise ConfigError(f"generation_config: {path} cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+    except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(
             f"generation_config: {path}: {error}; correct it, or set generation_config='none'"
         ) from error
@@ -74,16 +65,12 @@ def sampling_params(
     *,
     max_tokens: int,
     logprobs: int | None,
-    prompt_logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """Return the parameters of the first choice; ``defaults`` stand in for what ``fields`` do not name.
 
     Raises ApiError or RequestInvalid for fields that are not valid together.
     """
-    if fields.best_of is not None and fields.best_of != (fields.n or 1):
-        raise unsupported("best_of", "must be n: every choice is sent back")
-    if fields.prompt_logprobs is not None and fields.stream:
-        raise unsupported("prompt_logprobs", "not with stream")
     values: dict[str, Any] = {"temperature": 1.0, **defaults.given()}
     values.pop("max_new_tokens", None)
     values |= {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}

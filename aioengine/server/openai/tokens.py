@@ -9,10 +9,8 @@ from msgspec import Meta
 
 from aioengine.server.context import Call
 from aioengine.server.errors import invalid
-from aioengine.server.names import adapter_of
 from aioengine.server.openai.api import MAX_MESSAGES, MAX_TOOLS, Message, Strict, TokenId, Tool
 from aioengine.server.openai.chat import to_template, tools_to_template
-from aioengine.server.openai.form import plan_tools
 from aioengine.server.prompts import encode, encode_chat
 
 
@@ -28,14 +26,12 @@ class TokenizeRequest(Strict, kw_only=True):
     """For messages: with the opening of the assistant's next turn; true if it is not given."""
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    return_token_strs: bool | None = None
 
 
 class Tokenized(msgspec.Struct, kw_only=True):
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: list[str] | None = None
 
 
 class DetokenizeRequest(Strict, kw_only=True):
@@ -66,30 +62,20 @@ async def tokenizer_info(call: Call) -> TokenizerInfo:
 
 async def tokenize(call: Call, data: TokenizeRequest) -> Tokenized:
     """Text or messages to token ids."""
-    context, record = call.context, call.record
     _check_model(call, data.model)
     if (data.prompt is None) == (data.messages is None):
         raise invalid("prompt", "give either prompt or messages")
     if data.prompt is not None:
         special = data.add_special_tokens is not False
-        [tokens] = await encode(context, [data.prompt], record, add_special_tokens=special)
+        [tokens] = await encode(call, [data.prompt], special=special, field="prompt")
     else:
         variables = dict(data.chat_template_kwargs or {})
         variables["add_generation_prompt"] = data.add_generation_prompt is not False
         if data.tools:
-            variables["tools"] = tools_to_template(plan_tools(data.tools).tools)
+            variables["tools"] = tools_to_template(data.tools)
         variables.pop("messages", None)
-        tokens = await encode_chat(context, to_template(data.messages or []), variables, record)
-    strings = None
-    if data.return_token_strs:
-        token_bytes = context.token_bytes()
-
-        def texts() -> list[str]:
-            return [token_bytes(token).decode(errors="replace") for token in tokens]
-
-        strings = await context.engine.text_work.run(len(tokens), texts, record.owner)
-    most = context.max_model_len
-    return Tokenized(count=len(tokens), max_model_len=most, tokens=tokens, token_strs=strings)
+        tokens = await encode_chat(call, to_template(data.messages or []), variables)
+    return Tokenized(count=len(tokens), max_model_len=call.context.max_model_len, tokens=tokens)
 
 
 async def detokenize(call: Call, data: DetokenizeRequest) -> Detokenized:
@@ -113,4 +99,4 @@ def _check_model(call: Call, model: str | None) -> None:
     """Raise ApiError if the key may not use ``model``. An adapter has its base model's tokenizer, so whether
     it exists is not checked."""
     if model is not None:
-        adapter_of(call.context, model, call.record.identity)
+        call.adapter_of(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from sys import getsizeof
 from typing import Any
 
 import msgspec
@@ -14,7 +13,6 @@ from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.messages.reply import ListReply
 from aioengine.server.openai.api import ToolCall, Usage
-from aioengine.server.responses.api import ResponsesRequest
 
 _encode = msgspec.json.Encoder().encode
 _NONE: dict[str, Any] = {"logprobs": []}
@@ -26,23 +24,15 @@ _KINDS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 
 
 class ResponsesReply(ListReply):
-    """The reply of a response. Events are numbered from 0."""
+    """The reply of a response; events are numbered from 0. ``repeated``: what it repeats of the request."""
 
     def __init__(
-        self, response_id: str, seed: int | None, request: ResponsesRequest, parser: AnswerParser | None
+        self, response_id: str, seed: int | None, repeated: dict[str, Any], parser: AnswerParser | None
     ) -> None:
         super().__init__(parser)
         self._next = 0
         self._item: dict[str, Any] = {}
         """The item that has begun."""
-        wanted = request.text.format if request.text and request.text.format else {"type": "text"}
-        choice = "auto" if request.tool_choice is None else request.tool_choice
-        repeated = {"text": {"format": wanted}, "tool_choice": choice, "tools": request.tools or []}
-        # As JSON, which takes less room than what it was decoded to.
-        as_json = {name: msgspec.Raw(_encode(value)) for name, value in repeated.items()}
-        self.kept = sum(len(memoryview(raw)) for raw in as_json.values())
-        """Bytes of what is kept of the request, because answers repeat it."""
-        self.kept += getsizeof(request.instructions or "")
         self._response: dict[str, Any] = {
             "id": response_id,
             "object": "response",
@@ -52,21 +42,14 @@ class ResponsesReply(ListReply):
             "background": False,
             "error": None,
             "incomplete_details": None,
-            "instructions": request.instructions,
-            "max_output_tokens": request.max_output_tokens,
-            "metadata": request.metadata or {},
-            "model": request.model,
             "output": self._items,
-            "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "temperature": request.temperature,
-            **as_json,
-            "top_p": request.top_p,
             "truncation": "disabled",
             "usage": None,
             "user": None,
+            **repeated,
         }
 
     def last_events(self, usage: Usage) -> bytes:

@@ -1,26 +1,125 @@
 """``/v1/responses``: a conversation in, the assistant's next messages and calls out. It is converted to a
-chat."""
+chat. Field names are OpenAI's; additional ones are vLLM's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from sys import getsizeof
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
 from aioengine.server.errors import invalid, needed, unsupported
-from aioengine.server.messages.read import function_call, function_tool, named_tool, schema_format
+from aioengine.server.messages.routes import function_call, function_tool, named_tool, schema_format
 from aioengine.server.openai import api
 from aioengine.server.openai.chat import start_chat
-from aioengine.server.responses.api import (
-    Content,
-    Item,
-    ResponsesRequest,
-    ResponsesTool,
-    ResponsesToolChoice,
-    TextFormat,
-)
 from aioengine.server.responses.reply import ResponsesReply
+
+
+class Part(msgspec.Struct, kw_only=True):
+    """A part of a content; only texts ("input_text", "output_text", "text") and an assistant's "refusal"."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+Content = str | Annotated[list[Part], Meta(max_length=api.MAX_PARTS)]
+
+
+class Item(msgspec.Struct, kw_only=True):
+    """A message, a call ("function_call") or its result ("function_call_output"). "reasoning" is skipped.
+    Fields beyond these, as in answers that clients send back, are ignored."""
+
+    type: str = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Content | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: Content | None = None
+
+
+class ResponsesTool(msgspec.Struct, kw_only=True):
+    """Only "function". The fields of other tools are ignored, so that the error can say which they are."""
+
+    type: str
+    name: api.FunctionText | None = None
+    description: str | None = None
+    parameters: api.Schema | None = None
+    strict: bool | None = None
+
+
+class ResponsesToolChoice(msgspec.Struct, kw_only=True):
+    """{"type": "function", "name": ...}."""
+
+    type: str
+    name: str | None = None
+
+
+class TextFormat(api.Strict, kw_only=True):
+    type: Literal["text", "json_object", "json_schema"]
+    name: api.Name | None = None
+    schema: api.Schema | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextOptions(api.Strict, kw_only=True):
+    format: TextFormat | None = None
+    verbosity: api.Ignored = api.IGNORED
+
+
+class Reasoning(msgspec.Struct, kw_only=True):
+    effort: str | None = None
+    """As ``reasoning_effort`` of a chat: for templates that have this variable."""
+
+
+class ResponsesRequest(api.IgnoredFields, kw_only=True):
+    input: str | Annotated[list[Item], Meta(min_length=1, max_length=api.MAX_MESSAGES)]
+    instructions: str | None = None
+    """A system message before the input."""
+    max_output_tokens: api.Positive | None = None
+    temperature: api.Temperature | None = None
+    top_p: api.Probability | None = None
+    tools: Annotated[list[ResponsesTool], Meta(max_length=api.MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    stream: bool | None = None
+    stream_options: api.StreamOptions | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+            Meta(max_length=16),
+        ]
+        | None
+    ) = None
+    """Returned unchanged in the answer."""
+
+    # vLLM's
+    top_k: api.Whole | None = None
+    priority: api.Priority | None = None
+    cache_salt: api.Salt | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    # Refused unless they have their neutral value
+    previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None
+    background: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    reasoning: Reasoning | None = None
+    top_logprobs: int | None = None
+
+    # Accepted, and without effect on the answer
+    include: api.Ignored = api.IGNORED
+    max_tool_calls: api.Ignored = api.IGNORED
+    """Limit for tools that run in the server; there are none, so it has no effect."""
+
 
 _TEXTS = frozenset(("input_text", "output_text", "text"))
 _SAME = (
@@ -42,8 +141,20 @@ _UNSUPPORTED = {
 async def responses(call: Call, data: ResponsesRequest) -> Annotated[Answer, dict[str, Any]]:
     """Answer, without state."""
     answer, [parser] = await start_chat(call, to_chat(data), prefix="resp_")
-    reply = answer.reply = ResponsesReply(answer.id, answer.seed, data, parser)
-    answer.kept = reply.kept
+    parts = {
+        "text": {"format": data.text.format if data.text and data.text.format else {"type": "text"}},
+        "tool_choice": "auto" if data.tool_choice is None else data.tool_choice,
+        "tools": data.tools or [],
+    }
+    # As JSON, which takes less room than what it was decoded to.
+    as_json = {name: msgspec.json.encode(part) for name, part in parts.items()}
+    answer.kept = sum(map(len, as_json.values())) + getsizeof(data.instructions or "")
+    same = ("model", "instructions", "max_output_tokens", "temperature", "top_p")
+    repeated = {name: getattr(data, name) for name in same}
+    repeated |= {name: msgspec.Raw(part) for name, part in as_json.items()}
+    repeated["metadata"] = data.metadata or {}
+    repeated["parallel_tool_calls"] = data.parallel_tool_calls is not False
+    answer.reply = ResponsesReply(answer.id, answer.seed, repeated, parser)
     return answer
 
 
@@ -138,18 +249,10 @@ def _tool(tool: ResponsesTool, where: str) -> api.Tool:
     return function_tool(name, tool.description, tool.parameters, tool.strict)
 
 
-def _choice(choice: str | ResponsesToolChoice | None) -> api.ToolChoice | None:
+def _choice(choice: Any) -> api.ToolChoice | None:
     if not isinstance(choice, ResponsesToolChoice):
-        return choice  # type: ignore[return-value] # one of three texts, as its field says
-    if choice.type != "allowed_tools":
-        return _named(choice, "tool_choice")
-    named = [_named(tool, f"tool_choice.tools[{i}]") for i, tool in enumerate(choice.tools or ())]
-    if not named or choice.mode is None:
-        raise invalid("tool_choice", "needs mode and tools")
-    return api.AllowedTools(allowed_tools=api.Allowed(mode=choice.mode, tools=named))
-
-
-def _named(choice: ResponsesToolChoice, where: str) -> api.NamedTool:
+        return choice  # type: ignore[no-any-return] # one of three texts, as its field says
     if choice.type != "function" or choice.name is None:
-        raise unsupported(f"{where}.type", f"{choice.type[:100]!r} is not supported: only functions by name")
+        why = f"{choice.type[:100]!r} is not supported: only functions by name"
+        raise unsupported("tool_choice.type", why)
     return named_tool(choice.name)

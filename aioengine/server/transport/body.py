@@ -41,8 +41,6 @@ _UNKNOWN = re.compile(
     r"^Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL
 )
 _STEP = re.compile(r"\.([^.\[]+)|\[[^\]]*\]")
-_SUCCESSORS = dict.fromkeys(("guided_json", "guided_regex", "guided_choice"), "structured_outputs")
-"""Older names that are still accepted, and their current names."""
 
 
 class BoundedBody:
@@ -210,8 +208,7 @@ def _names(type_: Any) -> frozenset[str]:
 def _refusal(error: msgspec.ValidationError, type_: Any, name: str) -> ApiError:
     refusal = validation_error(error)
     for close in difflib.get_close_matches(name[:64], _names(type_), n=1):
-        meant = close + (f", today {_SUCCESSORS[close]}" if close in _SUCCESSORS else "")
-        refusal.detail.message += f" (did you mean {meant}?)"
+        refusal.detail.message += f" (did you mean {close}?)"
     return refusal
 
 

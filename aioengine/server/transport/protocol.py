@@ -4,33 +4,35 @@ it is worked on at a time."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import re
+import socket
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from aioengine.metrics.page.plumbing import DEPARTURE, WATCH
-from aioengine.server.bounds import CONNECTIONS, INPUT, Shares, network_of, seconds_of
-from aioengine.server.transport.heads import body_parser, end_with_connection, find_fault, framing
-from aioengine.server.transport.reader_watch import ReaderWatch, unread_bytes
+from aioengine.metrics.page.plumbing import DEPARTURE
+from aioengine.server.bounds import CONNECTIONS, Shares, network_of
 from aioengine.server.transport.turns import Turns
 
 HEADER_BYTES = 64 * 1024
-"""Bound on a request's line and headers."""
+"""Bound on a request's line and headers, and on all between two parts of a body: extensions, trailers."""
 MAX_HEADERS = 256
 URL_BYTES = 8 * 1024
 SLICE = 16 * 1024
-"""Maximum bytes that the parser gets at a time, because every few of them may be a header or a chunk."""
-UNSEEN_BYTES = HEADER_BYTES + URL_BYTES + SLICE
-"""Bound on a part of a request that the parser has not reported yet: a header, a trailer, an extension."""
+"""Maximum bytes of chunks that the parser gets at a time, because every few of them may be a chunk."""
 INPUT_BYTES = 64 * 1024
 """A connection with more unparsed bytes than this is not read from."""
-LEFT_BYTES = 64 * 2**20
-"""Bytes of a refused body that are read and dropped, so that a client that sends it to the end before it
-reads still gets its answer; beyond it the connection is closed."""
-LATE_SECONDS = 1.0
-"""Time that a connection gets, again and again, while what its client has sent in time is not parsed yet."""
+LINGER_SECONDS = 5.0
+"""Time for the rest of a refused body."""
+UNSENT_BYTES = 64 * 1024
+"""Bytes of answers that are kept here for a client, and again in the system, which would take megabytes."""
+_END = b"\r\n\r\n"
+_OFFER = re.compile(rb"^upgrade(?=:)", re.IGNORECASE | re.MULTILINE)
+_BAD_REQUEST = (400, b"Bad Request")
+_TOO_LARGE = (431, b"Request Header Fields Too Large")
 
 
 class Limits:
@@ -42,48 +44,43 @@ class Limits:
         header_timeout: Seconds from a connection's beginning, or from a request's first byte, to the end
             of its headers; then the connection is closed. Between requests uvicorn's own keep-alive
             time holds.
+        send_timeout: Seconds after which a client is cut off that leaves unread what is kept for it: 64 KiB,
+            or what is left when the connection is closed.
         is_busy: Whether requests are open whose steps a flood of small requests must not slow down.
     """
 
-    def __init__(self, max_connections: int, header_timeout: float, is_busy: Callable[[], bool]) -> None:
+    def __init__(
+        self, max_connections: int, header_timeout: float, send_timeout: float, is_busy: Callable[[], bool]
+    ) -> None:
         self.connections = Shares(CONNECTIONS._replace(most=max_connections))
-        self.input = Shares(INPUT)
         self.turns = Turns(is_busy)
-        self.header_timeout = header_timeout
+        self.header_timeout, self.send_timeout = header_timeout, send_timeout
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Protocol that keeps incoming bytes in ``_input`` and gives them to the parser in slices that end where
-    a request may end. So a connection has one request at a time: the next is parsed in a separate turn, once
-    the first is answered."""
-
-    reader: ReaderWatch
+    """Protocol that keeps incoming bytes in ``_input``, and gives the parser the head of a request as a
+    whole, and then its body in slices that end where the request may end. So a connection has one request at
+    a time: the next is parsed in a separate turn, once the first is answered."""
 
     def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits, self.turns = limits, limits.turns
         self.has_asked = False
         self._real: asyncio.Transport
-        self._input = b""
-        self._at = 0
-        """Number of bytes of ``_input`` that were parsed; the last ones are kept, because the end of a
-        request may begin in them."""
-        self._held = 0
-        """Bytes that are counted for this connection."""
+        self._input = self._parsed = b""
+        """Bytes that are not parsed yet, and the last ones before, in which a request's end may begin."""
         self.counted_as: str | None = None
         """The owner among whose connections it is counted."""
         self.lingers = False
         """Whether the answer has been written and incoming bytes are dropped."""
         self._is_full = self._is_paused = False
-        self._header_bytes = self._header_count = self._left_bytes = 0
-        self._has_headers = False
-        """Whether the headers of the request that is being parsed are complete."""
+        self._in_head = True
         self._unseen = 0
-        """Bytes given to the parser since it last said what they are. It keeps a header until its end, and
-        copies it with each slice."""
+        """Bytes of the body given to the parser since it last said what they are."""
         self._body_left = 0
         """Bytes of the body that are still to come, if its length is known."""
         self._timer: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
         self._gone: asyncio.Future[None] = self.loop.create_future()
         """Done when the client has gone."""
 
@@ -91,19 +88,22 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
         self._real = transport
-        self.reader = ReaderWatch(transport, self.loop)
+        transport.set_write_buffer_limits(high=UNSENT_BYTES)  # with TLS it would be 512 KiB
+        with contextlib.suppress(AttributeError, OSError):  # not every system has it
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         super().connection_made(AnswerTransport(transport, self))  # type: ignore[arg-type] # it has what is used
         if self.counted_as is None and not self.enter(self.owner):
             self._answer(503, b"Service Unavailable", b"retry-after: 1\r\n")
-            self._real.close()
+            self._end()
         else:
             self._watch(self._limits.header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.leave()
         self._stop_watch()
-        self.reader.close()
-        self._drop_input()
+        self.resume_writing()
+        self._input = b""
         super().connection_lost(exc)
         self._gone.set_result(None)
 
@@ -132,55 +132,61 @@ class BoundedProtocol(HttpToolsProtocol):
     def close(self) -> None:
         """Close the connection, but if the client still sends, not before it can have read the answer:
         closing with unread bytes would make the kernel drop the answer."""
-        if self._left or (self.cycle is not None and self.cycle.more_body):
+        if self._input or (self.cycle is not None and self.cycle.more_body):
             self._linger()
         else:
-            self._real.close()
+            self._end()
 
     def _linger(self) -> None:
         if self.is_closing or not self._real.can_write_eof():
-            self._real.close()
+            self._end()
             return
         self.lingers = True
-        self._drop_input()
+        self._input = b""
+        self._pace_input()
         self._real.write_eof()
-        self._watch(seconds_of("the rest of a refused body"))
+        self._watch(LINGER_SECONDS)
+
+    def _end(self) -> None:
+        """Close the connection once its client has read what is kept for it, or after a time."""
+        self._real.close()
+        if self._real.get_write_buffer_size():
+            self._watch(self._limits.send_timeout, self._real.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self._limits.send_timeout, self._real.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     # What arrives, and when it is parsed
 
-    @property
-    def _left(self) -> int:
-        """Number of unparsed bytes."""
-        return len(self._input) - self._at
-
     def data_received(self, data: bytes) -> None:
-        if self.lingers:
-            self._left_bytes += len(data)
-            if self._left_bytes > LEFT_BYTES:
-                self._real.abort()
-        elif not self._real.is_closing():
-            parsed = max(self._at - 3, 0)
-            self._input = self._input[parsed:] + data
-            self._at -= parsed
-            if not self._is_blocked:
-                self.turns.ask(self)
-            self._count_input()
+        if self.is_closing:
+            return
+        if self._in_head and not self._input and not self._is_blocked:
+            self._expect_head()
+        self._input += data
+        if self._size_of_part() and not self._is_blocked:
+            self.turns.ask(self)
+        elif self._in_head and len(self._input) > HEADER_BYTES and not self._is_blocked:
+            self._refuse(*_TOO_LARGE)
+        self._pace_input()
 
     def take_turn(self) -> None:
-        end = self._at + SLICE
-        while self._left and self._at < end and not self.is_closing and not self._is_blocked:
-            size = self._size_of_part()
-            part = self._input[self._at : self._at + size]
-            self._at += size
+        left = SLICE
+        while left > 0 and not self.is_closing and not self._is_blocked and (size := self._size_of_part()):
+            part, self._input = self._input[:size], self._input[size:]
+            left -= size
             self._parse(part)
         if self.is_closing:
-            self._drop_input()
-        elif not self._left:
-            self._input = self._input[-3:]
-            self._at = len(self._input)
-        elif not self._is_blocked:
-            self.turns.ask_later(self)
-        self._count_input()
+            self._input = b""
+        elif self._size_of_part() and not self._is_blocked:
+            self.turns.ask(self)
+        self._pace_input()
 
     @property
     def _is_blocked(self) -> bool:
@@ -189,48 +195,50 @@ class BoundedProtocol(HttpToolsProtocol):
         return self._is_full or (cycle is not None and not (cycle.more_body or cycle.response_complete))
 
     def _size_of_part(self) -> int:
-        """Size of the next slice for the parser, which holds the end of one request at most."""
+        """Size of what the parser gets next: a whole head, or of a body at most what is left of it; 0 if more
+        has to come."""
+        if self._in_head:
+            return self._input.find(_END) + len(_END) if _END in self._input else 0
         if self._body_left:
-            return min(self._body_left, 4 * SLICE, self._left)
-        found = self._input.find(b"\r\n\r\n", max(self._at - 3, 0), self._at + SLICE)
-        return min(SLICE, self._left) if found < 0 else found + 4 - self._at
+            return min(self._body_left, 4 * SLICE, len(self._input))
+        found = (self._parsed + self._input[:SLICE]).find(_END)
+        return min(SLICE, len(self._input)) if found < 0 else found + len(_END) - len(self._parsed)
 
     def _parse(self, part: bytes) -> None:
-        self._unseen += len(part)
+        if self._in_head:  # an offer of another protocol is declined: after it the parser would read no body
+            part = _OFFER.sub(b"x-upgrade", part)
+        else:
+            self._unseen += len(part)
+            self._parsed = (self._parsed + part)[-3:]
+        if self._unseen > HEADER_BYTES + SLICE or (self._in_head and len(part) > HEADER_BYTES):
+            self._refuse(*_TOO_LARGE)
+            return
         try:
             self.parser.feed_data(part)
-        except httptools.HttpParserUpgrade as upgrade:
-            self.parser = body_parser(self)
-            self._parse(framing(self.headers) + part[upgrade.args[0] :])
         except httptools.HttpParserError:
             if not self.is_closing:
                 self.send_400_response("Invalid HTTP request received.")
-        if self._unseen > UNSEEN_BYTES:
-            self._refuse(431, b"Request Header Fields Too Large")
 
     def hold(self, is_full: bool) -> None:
         """Whether the body's reader is behind."""
         self._is_full = is_full
-        if not is_full and self._left:
-            self.turns.ask_later(self)
+        if not is_full and self._input:
+            self.turns.ask(self)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._left and not self.is_closing:
-            self.turns.ask_later(self)
+        if self._input and not self.is_closing:
+            if self._in_head:
+                self._expect_head()
+            self.turns.ask(self)
 
-    def _count_input(self) -> None:
-        """Count the unparsed bytes, and read no more while there are too many."""
-        left = self._left
-        more = left - self._held
-        if more > 0 and not self._limits.input.take(self.owner, more):
-            self._drop_input()
-            self._real.abort()
-            return
-        if more < 0:
-            self._limits.input.give_back(self.owner, -more)
-        self._held = left
-        is_paused = left > INPUT_BYTES
+    def _expect_head(self) -> None:
+        self._unset_keepalive_if_required()
+        self._watch(self._limits.header_timeout)
+
+    def _pace_input(self) -> None:
+        """Read no more while too many bytes are not parsed."""
+        is_paused = len(self._input) > INPUT_BYTES
         if is_paused != self._is_paused and not self._real.is_closing():
             self._is_paused = is_paused
             if is_paused:
@@ -238,96 +246,62 @@ class BoundedProtocol(HttpToolsProtocol):
             else:
                 self._real.resume_reading()
 
-    def _drop_input(self) -> None:
-        self._input, self._at = b"", 0
-        self._count_input()
-
     # What the parser finds
 
     def on_message_begin(self) -> None:
         if self._is_blocked:  # the request before ended where no slice was cut
             self._real.close()
-        self._unset_keepalive_if_required()
-        self._header_bytes = self._header_count = self._left_bytes = self._body_left = 0
-        self._has_headers, self._unseen = False, 0
-        self._watch(self._limits.header_timeout)
         super().on_message_begin()
-        self.scope["extensions"] = {WATCH: self.reader, DEPARTURE: self._gone}  # type: ignore[dict-item] # for this server's own code
-
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        if len(self.url) > URL_BYTES:
-            self._refuse(414, b"URI Too Long")
+        self.scope["extensions"] = {DEPARTURE: self._gone}  # type: ignore[dict-item] # for this server's own code
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._has_headers:  # trailers are no headers: nothing has checked them
+        if self._in_head:  # trailers are no headers: nothing has checked them
             super().on_header(name, value)
-        self._header_bytes += len(name) + len(value)
-        self._header_count += 1
-        if self._header_bytes > HEADER_BYTES or self._header_count > MAX_HEADERS:
-            self._refuse(431, b"Request Header Fields Too Large")
 
     def on_headers_complete(self) -> None:
-        self._stop_watch()
         version = self.parser.get_http_version()
-        fault = find_fault(version, self.headers)
+        fault = _fault(version, self.headers)
+        if len(self.url) > URL_BYTES:
+            fault = (414, b"URI Too Long")
+        elif len(self.headers) > MAX_HEADERS:
+            fault = _TOO_LARGE
+        elif self.parser.should_upgrade():  # CONNECT
+            fault = _BAD_REQUEST
         if fault is not None:
             self._refuse(*fault)
-        self._has_headers, self._unseen = True, 0
         if self.is_closing:
             return
+        self._stop_watch()
+        self._in_head, self._unseen, self._parsed = False, 0, b""
         names = dict(self.headers)
-        if b"transfer-encoding" not in names:
-            self._body_left = int(names.get(b"content-length", 0))
+        self._body_left = 0 if b"transfer-encoding" in names else int(names.get(b"content-length", 0))
+        self.expect_100_continue &= version != "1.0"
         super().on_headers_complete()
-        if version == "1.0":
-            end_with_connection(self.cycle)
-        if self.parser.should_upgrade():
-            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._body_left = max(self._body_left - len(body), 0)
         self._unseen = 0
-        if self.is_closing:
-            return
-        if self.cycle.response_complete:  # refused before it was read
-            self._left_bytes += len(body)
-            if self._left_bytes > LEFT_BYTES:
-                self._real.close()
-        else:
+        if not self.is_closing:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self.parser.should_upgrade():
-            return  # it means the headers; another one reads the body
         if not self.is_closing:
+            self._in_head, self._unseen = True, 0
             self.cycle.more_body = False
             super().on_message_complete()
 
     # Time, and refusals
 
-    def _watch(self, seconds: float) -> None:
+    def _watch(self, seconds: float, then: Callable[[], None] | None = None) -> None:
         """Close the connection after ``seconds``."""
         self._stop_watch()
-        self._timer = self.loop.call_later(seconds, self._time_out)
+        self._timer = self.loop.call_later(seconds, then or self._time_out)
 
     def _time_out(self) -> None:
-        if self._is_late and not self.is_closing:
-            self._watch(LATE_SECONDS)
+        if self.has_asked and not self.is_closing:  # what has come waits for its turn
+            self._watch(self._limits.header_timeout)
         else:
-            self._real.close()
-
-    def timeout_keep_alive_handler(self) -> None:
-        if self._is_late:  # it would lose a request
-            self.timeout_keep_alive_task = self.loop.call_later(LATE_SECONDS, self.timeout_keep_alive_handler)
-        else:
-            super().timeout_keep_alive_handler()
-
-    @property
-    def _is_late(self) -> bool:
-        """Whether the client has sent something that this process has not looked at yet. A busy loop runs
-        timers before it reads, so that the client may have kept to the time."""
-        return bool(self._left) or unread_bytes(self._real.get_extra_info("socket")) > 0
+            self._end()
 
     def _stop_watch(self) -> None:
         if self._timer is not None:
@@ -337,8 +311,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, phrase: bytes) -> None:
         if self.is_closing:
             return
-        if self._has_headers and self.cycle.response_started:
-            self._real.close()
+        if not self._in_head and self.cycle.response_started:
+            self._end()
         else:
             self._answer(status, phrase)
             self._linger()
@@ -368,17 +342,13 @@ class AnswerTransport:
             protocol.loop.call_soon(self.flush)
         else:
             head, self._head = self._head, b""
-            self._write(head + data)
+            self._real.write(head + data)
 
     def flush(self) -> None:
         """Write headers that nothing has followed."""
         if self._head and not self._protocol.is_closing:
-            self._write(self._head)
+            self._real.write(self._head)
         self._head = b""
-
-    def _write(self, data: bytes) -> None:
-        self._real.write(data)
-        self._protocol.reader.wrote(len(data))
 
     def is_closing(self) -> bool:
         return self._protocol.is_closing
@@ -392,3 +362,20 @@ class AnswerTransport:
 
     def resume_reading(self) -> None:
         self._protocol.hold(False)
+
+
+def _fault(version: str, headers: Iterable[tuple[bytes, bytes]]) -> tuple[int, bytes] | None:
+    """Return the status and its phrase with which to refuse a request that a proxy in front might understand
+    otherwise (RFC 9112), which uvicorn's parser leaves to others; None if it is good."""
+    if version not in ("1.0", "1.1"):
+        return 505, b"HTTP Version Not Supported"
+    hosts = sum(name == b"host" for name, _ in headers)
+    if hosts > 1 or (hosts == 0 and version == "1.1"):
+        return _BAD_REQUEST
+    codings = b",".join(value for name, value in headers if name == b"transfer-encoding")
+    # To the parser a tab is a part of the name; it finds fault with that only when the request has begun.
+    named = [coding.strip(b" ") for coding in codings.lower().split(b",")] if codings else []
+    if named in ([], [b"chunked"]):
+        return None
+    is_known = all(coding in (b"", b"chunked") for coding in named)
+    return _BAD_REQUEST if is_known else (501, b"Not Implemented")

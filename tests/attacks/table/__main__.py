@@ -69,7 +69,6 @@ ATTACKS = [
     Attack("A2 one ambiguous grammar", requests.ambiguous, "595 ms, p99 474 ms"),
     Attack("A2 twenty worse ones", requests.twenty_ambiguous, "1,485 ms, p99 640 ms", memory=1100),
     Attack("A3 prompt of 7 MB", requests.long_text, "16,276 ms"),
-    Attack("A3 the same, of which the end is wanted", requests.long_text_cut, "no answer in 60 s, +1,353 MB"),
     Attack("A3 chat of 270,000 messages", requests.many_messages, "12,786 ms"),
     Attack("A3 /detokenize of 2 M ids", requests.detokenize, "900 ms"),
     Attack("A4 `metadata` of 2.6 M lists", requests.nested_metadata, "3,337 ms"),

@@ -146,14 +146,6 @@ async def slow_compiles(target: Target) -> str:
     return f"others: {statuses(answers)} in {time.monotonic() - began:.1f} s"
 
 
-async def long_text_cut(target: Target) -> str:
-    """Send texts of 7 MB of which the last tokens are wanted, and many shorter ones."""
-    long = {"prompt": "a " * 3_500_000, "truncate_prompt_tokens": 20, "max_tokens": 1}
-    many = {"input": ["a " * 30_000] * 100, "truncate_prompt_tokens": 20}
-    asks = [target.post("/v1/completions", long), target.post("/v1/embeddings", many)]
-    return statuses(await asyncio.gather(*asks))
-
-
 async def unique_salts(target: Target) -> str:
     """Send 300 requests with one prompt; none may use what was computed for another."""
     asks = (target.ask(prompt="word " * 30, cache_salt=str(i)) for i in range(300))

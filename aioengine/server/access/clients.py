@@ -1,14 +1,21 @@
-"""Limits on clients: concurrent requests, requests and tokens per minute."""
+"""Clients: who sends a request, what they may use, and within which limits."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import fnmatch
 import math
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from aioengine.runtime.client import Usage
-from aioengine.server.access.keys import Limits
+from aioengine.server.access.keys import Limits, Scope
 from aioengine.server.errors import ApiError
 
+_WILD = re.compile(r"[*?\[]")
 _LONGEST_GUESS = 60
 """Maximum of an estimated ``Retry-After``, in seconds."""
 
@@ -45,7 +52,7 @@ class Bucket:
 
 
 class Meter:
-    """Usage of one key, tenant or adapter. ``name`` is its name in errors."""
+    """Usage of one key or tenant. ``name`` is its name in errors."""
 
     def __init__(self, name: str, limits: Limits) -> None:
         self.name = name
@@ -122,21 +129,10 @@ class Admission:
     def __init__(self, meters: Sequence[Meter], now: float) -> None:
         for meter in meters:
             meter.check(now)
-        self._meters: list[Meter] = []
+        self._meters = meters
         self._begun, self._charged = now, 0
         for meter in meters:
-            self._begin(meter, now)
-
-    def also(self, meter: Meter, now: float) -> None:
-        """Count the request on one more meter, which is known only now. Raises ApiError (429) if that meter
-        has no room."""
-        meter.check(now)
-        self._begin(meter, now)
-
-    def _begin(self, meter: Meter, now: float) -> None:
-        meter.begin(now)
-        meter.spend(self._charged, now)
-        self._meters.append(meter)
+            meter.begin(now)
 
     def charge_prompt(self, tokens: int, now: float) -> None:
         """Charge the prompt's tokens. Raises ApiError (429) if other requests have used up the allowance
@@ -155,3 +151,66 @@ class Admission:
         for meter in self._meters:
             meter.spend(tokens - self._charged, now)
         self._charged = tokens
+
+
+class AllowedModels:
+    """The models that a key may use.
+
+    Args:
+        adapters: Names, or patterns with ``*``, ``?`` and ``[...]``.
+        base_model: Whether the base model is allowed by itself.
+    """
+
+    def __init__(self, adapters: Sequence[str] = ("*",), base_model: bool = True) -> None:
+        self._base_model = base_model
+        self._names = frozenset(name for name in adapters if _WILD.search(name) is None)
+        patterns = [fnmatch.translate(name) for name in adapters if _WILD.search(name) is not None]
+        self._patterns = re.compile("|".join(patterns) or "(?!)")
+
+    def allow(self, adapter: str | None) -> bool:
+        """Whether the adapter is allowed; None is the base model."""
+        if adapter is None:
+            return self._base_model
+        return adapter in self._names or self._patterns.match(adapter) is not None
+
+
+class Identity(NamedTuple):
+    """The client that sends a request."""
+
+    tenant: str | None = None
+    """Tenant of the key; None without a known key."""
+    scopes: frozenset[str] = frozenset()
+    models: AllowedModels = AllowedModels()
+    meters: tuple[Meter, ...] = ()
+    """The meters that its requests count on."""
+    expires: float | None = None
+    """Unix time."""
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether its key has not expired."""
+        return self.expires is None or time.time() < self.expires
+
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+
+def presented_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """Return the key that a request has: as ``Authorization: Bearer KEY``; as ``x-api-key: KEY``, which is
+    what Anthropic's clients send; or as the password of Basic, which is what a browser can send for the live
+    page."""
+    found: bytes | None = None
+    for name, value in headers:
+        if name.lower() == b"authorization":
+            scheme, _, rest = value.strip().partition(b" ")
+            if scheme.lower() == b"bearer":
+                return rest.strip() or None
+            if scheme.lower() != b"basic":
+                return None
+            try:
+                return base64.b64decode(rest.strip(), validate=True).partition(b":")[2] or None
+            except binascii.Error:
+                return None
+        if name.lower() == b"x-api-key":
+            found = value.strip() or None
+    return found

@@ -1,1 +1,0 @@
-"""Vectors, labels and scores over HTTP."""
