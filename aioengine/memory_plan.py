@@ -24,7 +24,6 @@ from aioengine.model.parallel.partition import Partition
 from aioengine.model.slots.cpu_bound import cpu_bound
 from aioengine.model.slots.layout import Elements, SlotLayout
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
-from aioengine.step import most_blocks
 
 MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
@@ -217,9 +216,7 @@ def plan_memory(
         block_size=config.block_size,
         block_bytes=config.block_size
         * local.kv_bytes_per_token(kv_bytes, int8=config.kv_cache_dtype == "int8"),
-        request_blocks=most_blocks(
-            max_model_len, config.block_size, config.max_num_batched_tokens, spec.longest_window
-        ),
+        request_blocks=-(-max_model_len // config.block_size),
         available_bytes=available_bytes,
         num_ranks=size,
         working=None

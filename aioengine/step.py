@@ -18,16 +18,6 @@ SLOT_GRANULE = 256
 """Alignment in bytes of adapters in a memory that slots share: rows of any dtype are whole vectors."""
 
 
-def most_blocks(tokens: int, block_size: int, chunk: int, window: int | None) -> int:
-    """Return the most KV blocks that a sequence of up to ``tokens`` holds at a time, if a step computes up to
-    ``chunk`` of them, and no layer looks back further than ``window`` tokens (None: some layer does)."""
-    whole = -(-tokens // block_size)
-    if window is None:
-        return whole
-    # The first block, and those that are partly behind the window or partly beyond the chunk.
-    return min(whole, 2 + -(-(window + chunk - 1) // block_size))
-
-
 class OutputView(Sequence[int]):
     """Read-only view of a request's output up to now; it equals any list or tuple of the same tokens, and a
     slice is a new list. ``history`` begins with ``begin`` tokens of the prompt; new tokens are appended to

@@ -12,7 +12,7 @@ from aioengine import events
 from aioengine.core.blocks import BlockManager
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
-from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork, Turns
+from aioengine.core.pacing import Allowance, Floor, Pacer, StepWork
 from aioengine.core.queues import RequestQueues
 from aioengine.core.speculation import Drafting, propose
 from aioengine.core.state import Request, Status
@@ -44,7 +44,6 @@ class Batcher:
         self.limits = limits
         self.pacer = pacer
         """None if the time of a step is not bounded."""
-        self._turns = None if pacer is None else Turns(pacer)
         self.speculates = limits.speculation != "none"
         self.running: dict[int, Request] = {}
         """The running requests by ``seq``, in order of admission."""
@@ -77,14 +76,10 @@ class Batcher:
 
     def form(self, admit: Sequence[Request], now: float, slot_ranks: Sequence[int] = ()) -> bool:
         """Form a batch: a token for each running request that decodes, then chunks of prompts of running
-        requests and of those in ``admit``, in the policy's order; sorted by slot. Where decodes alone take
-        too long, requests of a tenant with many take turns. Returns whether the sequences are those of the
-        batch before, each of which decodes one token."""
+        requests and of those in ``admit``, in the policy's order; sorted by slot. Returns whether the
+        sequences are those of the batch before, each of which decodes one token."""
         self._now, before = now, self.preemptions
         decodes, prefills = list[Request](), deque[Request]()
-        if self.blocks.window is not None:  # no step is in flight that has these blocks
-            for request in self.running.values():
-                request.freed = self.blocks.give_back(request.blocks, request.freed, request.computed)
         for request in self.running.values():
             if request.decodes and (row := request.row) is not None:
                 row.start, row.tokens = request.computed, request.tokens[-1:]
@@ -94,8 +89,6 @@ class Batcher:
             decodes.append(request)
         if not (prefills or admit) and self._repeats(decodes, slot_ranks):
             return True
-        if self._turns is not None:
-            decodes = self._turns.choose(decodes, self.running.values())
         for request in decodes:  # growing one may preempt another one of them, or itself
             grows = len(request.tokens) > len(request.blocks) * self.blocks.block_size
             if grows and request.status is Status.RUNNING:
@@ -116,7 +109,7 @@ class Batcher:
         self.formed, self.sequences = work, list(map(_row, work))
         # A request that resumes with one token is no decode of the list yet.
         whole = len(work) == len(decodes) == len(self.running) and all(request.decodes for request in work)
-        self._decodes = decodes if whole and self.blocks.window is None else []
+        self._decodes = decodes if whole else []
         self._work = None
         return False
 
@@ -175,8 +168,6 @@ class Batcher:
             else:
                 pairs = self._work.decode_pairs + self._work.tokens
                 self._work = self._work._replace(decode_pairs=pairs)
-            if self.pacer.decode_seconds(self._work) > self.pacer.decode_room:  # they may take turns
-                return False
         size = self.blocks.block_size
         growing = [request for request in decodes if request.computed >= len(request.blocks) * size]
         if not self.blocks.can_allocate(len(growing)):
@@ -271,21 +262,14 @@ class Batcher:
 
     def _start(self, request: Request) -> bool:
         """Move a request from WAITING to RUNNING with blocks for all its known tokens, as many as possible
-        from the prefix cache. Where every layer has a window, there are blocks for what it holds at a time.
-        """
+        from the prefix cache."""
         blocks, now = self.blocks, self._now
         cached = request.find_cached()
-        computed, until = len(cached) * blocks.block_size, len(request.tokens)
-        if blocks.window is not None:
-            until = min(until, max(computed, blocks.window) + self.limits.max_num_batched_tokens)
-        freed = blocks.unseen(computed)
-        shared = cached[:1] + cached[1 + freed :]
-        new = blocks.blocks_for(until) - len(cached)
-        if not blocks.can_allocate(new, shared):
+        new = blocks.blocks_for(len(request.tokens)) - len(cached)
+        if not blocks.can_allocate(new, cached):
             return False
-        table = blocks.allocate(new, shared)
-        request.blocks, request.freed = table[:1] * (1 + freed) + table[1:], freed
-        request.committed, request.computed = len(cached), computed
+        request.blocks = blocks.allocate(new, cached)
+        request.committed, request.computed = len(cached), len(cached) * blocks.block_size
         request.started = len(request.tokens)
         params, entry = request.params, request.adapter
         alone = params.pooling is None and params.constraint is None and request.prompt_logprobs is None
@@ -316,7 +300,7 @@ class Batcher:
         by_tenant: dict[str | None, list[Request]] = {}
         for request in self.running.values():
             by_tenant.setdefault(request.options.tenant, []).append(request)
-        return max(by_tenant.values(), key=lambda requests: sum(len(r.blocks) - r.freed for r in requests))
+        return max(by_tenant.values(), key=lambda requests: sum(len(r.blocks) for r in requests))
 
     def preempt(self, request: Request, now: float) -> None:
         """Move a request from RUNNING to WAITING. Its KV blocks are freed (full blocks stay in the prefix
@@ -346,8 +330,8 @@ class Batcher:
 
     def release(self, request: Request) -> None:
         """Give back the request's blocks and its claim on the slot."""
-        self.blocks.release(request.held)
-        request.blocks, request.freed, request.row, request.decodes = [], 0, None, False
+        self.blocks.release(request.blocks)
+        request.blocks, request.row, request.decodes = [], None, False
         request.committed = request.computed = 0
         if request.adapter is not None:
             request.adapter.running -= 1
@@ -393,6 +377,5 @@ def _is_under_way(request: Request, prompts: Sequence[Request]) -> bool:
     last = len(request.find_cached()) - (-WORTH_WAITING // blocks.block_size) - 1
     hashes = request.hashes
     return last < len(hashes) and any(
-        other.committed <= last < len(other.hashes) and other.hashes[last] == hashes[last]
-        for other in before  # with a window, one may have computed and lost what comes before its end
+        other.committed <= last < len(other.hashes) and other.hashes[last] == hashes[last] for other in before
     )

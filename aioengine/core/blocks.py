@@ -26,13 +26,10 @@ class BlockManager:
         block_size: int,
         *,
         prefix_caching: bool = True,
-        window: int | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.window = window
-        """Tokens that every layer looks back at most; None: some layer sees all."""
         self._refs = [0] * num_blocks
         """Holders of each block, where blocks can be shared: with prefix caching."""
         self._hash_of: list[bytes | None] = [None] * num_blocks
@@ -72,22 +69,14 @@ class BlockManager:
         return hashes
 
     def match(self, hashes: Sequence[bytes], max_tokens: int) -> list[int]:
-        """Find cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens. Of those
-        that are :meth:`unseen` behind it, any may be missing: the first block is in their places."""
-        if not self.prefix_caching:
-            return []
+        """Find cached blocks for the longest known prefix, covering at most ``max_tokens`` tokens."""
         found: list[int] = []
-        matched, missing = 0, 0
-        for index, digest in enumerate(hashes[: max_tokens // self.block_size]):
+        for digest in hashes[: max_tokens // self.block_size]:
             block = self._block_of.get(digest)
             if block is None:
-                if self.window is None or not found:
-                    break
-                block, missing = found[0], index
+                break
             found.append(block)
-            if missing <= self.unseen(len(found) * self.block_size):
-                matched = len(found)
-        return found[:matched]
+        return found
 
     def can_allocate(self, new: int, shared: Sequence[int] = ()) -> bool:
         """Whether ``new`` blocks are free beside the ``shared`` ones from the cache."""
@@ -145,23 +134,6 @@ class BlockManager:
                     self._empty.append(block)
                 else:
                     self._cached[block] = None
-
-    def unseen(self, computed: int) -> int:
-        """Count a sequence's blocks after the first that no layer sees any more when ``computed`` tokens are
-        computed."""
-        if self.window is None:
-            return 0
-        return max(0, (computed + 1 - self.window) // self.block_size - 1)
-
-    def give_back(self, table: list[int], known: int, computed: int) -> int:
-        """Give back the blocks of ``table`` that are :meth:`unseen`, of which ``known`` are already, and
-        return how many they are now. The first block takes their places: kernels read it there, to no
-        effect, and what it holds is finite."""
-        unseen = self.unseen(computed)
-        if unseen > known:
-            self.release(table[1 + known : 1 + unseen])
-            table[1 + known : 1 + unseen] = table[:1] * (unseen - known)
-        return max(unseen, known)
 
     def forget(self) -> None:
         """Forget all contents; no block may be referenced."""

@@ -16,7 +16,6 @@ from typing import NamedTuple
 from sortedcontainers import SortedDict
 
 from aioengine import events
-from aioengine.core.adapters.failures import changed
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
@@ -81,7 +80,6 @@ class Core:
             limits.num_blocks,
             limits.block_size,
             prefix_caching=limits.prefix_caching,
-            window=limits.window,
         )
         self.room = WaitingRoom(limits)
         self.queues = RequestQueues(self.room)
@@ -242,7 +240,7 @@ class Core:
         if error is not None:
             self._fail_waiting(entry, now, error)
         elif not entry.scalable:
-            failure = changed(entry, "to a kind that is scaled in another way; try again")
+            failure = entry.changed("to a kind that is scaled in another way; try again")
             for request in [waiting for waiting in entry.waiting if waiting.scale != 1.0]:
                 self.end(request, "error", now, failure)
         return error
@@ -407,7 +405,7 @@ class Core:
         """Assert every invariant; for tests, and cheap enough to run whenever the engine is idle."""
         self.residency.check()
         holders = [*self.running.values(), *self._zombies]
-        self.blocks.check([r.held for r in holders])
+        self.blocks.check([r.blocks for r in holders])
         using = Counter(request.adapter for request in holders)
         assert all(e is None or e.location is Location.SLOT for e in using)
         assert all(e.running == using[e] for e in self.residency.entries.values())

@@ -30,8 +30,6 @@ class CoreLimits(NamedTuple):
     """Bytes that the slots share; None: each has ``slot_bytes``."""
     slot_bytes: int = 1 << 30
     """Bytes of a slot of one size; an adapter with more takes several."""
-    window: int | None = None
-    """Tokens that every layer looks back at most; None: some layer sees all."""
     max_step_seconds: float | None = None
     """None: steps may take any time."""
     pair_tokens: float = 1e-4

@@ -1,5 +1,4 @@
-"""Bounds the time of a step by limiting how many prompt tokens go into it and, where tenants differ in how
-much they ask for, how many decodes.
+"""Bounds the time of a step by limiting how many prompt tokens go into it.
 
 All requests in a step get their next token when the whole step is done, and new requests wait for its end
 too, so a long prompt computed in one piece delays all of them. Prompts are therefore cut into chunks that
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -48,11 +46,6 @@ _BELIEVED = 4.0
 machine may have been suspended.)"""
 _COMMON = 0.5
 """Share of a deviation that is attributed to the machine as a whole."""
-
-
-REMEMBERED = 64
-"""Number of too long steps for which a tenant counts after its last request has ended: who asks for one
-answer after the other has none running in between, and its next one waits for the step under way."""
 
 
 class StepWork(NamedTuple):
@@ -164,32 +157,6 @@ class Pacer:
         each = token + (pair * decodes.decode_pairs + rank * decodes.ranks) / max(decodes.tokens, 1)
         return max(int(left / each), GRAIN)
 
-    @property
-    def decode_room(self) -> float:
-        """The seconds that decodes may take beside the fixed cost of their step, so that prompts have their
-        least share of the target. At least as many as that cost, so that no more than half of the time goes
-        to it."""
-        fixed = self._coefficients[0]
-        return max(self.max_step_seconds / (1 + LEAST_SHARE) - fixed, fixed)
-
-    def decode_seconds(self, decodes: StepWork) -> float:
-        """Return the seconds that decodes take beside the fixed cost of their step: the sum of their
-        ``decode_costs``."""
-        return self.seconds(decodes._replace(steps=0, pairs=0.0))
-
-    def decode_costs(self, decodes: Iterable[Request]) -> list[float]:
-        """Return the seconds that one token of each request adds to a step."""
-        _, token, _, pair, rank = self._coefficients
-        costs: list[float] = []
-        adapters: set[int] = set()
-        for request in decodes:
-            seconds, entry = token + pair * request.computed, request.adapter
-            if entry is not None:
-                seconds += rank * entry.rank * (1 if entry.uid in adapters else 1 + ADAPTER_TOKENS)
-                adapters.add(entry.uid)
-            costs.append(seconds)
-        return costs
-
     def allowance(self, decodes: StepWork, tokens: int) -> Allowance:
         """Return the allowance for prompts in a step with these decodes and room for this many more
         tokens."""
@@ -289,61 +256,6 @@ def _fitting(each: float, half: float, seconds: float) -> int:
     if not 0 < seconds < math.inf:
         return sys.maxsize if seconds > 0 else 0
     return int(2 * seconds / (each + math.sqrt(each * each + 4 * half * seconds)))
-
-
-class Turns:
-    """Turns: which requests decode in a step, where all of them together would take too long.
-
-    All requests in a step get their next token when it ends, so the many of one tenant would set the time
-    between the tokens of all. Where the decodes alone take more than ``max_step_seconds`` leaves them, the
-    requests of the tenants with the most take turns therefore, and tenants with few decode in each step. A
-    request that is not in a step keeps its blocks.
-    """
-
-    def __init__(self, pacer: Pacer) -> None:
-        self._pacer = pacer
-        self._long_steps = 0
-        """Number of steps whose decodes would have taken too long."""
-        self._seen: dict[str | None, int] = {}
-        """That number when a tenant was last seen."""
-
-    def choose(self, decodes: list[Request], running: Iterable[Request]) -> list[Request]:
-        """Return those of ``decodes`` that are in the next step, in the same order: all of them if they fit
-        in its time, or if fewer would help no tenant that has at most half as many as another.
-
-        Each tenant has its longest waiting request in each step, so none stands still. Then each has its
-        second one, and so on, while there is time.
-        """
-        costs, left = self._pacer.decode_costs(decodes), self._pacer.decode_room
-        if sum(costs) <= left:
-            return decodes
-        self._long_steps += 1
-        self._seen |= dict.fromkeys((request.options.tenant for request in running), self._long_steps)
-        oldest = self._long_steps - REMEMBERED
-        self._seen = {tenant: at for tenant, at in self._seen.items() if at > oldest}
-        counts: Counter[str | None] = Counter()
-        ranked: list[tuple[int, float, int]] = []
-        """Each one's rank among its tenant's, since when it has waited, and its place in ``decodes``."""
-        for waited, place in sorted((_last(request), place) for place, request in enumerate(decodes)):
-            tenant = decodes[place].options.tenant
-            ranked.append((counts[tenant], waited, place))
-            counts[tenant] += 1
-        chosen, shortened = set[int](), set[str | None]()
-        for rank, _, place in sorted(ranked):
-            left -= costs[place]
-            if rank == 0 or (left >= 0 and not shortened):
-                chosen.add(place)
-            else:
-                shortened.add(decodes[place].options.tenant)
-        most = max(counts.values())
-        if not any(2 * counts[tenant] <= most for tenant in self._seen.keys() - shortened):
-            return decodes
-        return [request for place, request in enumerate(decodes) if place in chosen]
-
-
-def _last(request: Request) -> float:
-    """Return since when a request waits for its next token."""
-    return request.arrival if request.last_token is None else request.last_token
 
 
 class MeasuredCosts:

@@ -33,10 +33,12 @@ _LONGEST = 32
 """Maximum number of tokens that a match is followed back."""
 
 
-class PromptLookup:
-    """Finds an earlier place in a text that only grows."""
+class Drafting:
+    """State from which one request's drafts are made: where its text, which only grows, repeats itself, and
+    how often its proposed tokens were right, separately for short and long matches. That is the share of
+    right tokens among those whose predecessors were all right; later trials weigh more."""
 
-    __slots__ = ("_back", "_end_of", "_known")
+    __slots__ = ("_back", "_end_of", "_is_long", "_known", "_right", "_trials")
 
     def __init__(self) -> None:
         self._end_of: dict[int, int] = {}
@@ -45,6 +47,10 @@ class PromptLookup:
         """Index of the next end to be taken in."""
         self._back = 0
         """Distance to the last place that was found. A copy in which single tokens differ continues there."""
+        self._right = [_PRIOR * _PRIOR_WEIGHT] * 2
+        self._trials = [_PRIOR_WEIGHT] * 2
+        self._is_long = False
+        """Whether the last draft came from a long match."""
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int]:
         """Find an earlier occurrence of the last tokens. Returns the index after it, and how many tokens
@@ -64,24 +70,9 @@ class PromptLookup:
             self._back = size - place
         return place, length
 
-
-class Drafting:
-    """State from which one request's drafts are made: where its text repeats itself, and how often its
-    proposed tokens were right, separately for short and long matches. That is the share of right tokens among
-    those whose predecessors were all right; later trials weigh more."""
-
-    __slots__ = ("_is_long", "_right", "_trials", "lookup")
-
-    def __init__(self) -> None:
-        self.lookup = PromptLookup()
-        self._right = [_PRIOR * _PRIOR_WEIGHT] * 2
-        self._trials = [_PRIOR_WEIGHT] * 2
-        self._is_long = False
-        """Whether the last draft came from a long match."""
-
     def draft(self, tokens: Sequence[int], limit: int) -> list[int]:
         """Return tokens that could be proposed after these."""
-        place, length = self.lookup.find(tokens) if limit > 0 else (0, 0)
+        place, length = self.find(tokens) if limit > 0 else (0, 0)
         self._is_long = length >= LONG_MATCH
         return copy(tokens, place, min(limit, MAX_DEPTH)) if place else []
 

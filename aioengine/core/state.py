@@ -17,6 +17,7 @@ from aioengine.core.blocks import BlockManager
 from aioengine.core.record_views import CoreAdapterView, CoreRequestView
 from aioengine.core.speculation import Drafting
 from aioengine.core.waiting_room import Reservation
+from aioengine.errors import AdapterChanged, AdapterTooLarge, EngineOverloaded
 from aioengine.events import EndReason
 from aioengine.info import mix_name, scaled_digest
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
@@ -153,6 +154,18 @@ class AdapterEntry(Version):
     def __post_init__(self) -> None:
         self.name, self.view = self.label, CoreAdapterView(self)
 
+    def changed(self, why: str) -> AdapterChanged:
+        """Build the error of files that have changed."""
+        text = f"its files have changed {why}"
+        return AdapterChanged(text, name=self.label, path=self.path, transient=True)
+
+    def too_large(self, why: str) -> AdapterTooLarge:
+        return AdapterTooLarge(f"it takes {why}", name=self.label, path=self.path)
+
+    def shut_out(self, why: str, todo: str) -> EngineOverloaded:
+        """Build the error of an adapter that pinned ones leave no room for."""
+        return EngineOverloaded(f"adapter {self.label!r} ({self.path}) {why}; {todo}", bound="pinned")
+
     def take(self, found: LoadedAdapter) -> None:
         """Note what was read."""
         self.rank, self.digest, self.disk_seconds = found.rank, found.digest, found.seconds
@@ -241,9 +254,6 @@ class Request:
     """Whether ``row`` is a plain decode. The next step has it, too: only the token and its place change."""
     blocks: list[int] = field(default_factory=list)
     """Its block table, one entry for every ``block_size`` positions."""
-    freed: int = 0
-    """Blocks after the first that no layer sees any more. They are given back, and the first has their places
-    in ``blocks``."""
     hashes: list[bytes] = field(default_factory=list)
     """Prefix-cache identities of the full blocks of ``tokens``, as far as known."""
     hashed_for: tuple[str, int] = ("", 0)
@@ -270,11 +280,6 @@ class Request:
         self.view, self.given = CoreRequestView(self), len(self.tokens) - self.prompt_len
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = []
-
-    @property
-    def held(self) -> list[int]:
-        """The blocks that it holds, each once."""
-        return self.blocks[:1] + self.blocks[1 + self.freed :]
 
     @property
     def output_tokens(self) -> int:

@@ -385,12 +385,6 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def window(self, layer: int) -> int | None:
         return self.sliding_windows[layer] if self.sliding_windows else None
 
-    @property
-    def longest_window(self) -> int | None:
-        """The tokens that every layer looks back at most; None: some layer sees all."""
-        windows = [window for window in self.sliding_windows if window is not None]
-        return max(windows) if windows and len(windows) == self.num_layers else None
-
     def num_parameters(self) -> int:
         """Return the number of parameters that the decoder allocates (tied embeddings counted once)."""
         linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))

@@ -9,8 +9,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import TypedDict
 
 from aioengine.adapters.names import check_same_path, checked_path
-from aioengine.core.adapters.failures import frameless
-from aioengine.core.adapters.name import AdapterName
+from aioengine.core.adapters.name import AdapterName, frameless
 from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterNotFound, AioEngineError

@@ -199,7 +199,6 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         cpu_max_bytes=None if plan.cpu_max_bytes is None else plan.cpu_max_bytes * plan.num_ranks,
         slot_memory=plan.slot_memory,
         slot_bytes=plan.slot_bytes,
-        window=spec.longest_window,
         policy_time_budget=config.policy_time_budget,
         max_step_seconds=max_step_seconds,
         pair_tokens=spec.pair_tokens,

@@ -45,7 +45,7 @@ class CoreMachine(RuleBasedStateMachine):
         slot_bytes=st.sampled_from([600, 1000, 1 << 20]),
         bounded=st.sampled_from([None, "requests", "tokens"]),
         speculation=st.sampled_from(["none", "ngram"]),
-        window=st.sampled_from([None, None, 1, 5, 8, 13]),
+        remembers=st.booleans(),
         caching=st.booleans(),
         repeats=st.booleans(),
     )
@@ -59,7 +59,7 @@ class CoreMachine(RuleBasedStateMachine):
         slot_bytes: int,
         bounded: Literal["requests", "tokens"] | None,
         speculation: Literal["none", "ngram"],
-        window: int | None,
+        remembers: bool,
         caching: bool,
         repeats: bool,
     ) -> None:
@@ -68,7 +68,6 @@ class CoreMachine(RuleBasedStateMachine):
         """Declared, and not published by hand."""
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
-        limits = limits._replace(window=window, num_blocks=max(blocks if window is None else blocks // 2, 9))
         limits = limits._replace(slot_bytes=slot_bytes, prefix_caching=caching)
         if slot_memory is not None:
             limits = limits._replace(slot_memory=slot_memory, num_slots=3)
@@ -76,7 +75,7 @@ class CoreMachine(RuleBasedStateMachine):
             limits = limits._replace(max_waiting_tokens=60, max_waiting_tokens_per_tenant=50)
         elif bounded == "requests":
             limits = limits._replace(max_waiting=6, max_waiting_per_tenant=5)
-        memory = None if limits.window is None else DeviceMemory
+        memory = DeviceMemory if remembers else None
         self.sim = RowSim(limits, policy, model, strict=False, memory=memory, repeats=repeats)
         self.reservations: list[Reservation] = []
         self.lost: list[Reservation] = []

@@ -9,14 +9,14 @@ import pytest
 from support.full_sim import FullSim
 
 from aioengine import events
-from aioengine.core.speculation import Drafting, PromptLookup, allot, copy
+from aioengine.core.speculation import Drafting, allot, copy
 from aioengine.testing import LIMITS
 
 Text = list[int]
 
 
 def test_a_text_is_looked_up_in_itself() -> None:
-    lookup = PromptLookup()
+    lookup = Drafting()
     assert lookup.find([1, 2]) == (0, 0)
     assert lookup.find([1, 2, 3]) == (0, 0)
     text = [9, 1, 2, 3, 4, 5, 6, 1, 2, 3]
@@ -27,8 +27,8 @@ def test_a_text_is_looked_up_in_itself() -> None:
     text += [4, 7, 6, 1, 2]
     assert lookup.find(text)[0] == 9
     long = list(range(10_000))
-    assert PromptLookup().find([*long, 5, 6, 7]) == (0, 0), "taken in over several steps"
-    lookup = PromptLookup()
+    assert Drafting().find([*long, 5, 6, 7]) == (0, 0), "taken in over several steps"
+    lookup = Drafting()
     for _ in range(3):
         found = lookup.find([*long, 5, 6, 7])
     assert found == (8, 3)

@@ -7,10 +7,9 @@ import random
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from support.paced_sim import MACHINES, MIDDLING, TARGET, Machine, PacedSim
+from support.paced_sim import MACHINES, TARGET, Machine, PacedSim
 
 SETTINGS = settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-WINDOWS = st.sampled_from([None, 30, 200])
 
 
 @SETTINGS
@@ -21,7 +20,6 @@ WINDOWS = st.sampled_from([None, 30, 200])
     own=st.integers(0, 100),
     choices=st.integers(2, 40),
     blocks=st.sampled_from([100, 400, 6000]),
-    window=WINDOWS,
     together=st.booleans(),
 )
 @pytest.mark.slow
@@ -32,11 +30,10 @@ def test_a_prompt_is_computed_once_for_all_choices(
     own: int,
     choices: int,
     blocks: int,
-    window: int | None,
     together: bool,
 ) -> None:
     """Each may have a few tokens of its own at the end. They come together, or one step after the other."""
-    sim = PacedSim(machine, max_step_seconds=target, num_blocks=blocks, window=window)
+    sim = PacedSim(machine, max_step_seconds=target, num_blocks=blocks)
     shared = [7] * length
     for choice in range(choices):
         sim.add(prompt=shared + [100 + choice] * own, max_tokens=1)
@@ -50,35 +47,22 @@ def test_a_prompt_is_computed_once_for_all_choices(
     assert computed <= length + choices * (own + 5 * 16)
 
 
-def test_none_waits_for_what_is_computed_and_lost() -> None:
-    """With a window, a long prompt gives back the blocks that it does not see any more."""
-    sim = PacedSim(MIDDLING, window=64, num_blocks=60, max_num_batched_tokens=64)
-    first = sim.add(prompt=[7] * 300 + [8] * 1600, max_tokens=1)
-    while first.computed < 1200:
-        sim.one_step()
-    second = sim.add(prompt=[7] * 300 + [9] * 1000, max_tokens=1)
-    sim.one_step()
-    assert second.blocks and first.id not in sim.ended
-    sim.core.check()
-
-
 @SETTINGS
 @given(
     machine=MACHINES,
     target=st.sampled_from([None, TARGET]),
     seed=st.integers(0, 2**32 - 1),
     blocks=st.integers(60, 400),
-    window=WINDOWS,
 )
 @pytest.mark.slow
 def test_all_end_with_the_same_outputs(
-    machine: Machine, target: float | None, seed: int, blocks: int, window: int | None
+    machine: Machine, target: float | None, seed: int, blocks: int
 ) -> None:
     """Prompts that begin alike in all ways, some of them cut off or with their log-probabilities."""
     outputs = []
     for caching in (True, False):
         rng = random.Random(seed)
-        bounds = {"max_step_seconds": target, "num_blocks": blocks, "window": window}
+        bounds = {"max_step_seconds": target, "num_blocks": blocks}
         sim = PacedSim(machine, prefix_caching=caching, **bounds)
         begins = [[rng.randrange(50)] * rng.randint(1, 400) for _ in range(3)]
         sent = []

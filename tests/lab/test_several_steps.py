@@ -243,8 +243,3 @@ def test_no_step_is_certain_after_one_that_a_request_ends_in() -> None:
     sim.settle()
     assert sim.schedule() is not None
     assert sim.core.batcher.certain_steps() == 7, "of 8 tokens, one is there, and the last ends it"
-    windowed = Sim(LIMITS._replace(num_blocks=64, window=8))
-    windowed.add(max_tokens=8)
-    windowed.settle()
-    assert windowed.schedule() is not None
-    assert windowed.core.batcher.certain_steps() == 1, "blocks are given back meanwhile"

@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
-from support.device_memory import DeviceMemory
 from support.full_sim import FullSim
 
 from aioengine.core.pacing import GRAIN
@@ -81,7 +80,6 @@ class PacedSim(FullSim):
                     **limits,
                 }
             ),
-            memory=DeviceMemory if limits.get("window") is not None else None,
         )
         self.machine = machine
         self.slowness = 1.0

@@ -21,7 +21,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from aioengine import events
-from aioengine.core.adapters.failures import too_large
 from aioengine.core.adapters.moves import DropMove, Move
 from aioengine.core.adapters.version import State
 from aioengine.core.guard import PolicyGuard
@@ -119,7 +118,7 @@ class CpuCache:
                 beside = f" beside the {held:,} {unit} of pinned adapters" if held else ""
                 todo = f"raise LoRAConfig.{setting}" + (" or unpin one" if held else "")
                 text = f"{takes:,} {unit}{where}, and {setting}={most:,} has no room for that{beside}; {todo}"
-                return too_large(entry, text)
+                return entry.too_large(text)
         return None
 
     def victims(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from aioengine.core.adapters.arena import find_room
-from aioengine.core.adapters.failures import shut_out, too_large
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.adapters.slots import Slot
 from aioengine.core.adapters.version import State
@@ -52,7 +51,7 @@ class Placing:
                 if entry.error is None:
                     text = f"{entry.slot_nbytes:,} bytes in a slot, and the pinned adapters leave {room:,} "
                     text += "bytes at a place; unpin one, or raise LoRAConfig.slot_memory"
-                    self._residency.fail(entry, now, too_large(entry, text), "too_large")
+                    self._residency.fail(entry, now, entry.too_large(text), "too_large")
                 continue
             held = [slot.entry for slot in self._slots.slots if slot.entry is not None]
             # Old versions that accepted requests still wait for stay.
@@ -92,7 +91,7 @@ class Placing:
                     where = f"it takes {entry.slot_nbytes:,} bytes, and pinned adapters leave {room:,}"
                     setting = "slot_memory"
                 why = f"cannot get a slot, because {where} ({pinned})"
-                found.append((entry, shut_out(entry, why, f"unpin one, or raise LoRAConfig.{setting}")))
+                found.append((entry, entry.shut_out(why, f"unpin one, or raise LoRAConfig.{setting}")))
         return found
 
     # Decisions

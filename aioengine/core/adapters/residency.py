@@ -10,9 +10,8 @@ from collections.abc import Collection
 
 from aioengine import events
 from aioengine.core.adapters.cpu_cache import CpuCache, Order
-from aioengine.core.adapters.failures import changed, frameless, shut_out, too_large
 from aioengine.core.adapters.moves import DropMove, LoadMove, Move, ReleaseMove, StopMove
-from aioengine.core.adapters.name import NameTable
+from aioengine.core.adapters.name import NameTable, frameless
 from aioengine.core.adapters.slots import SlotTable
 from aioengine.core.adapters.version import Life, State
 from aioengine.core.guard import PolicyGuard
@@ -96,7 +95,7 @@ class Residency:
         for entry in list(self.wanted.values()):
             if entry.location is Location.DISK and not entry.pinned:
                 self.names.forget_want(entry)
-                error = shut_out(entry, why, "unpin one, or raise LoRAConfig.max_cpu_loras")
+                error = entry.shut_out(why, "unpin one, or raise LoRAConfig.max_cpu_loras")
                 self.fail(entry, now, error, "too_large")  # those who wait for it hear of it
                 if entry.life is Life.NEW:
                     self.names.of(entry.label).retire(entry, now)
@@ -166,12 +165,12 @@ class Residency:
         """Return the reason if what was read may not be used, or can never be kept."""
         if entry.expected not in ("", found.digest):
             why = f"since it was loaded: their SHA-256 is {found.digest[:12]}..., and "
-            return changed(entry, f"{why}{entry.expected[:12]}... is expected; load it again with replace")
+            return entry.changed(f"{why}{entry.expected[:12]}... is expected; load it again with replace")
         arena, nbytes = self.slots.arena, found.bytes_in_slot
         if arena.rounded(nbytes) > arena.size:
             todo = "raise LoRAConfig.slot_memory or, without it, max_loras or max_lora_rank"
             why = f"{nbytes:,} bytes in the slots, which have {arena.size:,} in all; {todo}"
-            return too_large(entry, why)
+            return entry.too_large(why)
         return self.cpu.refusal(entry, found.nbytes, self.slots.places_of(nbytes))
 
     def loaded(self, entry: AdapterEntry, now: float, found: LoadedAdapter) -> AdapterError | None:

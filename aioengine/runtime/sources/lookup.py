@@ -11,7 +11,7 @@ from functools import partial
 from aioengine import errors, events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.sources import AdapterSources
-from aioengine.core.adapters.failures import frameless
+from aioengine.core.adapters.name import frameless
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.transfers import log_failure, reason_of
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from aioengine.adapters.names import NAME_RULE
 from aioengine.adapters.resolvers.base import AdapterResolver
-from aioengine.core.adapters.failures import frameless
+from aioengine.core.adapters.name import frameless
 from aioengine.core.state import AdapterEntry, where_is
 from aioengine.errors import AdapterError, AdapterNotFound
 from aioengine.runtime.loop import EngineLoop
