@@ -257,7 +257,7 @@ BUDGETS = {
     "aioengine/*.py": 3_100,  # aim: 2_400
     "aioengine/adapters": 3_950,  # aim: 3_800
     "aioengine/cli": 4_400,  # aim: 3_200
-    "aioengine/core": 4_650,  # aim: 4_600
+    "aioengine/core": 4_600,
     "aioengine/executors": 2_000,  # aim: 1_900
     "aioengine/fleet": 5_250,  # aim: 4_200
     "aioengine/grammars": 2_050,  # aim: 1_100
@@ -270,7 +270,7 @@ BUDGETS = {
     "kernels": 12_450,  # aim: 10_300
     "metrics": 3_600,
     "schedulers": 4_550,  # aim: 4_500
-    "tests": 66_950,  # aim: 52_000
+    "tests": 66_650,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
