@@ -58,7 +58,7 @@ class StepResults:
                 and count == each
                 and last is not None
                 and len(known) + count < request.most_tokens
-                and request.stops.isdisjoint(new)
+                and (new[0] not in request.stops if count == 1 else request.stops.isdisjoint(new))
             ):  # all but plain decodes that got a token from each step and go on, as nearly all do
                 if request.status is not Status.RUNNING:
                     continue
@@ -88,7 +88,7 @@ class StepResults:
                     got, finish = left, "stop"
             if got < count:
                 computed -= count - got
-            if (request.computed + computed) // size == request.computed // size:
+            if request.computed % size + computed < size:
                 request.computed += computed
             else:
                 self._batcher.advance(request, computed)
