@@ -18,7 +18,6 @@ from aioengine.adapters.loader import AdapterLoader, Patience
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
-from aioengine.checks import format_bytes
 from aioengine.config import WAITING_BOUNDS, EngineConfig
 from aioengine.core import CoreLimits
 from aioengine.errors import PolicyError
@@ -155,13 +154,8 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
     from importlib.metadata import version  # slow to import
 
     plan, variance = built.plan, built.device.variance
-    slots = "none"
-    if plan.num_slots:
-        slots = f"at most {plan.num_slots} adapters in {format_bytes(plan.slot_pool_bytes)}"
-    logger.info("slots: %s", slots)
     invariance = "on" if variance is None else f"off ({variance})"
     logger.info("kernels: %s; batch invariance: %s", built.device.kernels or "none", invariance)
-    logger.info("model: %s", built.spec.ran_by)
     return EngineInfo(
         version=version_,
         kernels=built.device.kernels,

@@ -41,10 +41,10 @@ def first_requests(plan: MemoryPlan) -> Iterator[StepBatch]:
     tokens = min(_PROMPT, plan.max_model_len - 1)
     width = -(-(tokens + 1) // plan.block_size)
     for start, count in ((0, tokens), (tokens, 1)):
-        sequences = [
-            _work(plan, -1, start, count, number=i, params=params, prompt_len=tokens, blocks=width)
-            for i, params in enumerate(_PARAMS[: plan.num_blocks // width])
-        ]
+        sequences = [_work(plan, -1, start, count, i, params) for i, params in enumerate(_PARAMS)]
+        for i, work in enumerate(sequences):  # each in its own blocks
+            work.prompt_len, work.block_table = tokens, list(range(i * width, (i + 1) * width))
+        del sequences[plan.num_blocks // width :]
         yield StepBatch(0, sequences, [0] * plan.num_slots)
 
 
@@ -70,7 +70,7 @@ def largest_step(plan: MemoryPlan, config: EngineConfig) -> StepBatch:
     rows = min(config.max_num_seqs, tokens)
     slot = -1 if config.lora is None else 0
     work = [
-        _work(plan, slot, 0, min(longest, tokens // rows + (i < tokens % rows)), number=i, params=_DEAREST)
+        _work(plan, slot, 0, min(longest, tokens // rows + (i < tokens % rows)), i, _DEAREST)
         for i in range(rows)
     ]
     return StepBatch(0, work, _ranks(plan, config))
@@ -87,24 +87,19 @@ def _work(
     slot: int,
     start: int,
     count: int,
-    *,
     number: int = 0,
     params: SamplingParams | None = None,
-    prompt_len: int | None = None,
-    blocks: int = 0,
 ) -> SequenceWork:
-    """Return a sequence that is sampled if it has ``params``, in block 0 or, with as many ``blocks`` for
-    each sequence, in its own."""
-    table = [0] * -(-(start + count) // plan.block_size)
+    """Return a sequence in block 0 that is sampled if it has ``params``."""
     return SequenceWork(
         request_id=f"warm-up-{number}",
         slot=slot,
         tokens=[0] * count,
         start=start,
-        block_table=list(range(number * blocks, (number + 1) * blocks)) if blocks else table,
+        block_table=[0] * -(-(start + count) // plan.block_size),
         sample=params is not None,
         params=params or _PARAMS[0],
         seed=0,
         history=[0] * (start + count) if params is not None else [],
-        prompt_len=start + count if prompt_len is None else prompt_len,
+        prompt_len=start + count,
     )
