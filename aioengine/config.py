@@ -310,16 +310,6 @@ CONFLICTS = (
         "device='cpu', or batch_invariant='auto'",
     ),
     Conflict(
-        {"kv_cache_dtype": "int8", "device": "cuda"},
-        "only the CPU kernels have it",
-        "kv_cache_dtype='fp8' on CUDA, which takes as much, or 'auto'; or device='cpu'",
-    ),
-    Conflict(
-        {"kv_cache_dtype": "fp8", "device": "cpu"},
-        "only CUDA has it: CPUs would have to widen each number, while they multiply int8 as it is",
-        "kv_cache_dtype='int8', which takes as much, or 'auto'",
-    ),
-    Conflict(
         {"speculation": CHANGED, "device": "cuda"},
         "on CUDA logits depend on the batch, so tokens would depend on the proposals",
         "device='cpu', or speculation='none'",
