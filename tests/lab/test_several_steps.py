@@ -165,7 +165,7 @@ def seen(deeds: Sequence[Deed], *, repeats: bool) -> list[tuple[float, ...]]:
         loop = asyncio.get_running_loop()
 
         def hear(event: events.Event) -> None:
-            if not isinstance(event, (events.LoopLag, events.StepFinished)):  # these depend on who takes steps
+            if not isinstance(event, (events.LoopLag, events.StepFinished)):  # by who takes steps
                 found.append((event.time, len(type(event).__name__)))
 
         model = costs(disk=Stage(0.0713, 1e9, slowdown=1.3), slot=Stage(0.0317, 1e9, slowdown=1.7))
