@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, tee
 from math import inf
-from operator import attrgetter, itemgetter
-from typing import NamedTuple
+from operator import attrgetter
+
+import msgspec
 
 from aioengine.schedulers.arrival import by_arrival, cold_by_arrival
 from aioengine.schedulers.checks import at_least
@@ -32,13 +33,12 @@ SCAN_LIMIT = 256  # cold adapters, and requests of a closed slot, that one decis
 SLOT_BOUND = """for a slot: 2 max_wait, one longest generation and one copy, as often as there are max_loras \
 older adapters that wait too, and once more"""
 Score = Callable[[SlotView, AdapterView], float]  # the adapter with the lowest leaves its slot first
-UNWANTED, WANTED, BUSY, SETTLING = range(4)
-"""Kinds of slots: idle without and with waiting requests, and busy since long or too short to be closed."""
+DISK, LOADING, CPU = Location.DISK, Location.LOADING, Location.CPU  # an enum's members are slow to look up
+UNWANTED, WANTED, BUSY, SETTLING = range(4)  # idle without, with waiting requests; busy since long, or short
 
 
 class FCFS(SchedulerPolicy):
-    """Starts requests that can run now in the order of their arrival, and gives slots to the adapters that
-    have been waited for longest.
+    """Starts requests that can run in order of arrival, and gives slots to the adapters waited for longest.
 
     A cold adapter gets a free slot, or an idle one that no request waits for. After ``max_wait`` seconds it
     gets an idle slot that only later requests wait for. If there is none, the busy slot that will be free
@@ -69,17 +69,18 @@ class FCFS(SchedulerPolicy):
     def schedule(self, view: SchedulerView) -> Decision:
         cold, cold_again = tee(cold_by_arrival(view))
         plan = self.assign_slots(view, cold, lambda slot, adapter: slot.last_used)
-        admit = list(islice(by_arrival(view, plan.open), view.free_seqs))
-        admit += plan.fill(view.free_seqs - len(admit))
-        ahead = (n for n in cold_again if view.adapters[n].location is not Location.LOADING)
-        on_disk = [n for n in islice(ahead, LOOKAHEAD) if view.adapters[n].location is Location.DISK]
-        read = on_disk[: view.load_room]
+        seqs, room = view.free_seqs, view.load_room
+        admit = list(islice(by_arrival(view, plan.open), seqs)) if seqs > 0 else []
+        admit += plan.fill(seqs - len(admit))
+        ahead = (n for n in cold_again if view.adapters[n].location is not LOADING)
+        on_disk = [n for n in islice(ahead, LOOKAHEAD if room else 0) if view.adapters[n].location is DISK]
+        read = on_disk[:room]
         return Decision(
             admit=[request.request_id for request in admit],
             place=plan.place,
             evict=plan.evict,
             prefetch=read,
-            ask_again=None if 0 < len(read) < view.load_room else plan.ask_again,  # others could be read
+            ask_again=None if 0 < len(read) < room else plan.ask_again,  # others could be read
         )
 
     def assign_slots(self, view: SchedulerView, cold: Iterable[str], score: Score) -> SlotPlan:
@@ -88,10 +89,10 @@ class FCFS(SchedulerPolicy):
         for name in islice(cold, SCAN_LIMIT):
             adapter = adapters[name]
             location, oldest = adapter.location, adapter.oldest_arrival
-            if location is Location.LOADING or oldest is None:
+            if location is LOADING or oldest is None:
                 continue
             take, close = oldest + self.take_after <= now, oldest + self.close_after <= now
-            if location is Location.CPU or (take and plan.lack(adapter) > 0):
+            if location is CPU or (take and plan.tight and plan.lack(adapter) > 0):
                 kind = BUSY if close and plan.closes else WANTED if take else UNWANTED
                 found = plan.find(adapter, (h for h in plan.held if h.oldest > oldest and h.kind <= kind))
                 if found is not None:
@@ -106,7 +107,7 @@ class FCFS(SchedulerPolicy):
         return plan
 
 
-class HeldSlot(NamedTuple):
+class HeldSlot(msgspec.Struct, frozen=True, eq=False):
     """A slot that its adapter may have to leave."""
 
     kind: int
@@ -127,10 +128,11 @@ class SlotPlan:
         self.ask_again: float | None = inf
         self.free = 0
         self._free_bytes = view.memory.free if view.memory.elastic else None
-        self._cpu_room, self._cpu_bytes = view.cpu_room, view.cpu_bytes_room
+        self._full, self._cpu_bytes = view.cpu_room <= 0, view.cpu_bytes_room
+        self.tight = self._full or self._cpu_bytes is not None  # the CPU cache may lack room
         self._left: Mapping[str | None, int] = {}
         self._wanted, self._ready = list[str](), list[tuple[SlotView, str, AdapterView, float]]()
-        adapters, loading, ready = view.adapters, SlotState.LOADING, SlotState.READY
+        adapters, ready = view.adapters, SlotState.READY
         for slot in view.slots:
             name = slot.adapter
             if name is None:
@@ -138,7 +140,7 @@ class SlotPlan:
                 continue
             state, adapter = slot.state, adapters[name]
             oldest = adapter.oldest_arrival
-            if oldest is not None and state is not loading:
+            if oldest is not None and state is not SlotState.LOADING:
                 self._wanted.append(name)
             if state is ready and not adapter.pinned:
                 self._ready.append((slot, name, adapter, inf if oldest is None else oldest))
@@ -152,8 +154,7 @@ class SlotPlan:
 
     def lack(self, adapter: AdapterView) -> int:
         """Return the bytes that must leave the CPU cache before the adapter can be read; 0 if it has room."""
-        room = self._cpu_bytes
-        return max(0 if room is None else adapter.bytes - room, int(self._cpu_room <= 0))
+        return max(0 if self._cpu_bytes is None else adapter.bytes - self._cpu_bytes, int(self._full))
 
     @cached_property
     def held(self) -> list[HeldSlot]:
@@ -167,15 +168,14 @@ class SlotPlan:
             else:
                 kind, value = UNWANTED if oldest == inf else WANTED, self._score(slot, adapter)
             found.append(HeldSlot(kind, value, oldest, name, adapter))
-        return sorted(found, key=itemgetter(0, 1))
+        return sorted(found, key=attrgetter("kind", "value"))
 
     def find(self, adapter: AdapterView, candidates: Iterator[HeldSlot]) -> Sequence[HeldSlot] | None:
         """Return as many of ``candidates`` as must leave so that an adapter on the CPU has a slot and its
         memory, or one on disk can be read. None if they are too few."""
-        on_disk = adapter.location is Location.DISK
+        on_disk = adapter.location is DISK
         if not on_disk and self._free_bytes is None:  # each adapter takes one slot
-            held = None if self.free > 0 else next(candidates, None)
-            return (held,) if held is not None else () if self.free > 0 else None
+            return () if self.free > 0 else tuple(islice(candidates, 1)) or None
         found, memory = list[HeldSlot](), self._view.memory
         slots, nbytes, more, lack = 1, 0, 0, self.lack(adapter) if on_disk else 0
         if not on_disk:
@@ -193,7 +193,7 @@ class SlotPlan:
 
     def take(self, found: Sequence[HeldSlot], adapter: AdapterView, *, now: bool) -> None:
         """Place an adapter where those in ``found`` leave. Not ``now``, or if it is on disk: close these."""
-        if adapter.location is Location.DISK:
+        if adapter.location is DISK:
             now, self.ask_again = False, None  # idle slots admit requests again once the read has begun
         else:
             self.free += len(found) - 1
@@ -206,7 +206,7 @@ class SlotPlan:
             self.place.append(Place(adapter.name))
             self.evict += [held.name for held in found]
         else:
-            self.closed.update(dict.fromkeys([held.name for held in found]))
+            self.closed |= {held.name: None for held in found}
 
     def fill(self, limit: int) -> list[RequestView]:
         """Return requests for closed slots that end before the longest one that runs there."""
