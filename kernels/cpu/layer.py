@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,30 +39,28 @@ def add_rms_norm(hidden: Tensor, delta: Tensor | None, norm: Norm, factor: float
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``; see :class:`Backend`."""
-    if gate_up.dtype not in DTYPES:
-        return plain.silu_and_mul(gate_up)
-    return _activate(gate_up, load().aio_silu_and_mul)
+    return _activate(gate_up, "silu") if gate_up.dtype in DTYPES else plain.silu_and_mul(gate_up)
 
 
 def gelu_and_mul(gate_up: Tensor) -> Tensor:
     """``gelu(gate) * up``; see :class:`Backend`."""
-    if gate_up.dtype not in DTYPES:
-        return plain.gelu_and_mul(gate_up)
-    return _activate(gate_up, load().aio_gelu_and_mul)
+    return _activate(gate_up, "gelu_tanh") if gate_up.dtype in DTYPES else plain.gelu_and_mul(gate_up)
 
 
 def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
     """``g * sigmoid(alpha * g) * (u + 1)``; see :class:`Backend`."""
     if gate_up.dtype not in DTYPES:
         return plain.clamped_swiglu(gate_up, alpha=alpha, limit=limit)
-    return _activate(gate_up, load().aio_clamped_swiglu, alpha, limit)
+    return _activate(gate_up, "clamped_swiglu", alpha, limit)
 
 
-def _activate(gate_up: Tensor, function: Callable[..., None], *numbers: float) -> Tensor:
+def _activate(gate_up: Tensor, name: str, alpha: float = 0.0, limit: float = 0.0) -> Tensor:
     assert gate_up.is_contiguous()
     rows, size = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
-    function(is_bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, *numbers, threads())
+    kind = structs.ACTIVATIONS.index(name)
+    gate = structs.Gate(is_bf16(out), kind, alpha, limit, out.data_ptr())
+    load().aio_activate(ctypes.byref(gate), gate_up.data_ptr(), rows, size, threads())
     return out
 
 

@@ -60,9 +60,7 @@ _SIGNATURES = {
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int),
         *(c_float, c_int),
     ),
-    "aio_silu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
-    "aio_gelu_and_mul": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
-    "aio_clamped_swiglu": (c_int, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int),
+    "aio_activate": (c_void_p, c_void_p, c_long, c_long, c_int),
     "aio_soft_cap": (c_int, c_void_p, c_long, c_float, c_int),
     "aio_argmax": (c_int, c_void_p, c_long, c_long, c_void_p, c_int),
     "aio_lora_shrink": (

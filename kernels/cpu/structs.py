@@ -79,6 +79,15 @@ class Slots(Structure):
     ]
 
 
+class Gate(Structure):
+    """An activation, and where it writes what it makes of gates and what these are for."""
+
+    _fields_ = [
+        *(("bf16", c_int64), ("activation", c_int64), ("alpha", c_double), ("limit", c_double)),
+        ("out", c_void_p),
+    ]
+
+
 class HeadNorms(Structure):
     """Norms of queries and keys, of so many elements together."""
 

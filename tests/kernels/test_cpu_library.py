@@ -22,7 +22,7 @@ from aioengine.kernels import (
     Norm,
     get_backend,
 )
-from aioengine.kernels.cpu import build, shared_library
+from aioengine.kernels.cpu import build, shared_library, structs
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.kernels.cpu.quantized import QuantizedWeight
@@ -120,7 +120,8 @@ def test_norm_and_activation(lib: ctypes.CDLL, dtype: torch.dtype, rows: int, si
     assert torch.equal(at_once, total) and torch.equal(delta, out)
     gate_up = (8 * torch.randn(rows, 2 * size)).to(dtype)
     gate_up[0, :2] = torch.tensor([-300.0, 300.0]).to(dtype)  # where e^x overflows
-    lib.aio_silu_and_mul(bf16(out), gate_up.data_ptr(), out.data_ptr(), rows, size, THREADS)
+    gate = structs.Gate(bf16(out), structs.ACTIVATIONS.index("silu"), 0.0, 0.0, out.data_ptr())
+    lib.aio_activate(ctypes.byref(gate), gate_up.data_ptr(), rows, size, THREADS)
     close(out, reference.silu_and_mul(gate_up))
 
 

@@ -253,31 +253,31 @@ struct Int8 {
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
 // What exponentials of x <= 0 have in common, for a vector of any length V with whole numbers in W: `x` bounded so that no
-// exponent wraps, and 2^n times a polynomial, 0 where x was far below `low`.
+// exponent wraps, and 2^n times a polynomial, 0 where x was below `low`: a subnormal number takes a hundred cycles to make.
 template <class W, class V>
 struct Exponential {
   V x;
-  W tiny = {};
-
-  Exponential(V from, [[maybe_unused]] float low) : x(from) {
 #if defined(__AVX512F__)
-    static_assert(sizeof(V) == sizeof(__m512));
-    x = (V)_mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x);  // NaN stays
-#else
-    tiny = (W)(x < low);
-    x = (V)(((W)x & ~tiny) | ((W)(V{} + low) & tiny));
-#endif
-  }
+  __mmask16 there;  // NaN is
+
+  Exponential(V from, float low) : x(from), there(_mm512_cmp_ps_mask((__m512)from, _mm512_set1_ps(low), _CMP_NLT_UQ)) {}
 
   // `shifted` is n + MAGIC.
   V times_two_to(V shifted, V p) const {
-#if defined(__AVX512F__)
-    return (V)_mm512_scalef_ps((__m512)p, (__m512)(shifted - MAGIC));
+    return (V)_mm512_maskz_scalef_ps(there, (__m512)p, (__m512)(shifted - MAGIC));
+  }
 #else
+  W tiny;
+
+  Exponential(V from, float low) : x(from), tiny((W)(from < low)) {
+    x = (V)(((W)x & ~tiny) | ((W)(V{} + low) & tiny));
+  }
+
+  V times_two_to(V shifted, V p) const {
     const W exponent = ((W)shifted - (W)(V{} + MAGIC)) << 23;
     return (V)(((W)p + exponent) & ~tiny);
-#endif
   }
+#endif
 };
 
 // The polynomial with these factors, the highest first.
@@ -289,7 +289,7 @@ static inline V polynomial(V r, float highest, const float (&factors)[N]) {
   return p;
 }
 
-// e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (relative error below 2e-7); 0 far below -87.
+// e^x for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2] (relative error below 2e-7); 0 below -87.
 template <class W, class V>
 static inline V exp_negative_as(V x) {
   const Exponential<W, V> power(x, -87.0f);
@@ -301,7 +301,7 @@ static inline V exp_negative_as(V x) {
   return power.times_two_to(shifted, multiply_add(p * r, r, r) + 1.0f);
 }
 
-// 2^x for x <= 0, likewise, with half as many instructions; 0 far below -126.
+// 2^x for x <= 0, likewise, with half as many instructions; 0 below -126.
 template <class W, class V>
 static inline V exp2_negative_as(V x) {
   const Exponential<W, V> power(x, -126.0f);

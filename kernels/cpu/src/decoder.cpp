@@ -53,7 +53,7 @@ struct Model {
   int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, block_bytes, int8_cache;
   int64_t rope_half, rope_neighbours;  // see Rope in elementwise.cpp
   int64_t q_norm_size, k_norm_size;    // a head's, or of all heads together
-  int64_t activation, norm_rounded;  // an Activation
+  int64_t activation, norm_rounded;  // an aio::Activation
   double eps, norm_offset, residual_scale, attention_scale, attention_cap, swiglu_alpha, swiglu_limit;
   const void* norm;
   int64_t rotations;         // different ones of the layers
@@ -106,7 +106,6 @@ struct Step {
 };
 
 // structs.py names these.
-enum Activation { SILU, GELU, CLAMPED_SWIGLU };
 enum Phase { NORM, QKV, ROPE, ATTENTION, O, GATE_UP, ACTIVATION, DOWN, HEAD, SHRINK, AFFINE, EXCHANGE, ROUTE, PHASES };
 // GATHER makes h [rows, slices, width] of what every process has of it, SUM adds them up; of experts, rows_h. TOTAL adds
 // up x, the outputs of linears that are split over their inputs, and scales and shifts the sum.
@@ -222,16 +221,8 @@ struct Run {
 
   // gate_up [rows, 2 * size] -> out [rows, size].
   void activate(const void* gate_up, void* out, long rows, long size) const {
-    timed(ACTIVATION, [&] {
-      switch (m.activation) {
-        case SILU:
-          return aio_silu_and_mul(m.bf16, gate_up, out, rows, size, threads);
-        case GELU:
-          return aio_gelu_and_mul(m.bf16, gate_up, out, rows, size, threads);
-        case CLAMPED_SWIGLU:
-          return aio_clamped_swiglu(m.bf16, gate_up, out, rows, size, m.swiglu_alpha, m.swiglu_limit, threads);
-      }
-    });
+    const aio::Gate gate{m.bf16, m.activation, m.swiglu_alpha, m.swiglu_limit, out};
+    timed(ACTIVATION, [&] { aio_activate(&gate, gate_up, rows, size, threads); });
   }
 
   // What the tokens are, where they are and what follows from that.

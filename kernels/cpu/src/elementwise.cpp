@@ -88,26 +88,20 @@ void norm_heads(typename T::elem* x, long width, const void* weight, long size, 
     norm_row<T>(x + at, (const typename T::elem*)weight, x + at, size, rule);
 }
 
-enum Activation { SILU, GELU, CLAMPED };
-
-// Of CLAMPED alone.
-struct Clamp {
-  float alpha, limit;
-};
-
 // act(gate) * up, where act is z -> z * sigmoid(z), or GELU by its tanh (Hendrycks and Gimpel, 2016, arXiv:1606.08415),
 // which is a sigmoid, too; or what Backend.clamped_swiglu says. The sigmoid comes from e^-|z|, which cannot overflow.
+// Shazeer, 2020, arXiv:2002.05202.
 template <class T, Activation A>
-inline void activate16(const typename T::elem* gate, const typename T::elem* up, typename T::elem* out, const Clamp& c) {
+inline void activate16(const typename T::elem* gate, const typename T::elem* up, typename T::elem* out, float alpha, float limit) {
   const auto all = [](float f) { return rf{} + f; };
   for (int at = 0; at < LANES; at += WIDTH) {
     rf g = T::load_register(gate + at), u = T::load_register(up + at);
-    if (A == CLAMPED) g = g > c.limit ? all(c.limit) : g;
-    const rf z = A == SILU ? g : A == GELU ? (g + g * g * g * 0.044715f) * 1.5957691216f : g * c.alpha;
+    if (A == CLAMPED_SWIGLU) g = g > limit ? all(limit) : g;
+    const rf z = A == SILU ? g : A == GELU ? (g + g * g * g * 0.044715f) * 1.5957691216f : g * alpha;
     const rf e = exp_negative_as<ri>(z < 0.0f ? z : -z);
     const rf sigmoid = (z < 0.0f ? e : all(1.0f)) / (1.0f + e);
-    if (A == CLAMPED) {
-      u = u > c.limit ? all(c.limit) : u < -c.limit ? all(-c.limit) : u;
+    if (A == CLAMPED_SWIGLU) {
+      u = u > limit ? all(limit) : u < -limit ? all(-limit) : u;
       T::store_register(out + at, g * sigmoid * (u + 1.0f));
       continue;
     }
@@ -116,26 +110,40 @@ inline void activate16(const typename T::elem* gate, const typename T::elem* up,
   }
 }
 
-// out[t, i] = act(gate) * up for gate_up [rows, 2 * size]. Shazeer, 2020, arXiv:2002.05202.
 template <class T, Activation A>
-void activate(const void* gate_up_, void* out_, long rows, long size, int threads, const Clamp& clamp = {}) {
+void activate_row(const Gate& g, const void* gates, const void* up_, void* out_, long count) {
   using elem = typename T::elem;
+  const elem *gate = (const elem*)gates, *up = (const elem*)up_;
+  elem* out = (elem*)out_;
+  long i = 0;
+  for (; i + LANES <= count; i += LANES) activate16<T, A>(gate + i, up + i, out + i, g.alpha, g.limit);
+  if (i == count) return;
+  elem last[3][LANES] = {};
+  std::memcpy(last[0], gate + i, (count - i) * sizeof(elem));
+  std::memcpy(last[1], up + i, (count - i) * sizeof(elem));
+  activate16<T, A>(last[0], last[1], last[2], g.alpha, g.limit);
+  std::memcpy(out + i, last[2], (count - i) * sizeof(elem));
+}
+
+template <class T, Activation A>
+void activate_rows(const Gate& g, const void* gate_up, long rows, long size, int threads) {
+  const long bytes = size * long(sizeof(typename T::elem));
   together(worth(rows * size, threads), [&](const Member& me) {
     const Range mine = me.share(rows);
     for (long row = mine.begin; row < mine.end; row++) {
-      const elem *gate = (const elem*)gate_up_ + row * 2 * size, *up = gate + size;
-      elem* out = (elem*)out_ + row * size;
-      long i = 0;
-      for (; i + LANES <= size; i += LANES) activate16<T, A>(gate + i, up + i, out + i, clamp);
-      if (i < size) {
-        elem g[LANES] = {}, u[LANES] = {}, o[LANES];
-        std::memcpy(g, gate + i, (size - i) * sizeof(elem));
-        std::memcpy(u, up + i, (size - i) * sizeof(elem));
-        activate16<T, A>(g, u, o, clamp);
-        std::memcpy(out + i, o, (size - i) * sizeof(elem));
-      }
+      const char* const gates = (const char*)gate_up + row * 2 * bytes;
+      activate_row<T, A>(g, gates, gates + bytes, (char*)g.out + row * bytes, size);
     }
   });
+}
+
+template <class T>
+void activate(const Gate& g, const void* gate_up, long rows, long size, int threads) {
+  switch (g.activation) {
+    case SILU: return activate_rows<T, SILU>(g, gate_up, rows, size, threads);
+    case GELU: return activate_rows<T, GELU>(g, gate_up, rows, size, threads);
+    default: return activate_rows<T, CLAMPED_SWIGLU>(g, gate_up, rows, size, threads);
+  }
 }
 
 // cap * tanh(x / cap) in place. Gemma 2: arXiv:2408.00118, section 2.
@@ -245,20 +253,9 @@ AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void
        : aio::add_rms_norm<aio::F32>(hidden, delta, delta_weight, weight, out, rows, size, factor, rule, threads);
 }
 
-AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads) {
-  bf16 ? aio::activate<aio::Bf16, aio::SILU>(gate_up, out, rows, size, threads)
-       : aio::activate<aio::F32, aio::SILU>(gate_up, out, rows, size, threads);
-}
-
-AIO_EXPORT void aio_gelu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads) {
-  bf16 ? aio::activate<aio::Bf16, aio::GELU>(gate_up, out, rows, size, threads)
-       : aio::activate<aio::F32, aio::GELU>(gate_up, out, rows, size, threads);
-}
-
-AIO_EXPORT void aio_clamped_swiglu(int bf16, const void* gate_up, void* out, long rows, long size, float alpha,
-                                   float limit, int threads) {
-  bf16 ? aio::activate<aio::Bf16, aio::CLAMPED>(gate_up, out, rows, size, threads, {alpha, limit})
-       : aio::activate<aio::F32, aio::CLAMPED>(gate_up, out, rows, size, threads, {alpha, limit});
+// out [rows, size] = act(gate) * up for gate_up [rows, 2 * size].
+AIO_EXPORT void aio_activate(const aio::Gate* gate, const void* gate_up, long rows, long size, int threads) {
+  (gate->bf16 ? aio::activate<aio::Bf16> : aio::activate<aio::F32>)(*gate, gate_up, rows, size, threads);
 }
 
 // x [count] in place, count a multiple of 16.

@@ -64,6 +64,15 @@ struct Adapters {
   long slices, width;
 };
 
+enum Activation { SILU, GELU, CLAMPED_SWIGLU };  // structs.py names these
+
+// An activation of gates times what these are for, and where it is written: structs.py names these.
+struct Gate {
+  int64_t bf16, activation;  // an Activation
+  double alpha, limit;       // of CLAMPED_SWIGLU
+  void* out;
+};
+
 // A packed weight: panels of 16 outputs, each of so many bytes.
 struct Panels {
   const void* begin;  // null: none
@@ -126,10 +135,7 @@ AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const floa
                                const aio::HeadNorms* norms, int threads);
 AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_weight, const void* weight, void* out,
                                  long rows, long size, float factor, float eps, int rounded, float offset, int threads);
-AIO_EXPORT void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
-AIO_EXPORT void aio_gelu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
-AIO_EXPORT void aio_clamped_swiglu(int bf16, const void* gate_up, void* out, long rows, long size, float alpha,
-                                   float limit, int threads);
+AIO_EXPORT void aio_activate(const aio::Gate* gate, const void* gate_up, long rows, long size, int threads);
 AIO_EXPORT void aio_soft_cap(int bf16, void* x, long count, float cap, int threads);
 AIO_EXPORT void aio_argmax(int bf16, const void* x, long rows, long size, int64_t* best, int threads);
 AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,

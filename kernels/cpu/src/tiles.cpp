@@ -8,7 +8,12 @@
 namespace aio {
 namespace {
 
-constexpr long ROW_BLOCK = 128;  // rows of x, at most, that stay in the L2 cache while the panels pass by
+// Rows of x, at most, that stay in the L2 cache while the panels pass by; and rows of a thread from which on they are its own.
+#if defined(AIO_TILES)
+constexpr long ROW_BLOCK = 256, ROWS_TO_SHARE = 128;
+#else
+constexpr long ROW_BLOCK = 128, ROWS_TO_SHARE = 0;
+#endif
 constexpr long FORESEEN = 64;    // rows in tile registers up to which the hardware itself fetches weights in time
 constexpr long LONG = 16;        // rows of a segment in a block from which on B is added while the sums are in the caches
 // Panels that short segments are added to together, because each time costs a call: so many, or as fit into so many bytes.
@@ -70,27 +75,34 @@ void finish(const Linear& l, const vf (&sums)[PANELS][MOST_ROWS], long skip, con
   }
 }
 
-// Rows begin..end-1 by up to 3 adjoining panels from `first` on; the thread's next block has the `next` panels after
-// these (0: others).
+// Rows begin..end-1 by up to 3 adjoining panels from `first` on; the thread's next block has the panels after these if it
+// `adjoins`.
 struct Block {
-  long begin, end, first, panels, next;
+  long begin, end, first, panels;
+  bool adjoins;
 
-  // Where those lie.
-  Fetch following(const Stored& weights) const {
-    if (weights.begin == nullptr) return {};
-    return {(const char*)weights.begin + (first + panels) * weights.panel_bytes, next * weights.panel_bytes};
+  // Where its weights lie.
+  Fetch weights(const Stored& stored) const {
+    if (stored.begin == nullptr) return {};
+    return {(const char*)stored.begin + first * stored.panel_bytes, panels * stored.panel_bytes};
   }
 };
 
-// A thread's blocks: blocks of rows outside, panels inside. It has the same panels of all rows where these can be shared
-// out evenly, else a contiguous part of all blocks. Blocks of rows are as even as tiles allow: a last one of a few rows
-// would have all weights read for these, and those whose blocks it has would wait for the others.
+// A thread's blocks: blocks of rows outside, panels inside. A thread has rows of its own where tile registers compute many, so
+// that what it makes of them stays in its caches. Else it has the same panels of all rows where these can be shared out evenly, or a contiguous part of all blocks.
+// Blocks of rows are as even as tiles allow: a last one of a few rows would have all weights read for these, and those whose
+// blocks it has would wait for the others.
 class Share {
  public:
-  Share(const Member& me, long rows, long n) : rows_(rows), panels_(whole(n, LANES)), wide_(whole(panels_, PANELS)) {
-    const long blocks = whole(rows, ROW_BLOCK);
-    height_ = whole(whole(rows, MOST_ROWS), blocks) * MOST_ROWS;
-    if (wide_ % me.count == 0) {
+  Share(const Member& me, long rows, long n) : panels_(whole(n, LANES)), wide_(whole(panels_, PANELS)) {
+    const bool by_rows = ROWS_TO_SHARE > 0 && rows >= ROWS_TO_SHARE * me.count;
+    const Range own = by_rows ? me.share(whole(rows, MOST_ROWS)) : Range{0, whole(rows, MOST_ROWS)};
+    top_ = own.begin * MOST_ROWS, bottom_ = own.end * MOST_ROWS < rows ? own.end * MOST_ROWS : rows;
+    const long blocks = whole(bottom_ - top_, ROW_BLOCK);
+    height_ = whole(own.end - own.begin, blocks) * MOST_ROWS;
+    if (by_rows) {
+      mine_ = {0, blocks * wide_};
+    } else if (wide_ % me.count == 0) {
       wide_ /= me.count;
       left_ = me.index * wide_;
       mine_ = {0, blocks * wide_};
@@ -102,19 +114,17 @@ class Share {
   long count() const { return mine_.end - mine_.begin; }
 
   Block operator[](long i) const {
-    const long at = mine_.begin + i, begin = at / wide_ * height_, first = (left_ + at % wide_) * PANELS;
-    const long end = begin + height_ < rows_ ? begin + height_ : rows_;
+    const long at = mine_.begin + i, begin = top_ + at / wide_ * height_, first = (left_ + at % wide_) * PANELS;
+    const long end = begin + height_ < bottom_ ? begin + height_ : bottom_;
     const bool adjoins = i + 1 < count() && (at + 1) % wide_ != 0;
-    return {begin, end, first, panels(first), adjoins ? panels(first + PANELS) : 0};
+    return {begin, end, first, panels_ - first < PANELS ? panels_ - first : PANELS, adjoins};
   }
 
  private:
-  // From `first` on, at most a block's.
-  long panels(long first) const { return panels_ - first < PANELS ? panels_ - first : PANELS; }
-
   static long whole(long n, long of) { return (n + of - 1) / of; }
 
-  long rows_, panels_, wide_, left_ = 0, height_;
+  const long panels_;
+  long wide_, left_ = 0, height_, top_, bottom_;
   Range mine_;
 };
 
@@ -136,7 +146,7 @@ class Blocks {
 
   // `w` are the block's weights; `next` is where those of the next block lie, if it is known.
   void operator()(const uint32_t* w, const Block& block, const Fetch& next) {
-    const auto [begin, end, first, panels, adjoining] = block;
+    const auto [begin, end, first, panels, adjoins] = block;
     const long lanes = l_.k / multiply_.per_lane, column = first * LANES;
     tools_.fetcher.begin();
     if (adapters_ != nullptr) find_segments(begin, end), want_adapters(column, panels);
@@ -147,7 +157,7 @@ class Blocks {
     rows(w, begin, end, column, panels);
     if (adapters_ == nullptr) return;
     waiting_ += panels;
-    if (adjoining > 0 && waiting_ < most_waiting_) return;
+    if (adjoins && waiting_ < most_waiting_) return;
     add_to_short_segments(column + (panels - waiting_) * LANES, waiting_);
     waiting_ = 0;
   }
@@ -304,7 +314,7 @@ void compute_share(const Member& me, const Linear& l, const Beside& beside, cons
   Blocks<Out> compute(me, l, beside, multiply, mine.count());
   for (long i = 0; i < mine.count(); i++) {
     const Block block = mine[i];
-    compute(unpack(of, block.first, block.panels), block, block.following(stored));
+    compute(unpack(of, block.first, block.panels), block, i + 1 < mine.count() ? mine[i + 1].weights(stored) : Fetch{});
   }
 }
 
