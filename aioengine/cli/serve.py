@@ -86,8 +86,7 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
     from aioengine.cli.progress import started
     from aioengine.cli.serving.lifetime import serve_to_the_end
     from aioengine.engine import AsyncEngine
-    from aioengine.server.app import create_app
-    from aioengine.server.entrance import Entrance
+    from aioengine.server.app import Entrance, create_app
     from aioengine.server.run import Signals, listening
 
     config, replicas, flags = checked.config, checked.replicas, checked.flags

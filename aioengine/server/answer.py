@@ -36,7 +36,7 @@ SCORE_BYTES = 64
 MAX_SCORES = 2**18
 """Log-probabilities of prompts in one request: prompt tokens x (1 + most likely ones)."""
 VALUES_PER_SCORE = 16
-"""Numbers of a vector that take as much memory as a log-probability."""
+"""Numbers of a vector, or token ids, that take as much memory or time as a log-probability."""
 FORMED_IN_THREAD = 256
 """Log-probabilities above which JSON is encoded in a thread."""
 _EVENT_HEADERS = [
@@ -99,7 +99,7 @@ class Answer:
         self._engine, self._context, self._record = context.engine, context, record
         self._form = form
         self._clock, self._began = clock, clock()
-        self._is_stream = bool(fields.stream)
+        self._is_stream, self._with_ids = bool(fields.stream), bool(fields.return_token_ids)
         self.seed = next(context.seeds) if params.seed is None else params.seed
         """Seed of the first choice; those of the others follow from it."""
         params = msgspec.structs.replace(params, seed=self.seed)
@@ -169,9 +169,9 @@ class Answer:
         ]
 
     async def outputs(self, index: int) -> AsyncGenerator[tuple[RequestOutput, int], None]:
-        """Yield the outputs of one choice, and how many log-probabilities and numbers are new in each.
+        """Yield the outputs of one choice, and how many log-probabilities and other numbers are new in each.
         Closing it aborts the engine's request. Raises what the engine raises."""
-        numbers, params = self._prompt_scores(index), self._params[index]
+        numbers, params = self._prompt_scores(index) + self._written_ids(index), self._params[index]
         async with self._begun(index) as options:
             stream = self._engine.generate(
                 self._prompts[index], params, options=options, request_id=self._ids[index]
@@ -269,6 +269,11 @@ class Answer:
         most_likely = self._params[index].prompt_logprobs
         return 0 if most_likely is None else len(self._prompts[index]) * (1 + most_likely)
 
+    def _written_ids(self, index: int, output: RequestOutput | None = None) -> int:
+        """Return as how many log-probabilities the ids count that are written of a choice."""
+        count = len(self._prompts[index]) + (0 if output is None else output.output_tokens)
+        return count // VALUES_PER_SCORE if self._with_ids else 0
+
     async def _formed(self, numbers: int, form: Callable[[], T]) -> T:
         """Return ``form()``, which writes so many log-probabilities: if they are many, from a thread, in
         turns with other requests."""
@@ -308,7 +313,8 @@ class Answer:
             await self._send(send, self.reply.last_events(self.usage), last=True)
             return
         outputs = await self.last_outputs()
-        whole = await self._formed(self._held, lambda: self.reply.whole(outputs, self.usage))
+        numbers = self._held + sum(self._written_ids(i, output) for i, output in enumerate(outputs))
+        whole = await self._formed(numbers, lambda: self.reply.whole(outputs, self.usage))
         await respond(send, 200, [(b"content-type", b"application/json")], whole)
 
     async def _stream(self, index: int, send: Sender, writing: asyncio.Lock) -> None:

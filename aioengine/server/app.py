@@ -16,6 +16,7 @@ from aioengine.adapters.read_threads import SharedRead
 from aioengine.errors import EngineStopped
 from aioengine.metrics.asgi import metrics_app
 from aioengine.metrics.page.plumbing import Receive, Scope, Send, answer_no_http, below_mount, respond
+from aioengine.metrics.starting import starting_metrics
 from aioengine.runtime.client import EngineClient
 from aioengine.server.access.browsers import BrowserRules
 from aioengine.server.access.gate import Gate
@@ -23,8 +24,7 @@ from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.bounds import UNREAD, Shares
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, ClientDisconnected
-from aioengine.server.openapi import make_document
-from aioengine.server.routes import METRICS, OPEN, ROUTES, Requests
+from aioengine.server.routes import METRICS, OPEN, ROUTES, Requests, make_document
 from aioengine.server.settings import ServerSettings
 from aioengine.server.transport.sender import Sender
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
 _PROBES = frozenset(route.path for route in ROUTES if route.scopes == OPEN)
+_JSON = [(b"content-type", b"application/json")]
 _PAGES = frozenset(("", *(route.path for route in ROUTES if route.scopes == METRICS)))
 
 
@@ -167,6 +168,52 @@ class ServerApp:
                 text = f"{record.method} is not allowed for {path[:200]}"
                 error = ApiError(error.status_code, text, code="method_not_allowed")
         return record.refused_by(error, self._settings)
+
+
+class Entrance:
+    """Answers while the engine starts, and passes requests to ``app`` once it is opened.
+
+    Until then ``/health`` answers 200, because the process is well; ``/ready`` answers 503 with the current
+    stage; ``/metrics`` has only the state; everything else is refused with 503 and a ``Retry-After``.
+    """
+
+    def __init__(self, engine_name: str = "default") -> None:
+        self._engine_name = engine_name
+        self.app: ServerApp | None = None
+        self._stage: dict[str, str | int] = {}
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """A :class:`~aioengine.info.LoadProgress`; may be called in any thread."""
+        self._stage = {"stage": stage, "done": done, "total": total}
+
+    def open(self, app: ServerApp) -> None:
+        """Pass all requests to ``app`` from now on."""
+        app.open()
+        self.app = app
+
+    @property
+    def active(self) -> int:
+        """Accepted requests that have not been answered in full."""
+        return 0 if self.app is None else self.app.active
+
+    def close(self) -> None:
+        """End the live page's streams, which a server that shuts down would wait for."""
+        if self.app is not None:
+            self.app.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.app is not None:
+            await self.app(scope, receive, send)
+        elif scope["path"] in ("/health", "/ready"):
+            status = 200 if scope["path"] == "/health" else 503
+            await respond(send, status, _JSON, msgspec.json.encode({"status": "starting", **self._stage}))
+        elif scope["path"] == "/metrics":  # without a key: it says what the probes say
+            kind, body = starting_metrics(self._engine_name)
+            await respond(send, 200, [(b"content-type", kind.encode())], body)
+        else:
+            text = "the engine is still starting: see /ready"
+            error = ApiError(503, text, code="starting", retry_after=2, close=True)
+            await respond(send, error.status, error.headers, error.body_for(scope["path"]))
 
 
 def create_app(

@@ -1,13 +1,18 @@
-"""The table of routes, and the way from the framework to a route's function."""
+"""The table of routes, the way from the framework to a route's function, and ``/docs/openapi.json``."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import http
+import inspect
+import re
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+import msgspec
 from starlette import routing
 
+from aioengine import __version__
 from aioengine.metrics.page.plumbing import Receive, Scope, respond
 from aioengine.server import reports
 from aioengine.server.access.gate import Gate
@@ -16,7 +21,7 @@ from aioengine.server.access.keys import Scope as KeyScope
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.bounds import BODIES, UPLOADS, Shares
 from aioengine.server.context import Call, Context, sent
-from aioengine.server.errors import ApiError
+from aioengine.server.errors import ApiError, ErrorBody
 from aioengine.server.messages import routes as messages
 from aioengine.server.openai import adapters, chat, completions, tokens, vectors
 from aioengine.server.responses import routes as responses
@@ -175,3 +180,53 @@ class _Endpoint:
         else:
             body, status, kind = sent(found)
             await respond(send, status, [(b"content-type", kind)], body)
+
+
+_STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
+
+
+def make_document(routes: Iterable[Route], *, with_keys: bool) -> bytes:
+    """Make the OpenAPI document, with msgspec's schemas of the types, which have every bound. ``with_keys``:
+    requests must carry an API key."""
+    shown = [r for r in routes if r.scopes not in (ADMIN, METRICS) and r.function is not reports.openapi]
+    types = [route.type_of("return") for route in shown] + [route.type_of("data") or str for route in shown]
+    [error, *schemas], components = msgspec.json.schema_components(
+        [ErrorBody, *types], ref_template="#/components/schemas/{name}"
+    )
+    errors = {
+        str(status): {"description": http.HTTPStatus(status).phrase, "content": _json(error)}
+        for status in _STATUSES
+    }
+    paths: dict[str, Any] = {}
+    for i, route in enumerate(shown):
+        taken = types[len(shown) + i]
+        content = {"text/plain": {"schema": schemas[i]}} if types[i] is str else _json(schemas[i])
+        if "stream" in getattr(taken, "__struct_fields__", ()):
+            content["text/event-stream"] = {"schema": {"type": "string"}}
+        operation: dict[str, Any] = {
+            "summary": inspect.getdoc(route.function),
+            "operationId": re.sub(r"\W+", "_", f"{route.method} {route.path}").strip("_"),
+            "responses": {"200": {"description": "The answer", "content": content}, **errors},
+            "parameters": [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in re.findall(r"{(\w+)}", route.path)
+            ],
+        }
+        if taken is not str:
+            operation["requestBody"] = {"required": True, "content": _json(schemas[len(shown) + i])}
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "aioengine", "version": __version__},
+        "servers": [{"url": ".."}],  # relative to the document: right under any mount point
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+    if with_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return msgspec.json.encode(document)
+
+
+def _json(schema: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}

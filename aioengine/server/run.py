@@ -16,8 +16,7 @@ import uvicorn
 
 from aioengine.checks import Count, Seconds, check_fields
 from aioengine.errors import ConfigError
-from aioengine.server.app import ServerApp
-from aioengine.server.entrance import Entrance
+from aioengine.server.app import Entrance, ServerApp
 from aioengine.server.transport.protocol import BoundedProtocol, Limits
 from aioengine.server.transport.tls import Certificate, TlsListener
 from aioengine.tasks import end_tasks
