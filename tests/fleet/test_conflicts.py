@@ -44,9 +44,9 @@ class Replica:
         return adapter_info("sql", version=self.versions, digest=self.disk)
 
     def hold(self, info: AdapterInfo) -> None:
-        self.member.residency = Residency([], [info])
+        before, self.member.residency = self.member.residency, Residency([], [info])
         for listener in self._members.on_residency:
-            listener(self.member)
+            listener(self.member, before)
 
     async def adapter(self, action: str, arguments: dict[str, Any]) -> Any:
         try:
@@ -99,7 +99,7 @@ def contents(*disks: str, held: tuple[str, ...], change: Change = _nothing) -> t
         await asyncio.sleep(5)
         assert all(replica.prepared is None for replica in replicas.values())
         await adapters.stop()
-        return [replica.content for replica in replicas.values()], members.conflicts.count
+        return [replica.content for replica in replicas.values()], members.conflicts
 
     return run_in_virtual_time(main())
 

@@ -26,6 +26,7 @@ from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.gateway.replicas import Change, Replicas, by_load, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of, lease
 from aioengine.fleet.versions import gone
+from aioengine.fleet.wire import Residency
 from aioengine.info import AdapterInfo, is_mix
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
 from aioengine.tasks import end_tasks, run_to_completion
@@ -199,7 +200,7 @@ class FleetAdapters:
             return await self._replace(name, where, change)
         first = (holders or change.members)[0]
         info = first_of([await self._replicas.ask(first, "load", name=name, path=where)])
-        if known is None or self._members.conflicts.contents(name) - {info.digest}:
+        if known is None or self._contents(name) - {info.digest}:
             return await self._replace(name, source_of(where, known, info), change, first.channel.replica)
         return await self._note(numbered(info, version_of(known)), change, where)
 
@@ -353,19 +354,22 @@ class FleetAdapters:
 
     # Content that differs
 
-    def _compare(self, member: Member) -> None:
-        for name in self._differing(member):
-            self._spawn(self._agree(name))
+    def _compare(self, member: Member, before: Residency) -> None:
+        """Find adapters that a replica has read, and of which another one holds other content. A replica
+        reads an adapter's files when a request first needs it there; they may have been changed meanwhile,
+        without telling the fleet."""
+        held = {info.name: info.digest for info in before.adapters}
+        for info in member.residency.adapters:
+            if info.digest != held.get(info.name, "") and len(self._contents(info.name)) > 1:
+                self._spawn(self._agree(info.name))
 
-    def _differing(self, member: Member) -> list[str]:
-        """Take what a replica holds of the current versions; see :meth:`Conflicts.holds`."""
-        known = self.known.by_name
-        current = [
-            info
-            for info in member.residency.adapters
-            if info.name not in known or not known[info.name].was(info.digest)
-        ]
-        return self._members.conflicts.holds(member.channel.replica, current)
+    def _contents(self, name: str) -> set[str]:
+        """Return the digests of an adapter, over the replicas that have read it; without those of replaced
+        versions, and of mixes, whose parts are compared."""
+        known, members = self.known.by_name.get(name), self._members.members.values()
+        infos = (info for member in members for info in member.residency.adapters if info.name == name)
+        found = {info.digest for info in infos if info.digest and not is_mix(name)}
+        return {digest for digest in found if known is None or not known.was(digest)}
 
     def _changed(self, replica: str, name: str) -> None:
         """A replica has refused what it read: that one and all holders read the adapter again."""
@@ -381,11 +385,9 @@ class FleetAdapters:
             async with self.changing(name) as change:
                 if refused is None:
                     await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
-                    for member in change.members:
-                        self._differing(member)
-                    if len(self._members.conflicts.contents(name)) < 2:
+                    if len(self._contents(name)) < 2:
                         return
-                self._members.conflicts.count += 1
+                self._members.conflicts += 1
                 known = self.known.by_name.get(name)
                 if known is None:  # found by its name; nobody else has to know it
                     some = [m for m in change.members if holds(name, m) or m.channel.replica == refused]

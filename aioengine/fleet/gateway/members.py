@@ -13,7 +13,6 @@ from aioengine.errors import AioEngineError, EngineStopped
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.channel import Channel
-from aioengine.fleet.gateway.conflicts import Conflicts
 from aioengine.fleet.gateway.hangs import HungReplicas
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
 from aioengine.schedulers.routing import FleetState, ReplicaLimits
@@ -55,7 +54,7 @@ class Member:
 
 
 class Members:
-    """The replicas of a fleet. All methods are called on one loop. ``door``: this one's name among others;
+    """The replicas of a fleet. All methods are called on one loop. ``gateway``: this one's name among others;
     ``clock``: what the loop's times are of."""
 
     def __init__(
@@ -68,11 +67,12 @@ class Members:
         self.members: dict[str, Member] = {}
         self.losses: Counter[str] = Counter()
         """Number of lost replicas, by one of ``CAUSES``."""
-        self.conflicts = Conflicts()
+        self.conflicts = 0
+        """Number of adapters that were found with different content on two replicas."""
         self.on_join: list[Callable[[Member], None]] = []
         """Callbacks for each replica that has said hello."""
-        self.on_residency: list[Callable[[Member], None]] = []
-        """Callbacks for each replica whose adapters in memory have changed."""
+        self.on_residency: list[Callable[[Member, Residency], None]] = []
+        """Callbacks for each replica whose adapters in memory have changed, with those before."""
         self.on_changed: Callable[[str, str], None] = lambda replica, adapter: None
         """Callback for an adapter whose files a replica has found to be others than it should have."""
         self.on_delta: Callable[[Channel, Call, Delta, float], None] = lambda channel, call, delta, now: None
@@ -242,9 +242,9 @@ class Members:
         if status.report.received:
             self._unreached.pop(member.channel.replica, None)
         if residency is not None:
-            member.residency = residency
+            before, member.residency = member.residency, residency
             for listener in self.on_residency:
-                listener(member)
+                listener(member, before)
         replica = member.channel.replica
         hung = status.step_age > self.config.step_seconds
         if hung or status.state == "dead":
@@ -278,7 +278,6 @@ class Members:
         del self._channels[replica]
         member = self.members.pop(replica, None)
         self.state.leave(replica)
-        self.conflicts.forget(replica)
         channel.close()
         calls, channel.calls = channel.calls, {}
         if member is None:  # no loss: Serve lists a replica for some seconds after its end
@@ -344,7 +343,6 @@ class Members:
             del self._channels[channel.replica]
             self.members.pop(channel.replica, None)
             self.state.leave(channel.replica)
-            self.conflicts.forget(channel.replica)
             channel.close()
             self._tell_change()
 

@@ -167,7 +167,7 @@ class _Gateway(Collector):
             "adapter_conflicts",
             "Adapters that were found with different content on two replicas.",
             None,
-            {"": members.conflicts.count},
+            {"": members.conflicts},
         )
         wanted = self._gauge("replicas_wanted", "Replicas that the fleet should have.")
         wanted.add_metric([self._engine, GATEWAY], members.wanted)
