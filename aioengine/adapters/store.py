@@ -18,7 +18,7 @@ from aioengine.adapters.read_threads import Progress
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.linear import WeightRows
 from aioengine.model.parallel.group import SOLO, Shard
-from aioengine.model.slots.image import AdapterImage, build_image, elements_of, quantize_image
+from aioengine.model.slots.image import AdapterImage, build_image, elements_of
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER, ModelSpec
 from aioengine.step import AdapterSource, HeldFiles, MixFiles, MixPart
@@ -122,20 +122,17 @@ class AdapterStore:
         for (_, module), (_, shift) in affine.items():
             if self._layout.shard.rank > 0 and self._layout.partition.adds_up_adapted(module):
                 shift.zero_()  # or the sum over the ranks would have it several times
-        allocate = pageable if int8 else self._allocate
         image = build_image(
-            self._floats,
+            self._layout,
             packed,
             affine,
             self._dtype,
-            allocate,
+            self._allocate,
             scalings=packed.scalings,
             tokens=packed.tokens,
         )
-        if not is_finite(image.data):
+        if int8 or not is_finite(image.data):  # whole numbers do not show it
             packed.check_finite(self._dtype, self._layout.spec)
-        if int8:
-            image = quantize_image(image, self._layout, self._allocate)
         return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)
 
     def _beside_steps(self) -> AbstractContextManager[object]:

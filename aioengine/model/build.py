@@ -28,7 +28,7 @@ from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import ModelSpec, Quantization
 
 if TYPE_CHECKING:
-    from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps, Record
+    from aioengine.model.decode_graphs import DecodeLimits, Record
 
 logger = logging.getLogger("aioengine")
 
@@ -133,7 +133,9 @@ def build_runner(
     played = None
     plain = spec.impl == "native" and not isinstance(spec, MixtureSpec)
     if fixed_decode is not None and plain and backend.capturable:
-        played = _recorded(model, spec.vocab_size, fixed_decode, record)
+        from aioengine.model.decode_graphs import CudaGraphs, DecodeSteps
+
+        played = DecodeSteps(model, spec.vocab_size, fixed_decode, record or CudaGraphs(device))
     return ModelRunner(
         model,
         spec,
@@ -152,24 +154,6 @@ def _check_compiled(field: str, value: str, plain: str, uncovered: str) -> None:
             f"{field}={value!r}: only the compiled CPU step has it, which needs a C++ compiler "
             f"(docs/kernels.md) and does not cover {uncovered}; set {field}={plain!r}"
         )
-
-
-def _recorded(model: Model, vocabulary: int, limits: DecodeLimits, record: Record | None) -> DecodeSteps:
-    from aioengine.model.decode_graphs import CudaGraphs, DecodeSteps
-
-    spec = model.spec
-    return DecodeSteps(
-        model.forward,
-        limits,
-        model.slots,
-        block_size=model.cache.block_size,
-        vocab_size=vocabulary,
-        dtype=model.dtype,
-        device=model.device,
-        record=record or CudaGraphs(model.device),
-        group=spec.num_heads // spec.num_kv_heads,
-        head_dim=spec.head_dim,
-    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ exchanged for that.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from aioengine.kernels.triton.query_tiles import rows_of_prompts
 from aioengine.kernels.triton.recorded_step import RecordedShape, RecordedStep
 from aioengine.kernels.triton.table import SHORT, expand_config, shrink_config
 from aioengine.model.cuda.working_memory import sizes
-from aioengine.model.model import StepInputs
+from aioengine.model.model import Model, StepInputs
 from aioengine.model.parallel.group import Record, Step
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import SequenceWork
@@ -50,25 +50,18 @@ class DecodeSteps:
     """Plays decode steps, and mixed ones, back. Recording them, when this is made, takes some time for each
     size.
 
-    ``forward`` computes a step's logits. The vocabulary and dtype are those of the logits; ``group`` is the
-    number of query heads of a key head, and ``head_dim`` the size of a head.
+    ``vocab_size`` is that of the logits, which all ranks have.
     """
 
-    def __init__(
-        self,
-        forward: Callable[[StepInputs], Tensor],
-        limits: DecodeLimits,
-        slots: LoRASlots | None,
-        *,
-        block_size: int,
-        vocab_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        record: Record,
-        group: int = 1,
-        head_dim: int = 128,
-    ) -> None:
-        self._forward, self._slots = forward, slots
+    def __init__(self, model: Model, vocab_size: int, limits: DecodeLimits, record: Record) -> None:
+        spec, block_size, bits, device = (
+            model.spec,
+            model.cache.block_size,
+            8 * model.dtype.itemsize,
+            model.device,
+        )
+        slots = model.slots
+        self._forward, self._slots = model.forward, slots
         self._max_rank = 1 if slots is None else slots.layout.max_rank
         shape = RecordedShape(
             limits.max_num_seqs,
@@ -76,15 +69,15 @@ class DecodeSteps:
             block_size,
             0 if slots is None else slots.max_loras,
             self._max_rank,
-            group,
-            rows_of_prompts(8 * dtype.itemsize, head_dim, capability(device)),
-            SHORT if slots is None else _prompt_tile(slots, 8 * dtype.itemsize),
+            spec.num_heads // spec.num_kv_heads,
+            rows_of_prompts(bits, spec.head_dim, capability(device)),
+            SHORT if slots is None else _prompt_tile(slots, bits),
         )
         self._most = limits.max_num_seqs
         self._decodes = [RecordedStep(n, shape, device, decodes=True) for n in sizes(self._most)]
         self._mixed = [RecordedStep(size, shape, device) for size in sorted(limits.mixed)]
         # One for all sizes: the memory of a graph is used by the next one that is played.
-        self._logits = torch.empty(limits.max_num_seqs, vocab_size, dtype=dtype, device=device)
+        self._logits = torch.empty(limits.max_num_seqs, vocab_size, dtype=model.dtype, device=device)
         self._recorded: dict[tuple[RecordedStep, str], Step] = {}
         with torch.inference_mode():
             for step in reversed(self.recorded):  # the largest first: the others fit into its memory

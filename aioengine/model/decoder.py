@@ -14,7 +14,7 @@ from aioengine.kernels.backend import Backend, HeadNorms, LayerCache, Norm, Rota
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.buffer import Arena
-from aioengine.model.experts.layer import Mixing, Mixture
+from aioengine.model.experts.layer import Mixture
 from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.files.packing import Packing
 from aioengine.model.kv_cache import KVCache
@@ -143,16 +143,12 @@ class Decoder(Model):
             q, k = map(empty, spec.qk_norm_sizes)
             return HeadNorms(q, k, spec.rms_norm_eps, spec.norm_offset) if spec.qk_norm else None
 
-        mixing: Mixing | None = None
-        if isinstance(spec, MixtureSpec):
-            mixing = Mixing(spec, self.adapted, kernels, self._activate)
-
         def mlp(layer: int) -> Mlp | Mixture:
             names = [name for name in spec.fused(layer) if name not in ("qkv", "o")]
             linears = {name: linear(layer, name) for name in names}
-            if mixing is None or "gate_up" in linears:
+            if not isinstance(spec, MixtureSpec):
                 return Mlp(**linears)
-            return Mixture.of(linears, mixing)
+            return Mixture.of(linears, spec, self.adapted, kernels, self._activate)
 
         self.layers = [
             Layer(

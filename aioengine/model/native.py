@@ -105,7 +105,7 @@ class NativeDecoder(Decoder):
         return found
 
     def _mixture_struct(self, mixture: Mixture, pools: Mapping[str, LoRAPool]) -> structs.Mixture:
-        spec, linears = mixture.mixing.spec, mixture.linears
+        spec, linears = mixture.spec, mixture.linears
         packed = {name: linears[name] for name in linears if name not in PLAIN}
         return structs.Mixture(
             experts=spec.experts,

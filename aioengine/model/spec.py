@@ -1,8 +1,6 @@
 """The shape of a model, without its weights: what planning, adapter validation and the decoder share.
 
 No torch in this module: ``aioengine plan`` and the policy lab use it without loading anything.
-
-The file is long because all differences between families are fields of one struct.
 """
 
 from __future__ import annotations
@@ -252,19 +250,31 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         }[module]
 
     def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
-        """Return the modules that slots hold if ``LoRAConfig.target_modules`` is ``asked``; None: the usual
-        ones.
+        """Return the modules that slots hold if ``LoRAConfig.target_modules`` is ``asked``; None: all of the
+        layers'. A name means all modules that :meth:`known_as` gives it, and what one expert has, all have.
 
         Raises :class:`ConfigError` for a name that this model does not have.
         """
-        known = (*self.layer_modules, *EMBEDDING_MODULES)
-        chosen = set(self.layer_modules if asked is None else asked)
-        if unknown := sorted(chosen - set(known)):
+        if asked is None:
+            return self.layer_modules
+        kinds = {module: self.kind_of(module) for module in (*self.layer_modules, *self.outer_modules)}
+        names = {name for kind in kinds.values() for name in self.known_as(kind)}
+        if unknown := [name for name in asked if self.kind_of(name) not in names]:
             raise ConfigError(
-                f"target_modules: {unknown} cannot be targeted; allowed: {', '.join(known)}"
-                f"{nearest(unknown[0], known)}"
+                f"target_modules: {unknown} cannot be targeted; allowed: "
+                f"{', '.join(dict.fromkeys(kinds.values()))}{nearest(unknown[0], sorted(names))}"
             )
-        return tuple(module for module in known if module in chosen)
+        wanted = set(map(self.kind_of, asked))
+        return tuple(module for module, kind in kinds.items() if wanted.intersection(self.known_as(kind)))
+
+    def known_as(self, kind: str) -> tuple[str, ...]:
+        """Return the names that mean modules of this kind: its path, and the last and first part of it."""
+        return (kind, kind.rpartition(".")[2], kind.partition(".")[0])
+
+    @property
+    def outer_modules(self) -> tuple[str, ...]:
+        """The modules outside of the layers that an adapter may target."""
+        return EMBEDDING_MODULES
 
     def layers_with(self, module: str) -> int:
         """Return the number of layers in which an adapter may target a module; 1 if it is outside of them."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import torch
@@ -97,17 +98,12 @@ class Model:
             step()
             return step
 
-        return DecodeSteps(
-            self.forward,
-            DecodeLimits(max_num_seqs, max_model_len, mixed_sizes(2048)),
-            self.slots,
-            block_size=BLOCK,
-            vocab_size=self.decoder.partition.whole.vocab_size,
-            dtype=DTYPE,
-            device=META,
-            record=record or once,
-            group=self.decoder.spec.num_heads // self.decoder.spec.num_kv_heads,
-        )
+        model: Any = SimpleNamespace(
+            forward=self.forward, slots=self.slots, spec=self.decoder.spec, dtype=DTYPE, device=META,
+            cache=SimpleNamespace(block_size=BLOCK),
+        )  # fmt: skip
+        limits = DecodeLimits(max_num_seqs, max_model_len, mixed_sizes(2048))
+        return DecodeSteps(model, self.decoder.partition.whole.vocab_size, limits, record or once)
 
 
 def _group(shard: Shard) -> Group:

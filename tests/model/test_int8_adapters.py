@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from aioengine.kernels import available_backends
 from aioengine.kernels.cpu.lora import turn
 from aioengine.memory_plan import plan_from_config
 from aioengine.model.files.hf_config import read_spec
-from aioengine.model.slots.image import quantize_image
+from aioengine.model.slots.image import build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES, TARGETABLE_MODULES, ModelSpec
@@ -88,14 +89,12 @@ def test_nothing_is_off_by_more_than_half_a_step(
 
 
 def test_what_is_not_finite_does_not_become_a_number(spec: ModelSpec) -> None:
-    whole = SlotLayout(spec, 4, LORA_MODULES)
-    image = random_image(whole, 4, torch.Generator(), torch.float32)
-    place = whole.places[0, "q_proj"]
-    row = image.table[whole.index[0, "q_proj"]].tolist()
-    image.data[row[0] + place.shape.in_features + 3] = torch.inf  # A's second row
-    image.data[row[2] + 4 * 7 + 2] = torch.nan  # B's third column
     slots = LoRASlots(spec, 1, 4, LORA_MODULES, torch.int8, CPU, affine_dtype=torch.float32)
-    slots.write(0, quantize_image(image, slots.layout))
+    n_in, n_out = spec.linear("q_proj")
+    a, b = torch.randn(4, n_in), torch.randn(n_out, 4)
+    a[1, 3], b[7, 2] = torch.inf, torch.nan
+    adapter = SimpleNamespace(rank=4, digest="", tensors={(0, "q_proj"): (a, b)})
+    slots.write(0, build_image(slots.layout, adapter, {}, torch.float32))
     assert slots.layers[0]["qkv"].a(0, 0).isnan().any(1).tolist() == [False, True, True, False]
 
 

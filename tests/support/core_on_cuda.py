@@ -11,7 +11,8 @@ import random
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from support.fake_cuda import Clock, FakeCuda
@@ -119,11 +120,12 @@ class CudaSim(Sim):
     def _play(self) -> None:
         """Give decode steps fixed addresses, as recorded ones have."""
         runner, limits = self.runner, DecodeLimits(LIMITS.max_num_seqs, LIMITS.max_model_len)
-        steps = DecodeSteps(
-            self._compute, limits, self.slots, block_size=LIMITS.block_size,
-            vocab_size=runner.spec.vocab_size, dtype=torch.float32, device=runner.model.device,
-            record=lambda step: step,
+        own = runner.model
+        model: Any = SimpleNamespace(
+            forward=self._compute, slots=own.slots, cache=own.cache, spec=own.spec, dtype=own.dtype,
+            device=own.device,
         )  # fmt: skip
+        steps = DecodeSteps(model, runner.spec.vocab_size, limits, lambda step: step)
         for step in steps.recorded:
             self.world.watch("a recorded step's inputs", step.token_ids)
             self.world.watch("a recorded step's inputs on the host", step._host.token_ids)

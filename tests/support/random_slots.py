@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aioengine.model.buffer import Allocate, pageable
-from aioengine.model.slots.image import AdapterImage, build_image, quantize_image
+from aioengine.model.slots.image import AdapterImage, build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.tokens import TrainedTokens
@@ -44,9 +44,4 @@ def fill_slot(
     slots: LoRASlots, slot: int, rank: int, generator: torch.Generator, *, affine: bool = False
 ) -> None:
     """Also where the slots are int8."""
-    layout, dtype = slots.layout, slots.memory.dtype
-    if layout.holds.int8:
-        whole = SlotLayout(layout.spec, layout.max_rank, layout.modules, layout.shard)
-        image = random_image(whole, rank, generator, dtype, affine=affine)
-        return slots.write(slot, quantize_image(image, layout))
-    slots.write(slot, random_image(layout, rank, generator, dtype, affine=affine))
+    slots.write(slot, random_image(slots.layout, rank, generator, slots.memory.dtype, affine=affine))

@@ -32,16 +32,6 @@ class Shared:
 
 
 @dataclass(slots=True)
-class Mixing:
-    """Parts that the experts of all layers share."""
-
-    spec: MixtureSpec
-    adapted: AdaptedLinears
-    kernels: Backend
-    activate: Callable[[Tensor], Tensor]
-
-
-@dataclass(slots=True)
 class Mixture:
     """A layer's router and experts."""
 
@@ -51,15 +41,26 @@ class Mixture:
     down: Linear
     """[experts * hidden, size]"""
     shared: Shared | None
-    mixing: Mixing
+    spec: MixtureSpec
+    adapted: AdaptedLinears
+    kernels: Backend
+    activate: Callable[[Tensor], Tensor]
 
     @classmethod
-    def of(cls, linears: Mapping[str, Linear], mixing: Mixing) -> Mixture:
+    def of(
+        cls,
+        linears: Mapping[str, Linear],
+        spec: MixtureSpec,
+        adapted: AdaptedLinears,
+        kernels: Backend,
+        activate: Callable[[Tensor], Tensor],
+    ) -> Mixture:
         """Build it from linears by the names of :meth:`MixtureSpec.fused`."""
         shared = None
         if SHARED_GATE in linears:
             shared = Shared(linears[SHARED_GATE_UP], linears[SHARED_DOWN], linears[SHARED_GATE])
-        return cls(linears[ROUTER], linears[GATE_UP], linears[DOWN], shared, mixing)
+        parts = linears[ROUTER], linears[GATE_UP], linears[DOWN]
+        return cls(*parts, shared, spec, adapted, kernels, activate)
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -71,7 +72,7 @@ class Mixture:
 
     def forward(self, x: Tensor, pools: Mapping[str, LoRAPool], lora: LoRABatch) -> Tensor:
         """Return the experts' outputs for ``x`` [T, hidden]: [T, hidden]."""
-        by, spec = self.mixing, self.mixing.spec
+        spec = self.spec
         router = self.router
         scores = routing.logits(x, router.weight, router.bias, pools.get(ROUTER), lora)
         weights, chosen = routing.choose(scores, spec.experts_per_token, normalized=spec.normalized)
@@ -79,28 +80,27 @@ class Mixture:
         out = plan.total(self._through_experts(x[plan.tokens], plan, pools, lora), weights)
         if self.shared is not None:
             out += self._through_shared(self.shared, x, pools, lora)
-        return by.adapted.total(out, None, None, lora)
+        return self.adapted.total(out, None, None, lora)
 
     def _through_experts(
         self, x: Tensor, plan: ExpertPlan, pools: Mapping[str, LoRAPool], lora: LoRABatch
     ) -> Tensor:
         """Return the experts' outputs for their rows: [S, hidden] -> [S, hidden]; of several ranks, a
         summand."""
-        by, adapted = self.mixing, self.mixing.adapted
+        adapted = self.adapted
         pool = pools.get(GATE_UP)
-        y = by.kernels.expert_linear(x, self.gate_up.weight, self.gate_up.bias, plan)
+        y = self.kernels.expert_linear(x, self.gate_up.weight, self.gate_up.bias, plan)
         adapted.adapt_outputs(x, y, pool, _rows(plan, pool, lora))
-        x, pool = by.activate(y), pools.get(DOWN)
-        y = by.kernels.expert_linear(x, self.down.weight, adapted.own_bias(self.down), plan)
+        x, pool = self.activate(y), pools.get(DOWN)
+        y = self.kernels.expert_linear(x, self.down.weight, adapted.own_bias(self.down), plan)
         adapted.adapt_summand(x, y, pool, _rows(plan, pool, lora))
         return y
 
     def _through_shared(
         self, shared: Shared, x: Tensor, pools: Mapping[str, LoRAPool], lora: LoRABatch
     ) -> Tensor:
-        by = self.mixing
-        y = by.adapted.split_outputs(shared.gate_up, x, pools.get(SHARED_GATE_UP), lora)
-        y = by.adapted.summand(shared.down, by.activate(y), pools.get(SHARED_DOWN), lora)
+        y = self.adapted.split_outputs(shared.gate_up, x, pools.get(SHARED_GATE_UP), lora)
+        y = self.adapted.summand(shared.down, self.activate(y), pools.get(SHARED_DOWN), lora)
         gate = routing.logits(x, shared.gate.weight, None, pools.get(SHARED_GATE), lora)
         return (gate.sigmoid() * y).to(y.dtype)
 

@@ -6,11 +6,10 @@ No torch in this module.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from aioengine.errors import ConfigError
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, BareParameter, LinearShape, ModelSpec
 
 ROUTER, GATE_UP, DOWN = "router", "experts_gate_up", "experts_down"
@@ -75,30 +74,6 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
             return super().linear(module)
         size = self.shared_size if parent == _SHARED else self.expert_size
         return LinearShape(size, h) if kind in ("down_proj", names.down) else LinearShape(h, size)
-
-    def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
-        """Return the modules that slots hold, as :meth:`ModelSpec.targets` does.
-
-        ``gate_proj`` means all that are called so, ``experts`` all linears of the experts. What one expert
-        has, all have. Raises ConfigError as that method does.
-        """
-        known = (*self.layer_modules, *EMBEDDING_MODULES)
-        if asked is None:
-            return self.layer_modules
-        kinds = {module: self.kind_of(module) for module in known}
-        wanted = set()
-        for name in asked:
-            kind = self.kind_of(name)
-            found = {
-                k for k in kinds.values() if k == kind or k.endswith(f".{kind}") or k.startswith(f"{kind}.")
-            }
-            if not found:
-                raise ConfigError(
-                    f"target_modules: {name!r} cannot be targeted; allowed: experts, "
-                    f"{', '.join(dict.fromkeys(kinds.values()))}"
-                )
-            wanted |= found
-        return tuple(module for module, kind in kinds.items() if kind in wanted)
 
     def kind_of(self, module: str) -> str:
         match = _EXPERT.fullmatch(module)

@@ -8,7 +8,6 @@ PEFT, with weights that have an adapter added: once for the tokens of each adapt
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,8 +23,6 @@ from aioengine.model.generic.step import Holder
 from aioengine.model.generic.weights import experts_weight, uses_interface
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import NO_LAYER
-
-logger = logging.getLogger("aioengine")
 
 EXPERTS = "aioengine"
 """Name of the engine's way to compute experts in transformers' registry."""
@@ -164,16 +161,11 @@ class Adapters:
             if held.issuperset(stack.modules):
                 adapted = Adapted(stack, _pools(slots, stack.layer)[stack.module])
                 self._bare.setdefault(stack.owner, {})[stack.parameter] = adapted
-        slow = set()
         for name, module in modules.items():
             if uses_interface(module):
                 module.aioengine = Experts(self._bare.get(name, {}), holder)
             elif name in self._bare:
                 model.set_submodule(name, PerAdapter(module, self._bare[name], holder))
-                if any(one.stack.experts for one in self._bare[name].values()):
-                    slow.add(type(module).__name__)
-        for kind in sorted(slow):
-            logger.info("%s runs once for each adapter of a step that is on its experts", kind)
         self._owners = {name: modules[name] for name in self._bare}
         self._holder = holder
 

@@ -80,36 +80,28 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
         return self.shapes.get(module) or self.shapes[self.kind_of(module)]
 
     def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
-        """Return the modules whose path ends in one of the names in ``asked``. By default all linears but the
-        head, as PEFT's "all-linear" has it, with routers and experts. What one expert has, all have. Raises
-        ConfigError for an unknown name, and if there are no linears."""
-        if asked is None:
-            found = [module for module in self.shapes if module != "lm_head"]
-            if not found:
-                raise ConfigError(
-                    f"lora: {self.architecture} has no linear that an adapter may be on: one through which "
-                    "each token goes once, as a row; set lora=None to run it without adapters"
-                )
-            return self._expanded(found)
-        kinds = {name: self.kind_of(name) for name in asked}
-        wanted = set(kinds.values())
-        chosen = [module for module in self.shapes if not wanted.isdisjoint(self._known_as(module))]
-        known = {name for module in chosen for name in self._known_as(module)}
-        if missing := dict.fromkeys(name for name, kind in kinds.items() if kind not in known):
+        """Return what :meth:`ModelSpec.targets` does; by default all linears but the head, as PEFT's
+        "all-linear" has it, with routers and experts. Raises ConfigError also if there are no linears."""
+        if not self.layer_modules:
             raise ConfigError(
-                f"target_modules: {self.architecture} has no linear called {', '.join(missing)} that can be "
-                f"adapted; it has {', '.join(self.shapes) or 'none'}; leave target_modules out for all"
+                f"lora: {self.architecture} has no linear that an adapter may be on: one through which each "
+                "token goes once, as a row; set lora=None to run it without adapters"
             )
-        return self._expanded(chosen)
+        return super().targets(asked)
 
-    def _known_as(self, module: str) -> tuple[str, ...]:
-        """Return the names that mean a module: its path, its last part, and of an expert's, "experts"."""
-        path, _, last = module.rpartition(".")
-        return (module, last, path.rpartition(".")[2]) if module in self._stacked else (module, last)
+    def known_as(self, kind: str) -> tuple[str, ...]:
+        path, _, last = kind.rpartition(".")
+        return (kind, last, path.rpartition(".")[2]) if kind in self._stacked else (kind, last)
 
-    def _expanded(self, modules: Sequence[str]) -> tuple[str, ...]:
+    @property
+    def outer_modules(self) -> tuple[str, ...]:
+        return ("lm_head",) if "lm_head" in self.shapes else ()
+
+    @property
+    def layer_modules(self) -> tuple[str, ...]:
         stacked = self._stacked
-        return tuple(name for m in modules for name in (stacked[m].modules if m in stacked else (m,)))
+        found = (stacked[m].modules if m in stacked else (m,) for m in self.shapes if m != "lm_head")
+        return tuple(name for names in found for name in names)
 
     @cached_property
     def _stacked(self) -> dict[str, Stack]:

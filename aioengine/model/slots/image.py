@@ -151,7 +151,7 @@ def image_shape(
     for key, place in layout.places.items():
         if key in affine:
             rows[layout.index[key]][Column.AFFINE] = end
-            end += holds.gain_and_shift(place.num_outputs)
+            end += holds.values(2 * place.num_outputs)
     begin, count = end, 0 if tokens is None else tokens.num_rows
     end += holds.values(count * layout.spec.hidden_size)
     return ImageShape(layout, dtype, end, rows, tokens, begin)
@@ -175,28 +175,33 @@ def build_image(
     scalings: Mapping[Key, float] = MappingProxyType({}),
     tokens: TrainedTokens | None = None,
 ) -> AdapterImage:
-    """Put an adapter into an image of ``dtype``, in the calling thread alone.
+    """Put an adapter into an image of ``dtype``, or of whole numbers where the slots are int8, in the calling
+    thread alone.
 
     ``affine`` gives gain and shift [2, out] of the modules that have them, ``scalings`` what B is multiplied
-    by where that is not 1, and ``tokens`` the trained tokens, if there are any. Raises :class:`ConfigError`
-    if the adapter does not fit the layout.
+    by where that is not 1, and ``tokens`` the trained tokens, if there are any. In int8, a row or a column
+    that is not finite gets a scale of NaN, so that it is not served as something else. Raises
+    :class:`ConfigError` if the adapter does not fit the layout.
     """
     _check(layout, adapter, affine)
+    holds = layout.holds
     shape = image_shape(
         layout,
         {key: (len(a), b.shape[1]) for key, (a, b) in adapter.tensors.items()},
         affine,
-        dtype,
+        torch.int8 if holds.int8 else dtype,
         None if tokens is None else tokens.tables,
     )
-    data = image_memory(shape.elements, dtype, allocate)
+    data = image_memory(shape.elements, shape.dtype, allocate)
     if not _exact(layout, adapter):
         torch._foreach_zero_(serial_pieces(data))
     copies: list[tuple[Tensor, Tensor]] = []
 
-    def put(key: Key, column: Column, values: Tensor, rows: int, width: int, factor: float = 1.0) -> None:
-        begin = shape.begin(key, column)
-        target = data[begin : begin + rows * width]
+    def numbers(begin: int, count: int) -> Tensor:
+        """Return the memory of numbers that are never int8."""
+        return data[begin : begin + count * holds.affine].view(dtype)
+
+    def put(target: Tensor, values: Tensor, rows: int, width: int, factor: float = 1.0) -> None:
         if values.shape != (rows, width):
             target = target.view(rows, width)[: len(values), : values.shape[1]]
         if factor == 1.0:
@@ -204,14 +209,29 @@ def build_image(
         else:
             multiply(values, factor, target)
 
+    def quantized(begin: int, values: Tensor, rows: int, width: int, over: int) -> Tensor:
+        target = data[begin : begin + rows * width].view(rows, width)
+        return _quantize(values, target[: len(values), : values.shape[1]], over=over)
+
     for key, (a, b) in adapter.tensors.items():
-        linear = layout.places[key].shape
-        put(key, Column.A, a, len(a), linear.in_features)
-        put(key, Column.B, b, linear.out_features, b.shape[1], scalings.get(key, 1.0))
+        (n_in, n_out), rank = layout.places[key].shape, b.shape[1]
+        at_a, at_b, factor = shape.begin(key, Column.A), shape.begin(key, Column.B), scalings.get(key, 1.0)
+        if holds.int8:
+            if factor != 1.0:
+                scaled = torch.empty(b.shape, dtype=dtype)
+                multiply(b, factor, scaled)
+                b = scaled
+            scale = quantized(at_a, a, len(a), n_in, 1) * quantized(at_b, b, n_out, rank, 0)
+            begin = shape.begin(key, Column.SCALE)
+            data[begin : begin + scale.nbytes].view(torch.float32).copy_(scale)
+        else:
+            put(numbers(at_a, len(a) * n_in), a, len(a), n_in)
+            put(numbers(at_b, n_out * rank), b, n_out, rank, factor)
     for key, values in affine.items():
-        put(key, Column.AFFINE, values, 2, layout.places[key].num_outputs)
+        width = layout.places[key].num_outputs
+        put(numbers(shape.begin(key, Column.AFFINE), 2 * width), values, 2, width)
     if tokens is not None:
-        copies.extend(serial_copies(tokens.rows, data[shape.tokens_begin :]))
+        copies.extend(serial_copies(tokens.rows, numbers(shape.tokens_begin, tokens.rows.numel())))
     if copies:
         torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
     return shape.image(data, rank=adapter.rank, digest=adapter.digest, has_affine=bool(affine))
@@ -284,47 +304,6 @@ def _check(layout: SlotLayout, adapter: Adapter, affine: Mapping[Key, Tensor]) -
 
 
 _LARGEST = 127
-
-
-def quantize_image(image: AdapterImage, layout: SlotLayout, allocate: Allocate = pageable) -> AdapterImage:
-    """Turn an image into one for int8 slots of ``layout``, in the calling thread alone.
-
-    A row or a column that is not finite gets a scale of NaN, so that it is not served as something else.
-    """
-    dtype = image.data.dtype
-    places = dict(zip(layout.places, image.table.tolist(), strict=True))
-    held = {key: row for key, row in places.items() if row[Column.A_RANK] or row[Column.B_RANK]}
-    ranks = {key: (row[Column.A_RANK], row[Column.B_RANK]) for key, row in held.items()}
-    affine = {key: row for key, row in places.items() if row[Column.AFFINE] >= 0}
-    shape = image_shape(layout, ranks, affine.keys(), torch.int8, image.tokens)
-    data = image_memory(shape.elements, torch.int8, allocate)
-
-    def matrix(memory: Tensor, begin: int, rows: int, width: int) -> Tensor:
-        return memory[begin : begin + rows * width].view(rows, width)
-
-    for key, row in held.items():
-        n_in, n_out = layout.places[key].shape
-        rank, columns = ranks[key]
-        a, b = (
-            matrix(image.data, row[Column.A], rank, n_in),
-            matrix(image.data, row[Column.B], n_out, columns),
-        )
-        of_a = _quantize(a, matrix(data, shape.begin(key, Column.A), rank, n_in), over=1)
-        of_b = _quantize(b, matrix(data, shape.begin(key, Column.B), n_out, columns), over=0)
-        begin = shape.begin(key, Column.SCALE)
-        torch.mul(of_a, of_b, out=data[begin : begin + 4 * rank].view(torch.float32))
-
-    def keep(source: int, begin: int, size: int) -> None:
-        """Copy ``size`` numbers as they are."""
-        target = data[begin : begin + size * dtype.itemsize].view(dtype)
-        for to, piece in serial_copies(image.data[source : source + size], target):
-            to.copy_(piece)
-
-    for key, row in affine.items():
-        keep(row[Column.AFFINE], shape.begin(key, Column.AFFINE), 2 * layout.places[key].num_outputs)
-    if image.tokens is not None:
-        keep(image.tokens_begin, shape.tokens_begin, image.tokens.num_rows * layout.spec.hidden_size)
-    return shape.image(data, rank=image.rank, digest=image.digest, has_affine=image.has_affine)
 
 
 def _quantize(values: Tensor, out: Tensor, *, over: int) -> Tensor:

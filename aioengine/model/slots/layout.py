@@ -43,22 +43,15 @@ class Elements(NamedTuple):
 
     def matrix(self, numbers: int) -> int:
         """Elements that a matrix takes."""
-        return self._whole(numbers)
+        return -(-numbers // INT8_UNIT) * INT8_UNIT if self.int8 else numbers
 
     def scales(self, rank: int) -> int:
         """Elements that the scales of ``rank`` rows take."""
-        return self._whole(rank * _SCALE_BYTES) if self.int8 else 0
-
-    def gain_and_shift(self, outputs: int) -> int:
-        """Elements that gain and shift take."""
-        return self.values(2 * outputs)
+        return self.matrix(rank * _SCALE_BYTES) if self.int8 else 0
 
     def values(self, numbers: int) -> int:
         """Elements that numbers take which are never int8."""
-        return self._whole(numbers * self.affine)
-
-    def _whole(self, elements: int) -> int:
-        return -(-elements // INT8_UNIT) * INT8_UNIT if self.int8 else elements
+        return self.matrix(numbers * self.affine)
 
 
 FLOATS = Elements()
@@ -137,7 +130,7 @@ class SlotLayout:
         }
         self.matrix_elements = sum(self.matrix_elements_by_module.values())
         """Elements of the LoRA matrices, which begin the slot."""
-        self.affine_elements = sum(holds.gain_and_shift(place.num_outputs) for place in self.places.values())
+        self.affine_elements = sum(holds.values(2 * place.num_outputs) for place in self.places.values())
         """One slot's elements for DoRA and biases: two for every output of every module."""
         self.token_elements = holds.values(max_tokens * spec.hidden_size)
         """One slot's elements for ``max_tokens`` rows."""

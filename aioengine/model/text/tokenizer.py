@@ -16,8 +16,6 @@ from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.model.text.chat_template import ChatTemplate, read_chat_template
 from aioengine.model.text.detokenizer import Detokenizer, TextStream, TokenBytes, special_tokens
 
-_SHORT = 512
-"""Maximum characters of a text that is tokenized without other threads' help."""
 _TOGETHER = 64
 """Maximum number of texts that are tokenized in one call."""
 _SHRINKS = 4
@@ -92,19 +90,7 @@ class Tokenizer:
         Raises :class:`~aioengine.errors.RequestInvalid` if ``text`` is not valid Unicode,
         :class:`~aioengine.errors.PromptTooLong` for ``limit``.
         """
-        if limit is not None and (least := self.least_tokens(text)) > limit:
-            raise PromptTooLong(least, limit, at_least=True)
-        try:
-            text.encode()
-            if len(text) <= _SHORT:
-                found = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-            else:  # encode would hold the interpreter for as long as it takes
-                [found] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except (UnicodeEncodeError, TypeError, AttributeError) as error:
-            raise RequestInvalid(f"prompt is not valid text: {error}") from error
-        if limit is not None and len(found) > limit:
-            raise PromptTooLong(len(found), limit)
-        ids: list[int] = found.ids
+        [ids] = self._encode_all([text], add_special_tokens, limit)
         return ids
 
     def encode_all(
@@ -112,8 +98,6 @@ class Tokenizer:
     ) -> list[list[int]]:
         """Tokenize each text as :meth:`encode` does, several in one call, so that other threads go on
         meanwhile although each of them may be short."""
-        if len(texts) == 1:
-            return [self.encode(texts[0], add_special_tokens, limit=limit)]
         return list(self._encode_all(texts, add_special_tokens, limit))
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, limit: int) -> list[list[int]]:
