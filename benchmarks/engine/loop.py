@@ -1,4 +1,4 @@
-"""The engine around its model: host time, long prompts, and pauses."""
+"""The engine around its model: host time, and long prompts."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import random
 import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
-from typing import NamedTuple
 
-from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine import AsyncEngine, EngineConfig, SamplingParams
 from aioengine.cli.bench import random_prompts, run_once
 from aioengine.events import Event, StepFinished
 from aioengine.kernels.cpu.shared_library import load
-from aioengine.lab.calibration.design import Row
-from aioengine.lab.calibration.direct_steps import DirectSteps
-from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.model import native, runner
 from benchmarks.report import median, percentile
 from benchmarks.runner import Calls
@@ -117,48 +113,4 @@ async def host(
                 yield Calls(f"{count} running, {PROMPT} + {OUTPUT} tokens, {quantization}", calls, rounds)
 
 
-class Kind(NamedTuple):
-    count: int
-    """Steps in each turn."""
-    rows: tuple[Row, ...]
-    pause: float = 0.0
-    busy: float = 0.0
-
-
-DECODE, PROMPT_STEP = (Row(1, 150),) * 3, (Row(96, 0),)
-KINDS = {
-    "3 decodes": Kind(20, DECODE),
-    "3 decodes, loop busy for 0.5 ms before": Kind(20, DECODE, busy=0.0005),
-    "3 decodes, 1 ms after": Kind(20, DECODE, 0.001),
-    "3 decodes, 10 ms after": Kind(10, DECODE, 0.01),
-    "3 decodes, 100 ms after": Kind(4, DECODE, 0.1),
-    "3 decodes, 1 s after": Kind(1, DECODE, 1.0),
-    "3 decodes, after that one": Kind(20, DECODE),
-    "a prompt of 96": Kind(5, PROMPT_STEP),
-    "a prompt of 96, 100 ms after": Kind(3, PROMPT_STEP, 0.1),
-}
-
-
-async def step_pauses(*, model: str = "smollm2-135m", rounds: int = 20) -> AsyncGenerator[Calls, None]:
-    """Whether steps after a pause take longer than others, and how much a machine's speed varies."""
-    config = EngineConfig(model=model, kv_cache_memory="512MiB", lora=LoRAConfig(max_loras=1))
-    async with ProbedEngine(config) as engine:
-        steps = DirectSteps(engine, seed=0)
-        await steps.fill(2048, 512)
-
-        async def timed(kind: Kind) -> dict[str, float]:
-            seconds = []
-            for _ in range(kind.count):
-                if kind.pause:
-                    await asyncio.sleep(kind.pause)
-                until = time.perf_counter() + kind.busy
-                while time.perf_counter() < until:
-                    pass
-                seconds.append((await steps.time(kind.rows)).seconds)
-            return {"ms a step": 1e3 * median(seconds)}
-
-        calls = {what: partial(timed, kind) for what, kind in KINDS.items()}
-        yield Calls(f"Steps of {model}, medians of each turn", calls, rounds)
-
-
-CASES = (long_prompt, host, step_pauses)
+CASES = (long_prompt, host)

@@ -53,7 +53,7 @@ def lab_speed(*, trace: str, requests: int = 1500, rounds: int = 5) -> Iterator[
         popularity="zipf:1.0",
     )  # fmt: skip
     code = WorkloadSpec(
-        trace=trace, repeat=True, limit=requests, scale=3.5, output_tokens="lognormal:median=128,sigma=0.56",
+        trace=trace, limit=requests, scale=3.5, output_tokens="lognormal:median=128,sigma=0.56",
         adapters=200, popularity="zipf:1.0",
     )  # fmt: skip
     experiments = {

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioengine.lab.calibration.direct_steps import Timed
 from aioengine.lab.calibration.fit import TILES, fit_line, fit_stage, fit_steps
 from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes, curve_at
 
@@ -51,9 +50,9 @@ def steps_of(draw: list[float], tile: int) -> StepCosts:
     )
 
 
-def timed(steps: StepCosts) -> list[Timed]:
+def timed(steps: StepCosts) -> list[tuple[StepShape, float]]:
     step_seconds = StepTimes(steps)
-    return [Timed(shape, step_seconds(shape)) for shape in SHAPES]
+    return [(shape, step_seconds(shape)) for shape in SHAPES]
 
 
 factors = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=11, max_size=11)
@@ -64,18 +63,18 @@ factors = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=11, max_size=
 def test_fit_recovers_what_made_the_timings(draw: list[float], tile: int) -> None:
     draw[0] = 0.5  # no step takes no time
     points = timed(steps_of(draw, tile))
-    fit = fit_steps(points)
-    found = StepTimes(fit.costs)
+    costs, quality = fit_steps(points)
+    found = StepTimes(costs)
     for shape, seconds in points:
         assert found(shape) == pytest.approx(seconds, rel=0.01)
-    assert fit.quality.steps == len(SHAPES)
-    assert fit.quality.p90_error < 0.01
+    assert quality.steps == len(SHAPES)
+    assert quality.p90_error < 0.01
 
 
 def test_fit_names_the_coefficients() -> None:
     """Where the timings tell terms apart, the terms themselves come out, and not just their sum."""
     made = steps_of([1.0] * 11, 64)
-    found = fit_steps(timed(made)).costs
+    found, _ = fit_steps(timed(made))
     assert found.tile == 64
     for field in ("sequence", "decode_kv", "prefill_pair", "lora_step"):
         assert getattr(found, field) == pytest.approx(getattr(made, field), rel=0.05), field
@@ -89,7 +88,7 @@ def test_fit_names_the_coefficients() -> None:
 
 def test_a_rank_may_cost_less_than_a_smaller_one() -> None:
     made = steps_of([1.0] * 7 + [1.0, 0.1, 1.0, 1.0], 1)
-    (_, small), (_, large) = fit_steps(timed(made)).costs.adapter
+    (_, small), (_, large) = fit_steps(timed(made))[0].adapter
     assert small == pytest.approx(5e-4, rel=0.05)
     assert large == pytest.approx(2e-4, rel=0.05)
 
@@ -98,10 +97,10 @@ def test_what_is_between_two_timings_is_not_made_up() -> None:
     """With nothing timed from 2 to 63 tokens the curve is straight there."""
     steps = StepCosts(linears=((0.0, 0.01), (1000.0, 1.01)))
     shapes = [StepShape(0, 0, n, 0, 1) for n in (1, 64, 500, 1000)]
-    found = fit_steps([Timed(shape, StepTimes(steps)(shape)) for shape in shapes])
-    assert StepTimes(found.costs)(StepShape(0, 0, 32, 0, 1)) == pytest.approx(0.042, rel=1e-3)
-    assert StepTimes(found.costs)(StepShape(0, 0, 4000, 0, 1)) == pytest.approx(4.01, rel=1e-2)
-    assert found.costs.tile == 1, "and no tile where none shows"
+    found, _ = fit_steps([(shape, StepTimes(steps)(shape)) for shape in shapes])
+    assert StepTimes(found)(StepShape(0, 0, 32, 0, 1)) == pytest.approx(0.042, rel=1e-3)
+    assert StepTimes(found)(StepShape(0, 0, 4000, 0, 1)) == pytest.approx(4.01, rel=1e-2)
+    assert found.tile == 1, "and no tile where none shows"
 
 
 def test_fit_shrugs_off_outliers() -> None:
@@ -109,10 +108,10 @@ def test_fit_shrugs_off_outliers() -> None:
     made = steps_of([1.0] * 11, 8)
     rng = random.Random(0)
     points = [
-        Timed(shape, seconds * rng.uniform(0.97, 1.03) * (3 if rng.random() < 0.1 else 1))
+        (shape, seconds * rng.uniform(0.97, 1.03) * (3 if rng.random() < 0.1 else 1))
         for shape, seconds in timed(made)
     ]
-    found = StepTimes(fit_steps(points).costs)
+    found = StepTimes(fit_steps(points)[0])
     errors = [found(shape) / seconds - 1 for shape, seconds in timed(made)]
     assert max(map(abs, errors)) < 0.08
 
@@ -121,7 +120,7 @@ def test_fit_needs_points() -> None:
     with pytest.raises(ValueError, match="a fit needs steps"):
         fit_steps([])
     with pytest.raises(ValueError, match="more than 0 seconds"):
-        fit_steps([Timed(SHAPES[0], 0.0)])
+        fit_steps([(SHAPES[0], 0.0)])
     with pytest.raises(ValueError, match="a stage needs moves"):
         fit_stage([])
 

@@ -1,4 +1,4 @@
-"""Sizing: objectives as text, verdicts by intervals, and the smallest size that holds."""
+"""Sizing: objectives as text, verdicts by intervals, and the fewest replicas that hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from aioengine.cli.main import main
 from aioengine.errors import ConfigError
 from aioengine.lab import Experiment, WorkloadSpec
 from aioengine.lab.analysis.statistics import Estimate
-from aioengine.lab.runs.sizing import Objective, Size, Sizing, parse_objectives
+from aioengine.lab.runs.sizing import Objective, Sizing, parse_objectives
 
 SUMMARY: dict[str, Any] = {
     "requests_offered": 10,
@@ -24,10 +24,10 @@ SUMMARY: dict[str, Any] = {
 
 
 def test_objectives_are_figures_with_bounds() -> None:
-    ttft, share, served = parse_objectives(["ttft_p99=2.0,goodput=0.9"])
+    served, ttft, share = parse_objectives(["ttft_p99=2.0,goodput=0.9"])
     assert (ttft.of(SUMMARY), share.of(SUMMARY), served.of(SUMMARY)) == (1.5, 0.75, 0.9)
     assert (ttft.bound, share.bound, served.bound) == (2.0, 0.9, 0.99)
-    assert parse_objectives(["ttft_p99=2", "served=0.5"])[-1] == Objective("served", 0.5)
+    assert parse_objectives(["ttft_p99=2", "served=0.5"])[0] == Objective("served", 0.5)
 
 
 def test_whoever_serves_nobody_keeps_no_objective() -> None:
@@ -70,28 +70,18 @@ def experiment(rate: float, **fields: Any) -> Experiment:
         output_tokens=20,
         slo=2.0,
     )
-    return Experiment(workload=workload, cpu_loras=4, slots=4, **fields)
-
-
-def test_the_size_that_is_found_holds_and_one_slot_less_does_not(tmp_path: Path) -> None:
-    sizing = Sizing(experiment(20), parse_objectives(["ttft_p99=0.6"]), tmp_path, seeds=2, jobs=2)
-    found = sizing.find((1, 1))
-    assert found is not None and 1 < found.slots <= 4
-    assert sizing.trials[found].holds is True
-    less = sizing.less(found)["slots"]
-    assert less is not None and less.holds is not True
-    assert less.size.slots == found.slots - 1
-    assert all(trial.seeds >= 2 for trial in sizing.trials.values())
+    return Experiment(workload=workload, cpu_loras=4, **{"slots": 4, **fields})
 
 
 def test_replicas_are_added_until_it_holds_and_no_more_than_may_be(tmp_path: Path) -> None:
     objectives = parse_objectives(["ttft_p99=0.5"])
-    sizing = Sizing(experiment(25), objectives, tmp_path, seeds=1)
-    assert sizing.find((1, 1), (1, 1)) is None
-    assert [trial.holds for trial in sizing.trials.values()] == [False]
-    two = sizing.find((1, 3), (1, 1))
-    assert two is not None and two.replicas > 1 and sizing.less(two)["replicas"] is not None
-    assert Sizing(experiment(1.0), objectives[1:], tmp_path, seeds=1).find((1, 3), (1, 1)) == Size(1, 1)
+    sizing = Sizing(experiment(25, slots=1), objectives, tmp_path, seeds=2, jobs=2)
+    assert sizing.find(1, 1) is None
+    assert [trial.holds is True for trial in sizing.trials.values()] == [False]
+    found = sizing.find(1, 8)
+    assert found is not None and found > 1
+    assert sizing.trials[found].holds is True and sizing.trials[found - 1].holds is not True
+    assert Sizing(experiment(1.0), objectives[1:], tmp_path, seeds=1).find(1, 3) == 1
 
 
 def test_what_changes_the_number_of_replicas_has_no_size(tmp_path: Path) -> None:
@@ -103,7 +93,7 @@ def test_what_changes_the_number_of_replicas_has_no_size(tmp_path: Path) -> None
 def test_what_is_of_a_fleet_is_left_out_where_there_is_none(tmp_path: Path) -> None:
     fleet = experiment(1.0, replicas=3, router="least_loaded")
     sizing = Sizing(fleet, parse_objectives(["served=0.9"]), tmp_path, seeds=1)
-    assert sizing.find((1, 3), (1, 1)) == Size(1, 1)
+    assert sizing.find(1, 3) == 1
 
 
 def test_goodput_needs_to_be_told_by_when(tmp_path: Path) -> None:
@@ -120,9 +110,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     flags = ["--out", str(out), "--seeds", "1", "--jobs", "1", "--replicas", "1"]
     assert main(["lab", "size", "--workload", str(file), "--slo", "ttft_p99=5.0", *flags]) == 0
     said = capsys.readouterr().out
-    assert "1 replicas, 1 slots" in said
-    assert "what bounds it" in said
-    assert json.loads((out / "size.json").read_text())["size"]["slots"] == 1
+    assert "1 replicas: served = 100%, at least 99%; ttft_p99" in said
+    assert json.loads((out / "size.json").read_text())["replicas"] == 1
     assert main(["lab", "size", "--workload", str(file), "--slo", "ttft_p99=0.0001", *flags]) == 1
-    assert "no size that was tried keeps the objectives" in capsys.readouterr().out
+    assert "no number of replicas that was tried keeps the objectives" in capsys.readouterr().out
     assert main(["lab", "size", "--workload", str(tmp_path / "no.toml"), "--slo", "ttft_p99=1"]) == 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import math
-import random
 import tracemalloc
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.spec import WorkloadSpec
-from aioengine.lab.workload.traces import CSV_HEADER, JsonRow, LengthSample, TraceRow, read_trace, scan_trace
+from aioengine.lab.workload.traces import CSV_HEADER, JsonRow, TraceRow, read_trace, scan_trace
 
 ROWS = """\
 2023-11-16 18:17:03.9799600,4808,10
@@ -203,14 +201,3 @@ def test_memory_does_not_grow_with_a_trace(tmp_path: Path) -> None:
 
     peak(10)  # imports
     assert peak(8000) < peak(500) + 50_000
-
-
-def test_a_sample_of_lengths_is_even(tmp_path: Path) -> None:
-    """Of 10,000 rows 500 are kept, from all over the trace, and pairs stay together."""
-    sample = LengthSample(long_trace(tmp_path / "t.csv", 10_000), random.Random(1), size=500)
-    rng = random.Random(2)
-    drawn = [sample.draw(rng) for _ in range(20_000)]
-    assert 450 < len(set(drawn)) <= 500
-    assert math.fsum(prompt for prompt, _ in drawn) / len(drawn) == pytest.approx(500, rel=0.06)
-    allowed = {(row % 1000 + 1, row % 7 + 1) for row in range(10_000)}
-    assert set(drawn) <= allowed

@@ -1,10 +1,9 @@
-"""``aioengine lab size``: finds how many replicas and slots a workload needs."""
+"""``aioengine lab size``: finds how many replicas a workload needs."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import sys
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated
@@ -14,11 +13,12 @@ from cyclopts import Parameter
 
 from aioengine.cli.flags import CommonFlags, Count, Given, Texts
 from aioengine.cli.lab.flags import SystemFlags, check_out, cores, make_experiment
+from aioengine.cli.lab.run import warn
 from aioengine.cli.process import EXIT_FAILED, process
 from aioengine.cli.struct_flags import Flags, flag_set
 
 if TYPE_CHECKING:
-    from aioengine.lab.runs.sizing import Size, Sizing, Trial
+    from aioengine.lab.runs.sizing import Sizing, Trial
 
 
 @flag_set("Size", 4)
@@ -30,7 +30,7 @@ class SizeFlags(Flags):
     policy: str | None = None
     """Name in aioengine policies (fcfs)."""
     slots: int | None = None
-    """Number of slots, which is then not searched."""
+    """Adapter slots of each replica (8)."""
     max_replicas: Count | None = None
     """Maximum replicas to try (16)."""
     seeds: int = 3
@@ -51,11 +51,11 @@ def size(
     system: SystemFlags | None = None,
     common: CommonFlags | None = None,
 ) -> int:
-    """Find the smallest number of replicas, and then of slots, that keeps an SLO.
+    """Find the smallest number of replicas that keeps an SLO.
 
-    Every size is run with the serving engine in simulated time, over several seeds. It is accepted if the
-    whole 95% interval keeps every objective. Prints what bounds the answer. --replicas and --slots fix their
-    numbers. Exits with 1 if no size that was tried keeps the objectives.
+    Every number is run with the serving engine in simulated time, over several seeds. It is accepted if the
+    whole 95% interval keeps every objective. Prints what bounds the answer. Exits with 1 if no number that
+    was tried keeps the objectives.
     """
     from aioengine.cli.progress import progress
     from aioengine.lab.runs.sizing import Sizing, parse_objectives
@@ -68,7 +68,7 @@ def size(
     if flags.limit is not None:
         workload = msgspec.structs.replace(workload, limit=flags.limit)
     most = system.replicas or flags.max_replicas or 16
-    own = {"policy": flags.policy, "slots": 1, "seed": flags.seed, "replicas": most}
+    own = {"policy": flags.policy, "slots": flags.slots, "seed": flags.seed, "replicas": most}
     experiment = make_experiment(None, None, system, own, workload)
     check_out(flags.out, "size.json")
     stop, count = Event(), itertools.count(1)
@@ -79,61 +79,43 @@ def size(
             flags.out,
             seeds=flags.seeds,
             jobs=flags.jobs or cores(),
-            tried=lambda trial: show(next(count), None, f"{trial.size}: {_broken(sizing, trial)}"),
+            tried=lambda trial: show(next(count), None, _text(sizing, trial)),
             stopping=stop.is_set,
         )
-        replicas = (1 if system.replicas is None else most, most)
-        found = sizing.find(replicas, None if flags.slots is None else (flags.slots, flags.slots))
+        found = sizing.find(1 if system.replicas is None else most, most)
     _write(sizing, found)
     _print(sizing, found)
     print(f"files:  {flags.out}")
     return 0 if found is not None else EXIT_FAILED
 
 
-def _broken(sizing: Sizing, trial: Trial) -> str:
-    """Describe the objectives that a size does not keep, or for which the result is not clear."""
+def _text(sizing: Sizing, trial: Trial) -> str:
+    """Describe a number of replicas, with the objectives that it does not keep or, if it does, all."""
     if trial.error:
-        return f"cannot be run: {trial.error}"
-    verdicts = [(one, one.verdict(trial.figures[one.name])) for one in sizing.objectives]
-    texts = [
-        one.text(trial.figures[one.name]) + (" (not clear)" if verdict is None else "")
-        for one, verdict in verdicts
-        if not verdict
-    ]
-    return "; ".join(texts) or "holds"
+        return f"{trial.replicas} replicas: cannot be run: {trial.error}"
+    found = [(one, trial.figures[one.name]) for one in sizing.objectives]
+    shown = [one.text(figure) for one, figure in found if trial.holds or not one.verdict(figure)]
+    return f"{trial.replicas} replicas: {'; '.join(shown)}"
 
 
-def _print(sizing: Sizing, found: Size | None) -> None:
+def _print(sizing: Sizing, found: int | None) -> None:
     if found is None:
-        print("no size that was tried keeps the objectives:")
-        for trial in [*sizing.trials.values()][-3:]:
-            print(f"  {trial.size}: {_broken(sizing, trial)}")
-        print("aioengine: raise --max-replicas, or the bounds of --slo", file=sys.stderr)
-        return
-    print(found)
-    for objective in sizing.objectives:
-        print(f"  {objective.text(sizing.trials[found].figures[objective.name])}")
-    print("what bounds it:")
-    for name, less in sizing.less(found).items():
-        if less is not None:
-            print(f"  with one {name.removesuffix('s')} less: {_broken(sizing, less)}")
-        else:
-            print(f"  {name}: {getattr(found, name)} is the least that can be, or was given")
-    runs = sum(trial.seeds for trial in sizing.trials.values())
-    print(f"{len(sizing.trials)} sizes tried in {runs} runs; intervals are 95% over the seeds of a size")
+        print("no number of replicas that was tried keeps the objectives")
+    for trial in sorted(sizing.trials.values()):
+        if found is None or trial.replicas in (found, found - 1):
+            print(_text(sizing, trial))
+    if found is None:
+        warn("raise --max-replicas, or the bounds of --slo")
+    print("intervals are 95% over the seeds")
 
 
-def _write(sizing: Sizing, found: Size | None) -> None:
-    values = {
-        "size": None if found is None else found._asdict(),
-        "slo": {objective.name: objective.bound for objective in sizing.objectives},
-        "trials": [
-            trial._asdict()
-            | {"size": trial.size._asdict(), "figures": {n: e._asdict() for n, e in trial.figures.items()}}
-            for trial in sizing.trials.values()
-        ],
-        "experiment": sizing.experiment.to_dict(),
-    }
+def _write(sizing: Sizing, found: int | None) -> None:
+    trials = [
+        trial._asdict() | {"figures": {name: one._asdict() for name, one in trial.figures.items()}}
+        for trial in sizing.trials.values()
+    ]
+    slo = {objective.name: objective.bound for objective in sizing.objectives}
+    values = {"replicas": found, "slo": slo, "trials": trials, "experiment": sizing.experiment.to_dict()}
     sizing.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     (sizing.out / "size.json").write_text(text, encoding="utf-8")

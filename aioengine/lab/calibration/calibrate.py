@@ -1,27 +1,22 @@
-"""Times the live engine, alone and as it serves, and fits a cost model to the times."""
+"""Times the live engine while it serves, and fits a cost model to the times."""
 
 from __future__ import annotations
 
 import asyncio
 import platform
-import random
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
-
-import msgspec
+from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
 from aioengine.config import Device, DType, EngineConfig, ExecutorName, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.calibration.design import Design
-from aioengine.lab.calibration.direct_steps import DirectSteps, Timed
-from aioengine.lab.calibration.fit import fit_moves, fit_overhead, fit_steps, serving_level
-from aioengine.lab.calibration.probe import ProbedEngine, ProbedStep
+from aioengine.lab.calibration.fit import fit_moves, fit_steps
+from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.lab.costs.model import CostModel, ModelShape
 from aioengine.lab.costs.steps import significant
@@ -31,15 +26,36 @@ from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.model.spec import Quantization
-from aioengine.request import SamplingParams
 from aioengine.tasks import run_to_completion
 
-BESIDE_ROWS = 8
-"""Number of sequences that decode while adapters are moved."""
-CALM_STEPS = 3
-"""Between one move and the next, to compare with those beside moves."""
+RANKS = (8, 16, 64)
+"""Ranks of the adapters, in turn."""
+SLOTS, CPU_LORAS, ADAPTERS = 8, 10, 14
 Progress = Callable[[int, int, str], None]
-"""Callback with the number of timings or runs done, their total, and the next one."""
+"""Callback with the number of parts or runs done, their total, and the next one."""
+
+
+class Served(NamedTuple):
+    """Requests of one part of a turn."""
+
+    callers: int
+    requests: int
+    adapters: int
+
+
+class Design(NamedTuple):
+    """What is served in each turn."""
+
+    parts: tuple[Served, ...] = (
+        *(Served(rows, max(2 * rows, 4), SLOTS) for rows in (1, 2, 4, 8, 16, 32, 64)),
+        Served(8, 40, ADAPTERS),  # of more adapters than slots, so that some are moved beside steps
+    )
+    longest: int = 1024
+    """Tokens of the longest prompt; lengths are lognormal."""
+    output_tokens: str = "uniform:8..32"
+    turns: int = 5
+    seconds: float = 120.0
+    """Seconds after which no other turn begins."""
 
 
 class LiveSettings(TypedDict, total=False):
@@ -73,8 +89,8 @@ async def calibrate_async(
 
     Args:
         model: As in :class:`~aioengine.config.EngineConfig`, like the ``settings``.
-        design: Steps and loads to time; the default suits a model with decode steps of about 10 ms.
-        progress: Called with the number of timings done, their total, and the next one.
+        design: What is served meanwhile.
+        progress: Called with the number of parts done, their total, and the next one.
 
     Raises ConfigError if the model is not available or does not fit, or ``out`` cannot be written. It can be
     cancelled.
@@ -82,9 +98,9 @@ async def calibrate_async(
     if out is not None:
         check_can_write(out)
     name, design = Path(model).name if out is None else out.stem, design or Design()
+    until = time.monotonic() + design.seconds
     async with Calibration(model, name, design, progress, **settings) as calibration:
-        until = time.monotonic() + design.seconds
-        for turn in range(design.repeats):
+        for turn in range(design.turns):
             if not turn or time.monotonic() < until:
                 await calibration.turn()
         costs = calibration.costs()
@@ -118,17 +134,14 @@ class Calibration:
         **settings: Unpack[LiveSettings],
     ) -> None:
         executor: ExecutorName = "process" if settings.get("tensor_parallel_size", 1) > 1 else "thread"
-        adapters = len(design.ranks) * max(design.adapters) + 1  # one is moved while the others are in slots
         self._config = EngineConfig(
             model=model,
             executor=executor,
-            max_num_seqs=design.max_rows,
-            max_num_batched_tokens=max(design.max_num_batched_tokens, design.max_rows),
             enable_prefix_caching=False,  # every prompt is computed
             lora=LoRAConfig(
-                max_loras=adapters,
-                max_lora_rank=design.slot_rank,
-                max_cpu_loras=adapters,
+                max_loras=SLOTS,
+                max_lora_rank=max(RANKS),
+                max_cpu_loras=CPU_LORAS,
                 max_concurrent_loads=1,
             ),
             **settings,
@@ -136,114 +149,62 @@ class Calibration:
         self._name = name
         self._design = design
         self._progress = progress
-        self._done = 0
-        self._random = random.Random(design.seed)
-        self._timed: list[list[Timed]] = []
-        """The timings of each part."""
-        self._serving: list[ProbedStep] = []
-        """Steps of requests, while no adapter is moved."""
+        self._turns = 0
 
     async def __aenter__(self) -> Self:
+        with needs_extra():  # rather now than after minutes
+            import scipy.optimize  # noqa: F401
         async with AsyncExitStack() as opened:
-            await self._start(opened)
+            folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-calibrate-")))
+            self._engine = await opened.enter_async_context(ProbedEngine(self._config))
+            for i in range(ADAPTERS):
+                path, rank, spec = folder / str(i), RANKS[i % len(RANKS)], self._engine.model_spec
+                await run_to_completion(asyncio.to_thread(write_random_adapter, path, spec, rank, seed=i))
+                self._engine.register_adapter(f"adapter-{i:03}", path)
             self._open = opened.pop_all()
         return self
 
     async def __aexit__(self, *failure: object) -> None:
         await self._open.aclose()
 
-    async def _start(self, opened: AsyncExitStack) -> None:
-        with needs_extra():  # rather now than after minutes
-            import scipy.optimize  # noqa: F401
-        design = self._design
-        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-calibrate-")))
-        self._engine = engine = await opened.enter_async_context(ProbedEngine(self._config))
-        self._context = min(design.contexts[0], engine.plan.max_model_len // 2)
-        self._parts = design.parts(engine.plan.max_model_len)
-        self._timed = [[] for _ in self._parts]
-        paths = {
-            rank: [folder / f"{rank}-{i}" for i in range(max(*design.adapters, design.loads))]
-            for rank in sorted(design.ranks)
-        }
-        for rank, of_rank in paths.items():
-            for i, path in enumerate(of_rank):
-                await run_to_completion(
-                    asyncio.to_thread(write_random_adapter, path, engine.model_spec, rank, seed=i)
-                )
-        # In this order none leaves something in a slot that has to be cleared for the next.
-        loads = [path for of_rank in paths.values() for path in of_rank[: design.loads]]
-        self._total = len(loads) + design.repeats * (len(design.live_rows) + len(self._parts))
-        await self._move(loads)
-        self._steps = DirectSteps(engine, seed=design.seed)
-        await self._steps.fill(design.tokens, design.max_num_batched_tokens)
-        for rank in design.ranks:
-            for adapter, path in zip(design.names(rank), paths[rank], strict=False):
-                await self._steps.place(adapter, path)
-
-    async def _move(self, paths: list[Path]) -> None:
-        """Load and copy the adapters at ``paths`` beside decodes."""
-        probe = self._engine.probe
-        await self._complete(self._design.live_steps)  # warm-up
-        probe.pause()
-        probe.steps.clear()
-        async with self._decoding():
-            for turn, path in enumerate(paths):
-                self._tell("an adapter that is loaded beside decodes")
-                name = f"load-{turn}"
-                await self._engine.load_adapter(name, path)
-                await probe.grow(CALM_STEPS)
-                await self._engine.pin_adapter(name, force=True)
-                await probe.grow(CALM_STEPS)
-                await self._engine.unload_adapter(name)
-        self._beside, self._moves = [*probe.steps], [*probe.moves]
-
     async def turn(self) -> None:
-        """Time every step once, in an order that is drawn, so that neither a drift of the machine's speed nor
-        cache contents of another step look like an effect; then serve for some seconds. So steps alone and
-        steps in serving are of the same minutes, in which the machine may be faster or slower than in
-        others."""
-        for index in self._random.sample(range(len(self._parts)), len(self._parts)):
-            self._tell(self._parts[index].what)
-            self._timed[index].append(await self._steps.time(self._parts[index].rows))
-        probe, design = self._engine.probe, self._design
-        for rows in design.live_rows:
-            self._tell(f"{rows} rows, as in serving")
-            probe.pause()
-            probe.steps.clear()
-            # Sent and recorded as in any live run, because the loop's work for that is between steps, too.
+        """Serve each part once. In every turn the requests are others."""
+        design, probe = self._design, self._engine.probe
+        longest = min(design.longest, self._engine.plan.max_model_len // 2)
+        for index, part in enumerate(design.parts):
+            done, total = self._turns * len(design.parts) + index, design.turns * len(design.parts)
+            self._progress(min(done, total), total, f"{part.callers} requests at a time")
             spec = WorkloadSpec(
-                arrivals="poisson:rate=100000",
-                limit=rows,
-                prompt_tokens=self._context,
-                output_tokens=design.live_steps,
+                concurrency=part.callers,
+                limit=part.requests,
+                adapters=part.adapters,
+                base_share=0.25,
+                prompt_tokens=f"lognormal:median={min(64, longest)},sigma=1.2,max={longest}",
+                output_tokens=design.output_tokens,
             )
-            workload = OfferedWorkload(spec, design.seed)
-            await replay(self._engine, workload, MemorySink(), seed=self._random.randrange(2**31))
+            workload = OfferedWorkload(spec, self._turns)
             probe.pause()
-            self._serving += probe.steps
+            await replay(self._engine, workload, MemorySink(), seed=self._turns)
+        self._turns += 1
 
     def costs(self) -> CostModel:
-        """Fit a cost model to what was timed up to now; a turn at least. A step counts with the median of its
-        timings, which other programs may have disturbed."""
-        points = [
-            Timed(timings[0].shape, statistics.median([timing.seconds for timing in timings]))
-            for timings in self._timed
-        ]
-        found, plan = fit_steps(points), self._engine.plan
-        overhead, each = fit_overhead(self._serving)
-        level = serving_level(found.costs, self._serving)
-        steps = found.costs.scaled(level)
-        disk, slot = (fit_moves(self._beside, self._moves, stage) for stage in ("disk", "slot"))
+        """Fit a cost model to what was timed up to now; a turn at least."""
+        probe, plan = self._engine.probe, self._engine.plan
+        calm = [step for step in probe.following() if not any(probe.overlaps(step).values())]
+        fewest = min(step.shape.sequences for step in calm)
+        gaps = [step.wall - step.seconds for step in calm if step.shape.sequences == fewest]
+        overhead = statistics.median(gaps)  # what is more with more sequences is theirs
+        steps, quality = fit_steps(
+            [(step.shape, max(step.wall - overhead, step.seconds / 2)) for step in calm]
+        )
+        disk, slot = (fit_moves(steps, overhead, probe, stage) for stage in ("disk", "slot"))
         return CostModel(
             name=self._name,
             source=f"measured: {machine()}; {versions()}",
             estimate=False,
-            sources={
-                "steps": f"{len(points)} kinds, each timed {len(self._timed[0])} times",
-                "in serving": f"{len(self._serving)} steps, {level:.3g} times as long as alone",
-            },
+            sources={"steps": f"{len(calm)} steps in serving, in {self._turns} turns"},
             model=ModelShape.of(self._engine.model_spec, plan.dtype),
-            steps=msgspec.structs.replace(steps, sequence=steps.sequence + each).rounded(),
+            steps=steps.rounded(),
             step_overhead=significant(overhead),
             disk=disk,
             slot=slot,
@@ -251,32 +212,8 @@ class Calibration:
             device_memory=plan.available_bytes * (plan.num_ranks if plan.device == "cpu" else 1),
             quantization=self._config.quantization,
             tensor_parallel_size=plan.num_ranks,
-            fit=found.quality,
+            fit=quality,
         )
-
-    async def _complete(self, tokens: int) -> None:
-        vocab = self._engine.model_spec.vocab_size
-        prompt = [self._random.randrange(vocab) for _ in range(self._context)]
-        await self._engine.complete(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True))
-
-    @asynccontextmanager
-    async def _decoding(self) -> AsyncIterator[None]:
-        """Context in which requests decode; those that end are sent again."""
-
-        async def decode() -> None:
-            while True:
-                await self._complete(self._engine.plan.max_model_len - self._context)
-
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(decode()) for _ in range(BESIDE_ROWS)]
-            await self._engine.probe.grow(CALM_STEPS)
-            yield
-            for task in tasks:
-                task.cancel()
-
-    def _tell(self, what: str) -> None:
-        self._progress(min(self._done, self._total), self._total, what)
-        self._done += 1
 
 
 def machine() -> str:

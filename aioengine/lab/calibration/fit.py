@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from aioengine.lab.calibration.direct_steps import Timed
-from aioengine.lab.calibration.probe import ProbedMove, ProbedStep
+from aioengine.lab.calibration.probe import Probe
 from aioengine.lab.costs.model import FitQuality, Stage
 from aioengine.lab.costs.steps import NONE, StepCosts, StepShape, StepTimes, in_tiles, significant
 from aioengine.lab.workload.extra import needs_extra
@@ -31,13 +30,8 @@ ROUNDS = 8
 """Rounds of reweighting, enough for the weights to converge."""
 
 
-class StepFit(NamedTuple):
-    costs: StepCosts
-    quality: FitQuality
-
-
-def fit_steps(points: Sequence[Timed]) -> StepFit:
-    """Find the coefficients with the smallest relative errors.
+def fit_steps(points: Sequence[tuple[StepShape, float]]) -> tuple[StepCosts, FitQuality]:
+    """Find the coefficients with the smallest relative errors, for steps and their seconds.
 
     Solved by non-negative least squares (Lawson and Hanson, 1974), reweighted so that outliers count
     linearly (Huber, 1964). A curve is also a sum of terms: the linears' curve has a rise between each two
@@ -48,10 +42,10 @@ def fit_steps(points: Sequence[Timed]) -> StepFit:
     """
     import numpy as np
 
-    if not points or min(point.seconds for point in points) <= 0:
+    if not points or min(seconds for _, seconds in points) <= 0:
         raise ValueError("a fit needs steps, each of which took more than 0 seconds")
-    taken = np.array([point.seconds for point in points])
-    shapes = [point.shape for point in points]
+    shapes = [shape for shape, _ in points]
+    taken = np.array([seconds for _, seconds in points])
     fits = []
     for tile in TILES:
         terms = _Terms(shapes, tile)
@@ -66,7 +60,7 @@ def fit_steps(points: Sequence[Timed]) -> StepFit:
         median_error=significant(float(np.median(errors))),
         p90_error=significant(float(np.quantile(errors, 0.9))),
     )
-    return StepFit(terms.costs([float(value) for value in found]), quality)
+    return terms.costs([float(value) for value in found]), quality
 
 
 class _Terms:
@@ -158,57 +152,30 @@ def _solve(matrix: Array, taken: Array) -> Array:
 MAX_SLOWDOWN = 5.0
 
 
-def fit_overhead(steps: Iterable[ProbedStep]) -> tuple[float, float]:
-    """Fit the time between steps: a constant and a part for each sequence, in seconds. Each number of
-    sequences counts with its median, because errors are relative, and single times may be close to 0."""
-    gaps: dict[int, list[float]] = defaultdict(list)
-    for step in steps:
-        gaps[step.shape.sequences].append(step.wall - step.seconds)
-    return fit_line([(count, max(statistics.median(times), 1e-6)) for count, times in gaps.items()])
-
-
-def serving_level(costs: StepCosts, steps: Iterable[ProbedStep]) -> float:
-    """Return how many times as long steps of decodes take in serving as ``costs`` has them, which was fitted
-    to steps alone: the median over the numbers of sequences, of the medians of each."""
-    times = StepTimes(costs)
-    ratios: dict[int, list[float]] = defaultdict(list)
-    for step in steps:
-        if not step.shape.prefill_tokens:
-            ratios[step.shape.sequences].append(step.seconds / times(step.shape))
-    return statistics.median(map(statistics.median, ratios.values())) if ratios else 1.0
-
-
-def fit_moves(steps: Sequence[ProbedStep], moves: Sequence[ProbedMove], stage: str) -> Stage:
-    """Fit a stage to its moves, each alone beside steps of the same decodes."""
+def fit_moves(costs: StepCosts, overhead: float, probe: Probe, stage: str) -> Stage:
+    """Fit a stage to its moves, and to what they did to the steps beside them."""
     sizes: dict[int, list[float]] = defaultdict(list)
-    for move in moves:
+    for move in probe.moves:
         if move.stage == stage:
             sizes[move.nbytes].append(move.end - move.start)
     fitted = fit_stage([(nbytes, max(statistics.median(times), 1e-9)) for nbytes, times in sizes.items()])
-    return Stage(
-        significant(fitted.latency), significant(fitted.bandwidth), significant(slowdown(steps, moves, stage))
-    )
+    slower = slowdown(costs, overhead, probe, stage)
+    return Stage(significant(fitted.latency), significant(fitted.bandwidth), significant(slower))
 
 
-def slowdown(steps: Iterable[ProbedStep], moves: Sequence[ProbedMove], stage: str) -> float:
-    """Return how many times as long steps take while adapters are moved in this stage: from steps some of
-    which moves overlap.
+def slowdown(costs: StepCosts, overhead: float, probe: Probe, stage: str) -> float:
+    """Return how many times as long steps take while adapters are moved in this stage: from steps that such
+    moves overlap, and no others.
 
     A step of s seconds that is disturbed for o of the w seconds that it takes in the end has
     w = s + o (1 - 1 / slowdown).
     """
-    calm, disturbed = list[float](), list[tuple[float, float]]()
-    for step in steps:
-        overlaps = {"disk": 0.0, "slot": 0.0}
-        for move in moves:
-            overlaps[move.stage] += max(min(move.end, step.until) - max(move.start, step.start), 0.0)
+    times, extra, disturbed = StepTimes(costs), 0.0, 0.0
+    for step in probe.following():
+        overlaps = probe.overlaps(step)
         own = overlaps.pop(stage)
-        if not own and not any(overlaps.values()):
-            calm.append(step.wall)
-        elif not any(overlaps.values()):
-            disturbed.append((step.wall, own))
-    if not calm or not disturbed:
-        return 1.0
-    usual = statistics.median(calm)
-    extra = sum(wall - usual for wall, _ in disturbed) / sum(overlap for _, overlap in disturbed)
-    return 1 / (1 - min(max(extra, 0.0), 1 - 1 / MAX_SLOWDOWN))
+        if own and not any(overlaps.values()):
+            extra += step.wall - times(step.shape) - overhead
+            disturbed += own
+    share = extra / disturbed if disturbed else 0.0
+    return 1 / (1 - min(max(share, 0.0), 1 - 1 / MAX_SLOWDOWN))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -14,6 +13,9 @@ from aioengine.info import LoadProgress
 from aioengine.lab.costs.steps import StepShape, step_shape
 from aioengine.runtime.assemble import Built
 from aioengine.step import StepBatch, StepResult
+
+IDLE_SECONDS = 0.02
+"""A step that begins later after the one before does not follow it: the engine had nothing to do."""
 
 
 class ProbedStep(NamedTuple):
@@ -39,13 +41,12 @@ class ProbedMove(NamedTuple):
 
 
 class Probe:
-    """Recorder of steps and moves. ``steps`` are those that another followed at once, ``moves`` those that
+    """Recorder of steps and moves. ``steps`` are those that another followed, ``moves`` those that
     succeeded."""
 
     def __init__(self) -> None:
         self.steps: list[ProbedStep] = []
         self.moves: list[ProbedMove] = []
-        self._grown = asyncio.Event()
         self._last: tuple[StepShape, float, float] | None = None
 
     def begins(self, now: float) -> None:
@@ -54,7 +55,6 @@ class Probe:
             shape, start, seconds = self._last
             self.steps.append(ProbedStep(shape, start, now, seconds))
             self._last = None
-            self._grown.set()
 
     def ended(self, batch: StepBatch, start: float, seconds: float) -> None:
         self._last = (step_shape(batch), start, seconds)
@@ -63,18 +63,22 @@ class Probe:
         """Note a pause: the next step does not follow the last one at once."""
         self._last = None
 
-    async def grow(self, count: int) -> None:
-        """Wait until this many more steps have been recorded."""
-        until = len(self.steps) + count
-        while len(self.steps) < until:
-            self._grown.clear()
-            await self._grown.wait()
-
     def handle(self, event: events.Event) -> None:
         """Listen to the engine's events."""
         assert isinstance(event, events.AdapterLoaded | events.AdapterPlaced)
         stage = "disk" if isinstance(event, events.AdapterLoaded) else "slot"
         self.moves.append(ProbedMove(stage, event.time - event.seconds, event.time, event.nbytes))
+
+    def following(self) -> list[ProbedStep]:
+        """Return the steps that another followed at once, because there was work."""
+        return [step for step in self.steps if step.wall - step.seconds < IDLE_SECONDS]
+
+    def overlaps(self, step: ProbedStep) -> dict[str, float]:
+        """Return the seconds of the step in which something was moved, by stage."""
+        found = {"disk": 0.0, "slot": 0.0}
+        for move in self.moves:
+            found[move.stage] += max(min(move.end, step.until) - max(move.start, step.start), 0.0)
+        return found
 
 
 class ProbedEngine(AsyncEngine):
@@ -83,7 +87,6 @@ class ProbedEngine(AsyncEngine):
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         built = await super()._build(work, progress)
         self.probe = Probe()
-        self.device = built.device
         return built._replace(device=cast(Device, _ProbedDevice(built.device, self.probe)))
 
     async def start(self, *, progress: LoadProgress | None = None) -> None:

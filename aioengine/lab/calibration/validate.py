@@ -18,8 +18,7 @@ from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.summary import times_of
-from aioengine.lab.calibration.calibrate import Calibration, LiveSettings, Progress, check_can_write
-from aioengine.lab.calibration.design import Design
+from aioengine.lab.calibration.calibrate import Calibration, Design, LiveSettings, Progress, check_can_write
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.lab.costs.model import CostModel, ModelShape
 from aioengine.lab.costs.presets import load_costs
@@ -121,7 +120,7 @@ async def validate_async(
         calibrate: File for a cost model that is made meanwhile, in turns with the live runs, and takes the
             place of the experiment's preset: then both are of the same minutes, in which the machine may be
             faster or slower than in others. None of its timings is of the workload.
-        design: What ``calibrate`` times; the default is that of ``lab calibrate``.
+        design: What ``calibrate`` serves; the default is that of ``lab calibrate``.
 
     Raises ConfigError if the preset, the model or the workload cannot be used.
     """

@@ -1,4 +1,4 @@
-"""The fewest replicas, and then slots, with which a workload keeps its objectives."""
+"""The fewest replicas with which a workload keeps its objectives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import msgspec
 from aioengine.checks import Count, check_value, nearest
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.statistics import Estimate, estimate
-from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.runs.experiment import OF_A_FLEET, Experiment
 from aioengine.lab.runs.pool import Task, run_all
 
@@ -30,9 +29,6 @@ SHARES = ("goodput", "served")
 SERVED = 0.99
 """Default share of requests that must be served. Otherwise a policy that rejects most requests would be the
 fastest."""
-SLOT_LADDER = 4
-"""Numbers of slots that are tried with a number of replicas: the largest that makes sense, then half of it,
-and so on, because slots take memory from the KV cache."""
 MORE_SEEDS = 3
 """Factor on the number of seeds where a bound is within an interval."""
 
@@ -70,7 +66,9 @@ class Objective(NamedTuple):
         interval = ""
         if found.low is not None and found.high is not None and found.high - found.low > 1e-9:
             interval = f" ({found.low * scale:.3g} .. {found.high * scale:.3g})"
-        return f"{self.name} = {found.mean * scale:.3g}{interval}{unit}, {sign} {self.bound * scale:g}{unit}"
+        clear = "" if self.verdict(found) is not None else " (not clear)"
+        bound = f"{sign} {self.bound * scale:g}{unit}"
+        return f"{self.name} = {found.mean * scale:.3g}{interval}{unit}, {bound}{clear}"
 
 
 def parse_objectives(texts: Iterable[str]) -> list[Objective]:
@@ -80,7 +78,7 @@ def parse_objectives(texts: Iterable[str]) -> list[Objective]:
     Raises ConfigError for an unknown name, or a bound out of range.
     """
     known = [*SHARES, *(f"{name}_{of}" for name in TIMES for of in OF)]
-    found: dict[str, float] = {}
+    found: dict[str, float] = {"served": SERVED}
     for part in (part.strip() for text in texts for part in text.split(",")):
         name, _, number = part.partition("=")
         if name not in known:
@@ -94,47 +92,35 @@ def parse_objectives(texts: Iterable[str]) -> list[Objective]:
             of = "a share > 0 and <= 1" if name in SHARES else "seconds > 0"
             raise ConfigError(f"slo {part!r}: {number!r} must be {of}, as in ttft_p99=2.0")
         found[name] = bound
-    found.setdefault("served", SERVED)
     return [Objective(name, bound) for name, bound in found.items()]
 
 
-class Size(NamedTuple):
-    replicas: int
-    slots: int
-
-    def __str__(self) -> str:
-        return f"{self.replicas} replicas, {self.slots} slots"
-
-
 class Trial(NamedTuple):
-    """Result for a size."""
+    """Result for a number of replicas."""
 
-    size: Size
+    replicas: int
     figures: dict[str, Estimate]
-    """Figures by objective; empty if the size cannot be run."""
+    """Figures by objective; empty if it cannot be run."""
     holds: bool | None
     """Whether the objectives hold. None: a bound is within an interval over all seeds, which counts as not
     holding."""
-    seeds: int
     error: str = ""
     """Why it cannot be run."""
 
 
 @dataclass
 class Sizing:
-    """A search for the smallest size: first replicas, then slots.
+    """A search for the fewest replicas.
 
-    A size holds if the 95% interval over the seeds of every objective keeps its bound. If a bound is within
-    the interval, seeds are added, up to ``MORE_SEEDS`` times as many; if it still is, the size counts as not
-    holding. All sizes get the same arrivals. More replicas are taken to be never worse. For slots that is not
-    so, and several numbers are tried with each number of replicas.
+    A number holds if the 95% interval over the seeds of every objective keeps its bound. If a bound is within
+    the interval, seeds are added, up to ``MORE_SEEDS`` times as many. All get the same arrivals. More
+    replicas are taken to be never worse.
 
-    Raises ConfigError if the workload cannot be opened, or the experiment changes the number of replicas by
-    itself.
+    Raises ConfigError if the experiment changes the number of replicas by itself.
     """
 
     experiment: Experiment
-    """The workload, and all settings that are not searched."""
+    """The workload, and all other settings."""
     objectives: Sequence[Objective]
     out: Path
     """A folder for the runs, below ``runs``."""
@@ -143,8 +129,8 @@ class Sizing:
     tried: Callable[[Trial], None] = lambda trial: None
     """Told of each trial."""
     stopping: Callable[[], bool] = lambda: False
-    trials: dict[Size, Trial] = field(default_factory=dict)
-    """All that were tried, in order."""
+    trials: dict[int, Trial] = field(default_factory=dict)
+    """All that were tried, by replicas."""
 
     def __post_init__(self) -> None:
         check_value("seeds", self.seeds, Count)
@@ -153,88 +139,50 @@ class Sizing:
         spec = self.experiment.workload
         if any(one.name == "goodput" for one in self.objectives) and not (spec.slo or spec.deadline):
             raise ConfigError("slo goodput: the workload says not by when requests should end; give it slo")
-        self.adapters = max(len(self.experiment.open_workload().adapters), 1)
 
-    def find(self, replicas: tuple[int, int], slots: tuple[int, int] | None = None) -> Size | None:
-        """Return the smallest size within these bounds that holds; None if none does. The sizes with one
-        replica less, and one slot less, were tried if they are within the bounds. Slots are at most as many
-        as there are adapters, by default."""
-        least, most = slots or (1, self.adapters)
-        steps = dict.fromkeys(max(most >> step, least) for step in range(most.bit_length()))
-        ladder = [number for number in steps if self._fits(number)][:SLOT_LADDER] or [least]
+    def find(self, least: int, most: int) -> int | None:
+        """Return the fewest replicas that hold; None if none does. One less was tried, if it may be."""
+        failed, count = least - 1, least
+        while not self._holds(count):
+            if count == most:
+                return None
+            failed, count = count, min(count * 2, most)
+        while count - failed > 1:
+            middle = (failed + count) // 2
+            failed, count = (failed, middle) if self._holds(middle) else (middle, count)
+        return count
 
-        def with_replicas(count: int) -> Size | None:
-            return next((size for number in ladder if self._holds(size := Size(count, number))), None)
-
-        failed, count = replicas[0] - 1, replicas[0]
-        while (best := with_replicas(count)) is None and count < replicas[1]:
-            failed, count = count, min(count * 2, replicas[1])
-        if best is None:
-            return None
-        fewest = _least(failed + 1, count, with_replicas) or best
-        return (
-            _least(
-                least,
-                fewest.slots,
-                lambda number: size if self._holds(size := Size(fewest.replicas, number)) else None,
-            )
-            or fewest
-        )
-
-    def less(self, size: Size) -> dict[str, Trial | None]:
-        """Return, for replicas and for slots, what was tried with one less."""
-        fewer = [trial for trial in self.trials.values() if trial.size.replicas == size.replicas - 1]
-        return {
-            "replicas": fewer[0] if fewer else None,
-            "slots": self.trials.get(Size(size.replicas, size.slots - 1)),
-        }
-
-    def _of_size(self, size: Size) -> Experiment:
-        fields: dict[str, Any] = {"replicas": size.replicas, "slots": size.slots}
-        if size.replicas == 1:  # without a gateway
-            names = {field.name: field.default for field in msgspec.structs.fields(Experiment)}
-            fields |= {"replicas": None, **{name: names[name] for name in OF_A_FLEET}}
-        places = max(self.experiment.cpu_loras, size.slots)
-        return msgspec.structs.replace(self.experiment, cpu_loras=places, **fields)
-
-    def _fits(self, slots: int) -> bool:
-        """Return whether so many slots fit into the device's memory. Raises ConfigError if one does not."""
-        try:
-            load_costs(self.experiment.preset).plan(self._of_size(Size(1, slots)).engine_config())
-            return True
-        except ConfigError:
-            if slots == 1:
-                raise
-            return False
-
-    def _holds(self, size: Size) -> bool:
-        """Try a size, with more seeds while a bound is within an interval."""
-        if size not in self.trials:
-            trial, summaries = Trial(size, {}, None, 0), list[dict[str, Any]]()
+    def _holds(self, replicas: int) -> bool:
+        """Try a number of replicas, with more seeds while a bound is within an interval."""
+        if replicas not in self.trials:
+            trial, summaries = Trial(replicas, {}, None), list[dict[str, Any]]()
             while trial.holds is None and len(summaries) < self.seeds * MORE_SEEDS:
-                found = self._run(size, range(len(summaries), len(summaries) + self.seeds))
+                found = self._run(replicas, range(len(summaries), len(summaries) + self.seeds))
                 if isinstance(found, str):
-                    trial = trial._replace(holds=False, error=found)
+                    trial = Trial(replicas, {}, False, found)
                     break
                 summaries += found
-                trial = self._judge(size, summaries)
-            self.trials[size] = trial
+                figures = {
+                    one.name: estimate([one.of(each) for each in summaries]) for one in self.objectives
+                }
+                verdicts = {one.verdict(figures[one.name]) for one in self.objectives}
+                holds = False if False in verdicts else None if None in verdicts else True
+                trial = Trial(replicas, figures, holds)
+            self.trials[replicas] = trial
             self.tried(trial)
-        return self.trials[size].holds is True
+        return self.trials[replicas].holds is True
 
-    def _judge(self, size: Size, summaries: Sequence[dict[str, Any]]) -> Trial:
-        figures = {one.name: estimate([one.of(summary) for summary in summaries]) for one in self.objectives}
-        verdicts = {objective.verdict(figures[objective.name]) for objective in self.objectives}
-        holds = False if False in verdicts else None if None in verdicts else True
-        return Trial(size, figures, holds, len(summaries))
-
-    def _run(self, size: Size, seeds: range) -> list[dict[str, Any]] | str:
-        """Return the summaries of a size with these seeds, or why there are none."""
-        experiment = self._of_size(size)
+    def _run(self, replicas: int, seeds: range) -> list[dict[str, Any]] | str:
+        """Return the summaries of runs with these seeds, or why there are none."""
+        fields: dict[str, Any] = {"replicas": replicas}
+        if replicas == 1:  # without a gateway
+            names = {field.name: field.default for field in msgspec.structs.fields(Experiment)}
+            fields = {"replicas": None, **{name: names[name] for name in OF_A_FLEET}}
+        first, runs = self.experiment.seed, self.out / "runs"
         tasks = [
             Task(
-                msgspec.structs.replace(experiment, seed=self.experiment.seed + seed),
-                self.out / "runs" / f"replicas={size.replicas}-slots={size.slots}-seed={seed}",
+                msgspec.structs.replace(self.experiment, seed=first + seed, **fields),
+                runs / f"replicas={replicas}-seed={seed}",
             )
             for seed in seeds
         ]
@@ -246,17 +194,3 @@ class Sizing:
                 return f"the policy did not decide every step: {summary['policy']['reason']}"
             found.append(summary)
         return found
-
-
-def _least(low: int, high: int, holds: Callable[[int], Size | None]) -> Size | None:
-    """Return what the least number below ``high``, which holds, gives that still does, by bisection; None if
-    there is none."""
-    found = None
-    while low < high:
-        middle = (low + high) // 2
-        size = holds(middle)
-        if size is None:
-            low = middle + 1
-        else:
-            found, high = size, middle
-    return found

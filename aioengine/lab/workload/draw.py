@@ -46,17 +46,15 @@ class OfferedWorkload(Workload):
         self.concurrency, self.think = spec.concurrency, spec.think
         self.objective = None if spec.slo is None else parse_deadline("slo", spec.slo)
         self._longest = longest
-        default = _DEFAULT_LENGTHS if spec.trace is None else "trace"
-        texts = {name: getattr(spec, name) or default for name in ("prompt_tokens", "output_tokens")}
         self._lengths = [
-            (name, None if text == "trace" else parse_lengths(name, text)) for name, text in texts.items()
+            (name, None if text is None else parse_lengths(name, text))
+            for name in ("prompt_tokens", "output_tokens")
+            for text in [getattr(spec, name) or (_DEFAULT_LENGTHS if spec.trace is None else None)]
         ]
-        self._trace = self._sample = None
-        if spec.plays_trace and spec.trace is not None:
+        self._trace: traces.TraceSummary | None = None
+        if spec.trace is not None:
             seconds = None if spec.seconds is None else spec.seconds * spec.scale
             self._trace = traces.scan_trace(spec.trace, limit=spec.limit, seconds=seconds)
-        elif spec.trace is not None and "trace" in texts.values():
-            self._sample = traces.LengthSample(spec.trace, stream(seed, "sample of lengths"))
         self._names = numbered("adapter", spec.adapters, width=3)
         ranks = parse_ranks("ranks", spec.ranks)
         names = dict.fromkeys([*self._names, *(self._trace.adapters if self._trace else ())])
@@ -119,11 +117,7 @@ class OfferedWorkload(Workload):
 
         def more_lengths() -> tuple[int, int]:
             """Draw the lengths of a question and an answer after the first, as those are drawn."""
-            lengths = (1, 1) if self._sample is None else self._sample.draw(rng)
-            prompt, output = (
-                known if draw is None else draw(rng)
-                for known, (_, draw) in zip(lengths, self._lengths, strict=True)
-            )
+            prompt, output = (1 if draw is None else draw(rng) for _, draw in self._lengths)
             return prompt, output
 
         for time, row in self._rows():
@@ -136,7 +130,7 @@ class OfferedWorkload(Workload):
         workload."""
         (_, prompts), (_, outputs) = self._lengths
         prompt_rng, output_rng = (stream(self.seed, name) for name, _ in self._lengths)
-        for time, row in self._timed() if self._trace is None else self._traced(self._trace):
+        for time, row in self._timed():
             if prompts is not None:
                 row = row._replace(prompt_tokens=prompts(prompt_rng))
             if outputs is not None:
@@ -144,27 +138,18 @@ class OfferedWorkload(Workload):
             yield time, row
 
     def _timed(self) -> Iterator[tuple[float, traces.TraceRow]]:
-        """Yield rows at the times of the arrival process, with lengths from the trace if there is a sample of
-        it."""
+        """Yield the rows of the trace, from time 0 on, or rows at the times of the arrival process."""
+        spec = self.spec
+        if self._trace is not None and spec.trace is not None:
+            for row in traces.read_trace(spec.trace):
+                yield (row.time - self._trace.first) / _NANO / spec.scale, row
+            return
         times: Iterator[int] = repeat(0)  # a closed loop does not use times
-        if self.spec.arrivals is not None:
-            process = parse_arrivals("arrivals", self.spec.arrivals)
-            times = process.times(stream(self.seed, "arrivals"), self.spec.scale)
-        pairs = stream(self.seed, "pairs of lengths")
+        if spec.arrivals is not None:
+            process = parse_arrivals("arrivals", spec.arrivals)
+            times = process.times(stream(self.seed, "arrivals"), spec.scale)
         for time in times:
-            prompt, output = (1, 1) if self._sample is None else self._sample.draw(pairs)
-            yield time / _MICRO, traces.TraceRow(time, prompt, output)
-
-    def _traced(self, summary: traces.TraceSummary) -> Iterator[tuple[float, traces.TraceRow]]:
-        """Yield the rows of the trace, from time 0 on; over and over again if it is to be repeated."""
-        assert self.spec.trace is not None
-        start = -summary.first
-        while True:
-            for row in traces.read_trace(self.spec.trace):
-                yield (row.time + start) / _NANO / self.spec.scale, row
-            if not self.spec.repeat:
-                return
-            start += summary.period
+            yield time / _MICRO, traces.TraceRow(time, 1, 1)
 
 
 class _Choices:

@@ -35,9 +35,9 @@ Due = Annotated[float | str, Meta(extra={"is": "seconds, text, or None"})]
 class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that a workload depends on but the seed.
 
-    Requests come from a trace, or from an arrival process, or with the times of a process and the lengths
-    of a trace. What they lack is drawn, each aspect from random numbers of its own, so that changing one
-    leaves the others as they are. What a row of a trace says of itself wins.
+    Requests come from a trace, or from an arrival process. What they lack is drawn, each aspect from random
+    numbers of its own, so that changing one leaves the others as they are. What a row of a trace says of
+    itself wins.
 
     Raises :class:`~aioengine.errors.ConfigError` on construction; files are looked at when it is opened.
     """
@@ -54,8 +54,6 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Maximum number of requests."""
     scale: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     """Multiplies the rate: a trace's times are divided by it. The lengths of bursts and days stay."""
-    repeat: bool = False
-    """Whether a trace begins again at its end, one mean gap later, up to ``limit`` or ``seconds``."""
 
     adapters: Annotated[int, Meta(ge=0, le=10**6)] = 0
     """Number of adapters to spread over trace requests that name none; 0: those are for the base model."""
@@ -87,8 +85,8 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ranks: Lengths = 16
     """Ranks of the adapters: 16, or "8:0.5,16:0.3,64:0.2" with shares."""
     prompt_tokens: Lengths | None = None
-    """128, "uniform:8..512", "lognormal:median=200,sigma=0.8" (with min= and max= that it is clipped to),
-    or "trace". None: "trace" if there is one, else "uniform:8..512", as in S-LoRA."""
+    """128, "uniform:8..512", "lognormal:median=200,sigma=0.8" (with min= and max= that it is clipped to).
+    None: as in the trace if there is one, else "uniform:8..512", as in S-LoRA."""
     output_tokens: Lengths | None = None
     """Distribution of output lengths, in the form of ``prompt_tokens``."""
     max_prompt: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
@@ -118,8 +116,8 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         parsers: dict[str, Callable[[str, Any], object]] = {
             "arrivals": parse_arrivals,
             "priority": partial(parse_shares, low=-MAX_PRIORITY, high=MAX_PRIORITY),
-            "prompt_tokens": self._check_lengths,
-            "output_tokens": self._check_lengths,
+            "prompt_tokens": parse_lengths,
+            "output_tokens": parse_lengths,
             "deadline": parse_deadline,
             "slo": parse_deadline,
         }
@@ -127,33 +125,21 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if (value := getattr(self, field)) is not None:
                 parse(field, value)
 
-    @property
-    def plays_trace(self) -> bool:
-        """Whether requests are the rows of a trace; else only lengths may be taken from it."""
-        drawn = self.arrivals is not None or (self.concurrency is not None and self.sessions is not None)
-        return self.trace is not None and not drawn
-
     def _check_end(self) -> None:
         """Check that there are requests, and that they end."""
-        closed, timed = self.concurrency is not None, self.arrivals is not None
-        if not (self.trace or timed or closed):
+        sources = self.trace is not None, self.arrivals is not None
+        if all(sources):
+            raise ConfigError(f"arrivals={self.arrivals!r}: the requests are those of trace; leave one out")
+        if not any((*sources, self.concurrency)):
             raise ConfigError(
                 "no requests: give trace (a path), arrivals (such as 'poisson:rate=2') or concurrency"
             )
-        for field in ("sessions", "shared_prefix"):
-            if (given := getattr(self, field)) and not (timed or closed):
-                raise ConfigError(f"{field}={given!r}: give arrivals or concurrency with it")
-        if closed and self.trace is None and self.limit is None:
-            raise ConfigError(f"with concurrency={self.concurrency} the loop never ends; give limit")
-        for field in ("arrivals", "repeat"):
-            if (given := getattr(self, field)) and self.limit is None and self.seconds is None:
-                raise ConfigError(f"{field}={given!r}: it never ends; give limit or seconds")
-
-    def _check_lengths(self, field: str, value: int | str) -> None:
-        if value != "trace":
-            parse_lengths(field, value)
-        elif self.trace is None:
-            raise ConfigError(f"{field}='trace': there is no trace; give one, or a distribution")
+        if self.trace is not None:
+            for field in ("sessions", "shared_prefix"):
+                if (given := getattr(self, field)) is not None:
+                    raise ConfigError(f"{field}={given!r}: give arrivals or concurrency with it, not trace")
+        elif self.limit is None and (self.seconds is None or self.arrivals is None):
+            raise ConfigError("the requests never end; give limit, or seconds with arrivals")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "workload") -> Self:

@@ -16,11 +16,9 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from array import array
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from random import Random
 from typing import Annotated, BinaryIO, NamedTuple, cast
 
 import msgspec
@@ -128,12 +126,6 @@ class TraceSummary(NamedTuple):
     adapters: tuple[str, ...]
     """Adapters that its rows name, in alphabetical order."""
 
-    @property
-    def period(self) -> int:
-        """Time after which it can be repeated: its length plus one mean gap."""
-        length = self.last - self.first
-        return length + length // (self.rows - 1) if length else _SECOND
-
 
 def read_trace(path: str | Path) -> Iterator[TraceRow]:
     """Yield the rows, checked one at a time. Raises ConfigError."""
@@ -184,25 +176,6 @@ def scan_trace(path: str | Path, *, limit: int | None = None, seconds: float | N
         if rows == limit:
             break
     return TraceSummary(rows, first, last, tuple(sorted(names)))
-
-
-class LengthSample:
-    """Pairs of prompt and output lengths: all of a trace, or an even sample of ``size`` of them (Vitter,
-    1985, algorithm R), so that memory does not grow with it."""
-
-    def __init__(self, path: str | Path, rng: Random, *, size: int = 2**16) -> None:
-        self._pairs = array("Q")
-        for index, row in enumerate(read_trace(path)):
-            pair = row.prompt_tokens << 32 | row.output_tokens
-            if index < size:
-                self._pairs.append(pair)
-            elif (place := int(rng.random() * (index + 1))) < size:
-                self._pairs[place] = pair
-
-    def draw(self, rng: Random) -> tuple[int, int]:
-        """Prompt tokens and output tokens of one request."""
-        pair = self._pairs[int(rng.random() * len(self._pairs))]
-        return pair >> 32, pair & 0xFFFF_FFFF
 
 
 def _open(path: str | Path) -> BinaryIO:
