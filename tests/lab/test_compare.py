@@ -285,7 +285,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(
 
 def test_what_no_run_can_do_without_is_missed_before_anything_runs(tmp_path: Path) -> None:
     one = grid().experiment
-    gone = msgspec.structs.replace(one.workload, trace=str(tmp_path / "gone.csv"))
+    gone = msgspec.structs.replace(one.workload, arrivals=None, trace=str(tmp_path / "gone.csv"))
     for missing in ({"workload": gone}, {"preset": "gone.json"}):
         experiment = msgspec.structs.replace(one, **missing)
         with pytest.raises(ConfigError, match="gone"):

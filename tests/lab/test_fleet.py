@@ -153,8 +153,7 @@ def test_replicas_come_with_a_burst_and_go_after_it() -> None:
     _, late = longest(autoscale=scaling, conditions=Conditions(start_seconds=30.0))
     assert scaled < late and scaled < 0.8 * alone, "a replica helps from when it has started"
     assert found.scaled is not None
-    assert found.scaled.started >= 3 == found.scaled.stopped >= found.scaled.most - 1
-    assert (found.scaled.fewest, found.scaled.most) == (1, 4)
+    assert found.scaled.started >= 3 == found.scaled.stopped
     assert found.scaled.replica_seconds < 4 * quiet[-1].time
 
 
@@ -167,7 +166,7 @@ def test_a_fleet_that_sleeps_serves_the_next_request() -> None:
         autoscale="waiting_work:least=0,most=2,cool_down=10",
     )
     assert done.finished == 4 and found.scaled is not None
-    assert (found.scaled.fewest, found.scaled.started) == (0, 3)
+    assert found.scaled.started == 3
     waits = [row.first_token - row.arrival for row in kept.requests if row.first_token is not None]
     assert waits[0] < 2 and all(7 < wait < 10 for wait in waits[1:]), waits
 

@@ -121,12 +121,8 @@ def test_a_traceback_shows_where_it_was_raised() -> None:
     assert "raise KeyError(event.adapter)" in finding.details
 
 
-def test_items_that_the_core_refuses_are_listed_and_are_no_fault() -> None:
-    found = checked(PlacesAnything)
-    assert found.sound
-    [refused] = found.refused
-    assert (refused.what, refused.details) == ("prefetch_unknown_adapter", "ghost")
-    assert refused.times > 10
+def test_items_that_the_core_refuses_are_no_fault() -> None:
+    assert checked(PlacesAnything).sound
 
 
 @pytest.mark.slow

@@ -43,13 +43,16 @@ class Served(NamedTuple):
     adapters: int
 
 
+PARTS = (
+    *(Served(callers, max(2 * callers, 4), SLOTS) for callers in (1, 2, 4, 8, 16, 32, 64)),
+    Served(8, 40, ADAPTERS),  # of more adapters than slots, so that some are moved beside steps
+)
+
+
 class Design(NamedTuple):
     """What is served in each turn."""
 
-    parts: tuple[Served, ...] = (
-        *(Served(rows, max(2 * rows, 4), SLOTS) for rows in (1, 2, 4, 8, 16, 32, 64)),
-        Served(8, 40, ADAPTERS),  # of more adapters than slots, so that some are moved beside steps
-    )
+    parts: tuple[Served, ...] = PARTS
     longest: int = 1024
     """Tokens of the longest prompt; lengths are lognormal."""
     output_tokens: str = "uniform:8..32"

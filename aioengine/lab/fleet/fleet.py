@@ -33,9 +33,6 @@ class Scaled(NamedTuple):
     started: int = 0
     """Replicas added after the start."""
     stopped: int = 0
-    fewest: int = 0
-    """Smallest number of replicas that took requests at a time."""
-    most: int = 0
     replica_seconds: float = 0.0
     """Sum of the seconds for which each replica existed, its start included."""
 
@@ -268,30 +265,21 @@ class SimulatedFleet:
 
     async def _scale(self, policy: routing.WaitingWork) -> None:
         """Ask a scaling policy for the number of replicas at regular times."""
-        wanted = self.config.replicas
-        self._adding = 0
-        since, done = self._loop.time(), Scaled(fewest=wanted, most=wanted)
-        try:
-            while True:
-                await asyncio.sleep(self.conditions.scale_seconds)
-                done, since = self._counted(done, since, wanted)
-                alive = sum(replica.name not in self._draining for replica in self._current.values())
-                waiting = 0 if alive else self._waiting
-                before, wanted = wanted, policy.replicas(self.state.view, wanted, waiting=waiting).replicas
-                # Those that died are replaced, too.
-                fewer, more = max(before - wanted, 0), max(wanted - alive - self._adding, 0)
-                done = done._replace(started=done.started + more, stopped=done.stopped + fewer)
-                self._adding += more
-                for work in [self._remove_replica] * fewer + [self._add_replica] * more:
-                    self._spawn(work(), "scale")
-        finally:
-            self.scaled, _ = self._counted(done, since, wanted)
-
-    def _counted(self, done: Scaled, since: float, replicas: int) -> tuple[Scaled, float]:
-        now, there = self._loop.time(), len(self.state.view.accepting)
-        seconds = done.replica_seconds + (now - since) * replicas
-        fewest, most = min(done.fewest, there), max(done.most, there)
-        return done._replace(fewest=fewest, most=most, replica_seconds=seconds), now
+        wanted, since = self.config.replicas, self._loop.time()
+        self._adding, self.scaled = 0, Scaled()
+        while True:
+            await asyncio.sleep(self.conditions.scale_seconds)
+            done, now = self.scaled, self._loop.time()
+            alive = sum(replica.name not in self._draining for replica in self._current.values())
+            waiting = 0 if alive else self._waiting
+            before, wanted = wanted, policy.replicas(self.state.view, wanted, waiting=waiting).replicas
+            # Those that died are replaced, too.
+            fewer, more = max(before - wanted, 0), max(wanted - alive - self._adding, 0)
+            seconds = done.replica_seconds + (now - since) * before
+            self.scaled, since = Scaled(done.started + more, done.stopped + fewer, seconds), now
+            self._adding += more
+            for work in [self._remove_replica] * fewer + [self._add_replica] * more:
+                self._spawn(work(), "scale")
 
     async def _add_replica(self) -> None:
         """Start one more replica, at the index of a removed one if there is one."""

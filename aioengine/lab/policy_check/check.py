@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
-from types import FrameType
 from typing import Any, NamedTuple
 
 from aioengine.lab.policy_check.world import (
@@ -24,8 +21,6 @@ from aioengine.lab.policy_check.world import (
 from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView
 
 TURNS = 150
-MOST_SECONDS = 5.0
-"""Maximum seconds of one call of the policy. A longer one is interrupted, where the platform can."""
 NOT_KEPT = "it states a bound on waiting, and does not keep it"
 WAIT_FOR_EVER = "requests wait for ever although nothing is in their way"
 
@@ -60,8 +55,6 @@ class Checked(NamedTuple):
     """Seconds of the slowest decision."""
     broken: tuple[Finding, ...]
     """Faults that no policy should have."""
-    refused: tuple[Finding, ...]
-    """Items of decisions that the core did not carry out, by reason. A policy may propose more than fits."""
 
     @property
     def sound(self) -> bool:
@@ -88,16 +81,16 @@ def check_policy_contract(
         turns: Number of turns in which events happen in a run; afterwards everything must end.
         progress: Called with the number of runs done, and their total.
     """
-    broken, refused = _Findings(), _Findings()
+    broken = _Findings()
     total = len(scenarios) * runs
     decisions, slowest = 0, 0.0
     for index, (scenario, seed) in enumerate((s, n) for s in scenarios for n in range(runs)):
         progress(index, total)
-        watched = _play(scenario, seed, turns, make(), broken, refused)
+        watched = _play(scenario, seed, turns, make(), broken)
         decisions += len(watched.decisions)
         slowest = max(slowest, watched.slowest)
         if seed == 0 and not broken:
-            again = _play(scenario, seed, turns, make(), _Findings(), _Findings())
+            again = _play(scenario, seed, turns, make(), _Findings())
             _compare(watched.decisions, again.decisions, Where(scenario.name, seed, 0), broken)
     if not broken:
         _serve(make(), Where("an engine that is idle", 0, 0), broken, WAIT_FOR_EVER, serve_one_by_one)
@@ -106,7 +99,7 @@ def check_policy_contract(
         if states and not broken:
             where = Where("a request beside others that never stop", int(not cold), 0)
             _serve(make(), where, broken, NOT_KEPT, partial(serve_beside_others, cold=cold))
-    return Checked(total, decisions, slowest, tuple(broken.values()), tuple(refused.values()))
+    return Checked(total, decisions, slowest, tuple(broken.values()))
 
 
 class _Findings(dict[str, Finding]):
@@ -130,9 +123,7 @@ def _serve(
         serve(watched)
 
 
-def _play(
-    scenario: Scenario, seed: int, turns: int, policy: SchedulerPolicy, broken: _Findings, refused: _Findings
-) -> _Watched:
+def _play(scenario: Scenario, seed: int, turns: int, policy: SchedulerPolicy, broken: _Findings) -> _Watched:
     watched = _Watched(policy, lambda what, details: broken.add(what, where(), details))
     world = World(scenario, watched, seed)
 
@@ -141,8 +132,6 @@ def _play(
 
     with _ending(broken, where):
         world.play(turns)
-    for reason, item in world.refused:
-        refused.add(reason, where(), item)
     return watched
 
 
@@ -198,28 +187,7 @@ class _Watched(SchedulerPolicy):
     @contextmanager
     def _watching(self, call: str) -> Iterator[None]:
         try:
-            with _time_limit(MOST_SECONDS):
-                yield
+            yield
         except Exception as error:
             self._report(f"{call} raised {type(error).__name__}: {error}", traceback.format_exc())
             raise
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside after some seconds, on the main thread of a platform with interval timers.
-    Elsewhere, do nothing."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it took more than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -7,7 +7,6 @@ import random
 from contextlib import suppress
 from typing import NamedTuple
 
-from aioengine import events
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.core import CoreLimits
 from aioengine.core.state import AdapterEntry
@@ -94,11 +93,6 @@ class World(Sim):
         self._names = [f"adapter-{index}" for index in range(scenario.adapters)]
         for name in self._names:
             self.register(name)
-
-    @property
-    def refused(self) -> list[tuple[str, str]]:
-        """(reason, item) of the decisions' items that the core did not carry out."""
-        return [(event.reason, event.item) for event in self.of(events.PolicyRefused)]
 
     def play(self, turns: int) -> None:
         """Play the scenario. Raises NeverEnds, and AssertionError if an invariant of the core does not

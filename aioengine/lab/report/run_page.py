@@ -207,7 +207,6 @@ def write_report(folder: str | Path, *, vector: bool = False) -> Path:
         vector=vector,
         title=f"{parameters.get('policy')} on {parameters.get('preset')}",
         subtitle=_subtitle(summary),
-        tiles=list(_tiles(summary)),
         spreads=[
             (label, [seconds_text(flat.get(f"{name}.{of}")) for of in ("mean", "p50", "p90", "p99", "max")])
             for label, name in _SPREADS
@@ -225,14 +224,3 @@ def _subtitle(summary: Mapping[str, Any]) -> str:
     ]
     bad = {name: summary[f"requests_{name}"] for name in ("refused", "failed", "aborted")}
     return ", ".join([*parts, *(f"{count:,} {name}" for name, count in bad.items() if count)])
-
-
-def _tiles(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "requests finished", f"{summary['requests_finished']:,}"
-    yield "output tokens a second", f"{summary['output_tokens_per_second'] or 0:,.0f}"
-    yield "first token, median", seconds_text(summary["ttft_seconds"]["p50"])
-    yield "first token, p99", seconds_text(summary["ttft_seconds"]["p99"])
-    yield "between tokens, mean", seconds_text(summary["inter_token_seconds"]["mean"])
-    yield "adapter was in a slot", share_text(summary["hits"]["slot_share"])
-    if summary["slo"]["requests_with_deadline"]:
-        yield "deadlines met", share_text(summary["slo"]["in_time_share"])

@@ -29,10 +29,6 @@ class Rerun(NamedTuple):
     changed: list[str]
     """Parts of its provenance that are different now."""
 
-    @property
-    def same(self) -> bool:
-        return not self.differing
-
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
     """Return what an experiment's results depend on beside its own fields, as far as it can be known."""

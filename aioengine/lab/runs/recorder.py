@@ -139,11 +139,6 @@ class Recorder:
         return unwatch
 
     @property
-    def under_way(self) -> bool:
-        """Whether there is a request that has not ended."""
-        return bool(self.requests)
-
-    @property
     def since_token(self) -> int:
         """Steps and moves that have ended since a request had a token, or ended; on the engine with the most
         of them."""
@@ -201,6 +196,7 @@ class Recorder:
         loads = [engine.engine.load() for engine in engines]  # simulated engines take in what has ended
         for engine in engines:
             engine.count_service()
+        cores = [engine.core for engine in engines]
         free = [load.kv_tokens_free / load.kv_tokens for load in loads]
         counted = ("prefill_tokens", "decode_tokens", "adapters")
         self.sink.sample(
@@ -212,8 +208,8 @@ class Recorder:
                 step_seconds=self.step_seconds,
                 **{name: self.totals[name] for name in counted},
                 kv_used=1.0 - sum(free) / max(len(free), 1) if free else 0.0,
-                slots_ready=sum(engine.slots_ready for engine in engines),
-                cpu_adapters=sum(engine.cpu_adapters for engine in engines),
+                slots_ready=sum(slot.state is SlotState.READY for core in cores for slot in core.slots.slots),
+                cpu_adapters=sum(len(core.cpu.entries) for core in cores),
                 service=json.dumps(self.service, sort_keys=True, separators=(",", ":")),
             )
         )
@@ -235,7 +231,7 @@ class _EngineRecorder:
         self.engine = engine
         self.since_token = 0
         self._run = run
-        self._core = engine._core  # how far each request has come is in no event
+        self.core = engine._core  # how far each request has come is in no event
         self._first_slot = first_slot
         self._clients: dict[str, str] = {}
         """Whom the service of each request counts for."""
@@ -266,14 +262,6 @@ class _EngineRecorder:
 
     def __call__(self, event: events.Event) -> None:
         self.on[type(event)](event)
-
-    @property
-    def slots_ready(self) -> int:
-        return sum([slot.state is SlotState.READY for slot in self._core.slots.slots])
-
-    @property
-    def cpu_adapters(self) -> int:
-        return len(self._core.cpu.entries)
 
     # Requests
 
@@ -325,7 +313,7 @@ class _EngineRecorder:
 
     def count_service(self) -> None:
         """Count what has been computed for the running requests; nothing is computed of the others."""
-        for live in self._core.running.values():
+        for live in self.core.running.values():
             if live.computed and live.id in self._cached:
                 prompt = min(live.computed, live.prompt_len) - self._cached[live.id]
                 self._serve(live.id, prompt + live.output_tokens)

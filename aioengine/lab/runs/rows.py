@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, get_args, get_type_hints
 
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.extra import needs_extra
@@ -89,17 +89,8 @@ class Sample(NamedTuple):
     """JSON: tokens computed in the interval by tenant (or by adapter where there are no tenants)."""
 
 
-class Sink(Protocol):
-    """Receiver of records."""
-
-    def request(self, record: RequestRecord, /) -> None: ...
-    def span(self, record: SlotSpan, /) -> None: ...
-    def move(self, record: Move, /) -> None: ...
-    def sample(self, record: Sample, /) -> None: ...
-
-
 class MemorySink:
-    """A :class:`Sink` that keeps everything."""
+    """Receiver of records that keeps everything."""
 
     def __init__(self) -> None:
         self.requests: list[RequestRecord] = []
@@ -129,7 +120,7 @@ FILES: Mapping[str, type[Any]] = {
 
 
 class CsvFiles:
-    """A :class:`Sink` that writes a CSV file for each kind of row, so that memory does not grow with the run.
+    """Receiver of records that writes a CSV file for each kind of row: memory does not grow with the run.
 
     The first line has the names of the columns. None becomes an empty field.
     """
@@ -153,6 +144,10 @@ class CsvFiles:
 
     def __exit__(self, *exc: object) -> None:
         self._files.close()
+
+
+Sink = MemorySink | CsvFiles
+"""Receiver of records."""
 
 
 class Frames(NamedTuple):

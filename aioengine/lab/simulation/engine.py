@@ -12,8 +12,7 @@ import msgspec
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.info import EngineLoad, EngineStats, LoadProgress
-from aioengine.lab.costs.model import CostModel
-from aioengine.lab.costs.view import ModelledCosts
+from aioengine.lab.costs.model import CostModel, ModelledCosts
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.memory_plan import MemoryPlan
