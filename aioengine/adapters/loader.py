@@ -123,7 +123,7 @@ class BaseLoader(ABC, Generic[R]):
         name, path = order.name, order.path
         start = time.perf_counter()
         progress = Progress(path)
-        watch = asyncio.create_task(self._watch(progress, order.stalled))
+        self._watch(progress, order.stalled)
         try:
             async with asyncio.timeout(self._timeout) as limit:
                 await self._until_unobstructed(name, path)
@@ -140,8 +140,7 @@ class BaseLoader(ABC, Generic[R]):
                 path=path,
             ) from error
         finally:
-            if not progress.running:
-                watch.cancel()
+            progress.over = not progress.running
         self._keep(order.uid, content)
         return found._replace(seconds=time.perf_counter() - start)
 
@@ -191,19 +190,22 @@ class BaseLoader(ABC, Generic[R]):
             return f"{count} earlier reads of folders in {parent} hang"
         return None
 
-    async def _watch(self, progress: Progress, stalled: Stalled) -> None:
-        """Call ``stalled`` once if the read waits for too long. An abandoned read is watched until it
-        ends."""
-        told = hangs = False
-        while not hangs and (progress.running or not progress.abandoned):
-            calls = progress.calls
-            impatient = any(read.stuck and read.running for read in self._open)
-            await asyncio.sleep(IMPATIENT_SECONDS if impatient else STALL_SECONDS)
-            hangs = progress.running and progress.waiting and progress.calls == calls
-            progress.stuck = progress.stuck or hangs
-            if not told and not progress.abandoned and (hangs or not progress.running):
-                told = True
+    def _watch(self, progress: Progress, stalled: Stalled, calls: int = -1, told: bool = False) -> None:
+        """Look again and again whether the read waits for too long, and call ``stalled`` once if it does. An
+        abandoned read is watched until it ends. ``calls`` were there at the last look."""
+        hangs = progress.running and progress.waiting and progress.calls == calls
+        progress.stuck = progress.stuck or hangs
+        if calls >= 0 and not (told or progress.abandoned or progress.over):
+            told = hangs or not progress.running
+            if told:
                 stalled()
+        if hangs or progress.over or (progress.abandoned and not progress.running):
+            return
+        impatient = any(read.stuck and read.running for read in self._open)
+        seconds = IMPATIENT_SECONDS if impatient else STALL_SECONDS
+        # Timers, and no task: an engine that stops leaves no task behind, however long a disk hangs.
+        loop = asyncio.get_running_loop()
+        loop.call_later(seconds, self._watch, progress, stalled, progress.calls, told)
 
     @abstractmethod
     async def _read(

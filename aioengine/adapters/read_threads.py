@@ -33,6 +33,8 @@ class Progress:
     """Whether it was found to make no progress."""
     abandoned = False
     """Whether nobody waits for it any more."""
+    over = False
+    """Whether all attempts have ended."""
 
     def __init__(self, path: str = "") -> None:
         self.path = path
