@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
-from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
+from aioengine.adapters.resolvers.sources import NAME_RULE, NAME_RULE_TEXT
 from aioengine.checks import LARGEST, Count, Seconds, Whole, check_fields, from_plain, read_toml
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import TypedDict
 
-from aioengine.adapters.names import check_same_path, checked_path
+from aioengine.adapters.resolvers.sources import check_same_path, checked_path
 from aioengine.core.adapters.name import AdapterName, frameless
 from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry, AdapterFiles

@@ -11,8 +11,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakSet
 
-from aioengine.adapters.names import check_name
 from aioengine.adapters.peft.held import MAX_HELD, HeldAdapter, hold_files, hold_tensors
+from aioengine.adapters.resolvers.sources import check_name
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.info import AdapterInfo
 from aioengine.runtime.adapters import AdapterOps, LoadFlags

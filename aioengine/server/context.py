@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from aioengine import FilesystemResolver
-from aioengine.adapters.names import NAME_RULE
 from aioengine.adapters.read_threads import SharedRead
-from aioengine.adapters.resolvers.sources import source_below
+from aioengine.adapters.resolvers.sources import NAME_RULE, source_below
 from aioengine.guided import Guide
 from aioengine.metrics.page.plumbing import Receive, Scope
 from aioengine.request import Wanted

@@ -259,4 +259,4 @@ def test_what_cannot_fit_is_refused_from_its_header(adapter: Path, disk: Any) ->
         return real(buffer)
 
     disk(only_little)
-    refused(adapter, WEIGHTS, "model.embed_tokens.weight", "replaces the embeddings")
+    refused(adapter, WEIGHTS, "model.embed_tokens.weight", "replaces embeddings")

@@ -17,8 +17,7 @@ from support.engine_fixtures import Tiny
 from support.s3_server import check_keys_after, put, s3, s3_server
 
 from aioengine import AsyncEngine, EngineConfig, FsspecResolver, LoRAConfig, SamplingParams
-from aioengine.adapters.names import checked_path
-from aioengine.adapters.resolvers.sources import AdapterSources, source_below
+from aioengine.adapters.resolvers.sources import AdapterSources, checked_path, source_below
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 
 __all__ = ["s3", "s3_server"]

@@ -11,9 +11,18 @@ from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig
 from aioengine.adapters.peft.folder import SAFETENSORS_FILE, invalid_weights
-from aioengine.adapters.peft.part import HEAD_KINDS, TOKEN_KINDS, Part, Place
 from aioengine.adapters.peft.targets import Layout
-from aioengine.adapters.peft.values import Matrices, converted, is_finite, pieces_of, scaled
+from aioengine.adapters.peft.values import (
+    HEAD_KINDS,
+    TOKEN_KINDS,
+    Matrices,
+    Part,
+    Place,
+    converted,
+    is_finite,
+    pieces_of,
+    scaled,
+)
 from aioengine.errors import AdapterInvalid
 from aioengine.model.parallel.group import take
 from aioengine.model.pooling import Head, Kind

@@ -15,8 +15,8 @@ from typing import NamedTuple, NoReturn
 from aioengine.adapters.peft.config import PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, invalid_config, invalid_weights, too_large
 from aioengine.adapters.peft.folding.embeddings import EmbeddingParts
-from aioengine.adapters.peft.part import HEAD_KINDS, Part, Place
 from aioengine.adapters.peft.unsupported import MERGE
+from aioengine.adapters.peft.values import HEAD_KINDS, Part, Place
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape
 
@@ -57,16 +57,12 @@ _OF_EXPERTS = (
 _INNER = "model."
 """Prefix of a module's name in a model with a head."""
 _REPLACED = (
-    f"the adapter replaces {{}} (perhaps resized), but modules_to_save in {CONFIG_FILE} does not say so: "
-    f"save it with save_embedding_layers=False, or {MERGE}"
+    f"the adapter replaces embeddings or the head (perhaps resized), but modules_to_save in {CONFIG_FILE} "
+    f"does not say so: save it with save_embedding_layers=False, or {MERGE}"
 )
 # Why a key that is no part of LoRA on a known module is refused: (part of the key, reason).
 _FOREIGN_KEYS = (
-    (
-        ".base_layer.",
-        "the file carries base-model weights; only LoRA weights can be swapped: save it with "
-        "save_embedding_layers=False",
-    ),
+    (".base_layer.", "it is a base-model weight: save the adapter with save_embedding_layers=False"),
     (
         "lora_embedding_",
         "LoRA is supported on embed_tokens of models that the native decoder runs, and on no other "
@@ -74,8 +70,8 @@ _FOREIGN_KEYS = (
     ),
     ("modules_to_save", f"fully trained modules are not supported: {MERGE}"),
     ("token_adapter", f"{CONFIG_FILE} has no such tokens in trainable_token_indices"),
-    ("embed_tokens", _REPLACED.format("the embeddings")),
-    ("lm_head", _REPLACED.format("lm_head")),
+    ("embed_tokens", _REPLACED),
+    ("lm_head", _REPLACED),
     (".bias", f"trained biases of the base model are not supported: {MERGE}"),
 )
 

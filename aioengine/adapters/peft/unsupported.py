@@ -66,18 +66,12 @@ def refuse_unsupported(fields: Mapping[str, msgspec.Raw], used: Collection[str])
             f"bias={short(bias)}: only 'none' is supported; trained biases cannot be swapped: {MERGE}"
         )
     init = _text("init_lora_weights", fields)
-    if init == "loftq":
-        invalid_config(
-            'init_lora_weights="loftq": LoftQ puts quantized weights in the place of the base model\'s; save '
-            "that base (model.unload().save_pretrained), serve it, and set this to true, as LoftQ's own "
-            "scripts do: over that base A and B are the whole adapter, over any other they are not"
-        )
     if init is not None and not isinstance(init, bool) and init not in _PLAIN_INITS:
         invalid_config(
             f"init_lora_weights={short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
             "other initialisations change the base model's weights, so that A and B alone are not "
             "the whole adapter: save it with PEFT's path_initial_model_for_weight_conversion, or set this to "
-            "true if the served base model is the changed one"
+            "true if the served base model is the changed one (LoftQ: model.unload().save_pretrained)"
         )
     for field, value in fields.items():
         if field not in _KNOWN and field not in used and _is_set(value):

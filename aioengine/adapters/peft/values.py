@@ -1,21 +1,40 @@
-"""Work on the values of tensors in pieces so small that torch stays in the calling thread.
+"""What the tensors of an adapter's file are, and work on their values.
 
-Otherwise each loader thread would have an OpenMP team, which competes with the model's step for the cores.
+That is done in pieces so small that torch stays in the calling thread. Otherwise each loader thread would
+have an OpenMP team, which competes with the model's step for the cores.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.part import Place
 from aioengine.model.slots.image import multiply, serial_pieces
 
+Place = tuple[int, str]
+"""(layer, module), embeddings and heads under ``NO_LAYER``."""
+HEAD_KINDS = ("head", "head_bias")
+TOKEN_KINDS = ("tokens", "saved")
+"""Kinds of tensors: rows of ``trainable_token_indices``, and whole matrices."""
 Matrices = Mapping[Place, tuple[Tensor, Tensor]]
 """A and B of each place."""
+
+
+class Part(NamedTuple):
+    """One tensor's role: ``A``, ``B``, ``bias``, ``magnitude``, ``base`` (the unadapted weight), or one of
+    ``HEAD_KINDS`` and ``TOKEN_KINDS``."""
+
+    place: Place
+    kind: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each rank needs all of it: it is not a part of a target."""
+        return self.kind in HEAD_KINDS or self.kind in TOKEN_KINDS
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any, TypeVar
 
-from aioengine.adapters.names import check_same_path, checked_path
+from aioengine.adapters.resolvers.sources import check_same_path, checked_path
 from aioengine.errors import (
     AdapterError,
     AdapterInvalid,

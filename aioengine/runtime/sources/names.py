@@ -6,8 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from aioengine.adapters.names import NAME_RULE
 from aioengine.adapters.resolvers.base import AdapterResolver
+from aioengine.adapters.resolvers.sources import NAME_RULE
 from aioengine.core.adapters.name import frameless
 from aioengine.core.state import AdapterEntry, where_is
 from aioengine.errors import AdapterError, AdapterNotFound

@@ -15,10 +15,9 @@ import msgspec
 from multipart import MultipartSegment, PushMultipartParser, parse_options_header
 from starlette.datastructures import QueryParams
 
-from aioengine.adapters.names import NAME_RULE, NAME_RULE_TEXT
 from aioengine.adapters.read_threads import ReadThreads
 from aioengine.adapters.resolvers.base import within
-from aioengine.adapters.resolvers.sources import source_below
+from aioengine.adapters.resolvers.sources import NAME_RULE, NAME_RULE_TEXT, source_below
 from aioengine.errors import AdapterConflict, AdapterError, AdapterNotFound
 from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, to_api_error, without_places

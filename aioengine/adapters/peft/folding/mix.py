@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from aioengine.adapters.peft.pack import PackedAdapter
-from aioengine.adapters.peft.part import Place
-from aioengine.adapters.peft.values import Matrices
+from aioengine.adapters.peft.values import Matrices, Place
 from aioengine.errors import AdapterChanged, AdapterInvalid, AdapterTooLarge
 from aioengine.model.slots.layout import MAX_RANK, SlotLayout
 from aioengine.step import MixPart
