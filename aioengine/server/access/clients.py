@@ -16,8 +16,6 @@ from aioengine.server.access.keys import Limits, Scope
 from aioengine.server.errors import ApiError
 
 _WILD = re.compile(r"[*?\[]")
-_LONGEST_GUESS = 60
-"""Maximum of an estimated ``Retry-After``, in seconds."""
 
 
 class Bucket:
@@ -30,11 +28,6 @@ class Bucket:
         self.per_minute = per_minute
         self._level = float(per_minute or 0)
         self._at = 0.0
-
-    def resize(self, per_minute: int | None, now: float) -> None:
-        """Change the allowance; what is spent stays spent."""
-        spent = 0.0 if self.per_minute is None else self.per_minute - self._filled(self.per_minute, now)
-        self.per_minute, self._level, self._at = per_minute, (per_minute or 0) - spent, now
 
     def wait(self, now: float) -> float:
         """Return the seconds until 1 can be taken; 0 if it can be now."""
@@ -55,28 +48,19 @@ class Meter:
     """Usage of one key or tenant. ``name`` is its name in errors."""
 
     def __init__(self, name: str, limits: Limits) -> None:
-        self.name = name
+        self.name, self.limits = name, limits
         self.active = self._told_active = 0
         """Number of open requests."""
         self.elsewhere = 0
         """Requests that other gateways to the same fleet are answering."""
         self._new_requests = self._new_tokens = 0
-        self._mean_seconds = 1.0
-        self._most = limits.max_concurrent
         self._requests, self._tokens = Bucket(limits.requests_per_minute), Bucket(limits.tokens_per_minute)
-
-    def limit(self, limits: Limits, now: float) -> None:
-        """Change the limits."""
-        self._most = limits.max_concurrent
-        self._requests.resize(limits.requests_per_minute, now)
-        self._tokens.resize(limits.tokens_per_minute, now)
 
     def check(self, now: float) -> None:
         """Raise ApiError (429) if no request may begin."""
-        most = self._most
+        most = self.limits.max_concurrent
         if most is not None and self.active + self.elsewhere >= most:
-            wait = min(math.ceil(self._mean_seconds / most), _LONGEST_GUESS)
-            raise self._refusal(f"{most} requests at once", wait)
+            raise self._refusal(f"{most} requests at once", 1)
         if seconds := self._requests.wait(now):
             raise self._refusal(f"{self._requests.per_minute} requests per minute", seconds)
         self.check_tokens(now)
@@ -95,9 +79,8 @@ class Meter:
         self._new_tokens += tokens
         self._tokens.take(tokens, now)
 
-    def end(self, seconds: float) -> None:
+    def end(self) -> None:
         self.active -= 1
-        self._mean_seconds += (seconds - self._mean_seconds) / 8
 
     def take_usage(self) -> Usage | None:
         """Return what is new since the last call; None if nothing is."""
@@ -130,7 +113,7 @@ class Admission:
         for meter in meters:
             meter.check(now)
         self._meters = meters
-        self._begun, self._charged = now, 0
+        self._charged = 0
         for meter in meters:
             meter.begin(now)
 
@@ -145,7 +128,7 @@ class Admission:
         """End the request. ``tokens`` counts prompt and output together."""
         self._charge(tokens, now)
         for meter in self._meters:
-            meter.end(now - self._begun)
+            meter.end()
 
     def _charge(self, tokens: int, now: float) -> None:
         for meter in self._meters:

@@ -146,15 +146,15 @@ class Gate:
                 self._known[hash_key(key)] = Identity(tenant, own)
 
     def _use_file(self, file: KeysFile) -> None:
-        """Use keys from a file. Existing meters keep their counts."""
+        """Use keys from a file. A meter whose limits are as before keeps its counts."""
         before, self._meters = self._meters, {}
-        now = time.monotonic()
 
         def meter(kind: str, which: str, name: str, limits: Limits) -> tuple[Meter, ...]:
             if all(getattr(limits, field) is None for field in Limits.__struct_fields__):
                 return ()
-            found = self._meters.get((kind, which)) or before.get((kind, which)) or Meter(name, limits)
-            found.limit(limits, now)
+            found = self._meters.get((kind, which)) or before.get((kind, which))
+            if found is None or found.limits != limits:
+                found = Meter(name, limits)
             self._meters[kind, which] = found
             return (found,)
 
