@@ -143,7 +143,7 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer | 
         found = build_tokenizer(file)
         tokenizer = None
         if found is not None:
-            tokenizer = Tokenizer.from_tokenizer(found, chat_template=file.chat_template)
+            tokenizer = Tokenizer(found, chat_template=file.chat_template)
     if tokenizer is not None and chat_template is not None:
         tokenizer.use_chat_template(Path(chat_template))
     return tokenizer

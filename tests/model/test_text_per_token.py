@@ -82,7 +82,7 @@ BOUNDED = {
 @given(text=TEXTS, repeated=st.integers(1, 20))
 @pytest.mark.slow
 def test_no_text_has_fewer_tokens_than_is_said(name: str, text: str, repeated: int) -> None:
-    tokenizer = Tokenizer.from_tokenizer(BOUNDED[name])
+    tokenizer = Tokenizer(BOUNDED[name])
     for whole in (text * repeated, " " * 40 * repeated, f"{text}{SPECIAL[-1]}" * repeated):
         tokens = tokenizer.encode(whole, add_special_tokens=False)
         assert tokenizer.least_tokens(whole) <= len(tokens)
@@ -91,7 +91,7 @@ def test_no_text_has_fewer_tokens_than_is_said(name: str, text: str, repeated: i
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_what_cannot_fit_is_refused_before_it_is_tokenized(name: str) -> None:
-    tokenizer = Tokenizer.from_tokenizer(BOUNDED[name])
+    tokenizer = Tokenizer(BOUNDED[name])
     with pytest.raises(PromptTooLong) as refused:
         tokenizer.encode("a" * 100_000, limit=1000)
     assert refused.value.tokens > 1000 and refused.value.at_least
@@ -115,7 +115,7 @@ def test_no_character_shrinks_more_than_four_times() -> None:
 @pytest.mark.slow
 def test_the_ids_are_the_library_s(name: str, text: str, special: bool) -> None:
     library = BOUNDED[name]
-    tokenizer = Tokenizer.from_tokenizer(library)
+    tokenizer = Tokenizer(library)
     expected = library.encode(text, add_special_tokens=special).ids
     assert tokenizer.encode(text, special) == expected
     assert tokenizer.decode(expected, False) == library.decode(expected, skip_special_tokens=False)

@@ -171,7 +171,7 @@ def test_a_long_output_decodes_in_bounded_windows() -> None:
 
 
 def test_encode_and_decode() -> None:
-    tokenizer = Tokenizer.from_tokenizer(byte_level())
+    tokenizer = Tokenizer(byte_level())
     assert tokenizer.vocab_size == byte_level().get_vocab_size()
     ids = tokenizer.encode("Grüße 🙂")
     assert ids[0] == 0
@@ -193,7 +193,7 @@ def test_encode_and_decode() -> None:
 def test_many_texts_are_tokenized_as_each_by_itself(
     texts: list[str], special: bool, limit: int | None
 ) -> None:
-    tokenizer = Tokenizer.from_tokenizer(KINDS["byte_level"])
+    tokenizer = Tokenizer(KINDS["byte_level"])
     outcomes = []
     for encode in (
         lambda: tokenizer.encode_all(texts, special, limit=limit),
@@ -207,7 +207,7 @@ def test_many_texts_are_tokenized_as_each_by_itself(
 
 
 def test_chat_adds_no_special_tokens_twice() -> None:
-    tokenizer = Tokenizer.from_tokenizer(
+    tokenizer = Tokenizer(
         byte_level(), chat_template="{{ bos_token }}" + CHATML, special_tokens={"bos_token": "<|bos|>"}
     )
     messages = [{"role": "user", "content": "Hi <b>"}]
@@ -229,7 +229,7 @@ def test_chat_adds_no_special_tokens_twice() -> None:
     ],
 )
 def test_templates_run_as_in_transformers(template: str, expected: str) -> None:
-    tokenizer = Tokenizer.from_tokenizer(byte_level(), chat_template=template)
+    tokenizer = Tokenizer(byte_level(), chat_template=template)
     assert tokenizer.render_chat([{"role": "user", "content": "<é>"}]) == expected
 
 
@@ -245,7 +245,7 @@ def test_templates_run_as_in_transformers(template: str, expected: str) -> None:
     ],
 )
 def test_unusable_templates(template: str | None, match: str) -> None:
-    tokenizer = Tokenizer.from_tokenizer(byte_level(), chat_template=template)
+    tokenizer = Tokenizer(byte_level(), chat_template=template)
     with pytest.raises(RequestInvalid, match=match):
         tokenizer.render_chat([{"role": "user", "content": "x"}])
 
@@ -264,7 +264,7 @@ def test_unusable_templates(template: str | None, match: str) -> None:
     ],
 )
 def test_malformed_messages(messages: Any) -> None:
-    tokenizer = Tokenizer.from_tokenizer(byte_level(), chat_template=CHATML)
+    tokenizer = Tokenizer(byte_level(), chat_template=CHATML)
     with pytest.raises(RequestInvalid, match="message"):
         tokenizer.render_chat(messages)
 

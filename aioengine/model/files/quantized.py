@@ -29,16 +29,6 @@ _SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], LayoutOf]] = {
     "fp8": fp8,
     "fbgemm_fp8": fp8,
 }
-_OTHERWISE = (
-    "give the unquantized model, with quantization='int8' or 'int4', or a GPTQ, AWQ or GGUF checkpoint of it"
-)
-_INSTEAD = {
-    "bitsandbytes": (
-        "bitsandbytes (nf4, fp4, LLM.int8) keeps codes for a table of its own, which no kernel here reads; "
-        f"{_OTHERWISE}"
-    ),
-    "mxfp4": "give a checkpoint in bfloat16, or a GPTQ, AWQ or GGUF one",
-}
 
 
 def with_packed(spec: ModelSpec, packings: Mapping[str, Packing]) -> ModelSpec:
@@ -62,7 +52,8 @@ class QuantizedFolder:
         if method not in _SCHEMES:
             raise ConfigError(
                 f"{path}/config.json: quantization_config.quant_method={method!r}: not supported; supported: "
-                f"{', '.join(_SCHEMES)}; {_INSTEAD.get(str(method), _OTHERWISE)}"
+                f"{', '.join(_SCHEMES)}; give the unquantized model, with quantization='int8' or 'int4', or "
+                "a GPTQ, AWQ or GGUF checkpoint of it"
             )
         layout_of, layout_errors = _SCHEMES[method](path, config), CheckpointErrors(path, method)
         modules: dict[str, dict[str, Header]] = {}

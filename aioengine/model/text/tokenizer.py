@@ -33,23 +33,14 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._special_tokens = dict(special_tokens or {})
-        self._chat_template = chat_template
+        self.special_tokens: Mapping[str, str] = dict(special_tokens or {})
+        """Special tokens by their names: ``bos_token``, ``eos_token``, ..."""
+        self.chat_template = chat_template
+        """Source of the chat template."""
         self._compiled: ChatTemplate | None = None
         self._token_bytes: TokenBytes | None = None
         self._longest = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
         """Bytes of the longest token."""
-
-    @classmethod
-    def from_tokenizer(
-        cls,
-        tokenizer: tokenizers.Tokenizer,
-        *,
-        chat_template: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
-    ) -> Tokenizer:
-        """Wrap a tokenizer in memory. ``special_tokens`` (``bos_token``, ...) are the template's."""
-        return cls(tokenizer, chat_template, special_tokens)
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> Tokenizer | None:
@@ -184,28 +175,18 @@ class Tokenizer:
                     "continue_final_message: the chat template does not show the last message's text"
                 )
             return text[: text.rindex(mark)]
-        variables = {"add_generation_prompt": True, **self._special_tokens, **variables}
+        variables = {"add_generation_prompt": True, **self.special_tokens, **variables}
         return self._template().render({**variables, "messages": messages})
 
     def use_chat_template(self, path: Path) -> None:
         """Replace the chat template, before the first chat is rendered. Raises
         :class:`~aioengine.errors.ConfigError` if the file cannot be read or does not compile."""
-        self._chat_template, self._compiled = read_chat_template(path)
+        self.chat_template, self._compiled = read_chat_template(path)
 
     @functools.cached_property
     def added_tokens(self) -> Mapping[str, int]:
         """Ids of tokens, special or not, that are found in a text before it is tokenized."""
         return {token.content: id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items()}
-
-    @property
-    def special_tokens(self) -> Mapping[str, str]:
-        """Special tokens by their names: ``bos_token``, ``eos_token``, ..."""
-        return self._special_tokens
-
-    @property
-    def chat_template(self) -> str | None:
-        """Source of the chat template."""
-        return self._chat_template
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of text that a token stands for; they need not be whole characters. Empty for ids
@@ -220,11 +201,11 @@ class Tokenizer:
         return text
 
     def _template(self) -> ChatTemplate:
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise RequestInvalid("the model has no chat template; give the prompt as text or token ids")
         if self._compiled is None:
             try:
-                self._compiled = ChatTemplate(self._chat_template)
+                self._compiled = ChatTemplate(self.chat_template)
             except (jinja2.TemplateError, RecursionError) as error:
                 raise RequestInvalid(
                     f"the model's chat template does not compile: {error}; give the prompt as text"
