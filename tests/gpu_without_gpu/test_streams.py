@@ -173,6 +173,6 @@ def test_whole_embeddings_are_compared_beside_the_steps(tmp_path: Path) -> None:
             weights=lambda *_: (WeightRows.of(there), None), stream=torch.cuda.Stream(),
         )  # fmt: skip
         before = world.streams[0].clock["steps"]
-        tokens = store.read("a", str(built)).tokens
+        tokens = store.read("a", str(built)).shape.tokens
         assert tokens is not None and tokens.head.ids == (3, 9)
         assert world.streams[0].clock["steps"] == before

@@ -45,22 +45,39 @@ class Adapter(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AdapterImage:
-    """The elements that an adapter puts into a slot, in one buffer."""
+class ImageShape:
+    """Everything of an image except its data. Adapters with the same modules and ranks share one."""
 
-    rank: int
-    digest: str
     layout: SlotLayout
-    data: Tensor
-    """[elements]"""
-    table: Tensor
-    """[places, columns] where each place is in ``data``: see :class:`aioengine.kernels.slots.Column`."""
-    has_affine: bool
-    """Whether an output is scaled or shifted (DoRA, ``lora_bias``)."""
+    dtype: torch.dtype
+    elements: int
+    rows: list[list[int]]
+    """[places, columns] where each place is in the data: see :class:`aioengine.kernels.slots.Column`."""
     tokens: TokenTables | None = None
     """Trained tokens, if there are any."""
     tokens_begin: int = 0
-    """Offset of their rows in ``data``."""
+    """Offset of their rows in the data."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+    def begin(self, key: Key, column: Column) -> int:
+        """Return the offset of a place's A, B, or gain and shift."""
+        return self.rows[self.layout.index[key]][column]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterImage:
+    """The elements that an adapter puts into a slot, in one buffer."""
+
+    shape: ImageShape
+    data: Tensor
+    """[elements]"""
+    rank: int
+    digest: str
+    has_affine: bool = False
+    """Whether an output is scaled or shifted (DoRA, ``lora_bias``)."""
     head: Head | None = None
     """A trained head beside the slot's memory."""
     pooling: Kind | None = None
@@ -74,11 +91,12 @@ class AdapterImage:
 
     def matrices(self) -> dict[Key, tuple[Tensor, Tensor]] | None:
         """Return A and B of each place, as views; None if it is more than these, or int8."""
-        more = self.has_affine or self.tokens is not None or self.head is not None or self.invocation
-        if more or self.layout.holds.int8:
+        layout = self.shape.layout
+        more = self.has_affine or self.shape.tokens is not None or self.head is not None or self.invocation
+        if more or layout.holds.int8:
             return None
         found: dict[Key, tuple[Tensor, Tensor]] = {}
-        for (key, place), row in zip(self.layout.places.items(), self.table.tolist(), strict=True):
+        for (key, place), row in zip(layout.places.items(), self.shape.rows, strict=True):
             if row[Column.A_RANK]:
                 a, b, rank = row[Column.A], row[Column.B], row[Column.B_RANK]
                 n_in, n_out = place.shape
@@ -95,33 +113,6 @@ class AdapterImage:
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self.head is None else self.head.nbytes)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageShape:
-    """Everything of an image except its data. Adapters with the same modules and ranks share one."""
-
-    layout: SlotLayout
-    dtype: torch.dtype
-    elements: int
-    rows: list[list[int]]
-    """The table's."""
-    tokens: TokenTables | None = None
-    tokens_begin: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * self.dtype.itemsize
-
-    def image(self, data: Tensor, *, rank: int, digest: str, has_affine: bool = False) -> AdapterImage:
-        """Make an image of ``data`` [elements], which is kept and not copied."""
-        table = torch.tensor(self.rows, dtype=torch.int64)
-        tokens = self.tokens, self.tokens_begin
-        return AdapterImage(rank, digest, self.layout, data, table, has_affine, *tokens)
-
-    def begin(self, key: Key, column: Column) -> int:
-        """Return the offset of a place's A, B, or gain and shift."""
-        return self.rows[self.layout.index[key]][column]
 
 
 def image_shape(
@@ -234,7 +225,7 @@ def build_image(
         copies.extend(serial_copies(tokens.rows, numbers(shape.tokens_begin, tokens.rows.numel())))
     if copies:
         torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
-    return shape.image(data, rank=adapter.rank, digest=adapter.digest, has_affine=bool(affine))
+    return AdapterImage(shape, data, adapter.rank, adapter.digest, bool(affine))
 
 
 def image_memory(elements: int, dtype: torch.dtype, allocate: Allocate) -> Tensor:

@@ -136,7 +136,7 @@ class LoRASlots:
         """
         if not 0 <= slot < self.max_loras:
             raise ConfigError(f"slot {slot}: there are max_loras={self.max_loras} slots")
-        if image.layout != self.layout:
+        if image.shape.layout != self.layout:
             raise ConfigError(
                 "the adapter was prepared for slots of another model, max_lora_rank or target_modules, or of "
                 "another lora_dtype"
@@ -149,9 +149,9 @@ class LoRASlots:
                 f"slot {slot}: an adapter of {image.nbytes} bytes cannot begin at offset {offset} of a "
                 f"memory of {self.nbytes} bytes"
             )
-        rows, counted = memory.rows(image.table, begin)
+        rows, counted = memory.rows(torch.tensor(image.shape.rows, dtype=torch.int64), begin)
         copies = [Copy(memory.memory[begin:end], image.data), Copy(memory.device_table[slot], counted)]
-        head, trained = image.head, image.tokens
+        head, trained = image.head, image.shape.tokens
         # Only where embeddings can be trained the layout knows them.
         columns = slice(0) if trained is None else self.layout.partition.vocabulary
         ids = [] if trained is None else ids_of(trained, columns)
@@ -168,7 +168,7 @@ class LoRASlots:
         self.poolings[slot] = image.pooling
         self.tokens[slot] = None
         if trained is not None:
-            size, rows_begin = self.layout.spec.hidden_size, begin + image.tokens_begin
+            size, rows_begin = self.layout.spec.hidden_size, begin + image.shape.tokens_begin
             self.tokens[slot] = SlotTokens(trained, ids, memory, size, columns, rows_begin)
 
 
