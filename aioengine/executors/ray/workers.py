@@ -179,7 +179,8 @@ class _Actor:
 
     async def wait(self) -> str:
         await asyncio.wait([self._ended])
-        error = None if self._ended.cancelled() else self._ended.exception()
+        error: Any = None if self._ended.cancelled() else self._ended.exception()
+        error = getattr(error, "cause", None) or error  # Ray's own text begins with where it was raised
         return "ended" if error is None else f"ended: {type(error).__name__}: {first_line(error)}"
 
     def kill(self) -> None:
