@@ -60,9 +60,6 @@ class Fixed(Workload):
     def __len__(self) -> int:
         return len(self._arrivals)
 
-    def describe(self) -> dict[str, Any]:
-        return {"arrivals": len(self._arrivals)}
-
 
 def config(**fields: Any) -> EngineConfig:
     lora = {"max_loras": 2, "max_cpu_loras": 4}

@@ -183,17 +183,11 @@ class World(Sim):
 
     def _state(self) -> str:
         core = self.core
-        slots = ", ".join(
-            "empty" if slot.entry is None else f"{slot.entry.name} ({slot.state})"
-            for slot in core.slots.slots
-        )
-        waiting = ", ".join(
-            f"{request.id} for {'the base model' if request.adapter is None else request.adapter.name}"
-            for request in list(core.queues.all)[:3]
-        )
+        first = next(iter(core.queues.all), None)
+        slots = ", ".join(f"{slot.entry.name if slot.entry else 'empty'}" for slot in core.slots.slots)
         return (
             f"{MOST_TURNS_TO_END} steps after the last arrival {len(core.queues)} requests wait "
-            f"(first {waiting or 'none'}) and {len(core.running)} run; slots: {slots or 'none'}"
+            f"(first {first and first.id}) and {len(core.running)} run; slots: {slots or 'none'}"
         )
 
 

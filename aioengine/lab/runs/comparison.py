@@ -6,7 +6,7 @@ import itertools
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,7 +60,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
         Raises ConfigError if one of them is not possible.
         """
-        routers: Sequence[str | None] = self.routers or [self.experiment.router]
+        routers = self.routers or [self.experiment.router]
         grid = itertools.product(self.scales, self.slots, self.policies, routers, self.seeds)
         tasks = []
         for number, (scale, slots, policy, router, seed) in enumerate(grid):
@@ -79,7 +79,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         policy = policy_label(experiment.policy)
         if not self.routers:
             return policy
-        return f"{experiment.router}" if len(self.policies) == 1 else f"{policy} @ {experiment.router}"
+        return experiment.router if len(self.policies) == 1 else f"{policy} @ {experiment.router}"
 
 
 def _refuse_twice(name: str, labels: list[str]) -> None:
@@ -215,24 +215,27 @@ def estimates(results: pl.DataFrame) -> pl.DataFrame:
     """
     with needs_extra():
         import polars as pl
-    schema: dict[str, Any] = {"policy": pl.String, "slots": pl.Int64, "scale": pl.Float64}
-    schema |= {"figure": pl.String, "runs": pl.Int64, "mean": pl.Float64, "low": pl.Float64}
-    schema |= dict.fromkeys(("high", "difference", "difference_low", "difference_high"), pl.Float64)
-    return pl.DataFrame(list(_estimate_rows(results)), schema=schema, orient="row")
-
-
-def _estimate_rows(results: pl.DataFrame) -> Iterator[tuple[Any, ...]]:
-    first = results["policy"][0]
+    texts = {
+        "policy": pl.String,
+        "slots": pl.Int64,
+        "scale": pl.Float64,
+        "figure": pl.String,
+        "runs": pl.Int64,
+    }
+    numbers = ("mean", "low", "high", "difference", "difference_low", "difference_high")
+    schema: dict[str, Any] = {**keys, "figure": pl.String, "runs": pl.Int64}
+    schema |= dict.fromkeys(numbers, pl.Float64)
     figures = [name for name in results.columns if name not in (*KEYS, "seed", "folder", "error")]
     by_setting = {key: frame.sort("seed") for key, frame in results.group_by(KEYS, maintain_order=True)}
+    rows = []
     for (policy, slots, scale), frame in by_setting.items():
-        base = by_setting.get((first, slots, scale))
+        base = by_setting.get((results["policy"][0], slots, scale))
         for figure in figures:
             values = frame[figure].to_list()
             known = [value for value in values if value is not None]
-            if not known:
-                continue
-            found = estimate(known)
-            compared = None if base is None else paired(values, base[figure].to_list())
-            difference = [None] * 3 if compared is None else compared[:3]
-            yield policy, slots, scale, figure, found.runs, *found[:3], *difference
+            if known:
+                found = estimate(known)
+                compared = None if base is None else paired(values, base[figure].to_list())
+                difference = [None] * 3 if compared is None else compared[:3]
+                rows.append((policy, slots, scale, figure, found.runs, *found[:3], *difference))
+    return pl.DataFrame(rows, schema=schema, orient="row")

@@ -64,7 +64,8 @@ def rerun(folder: str | Path, run: Callable[[Experiment, Path], object], out: Pa
         pairs = {name: _difference(described.with_name(name), new / name) for name in RESULTS}
         before, now = read_json(described), read_json(new / "experiment.json")
     changed = _changed(before.get("provenance"), now.get("provenance"))
-    changed += [f"{key}: is another" for key in ("costs", "workload") if before.get(key) != now.get(key)]
+    if before.get("costs") != now.get("costs"):
+        changed.append("costs: is another")
     return Rerun({name: text for name, text in pairs.items() if text is not None}, changed)
 
 

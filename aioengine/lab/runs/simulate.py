@@ -83,7 +83,6 @@ def run(
             "aioengine": version("aioengine"),
             "python": platform.python_version(),
             "experiment": experiment.to_dict(),
-            "workload": workload.describe(),
             "costs": msgspec.to_builtins(costs),
             "provenance": provenance(experiment),
         }

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice, repeat
-from typing import Any
 
-import msgspec
 from msgspec import UNSET
 
 from aioengine.checks import check_value
@@ -59,11 +57,6 @@ class OfferedWorkload(Workload):
         ranks = parse_ranks("ranks", spec.ranks)
         names = dict.fromkeys([*self._names, *(self._trace.adapters if self._trace else ())])
         self.adapters = tuple(draw_shape(name, ranks, seed) for name in names)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the fields of the spec, and the seed."""
-        cut = {} if self._longest is None else {"truncated_to": self._longest}
-        return {**msgspec.to_builtins(self.spec), "seed": self.seed, **cut}
 
     def __iter__(self) -> Iterator[Arrival]:
         spec = self.spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 PREFIX_BLOCK = 512
 """Tokens of a prompt that one number in ``Arrival.prefix`` stands for."""
@@ -77,10 +77,6 @@ class Workload(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Arrival]: ...
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Return all parameters, as plain data; enough to build it again."""
 
 
 COUNTED = 100_000
