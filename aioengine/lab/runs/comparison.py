@@ -215,16 +215,9 @@ def estimates(results: pl.DataFrame) -> pl.DataFrame:
     """
     with needs_extra():
         import polars as pl
-    texts = {
-        "policy": pl.String,
-        "slots": pl.Int64,
-        "scale": pl.Float64,
-        "figure": pl.String,
-        "runs": pl.Int64,
-    }
     numbers = ("mean", "low", "high", "difference", "difference_low", "difference_high")
-    schema: dict[str, Any] = {**keys, "figure": pl.String, "runs": pl.Int64}
-    schema |= dict.fromkeys(numbers, pl.Float64)
+    schema: dict[str, Any] = {"policy": pl.String, "slots": pl.Int64, "scale": pl.Float64}
+    schema |= {"figure": pl.String, "runs": pl.Int64, **dict.fromkeys(numbers, pl.Float64)}
     figures = [name for name in results.columns if name not in (*KEYS, "seed", "folder", "error")]
     by_setting = {key: frame.sort("seed") for key, frame in results.group_by(KEYS, maintain_order=True)}
     rows = []
