@@ -18,8 +18,7 @@ from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.lora import segment_table, slots_struct
-from aioengine.kernels.cpu.matrix import LibraryWeight, matrix_of
-from aioengine.kernels.cpu.packed import PackedWeight, pointer
+from aioengine.kernels.cpu.packed import LibraryWeight, PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
 from aioengine.kernels.plan.decodes import DecodeTables
@@ -268,7 +267,7 @@ class NativeDecoder(Decoder):
         assert isinstance(weight, LibraryWeight)
         if name in SUMMED and self.partition.shard.rank > 0:
             bias = None  # the ranks' outputs are added up, and one of them has it
-        return matrix_of(weight, bias)
+        return weight.matrix(bias)
 
     def _pool(self, pools: Mapping[str, LoRAPool], name: str) -> structs.LoraPool:
         pool = pools.get(name)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight
-from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, is_bf16, pointer
+from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.packed import DTYPES, PANEL, LibraryWeight, PackedWeight, is_bf16, pointer
 from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.cpu.structs import FORMATS, Part
 
@@ -34,7 +35,7 @@ _LAYOUT = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedBlocks:
+class PackedBlocks(LibraryWeight):
     """A weight [n, k] in parts of 16 m rows each, which may be stored differently; see ``src/blocks.h``.
 
     Its outputs are the same bits as those of a :class:`PackedWeight` of the expanded weight.
@@ -69,43 +70,22 @@ class PackedBlocks:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def rows(self, begin: int, end: int) -> Tensor:
-        """Rows ``begin..end-1`` of the weight that is in effect: [end - begin, k]."""
-        return self.gather(torch.arange(begin, end))
+    def matrix(self, bias: Tensor | None) -> structs.Matrix:
+        return structs.Matrix(
+            bias=pointer(bias),
+            n=self.n,
+            k=self.k,
+            kind=structs.Kind.PARTS,
+            part=ctypes.addressof(self.struct),
+            parts=len(self.parts),
+        )
 
     def gather(self, indices: Tensor) -> Tensor:
-        """Return the rows ``indices`` [T] (int64): [T, k]."""
         out = torch.empty(len(indices), self.k, dtype=self.dtype)
         load().aio_expand_rows(
             *(is_bf16(out), self.struct, indices.data_ptr(), out.data_ptr(), len(indices), self.k, threads())
         )
         return out
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x W^T + bias`` for ``x`` [T, k]: [T, n]."""
-        x = x.contiguous()
-        y = torch.empty(len(x), self.n, dtype=x.dtype)
-        load().aio_linear_blocks(
-            *(is_bf16(x), x.data_ptr(), self.k, self.struct, pointer(bias), y.data_ptr(), self.n),
-            *(len(x), self.n, self.k, None, threads()),
-        )
-        return y
-
-    def experts(self, x: Tensor, bias: Tensor | None, begins: Tensor) -> Tensor:
-        """``x W^T + bias`` for ``x`` [T, k] that is sorted by expert, of which each row takes an expert's
-        outputs: [T, n / experts].
-
-        ``begins`` [experts + 1] (int32) are the first rows of the experts. Each expert must have as many
-        parts.
-        """
-        count = len(begins) - 1
-        assert len(self.parts) % count == 0
-        y = torch.empty(len(x), self.n // count, dtype=x.dtype)
-        load().aio_linear_experts_blocks(
-            *(is_bf16(x), x.data_ptr(), self.struct, len(self.parts) // count, pointer(bias), y.data_ptr()),
-            *(begins.data_ptr(), count, self.n // count, self.k, threads()),
-        )
-        return y
 
 
 def _turn(weight: BlockWeight) -> BlockWeight:

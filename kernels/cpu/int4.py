@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from aioengine.kernels.cpu.quantized import Functions, QuantizedWeight
+from torch import Tensor
+
+from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.quantized import QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,9 +20,8 @@ class Int4Weight(QuantizedWeight):
     those with the smallest squared error.
     """
 
-    FUNCTIONS: ClassVar[Functions] = Functions(
-        "aio_quantize_int4", "aio_dequantize_int4", "aio_linear_int4", "aio_linear_experts_int4"
-    )
+    PACK: ClassVar[str] = "aio_quantize_int4"
+    UNPACK: ClassVar[str] = "aio_dequantize_int4"
 
     @staticmethod
     def packed_bytes(n: int, k: int) -> int:
@@ -30,6 +32,11 @@ class Int4Weight(QuantizedWeight):
     def group(self) -> int:
         """Inputs that share a step and a low."""
         return group_size(self.k)
+
+    def matrix(self, bias: Tensor | None) -> structs.Matrix:
+        matrix = QuantizedWeight.matrix(self, bias)
+        matrix.kind, matrix.group = structs.Kind.INT4, self.group
+        return matrix
 
     @property
     def blocks(self) -> tuple[int, ...]:

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from aioengine.kernels.backend import HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.cpu import structs
-from aioengine.kernels.cpu.blocks import PackedBlocks
-from aioengine.kernels.cpu.packed import DTYPES, PANEL, PackedWeight, is_bf16, pointer
-from aioengine.kernels.cpu.quantized import QuantizedWeight
+from aioengine.kernels.cpu.packed import DTYPES, PANEL, LibraryWeight, is_bf16, pointer
 from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.plan.experts import ExpertPlan
@@ -146,7 +144,7 @@ def _ours(keys: Tensor) -> bool:
 def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPlan) -> Tensor:
     """``y[s] = W[expert(s)] x[s]``, all experts in one call if they are packed; see :class:`Backend`."""
     out = weight.n // plan.experts
-    if not isinstance(weight, (PackedWeight, QuantizedWeight, PackedBlocks)) or out % PANEL:
+    if not isinstance(weight, LibraryWeight) or out % PANEL:
         return plain.expert_linear(x, weight, bias, plan)
     x = x.contiguous()
     counts = torch.zeros(plan.experts + 1, dtype=torch.int32)

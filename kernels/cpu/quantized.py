@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from aioengine.kernels.cpu.packed import DTYPES, PANEL, is_bf16, pointer
+from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.packed import DTYPES, PANEL, LibraryWeight, is_bf16, pointer
 from aioengine.kernels.cpu.shared_library import load, threads
 
 BLOCK = 64
@@ -16,25 +17,16 @@ BLOCK = 64
 their number."""
 
 
-class Functions(NamedTuple):
-    """Names of the library's functions for a form of weights."""
-
-    pack: str
-    unpack: str
-    linear: str
-    experts: str
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class QuantizedWeight:
+class QuantizedWeight(LibraryWeight):
     """A weight [n, k] as int8 panels of 16 rows; see ``src/quantized.cpp``.
 
     With ``int8_activations`` activations become int8 as well, with a scale for each token.
     """
 
-    FUNCTIONS: ClassVar[Functions] = Functions(
-        "aio_quantize", "aio_dequantize", "aio_linear_int8", "aio_linear_experts_int8"
-    )
+    PACK: ClassVar[str] = "aio_quantize"
+    UNPACK: ClassVar[str] = "aio_dequantize"
+    """Names of the library's functions for this form."""
 
     data: Tensor
     """[packed_bytes(n, k)] uint8"""
@@ -70,7 +62,7 @@ class QuantizedWeight:
             *(memory, torch.empty(n), torch.zeros(n, dtype=torch.int32), int8_activations, n, k),
             *(rotation(k) if int8_activations else 0, weight.dtype),
         )
-        getattr(load(), cls.FUNCTIONS.pack)(
+        getattr(load(), cls.PACK)(
             *(is_bf16(weight), weight.data_ptr(), memory.data_ptr(), packed.scale.data_ptr()),
             *(packed.start_pointer, n, k, *packed.blocks, threads()),
         )
@@ -90,44 +82,26 @@ class QuantizedWeight:
         """None leaves the activations as they are."""
         return self.start.data_ptr() if self.int8_activations else None
 
-    def rows(self, begin: int, end: int) -> Tensor:
-        """Rows ``begin..end-1`` of the weight that is in effect: [end - begin, k]."""
-        return self.gather(torch.arange(begin, end))
+    def matrix(self, bias: Tensor | None) -> structs.Matrix:
+        return structs.Matrix(
+            packed=self.data.data_ptr(),
+            bias=pointer(bias),
+            n=self.n,
+            k=self.k,
+            kind=structs.Kind.INT8,
+            panel_bytes=self.data.nbytes // (self.n // PANEL),
+            scale=self.scale.data_ptr(),
+            start=self.start_pointer,
+            rotation=self.rotation,
+        )
 
     def gather(self, indices: Tensor) -> Tensor:
-        """Return the rows ``indices`` [T] (int64): [T, k]."""
         out = torch.empty(len(indices), self.k, dtype=self.dtype)
-        getattr(load(), self.FUNCTIONS.unpack)(
+        getattr(load(), self.UNPACK)(
             *(is_bf16(out), self.data.data_ptr(), self.scale.data_ptr(), indices.data_ptr(), out.data_ptr()),
             *(len(indices), self.k, *self.blocks, threads()),
         )
         return out
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x W^T + bias`` for ``x`` [T, k]: [T, n]."""
-        x = x.contiguous()
-        y = torch.empty(len(x), self.n, dtype=x.dtype)
-        getattr(load(), self.FUNCTIONS.linear)(
-            *(is_bf16(x), x.data_ptr(), self.k, self.data.data_ptr(), self.scale.data_ptr()),
-            *(self.start_pointer, *self.blocks, pointer(bias), y.data_ptr(), self.n),
-            *(len(x), self.n, self.k, None, threads()),
-        )
-        return y
-
-    def experts(self, x: Tensor, bias: Tensor | None, begins: Tensor) -> Tensor:
-        """``x W^T + bias`` for ``x`` [T, k] that is sorted by expert, of which each row takes an expert's
-        outputs: [T, n / experts].
-
-        ``begins`` [experts + 1] (int32) are the first rows of the experts.
-        """
-        count = len(begins) - 1
-        y = torch.empty(len(x), self.n // count, dtype=x.dtype)
-        getattr(load(), self.FUNCTIONS.experts)(
-            *(is_bf16(x), x.data_ptr(), self.data.data_ptr(), self.scale.data_ptr(), self.start_pointer),
-            *(*self.blocks, pointer(bias), y.data_ptr(), begins.data_ptr()),
-            *(count, self.n // count, self.k, threads()),
-        )
-        return y
 
 
 def rotation(k: int) -> int:

@@ -18,34 +18,18 @@ logger = logging.getLogger("aioengine")
 
 _SIGNATURES = {
     "aio_pack": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
-    "aio_unpack": (c_int, c_void_p, c_void_p, c_long, c_long, c_long),
     "aio_gather": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_long, c_int),
-    "aio_linear": (
-        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long),
-        *(c_long, c_long, c_long, c_int),
-    ),
+    "aio_product": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_int),
     "aio_adapted_linear": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_int),
     "aio_quantize": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
     "aio_dequantize": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
-    "aio_linear_int8": (
-        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_long),
-        *(c_long, c_long, c_long, c_void_p, c_int),
-    ),
     "aio_turn_blocks": (c_void_p, c_long, c_long, c_long, c_long, c_long, c_int),
     "aio_expand_rows": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_long, c_int),
-    "aio_linear_blocks": (
-        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long),
-        *(c_long, c_long, c_long, c_void_p, c_int),
-    ),
     "aio_quantize_int4": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_int),
     ),
     "aio_dequantize_int4": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_long, c_int),
-    ),
-    "aio_linear_int4": (
-        *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p),
-        *(c_long, c_long, c_long, c_long, c_void_p, c_int),
     ),
     "aio_attention": (
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_void_p),
@@ -74,20 +58,6 @@ _SIGNATURES = {
     "aio_turn": (c_void_p, c_long, c_void_p, c_long),
     "aio_lora_affine": (
         *(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_int),
-    ),
-    "aio_linear_experts": (
-        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),
-    ),
-    "aio_linear_experts_int8": (
-        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_void_p),
-        *(c_long, c_long, c_long, c_int),
-    ),
-    "aio_linear_experts_int4": (
-        *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p, c_void_p),
-        *(c_long, c_long, c_long, c_int),
-    ),
-    "aio_linear_experts_blocks": (
-        *(c_int, c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),
     ),
     "aio_step": (c_void_p, c_void_p),
     "aio_probe_dot": (c_int, c_long, c_int, c_void_p),

@@ -83,7 +83,8 @@ def test_linear_whose_last_panel_is_not_full(
     packed = torch.empty(math.ceil(n / 16) * 16 * k, dtype=dtype)
     lib.aio_pack(bf16(w), w.data_ptr(), packed.data_ptr(), n, k, THREADS)
     y = torch.full((rows + 1, n), math.nan, dtype=dtype)
-    lib.aio_linear(*(bf16(x), x.data_ptr(), k, packed.data_ptr(), None, y.data_ptr(), n, rows, n, k, THREADS))
+    matrix = structs.Matrix(packed=packed.data_ptr(), n=n, k=k)
+    lib.aio_product(bf16(x), ctypes.byref(matrix), x.data_ptr(), y.data_ptr(), rows, None, 0, THREADS)
     close(y[:rows], x.float() @ w.float().T, scale=math.sqrt(k))
     assert y[rows].isnan().all(), "nothing may be written beyond the last row"
 

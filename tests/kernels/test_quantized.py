@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aioengine.kernels.cpu import build, shared_library
 from aioengine.kernels.cpu.quantized import QuantizedWeight
+from aioengine.kernels.cpu.structs import Kind, Matrix
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -59,10 +60,10 @@ def linear(
         *(bf16, weight.data_ptr(), packed.data_ptr(), scale.data_ptr(), start_at, n, k, block, THREADS)
     )
     y = torch.full((rows + 1, n), math.nan, dtype=x.dtype)
-    lib.aio_linear_int8(
-        *(bf16, x.data_ptr(), k, packed.data_ptr(), scale.data_ptr(), start_at, block),
-        *(None if bias is None else bias.data_ptr(), y.data_ptr(), n, rows, n, k, None, THREADS),
-    )
+    matrix = Matrix(packed=packed.data_ptr(), n=n, k=k, kind=Kind.INT8, rotation=block)
+    matrix.bias = None if bias is None else bias.data_ptr()
+    matrix.scale, matrix.start = scale.data_ptr(), start_at
+    lib.aio_product(bf16, ctypes.byref(matrix), x.data_ptr(), y.data_ptr(), rows, None, 0, THREADS)
     assert y[rows].isnan().all(), "nothing may be written beyond the last row"
     return y[:rows]
 

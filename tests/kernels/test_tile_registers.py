@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aioengine.kernels.cpu import build, shared_library
+from aioengine.kernels.cpu.structs import Kind, Matrix
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 needs_tiles = pytest.mark.skipif("amx" not in build.levels(), reason="needs a CPU with AMX")
@@ -30,9 +31,8 @@ def linear(
     packed, y = torch.empty(-(-n // 16) * 16 * k, dtype=BF16), torch.empty(rows, n, dtype=BF16)
     library.aio_pack(1, weight.data_ptr(), packed.data_ptr(), n, k, threads)
     start = None if bias is None else bias.data_ptr()
-    library.aio_linear(
-        *(1, x.data_ptr(), k, packed.data_ptr(), start, y.data_ptr(), n, rows, n, k, threads),
-    )
+    matrix = Matrix(packed=packed.data_ptr(), bias=start, n=n, k=k)
+    library.aio_product(1, ctypes.byref(matrix), x.data_ptr(), y.data_ptr(), rows, None, 0, threads)
     return y
 
 
@@ -43,10 +43,9 @@ def linear_int8(level: str, x: Tensor, weight: Tensor) -> Tensor:
     scale, start = torch.empty(n), torch.empty(n, dtype=torch.int32)
     begins = scale.data_ptr(), start.data_ptr()
     library.aio_quantize(1, weight.data_ptr(), packed.data_ptr(), *begins, n, k, 64, THREADS)
-    library.aio_linear_int8(
-        *(1, x.data_ptr(), k, packed.data_ptr(), *begins, 64),
-        *(None, y.data_ptr(), n, rows, n, k, None, THREADS),
-    )
+    matrix = Matrix(packed=packed.data_ptr(), n=n, k=k, kind=Kind.INT8, rotation=64)
+    matrix.scale, matrix.start = begins
+    library.aio_product(1, ctypes.byref(matrix), x.data_ptr(), y.data_ptr(), rows, None, 0, THREADS)
     return y
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.lora import affine_of, segments_of, slices_struct, slots_struct
-from aioengine.kernels.cpu.matrix import LibraryWeight, matrix_of
-from aioengine.kernels.cpu.packed import PANEL, is_bf16
+from aioengine.kernels.cpu.packed import PANEL, LibraryWeight, is_bf16
 from aioengine.kernels.cpu.shared_library import load, threads
 from aioengine.kernels.plan.lora import LoRABatch
 from aioengine.kernels.slots import LoRAPool
@@ -57,8 +56,8 @@ class AdaptedLinear:
             slice=slices_struct(pool.widths, pool.b_offsets),
             slices=len(pool.widths),
         )
-        self._base = _Linear(matrix=matrix_of(weight, bias))
-        self._adapted = _Linear(matrix=matrix_of(weight, bias))
+        self._base = _Linear(matrix=weight.matrix(bias))
+        self._adapted = _Linear(matrix=weight.matrix(bias))
         self._adapted.beside.adapters = ctypes.pointer(self._adapters)
         self._adapted.outputs = slices_struct(pool.affine_widths, pool.offsets)
 

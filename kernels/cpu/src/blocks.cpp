@@ -2,19 +2,10 @@
 // multiplies them as any others, so the outputs are the same bits as those of the expanded weight.
 #include "blocks.h"
 
-#include "tiles.h"
+#include "matrix.h"
 
 namespace aio {
 namespace {
-
-struct Work {
-  Linear l;
-  const Part* part;
-  long parts;  // of an expert
-  Beside beside;
-  Experts experts;
-  int threads;
-};
 
 // Panel `panel` of all parts.
 template <class T>
@@ -24,19 +15,18 @@ void expand_any(const Part* part, long panel, long k, uint32_t* out) {
 }
 
 template <class T>
-void linear(const Work& w) {
-  const long panel = w.l.k / T::PER_LANE * LANES, each = w.l.n / LANES;
-  together(w.threads, [&](const Member& me) {
+void linear(const Matrix& w, const Product& p) {
+  const long panel = w.k / T::PER_LANE * LANES, each = p.l.n / LANES;
+  together(p.threads, [&](const Member& me) {
     std::vector<uint32_t> wide(PANELS * panel);
     const auto weights = [&](long first, long panels) {
-      const bool experts = w.experts.begin != nullptr;  // panels that are asked for together are of one
-      const Part* part = w.part + (experts ? first / each * w.parts : 0);
-      if (experts) first %= each;
-      for (long p = 0; p < panels; p++) expand_any<T>(part, first + p, w.l.k, wide.data() + p * panel);
+      // Panels that are asked for together are of one expert; each has as many parts.
+      const Part* part = p.experts.count > 0 ? w.part + first / each * (w.parts / p.experts.count) : w.part;
+      for (long i = 0; i < panels; i++) expand_any<T>(part, first % each + i, w.k, wide.data() + i * panel);
       return (const uint32_t*)wide.data();
     };
     // What follows may be stored in another way.
-    compute_experts<T>(me, w.l, w.beside, w.experts, multiply<T>(w.l), {}, weights);
+    compute_experts<T>(me, p.l, p.beside, p.experts, multiply<T>(p.l), {}, weights);
   });
 }
 
@@ -57,6 +47,9 @@ void rows(const Part* part, const int64_t* rows, void* out, long count, long k, 
 }
 
 }  // namespace
+
+void multiply_parts(const Matrix& w, const Product& p) { (p.l.bf16 ? linear<Bf16> : linear<F32>)(w, p); }
+
 }  // namespace aio
 
 // data [n, count blocks], each of so many float16 values, words of four bytes, and float16 values again -> panels, in
@@ -87,21 +80,4 @@ AIO_EXPORT void aio_turn_blocks(void* data, long n, long count, long first, long
 AIO_EXPORT void aio_expand_rows(int bf16, const aio::Part* part, const int64_t* rows, void* out, long count, long k,
                                 int threads) {
   bf16 ? aio::rows<aio::Bf16>(part, rows, out, count, k, threads) : aio::rows<aio::F32>(part, rows, out, count, k, threads);
-}
-
-// y [rows, n] = x [rows, k] W^T + bias (may be null), for a weight in parts, which are all of its outputs one after the
-// other. `beside`: see aio_linear_beside; may be null.
-AIO_EXPORT void aio_linear_blocks(int bf16, const void* x, long x_stride, const aio::Part* part, const void* bias, void* y,
-                                  long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads) {
-  const aio::Work w{{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, nullptr, nullptr},
-                    part, 0, beside == nullptr ? aio::Beside{} : *beside, {}, threads};
-  bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
-}
-
-// The same for rows that are sorted by expert: see aio_linear_experts. Each expert has so many `parts`.
-AIO_EXPORT void aio_linear_experts_blocks(int bf16, const void* x, const aio::Part* part, long parts, const void* bias, void* y,
-                                          const int32_t* begin, long experts, long n, long k, int threads) {
-  const aio::Work w{{bf16 != 0, x, k, bias, y, n, begin[experts], n, k, nullptr, nullptr, nullptr},
-                    part, parts, {}, {begin, experts}, threads};
-  bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
 }

@@ -147,23 +147,6 @@ struct Run {
     if (stopped) throw Stopped{};
   }
 
-  // Of which each of the sorted rows takes one expert's part.
-  void base(const Matrix& w, const void* x, void* y, const aio::Routes& r) const {
-    const long n = w.n / r.experts;
-    switch (w.kind) {
-      case PACKED: return aio_linear_experts(m.bf16, x, w.packed, w.bias, y, r.begin, r.experts, n, w.k, threads);
-      case INT8:
-        return aio_linear_experts_int8(m.bf16, x, w.packed, w.scale, w.start, w.rotation, w.bias, y, r.begin, r.experts, n,
-                                       w.k, threads);
-      case INT4:
-        return aio_linear_experts_int4(m.bf16, x, w.packed, w.scale, w.start, w.group, w.rotation, w.bias, y, r.begin,
-                                       r.experts, n, w.k, threads);
-      case PARTS:
-        return aio_linear_experts_blocks(m.bf16, x, w.part, w.parts / r.experts, w.bias, y, r.begin, r.experts, n, w.k,
-                                         threads);
-    }
-  }
-
   // Scales and shifts rows of y [rows, n]. Where inputs are split, a process has all outputs, even if B is for some of them.
   void affine(const LoraPool& pool, const aio::Slots& slots, void* y, long n, const int32_t* segments, long count) const {
     const aio::Slice all{n, 0};
@@ -201,7 +184,7 @@ struct Run {
       aio::product(m.bf16, w, x, y, rows,
                    {fetch.data(), long(fetch.size()), adapted ? &adapters : nullptr,
                     {next.matrix->packed, next.matrix->n, next.matrix->panel_bytes}},
-                   threads);
+                   {}, threads);
     });
     if (total)
       exchange(TOTAL, pool.id);
@@ -290,7 +273,7 @@ struct Run {
   void experts(Phase phase, const Matrix& w, const LoraPool& pool, const aio::Routes& r, aio::Segment* segments,
                const void* x, void* y) const {
     const long n = w.n / r.experts;
-    timed(phase, [&] { base(w, x, y, r); });
+    timed(phase, [&] { aio::product(m.bf16, w, x, y, r.tokens * r.per_token, {}, {r.begin, r.experts}, threads); });
     if (pool.slices == 0 || s.lora.count == 0) return;
     const aio::Slots places{m.slots.memory, m.slots.table, 1, m.slots.int8, m.slots.turned};
     const auto run = [&](const int32_t* of, long count, const auto& work) {

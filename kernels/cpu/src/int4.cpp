@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "int8_rows.h"
+#include "matrix.h"
 #include "products.h"
 
 namespace aio {
@@ -247,53 +248,45 @@ void dequantize(const void* packed, const float* scale, const int64_t* rows, voi
   });
 }
 
-struct Work {
-  Linear l;
-  Form form;
-  const void* packed;
-  long rotation;
-  Beside beside;
-  Experts experts;
-  int threads;
-
-  Stored stored() const { return {packed, form.panel_bytes()}; }
-};
-
 // Computes a thread's blocks, whose panels are expanded first: into int8, and those into T if that is another type.
 template <class T, class Out>
-void multiply_expanded(const Member& me, const Work& w, const Linear& l) {
-  const long lanes = l.k / Int8::PER_LANE;
+void multiply_expanded(const Member& me, const Matrix& w, const Product& p, const Linear& l) {
+  const Form form{w.k, w.group};
+  const long lanes = w.k / Int8::PER_LANE;
   uint32_t* const expanded = room<EXPANDED>(PANELS * lanes * long(sizeof(vu)));
   const auto weights = [&](long first, long panels) -> const uint32_t* {
-    for (long p = 0; p < panels; p++)
-      expand(w.form, w.form.panel(w.packed, first + p), expanded + p * lanes * LANES);
+    for (long i = 0; i < panels; i++) expand(form, form.panel(w.packed, first + i), expanded + i * lanes * LANES);
     if constexpr (T::PER_LANE == Int8::PER_LANE) {
       return expanded;
     } else {
-      uint32_t* const wide = room<WIDENED>(PANELS * l.k / T::PER_LANE * long(sizeof(vu)));
+      uint32_t* const wide = room<WIDENED>(PANELS * w.k / T::PER_LANE * long(sizeof(vu)));
       widen<T>(expanded, panels * lanes, wide);
       return wide;
     }
   };
-  compute_experts<Out>(me, l, w.beside, w.experts, multiply<T>(l), w.stored(), weights);
+  compute_experts<Out>(me, l, p.beside, p.experts, multiply<T>(l), {w.packed, form.panel_bytes()}, weights);
 }
 
 template <class T>
-void linear(const Work& w) {
-  together(w.threads, [&](const Member& me) {
-    if (w.l.start == nullptr) return multiply_expanded<T, T>(me, w, w.l);
-    const Linear l = with_int8_rows<T>(me, w.l, w.rotation);
+void linear(const Matrix& w, const Product& p) {
+  together(p.threads, [&](const Member& me) {
+    if (w.start == nullptr) return multiply_expanded<T, T>(me, w, p, p.l);
+    const Linear l = with_int8_rows<T>(me, p.l, w.rotation);
 #if defined(__AVX512VNNI__)
-    if (l.rows <= ROWS_TO_EXPAND && w.form.group == GROUP) {  // expanded in registers, for each tile anew
-      const auto weights = [&](long first, long) { return w.form.panel(w.packed, first); };
-      return compute_experts<T>(me, l, w.beside, w.experts, MULTIPLY<Int4>, w.stored(), weights);
+    if (l.rows <= ROWS_TO_EXPAND && w.group == GROUP) {  // expanded in registers, for each tile anew
+      const Form form{w.k, w.group};
+      const auto weights = [&](long first, long) { return form.panel(w.packed, first); };
+      return compute_experts<T>(me, l, p.beside, p.experts, MULTIPLY<Int4>, {w.packed, form.panel_bytes()}, weights);
     }
 #endif
-    multiply_expanded<Int8, T>(me, w, l);
+    multiply_expanded<Int8, T>(me, w, p, l);
   });
 }
 
 }  // namespace
+
+void multiply_int4(const Matrix& w, const Product& p) { (p.l.bf16 ? linear<Bf16> : linear<F32>)(w, p); }
+
 }  // namespace aio
 
 // weight [n, k] -> packed, n / 16 panels, with scale [n], and, for int8 activations, start [n] (else null). n must be a
@@ -311,22 +304,4 @@ AIO_EXPORT void aio_dequantize_int4(int bf16, const void* packed, const float* s
   const aio::Form form{k, group};
   bf16 ? aio::dequantize<aio::Bf16>(packed, scale, rows, out, form, count, rotation, threads)
        : aio::dequantize<aio::F32>(packed, scale, rows, out, form, count, rotation, threads);
-}
-
-// y [rows, n] = x [rows, k] W^T + bias (may be null); as aio_linear_int8.
-AIO_EXPORT void aio_linear_int4(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
-                                const int32_t* start, long group, long rotation, const void* bias, void* y,
-                                long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads) {
-  const aio::Work w{{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start},
-                    {k, group}, packed, rotation, beside == nullptr ? aio::Beside{} : *beside, {}, threads};
-  bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
-}
-
-// The same for rows that are sorted by expert: see aio_linear_experts.
-AIO_EXPORT void aio_linear_experts_int4(int bf16, const void* x, const void* packed, const float* scale,
-                                        const int32_t* start, long group, long rotation, const void* bias, void* y,
-                                        const int32_t* begin, long experts, long n, long k, int threads) {
-  const aio::Work w{{bf16 != 0, x, k, bias, y, n, begin[experts], n, k, nullptr, scale, start},
-                    {k, group}, packed, rotation, {}, {begin, experts}, threads};
-  bf16 ? aio::linear<aio::Bf16>(w) : aio::linear<aio::F32>(w);
 }

@@ -1,6 +1,7 @@
 // The packed linear: y = x W^T (+ bias), for weights rearranged once; tiles.h describes how.
 #include <vector>
 
+#include "matrix.h"
 #include "products.h"
 #include "transpose.h"
 
@@ -22,11 +23,11 @@ const Multiply& multiply<Bf16>([[maybe_unused]] const Linear& l) {
 namespace {
 
 template <class T>
-void linear(const Linear& l, const void* packed, const Beside& beside, const Experts& experts, int threads) {
-  const long panel = l.k / T::PER_LANE * LANES;
-  together(threads, [&](const Member& me) {
-    const auto weights = [&](long first, long) { return (const uint32_t*)packed + first * panel; };
-    compute_experts<T>(me, l, beside, experts, multiply<T>(l), {packed, panel * long(sizeof(uint32_t))}, weights);
+void linear(const Matrix& w, const Product& p) {
+  const long panel = w.k / T::PER_LANE * LANES;
+  together(p.threads, [&](const Member& me) {
+    const auto weights = [&](long first, long) { return (const uint32_t*)w.packed + first * panel; };
+    compute_experts<T>(me, p.l, p.beside, p.experts, multiply<T>(p.l), {w.packed, panel * long(sizeof(uint32_t))}, weights);
   });
 }
 
@@ -46,37 +47,38 @@ void pack(const void* weight, void* packed, long n, long k, int threads) {
 }
 
 template <class T>
-void unpack(const void* packed, void* weight, long begin, long end, long k) {
-  using elem = typename T::elem;
-  const long lanes = k / T::PER_LANE;
-  for (long row = begin; row < end; row++) {
-    const uint32_t* in = (const uint32_t*)packed + row / LANES * lanes * LANES + row % LANES;
-    uint32_t* out = (uint32_t*)((elem*)weight + (row - begin) * k);
-    for (long i = 0; i < lanes; i++) out[i] = in[i * LANES];
-  }
-}
-
-template <class T>
 void gather(const void* packed, const int64_t* rows, void* out, long count, long k, int threads) {
+  const long lanes = k / T::PER_LANE;
   together(count < 16 ? 1 : threads, [&](const Member& me) {
     const Range mine = me.share(count);
-    for (long i = mine.begin; i < mine.end; i++)
-      unpack<T>(packed, (typename T::elem*)out + i * k, rows[i], rows[i] + 1, k);
+    for (long i = mine.begin; i < mine.end; i++) {
+      const uint32_t* const in = (const uint32_t*)packed + rows[i] / LANES * lanes * LANES + rows[i] % LANES;
+      for (long lane = 0; lane < lanes; lane++) ((uint32_t*)out)[i * lanes + lane] = in[lane * LANES];
+    }
   });
 }
 
 }  // namespace
+
+void multiply_packed(const Matrix& w, const Product& p) { (p.l.bf16 ? linear<Bf16> : linear<F32>)(w, p); }
+
+void product(int bf16, const Matrix& w, const void* x, void* y, long rows, const Beside& beside, const Experts& experts,
+             int threads) {
+  const long n = experts.count > 0 ? w.n / experts.count : w.n;
+  const Product p{{bf16 != 0, x, w.k, w.bias, y, n, rows, n, w.k, nullptr, w.scale, w.start}, beside, experts, threads};
+  switch (w.kind) {
+    case PACKED: return multiply_packed(w, p);
+    case INT8: return multiply_int8(w, p);
+    case INT4: return multiply_int4(w, p);
+    default: return multiply_parts(w, p);
+  }
+}
+
 }  // namespace aio
 
 // weight [n, k] -> packed, which may be the same memory if n is a multiple of 16; k must be a whole number of lanes. `bf16` chooses the element type here and below.
 AIO_EXPORT void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads) {
   bf16 ? aio::pack<aio::Bf16>(weight, packed, n, k, threads) : aio::pack<aio::F32>(weight, packed, n, k, threads);
-}
-
-// Rows begin..end-1 of a packed weight, as [end - begin, k].
-AIO_EXPORT void aio_unpack(int bf16, const void* packed, void* weight, long begin, long end, long k) {
-  bf16 ? aio::unpack<aio::Bf16>(packed, weight, begin, end, k)
-       : aio::unpack<aio::F32>(packed, weight, begin, end, k);
 }
 
 // out [count, k]: the given rows of a packed weight (an embedding that shares its weight with the head).
@@ -86,26 +88,9 @@ AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, vo
        : aio::gather<aio::F32>(packed, rows, out, count, k, threads);
 }
 
-// y [rows, n] = x [rows, k] W[expert]^T + bias[expert] for rows that are sorted by expert, with begin [experts + 1] the first
-// row of each, packed weights [experts * n, k] and bias [experts * n] (may be null); n is a multiple of 16.
-AIO_EXPORT void aio_linear_experts(int bf16, const void* x, const void* packed, const void* bias, void* y, const int32_t* begin,
-                                   long experts, long n, long k, int threads) {
-  const aio::Linear l{bf16 != 0, x, k, bias, y, n, begin[experts], n, k, nullptr, nullptr, nullptr};
-  bf16 ? aio::linear<aio::Bf16>(l, packed, {}, {begin, experts}, threads)
-       : aio::linear<aio::F32>(l, packed, {}, {begin, experts}, threads);
-}
-
-// y [rows, n] = x [rows, k] W^T + bias (may be null). Strides in elements, whole numbers of lanes.
-AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
-                           long y_stride, long rows, long n, long k, int threads) {
-  const aio::Beside nothing{};
-  aio_linear_beside(bf16, x, x_stride, packed, bias, y, y_stride, rows, n, k, &nothing, threads);
-}
-
-// The same, with what is done beside it. Memory that is needed next is fetched because with few rows the arithmetic leaves
-// the memory idle; and adapters are added while the results are in registers.
-AIO_EXPORT void aio_linear_beside(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
-                                  long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads) {
-  const aio::Linear l{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, nullptr, nullptr};
-  bf16 ? aio::linear<aio::Bf16>(l, packed, *beside, {}, threads) : aio::linear<aio::F32>(l, packed, *beside, {}, threads);
+// y [rows, n] = x [rows, k] W^T + bias. With `begin` [experts + 1], the first row of each, rows are sorted by expert, whose
+// weights are one below the other; it may be null.
+AIO_EXPORT void aio_product(int bf16, const Matrix* w, const void* x, void* y, long rows, const int32_t* begin, long experts,
+                            int threads) {
+  aio::product(bf16, *w, x, y, rows, {}, {begin, experts}, threads);
 }

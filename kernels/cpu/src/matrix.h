@@ -1,7 +1,7 @@
-// A matrix in any form in which it is stored, and its product.
+// A matrix in any form in which it is stored, and its product. Panels are of 16 outputs, whose number must be a multiple.
 #pragma once
 
-#include "ops.h"
+#include "tiles.h"
 
 extern "C" {
 
@@ -25,20 +25,23 @@ struct Matrix {
 
 namespace aio {
 
-// y [rows, n] = x [rows, k] W^T + bias, with what is done beside it.
-inline void product(int bf16, const Matrix& w, const void* x, void* y, long rows, const Beside& beside, int threads) {
-  switch (w.kind) {
-    case PACKED:
-      return aio_linear_beside(bf16, x, w.k, w.packed, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
-    case INT8:
-      return aio_linear_int8(bf16, x, w.k, w.packed, w.scale, w.start, w.rotation, w.bias, y, w.n, rows, w.n, w.k, &beside,
-                             threads);
-    case INT4:
-      return aio_linear_int4(bf16, x, w.k, w.packed, w.scale, w.start, w.group, w.rotation, w.bias, y, w.n, rows, w.n, w.k,
-                             &beside, threads);
-    case PARTS:
-      return aio_linear_blocks(bf16, x, w.k, w.part, w.bias, y, w.n, rows, w.n, w.k, &beside, threads);
-  }
-}
+// What is asked of a form of storage.
+struct Product {
+  Linear l;
+  Beside beside;
+  Experts experts;
+  int threads;
+};
+
+void multiply_packed(const Matrix& w, const Product& p);  // linear.cpp
+void multiply_int8(const Matrix& w, const Product& p);    // quantized.cpp
+void multiply_int4(const Matrix& w, const Product& p);    // int4.cpp
+void multiply_parts(const Matrix& w, const Product& p);   // blocks.cpp
+
+// y [rows, n] = x [rows, k] W^T + bias, with what is done beside it: memory that is needed next is fetched, because with few
+// rows the arithmetic leaves the memory idle, and adapters are added while the results are in registers. With experts, whose
+// matrices are one below the other, each row takes one expert's outputs.
+void product(int bf16, const Matrix& w, const void* x, void* y, long rows, const Beside& beside, const Experts& experts,
+             int threads);
 
 }  // namespace aio

@@ -4,6 +4,8 @@
 
 #include "common.h"
 
+struct Matrix;  // matrix.h
+
 namespace aio {
 struct Fetch {
   const void* begin;
@@ -89,42 +91,21 @@ struct Beside {
 }  // namespace aio
 
 AIO_EXPORT void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads);
-AIO_EXPORT void aio_unpack(int bf16, const void* packed, void* weight, long begin, long end, long k);
 AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, void* out, long count, long k,
                            int threads);
-AIO_EXPORT void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
-                           long y_stride, long rows, long n, long k, int threads);
-AIO_EXPORT void aio_linear_beside(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y,
-                                  long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
-AIO_EXPORT void aio_linear_experts(int bf16, const void* x, const void* packed, const void* bias, void* y, const int32_t* begin,
-                                   long experts, long n, long k, int threads);
+AIO_EXPORT void aio_product(int bf16, const Matrix* w, const void* x, void* y, long rows, const int32_t* begin, long experts,
+                            int threads);
 AIO_EXPORT void aio_quantize(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k,
                              long rotation, int threads);
 AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
                                long count, long k, long rotation, int threads);
-AIO_EXPORT void aio_linear_int8(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
-                                const int32_t* start, long rotation, const void* bias, void* y, long y_stride,
-                                long rows, long n, long k, const aio::Beside* beside, int threads);
 AIO_EXPORT void aio_turn_blocks(void* data, long n, long count, long first, long words, long last, int threads);
 AIO_EXPORT void aio_expand_rows(int bf16, const aio::Part* part, const int64_t* rows, void* out, long count, long k,
                                 int threads);
-AIO_EXPORT void aio_linear_blocks(int bf16, const void* x, long x_stride, const aio::Part* part, const void* bias, void* y,
-                                  long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
-AIO_EXPORT void aio_linear_experts_blocks(int bf16, const void* x, const aio::Part* part, long parts, const void* bias, void* y,
-                                          const int32_t* begin, long experts, long n, long k, int threads);
 AIO_EXPORT void aio_quantize_int4(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n,
                                   long k, long group, long rotation, int threads);
 AIO_EXPORT void aio_dequantize_int4(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
                                     long count, long k, long group, long rotation, int threads);
-AIO_EXPORT void aio_linear_int4(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
-                                const int32_t* start, long group, long rotation, const void* bias, void* y,
-                                long y_stride, long rows, long n, long k, const aio::Beside* beside, int threads);
-AIO_EXPORT void aio_linear_experts_int8(int bf16, const void* x, const void* packed, const float* scale,
-                                        const int32_t* start, long rotation, const void* bias, void* y,
-                                        const int32_t* begin, long experts, long n, long k, int threads);
-AIO_EXPORT void aio_linear_experts_int4(int bf16, const void* x, const void* packed, const float* scale,
-                                        const int32_t* start, long group, long rotation, const void* bias, void* y,
-                                        const int32_t* begin, long experts, long n, long k, int threads);
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,

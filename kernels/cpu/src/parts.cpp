@@ -23,7 +23,7 @@ AIO_EXPORT void aio_adapted_linear(int bf16, const AdaptedLinear* l, const void*
     if (a != nullptr)
       aio_lora_shrink(bf16, x, w.k, a->slots, a->first, (void*)a->h, w.k, a->slices, a->width, (const int32_t*)a->segments,
                       a->count, threads);
-    aio::product(bf16, w, x, y, rows, l->beside, threads);
+    aio::product(bf16, w, x, y, rows, l->beside, {}, threads);
     if (a != nullptr && l->affine_count > 0)
       aio_lora_affine(bf16, y, w.n, a->slots, a->first, l->outputs, a->slices, (const int32_t*)l->affine, l->affine_count,
                       threads);

@@ -9,6 +9,7 @@
 
 #include "hadamard.h"
 #include "int8_rows.h"
+#include "matrix.h"
 #include "products.h"
 
 namespace aio {
@@ -154,48 +155,35 @@ void dequantize(const void* packed, const float* scale, const int64_t* rows, voi
   });
 }
 
-struct Work {
-  Linear l;
-  const uint32_t* packed;
-  long rotation;
-  Beside beside;
-  Experts experts;
-  int threads;
-
-  long panel() const { return l.k / Int8::PER_LANE * LANES; }
-  Stored stored() const { return {packed, panel() * long(sizeof(uint32_t))}; }
-};
-
-template <class T>
-void with_activations_as_they_are(const Work& w) {
-  const long panel = w.panel();
-  together(w.threads, [&](const Member& me) {
-    uint32_t* const wide = room<WIDENED>(PANELS * w.l.k / T::PER_LANE * long(sizeof(vu)));
-    const auto weights = [&](long first, long panels) {
-      widen<T>(w.packed + first * panel, panels * panel / LANES, wide);
+// A thread's share, of panels as they are or widened.
+template <class T, class Out>
+void multiply_as(const Member& me, const Matrix& w, const Product& p, const Linear& l) {
+  const long panel = w.k / Int8::PER_LANE * LANES;
+  const auto weights = [&](long first, long panels) {
+    const uint32_t* const packed = (const uint32_t*)w.packed + first * panel;
+    if constexpr (T::PER_LANE == Int8::PER_LANE) {
+      return packed;
+    } else {
+      uint32_t* const wide = room<WIDENED>(PANELS * w.k / T::PER_LANE * long(sizeof(vu)));
+      widen<T>(packed, panels * panel / LANES, wide);
       return (const uint32_t*)wide;
-    };
-    compute_experts<T>(me, w.l, w.beside, w.experts, multiply<T>(w.l), w.stored(), weights);
-  });
+    }
+  };
+  compute_experts<Out>(me, l, p.beside, p.experts, multiply<T>(l), {w.packed, panel * long(sizeof(uint32_t))}, weights);
 }
 
 template <class T>
-void with_int8_activations(const Work& w) {
-  together(w.threads, [&](const Member& me) {
-    const Linear l = with_int8_rows<T>(me, w.l, w.rotation);
-    const auto weights = [&](long first, long) { return w.packed + first * w.panel(); };
-    compute_experts<T>(me, l, w.beside, w.experts, multiply<Int8>(l), w.stored(), weights);
+void linear(const Matrix& w, const Product& p) {
+  together(p.threads, [&](const Member& me) {
+    if (w.start == nullptr) return multiply_as<T, T>(me, w, p, p.l);
+    multiply_as<Int8, T>(me, w, p, with_int8_rows<T>(me, p.l, w.rotation));
   });
-}
-
-void linear(const Work& w) {
-  if (w.l.start == nullptr)
-    w.l.bf16 ? with_activations_as_they_are<Bf16>(w) : with_activations_as_they_are<F32>(w);
-  else
-    w.l.bf16 ? with_int8_activations<Bf16>(w) : with_int8_activations<F32>(w);
 }
 
 }  // namespace
+
+void multiply_int8(const Matrix& w, const Product& p) { (p.l.bf16 ? linear<Bf16> : linear<F32>)(w, p); }
+
 }  // namespace aio
 
 // weight [n, k] -> packed (n * k bytes), scale [n], and, for int8 activations, start [n] (else null). n must be a
@@ -211,21 +199,4 @@ AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale,
                                long count, long k, long rotation, int threads) {
   bf16 ? aio::dequantize<aio::Bf16>(packed, scale, rows, out, count, k, rotation, threads)
        : aio::dequantize<aio::F32>(packed, scale, rows, out, count, k, rotation, threads);
-}
-
-// y [rows, n] = x [rows, k] W^T + bias (may be null). With `start` the activations become int8, without they stay.
-// `beside`: see aio_linear_beside; may be null.
-AIO_EXPORT void aio_linear_int8(int bf16, const void* x, long x_stride, const void* packed, const float* scale,
-                                const int32_t* start, long rotation, const void* bias, void* y, long y_stride,
-                                long rows, long n, long k, const aio::Beside* beside, int threads) {
-  aio::linear({{bf16 != 0, x, x_stride, bias, y, y_stride, rows, n, k, nullptr, scale, start},
-               (const uint32_t*)packed, rotation, beside == nullptr ? aio::Beside{} : *beside, {}, threads});
-}
-
-// The same for rows that are sorted by expert: see aio_linear_experts.
-AIO_EXPORT void aio_linear_experts_int8(int bf16, const void* x, const void* packed, const float* scale,
-                                        const int32_t* start, long rotation, const void* bias, void* y,
-                                        const int32_t* begin, long experts, long n, long k, int threads) {
-  aio::linear({{bf16 != 0, x, k, bias, y, n, begin[experts], n, k, nullptr, scale, start},
-               (const uint32_t*)packed, rotation, {}, {begin, experts}, threads});
 }
