@@ -38,8 +38,6 @@ class BlockWeight:
     """[k] int32: the group of each input; None: each ``group`` inputs are one."""
     group: int = 0
     middle: int = 0
-    rounds: bool = False
-    """Whether inputs may be rounded to eight bits, too, where a backend is faster so."""
 
     @property
     def n(self) -> int:

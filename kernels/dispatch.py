@@ -40,7 +40,7 @@ def _backends(device_type: str) -> dict[str, Backend]:
 @functools.cache
 def _triton_backend() -> Backend | None:
     try:
-        from aioengine.kernels.triton import backend, launch, table
+        from aioengine.kernels.triton import backend, launch
     except ImportError as error:
         logger.warning(
             "the GPU kernels are not available: %s. Plain torch is used in their place; install triton", error
@@ -57,7 +57,6 @@ def _triton_backend() -> Backend | None:
                 error,
             )
             return None
-    table.measured(os.environ.get(table.ENV))  # refuse a bad file now, and not in a step
     return backend
 
 
@@ -83,8 +82,7 @@ def get_backend(device_type: str, name: str | None = None) -> Backend:
     """Return the backend called ``name``, else that of the variable AIOENGINE_KERNELS, else the device's
     best.
 
-    Raises ValueError, listing what is available, if there is no such backend for the device, or naming the
-    file if AIOENGINE_TRITON_TABLE is no table of block sizes.
+    Raises ValueError, listing what is available, if there is no such backend for the device.
     """
     backends = _backends(device_type)
     available = list(backends)

@@ -104,7 +104,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     "core": {"adapters"},
     "executors": {"process", "ray"},
     "fleet": {"gateway"},
-    "kernels": {"cpu", "plan", "portable", "triton", "triton.jit", "triton.quantized"},
+    "kernels": {"cpu", "plan", "portable", "triton", "triton.jit"},
     "lab": {
         "analysis",
         "calibration",

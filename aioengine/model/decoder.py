@@ -85,7 +85,6 @@ class _Memory:
             group_of=torch.empty(k, dtype=torch.int32, device=device) if packing.ordered else None,
             group=packing.group or k,
             middle=packing.middle,
-            rounds=packing.rounds,
         )
 
     def _take(self, nbytes: int) -> Tensor:

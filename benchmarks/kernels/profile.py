@@ -34,7 +34,6 @@ class StepShape(NamedTuple):
 
 
 DECODE = StepShape("A decode step of 32 sequences after 160 tokens", 32, 32, 32 * 160, 32 * 160, 8)
-LONG_PROMPT = StepShape("A prompt of 4,096 tokens", 4096, 1, 4096, 4096 * 4097 // 2, 1)
 
 
 class Floors(NamedTuple):
@@ -73,9 +72,13 @@ def profile(*, model: str = "smollm2-135m", quantization: str = "none", rounds: 
     yield from phases(model, quantization, rounds, DECODE)
 
 
-def prompt(*, model: str = "smollm2-135m", quantization: str = "none", rounds: int = 7) -> Iterator[Table]:
-    """A prompt of 4,096 tokens by phase, beside the same limits."""
-    yield from phases(model, quantization, rounds, LONG_PROMPT)
+def prompt(
+    *, model: str = "smollm2-135m", quantization: str = "none", tokens: int = 4096, rounds: int = 7
+) -> Iterator[Table]:
+    """A prompt by phase, beside the same limits."""
+    pairs = tokens * (tokens + 1) // 2
+    shape = StepShape(f"A prompt of {tokens:,} tokens", tokens, 1, tokens, pairs, 1)
+    yield from phases(model, quantization, rounds, shape)
 
 
 def phases(model: str, quantization: str, rounds: int, shape: StepShape) -> Iterator[Table]:
@@ -86,7 +89,7 @@ def phases(model: str, quantization: str, rounds: int, shape: StepShape) -> Iter
     steps = Steps(model, kv_tokens=32 * 256, slots=shape.adapters, rank=RANK, quantization=quantization)
     native = steps.runner.model
     assert native is not None, "the compiled step does not cover this model"
-    size = (1, shape.tokens, 0) if shape is LONG_PROMPT else (32, 1, 160)
+    size = (1, shape.tokens, 0) if shape is not DECODE else (32, 1, 160)
     work = {count: steps.step(*size, count) for count in (0, shape.adapters)}
     found: dict[int, list[list[float]]] = {count: [] for count in work}
     for run in range(rounds + 1):

@@ -19,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -132,7 +131,6 @@ def _cached(
     """Return the library, linked with the first of ``links`` with which the compiler can do it: not every one
     has the runtime as an archive."""
     compiler = _compiler()
-    _check_executable(_cache_folder())
     command = [compiler, *FLAGS, *flags, *extra_flags]
     if os.environ.get(SANITIZE) == "1":
         command, links = [*command, *_SANITIZERS], [()]
@@ -145,17 +143,8 @@ def _cached(
     found = next((path for path in paths if path.exists()), None)
     if found is None:
         logger.info("compiling the CPU kernels (%s) with %s, once", level, compiler)
-        began, used = time.monotonic(), _processor_seconds()
         found = _compile(command, sources, paths)
-        took = time.monotonic() - began, _processor_seconds() - used
-        logger.info("compiled the CPU kernels in %.0f s, with %.0f s of processor time", *took)
     return found
-
-
-def _processor_seconds() -> float:
-    """Return the processor time of this process's children that have ended."""
-    times = os.times()
-    return times.children_user + times.children_system
 
 
 def obstacle() -> str | None:
@@ -164,7 +153,6 @@ def obstacle() -> str | None:
         return None
     try:
         _compiler()
-        _check_executable(_cache_folder())
     except Unavailable as error:
         return str(error)
     return None
@@ -294,21 +282,6 @@ def _key(command: Sequence[str], version: bytes, sources: Sequence[Path]) -> str
 def _cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "aioengine" / "kernels"
-
-
-def _check_executable(folder: Path) -> None:
-    """Raise Unavailable if a library in ``folder`` could not be loaded from there. The check comes first,
-    because compiling takes half a minute at every start."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        noexec = os.statvfs(there).f_flag & getattr(os, "ST_NOEXEC", 0)
-    except OSError:
-        return  # compiling will report the error
-    if noexec:
-        raise Unavailable(
-            f"{folder} is on a file system that is mounted noexec ({there}), from which no library can be "
-            "loaded; set XDG_CACHE_HOME to a folder elsewhere, or install a wheel with prebuilt kernels"
-        )
 
 
 def _compile(command: list[str], sources: Sequence[Path], paths: Mapping[Path, Sequence[str]]) -> Path:

@@ -8,15 +8,12 @@ all of them are stopped together for the rest of each period (of 100 ms, mostly)
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-
-logger = logging.getLogger("aioengine")
 
 ENV = "OMP_NUM_THREADS"
 
@@ -30,8 +27,6 @@ class Cores(NamedTuple):
     """Cores that these belong to."""
     quota: float = math.inf
     """Processors' worth of time that its control groups allow."""
-    quota_file: str = ""
-    """File that the quota was read from."""
 
     @property
     def threads(self) -> int:
@@ -42,18 +37,6 @@ class Cores(NamedTuple):
         """Return the number of threads where torch has ``asked`` of them: that, unless it is torch's
         default."""
         return asked if ENV in os.environ or asked != self.logical else self.threads
-
-    def complaint(self, asked: int) -> str | None:
-        """Return what to tell a user whose torch has more threads than the quota allows."""
-        if asked <= self.quota:
-            return None
-        enough = max(1, math.floor(self.quota))
-        steps = "steps use that many" if self.chosen(asked) == asked else f"steps use {self.chosen(asked)}"
-        return (
-            f"the quota of processor time is {self.quota:.3g} processors ({self.quota_file}), but torch has "
-            f"{asked} threads ({steps}): with threads beyond the quota, all are stopped for a part of each "
-            f"period, and every step takes longer; set {ENV}={enough}, or give the container more processors"
-        )
 
 
 @functools.cache
@@ -70,11 +53,7 @@ def find_cores(processors: Iterable[int], root: Path = Path("/")) -> Cores:
         _read(root / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") or str(number)
         for number in numbers
     }
-    quotas = dict(_quotas(root))
-    source = min(quotas, key=quotas.__getitem__, default=None)
-    if source is None:
-        return Cores(len(numbers), len(siblings))
-    return Cores(len(numbers), len(siblings), quotas[source], source)
+    return Cores(len(numbers), len(siblings), min(_quotas(root), default=math.inf))
 
 
 def _affinity() -> Iterable[int]:
@@ -83,8 +62,8 @@ def _affinity() -> Iterable[int]:
     return range(os.cpu_count() or 1)
 
 
-def _quotas(root: Path) -> Iterable[tuple[str, float]]:
-    """(file, processors) of the process's control groups and those above them, which bound it too."""
+def _quotas(root: Path) -> Iterable[float]:
+    """Processors by the files of the process's control groups and those above them, which bound it too."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -99,11 +78,11 @@ def _quotas(root: Path) -> Iterable[tuple[str, float]]:
                         float(_read(folder / f"cpu.cfs_{name}_us")) for name in ("quota", "period")
                     )
                     if limit > 0:
-                        yield str(folder / "cpu.cfs_quota_us"), limit / period
+                        yield limit / period
                 else:
                     # "max 100000" without a limit: float() refuses it.
                     limit, period = map(float, _read(folder / "cpu.max").split())
-                    yield str(folder / "cpu.max"), limit / period
+                    yield limit / period
 
 
 def _read(path: Path) -> str:

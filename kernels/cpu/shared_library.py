@@ -102,8 +102,6 @@ def load(level: str | None = None) -> ctypes.CDLL:
         function.argtypes, function.restype = arguments, None
     if level is None and better_level() is not None:
         logger.warning("the CPU kernels run at the level %s", described_level())
-    if complaint := cores().complaint(torch.get_num_threads()):
-        logger.warning("%s", complaint)
     return loaded
 
 

@@ -14,7 +14,6 @@ from aioengine.kernels.portable.grouped import lora_affine as lora_affine
 from aioengine.kernels.portable.grouped import lora_embed as lora_embed
 from aioengine.kernels.portable.grouped import lora_expand as lora_expand
 from aioengine.kernels.portable.grouped import lora_shrink as lora_shrink
-from aioengine.kernels.portable.largest import argmax as argmax
 from aioengine.kernels.portable.sdpa import paged_attention as paged_attention
 from aioengine.kernels.weight import PIECE_ELEMENTS, PlainWeight, Weight
 
@@ -72,6 +71,13 @@ def clamped_swiglu(gate_up: Tensor, *, alpha: float, limit: float) -> Tensor:
 def soft_cap_(x: Tensor, cap: float) -> None:
     """``cap * tanh(x / cap)``; see :class:`Backend`."""
     x.div_(cap).tanh_().mul_(cap)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """First index of each row's largest value, -1 if that is not finite; see :class:`Backend`."""
+    best = logits.argmax(dim=-1)
+    top = logits.gather(1, best[:, None])[:, 0]
+    return best.masked_fill_(~torch.isfinite(top), -1)
 
 
 def rope_store(

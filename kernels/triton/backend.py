@@ -6,6 +6,7 @@ The linears are cuBLAS's, through torch, except those of quantized checkpoints.
 from aioengine.kernels.portable.plain import argmax as argmax
 from aioengine.kernels.portable.plain import soft_cap_ as soft_cap_
 from aioengine.kernels.triton.attention import paged_attention as paged_attention
+from aioengine.kernels.triton.blocks import linear as linear
 from aioengine.kernels.triton.experts import expert_linear as expert_linear
 from aioengine.kernels.triton.layer import add_rms_norm as add_rms_norm
 from aioengine.kernels.triton.layer import clamped_swiglu as clamped_swiglu
@@ -16,7 +17,6 @@ from aioengine.kernels.triton.lora import lora_affine as lora_affine
 from aioengine.kernels.triton.lora import lora_embed as lora_embed
 from aioengine.kernels.triton.lora import lora_expand as lora_expand
 from aioengine.kernels.triton.lora import lora_shrink as lora_shrink
-from aioengine.kernels.triton.quantized.blocks import linear as linear
 
 name = "triton"
 capturable = True

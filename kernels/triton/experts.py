@@ -14,10 +14,10 @@ from torch import Tensor
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.portable import plain
+from aioengine.kernels.triton import blocks
 from aioengine.kernels.triton.jit.blocks import expert_blocks_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel, tiles_kernel
 from aioengine.kernels.triton.launch import Launcher, power_of_two
-from aioengine.kernels.triton.quantized import blocks
 from aioengine.kernels.weight import PlainWeight, Weight
 
 BLOCK_N, BLOCK_K = 64, {16: 64, 32: 32}

@@ -100,26 +100,3 @@ def test_a_library_for_another_architecture_takes_a_compiler_for_it(tmp_path: Pa
     machine = "riscv64" if platform.machine() != "riscv64" else "aarch64"
     with pytest.raises(ValueError, match=f"compiles for .*; set CXX to a compiler for {machine}"):
         build.prebuild(tmp_path, machine=machine)
-
-
-def test_a_cache_that_cannot_be_executed_from(tmp_path: Path) -> None:
-    """Known before anything is compiled: by a file system of its own, mounted noexec."""
-    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o noexec,size=1m none "$1" && shift && "$@"', "-"]
-    if subprocess.run([*mount, str(tmp_path), "true"], capture_output=True, check=False).returncode != 0:
-        pytest.skip("nothing can be mounted here, not even in a namespace")
-    program = (
-        "import importlib.util as u, sys; spec = u.spec_from_file_location('b', sys.argv[1])\n"
-        "build = u.module_from_spec(spec); spec.loader.exec_module(build)\n"
-        "print(build.obstacle())\n"
-        "try: build.compiled('generic', use_prebuilt=False)\n"
-        "except build.Unavailable as error: print(error)"
-    )
-    command = [*mount, str(tmp_path), sys.executable, "-c", program, str(build.__file__)]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert len(said) == 2 and said[0] == said[1]
-    where = f"{tmp_path}/cache/aioengine/kernels"
-    assert said[0].startswith(f"{where} is on a file system that is mounted noexec ({tmp_path}), from which")
-    assert "set XDG_CACHE_HOME to a folder elsewhere" in said[0]

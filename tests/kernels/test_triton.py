@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,9 +11,8 @@ import pytest
 from support.selection import mostly_slow
 
 from aioengine.kernels import LoRABatch, available_backends, get_backend
-from aioengine.kernels.triton import table
 from aioengine.kernels.triton.plan import TilePlan, cut, padded
-from aioengine.kernels.triton.table import ExpandConfig, Key, ShrinkConfig, expand_config, shrink_config
+from aioengine.kernels.triton.table import expand_config, shrink_config
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = [f"tests/kernels/test_triton_{name}.py" for name in ("ops", "order")]
@@ -28,7 +26,6 @@ MORE_OPS = [
         ("kernels", "test_played_steps.py"),
         ("kernels", "test_triton_memory.py"),
         ("kernels", "test_triton_blocks.py"),
-        ("kernels", "test_triton_eight_bits.py"),
         ("kernels", "test_float8_cache.py"),
         ("model", "test_families.py"),
     )
@@ -99,72 +96,9 @@ def test_tiles_of_a_batch() -> None:
     assert LoRABatch([-1], [3], []).derive(TilePlan).longest == 0
 
 
-@pytest.fixture
-def table_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "table.json"
-    monkeypatch.setenv(table.ENV, str(path))
-    return path
-
-
-def test_a_measured_table_replaces_the_defaults_where_it_has_an_entry(table_file: Path) -> None:
-    shrink, expand = ShrinkConfig(32, 16, 512, 4, 8, 5), ExpandConfig(16, 256, 16, 2, 3)
-    configs = {
-        str(Key.of("shrink", 16, 16, 4096, 1)): shrink._asdict(),
-        str(Key.of("expand", 16, 16, 6144, 40)): expand._asdict(),
-    }
-    table_file.write_text(json.dumps({"configs": configs}))
-    assert shrink_config(16, 16, 4096, 16) == shrink
-    assert shrink_config(16, 9, 4000, 1) == shrink, "ranks and widths share the next power of two"
-    assert shrink_config(16, 16, 4096, 17) != shrink
-    assert shrink_config(32, 16, 4096, 1) != shrink
-    assert expand_config(16, 16, 8192, 17) == expand
-    assert expand_config(16, 16, 8193, 17) != expand
-
-
-def test_prompts_are_summed_as_decoding_is(table_file: Path) -> None:
-    """Whatever a table says of the two: what the order of sums depends on is decoding's."""
-    configs: dict[str, object] = {}
-    for phase, longest, size in (("decode", 1, 64), ("prefill", 40, 32)):
-        shrink, expand = ShrinkConfig(64, 16, size, size // 8, 8, 5), ExpandConfig(64, 256, size, 2, 3)
-        configs[str(Key.of("shrink", 16, 64, 4096, longest))] = shrink._asdict()
-        configs[str(Key.of("expand", 16, 64, 4096, longest))] = expand._asdict()
-        assert phase in str(Key.of("shrink", 16, 64, 4096, longest))
-    table_file.write_text(json.dumps({"configs": configs}))
+def test_prompts_are_summed_as_decoding_is() -> None:
+    """What the order of sums depends on is decoding's."""
     for rank, bits in ((64, 16), (512, 32), (16, 16), (8, 32)):
         prompt, decode = (shrink_config(bits, rank, 4096, longest) for longest in (17, 16))
         assert (prompt.block_k, prompt.split_k) == (decode.block_k, decode.split_k)
         assert expand_config(bits, rank, 4096, 17).block_r == expand_config(bits, rank, 4096, 16).block_r
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "FileNotFoundError"),
-        ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
-        ('{"configs": {"expand-x": {"block_m": 16}}}', "missing"),
-        (
-            '{"configs": {"expand-x": {"block_m": 24, "block_n": 16, "block_r": 16, "num_warps": 4, '
-            '"num_stages": 2}}}',
-            r"expand-x: block_m=24 must be a power of two in 16\.\.512",
-        ),
-    ],
-)
-def test_a_table_that_cannot_be_used(table_file: Path, text: str | None, message: str) -> None:
-    if text is not None:
-        table_file.write_text(text)
-    expected = rf"table\.json.*AIOENGINE_TRITON_TABLE.*{message}.*tune --write"
-    with pytest.raises(ValueError, match=expected):
-        shrink_config(16, 16, 64, 1)
-
-
-@pytest.mark.slow
-def test_a_table_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    script = (
-        "from aioengine.kernels import get_backend\n"
-        "try: get_backend('cuda')\n"
-        "except ValueError as error: print(error)"
-    )
-    printed = run("-c", script, AIOENGINE_TRITON_TABLE=str(tmp_path / "none.json"), AIOENGINE_KERNELS="")
-    assert "none.json" in printed

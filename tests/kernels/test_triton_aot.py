@@ -34,7 +34,7 @@ def sample() -> list[aot.Variant]:
     chosen += aot.of_attention("bf16", 16, 128, 4)
     chosen += [v for v in aot.of_attention("bf16", 16, 64, 3) if dict(v.constants)["SINKS"]]
     chosen += [*aot.of_attention("fp32", 32, 128, 4), *aot.of_rope("bf16", 128), aot.of_norm("bf16", 4096)]
-    chosen += [*list(aot.of_blocks("bf16", 16))[::4], *aot.of_eight_bits("bf16")]
+    chosen += list(aot.of_blocks("bf16", 16))[::4]
     mxfp4 = aot.FORMATS["mxfp4"]
     chosen += [v for v in aot.of_blocks("bf16", 16) if dict(v.constants)["FORMAT"] == mxfp4]
     chosen.append(aot.of_expand("fp32", default_expand(Key.of("expand", 32, 64, 4096, 2048))))
@@ -86,11 +86,6 @@ def test_variant(variant: aot.Variant, capability: int) -> None:
         assert "0x10" in copies, "weights and x, too"
         tensor_cores = "mma.sync" in usage.ptx or "wgmma.mma_async" in usage.ptx
         assert tensor_cores == (variant.dtype != "fp32")
-    if variant.kernel == "eight_bits":
-        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", usage.ptx)
-        assert set(copies) == {"0x10"}, "codes of both"
-        products = r"(wgmma\.mma_async|mma)\.sync\S*\.(s8|e4m3)"
-        assert re.search(products, usage.ptx), "in eight bits on tensor cores"
     if variant.kernel == "attention":
         size = "0x(8|10)" if variant.fp8 else "0x10"
         copies = re.search(rf"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], {size}", usage.ptx)
@@ -129,7 +124,6 @@ def largest(gpu: targets.Gpu) -> Iterator[aot.Variant]:
                 yield aot.of_expand(dtype, default_expand(Key.of("expand", bits, rank, 4096, longest)))
         blocks = list(aot.of_blocks(dtype, bits))
         yield from blocks if ALL else [max(blocks, key=lambda block: dict(block.constants)["BLOCK_K"])]
-        yield from aot.of_eight_bits(dtype)
 
 
 OTHERS = {"sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942"} if ALL else {"sm_100", "sm_120", "gfx942"}
@@ -138,10 +132,9 @@ OTHERS = {"sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942"} if ALL else 
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
-        pytest.param(name, variant, id=f"{name}-{variant}", marks=() if fast else pytest.mark.slow)
+        pytest.param(name, variant, id=f"{name}-{variant}", marks=pytest.mark.slow)
         for name in sorted(OTHERS)
         for variant in largest(targets.GPUS[name])
-        for fast in [variant.kernel == "eight_bits"]
     ],
 )
 def test_what_is_chosen_fits_on_other_gpus(name: str, variant: aot.Variant) -> None:
@@ -155,8 +148,6 @@ def test_what_is_chosen_fits_on_other_gpus(name: str, variant: aot.Variant) -> N
         assert usage.spilled_bytes <= 32
     if variant.kernel in ("attention", "expand", "shrink", "block_linear") and variant.dtype != "fp32":
         assert re.search(r"mma\.sync|wgmma|tcgen05\.mma|v_mfma", usage.ptx), "on tensor cores"
-    if variant.kernel == "eight_bits" and variant.fp8:
-        assert usage.in_loops("arith.addf"), "tensor cores keep few bits of a sum over all inputs"
 
 
 KEYS = r"tensor<\d+x\d+x(bf16|f16|i8), #blocked\d*> -> tensor<\d+x\d+x(bf16|f16|i8), #linear"

@@ -31,7 +31,7 @@ from aioengine.model.spec import ModelSpec, Quantization
 from aioengine.request import SamplingParams
 from aioengine.step import Sampled, SequenceWork, StepBatch
 
-blocks = pytest.importorskip("aioengine.kernels.triton.quantized.blocks")
+blocks = pytest.importorskip("aioengine.kernels.triton.blocks")
 experts = pytest.importorskip("aioengine.kernels.triton.experts")
 pytestmark = needs_triton
 EXAMPLES = examples(25, 200)

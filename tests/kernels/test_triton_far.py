@@ -26,7 +26,7 @@ from aioengine.kernels.portable.quantize import quantize
 from aioengine.kernels.weight import PlainWeight
 
 lora = pytest.importorskip("aioengine.kernels.triton.lora")
-from aioengine.kernels.triton.quantized import blocks, eight_bits  # noqa: E402  (only where there is triton)
+from aioengine.kernels.triton import blocks  # noqa: E402  (only where there is triton)
 
 if not INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1, as test_triton.py sets it", allow_module_level=True)
@@ -138,9 +138,8 @@ def test_blocks_of_keys_and_tokens(
     tokens=st.integers(9, 40),
     format=st.sampled_from(["int4", "int8", "fp8"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    rounds=st.booleans(),
 )
-def test_tokens_of_quantized_products(tokens: int, format: str, dtype: torch.dtype, rounds: bool) -> None:
+def test_tokens_of_quantized_products(tokens: int, format: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(tokens)
     made = quantize(format, torch.randn(24, 128, generator=generator), 128)
     weight = BlockWeight(format, k=128, dtype=dtype, group=128, **made)
@@ -148,10 +147,7 @@ def test_tokens_of_quantized_products(tokens: int, format: str, dtype: torch.dty
     results = []
     for moved in (Tensor.clone, apart):
         y, there = moved(torch.zeros(tokens, weight.n, dtype=dtype)), moved(x)
-        if rounds and format != "int4":
-            eight_bits.multiply(eight_bits.round_rows(there, format, 128), weight, None, y)
-        else:
-            blocks.multiply(there, weight, None, y, blocks.config_of(weight, tokens, x))
+        blocks.multiply(there, weight, None, y, blocks.config_of(weight, tokens, x))
         results.append(y.clone())
     assert torch.equal(*results) and results[0].any()
 

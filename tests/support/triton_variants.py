@@ -12,10 +12,11 @@ from support.triton_targets import DATA_CENTERS, GPUS, Gpu, Usage, usage_of
 from triton.compiler import ASTSource
 
 from aioengine.kernels.triton.attention import PART, default_config
+from aioengine.kernels.triton.blocks import FEW_ROWS as FEW_TOKENS
+from aioengine.kernels.triton.blocks import FORMATS, BlockConfig, default_blocks
 from aioengine.kernels.triton.experts import BLOCK_K, BLOCK_N, ROWS, TILES
 from aioengine.kernels.triton.jit.attention import attention_kernel
 from aioengine.kernels.triton.jit.blocks import block_linear_kernel, expert_blocks_kernel
-from aioengine.kernels.triton.jit.eight_bits import eight_bits_kernel, round_rows_kernel
 from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel, tiles_kernel
@@ -28,9 +29,6 @@ from aioengine.kernels.triton.jit.layer import (
 from aioengine.kernels.triton.jit.shrink import shrink_kernel
 from aioengine.kernels.triton.launch import power_of_two
 from aioengine.kernels.triton.layer import SILU_COLUMNS, norm_warps, rope_heads
-from aioengine.kernels.triton.quantized import eight_bits
-from aioengine.kernels.triton.quantized.blocks import FEW_ROWS as FEW_TOKENS
-from aioengine.kernels.triton.quantized.blocks import FORMATS, BlockConfig, default_blocks
 from aioengine.kernels.triton.query_tiles import FEW_ROWS, rows_of_prompts
 from aioengine.kernels.triton.table import (
     AFFINE_COLUMNS,
@@ -99,7 +97,6 @@ def variants() -> list[Variant]:
                 found.update(dict.fromkeys(of_attention(dtype, bits, head_dim, group)))
         found.update(dict.fromkeys(of_elementwise(dtype)))
         found.update(dict.fromkeys(of_blocks(dtype, bits)))
-        found.update(dict.fromkeys(of_eight_bits(dtype)))
     return list(found)
 
 
@@ -204,28 +201,13 @@ def of_block(
     return Variant("block_linear", dtype, tuple(constants.items()), config.num_warps, config.num_stages)
 
 
-def of_eight_bits(dtype: str) -> Iterator[Variant]:
-    """List what is computed in eight bits: with a scale for whole rows, and for groups of inputs. float8 is
-    for GPUs whose tensor cores have it."""
-    blocks = {"BLOCK_M": eight_bits.BLOCK_M, "BLOCK_N": eight_bits.BLOCK_N, "BLOCK_K": eight_bits.BLOCK_K}
-    for float8 in (0, 1):
-        for whole in (0, 1):
-            constants = {"FLOAT8": float8, "WHOLE": whole, "BIAS": 0, **blocks}
-            yield Variant(
-                *("eight_bits", dtype, tuple(constants.items()), eight_bits.WARPS, eight_bits.STAGES),
-                fp8=bool(float8),
-            )
-            block = eight_bits.ROW_BLOCK if whole else eight_bits.BLOCK_K
-            yield Variant("round_rows", dtype, (("FLOAT8", float8), ("BLOCK", block)), 4, 3)
-
-
 def compiles(variant: Variant, capability: int) -> bool:
     """Whether GPUs of this compute capability run the variant."""
     if variant.kernel == "attention":
         rows = dict(variant.constants)["BLOCK_M"]
         head_dim, bits = dict(variant.constants)["D"], _DTYPES[variant.dtype]
         return rows in (FEW_ROWS, rows_of_prompts(bits, head_dim, capability))
-    return variant.kernel != "eight_bits" or not variant.fp8 or capability >= 89
+    return True
 
 
 def compile_variant(variant: Variant, gpu: int | str) -> Usage:
@@ -266,8 +248,6 @@ _KERNELS: Mapping[str, Any] = {
     "rope_store": rope_store_kernel,
     "block_linear": block_linear_kernel,
     "expert_blocks": expert_blocks_kernel,
-    "eight_bits": eight_bits_kernel,
-    "round_rows": round_rows_kernel,
 }
 _POINTERS = {
     **dict.fromkeys(("data_ptr", "codes_ptr"), "*u8"),

@@ -20,7 +20,7 @@ from aioengine.server.settings import refuse_unknown_fields
 PREFIX = "AIOENGINE_"
 _READ_ELSEWHERE = (
     *("API_KEYS", "ADMIN_KEYS", "KEY"),
-    *("KERNELS", "TRITON_TABLE", "PREBUILD_KERNELS", "CPU_LEVEL", "CPU_SANITIZE"),
+    *("KERNELS", "PREBUILD_KERNELS", "CPU_LEVEL", "CPU_SANITIZE"),
 )
 """Variables that no flag has: keys, and how kernels are chosen and built."""
 _SERVICE_LINKS = ("tcp://", "udp://", "sctp://")

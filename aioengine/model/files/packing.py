@@ -38,12 +38,6 @@ class Packing(msgspec.Struct, frozen=True, kw_only=True):
     ordered: bool = False
     """Whether inputs that share a scale need not be neighbours."""
     middle: int = 0
-    rounds: bool = False
-    """Whether inputs may be rounded to eight bits, too (W8A8), where a backend is faster so."""
-
-    def stores_as(self, other: Packing) -> bool:
-        """Return whether both have the same bytes for a weight."""
-        return msgspec.structs.replace(self, rounds=other.rounds) == other
 
     @property
     def grouped(self) -> bool:

@@ -110,7 +110,6 @@ def with_quantization(spec: ModelSpec, quantization: Quantization, device: str, 
                 size = part.stop - part.start
             packing = packing_of(quantization, size)
             if packing is not None:
-                packing = msgspec.structs.replace(packing, rounds=device != "cpu")
                 packed[spec.module_name(*place)] = packing
     return msgspec.structs.replace(spec, packed=packed)
 

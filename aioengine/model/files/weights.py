@@ -105,7 +105,7 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
             )
         if isinstance(parameter, BlockWeight):
             packing = partition.whole.packed[name.removesuffix(".weight")]
-            if isinstance(stored, StoredBlocks) and stored.packing.stores_as(packing):
+            if isinstance(stored, StoredBlocks) and stored.packing == packing:
                 _fill_blocks(parameter, stored, part, f"{path}: {name}")
             else:
                 _quantize(parameter, packing, stored, part, f"{path}: {name}")
@@ -171,7 +171,6 @@ def _pieces(stored: Stored | StoredBlocks, dtype: torch.dtype, rows: Ranges, whe
             dtype=dtype,
             group=stored.packing.group or k,
             middle=stored.packing.middle,
-            rounds=stored.packing.rounds,
             **_read_blocks(stored, where),
         )
     size = max(1, (1 << 22) // k)

@@ -32,11 +32,11 @@ float squares(const typename T::elem* x, long size) {
   return sum(found) + rest;
 }
 
-// out = norm(x) * weight, for the mean of the squares; `out` may be `x`.
+// out = norm(x) * weight; `out` may be `x`.
 template <class T>
 void norm_row(const typename T::elem* x, const typename T::elem* weight, typename T::elem* out, long size,
-              float mean, const NormRule& rule) {
-  const float scale = 1.0f / std::sqrt(mean + rule.eps);
+              const NormRule& rule) {
+  const float scale = 1.0f / std::sqrt(squares<T>(x, size) / float(size) + rule.eps);
   long i = 0;
   if (!rule.rounded) {
     for (; i + LANES <= size; i += LANES)
@@ -49,12 +49,6 @@ void norm_row(const typename T::elem* x, const typename T::elem* weight, typenam
     T::store16(out + i, T::load16(out + i) * T::load16(weight + i));
   }
   for (; i < size; i++) out[i] = T::narrow(T::widen(T::narrow(T::widen(x[i]) * scale)) * T::widen(weight[i]));
-}
-
-template <class T>
-void norm_row(const typename T::elem* x, const typename T::elem* weight, typename T::elem* out, long size,
-              const NormRule& rule) {
-  norm_row<T>(x, weight, out, size, squares<T>(x, size) / float(size), rule);
 }
 
 // hidden += factor * delta (if there is one), rounded to the element type, and its norm (if there is a weight). The delta

@@ -50,8 +50,7 @@ Given given(const void* h, long slices, long width, const Slots& slots, const Se
 
 namespace {
 
-#if defined(AIO_SHUFFLE) && defined(__AVX512F__)
-#define AIO_TURN_IN_REGISTERS 1
+#if defined(__AVX512F__)
 // Adds the products of a lane of E's elements, which is `TIMES` lanes of R rows of h.
 template <class T, class E, int R>
 inline __attribute__((always_inline)) void add_lane(const uint32_t* h, long h_stride, vu lane, vf (&acc)[R]) {
@@ -101,48 +100,9 @@ void expand_tiles(const uint32_t* h, long h_stride, const B<T>& b, long panels, 
   for (; p < panels; p++)
     expand_tile<T, E, R, 1>(h, h_stride, at + p * lanes * LANES, lanes, y + p * LANES, y_stride);
 }
-
-// The same with B turned in registers.
-template <class T, class E, int R>
-inline void expand_rows(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y,
-                        long y_stride) {
-  constexpr int TIMES = E::PER_LANE / T::PER_LANE;
-  const uint32_t* row = (const uint32_t*)b.at;
-  const long lanes = b.rank / E::PER_LANE;
-  for (long p = 0; p < panels; p++, row += LANES * lanes, y += LANES) {
-    vf acc[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) acc[r] = T::load16(y + r * y_stride);
-    const auto add = [&](long k, const auto& w) {
-#pragma GCC unroll 8
-      for (int j = 0; j < int(sizeof w / sizeof *w); j++) add_lane<T, E, R>(h + (k + j) * TIMES, h_stride, w[j], acc);
-    };
-    long k = 0;
-    for (; k + 8 <= lanes; k += 8) {
-      vu w[8];
-      transpose8(row + k, lanes, w);
-      add(k, w);
-    }
-    if (k + 4 == lanes) {
-      vu w[4];
-      transpose4(row + k, lanes, w);
-      add(k, w);
-    } else if (lanes == 2) {
-      vu w[2];
-      transpose_all(row, w);
-      add(k, w);
-    } else if (lanes == 1) {
-      vu w[1];
-      transpose_all(row, w);
-      add(k, w);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) T::store16(y + r * y_stride, acc[r]);
-  }
-}
 #endif
 
-// For any rank, and machines whose registers cannot hold what is turned.
+// For any rank, and for shorter registers.
 template <class T, int R>
 void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels, typename T::elem* y, long y_stride,
                    uint32_t* room) {
@@ -194,28 +154,17 @@ void expand_in_tiles(const uint32_t* h, long h_stride, const B<Bf16>& b, long ro
 template <class T, class E>
 void expand_panels_of(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
                    long y_stride, uint32_t* room) {
-  // Lanes are taken 8 at a time; where rows of B have not so many, 4 at the end, or all if they are one or two.
-  [[maybe_unused]] const long lanes = b.rank / E::PER_LANE;
-  constexpr bool IS_FIXED = FIXED<T> && std::is_same_v<E, Int8>;
-  [[maybe_unused]] const bool as_it_lies = b.rank % E::PER_LANE == 0 && (lanes % 4 == 0 || lanes <= 2);
   // Rows, as many as have room; for more of float32 and int8 it is too much code.
   constexpr long MOST = E::PER_LANE / T::PER_LANE == 4 && most_rows() > 4 ? 4 : most_rows();
   for (long r = 0; r < rows; r += MOST, h += MOST * h_stride, y += MOST * y_stride) {
     const long count = rows - r < MOST ? rows - r : MOST;
-#if defined(AIO_TURN_IN_REGISTERS)
+#if defined(__AVX512F__)
     if (b.turned) {
 #define CALL(R) expand_tiles<T, E, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride)
       AIO_SWITCH_ROWS(count, CALL)
 #undef CALL
       continue;
     }
-    if constexpr (!IS_FIXED)
-      if (as_it_lies) {
-#define CALL(R) expand_rows<T, E, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride)
-        AIO_SWITCH_ROWS(count, CALL)
-#undef CALL
-        continue;
-      }
 #endif
 #define CALL(R) expand_turned<T, R <= MOST ? R : 1>(h, h_stride, b, panels, y, y_stride, room)
     AIO_SWITCH_ROWS(count, CALL)

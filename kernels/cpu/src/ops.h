@@ -1,10 +1,9 @@
-// The library's C interface: operations on plain pointers. `bf16` chooses between bfloat16 and float32 elements;
-// strides are in elements; every operation runs on `threads` OpenMP threads. The definitions say the shapes.
+// The library's C interface, as far as its own files call it: operations on plain pointers. `bf16` chooses between bfloat16
+// and float32 elements; strides are in elements; every operation runs on `threads` OpenMP threads. The definitions say the
+// shapes.
 #pragma once
 
 #include "common.h"
-
-struct Matrix;  // matrix.h
 
 namespace aio {
 struct Fetch {
@@ -90,22 +89,8 @@ struct Beside {
 };
 }  // namespace aio
 
-AIO_EXPORT void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads);
 AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, void* out, long count, long k,
                            int threads);
-AIO_EXPORT void aio_product(int bf16, const Matrix* w, const void* x, void* y, long rows, const int32_t* begin, long experts,
-                            int threads);
-AIO_EXPORT void aio_quantize(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k,
-                             long rotation, int threads);
-AIO_EXPORT void aio_dequantize(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
-                               long count, long k, long rotation, int threads);
-AIO_EXPORT void aio_turn_blocks(void* data, long n, long count, long first, long words, long last, int threads);
-AIO_EXPORT void aio_expand_rows(int bf16, const aio::Part* part, const int64_t* rows, void* out, long count, long k,
-                                int threads);
-AIO_EXPORT void aio_quantize_int4(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n,
-                                  long k, long group, long rotation, int threads);
-AIO_EXPORT void aio_dequantize_int4(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out,
-                                    long count, long k, long group, long rotation, int threads);
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
                               void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,
@@ -117,15 +102,11 @@ AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const floa
 AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_weight, const void* weight, void* out,
                                  long rows, long size, float factor, float eps, int rounded, float offset, int threads);
 AIO_EXPORT void aio_activate(const aio::Gate* gate, const void* gate_up, long rows, long size, int threads);
-AIO_EXPORT void aio_soft_cap(int bf16, void* x, long count, float cap, int threads);
 AIO_EXPORT void aio_argmax(int bf16, const void* x, long rows, long size, int64_t* best, int threads);
 AIO_EXPORT void aio_lora_shrink(int bf16, const void* x, long x_stride, const aio::Slots* slots, long first, void* h,
                                 long k, long slices, long width, const int32_t* segments, long count, int threads);
 AIO_EXPORT void aio_lora_expand(int bf16, const void* h, const aio::Slots* slots, long first, const aio::Slice* slice,
                                 long slices, long width, void* y, long y_stride, const int32_t* segments, long count,
                                 int threads);
-AIO_EXPORT void aio_turn(void* memory, long size, const int64_t* matrices, long count);
 AIO_EXPORT void aio_lora_affine(int bf16, void* y, long y_stride, const aio::Slots* slots, long first,
                                 const aio::Slice* slice, long slices, const int32_t* segments, long count, int threads);
-AIO_EXPORT void aio_probe_dot(int kind, long count, int threads, float* out);
-AIO_EXPORT void aio_probe_read(const void* from, long bytes, int threads, float* out);

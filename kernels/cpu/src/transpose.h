@@ -7,30 +7,10 @@ namespace aio {
 
 #if defined(__GNUC__) && (__GNUC__ >= 12 || defined(__clang__))
 #define AIO_SHUFFLE 1
-// The lanes of two vectors that have even numbers, and those that have odd ones.
-inline __attribute__((always_inline)) void part(vu a, vu b, vu& even, vu& odd) {
-  even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
 // Lanes 0..7 of 16 rows (`stride` lanes apart) as 8 vectors of 16 rows: two 8 x 8 transpositions side by side.
 inline __attribute__((always_inline)) void transpose8(const uint32_t* b, long stride, vu (&out)[8]) {
   typedef uint32_t half __attribute__((vector_size(32)));
   vu v[8], t[8], u[8];
-#if defined(__AVX512F__)
-  if (stride == 8) {  // rows adjoin: whole vectors, of which lanes 0, 4, 2, 6 and so on are parted from the others
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) part(load(b + 2 * i * LANES), load(b + (2 * i + 1) * LANES), v[i], v[4 + i]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) part(v[2 * i], v[2 * i + 1], t[i / 2 * 4 + i % 2], t[i / 2 * 4 + 2 + i % 2]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      const int lane = i / 2 + i % 2 * 2;
-      part(t[2 * i], t[2 * i + 1], out[lane], out[lane + 4]);
-    }
-    return;
-  }
-#endif
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
     half low, high;
@@ -54,51 +34,6 @@ inline __attribute__((always_inline)) void transpose8(const uint32_t* b, long st
     out[i] = __builtin_shufflevector(u[i], u[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
     out[i + 4] = __builtin_shufflevector(u[i], u[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
   }
-}
-
-// Lanes 0..3 of rows i, i + 4, i + 8 and i + 12, one after the other.
-inline __attribute__((always_inline)) vu every_fourth(const uint32_t* b, long stride, int i) {
-  vu v;
-#pragma GCC unroll 4
-  for (int g = 0; g < 4; g++) std::memcpy((uint32_t*)&v + 4 * g, b + (i + 4 * g) * stride, 16);
-  return v;
-}
-
-// Four 4 x 4 transpositions side by side: element j of a group of 4 in v[i] becomes element i of that group in out[j].
-template <class V>
-inline __attribute__((always_inline)) void transpose_groups(const V (&v)[4], V (&out)[4]) {
-  const V a = __builtin_shufflevector(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-  const V b = __builtin_shufflevector(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  const V c = __builtin_shufflevector(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-  const V d = __builtin_shufflevector(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  out[0] = __builtin_shufflevector(a, c, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-  out[1] = __builtin_shufflevector(a, c, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  out[2] = __builtin_shufflevector(b, d, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-  out[3] = __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
-
-// Lanes 0..3 of 16 rows as 4 vectors of 16 rows.
-inline __attribute__((always_inline)) void transpose4(const uint32_t* b, long stride, vu (&out)[4]) {
-  vu v[4];
-  if (stride == 4) {
-    vu even[2], odd[2];
-    for (int i = 0; i < 2; i++) part(load(b + 2 * i * LANES), load(b + (2 * i + 1) * LANES), even[i], odd[i]);
-    part(even[0], even[1], out[0], out[2]);
-    part(odd[0], odd[1], out[1], out[3]);
-    return;
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) v[i] = every_fourth(b, stride, i);
-  transpose_groups(v, out);
-}
-
-// All of 16 rows that have one or two lanes.
-template <int N>
-inline __attribute__((always_inline)) void transpose_all(const uint32_t* b, vu (&out)[N]) {
-  if constexpr (N == 1)
-    out[0] = load(b);
-  else
-    part(load(b), load(b + LANES), out[0], out[1]);
 }
 #endif
 
@@ -165,18 +100,12 @@ void transpose(const typename T::elem* b, long stride, long rank, long rows, uin
       }
 #endif
 #if defined(AIO_SHUFFLE)
-  if (rows == LANES && stride % T::PER_LANE == 0) {
+  if (rows == LANES && stride % T::PER_LANE == 0)
     for (; (i + 8) * T::PER_LANE <= rank; i += 8) {
       vu turned[8];
       transpose8((const uint32_t*)b + i, stride / T::PER_LANE, turned);
       for (int j = 0; j < 8; j++) store(out + (i + j) * LANES, turned[j]);
     }
-    for (; (i + 4) * T::PER_LANE <= rank; i += 4) {
-      vu turned[4];
-      transpose4((const uint32_t*)b + i, stride / T::PER_LANE, turned);
-      for (int j = 0; j < 4; j++) store(out + (i + j) * LANES, turned[j]);
-    }
-  }
 #endif
   for (; i < lanes; i++)
     for (long r = 0; r < LANES; r++) {

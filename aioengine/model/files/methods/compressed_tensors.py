@@ -3,8 +3,7 @@
 "pack-quantized": ``weight_packed`` [n, k / 8] has codes along the inputs in each int32, the lowest first,
 with half of their range added; "int-quantized": ``weight`` [n, k] int8; "float-quantized": float8. Beside
 them ``weight_scale`` [n, groups], [n, 1] or [1], and, for what is not symmetric, ``weight_zero_point``.
-Activations stay in the compute dtype, which is more exact, except on CUDA for many rows, if the checkpoint
-rounds them with scales of their own ("dynamic").
+Activations stay in the compute dtype, which is more exact.
 https://github.com/vllm-project/compressed-tensors
 """
 
@@ -50,11 +49,7 @@ def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf
             "config_groups", list(settings), "different settings for groups are not supported"
         )
     bits, group = first.bits, first.group
-    inputs = [one.get("input_activations") for one in settings.values()]
-    rounds = all(isinstance(x, dict) and x.get("num_bits") == 8 and x.get("dynamic") for x in inputs)
-    activations = "dynamic" if rounds else "static"
-    floats = {"quant_method": "compressed-tensors", "weight_block_size": first.block}
-    float_layout = fp8(path, {**floats, "activation_scheme": activations})
+    float_layout = fp8(path, {"quant_method": "compressed-tensors", "weight_block_size": first.block})
 
     def layout(module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
         words = headers.get("weight_packed")
@@ -78,7 +73,6 @@ def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf
             group=group,
             zeros=not first.symmetric,
             middle=8 if four else 0,
-            rounds=rounds,
         )
         groups = packing.groups(k)
         scale = headers.get("weight_scale")

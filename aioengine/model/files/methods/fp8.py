@@ -2,8 +2,7 @@
 
 ``weight`` [n, k] float8, and ``weight_scale`` [], [1], [n] or [n, 1], or ``weight_scale_inv``
 [ceil(n / 128), ceil(k / 128)] as DeepSeek-V3 has it, by which weights are multiplied despite its name.
-The checkpoint's scales of activations are not used. These stay in the compute dtype, which is more exact,
-except on CUDA for many rows, if the checkpoint rounds them with a scale of their own ("dynamic").
+The checkpoint's scales of activations are not used. These stay in the compute dtype, which is more exact.
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ _NAN = 127
 def fp8(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
     """Return the way of "fp8" and "fbgemm_fp8", and of float8 weights of compressed-tensors."""
     wrong = scheme.CheckpointErrors(path, config["quant_method"])
-    # fbgemm_fp8 has no other; static scales are not read.
-    usual = "dynamic" if config["quant_method"] == "fbgemm_fp8" else None
-    rounds = config.get("activation_scheme", usual) == "dynamic"
     block = config.get("weight_block_size")
     pair = isinstance(block, Sequence) and len(block) == 2
     if block is not None and not (pair and all(isinstance(x, int) and x > 0 for x in block)):
@@ -68,7 +64,7 @@ def fp8(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
             whole = scale.repeat_interleave(rows, 0)[:n] if rows else scale.reshape(-1, 1).expand(n, 1)
             return {"data": data, "scale": whole}
 
-        packing = Packing(format="fp8", group=min(group, k), rounds=rounds)
+        packing = Packing(format="fp8", group=min(group, k))
         return scheme.Layout(n, k, packing, expected, read)
 
     return layout

@@ -1,12 +1,11 @@
 """Products with the weights of quantized checkpoints (GPTQ, AWQ, compressed-tensors, float8, MXFP4), as one
 Triton launch each; see :class:`Backend`.
 
-Weights stay as they are stored, and activations are not quantized, unless the weight allows for it and there
-are many rows (:mod:`aioengine.kernels.triton.quantized.eight_bits`). Where the inputs of a group are
-neighbours, codes are multiplied and their sums scaled, so a GPU differs from a CPU, which rounds each weight
-to the compute dtype, by that rounding. That reads a quarter or half of the bytes of 16-bit weights. The
-products themselves are of 16 bits, as in Marlin (Frantar et al., 2024, arXiv:2408.11743), without its order
-of weights.
+Weights stay as they are stored, and activations are not quantized: so a token's bits do not depend on how
+many a step has. Where the inputs of a group are neighbours, codes are multiplied and their sums scaled, so a
+GPU differs from a CPU, which rounds each weight to the compute dtype, by that rounding. That reads a quarter
+or half of the bytes of 16-bit weights. The products themselves are of 16 bits, as in Marlin (Frantar et al.,
+2024, arXiv:2408.11743), without its order of weights.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from torch import Tensor
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.triton.jit.blocks import FP8, INT4, INT8, MXFP4, block_linear_kernel
 from aioengine.kernels.triton.launch import Launcher
-from aioengine.kernels.triton.quantized import eight_bits
 from aioengine.kernels.weight import PlainWeight, Weight
 
 FORMATS = {"int4": INT4.value, "int8": INT8.value, "fp8": FP8.value, "mxfp4": MXFP4.value}
@@ -78,16 +76,10 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     if not any(isinstance(part, BlockWeight) and covers(part) for part in parts):
         return weight.linear(x, bias)
     y, begin = x.new_empty(len(x), weight.n), 0
-    rounded: dict[tuple[str, int], eight_bits.Rows] = {}
     for part in parts:
         end = begin + part.n
         own = None if bias is None else bias[begin:end]
-        if isinstance(part, BlockWeight) and len(x) > FEW_ROWS and eight_bits.covers(part, x.device):
-            key = part.format, part.group
-            if key not in rounded:
-                rounded[key] = eight_bits.round_rows(x, *key)
-            eight_bits.multiply(rounded[key], part, own, y[:, begin:end])
-        elif isinstance(part, BlockWeight) and covers(part):
+        if isinstance(part, BlockWeight) and covers(part):
             if len(x):
                 multiply(x, part, own, y[:, begin:end], config_of(part, len(x), x))
         else:

@@ -1,1 +1,0 @@
-"""Linears whose weights are quantized, in Triton."""
