@@ -267,10 +267,10 @@ BUDGETS = {
     "aioengine/server": 7_050,  # aim: 6_300
     "benchmarks": 3_600,
     "examples, docs, setup": 1_150,  # aim: 1_100
-    "kernels": 12_450,  # aim: 10_300
+    "kernels": 11_700,  # aim: 10_300
     "metrics": 3_600,
     "schedulers": 4_550,  # aim: 4_500
-    "tests": 66_500,  # aim: 52_000
+    "tests": 66_200,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut
