@@ -94,9 +94,7 @@ async def test_echo(n: int, serve: Serve) -> None:
         assert found["text_offset"][:size] == list(before)
         assert found["text_offset"][size] == len(prompt)
         assert only["choices"][index]["text"] == prompt
-        scored = only["choices"][index]["logprobs"]
-        assert scored["tokens"] == found["tokens"][:size]
-        assert scored["token_logprobs"][1:] == pytest.approx(found["token_logprobs"][1:size], abs=1e-4)
+        assert only["choices"][index]["logprobs"] == {name: found[name][:size] for name in found}
         parts = [event["choices"][0] for event in streamed if event["choices"][0]["index"] == index]
         assert "".join(part["text"] for part in parts) == whole
         joined: dict[str, list[Any]] = {name: [] for name in found}
@@ -109,6 +107,24 @@ async def test_echo(n: int, serve: Serve) -> None:
     assert only["usage"]["completion_tokens"] == 0
 
 
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.slow
+async def test_prompt_logprobs(count: int, tiny_text: Tiny, serve: Serve) -> None:
+    async with serve() as served:
+        [choice] = (await posted(served, prompt="Hello", prompt_logprobs=count, max_tokens=0))["choices"]
+        chat = await posted(served, "chat/completions", messages=USER, prompt_logprobs=count)
+        prompts = [ids_of(served, text) for text in ("Hello", "<user>Hi")]
+    for ids, found in zip(prompts, (choice["prompt_logprobs"], chat["prompt_logprobs"]), strict=True):
+        first, *rest = found
+        assert first is None
+        for token, value, entry in zip(ids[1:], expected(tiny_text, ids), rest, strict=True):
+            own = entry[str(token)]
+            assert own["logprob"] == pytest.approx(value, abs=1e-3)
+            assert own["decoded_token"] in "Hello<user>i"
+            ranked = sorted((e["rank"], -e["logprob"]) for e in entry.values() if e["rank"] is not None)
+            assert [rank for rank, _ in ranked] == list(range(1, count + 1)) and ranked == sorted(ranked)
+
+
 X = {"prompt": "x"}
 CHAT = {"messages": USER}
 
@@ -117,6 +133,8 @@ CHAT = {"messages": USER}
     ("fields", "param"),
     [
         ({**X, "max_tokens": 0}, "max_tokens"),
+        ({**X, "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({**X, "prompt_logprobs": 21}, "prompt_logprobs"),
         ({**X, "min_tokens": 9, "max_tokens": 8}, "min_tokens"),
         ({"prompt": "x" * 129, "echo": True, "max_tokens": 0}, "prompt"),
         ({**CHAT, "continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),

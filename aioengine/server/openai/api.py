@@ -119,7 +119,7 @@ class GenerationFields(IgnoredFields, kw_only=True):
 
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     max_tokens: Count | None = None
-    """0 with ``echo`` for a completion evaluates only the prompt."""
+    """0 with ``prompt_logprobs``, or with ``echo`` for a completion, evaluates only the prompt."""
     temperature: Temperature | None = None
     """1 if it is not given; 0 is greedy."""
     top_p: Probability | None = None
@@ -147,6 +147,9 @@ class GenerationFields(IgnoredFields, kw_only=True):
     min_tokens: Count | None = None
     """Minimum number of generated tokens before anything can end the answer."""
     include_stop_str_in_output: bool | None = None
+    prompt_logprobs: Logprobs | None = None
+    """Return log-probabilities of the prompt's tokens and of this many most likely ones. Not with
+    ``stream``."""
     return_token_ids: bool | None = None
     """Also return the token ids of the prompt and the answer."""
     request_id: RequestId | None = None

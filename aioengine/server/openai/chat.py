@@ -58,6 +58,7 @@ async def start_chat(call: Call, data: ChatRequest, *, prefix: str) -> Chat:
         defaults,
         max_tokens=defaults.bounded(room) if asked is None else asked,
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
+        prompt_logprobs=data.prompt_logprobs,
     )
     answer = Answer(call, data, [prompt], tools.sampling(params, formats), form, prefix=prefix)
     is_thinking = False

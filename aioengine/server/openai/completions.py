@@ -27,7 +27,8 @@ async def completions(call: Call, data: CompletionRequest) -> Annotated[Answer, 
     check_prompts(context, prompts, data.n or 1, max_tokens=max_tokens, field="prompt")
     logprobs = None if data.logprobs is None or data.logprobs is False else int(data.logprobs)
     scored = logprobs if logprobs is not None or max_tokens else 0
-    scored = scored if data.echo else None
+    wanted = [data.prompt_logprobs, scored if data.echo else None]
+    scored = max((count for count in wanted if count is not None), default=None)
     params = sampling_params(data, defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=scored)
     form = wanted_form(data, context.settings.schemas)
     answer = Answer(call, data, prompts, params, form, prefix="cmpl-")

@@ -36,6 +36,16 @@ def event(data: bytes, name: str | None = None) -> bytes:
     return b"data: %b\n\n" % data if name is None else b"event: %b\ndata: %b\n\n" % (name.encode(), data)
 
 
+class PromptLogprob(msgspec.Struct, gc=False):
+    logprob: float
+    rank: int | None
+    """1 for the most likely token; null for one that is not among those asked for."""
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class TopLogprob(msgspec.Struct):
     token: str
     logprob: float
@@ -108,6 +118,7 @@ class Choice(msgspec.Struct, kw_only=True):
 class CompletionChoice(Choice, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -153,6 +164,7 @@ class ChatCompletion(Head, kw_only=True):
     object: Literal["chat.completion", "chat.completion.chunk"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
@@ -166,6 +178,7 @@ class _Reply:
         self._include_usage = bool(wanted.include_usage)
         self._continuous_usage = self._include_usage and bool(wanted.continuous_usage_stats)
         self._with_ids = bool(fields.return_token_ids)
+        self._prompt_logprobs = fields.prompt_logprobs
         self._token_bytes = token_bytes
         self._begun: set[int] = set()
         """Choices of which something was sent."""
@@ -243,6 +256,8 @@ class CompletionReply(_Reply):
         if self._with_ids:
             choice.token_ids = output.token_ids if is_whole else output.token_ids_delta
             choice.prompt_token_ids = output.prompt_token_ids if is_first else UNSET
+        if self._prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(output, self._prompt_logprobs, self._token_bytes)
         if is_first and self._echoed is not None:
             choice.text = self._echoed[index * len(self._echoed) // self._count] + text
         if self._logprobs is not None:
@@ -288,6 +303,8 @@ class ChatReply(_Reply):
             part.object = "chat.completion.chunk"
         if self._with_ids and first is not None:
             part.prompt_token_ids = first.prompt_token_ids
+        if self._prompt_logprobs is not None and first is not None:
+            part.prompt_logprobs = prompt_logprobs(first, self._prompt_logprobs, self._token_bytes)
         return part
 
     def _choice(self, index: int, output: RequestOutput, *, is_whole: bool) -> ChatChoice | None:
@@ -337,6 +354,25 @@ def parse_output(parser: AnswerParser | None, text: str, output: RequestOutput) 
         return parsed
     rest = parser.finish()
     return Parsed(parsed.text + rest.text, [*parsed.calls, *rest.calls], parsed.reasoning + rest.reasoning)
+
+
+def prompt_logprobs(output: RequestOutput, count: int, token_bytes: TokenBytes) -> PromptLogprobs:
+    """Format the prompt's log-probabilities as vLLM does: for each token but the first, itself and the
+    ``count`` most likely ones, by token id."""
+    token_bytes, found = functools.cache(token_bytes), PromptLogprobs()
+    for entry in output.prompt_logprobs or ():
+        if entry is None:
+            found.append(None)
+            continue
+        best: dict[int, tuple[float, int | None]]
+        best = {token: (logprob, rank) for rank, (token, logprob) in enumerate(entry.top[:count], start=1)}
+        best.setdefault(entry.token_id, (entry.logprob, None))
+        ranked = {
+            str(token): PromptLogprob(_finite(logprob), rank, _text(token_bytes(token)))
+            for token, (logprob, rank) in best.items()
+        }
+        found.append(_encoded(ranked))
+    return found
 
 
 def chat_logprobs(entries: Sequence[TokenLogprob], token_bytes: TokenBytes) -> ChatLogprobs:

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from aioengine.errors import ConfigError
 from aioengine.request import SamplingParams
+from aioengine.server.errors import unsupported
 from aioengine.server.openai.api import GenerationFields, Probability, Temperature, Whole
 
 FILE_NAME = "generation_config.json"
@@ -71,6 +72,8 @@ def sampling_params(
 
     Raises ApiError or RequestInvalid for fields that are not valid together.
     """
+    if fields.prompt_logprobs is not None and fields.stream:
+        raise unsupported("prompt_logprobs", "not with stream")
     values: dict[str, Any] = {"temperature": 1.0, **defaults.given()}
     values.pop("max_new_tokens", None)
     values |= {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
