@@ -40,7 +40,7 @@ def test_faults_by_seed() -> None:
                 events.RequestPreempted,
             )
         }
-        assert min(rare.values()) >= 3, rare
+        assert min(rare.values()) >= 1, rare
 
 
 @ONE_SEED

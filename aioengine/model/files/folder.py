@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from aioengine.errors import ConfigError
 from aioengine.model.files.methods.scheme import Header
 
@@ -41,6 +39,8 @@ def shards(folder: Path) -> dict[Path, set[str] | None]:
 
 def headers(folder: Path) -> dict[str, Header]:
     """Return every tensor of a folder, without its data. Raises :class:`ConfigError`, naming the file."""
+    from safetensors import SafetensorError, safe_open  # heavy, and the memory plan imports this module
+
     found: dict[str, Header] = {}
     for path in shards(folder):
         check_exists(path)
