@@ -21,8 +21,7 @@ from aioengine.metrics.collect.residency import AdapterTracker
 from aioengine.metrics.collect.snapshot import ProcessMetrics, engine_gauges, engine_state
 from aioengine.metrics.families.definitions import OWN, PROCESS, VLLM
 from aioengine.metrics.families.exposition import OPENMETRICS, TEXT, TextWriter, to_metric
-from aioengine.metrics.families.labels import BoundedLabels
-from aioengine.metrics.families.storage import Family, Store, gauge
+from aioengine.metrics.families.storage import BoundedLabels, Family, Store, gauge
 
 _STEPS_TOGETHER = 64
 """Finished steps that wait to be counted at most, if nothing else happens and nobody reads."""
@@ -51,7 +50,7 @@ class EngineMetrics(Collector):
 
     Args:
         max_adapter_labels: Maximum number of adapters with a separate ``adapter`` label in the request
-            metrics; see :class:`~aioengine.metrics.families.labels.BoundedLabels`.
+            metrics; see :class:`~aioengine.metrics.families.storage.BoundedLabels`.
         snapshot: Returns the engine's state now.
         adapters: Returns the registered adapters.
         engine: Value of the label ``engine`` of every series.

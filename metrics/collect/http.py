@@ -8,8 +8,7 @@ from typing import Protocol
 
 from aioengine import events
 from aioengine.metrics.families.definitions import OWN
-from aioengine.metrics.families.labels import BoundedLabels
-from aioengine.metrics.families.storage import Family, Store, Value, gauge
+from aioengine.metrics.families.storage import BoundedLabels, Family, Store, Value, gauge
 
 
 class Expires(Protocol):
