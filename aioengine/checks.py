@@ -54,7 +54,7 @@ def _refusal(field: str, value: Any, kind: Any, wrong: msgspec.ValidationError) 
     said, _, path = str(wrong).partition(" - at `$")
     for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
         if index:
-            field, value, kind = f"{field}[{index}]", value[int(index)], None
+            field, value, kind = f"{field}[{index}]", list(value)[int(index)], None  # it may be a set
             continue
         field = f"{field}.{name}" if field else name
         value = value[name] if isinstance(value, Mapping) else getattr(value, name)

@@ -35,6 +35,5 @@ class CoreLimits(NamedTuple):
     pair_tokens: float = 1e-4
     """First guess of the cost of a pair of a query and a key, in tokens."""
     speculation: Literal["none", "ngram"] = "none"
-    """None: as many as in all."""
     draft_constrained: bool = True
     """Whether tokens are proposed to requests with a constraint, too."""

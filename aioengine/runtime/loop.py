@@ -65,8 +65,8 @@ class EngineLoop:
         self._wake = asyncio.Event()
         self._died = asyncio.Event()
         self._step_began: float | None = None
-        self._schedule_seconds = 0.0
-        """Time that core and policy took to form the step that runs."""
+        self._decided: Decided = (0.0, 0.0)
+        """Of the step that runs."""
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -216,7 +216,7 @@ class EngineLoop:
         """Ask the core for the next step, and begin the moves that it wants."""
         start = self._timer()
         batch, moves = self.core.schedule(asyncio.get_running_loop().time())
-        self._schedule_seconds = self._timer() - start
+        self._decided = self._timer() - start, self.core.guard.seconds
         for move in moves:
             self._moves.start(move)
         self.publish()
@@ -261,8 +261,8 @@ class EngineLoop:
                 step=batch.step,
                 steps=len(result.seconds),
                 seconds=sum(result.seconds),
-                schedule_seconds=self._schedule_seconds,
-                policy_seconds=self.core.guard.seconds,
+                schedule_seconds=self._decided[0],
+                policy_seconds=self._decided[1],
                 intervals=tuple(chain.from_iterable(intervals)),
                 **self.core.contents._asdict(),
             )

@@ -188,6 +188,18 @@ def test_a_copy_of_which_a_part_is_gone_is_fetched_again(store: Any, tmp_path: P
     assert (FsspecResolver("memory://bucket", cache_dir=tmp_path).find("a") / weights.name).is_file()
 
 
+def test_a_whole_copy_needs_no_lock(store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache may be another user's, or on a disk that is read-only: in an image, for example."""
+    found = FsspecResolver("memory://bucket", cache_dir=tmp_path).find("a")
+
+    def denied(*args: Any, **options: Any) -> None:
+        raise PermissionError("for this test")
+
+    for module, name in (("fcntl", "flock"), ("os", "utime"), ("pathlib.Path", "mkdir")):
+        monkeypatch.setattr(f"{module}.{name}", denied)
+    assert FsspecResolver("memory://bucket", cache_dir=tmp_path).find("a") == found
+
+
 def test_what_a_path_may_be(tmp_path: Path) -> None:
     assert checked_path("a", f"file://{tmp_path}/my%20lora") == f"{tmp_path}/my lora"
     assert checked_path("a", "hf://owner/name@main") == "hf:owner/name@main"

@@ -25,7 +25,7 @@ def requests(length: int) -> list[tuple[str, dict[str, Any]]]:
         made.append(("/v1/completions", {"prompt": text}))
         made.append(("/v1/completions", {"prompt": [text[:1000]] * 100}))
         made.append(("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}))
-        made.append(("/tokenize", {"prompt": text, "return_token_strs": True}))
+        made.append(("/tokenize", {"prompt": text}))
     message = {"role": "user", "content": "x" * (length // 2500)}
     made.append(("/v1/chat/completions", {"messages": [message] * 2048}))
     made.append(("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 30_000}))

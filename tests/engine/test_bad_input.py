@@ -128,6 +128,7 @@ class Forced:
         ("logprobs", 21),
         ("stop", [""]),
         ("stop_token_ids", [-1]),
+        ("stop_token_ids", {-1}),
         ("seed", "x"),
     ],
 )

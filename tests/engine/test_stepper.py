@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from support.steady_device import Steady
 
 from aioengine.core import Core
 from aioengine.errors import AdapterLoadError
-from aioengine.events import Event, RequestEnded
-from aioengine.executors.base import Device
+from aioengine.events import Event, RequestEnded, StepFinished
+from aioengine.executors.base import Device, Ended
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Location
-from aioengine.step import LoadedAdapter, ReadOrder
+from aioengine.step import LoadedAdapter, ReadOrder, StepBatch
 from aioengine.testing import LIMITS
 
 
@@ -102,3 +103,21 @@ def test_retries_wait_in_virtual_time() -> None:
     run(FCFS(), main, Flaky())
     (end,) = seen
     assert isinstance(end, RequestEnded) and end.reason == "length" and end.time > 150
+
+
+def test_the_time_of_a_decision_leaves_out_what_the_policy_is_asked_during_the_step() -> None:
+    class Asks(Steady):
+        def begin(self, batch: StepBatch, ended: Ended) -> None:
+            steppers[0].core.guard.seconds += 5.0
+            super().begin(batch, ended)
+
+    async def main(stepper: EngineLoop) -> None:
+        steppers.append(stepper)
+        stepper.listeners.add(found.append, StepFinished)
+        add(stepper, "r")
+        await stepper.until(lambda: not stepper.core.requests)
+
+    steppers: list[EngineLoop] = []
+    found: list[Any] = []
+    run(FCFS(), main, Asks())
+    assert [event.policy_seconds < 5.0 for event in found] == [True] * 3

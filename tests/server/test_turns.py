@@ -93,3 +93,19 @@ def test_one_connection_of_another_owner_waits_for_few_of_a_flood() -> None:
         loop.run(until=loop.now + COST)
     assert before - sum(client.left for client in flooders) <= 2 * PER_PASS
     assert loop.now - began < 0.1
+
+
+def test_a_turn_that_fails_keeps_nobody_from_theirs() -> None:
+    class Broken(Client):
+        def take_turn(self) -> None:
+            raise RuntimeError("for this test")
+
+    loop = Loop()
+    turns = Turns(lambda: False, lambda: loop.now)
+    turns.ask(Broken(loop, turns, 1))
+    with pytest.raises(RuntimeError, match="for this test"):
+        loop.run(until=1.0)
+    before = Client(loop, turns, 1)
+    turns.ask(before)
+    loop.run(until=1.0)
+    assert not before.left

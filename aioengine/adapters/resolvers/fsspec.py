@@ -98,8 +98,9 @@ class FsspecResolver(BlockingResolver):
                 remote = self._look(folder)
                 content = "\n".join(f"{r.file} {r.size} {r.stamp}" for r in remote)
                 copy = self._cache / _key(where) / _key(content)
-                self._copy(folder, remote, copy)
-                self._prune(keep=copy)
+                if not _use(copy, remote):
+                    self._copy(folder, remote, copy)
+                    self._prune(keep=copy)
                 return copy
             except AdapterError:
                 raise
@@ -138,14 +139,11 @@ class FsspecResolver(BlockingResolver):
         return _Remote(file, path, int(info.get("size") or 0), stamp or self._fs.ukey(path))
 
     def _copy(self, folder: str, remote: Sequence[_Remote], copy: Path) -> None:
-        """Fetch a copy if there is none, and mark it as used now. One process at a time does so for an
-        adapter."""
+        """Fetch a copy. One process at a time does so for an adapter."""
         copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with (copy.parent / ".lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, too
-            if all((copy / found.file).is_file() for found in remote):
-                with suppress(OSError):  # another user's, or on a read-only disk
-                    os.utime(copy)
+            if _use(copy, remote):  # another process has fetched it meanwhile
                 return
             shutil.rmtree(copy, ignore_errors=True)  # somebody has deleted a part of it
             with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=copy.parent) as staging:
@@ -177,6 +175,15 @@ class FsspecResolver(BlockingResolver):
             if copy != keep:
                 shutil.rmtree(copy, ignore_errors=True)
                 left -= 0 if copy.exists() else size
+
+
+def _use(copy: Path, remote: Sequence[_Remote]) -> bool:
+    """Mark a copy as used now; returns whether it is there, as a whole."""
+    if not all((copy / found.file).is_file() for found in remote):
+        return False
+    with suppress(OSError):  # another user's, or on a read-only disk
+        os.utime(copy)
+    return True
 
 
 def _key(text: str) -> str:

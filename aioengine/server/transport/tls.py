@@ -138,6 +138,8 @@ class TlsListener:
             await asyncio.sleep(0)  # between two connections that have come already, too
             try:
                 accepted, address = await self._loop.sock_accept(self._bound)
+            except ConnectionAbortedError:  # by its client, who could hold up all others
+                continue
             except OSError:
                 await asyncio.sleep(REST_SECONDS)
                 continue

@@ -57,6 +57,7 @@ class Turns:
 
     def _pass(self, loop: asyncio.AbstractEventLoop) -> None:
         began = self._timer()
+        loop.call_soon(self._end_pass, loop, began)  # when these turns are over, whatever they raise
         for _ in range(PER_PASS):
             if not self._lines or self._timer() - began > SECONDS:
                 break
@@ -67,7 +68,6 @@ class Turns:
                 self._lines[owner] = line
             connection.has_asked = False
             connection.take_turn()
-        loop.call_soon(self._end_pass, loop, began)  # when the answers of these requests have begun
 
     def _end_pass(self, loop: asyncio.AbstractEventLoop, began: float) -> None:
         """Begin the next pass, at once or after a rest."""
