@@ -235,12 +235,6 @@ class Decoder(Model):
             return WeightRows(weight, 0, held, turned=module == "embed_tokens"), None
         return next((rows, bias) for _, name, rows, bias in self._matrices_of(layer) if name == module)
 
-    def linear_weights(self) -> list[Tensor]:
-        """Return the plain weights that :meth:`pack` rearranges; the head's may be the embedding's too."""
-        every = [(name, linear) for layer in self.layers for name, linear in layer.linears.items()]
-        weights = [linear.weight for name, linear in every if name not in PLAIN] + [self.head.weight]
-        return [weight.data for weight in weights if isinstance(weight, PlainWeight)]
-
     def pack(self, pack: Callable[[Weight], Weight]) -> None:
         """Store the weights of all linears in another form, one after the other."""
         for layer in self.layers:

@@ -87,8 +87,8 @@ generation_tokens{adapter} counter: Tokens generated for the requests that have 
 speculation_proposed_tokens{adapter} counter: Tokens proposed by speculation, and computed to be checked.
 speculation_accepted_tokens{adapter} counter: Proposed tokens that were what would have been chosen anyway.
 prompt_cached_tokens counter: Prompt tokens that the prefix cache supplied.
-requests_refused{bound=server|tenant|adapter} counter: Requests refused because too many wait; bound says
-    which limit: server, tenant or adapter.
+requests_refused{bound=server|tenant} counter: Requests refused because too many wait; bound says which limit:
+    server or tenant.
 
 tenant_requests{tenant,reason} counter: Requests of tenants that have ended; reason is stop, length, abort or
     error.

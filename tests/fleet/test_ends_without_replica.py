@@ -51,7 +51,7 @@ async def test_it_ends_at_once(
             await until(lambda: not members.state.view.accepting)
         finished = asyncio.create_task(_last(outputs))
         await asyncio.sleep(0)
-        assert client.replica_of("x") is None
+        assert client._ids["x"].replica is None
         async with asyncio.timeout(10):
             if end == "abort":
                 assert await client.abort("x")

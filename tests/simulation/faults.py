@@ -67,8 +67,6 @@ class Memory:
         self.block_size = block_size
         self.regions: dict[int, tuple[int, int]] = {}
         """Where slots share a memory: beginning and end, in bytes, of what each slot holds."""
-        self.read_blocks: set[int] = set()
-        """The KV blocks that the step in flight uses."""
         self.sizes: dict[int, int] = {}
         """Bytes in a slot of what was read, by uid."""
         self.slots: list[int | None] = [None] * slots
@@ -175,7 +173,6 @@ class FaultyDevice(SimulatedDevice):
         rows: list[Row] | None = None
         if not memory.lost:
             rows = [self._begin_row(work) for work in batch.sequences]
-            memory.read_blocks = {block for row in rows for block in row.blocks}
             self._check_whole(batch)
             memory.reading = {row.work.slot for row in rows if row.work.slot >= 0}
         self._step = asyncio.get_running_loop().create_task(self._run(batch, rows, ended))
@@ -200,7 +197,7 @@ class FaultyDevice(SimulatedDevice):
             result = await done
             assert not isinstance(result, Exception)
         finally:
-            memory.reading, memory.read_blocks = set(), set()
+            memory.reading = set()
         if memory.lost:
             raise self._lost()
         if rng.random() < self._rates.lethal_step:

@@ -99,7 +99,6 @@ class CudaSim(Sim):
         self.told: dict[int, tuple[CopyMove, Clock]] = {}
         """Copies that were ordered, by uid, and what the copying thread knows of."""
         self.copied: list[tuple[AdapterEntry, Clock]] = []
-        self.mid_step = 0
         self.held: dict[int, AdapterEntry] = {}
         """What was written last into each slot."""
         self.drawn: list[Drawn] = []
@@ -176,7 +175,6 @@ class CudaSim(Sim):
 
     def _in_between(self) -> None:
         if self.told and self.rng.random() < 0.02:
-            self.mid_step += 1
             self.copy(self.rng.choice(list(self.told)))
 
     def copy(self, uid: int) -> None:

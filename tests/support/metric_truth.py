@@ -252,7 +252,7 @@ class Truth:
         for reason, number in Counter(event.reason for event in self.of(e.PolicyRefused)).items():
             self.count("policy_refusals", number, reason=reason)
         refused = Counter(event.bound for event in self.of(e.RequestRefused))
-        for bound in ("server", "tenant", "adapter"):
+        for bound in ("server", "tenant"):
             self.count("requests_refused", refused[bound], bound=bound)
         for event in self.of(e.LoopLag):
             self.observe("event_loop_lag_seconds", event.seconds)

@@ -239,11 +239,6 @@ class FleetClient:
         assert last is not None
         return last
 
-    def replica_of(self, request_id: str) -> str | None:
-        """Return the replica that runs a request now; None if it runs nowhere, or has ended."""
-        call = self._ids.get(request_id)
-        return None if call is None else call.replica
-
     async def abort(self, request_id: str) -> bool:
         """End a request; its reader gets a last output with ``finish_reason="abort"``."""
         call = self._ids.pop(request_id, None)

@@ -31,7 +31,6 @@ COLUMNS = (
     "starvation.worst_wait_seconds",
 )
 """Columns of the ranked table, beside the ranked measure."""
-_DIFFERENCE = ("difference", "difference_low", "difference_high")
 MOST_PANELS = 4
 """Numbers of slots that have a panel each."""
 

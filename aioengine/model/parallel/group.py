@@ -37,8 +37,6 @@ Ranges = tuple[slice, ...]
 """Ranges of a dimension that are taken together, one at least. More where one matrix has several linears
 below each other, of each of which a rank has a part."""
 
-EVERYTHING: Ranges = (slice(None),)
-
 
 def count(ranges: Ranges, size: int) -> int:
     """Return how many of ``size`` elements are in the ranges."""
