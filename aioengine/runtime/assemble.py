@@ -84,7 +84,8 @@ async def build(
     path = await run(resolve_model, config.model, progress)
     tokenizer = await run(load_tokenizer, path, config.chat_template)
     if config.executor == "thread":
-        return (await run(_build_here, config, progress))._replace(tokenizer=tokenizer, resolver=chosen)
+        here = msgspec.structs.replace(config, model=str(path))  # the Hub is not asked twice
+        return (await run(_build_here, here, progress))._replace(tokenizer=tokenizer, resolver=chosen)
     spec = await run(read_spec, path, config.model_impl)
     # Only the engine needs the policy, which a message might not be able to hold.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 
-from aioengine import EngineConfig, LoRAConfig
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.memory_plan import plan_from_config, plan_memory, rooms_in_groups
@@ -215,3 +215,11 @@ def test_limits_of_control_groups_are_seen(groups: list[Group], inside: bool) ->
 
 def test_a_system_without_control_groups_has_no_limits(tmp_path: Path) -> None:
     assert list(rooms_in_groups(tmp_path)) == []
+
+
+async def test_a_model_is_looked_up_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the Hub a second look might find another revision than the tokenizer's."""
+    monkeypatch.setattr("aioengine.runtime.assemble.resolve_model", lambda name, progress: tiny.model)
+    config = EngineConfig(model="org/name", dtype="float32", device="cpu", kv_cache_memory="4MiB")
+    async with AsyncEngine(config) as engine:
+        assert engine.model_path == tiny.model and engine.model_name == "org/name"

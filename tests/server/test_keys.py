@@ -133,7 +133,7 @@ GOOD = {"KEY": "k" * 22, "tenant": "t"}
         ),
         (
             keys_text({**GOOD, "scopes": ["metric"]}),
-            "keys[0].scopes[0]: Invalid enum value 'metric'",
+            "keys[0].scopes[0]: Invalid enum value 'metric'; there are metrics, generate,",
         ),
         (keys_text({**GOOD, "scopes": []}), "scopes"),
         (keys_text({"hash": "sk-plain", "tenant": "t"}), "aioengine keys hash"),

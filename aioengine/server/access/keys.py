@@ -120,6 +120,8 @@ def parse_keys_file(data: bytes, *, source: str) -> KeysFile:
             structs = (KeysFile, KeyEntry, TenantLimits)
             known = [field for struct in structs for field in struct.__struct_fields__]
             what = f"unknown field {unknown[1]!r}{nearest(unknown[1], known)}"
+        elif what.startswith("Invalid enum value"):  # nothing else is one of a few texts
+            what += f"; there are {', '.join(SCOPES)}"
         raise ConfigError(f"{source}: {place}{': ' if place else ''}{what}") from error
 
 
