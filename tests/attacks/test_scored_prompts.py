@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 LENGTH, TOP = 490, 20
 MOST = MAX_SCORES // (LENGTH * (TOP + 1))
 """Prompts of that length in one request."""
+ONE_FORM = {"prompt_logprobs": None}
 
 
 async def test_large_answers_hold_up_nobody(tiny_text: Tiny) -> None:
@@ -24,6 +25,7 @@ async def test_large_answers_hold_up_nobody(tiny_text: Tiny) -> None:
         "model": "tiny",
         "prompt": [[index % 250 + 1] * LENGTH for index in range(MOST)],
         "logprobs": TOP,
+        "prompt_logprobs": TOP,
         "echo": True,
         "max_tokens": 0,
     }
@@ -34,7 +36,7 @@ async def test_large_answers_hold_up_nobody(tiny_text: Tiny) -> None:
         await client.post("/v1/completions", json={**body, "prompt": body["prompt"][:1]})
         async with bystander(server.url) as seen:
             answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(2)))
-            streamed = await client.post("/v1/completions", json={**body, "stream": True})
+            streamed = await client.post("/v1/completions", json={**body, "stream": True} | ONE_FORM)
         for answer in answers:
             assert answer.status_code == 200, answer.text[:300]
             assert all(len(choice["logprobs"]["tokens"]) == LENGTH for choice in answer.json()["choices"])
