@@ -41,7 +41,7 @@ from aioengine.step import HeldFiles
 
 logger = logging.getLogger("aioengine")
 
-HASHED_BYTES = 8 << 20
+HASHED_BYTES = 2 << 20
 """Bytes that are hashed while the next are read."""
 MAX_ITEM_BYTES = 4
 

@@ -55,7 +55,7 @@ def converted(source: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor
     if source.dtype == dtype and factor == 1.0:
         return source
     target = torch.empty(source.shape, dtype=dtype)
-    multiply(source, factor, target)
+    multiply(source, torch.tensor(factor), target)
     return target
 
 

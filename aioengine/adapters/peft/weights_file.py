@@ -31,6 +31,7 @@ class Entry(NamedTuple):
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     begin: int
     """Offset in the data, in bytes."""
     nbytes: int
@@ -115,16 +116,20 @@ def _checked(key: str, described: _Described) -> Entry:
             f"{key[:200]!r}: data_offsets span {end - begin} bytes, but {described.dtype} of shape "
             f"{list(shape)} takes {nbytes}"
         )
-    return Entry(key, dtype, shape, begin, nbytes)
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return Entry(key, dtype, shape, strides, begin, nbytes)
 
 
 def tensors_of(buffer: Buffer, entries: Iterable[Entry]) -> dict[str, Tensor]:
     """Return tensors by key: views of ``buffer`` where alignment allows it."""
-    return {entry.key: _tensor(buffer, entry) for entry in entries}
+    data, size = buffer.tensor, len(buffer.tensor)
+    flat = {dtype: data[: size - size % dtype.itemsize].view(dtype) for dtype in DTYPES.values()}
 
+    def tensor(entry: Entry) -> Tensor:
+        begin, rest = divmod(entry.begin, entry.dtype.itemsize)
+        if rest:  # after an odd number of 16-bit values: allowed, although no library writes such
+            copy = data[entry.begin : entry.begin + entry.nbytes].clone()
+            return copy.view(entry.dtype).view(entry.shape)
+        return flat[entry.dtype].as_strided(entry.shape, entry.strides, begin)
 
-def _tensor(buffer: Buffer, entry: Entry) -> Tensor:
-    data = buffer.tensor[entry.begin : entry.begin + entry.nbytes]
-    if entry.begin % entry.dtype.itemsize:
-        data = data.clone()  # after an odd number of 16-bit values: allowed, although no library writes such
-    return data.view(entry.dtype).view(entry.shape)
+    return {entry.key: tensor(entry) for entry in entries}

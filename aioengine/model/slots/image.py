@@ -186,43 +186,41 @@ def build_image(
     data = image_memory(shape.elements, shape.dtype, allocate)
     if not _exact(layout, adapter):
         torch._foreach_zero_(serial_pieces(data))
+    numbers = data.view(dtype)  # of what is never int8
+    factors = {factor: torch.tensor(factor) for factor in set(scalings.values())}
     copies: list[tuple[Tensor, Tensor]] = []
 
-    def numbers(begin: int, count: int) -> Tensor:
-        """Return the memory of numbers that are never int8."""
-        return data[begin : begin + count * holds.affine].view(dtype)
+    def memory(of: Tensor, begin: int, values: Tensor, width: int) -> Tensor:
+        """Return the memory of ``values`` that begin there, in rows of ``width``."""
+        return of.as_strided(values.shape, (width, 1), of.storage_offset() + begin)
 
-    def put(target: Tensor, values: Tensor, rows: int, width: int, factor: float = 1.0) -> None:
-        if values.shape != (rows, width):
-            target = target.view(rows, width)[: len(values), : values.shape[1]]
+    def put(begin: int, values: Tensor, width: int, factor: float = 1.0) -> None:
+        target = memory(numbers, begin // holds.affine, values, width)
         if factor == 1.0:
             copies.extend(serial_copies(values, target))
         else:
-            multiply(values, factor, target)
-
-    def quantized(begin: int, values: Tensor, rows: int, width: int, over: int) -> Tensor:
-        target = data[begin : begin + rows * width].view(rows, width)
-        return _quantize(values, target[: len(values), : values.shape[1]], over=over)
+            multiply(values, factors[factor], target)
 
     for key, (a, b) in adapter.tensors.items():
-        (n_in, n_out), rank = layout.places[key].shape, b.shape[1]
+        n_in, rank = layout.places[key].shape.in_features, b.shape[1]
         at_a, at_b, factor = shape.begin(key, Column.A), shape.begin(key, Column.B), scalings.get(key, 1.0)
         if holds.int8:
             if factor != 1.0:
                 scaled = torch.empty(b.shape, dtype=dtype)
-                multiply(b, factor, scaled)
+                multiply(b, factors[factor], scaled)
                 b = scaled
-            scale = quantized(at_a, a, len(a), n_in, 1) * quantized(at_b, b, n_out, rank, 0)
+            scale_b = _quantize(b, memory(data, at_b, b, rank), over=0)
+            scale = _quantize(a, memory(data, at_a, a, n_in), over=1) * scale_b
             begin = shape.begin(key, Column.SCALE)
             data[begin : begin + scale.nbytes].view(torch.float32).copy_(scale)
         else:
-            put(numbers(at_a, len(a) * n_in), a, len(a), n_in)
-            put(numbers(at_b, n_out * rank), b, n_out, rank, factor)
+            put(at_a, a, n_in)
+            put(at_b, b, rank, factor)
     for key, values in affine.items():
         width = layout.places[key].num_outputs
-        put(numbers(shape.begin(key, Column.AFFINE), 2 * width), values, 2, width)
+        put(shape.begin(key, Column.AFFINE), values, width)
     if tokens is not None:
-        copies.extend(serial_copies(tokens.rows, numbers(shape.tokens_begin, tokens.rows.numel())))
+        put(shape.tokens_begin, tokens.rows, layout.spec.hidden_size)
     if copies:
         torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
     return AdapterImage(shape, data, adapter.rank, adapter.digest, bool(affine))
@@ -239,23 +237,24 @@ def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
 
 
 def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return (target, source) of copies that torch does in the calling thread. ``to`` is flat, or of the
-    shape of ``values`` [rows, width]; both may have gaps."""
+    """Return (target, source) of copies that torch does in the calling thread. ``to`` has the shape of
+    ``values``, which are one row or rows [rows, width]; both may have gaps."""
+    if values.numel() <= SERIAL_ELEMENTS:
+        yield to, values
+        return
     if values.is_contiguous() and to.is_contiguous():
         yield from zip(serial_pieces(to.view(-1)), serial_pieces(values.view(-1)), strict=True)
         return
     rows, width = values.shape
-    to, step = to.view(rows, width), max(1, SERIAL_ELEMENTS // width)
+    step = max(1, SERIAL_ELEMENTS // width)
     for row in range(0, rows, step):
         for column in range(0, width, SERIAL_ELEMENTS):
             piece = slice(row, row + step), slice(column, column + SERIAL_ELEMENTS)
             yield to[piece], values[piece]
 
 
-def multiply(values: Tensor, factor: float, to: Tensor) -> None:
-    """Write ``values`` times ``factor`` to ``to``, computed in float32 and rounded once, in the calling
-    thread."""
-    number = torch.tensor(factor)
+def multiply(values: Tensor, number: Tensor, to: Tensor) -> None:
+    """Write ``values`` times ``number``, in float32, to ``to``, rounded once, in the calling thread."""
     if values.dtype != to.dtype:
         number = number.view(1)  # without a dimension it would leave the product in the dtype of ``values``
     for target, piece in serial_copies(values, to):
@@ -277,9 +276,11 @@ def _check(layout: SlotLayout, adapter: Adapter, affine: Mapping[Key, Tensor]) -
                 f"adapter tensors of layer {key[0]}, {key[1]}: the slots hold {', '.join(layout.modules)} "
                 f"of {layout.spec.num_layers} layers; add the module to target_modules"
             )
+    kinds = {(module, b.shape[1]) for (_, module), (_, b) in adapter.tensors.items()}
+    held = {kind: layout.held(*kind) for kind in kinds}  # of all layers
     for (layer, module), (a, b) in adapter.tensors.items():
         rank = b.shape[1]
-        expected = layout.held(module, rank)
+        expected = held[module, rank]
         if (a.shape, b.shape) != expected or rank > adapter.rank:
             raise ConfigError(
                 f"adapter tensors of layer {layer}, {module}: expected A and B of shapes {expected} with "
