@@ -143,11 +143,14 @@ class EngineFlags(Flags):
 
 
 def check_folders(adapters: Mapping[str, str]) -> None:
-    """Raise ConfigError for the first path of ``--lora-modules`` that does not exist, before anything slow
-    begins. (An engine would find out only when a request needs the adapter.)"""
+    """Raise ConfigError for the first path of ``--lora-modules`` that is no adapter's folder, before anything
+    slow begins. (An engine would find out only when a request needs the adapter.)"""
     for name, path in adapters.items():
-        if not is_source(path) and not Path(path).expanduser().is_dir():
-            raise ConfigError(f"--lora-modules {name}={path}: there is no such folder; correct the path")
+        folder = Path(path).expanduser()
+        if is_source(path) or (folder / "adapter_config.json").exists():
+            continue
+        what = "it has no adapter_config.json" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(f"--lora-modules {name}={path}: {what}; correct the path")
 
 
 _ENGINE_FLAGS = {*EngineConfig.__struct_fields__, *LoRAConfig.__struct_fields__} - {"lora"}

@@ -199,7 +199,7 @@ def _refuse_removed_flags(tokens: Sequence[str]) -> None:
         if token == "--":
             return
         if token.startswith("--"):
-            name, equals, value = token.removeprefix("--").partition("=")
+            name, equals, value = token.removeprefix("--").removeprefix("no-").partition("=")
             refuse_removed({name.replace("-", "_"): value if equals else following}, f"{token}: ")
 
 

@@ -95,7 +95,9 @@ class ApiError(Exception):
         if not path.startswith("/v1/messages"):
             return msgspec.json.encode(ErrorBody(detail))
         kind = _MESSAGES_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        error = {"type": kind, "message": self.detail.message}
+        error: dict[str, object] = {"type": kind, "message": self.detail.message}
+        if detail.param == "thread":  # Anthropic's client goes on without
+            error["details"] = {"error_code": "thread_unsupported_request"}
         return msgspec.json.encode({"type": "error", "error": error})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aioengine.cli.flags import EngineFlags, in_flags
+from aioengine.cli.flags import EngineFlags, check_folders, in_flags
 from aioengine.cli.main import main
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
@@ -71,7 +71,15 @@ def test_bad_adapters(given: list[str]) -> None:
         EngineFlags(lora_modules=given).adapters()
 
 
-@pytest.mark.parametrize("flags", [["--merge"], ["--policy", "dlora"], ["--policy=dlora:alone=3"]])
+@pytest.mark.parametrize("given", [("nowhere", "no such folder"), (".", "no adapter_config.json")])
+def test_folders_without_an_adapter_are_refused_at_the_start(given: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--lora-modules sql=.*{given[1]}"):
+        check_folders({"sql": str(tmp_path / given[0])})
+
+
+@pytest.mark.parametrize(
+    "flags", [["--merge"], ["--no-bind-threads"], ["--policy", "dlora"], ["--policy=dlora:alone=3"]]
+)
 def test_removed_flags_say_so(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", *flags]) == 2
     assert " was removed: " in capsys.readouterr().err

@@ -58,8 +58,9 @@ async def answers(served: Any, stream: bool, **arguments: Any) -> tuple[str, lis
     text, calls, reason = "", [], None
     async for chunk in await served.client.chat.completions.create(stream=True, **arguments):
         text += chunk.choices[0].delta.content or ""
-        calls += chunk.choices[0].delta.tool_calls or []
-        reason = chunk.choices[0].finish_reason
+        reason, new = chunk.choices[0].finish_reason, chunk.choices[0].delta.tool_calls or []
+        assert not (reason and new), "OpenAI's client looks in later parts for the end of a call's arguments"
+        calls += new
     assert [call.index for call in calls] == list(range(len(calls)))
     return text, calls, reason
 

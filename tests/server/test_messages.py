@@ -138,6 +138,17 @@ async def test_stop_sequences_and_formats(serve: Serve) -> None:
         assert block.text.replace(" ", "") in ('{"color":"red"}', '{"color":"green"}')
 
 
+async def test_threads_are_not_kept(serve: Serve) -> None:
+    """Anthropic's ``tool_runner`` wants one, and sends whole conversations after this very error."""
+    async with serve() as served:
+        ask: dict[str, Any] = {"model": MODEL, "messages": USER, "max_tokens": 4}
+        refused = await served.http.post("/v1/messages", json={**ask, "thread": {"type": "create"}})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
+        made = await served.http.post("/v1/messages", json={**ask, "thread": None})
+        assert made.status_code == 200
+
+
 async def test_an_answer_that_was_begun_goes_on(serve: Serve) -> None:
     async with serve() as served, client_of(served) as client:
         begun: Any = [*USER, {"role": "assistant", "content": "Well"}]

@@ -19,7 +19,7 @@ AppName = Annotated[str, Parameter(name="--app-name", help="Name of the Serve ap
 def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
     """Print the replicas of a fleet, their load, and the adapters in their slots.
 
-    Searches the cluster that RAY_ADDRESS names, or each cluster on this machine.
+    Searches the cluster that RAY_ADDRESS names, or this machine's.
     """
     from aioengine.cli.tables import print_table
 

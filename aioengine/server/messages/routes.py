@@ -96,6 +96,8 @@ class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
     stream: bool | None = None
     output_config: OutputConfig | None = None
     """A JSON schema that the answer must conform to."""
+    thread: api.Ignored = api.IGNORED
+    """Refused in the way that makes clients send whole conversations: none are kept."""
 
     # vLLM's
     priority: api.Priority | None = None
@@ -138,6 +140,8 @@ async def count_tokens(call: Call, data: CountRequest) -> Counted:
 
 def to_chat(data: MessagesRequest) -> api.ChatRequest:
     """Convert a request to a chat. Raises ApiError for fields that are not supported."""
+    if bytes(data.thread) not in (b"", b"null"):
+        raise unsupported("thread", "conversations are not kept here; send all messages")
     wanted = None if data.output_config is None else data.output_config.format
     return msgspec.structs.replace(
         prompt_of(data),

@@ -196,9 +196,10 @@ class _Reply:
                 total_tokens=prompt + answer,
                 prompt_tokens_details=PromptTokensDetails(output.cached_tokens),
             )
-        part = self._part([choice], usage, None if index in self._begun else output)
+        end = _take_end(choice)
+        told = event(_encode(self._part([choice], usage, None if index in self._begun else output)))
         self._begun.add(index)
-        return event(_encode(part))
+        return told if end is None else told + event(_encode(self._part([end], usage, None)))
 
     def last_events(self, usage: Usage) -> bytes:
         return event(_encode(self._part([], usage, None))) + DONE if self._include_usage else DONE
@@ -342,6 +343,18 @@ class ChatReply(_Reply):
         if self._with_ids:
             choice.token_ids = ids
         return choice
+
+
+def _take_end(choice: Choice) -> ChatChoice | None:
+    """Take the end of an answer from a part that has calls, and return it as a part of its own: OpenAI's
+    client looks in later parts for the end of a call's arguments."""
+    delta = choice.delta if isinstance(choice, ChatChoice) else UNSET
+    if delta is UNSET or delta.tool_calls is UNSET or choice.finish_reason is None:
+        return None
+    end = ChatChoice(index=choice.index, delta=AnswerMessage())
+    end.finish_reason, choice.finish_reason = choice.finish_reason, None
+    end.stop_reason, choice.stop_reason = choice.stop_reason, UNSET
+    return end
 
 
 def parse_output(parser: AnswerParser | None, text: str, output: RequestOutput) -> Parsed:
