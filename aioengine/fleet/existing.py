@@ -19,6 +19,12 @@ from aioengine.fleet.cluster import (
 )
 from aioengine.fleet.registry import NAMESPACE, fleets_of_cluster
 
+_WAITING = {
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # this process waits for results
+    "RAY_NUM_REDIS_GET_RETRIES": "1",
+    "RAY_py_gcs_connect_timeout_s": "10",
+}
+"""Ray keeps the address of a cluster that was killed, and would try for a quarter of an hour to join it."""
 WHERE = (
     "--app-name names another fleet, RAY_ADDRESS another cluster (the fleet's server logs it when it starts)"
 )
@@ -28,8 +34,7 @@ def existing_fleet(name: str) -> Any:
     """Return Serve's handle of the replicas of a running fleet. Without ``RAY_ADDRESS``, it is looked for on
     the Ray cluster of this machine. Blocks. Raises ConfigError if the cluster does not have it."""
     require_ray()
-    # This process waits for results.
-    os.environ.update({**TRANSPORT, "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"})
+    os.environ.update({**TRANSPORT, **_WAITING})
     named = address()
     if named is not None:
         check_address(named)
