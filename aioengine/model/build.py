@@ -81,7 +81,10 @@ def build_runner(
         quantization = "none"  # for what is packed once it is loaded
     if progress is not None:
         progress("Preparing the kernels (compiled once, at the first start)", 0, 1)
-    backend = get_backend(device.type, kernels)
+    try:
+        backend = get_backend(device.type, kernels)
+    except ValueError as error:  # of AIOENGINE_KERNELS
+        raise ConfigError(str(error)) from error
     coverage.check_kv_cache(kv_cache_dtype, spec, backend.name)
     local = Partition(spec, shard).local
     cache = KVCache(local, num_blocks, block_size, dtype, device, kv_cache_dtype)
