@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 from aioengine.adapters.peft.held import MAX_HELD, HeldAdapter, hold_files, hold_tensors
 from aioengine.adapters.resolvers.sources import check_name
-from aioengine.errors import AdapterInvalid, AdapterLoadError
+from aioengine.errors import AdapterInvalid, AdapterLoadError, EngineStopped
 from aioengine.info import AdapterInfo
 from aioengine.runtime.adapters import AdapterOps, LoadFlags
 
@@ -32,6 +32,7 @@ class HeldAdapters:
         self._numbers = count(1)
         self._living: WeakSet[HeldAdapter] = WeakSet()
         self._copying = asyncio.Lock()
+        self._closed = False
 
     async def load_tensors(
         self, name: str, tensors: Mapping[str, Tensor], config: object, **flags: Unpack[LoadFlags]
@@ -66,6 +67,8 @@ class HeldAdapters:
         path = f"memory:{next(self._numbers)}"
         check_name(name, path)
         async with self._copying:
+            if self._closed:
+                raise EngineStopped("the engine was stopped before the adapter was copied")
             living = [held.nbytes for held in self._living if held.alive]
             if len(living) >= MAX_HELD:
                 raise AdapterLoadError(
@@ -87,5 +90,6 @@ class HeldAdapters:
 
     def close(self) -> None:
         """Free all copies, because the engine has stopped."""
+        self._closed = True
         for held in self._living:
             held.release()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from aioengine.errors import (
     AdapterNotFound,
     AdapterTooLarge,
     ConfigError,
+    EngineStopped,
 )
+from aioengine.runtime import held
 
 PROMPT = prompt_of(0, 9)
 
@@ -149,6 +152,17 @@ async def test_held_memory_is_bounded_and_given_back(tiny: Tiny, make_engine: Ma
             await engine.load_adapter("z", tensors=tensors_of(folder), config=broken)
         await engine.complete(PROMPT, greedy(1))
         await load(engine, "z", folder)
+
+
+async def test_who_waits_for_a_copy_when_the_engine_stops_hears_of_it(
+    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = held.hold_tensors
+    monkeypatch.setattr(held, "hold_tensors", lambda *args, **more: time.sleep(0.2) or hold(*args, **more))
+    async with make_engine(tiny) as engine:
+        loads = [asyncio.create_task(load(engine, name, tiny.adapters["rank-3"])) for name in "ab"]
+        await asyncio.sleep(0.05)
+    assert {type(error) for error in await asyncio.gather(*loads, return_exceptions=True)} == {EngineStopped}
 
 
 async def test_checked_as_files_are(tiny: Tiny, make_engine: MakeEngine) -> None:

@@ -210,10 +210,8 @@ def test_files_that_are_no_good_are_named(tmp_path: Path) -> None:
             Certificate(str(one), str(two))
 
 
-async def test_clients_that_abort_before_they_are_accepted_hold_up_nobody(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Where the system says so: not as if it had no more descriptors, after which the listener rests."""
+async def test_clients_that_abort_early_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as if the system had no more descriptors, after which the listener rests."""
     aborts, reached = iter([ConnectionAbortedError] * 20), asyncio.Event()
 
     async def accept(bound: socket.socket) -> None:
