@@ -266,11 +266,11 @@ BUDGETS = {
     "aioengine/runtime": 3_050,  # aim: 2_700
     "aioengine/server": 7_100,  # aim: 6_300
     "benchmarks": 3_600,
-    "examples, docs, setup": 1_150,  # aim: 1_100
+    "examples, docs, setup": 1_100,
     "kernels": 11_700,  # aim: 10_300
     "metrics": 3_600,
-    "schedulers": 4_550,  # aim: 4_500
-    "tests": 66_270,  # aim: 52_000
+    "schedulers": 4_500,
+    "tests": 66_300,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

@@ -48,12 +48,12 @@ WORK = [
     ("fp8 weights", "slots by bytes", "two ranks"),
     ("fp8 weights", "fully sharded"),
     ("int8 adapters", "slots by bytes", "transformers", "process"),
-    *((name, "slots by bytes", "transformers") for name in ("int8 weights", "int4 weights", "fp8 weights")),
 ]
 """Combinations that work: so does each pair in one of them."""
 REFUSED = [
     ("int8 adapters", "fully sharded"),
-    *((name, "transformers") for name in ("int8 KV cache", "speculation", "two ranks", "fully sharded")),
+    *((name, "transformers") for name in ("int8 weights", "int4 weights", "fp8 weights", "int8 KV cache")),
+    *((name, "transformers") for name in ("speculation", "two ranks", "fully sharded")),
 ]
 """Pairs of which ConfigError says what to do."""
 

@@ -24,22 +24,35 @@ struct Part {
   int64_t group, middle;
 };
 
+struct Matrix {
+  const void *packed, *bias;
+  int64_t n, k, kind, panel_bytes;
+  const float* scale;
+  const int32_t* start;
+  int64_t rotation, group;
+  const Part* part;
+  int64_t parts;
+};
+
+struct Gate {
+  int64_t bf16, activation;
+  double alpha, limit;
+  void* out;
+};
+
 extern "C" {
 void aio_turn_blocks(void* data, long n, long count, long first, long words, long last, int threads);
 void aio_expand_rows(int bf16, const Part* part, const int64_t* rows, void* out, long count, long k, int threads);
 void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads);
-void aio_linear(int bf16, const void* x, long x_stride, const void* packed, const void* bias, void* y, long y_stride,
-                long rows, long n, long k, int threads);
+void aio_product(int bf16, const Matrix* w, const void* x, void* y, long rows, const int32_t* begin, long experts,
+                 int threads);
 void aio_quantize_int4(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k, long group,
                        long rotation, int threads);
 void aio_dequantize_int4(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out, long count, long k,
                          long group, long rotation, int threads);
-void aio_linear_int4(int bf16, const void* x, long x_stride, const void* packed, const float* scale, const int32_t* start,
-                     long group, long rotation, const void* bias, void* y, long y_stride, long rows, long n, long k,
-                     const void* beside, int threads);
 void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_weight, const void* weight, void* out, long rows,
                       long size, float factor, float eps, int rounded, float offset, int threads);
-void aio_silu_and_mul(int bf16, const void* gate_up, void* out, long rows, long size, int threads);
+void aio_activate(const Gate* gate, const void* gate_up, long rows, long size, int threads);
 void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells, const uint8_t* last,
                     void* keys, void* values, long tokens, long heads, long kv_heads, long head_dim, long block_size,
                     long block_bytes, long half, int neighbours, int int8, const void* norms, int threads);
@@ -94,7 +107,8 @@ static void linear(bool bf16) {
   const long rows = 9, n = 48, k = 64;
   Values x(bf16, rows * k), w(bf16, n * k), packed(bf16, n * k), bias(bf16, n), y(bf16, rows * n);
   aio_pack(bf16, w.data(), packed.data(), n, k, 2);
-  aio_linear(bf16, x.data(), k, packed.data(), bias.data(), y.data(), n, rows, n, k, 2);
+  const Matrix matrix{packed.data(), bias.data(), n, k, 0, 16 * k * (bf16 ? 2 : 4)};
+  aio_product(bf16, &matrix, x.data(), y.data(), rows, nullptr, 0, 2);
   for (long r = 0; r < rows; r++)
     for (long i = 0; i < n; i++) {
       float sum = bias[i];
@@ -115,8 +129,9 @@ static void linear_int4(bool bf16, bool int8) {
   int32_t* const begin = int8 ? start.data() : nullptr;
   aio_quantize_int4(bf16, w.data(), packed.data(), scale.data(), begin, n, k, group, rotation, 2);
   aio_dequantize_int4(bf16, packed.data(), scale.data(), all.data(), effective.data(), n, k, group, rotation, 2);
-  aio_linear_int4(bf16, x.data(), k, packed.data(), scale.data(), begin, group, rotation, bias.data(), y.data(), n, rows, n,
-                  k, nullptr, 2);
+  const long panel_bytes = long(packed.size()) / (n / 16);
+  const Matrix matrix{packed.data(), bias.data(), n, k, 2, panel_bytes, scale.data(), begin, rotation, group};
+  aio_product(bf16, &matrix, x.data(), y.data(), rows, nullptr, 0, 2);
   // A step is about 0.17 here; rotated back, errors add up to three of their standard deviations and more.
   for (long i = 0; i < n * k; i++) expect("int4 weights", true, effective[i], w[i], 12);
   for (long r = 0; r < rows; r++)
@@ -139,7 +154,8 @@ static void norm_and_activation(bool bf16) {
     for (long i = 0; i < size; i++)
       expect("norm", bf16, out[r * size + i], sum[r * size + i] / std::sqrt(squares / size + 1e-5f) * weight[i], 1);
   }
-  aio_silu_and_mul(bf16, gate_up.data(), out.data(), rows, size, 2);
+  const Gate silu{bf16, 0, 0.0, 0.0, out.data()};
+  aio_activate(&silu, gate_up.data(), rows, size, 2);
   for (long r = 0; r < rows; r++)
     for (long i = 0; i < size; i++) {
       const float gate = gate_up[r * 2 * size + i];

@@ -48,7 +48,7 @@ class Store:
             raise AdapterLoadError("a rank's norms are broken", name=name, path=draft.packed.path)
         image = self._store.finish(draft)
         if name == f"place-{self._rank}":
-            image = dataclasses.replace(image, layout=None)
+            image = dataclasses.replace(image, shape=dataclasses.replace(image.shape, layout=None))
         return image
 
 

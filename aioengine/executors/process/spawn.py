@@ -100,7 +100,7 @@ async def start_process(connection: int) -> WorkerProcess:
         WORKER_MODULE,
         str(connection),
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=sys.__stderr__,
+        stdout=2,  # as its standard error, which it inherits
         pass_fds=[connection],
         env=worker_environment(),
     )
