@@ -136,7 +136,7 @@ def test_files_of_other_editors_are_read(change: str, file: Path, capsys: pytest
         ("[fleet]\nreplcas = 2", "did you mean 'replicas'?"),
         ("[fleet]\nserved_model_names = ['x']", "from [server], as served_model_name"),
         ("[adapters]\nx = '/nowhere'", "x=/nowhere"),
-        ("[adapters]\nx = '/tmp'\n[server]\nserved_model_name = ['x']", "'x' is the base model's name"),
+        ("[adapters]\nx = 'ADAPTER'\n[server]\nserved_model_name = ['x']", "'x' is the base model's name"),
         ("[server]\ntls_cert = '/nowhere.pem'", "--tls-key"),
         ("policy = 'fcs'", "did you mean 'fcfs'"),
         ("chat_template = '/nowhere.jinja'", "/nowhere.jinja: cannot be read"),
@@ -150,7 +150,7 @@ def test_what_is_wrong_is_named(
     line: str, says: str, tmp_path: Path, tiny_text: Tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "wrong.toml"
-    path.write_text(f'model = "{tiny_text.model}"\n{line}\n')
+    path.write_text(f'model = "{tiny_text.model}"\n{line}\n'.replace("ADAPTER", str(tiny_text.adapters["a"])))
     assert main(["config", "check", "--config", str(path)]) == 2
     assert says in capsys.readouterr().err
 

@@ -53,6 +53,22 @@ async def test_each_is_answered_in_its_turn_however_they_are_cut(seed: int, serv
         assert served.app.active == 0
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.slow
+async def test_http_1_0_gets_no_chunks(stream: bool, serve: Serve) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "Hello", "max_tokens": 3, "stream": stream}).encode()
+    head = b"POST /v1/completions HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\n"
+    async with serve() as served:
+        answer = await answered(served.url, head + b"content-length: %d\r\n\r\n" % len(body) + body)
+    headers, _, rest = answer.partition(b"\r\n\r\n")
+    assert b" 200 " in headers and b"\r\nconnection: close" in headers
+    assert b"transfer-encoding" not in headers and (b"content-length" in headers) != stream
+    if stream:
+        assert rest.startswith(b"data: {") and rest.endswith(b"data: [DONE]\n\n")
+    else:
+        assert rest.startswith(b"{") and rest.endswith(b"}")
+
+
 async def test_an_answer_in_one_piece_is_written_in_one(serve: Serve) -> None:
     async with serve() as served:
         reader, writer = await connected(served.url)

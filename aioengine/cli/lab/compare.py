@@ -156,14 +156,17 @@ def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> i
 
 def print_rankings(compare: Compare) -> None:
     """Print a table for each setting of a comparison, the best policy first."""
-    from aioengine.cli.tables import print_table
+    from aioengine.cli.tables import new_table, output_console
     from aioengine.lab.analysis.measures import policy_label
     from aioengine.lab.report.compare_page import rankings
 
+    console = output_console()
     for ranking in rankings(compare):
-        rows = [
-            (row.place, policy_label(row.name), *("\n".join(filter(None, cell[:2])) for cell in row.cells))
-            for row in ranking.rows
-        ]
-        print_table(("", "policy", *(f">{head}" for head in ranking.heads)), rows, ranking.title)
+        heads = (f">{head}" for head in ranking.heads)
+        table = new_table(console, "", "policy", *heads, title=ranking.title)
+        table.columns[1].no_wrap = True  # on a narrow terminal numbers take two lines rather than names none
+        for row in ranking.rows:
+            cells = ("\n".join(filter(None, cell[:2])) for cell in row.cells)
+            table.add_row(row.place, policy_label(row.name), *cells)
+        console.print(table)
     print("=: the seeds do not tell which of these is better (95%)")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from aioengine.metrics.page.plumbing import DEPARTURE
 from aioengine.server.bounds import CONNECTIONS, Shares, network_of
@@ -277,6 +277,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_left = 0 if b"transfer-encoding" in names else int(names.get(b"content-length", 0))
         self.expect_100_continue &= version != "1.0"
         super().on_headers_complete()
+        if version == "1.0":
+            _end_with_connection(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._body_left = max(self._body_left - len(body), 0)
@@ -379,3 +381,20 @@ def _fault(version: str, headers: Iterable[tuple[bytes, bytes]]) -> tuple[int, b
         return None
     is_known = all(coding in (b"", b"chunked") for coding in named)
     return _BAD_REQUEST if is_known else (501, b"Not Implemented")
+
+
+def _end_with_connection(cycle: RequestResponseCycle) -> None:
+    """Have an answer whose length is not known end with the connection: HTTP/1.0 knows no chunks."""
+    send, has_length = cycle.send, False
+
+    async def send_unframed(message: Any) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not has_length:
+                cycle.chunked_encoding = False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_unframed  # type: ignore[method-assign] # only this answer's
