@@ -211,11 +211,11 @@ def test_the_commands(fleet: FleetServer, tls: dict[str, str]) -> None:
     fleet.complete("x", max_tokens=1, model="a")
     there = {"RAY_ADDRESS": fleet.address}
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(command, word) for word in ("status", "adapters")]  # of any cluster here
+        asked = [pool.submit(command, word, **there) for word in ("status", "adapters")]
         refused = pool.submit(command, "drain", "nobody", **there).result()
         status, adapters = (each.result().stdout for each in asked)
     names = re.findall(r"^ *(\w{8}) +running", status, re.MULTILINE)
-    assert len(names) == 2, status
+    assert len(names) == 2, [each.result().stderr for each in asked]
     assert refused.returncode == 2 and names[1] in refused.stderr
     assert re.search(r"^ *a .*\bslot\b", adapters, re.MULTILINE)
     assert "drains" in command("drain", names[0], **there).stdout
