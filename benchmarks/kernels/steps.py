@@ -78,7 +78,6 @@ def step(
         made = Steps(
             model, kv_tokens=most * (max(contexts) + max(tokens) + BLOCK), slots=max(adapters), rank=rank,
             lora_dtype=lora_dtype, device=device, cache=cache, played=limits, quantization=quantization,
-            max_num_seqs=most,
         )  # fmt: skip
         settings = itertools.product(
             sequences, tokens, contexts, adapters, threads or [torch.get_num_threads()]

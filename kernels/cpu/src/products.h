@@ -137,7 +137,11 @@ void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher,
     fetcher.fetch(rate * LANES);
     add_tile_products<T, H, P, LEFT, RIGHT>(
         [&](auto h) { load_tile<LEFT>((const char*)(x + k) + h * TILE_ROWS * stride, stride); },
-        [&](auto p) { load_tile<RIGHT>(w + p * panel + k * LANES, TILE_BYTES); });
+        [&](auto p) { load_tile<RIGHT>(w + p * panel + k * LANES, TILE_BYTES); },
+        [&](auto h, auto p) {
+          const uint32_t* const ahead = (k + LANES < lanes ? w + (k + LANES) * LANES : w + P * panel) + p * panel;
+          for (int i = h * LANES / H; i < (h + 1) * LANES / H; i++) __builtin_prefetch(ahead + i * LANES, 0, 3);
+        });
   }
   unrolled<H * P>([&](auto i) { store_tile<i>(&sums[i % P][i / P * TILE_ROWS], TILE_BYTES); });
 }

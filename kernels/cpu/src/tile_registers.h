@@ -144,15 +144,20 @@ inline __attribute__((always_inline)) void unrolled(const Work& work) {
   unrolled(std::make_integer_sequence<int, COUNT>{}, work);
 }
 
-// Adds products of H registers of rows and P of columns to the sums h * P + p: left(h) loads A, right(p) loads B.
-template <class T, int H, int P, int A, int B, class Left, class Right>
-inline __attribute__((always_inline)) void add_tile_products(const Left& left, const Right& right) {
+constexpr auto NOTHING_ELSE = [](int, int) {};
+
+// Adds products of H registers of rows and P of columns to the sums h * P + p: left(h) loads A, right(p) loads B, and
+// meanwhile(h, p) is called after each product.
+template <class T, int H, int P, int A, int B, class Left, class Right, class Meanwhile = decltype(NOTHING_ELSE)>
+inline __attribute__((always_inline)) void add_tile_products(const Left& left, const Right& right,
+                                                             const Meanwhile& meanwhile = NOTHING_ELSE) {
   unrolled<H>([&](auto h) {
     left(h);
     unrolled<P>([&](auto i) {
       constexpr int p = h % 2 == 0 ? i : P - 1 - i;  // there and back: the last one is not loaded again
       if (h == 0 || i > 0) right(std::integral_constant<int, p>{});
       multiply_tiles<T, h * P + p, A, B>();
+      meanwhile(h, std::integral_constant<int, p>{});
     });
   });
 }
