@@ -7,6 +7,7 @@ Nothing here refers to live objects, so that a step can cross a process boundary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from typing import Literal, NamedTuple, overload
 
@@ -72,7 +73,8 @@ class OutputView(Sequence[int]):
         return next(differs, min(len(self), len(other)))
 
 
-class SequenceWork(msgspec.Struct, gc=False):
+@dataclass(slots=True)
+class SequenceWork:
     """One sequence's share of a step: compute ``tokens`` at positions ``start..start+len(tokens)-1``. The
     core may use it again for the next step."""
 
@@ -131,15 +133,17 @@ class StepBatch(NamedTuple):
 
     def contents(self) -> StepContents:
         """Count what is in each of the steps."""
-        used = tuple(sorted({work.slot for work in self.sequences} - {-1}))
-        prefill = decode = 0
-        for work in self.sequences:
+        rows = self.sequences
+        used = tuple(sorted({work.slot for work in rows} - {-1}))
+        others = [work for work in rows if work.start < work.prompt_len or len(work.tokens) > 1]
+        prefill, decode = 0, len(rows) - len(others)
+        for work in others:
             count = len(work.tokens)
             if work.start >= work.prompt_len and count == 1 + len(work.draft):
                 decode += count
             else:
                 prefill += count
-        return StepContents(len(self.sequences), len(used), prefill, decode, used)
+        return StepContents(len(rows), len(used), prefill, decode, used)
 
 
 Fault = Literal["model", "request"]

@@ -3,7 +3,6 @@ other: a request runs only where it finds blocks, and gets as many tokens as the
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
@@ -26,6 +25,7 @@ WORTH_WAITING = 64
 _row = attrgetter("row")
 _slot = attrgetter("row.slot")
 _remaining = attrgetter("remaining")
+_decodes = attrgetter("decodes")
 
 
 class Batcher:
@@ -67,31 +67,26 @@ class Batcher:
         before."""
         if not self._decodes or self.speculates:
             return 1
-        blocks, most = self.blocks, sys.maxsize
-        for request in self._decodes:
-            if request.sink is not None and not request.sink.waits_for_end:
-                return 1
-            most = min(most, request.most_tokens - len(request.tokens))
-        return min(most, 1 + blocks.num_free // len(self._decodes) * blocks.block_size)
+        blocks, most = self.blocks, [request.most_tokens - len(request.tokens) for request in self._decodes]
+        if not all(request.sink is None or request.sink.waits_for_end for request in self._decodes):
+            return 1
+        return min(*most, 1 + blocks.num_free // len(most) * blocks.block_size)
 
     def form(self, admit: Sequence[Request], now: float, slot_ranks: Sequence[int] = ()) -> bool:
         """Form a batch: a token for each running request that decodes, then chunks of prompts of running
         requests and of those in ``admit``, in the policy's order; sorted by slot. Returns whether the
         sequences are those of the batch before, each of which decodes one token."""
         self._now, before = now, self.preemptions
-        decodes, prefills = list[Request](), deque[Request]()
-        for request in self.running.values():
-            if request.decodes and (row := request.row) is not None:
-                row.start, row.tokens = request.computed, request.tokens[-1:]
-            elif request.computed < request.started and request.remaining > 1:
-                prefills.append(request)
-                continue
-            decodes.append(request)
-        if not (prefills or admit) and self._repeats(decodes, slot_ranks):
+        running, size = self.running.values(), self.blocks.block_size
+        decodes = [request for request in running if request.decodes or not request.has_prompt_left]
+        growing = [request for request in decodes if len(request.tokens) > len(request.blocks) * size]
+        prefills = deque[Request]()
+        if len(decodes) < len(running):
+            prefills += [request for request in running if not request.decodes and request.has_prompt_left]
+        elif not admit and decodes == self._decodes and self._repeats(growing, slot_ranks):
             return True
-        for request in decodes:  # growing one may preempt another one of them, or itself
-            grows = len(request.tokens) > len(request.blocks) * self.blocks.block_size
-            if grows and request.status is Status.RUNNING:
+        for request in growing:  # it may preempt another one of them, or itself
+            if request.status is Status.RUNNING:
                 self._has_blocks(request, request.remaining)
         if self.preemptions > before:  # short of blocks
             decodes, admit = [request for request in decodes if request.status is Status.RUNNING], ()
@@ -108,7 +103,7 @@ class Batcher:
         work.sort(key=_slot)
         self.formed, self.sequences = work, list(map(_row, work))
         # A request that resumes with one token is no decode of the list yet.
-        whole = len(work) == len(decodes) == len(self.running) and all(request.decodes for request in work)
+        whole = len(work) == len(decodes) == len(running) and all(map(_decodes, work))
         self._decodes = decodes if whole else []
         self._work = None
         return False
@@ -158,9 +153,10 @@ class Batcher:
             self._compute(oldest, allowance, Floor(), work)
         return work
 
-    def _repeats(self, decodes: list[Request], slot_ranks: Sequence[int]) -> bool:
-        """Whether a batch of these is the batch before, a token later. Then all have blocks."""
-        if not decodes or decodes != self._decodes or self.speculates:
+    def _repeats(self, growing: Sequence[Request], slot_ranks: Sequence[int]) -> bool:
+        """Whether the requests of the batch before can run again, a token later. Then those that are
+        ``growing`` have got a block."""
+        if self.speculates or not self._decodes or not self.blocks.can_allocate(len(growing)):
             return False
         if self.pacer is not None:
             if self._work is None:
@@ -168,10 +164,6 @@ class Batcher:
             else:
                 pairs = self._work.decode_pairs + self._work.tokens
                 self._work = self._work._replace(decode_pairs=pairs)
-        size = self.blocks.block_size
-        growing = [request for request in decodes if request.computed >= len(request.blocks) * size]
-        if not self.blocks.can_allocate(len(growing)):
-            return False
         for request in growing:
             request.blocks += self.blocks.allocate(1)
         return True

@@ -381,7 +381,7 @@ class Core:
             self.now = ends[-2]
             self.step += len(ends) - 1
             self._note_used(self.now)
-        told = self._results.take(requests, batch, result, ends)
+        told = self._results.take(requests, batch, result, ends, tells=intervals)
         return token_intervals(told, ends) if intervals else [()] * len(ends)
 
     def learn(self, batch: StepBatch, seconds: float) -> None:

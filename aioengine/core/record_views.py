@@ -72,8 +72,8 @@ class CoreSlotView(RecordView):
     __slots__ = ()
 
     index = property(attrgetter("_of.index"))
-    adapter = property(attrgetter("_of.name"))
-    state = property(attrgetter("_of.state"))
+    adapter = property(attrgetter("_of.shown.name"))
+    state = property(attrgetter("_of.shown.slot_state"))
     last_used = property(attrgetter("_of.last_used"))
-    running = property(attrgetter("_of.running"))
-    pinned = property(attrgetter("_of.pinned"))
+    running = property(attrgetter("_of.shown.running"))
+    pinned = property(attrgetter("_of.shown.pinned"))

@@ -199,9 +199,8 @@ class Sink(Protocol):
         the last one is a stop token. Returns how many of them are left if the text reaches a stop string,
         which ends the request."""
 
-    @property
-    def waits_for_end(self) -> bool:
-        """Whether nobody reads the tokens before the request's end."""
+    waits_for_end: bool
+    """Whether nobody reads the tokens before the request's end: then only the last ones are pushed."""
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         """Note that the request has ended. Called once."""
@@ -251,7 +250,8 @@ class Request:
     is_plain: bool = False
     """Whether each step after its prompt gives it one token, and only that; known once it is admitted."""
     decodes: bool = False
-    """Whether ``row`` is a plain decode. The next step has it, too: only the token and its place change."""
+    """Whether ``row`` is a plain decode. The next step has it, too: only the token and its place change, as
+    soon as there is one."""
     blocks: list[int] = field(default_factory=list)
     """Its block table, one entry for every ``block_size`` positions."""
     hashes: list[bytes] = field(default_factory=list)
@@ -294,6 +294,12 @@ class Request:
     def remaining(self) -> int:
         """Tokens that are known but not computed yet; 1 in steady decode."""
         return len(self.tokens) - self.computed
+
+    @property
+    def has_prompt_left(self) -> bool:
+        """Whether some of the tokens that it was admitted with take another step than the one that samples
+        the next."""
+        return self.computed < self.started and len(self.tokens) - self.computed > 1
 
     @property
     def label(self) -> str | None:

@@ -37,32 +37,35 @@ class StepResults:
         batch: StepBatch,
         result: StepResult,
         ends: Sequence[float],
+        *,
+        tells: bool,
     ) -> list[TokensBefore]:
         """Take in the result of ``batch``, in which ``requests`` were, in this order, and whose steps ended
-        at ``ends``. Returns what :func:`token_intervals` needs."""
+        at ``ends``. Returns what :func:`token_intervals` needs, if it ``tells``."""
         longest = max([after - first for first, after in pairwise(ends)], default=0.0)
-        each, size, now, plain = len(ends), self._batcher.blocks.block_size, ends[-1], result.is_plain
+        each, size, tokens, plain = len(ends), self._batcher.blocks.block_size, result.tokens, result.is_plain
+        begin, now = ends[0], ends[-1]
         done: list[tuple[float, Request, FinishReason]] = []
         told: list[TokensBefore] = []
         finish: FinishReason | None
         error: tuple[str, Fault] | None
         logprobs: Sequence[TokenLogprob]
         until = 0
-        for index, (request, count) in enumerate(zip(requests, result.counts, strict=True)):
+        rows = zip(requests, batch.sequences, result.counts, strict=True)
+        for index, (request, work, count) in enumerate(rows):
             first, until = until, until + count
-            known, last, new = request.tokens, request.last_token, result.tokens[first:until]
-            computed, finish, error, logprobs = count, None, None, ()
+            known, last, new = request.tokens, request.last_token, tokens[first:until]
+            computed, got, finish, error, logprobs = count, count, None, None, ()
             if not (
                 request.decodes
                 and plain
                 and count == each
-                and last is not None
                 and len(known) + count < request.most_tokens
-                and (new[0] not in request.stops if count == 1 else request.stops.isdisjoint(new))
+                and request.stops.isdisjoint(new)
             ):  # all but plain decodes that got a token from each step and go on, as nearly all do
                 if request.status is not Status.RUNNING:
                     continue
-                work, error = batch.sequences[index], result.errors.get(index)
+                error = result.errors.get(index)
                 computed = len(work.tokens) - len(work.draft) + (count - 1 if work.sample else 0)
                 if work.draft and (count or error is not None):
                     self._learn_draft(request, len(work.draft), count - (error is None), now)
@@ -79,26 +82,31 @@ class StepResults:
                     if error is not None:
                         self._end(request, "error", now, _sampling_error(request, *error))
                     continue
+                got = len(new)
             known += new
-            got = len(new)
-            if (sink := request.sink) is not None:
+            sink = request.sink
+            if sink is not None and not (sink.waits_for_end and finish is None):
                 left = sink.push(new, logprobs, is_stop=finish == "stop")
                 if left is not None:
                     del known[len(known) - got + left :]
                     got, finish = left, "stop"
             if got < count:
                 computed -= count - got
-            if request.computed % size + computed < size:
-                request.computed += computed
+            before = request.computed
+            if before % size + computed < size:
+                request.computed = before + computed
             else:
                 self._batcher.advance(request, computed)
+            if request.decodes:  # the next one
+                work.start, work.tokens = before + computed, new if got == 1 else new[-1:]
             time = request.last_token = now if got >= each else ends[got - 1]
-            told.append((request.adapter, last, got))
+            if tells:
+                told.append((request.adapter, last, got))
             gap, worst = longest, request.worst_gap
             if last is None:
-                self._note_first(request, ends[0])
-            elif ends[0] - last > gap:
-                gap = ends[0] - last
+                self._note_first(request, begin)
+            elif begin - last > gap:
+                gap = begin - last
             if (worst is None or gap > worst) and (last is not None or got > 1):
                 request.worst_gap = gap
             if finish is not None:

@@ -33,7 +33,7 @@ class _WaitingAdapters(RecordView):
     _of: RequestQueues
 
     def __iter__(self) -> Iterator[str | None]:
-        entries = self._of.heads.values()
+        entries = map(self._of.heads.__getitem__, self._of.heads)
         if self._of.base.head is None:
             return map(_name, entries)
         return (None if entry is None else entry.name for entry in entries)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-import msgspec
 from torch import Tensor
 
 from aioengine.step import Sampled, SequenceWork
@@ -38,7 +38,7 @@ def sample_drafted(
     while rows:
         places = [begins[i] + depth for i, depth in rows]
         some = logits if len(places) == len(logits) else logits[places]
-        sequences = [msgspec.structs.replace(works[i], draft=works[i].draft[:depth]) for i, depth in rows]
+        sequences = [dataclasses.replace(works[i], draft=works[i].draft[:depth]) for i, depth in rows]
         for (i, _), token in zip(rows, sample(some, sequences), strict=True):
             found[i].append(token)
         waiting = [i for i, tokens in enumerate(found) if len(tokens) < 1 + len(works[i].draft)]

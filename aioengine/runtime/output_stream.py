@@ -46,6 +46,8 @@ class OutputStream:
         self._error: Exception | None = None
         self._read_at_end = False
         """Whether its reader waits for the end."""
+        self.waits_for_end = False
+        """Whether nothing has to be done for a token before the end either."""
         self._ready = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -95,10 +97,6 @@ class OutputStream:
             self._answer.logprobs += logprobs[:stopped]
         return stopped
 
-    @property
-    def waits_for_end(self) -> bool:
-        return self._read_at_end and (self._decoder is None or not self._params.stop)
-
     def end(self, reason: EndReason, error: Exception | None) -> None:
         if reason == "error":
             self._error = error
@@ -115,6 +113,7 @@ class OutputStream:
     async def last(self) -> RequestOutput:
         """Wait for the end without waking up for each token. Raises as :meth:`next` does."""
         self._read_at_end = True
+        self.waits_for_end = self._decoder is None and self._answer.logprobs is None and not self._replayed
         await self._ended.wait()
         return await self.next()
 

@@ -147,19 +147,23 @@ class Submitter:
             raise PromptTooLong(len(prompt), self._limit)  # before they are looked at one by one
         try:
             tokens = msgspec.convert(prompt, self._token_type)  # one pass, in a fifth of the time of several
+            self._check_length(tokens, params)
         except msgspec.ValidationError:
             if not set(map(type, prompt)) <= {int}:
                 return None
             tokens = list(prompt)
-        self._check_prompt(tokens, params)
+            self._check_prompt(tokens, params)
         return tokens
 
     def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
+        self._check_length(tokens, params)
+        self._check_vocabulary("prompt", (min(tokens), max(tokens)))
+
+    def _check_length(self, tokens: list[int], params: SamplingParams) -> None:
         if not tokens:
             raise RequestInvalid("the prompt is empty: it must have at least one token")
         if len(tokens) > self._limit - (params.max_tokens > 0):
             raise PromptTooLong(len(tokens), self._limit)
-        self._check_vocabulary("prompt", (min(tokens), max(tokens)))
 
     def _check_params(self, params: SamplingParams) -> None:
         """Check the parameters that depend on the model."""

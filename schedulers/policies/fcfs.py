@@ -89,10 +89,10 @@ class FCFS(SchedulerPolicy):
         for name in islice(cold, SCAN_LIMIT):
             adapter = adapters[name]
             location, oldest = adapter.location, adapter.oldest_arrival
-            if location is LOADING or oldest is None:
+            if oldest is None or location is LOADING or (location is DISK and not plan.tight):
                 continue
             take, close = oldest + self.take_after <= now, oldest + self.close_after <= now
-            if location is CPU or (take and plan.tight and plan.lack(adapter) > 0):
+            if location is CPU or (take and plan.lack(adapter) > 0):
                 kind = BUSY if close and plan.closes else WANTED if take else UNWANTED
                 found = plan.find(adapter, (h for h in plan.held if h.oldest > oldest and h.kind <= kind))
                 if found is not None:
@@ -132,7 +132,7 @@ class SlotPlan:
         self.tight = self._full or self._cpu_bytes is not None  # the CPU cache may lack room
         self._left: Mapping[str | None, int] = {}
         self._wanted, self._ready = list[str](), list[tuple[SlotView, str, AdapterView, float]]()
-        adapters, ready = view.adapters, SlotState.READY
+        adapters, ready, loading = view.adapters, SlotState.READY, SlotState.LOADING
         for slot in view.slots:
             name = slot.adapter
             if name is None:
@@ -140,7 +140,7 @@ class SlotPlan:
                 continue
             state, adapter = slot.state, adapters[name]
             oldest = adapter.oldest_arrival
-            if oldest is not None and state is not SlotState.LOADING:
+            if oldest is not None and state is not loading:
                 self._wanted.append(name)
             if state is ready and not adapter.pinned:
                 self._ready.append((slot, name, adapter, inf if oldest is None else oldest))
@@ -206,7 +206,7 @@ class SlotPlan:
             self.place.append(Place(adapter.name))
             self.evict += [held.name for held in found]
         else:
-            self.closed |= {held.name: None for held in found}
+            self.closed.update((held.name, None) for held in found)
 
     def fill(self, limit: int) -> list[RequestView]:
         """Return requests for closed slots that end before the longest one that runs there."""

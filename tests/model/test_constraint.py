@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -295,7 +295,7 @@ class IncrementalLater(Incremental):
 @pytest.mark.parametrize("constraint", [Incremental(), IncrementalLater()])
 def test_a_token_costs_the_same_after_any_number_of_them(constraint: Incremental) -> None:
     history = Counted(range(20))
-    work = msgspec.structs.replace(row(SamplingParams(constraint=constraint)), history=history)
+    work = dataclasses.replace(row(SamplingParams(constraint=constraint)), history=history)
     reads = []
     for token in range(1000):
         before = history.read

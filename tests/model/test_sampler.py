@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -326,7 +326,7 @@ def test_penalties_kept_from_step_to_step_are_those_of_the_whole_history(data: s
     number = st.floats(0.5, 2.0)
     penalties = Penalties()
     rows = [
-        msgspec.structs.replace(
+        dataclasses.replace(
             row(
                 SamplingParams(
                     repetition_penalty=data.draw(number),
@@ -345,9 +345,7 @@ def test_penalties_kept_from_step_to_step_are_those_of_the_whole_history(data: s
         scores = torch.randn(len(running), vocab)
         kept, anew = scores.clone(), scores.clone()
         penalties.apply(kept, running)
-        Penalties().apply(
-            anew, [msgspec.structs.replace(work, history=list(work.history)) for work in running]
-        )
+        Penalties().apply(anew, [dataclasses.replace(work, history=list(work.history)) for work in running])
         assert torch.equal(kept, anew)
         for work in rows:
             work.history.extend(data.draw(ids))  # type: ignore[attr-defined]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
-
-import msgspec
 
 from aioengine.core import CoreLimits
 from aioengine.core.state import AdapterEntry, Owner, Request
@@ -116,7 +115,7 @@ class FullSim(Sim):
         while len(ends) < most and self.now < batch.until and not self._ends(batch, rows):
             for work, row in zip(batch.sequences, rows, strict=True):
                 history = [*work.history, *(one.token for one in row)]
-                row += self.sample(msgspec.structs.replace(work, history=history))
+                row += self.sample(dataclasses.replace(work, history=history))
             self.now += seconds
             ends.append(self.now)
         return StepResult.of(rows)._replace(seconds=[seconds] * len(ends), ends=ends)

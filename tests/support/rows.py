@@ -36,6 +36,8 @@ class Reader:
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], *, is_stop: bool) -> int | None:
         assert tokens and self.reason is None
+        if self.waits_for_end:  # those before were not pushed
+            self.tokens = self.request.tokens[self.request.prompt_len : -len(tokens)]
         assert self.request.tokens[self.request.prompt_len :] == [*self.tokens, *tokens]
         left = None
         for count, token in enumerate(tokens, 1):
@@ -50,6 +52,8 @@ class Reader:
     def end(self, reason: EndReason, error: Exception | None) -> None:
         assert self.reason is None, "it ends once"
         self.reason = reason
+        if self.waits_for_end:
+            self.tokens = self.request.tokens[self.request.prompt_len :]
 
 
 class RowSim(FullSim):

@@ -26,13 +26,25 @@ from aioengine.core.record_views import CoreSlotView
 from aioengine.core.state import AdapterEntry
 from aioengine.schedulers.policy import SlotState
 
-_FREE = SlotState.FREE  # a member of an Enum takes longer to look up than a decision has
+
+class _Nothing:
+    """What an empty slot shows."""
+
+    name = None
+    slot_state = SlotState.FREE
+    running = 0
+    pinned = False
+
+
+_NOTHING = _Nothing()
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
     index: int
     entry: AdapterEntry | None = None
+    shown: AdapterEntry | _Nothing = _NOTHING
+    """What policies see of it. They look very often."""
     offset: int | None = None
     """Offset of its region in the memory, in bytes; None if it is free."""
     last_used: float = 0.0
@@ -43,26 +55,13 @@ class Slot:
         self.view = CoreSlotView(self)
 
     @property
-    def name(self) -> str | None:
-        """The name that policies have for its adapter."""
-        return None if self.entry is None else self.entry.name
-
-    @property
     def state(self) -> SlotState:
-        return _FREE if self.entry is None else self.entry.slot_state
+        return self.shown.slot_state
 
     @property
     def loading(self) -> bool:
         """Whether it is being written."""
         return self.entry is not None and self.entry.state is State.COPYING
-
-    @property
-    def running(self) -> int:
-        return 0 if self.entry is None else self.entry.running
-
-    @property
-    def pinned(self) -> bool:
-        return self.entry is not None and self.entry.pinned
 
     def why_not(self, keep: Collection[int]) -> str | None:
         """Return the reason why its adapter may not leave now; adapters (by uid) in ``keep`` may not."""
@@ -105,7 +104,8 @@ class SlotTable:
         offset = self.arena.allocate(entry.slot_nbytes)
         assert offset is not None, "room has not been made"
         entry.change("copy")
-        slot.entry, slot.offset, entry.slot, self._ranks = entry, offset, slot.index, None
+        slot.entry = slot.shown = entry
+        slot.offset, entry.slot, self._ranks = offset, slot.index, None
         self._moves.append(CopyMove(entry, slot.index, offset))
         self._guard.say(events.AdapterPlacing, entry, now, slot=slot.index)
 
@@ -137,6 +137,7 @@ class SlotTable:
         entry.change(change)
         self.arena.release(slot.offset)
         slot.entry = slot.offset = entry.slot = self._ranks = None
+        slot.shown = _NOTHING
         return entry
 
     def slot_of(self, entry: AdapterEntry) -> Slot:
@@ -158,7 +159,7 @@ class SlotTable:
     def room_beside_pinned(self) -> int:
         """Return the bytes of the largest adapter that may still get a slot while pinned adapters stay; 0 if
         these hold every slot."""
-        held = [slot.offset for slot in self.slots if slot.pinned and slot.offset is not None]
+        held = [slot.offset for slot in self.slots if slot.shown.pinned and slot.offset is not None]
         if len(self.slots) == len(held):
             return 0
         beside = Arena(self.arena.size, self.arena.granule)

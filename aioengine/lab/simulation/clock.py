@@ -64,8 +64,9 @@ class _Timer(asyncio.TimerHandle):
     _when: float
 
     def __lt__(self, other: object) -> bool:
-        assert isinstance(other, _Timer)
-        return (self._when, self.number) < (other._when, other.number)
+        assert type(other) is _Timer
+        mine, others = self._when, other._when
+        return mine < others or (mine == others and self.number < other.number)
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):

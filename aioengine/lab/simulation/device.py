@@ -25,6 +25,8 @@ from aioengine.step import (
 MOST_STEPS = 32
 """Steps that are under way at a time, at most: more would often be reckoned in vain, because something
 happens."""
+ENDLESS = -(1 << 40)
+"""Length of an output that goes on until ``max_tokens``: no step reaches it."""
 
 
 class _Flight:
@@ -181,16 +183,10 @@ class SimulatedDevice(Device):
     def _until_an_end(self, batch: StepBatch, most: int) -> tuple[int, list[int]]:
         """Return how many steps there are until a sequence ends, at most ``most``, and the indices of the
         sequences that end then."""
-        lengths, ending = self.lengths, list[int]()
-        for index, work in enumerate(batch.sequences):
-            length = lengths.get(work.request_id)
-            if length is not None:
-                left = length - work.start - len(work.tokens) + work.prompt_len
-                if 0 < left < most:
-                    most, ending = left, [index]
-                elif left == most:
-                    ending.append(index)
-        return most, ending
+        length, rows = self.lengths.get, batch.sequences
+        left = [length(r.request_id, ENDLESS) + r.prompt_len - r.start - len(r.tokens) for r in rows]
+        most = min([tokens for tokens in left if 0 < tokens < most], default=most)
+        return most, [index for index, tokens in enumerate(left) if tokens == most]
 
     def _result(self, flight: _Flight, ends: Sequence[float]) -> StepResult:
         begins, overhead = (flight.begin, *ends[:-1]), self._costs.step_overhead
