@@ -80,7 +80,10 @@ class BlockManager:
 
     def can_allocate(self, new: int, shared: Sequence[int] = ()) -> bool:
         """Whether ``new`` blocks are free beside the ``shared`` ones from the cache."""
-        return self.num_free - sum(self._refs[block] == 0 for block in shared) >= new
+        free = len(self._empty) + len(self._cached)
+        if shared:
+            free -= sum(self._refs[block] == 0 for block in shared)
+        return free >= new
 
     def allocate(self, new: int, shared: Sequence[int] = ()) -> list[int]:
         """Take a reference on each of ``shared`` and on ``new`` fresh blocks; returns their ids."""
