@@ -80,7 +80,7 @@ class Placing:
         """Return the adapters outside the slots that can never get one as long as the pinned adapters stay,
         and the reasons."""
         room = self._slots.room_beside_pinned()
-        pinned = ", ".join(s.entry.label for s in self._slots.slots if s.entry is not None and s.pinned)
+        pinned = ", ".join(s.entry.label for s in self._slots.slots if s.entry is not None and s.entry.pinned)
         found: list[tuple[AdapterEntry, EngineOverloaded]] = []
         for entry in entries:
             if entry is None or entry.slot is not None:
