@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,9 +16,9 @@ from aioengine.adapters.read_threads import SharedRead
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import WAITING_BOUNDS, EngineConfig
 from aioengine.core import Core
-from aioengine.errors import AdapterInvalid, ConfigError, EngineDead, EngineStopped
+from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
-from aioengine.info import AdapterInfo, EngineInfo, EngineLoad, EngineState, EngineStats, LoadProgress
+from aioengine.info import EngineInfo, EngineState, EngineStats, LoadProgress
 from aioengine.memory_plan import MemoryPlan
 from aioengine.request import (
     Classification,
@@ -41,7 +40,7 @@ from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.names import AdapterNames
-from aioengine.runtime.stats import Counters, engine_load
+from aioengine.runtime.stats import Counters
 from aioengine.runtime.submit import Submitter
 from aioengine.runtime.text_work import TextWork
 from aioengine.runtime.warm_up import warm_up
@@ -49,17 +48,14 @@ from aioengine.schedulers import SchedulerPolicy
 from aioengine.tasks import run_to_completion
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from aioengine.grammars.limits import GrammarLimits
     from aioengine.grammars.service import Grammars
     from aioengine.metrics import EngineMetrics
     from aioengine.model.spec import ModelSpec
     from aioengine.model.text.tokenizer import Tokenizer
-    from aioengine.step import BytesLike
 
 
-class AsyncEngine:
+class AsyncEngine(AdapterOps):
     """One base model with many adapters, on one event loop.
 
     >>> async with AsyncEngine(EngineConfig(model="smollm2-135m")) as engine:
@@ -83,15 +79,11 @@ class AsyncEngine:
     model_spec: ModelSpec
     model_path: Path | None
     """The folder or GGUF file that the model was read from; None if there is none."""
-    _core: Core
-    _loop: EngineLoop
-    _adapters: AdapterOps
-    _held: HeldAdapters
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> object:
-            if name in AsyncEngine.__annotations__:
+            if name in {**AsyncEngine.__annotations__, **AdapterOps.__annotations__}:
                 raise EngineStopped("the engine is not started: use 'async with AsyncEngine(...)'")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -168,17 +160,16 @@ class AsyncEngine:
             self._core, built.device, timer=built.timer, virtual=built.virtual, intervals=built.metrics
         )
         lora = self.config.lora
-        names = AdapterNames(self._loop, built.resolver, None if lora is None else lora.load_timeout)
-        self._adapters = AdapterOps(self._loop, names)
-        self._held = HeldAdapters(self._adapters, work, int(lora.max_held_lora_bytes) if lora else 0)
+        self._names = AdapterNames(self._loop, built.resolver, None if lora is None else lora.load_timeout)
+        self._held = HeldAdapters(work, int(lora.max_held_lora_bytes) if lora else 0)
         self._submitter = Submitter(
-            self._loop, names, built, text_work=self.text_work, check_running=self._check_running
+            self._loop, self._names, built, text_work=self.text_work, check_running=self._check_running
         )
         self.build = assemble.build_labels(self.info)
         self.metrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
             snapshot=self.stats,
-            adapters=self._adapters.busy,
+            adapters=self._busy,
             engine=self.config.name,
             compat=self.config.metrics_compat,
             model_name=lambda: self.model_name,
@@ -212,7 +203,7 @@ class AsyncEngine:
         await run_to_completion(self._shutdown_task)  # no thread or process may be left behind
 
     async def _shutdown(self) -> None:
-        self._adapters.close(EngineStopped("the engine was stopped while the adapter was looked for"))
+        self._names.lookups.close(EngineStopped("the engine was stopped while the adapter was looked for"))
         await self._loop.stop()
         for close in self._closers:
             await close()
@@ -339,11 +330,6 @@ class AsyncEngine:
             complete, query, documents, labels=labels, pair=pair, work=self.text_work, tenant=tenant
         )
 
-    async def head_labels(self, adapter: Wanted) -> int:
-        """Return how many labels an adapter's head has; 0 without one, as for a mix. Loads the adapter."""
-        name = vectors.scaled_adapter(adapter)
-        return 0 if name is None else await self.versions.labels(name)
-
     async def abort(self, request_id: str) -> bool:
         """End a request; its reader gets a last output with ``finish_reason="abort"``. Returns False if no
         such request is waiting or running."""
@@ -374,114 +360,11 @@ class AsyncEngine:
         self.config = config
         self._loop.wake()
 
-    # Adapters
-
-    @property
-    def versions(self) -> AdapterOps:
-        """Change versions in two steps, at the same time as other engines: ``prepare``, then ``commit``."""
-        self._check_lora()
-        return self._adapters
-
-    def register_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
-        """Declare an adapter that is read when a request first needs it. No I/O. ``path`` is a PEFT folder,
-        "hf:owner/name[@revision]" (extra ``hub``), or a URL such as "s3://bucket/folder" (extra ``s3``).
-        Raises AdapterInvalid for a bad name, or if the name stands for another path already."""
-        return self.versions.register(name, path)
-
-    async def load_adapter(
-        self,
-        name: str,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        tensors: Mapping[str, Tensor] | None = None,
-        config: object = None,
-        pin: bool = False,
-        replace: bool = False,
-    ) -> AdapterInfo:
-        """Read and validate an adapter and bring it to the CPU cache.
-
-        ``path`` is as in :meth:`register_adapter`, and may be left out for a name that is registered or that
-        the resolver has. ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) are an
-        adapter in memory instead, as PEFT saves it. With ``replace`` it becomes the next version of this
-        name, with its pin: accepted requests finish on the old version, which stays if the new one is not
-        valid. With ``pin`` it goes to a slot, as by :meth:`pin_adapter`.
-
-        Raises AdapterInvalid, AdapterTooLarge, AdapterLoadError; AdapterNotFound without ``path`` for
-        an unknown name; ConfigError if ``pin`` would leave no slot for other adapters; EngineOverloaded if
-        pinned adapters fill the CPU cache.
-        """
-        adapters = self.versions
-        if tensors is None and config is None:
-            return await adapters.load(name, path, pin=pin, replace=replace)
-        if tensors is None or config is None or path is not None:
-            raise AdapterInvalid("give either a path, or tensors and their config", name=str(name))
-        return await self._held.load_tensors(name, tensors, config, pin=pin, replace=replace)
-
-    async def load_adapter_state(
-        self,
-        name: str,
-        model: object,
-        *,
-        adapter_name: str | None = None,
-        pin: bool = False,
-        replace: bool = True,
-    ) -> AdapterInfo:
-        """Load the present state of a live ``peft.PeftModel``'s adapter, by default the active one, as
-        :meth:`load_adapter` does with tensors. Raises AdapterInvalid for another object."""
-        self._check_lora()
-        return await self._held.load_state(name, model, adapter_name, pin=pin, replace=replace)
-
-    async def load_adapter_files(
-        self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
-    ) -> AdapterInfo:
-        """Load an adapter from the content of its two files, as :meth:`load_adapter` does with tensors."""
-        self._check_lora()
-        return await self._held.load_files(name, config, memoryview(weights), pin=pin, replace=replace)
-
-    async def unload_adapter(self, name: str, *, force: bool = False) -> None:
-        """Accept no new requests for the adapter, wait for the accepted ones (with ``force``: abort them),
-        and free its memory, also if the call is cancelled. Raises AdapterNotFound."""
-        await self.versions.unload(name, force=force)
-
-    async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
-        """Bring an adapter to a slot and keep it there; returns when it is in its slot. At most
-        ``max_loras - 1`` can be pinned; with ``force`` all slots, and then requests for other adapters fail
-        with EngineOverloaded. Raises AdapterNotFound, ConfigError, or what loading it raises."""
-        return await self.versions.load(name, None, pin=True, force_pin=force)
-
-    async def unpin_adapter(self, name: str) -> AdapterInfo:
-        """Remove a pin. Raises AdapterNotFound."""
-        return await self.versions.unpin(name)
-
-    def adapters(self) -> list[AdapterInfo]:
-        """Return the state of every registered adapter."""
-        return self._adapters.all()
-
-    def find_adapter(self, name: str) -> AdapterInfo | None:
-        """Return the state of one adapter; None if it is not registered."""
-        return self._adapters.find(name)
-
-    def count_adapters(self) -> int:
-        """Return about how many adapters are registered: mixes count, too."""
-        return self._adapters.count()
-
     # Watching
 
     def stats(self) -> EngineStats:
         """Return the engine's present state; after its stop, its last state."""
         return self._counters.snapshot(self._core, self._loop.foreign.failures["listener"])
-
-    def load(self) -> EngineLoad:
-        """Return the engine's load, for routers. It costs less than :meth:`stats`."""
-        return engine_load(self._core, self._loop.step_age())
-
-    def resident(self) -> list[AdapterInfo]:
-        """Return the versions in slots, in the CPU cache, and on their way to it, mixes included."""
-        return self._adapters.resident()
-
-    def replaced(self) -> list[AdapterInfo]:
-        """Return the replaced versions that requests still wait for or run on, wherever they are."""
-        return self._adapters.replaced()
 
     def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Deliver every event to ``listener``, or those of the given types, on the loop; returns a function

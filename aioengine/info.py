@@ -69,24 +69,6 @@ class SlotInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bytes: int = 0
 
 
-class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """The present load of an engine, for routers."""
-
-    running: int
-    waiting: int
-    waiting_tokens: int
-    """Prompt tokens that are still to be computed."""
-    running_tokens: int
-    """Tokens of running requests that are in the KV cache."""
-    kv_tokens: int
-    """Tokens that the KV cache has room for."""
-    kv_tokens_free: int
-    waiting_for: dict[str | None, int]
-    """Waiting requests by adapter."""
-    step_age: float
-    """Seconds since the step that runs now began."""
-
-
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """The present state of the engine; counters count from its start."""
 
@@ -111,6 +93,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     kv_blocks: int
     kv_blocks_free: int
     block_size: int
+    uncomputed_tokens: int = 0
+    """Prompt tokens that are still to be computed, of all requests."""
+    waiting_for: dict[str, int] = {}
+    """Waiting requests by adapter; "" is the base model."""
     steps: int
     preemptions: int
     requests_finished: int = 0
@@ -138,6 +124,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     slot_hits: int = 0
     """Requests whose adapter was in a slot when they arrived."""
     slot_misses: int = 0
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache has room for."""
+        return self.kv_blocks * self.block_size
+
+    @property
+    def kv_tokens_free(self) -> int:
+        return self.kv_blocks_free * self.block_size
 
 
 def mix_name(parts: Iterable[tuple[str, float]]) -> str:

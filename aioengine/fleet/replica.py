@@ -211,7 +211,7 @@ class EngineReplica:
             slots=0 if lora is None else len(self.engine.stats().slots),
             cpu_loras=0 if lora is None else lora.cpu_capacity,
             max_running=self._config.engine.max_num_seqs,
-            kv_tokens=self.engine.load().kv_tokens,
+            kv_tokens=self.engine.stats().kv_tokens,
             digest=self._digest,
         )
 
@@ -220,22 +220,22 @@ class EngineReplica:
         return _own_actor()
 
     def _status(self, box: Outbox, now: float) -> Status:
-        load = self.engine.load()
+        stats = self.engine.stats()
         report = Report(
             sent_at=now,
             received=box.received,
             ended=box.ended,
-            waiting=load.waiting,
-            running=load.running,
-            waiting_tokens=load.waiting_tokens,
-            free_kv_tokens=load.kv_tokens_free,
-            waiting_for={name and without_versions(name): n for name, n in load.waiting_for.items()},
+            waiting=stats.waiting,
+            running=stats.running,
+            waiting_tokens=stats.uncomputed_tokens,
+            free_kv_tokens=stats.kv_tokens_free,
+            waiting_for={without_versions(name) or None: n for name, n in stats.waiting_for.items()},
             load_seconds=self._speed.load,
             slot_seconds=self._speed.slot,
             seconds_per_token=self._speed.token.seconds_per_token,
             service_seconds=self._speed.service,
         )
-        return Status(report, load.step_age, self._draining, self.engine.state)
+        return Status(report, self.engine.step_age(), self._draining, self.engine.state)
 
     def _residency(self) -> Residency:
         replaced = self.engine.replaced()
@@ -271,16 +271,16 @@ class EngineReplica:
     async def describe(self, to: str | None = None) -> dict[str, Any]:
         """Describe the replica's state, for people."""
         _check_own(to)
-        load = self.engine.load()
+        stats = self.engine.stats()
         return {
             "replica": _own_id(),
             "pid": os.getpid(),
             "node": platform.node(),
             "state": "draining" if self._draining else self.engine.state,
-            "running": load.running,
-            "waiting": load.waiting,
-            "kv_free": load.kv_tokens_free / max(load.kv_tokens, 1),
-            "slots": [slot.adapter for slot in self.engine.stats().slots],
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "kv_free": stats.kv_blocks_free / max(stats.kv_blocks, 1),
+            "slots": [slot.adapter for slot in stats.slots],
             "adapters": self.engine.adapters(),
         }
 
@@ -301,8 +301,7 @@ class EngineReplica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`. Serve calls this for the scaling
         policy."""
-        slots = {slot.adapter for slot in self.engine.stats().slots}
-        return self._speed.demand(self.engine.load(), slots, self._config.engine.max_num_seqs)
+        return self._speed.demand(self.engine.stats())
 
     async def stop(self) -> None:
         await self._boxes.close()

@@ -62,7 +62,7 @@ class ReplicaAdapters:
 
     async def _commit(self, name: str, change: str, digest: str, version: int | None) -> AdapterInfo:
         info = await self.prepared.commit(name, change)
-        self._engine.versions.expect(name, digest)
+        self._engine.expect_adapter(name, digest)
         if version is not None:
             self._told[name] = version
         return info
@@ -77,11 +77,11 @@ class ReplicaAdapters:
             there = self._engine.find_adapter(entry.name)
             has_it = there is not None and entry.digest in {there.digest} - {""}
             if self._told.get(entry.name, 0) < entry.version and not has_it:
-                await self._engine.versions.prepare(entry.name, entry.path, read=False)
-                self._engine.versions.commit(entry.name)
+                await self._engine.prepare_adapter(entry.name, entry.path, read=False)
+                self._engine.commit_adapter(entry.name)
             self._told[entry.name] = entry.version
             if entry.digest:
-                self._engine.versions.expect(entry.name, entry.digest)
+                self._engine.expect_adapter(entry.name, entry.digest)
             if entry.pinned:
                 await self._engine.pin_adapter(entry.name)
 
@@ -127,9 +127,9 @@ class PreparedVersions:
         """Prepare a version. Nothing of it stays if the change ends meanwhile."""
         self._changes[name] = change
         try:
-            info = await self._engine.versions.prepare(name, path, read=read)
+            info = await self._engine.prepare_adapter(name, path, read=read)
             if self._changes.get(name) != change:
-                self._engine.versions.discard(name)
+                self._engine.discard_adapter(name)
                 raise _ended(name)
             return info
         except BaseException:
@@ -140,12 +140,12 @@ class PreparedVersions:
         """Let new requests use what the change has prepared."""
         if not self._end(name, change):
             raise _ended(name)
-        return self._engine.versions.commit(name)
+        return self._engine.commit_adapter(name)
 
     async def discard(self, name: str, change: str) -> None:
         """End the change: drop what it has prepared, or prepares."""
         if self._end(name, change):
-            self._engine.versions.discard(name)
+            self._engine.discard_adapter(name)
 
     def _end(self, name: str, change: str) -> bool:
         """Return whether the change had not ended."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
-
 from aioengine import events
-from aioengine.info import EngineLoad
+from aioengine.info import EngineStats
 from aioengine.schedulers.routing.replica import GUESSED_SECONDS_PER_TOKEN, TokenSpeed
 
 _SMOOTHING = 0.2
@@ -47,15 +45,16 @@ class Speeds:
             case events.StepFinished() if event.prefill_tokens > event.decode_tokens:
                 self.token.add(event.seconds / event.steps, event.prefill_tokens + event.decode_tokens)
 
-    def demand(self, load: EngineLoad, slots: Set[str | None], max_running: int) -> dict[str, float]:
+    def demand(self, stats: EngineStats) -> dict[str, float]:
         """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`, for the scaling policy."""
         seconds_per_token = self.token.seconds_per_token or GUESSED_SECONDS_PER_TOKEN
+        slots = {slot.adapter for slot in stats.slots}
         return {
-            "waiting": load.waiting,
-            "running": load.running,
-            "max_running": max_running,
-            "queue_seconds": (load.waiting_tokens + load.running) * seconds_per_token,
-            "adapters_waiting": len(load.waiting_for.keys() - slots - {None}),
+            "waiting": stats.waiting,
+            "running": stats.running,
+            "max_running": stats.max_running,
+            "queue_seconds": (stats.uncomputed_tokens + stats.running) * seconds_per_token,
+            "adapters_waiting": len(stats.waiting_for.keys() - slots - {""}),
             "load_seconds": self.load or 0.0,
             "slot_seconds": self.slot or 0.0,
             "service_seconds": self.service or 0.0,

@@ -1,47 +1,61 @@
-"""The adapters' life cycle as callers see it: register, load, replace, pin, unload."""
+"""AdapterOps: the adapters' life cycle as callers see it: register, load, replace, pin, unload."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from typing import TypedDict
+from functools import partial
+from typing import TYPE_CHECKING
 
+from aioengine.adapters.peft.held import HeldAdapter, hold_files, hold_tensors
 from aioengine.adapters.resolvers.sources import check_same_path, checked_path
-from aioengine.core.adapters.name import AdapterName, frameless
+from aioengine.core import Core
+from aioengine.core.adapters.name import AdapterName, NameTable, frameless
 from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry, AdapterFiles
-from aioengine.errors import AdapterNotFound, AioEngineError
+from aioengine.errors import AdapterInvalid, AdapterNotFound
 from aioengine.info import AdapterInfo
 from aioengine.model.files.sources import is_source
+from aioengine.runtime.held import HeldAdapters, state_of
 from aioengine.runtime.loop import EngineLoop
+from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.mixes import is_mix, parts_of
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import adapter_info
 from aioengine.schedulers.policy import Location
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class LoadFlags(TypedDict, total=False):
-    """How an adapter is loaded: ``AsyncEngine.load_adapter`` describes them."""
-
-    pin: bool
-    replace: bool
+    from aioengine.request import Wanted
+    from aioengine.step import BytesLike
 
 
 class AdapterOps:
-    """Operations on adapters, on the event loop; those that wait can be cancelled at any point."""
+    """An engine's operations on adapters; those that wait can be cancelled at any point."""
 
-    def __init__(self, loop: EngineLoop, names: AdapterNames) -> None:
-        self._loop = loop
-        self._core = loop.core
-        self._residency = loop.core.residency
-        self._names = names
-        self._table = names.table
+    _core: Core
+    _loop: EngineLoop
+    _names: AdapterNames
+    _held: HeldAdapters
+
+    @property
+    def _table(self) -> NameTable:
+        return self._core.residency.names
+
+    def _check_lora(self) -> None:
+        """Raise an error if the engine does not run, or has no adapters."""
+        raise NotImplementedError
 
     # Registering and loading
 
-    def register(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+    def register_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+        """Declare an adapter that is read when a request first needs it. No I/O. ``path`` is a PEFT folder,
+        "hf:owner/name[@revision]" (extra ``hub``), or a URL such as "s3://bucket/folder" (extra ``s3``).
+        Raises AdapterInvalid for a bad name, or if the name stands for another path already."""
+        self._check_lora()
         where = checked_path(name, path)
         known = self._table.of(name)
         registered = _registered_path(known)
@@ -53,9 +67,73 @@ class AdapterOps:
         else:
             known.register(where, _now())
             self._loop.wake()
-        return self.info(name)
+        return self._info(name)
 
-    async def load(
+    async def load_adapter(
+        self,
+        name: str,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        config: object = None,
+        pin: bool = False,
+        replace: bool = False,
+    ) -> AdapterInfo:
+        """Read and validate an adapter and bring it to the CPU cache.
+
+        ``path`` is as in :meth:`register_adapter`, and may be left out for a name that is registered or that
+        the resolver has. ``tensors`` and ``config`` (a ``peft.LoraConfig``, or a dict of its fields) are an
+        adapter in memory instead, as PEFT saves it. With ``replace`` it becomes the next version of this
+        name, with its pin: accepted requests finish on the old version, which stays if the new one is not
+        valid. With ``pin`` it goes to a slot, as by :meth:`pin_adapter`.
+
+        Raises AdapterInvalid, AdapterTooLarge, AdapterLoadError; AdapterNotFound without ``path`` for
+        an unknown name; ConfigError if ``pin`` would leave no slot for other adapters; EngineOverloaded if
+        pinned adapters fill the CPU cache.
+        """
+        self._check_lora()
+        if tensors is None and config is None:
+            return await self._load(name, path, pin=pin, replace=replace)
+        if tensors is None or config is None or path is not None:
+            raise AdapterInvalid("give either a path, or tensors and their config", name=str(name))
+        hold = partial(hold_tensors, tensors=tensors, config=config)
+        return await self._load_copy(name, hold, pin=pin, replace=replace)
+
+    async def load_adapter_state(
+        self,
+        name: str,
+        model: object,
+        *,
+        adapter_name: str | None = None,
+        pin: bool = False,
+        replace: bool = True,
+    ) -> AdapterInfo:
+        """Load the present state of a live ``peft.PeftModel``'s adapter, by default the active one, as
+        :meth:`load_adapter` does with tensors. Raises AdapterInvalid for another object."""
+        tensors, config = state_of(model, adapter_name, name)
+        return await self.load_adapter(name, tensors=tensors, config=config, pin=pin, replace=replace)
+
+    async def load_adapter_files(
+        self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
+    ) -> AdapterInfo:
+        """Load an adapter from the content of its two files, as :meth:`load_adapter` does with tensors."""
+        self._check_lora()
+        hold = partial(hold_files, config=config, weights=memoryview(weights))
+        return await self._load_copy(name, hold, pin=pin, replace=replace)
+
+    async def _load_copy(
+        self, name: str, hold: Callable[..., HeldAdapter], *, pin: bool, replace: bool
+    ) -> AdapterInfo:
+        """Copy an adapter that is given in memory, and load the copy."""
+        path, held = await self._held.copy(name, hold)
+        try:
+            return await self._load(name, path, held=held, pin=pin, replace=replace)
+        except BaseException:
+            if all(entry.files is not held for entry in self._core.residency.entries.values()):
+                held.release()  # at once, and not when the last reference to the error goes
+            raise
+
+    async def _load(
         self,
         name: str,
         path: str | os.PathLike[str] | None,
@@ -86,7 +164,7 @@ class AdapterOps:
                     await self._read(entry, known, pin=pin)
             if pin:
                 await self._loop.until(lambda: self._is_in_slot(name), name)
-        return self.info(name)
+        return self._info(name)
 
     @asynccontextmanager
     async def _alone(self, name: str) -> AsyncIterator[AdapterName]:
@@ -126,8 +204,12 @@ class AdapterOps:
                 self._loop.wake()
             raise
 
-    async def labels(self, name: str) -> int:
-        """Return how many labels the head of a version has. Reads it if it was never read."""
+    async def head_labels(self, adapter: Wanted) -> int:
+        """Return how many labels an adapter's head has; 0 without one, as for a mix. Loads the adapter."""
+        name = vectors.scaled_adapter(adapter)
+        if name is None:
+            return 0
+        self._check_lora()
         self._names.check_known(name)
         await self._names.read(await self._names.acquire(name), now=False)
         entry = await self._names.acquire(name)  # it may have been replaced meanwhile
@@ -141,21 +223,18 @@ class AdapterOps:
         await self._loop.until(is_read, entry.label)  # a replaced version is read for the requests on it
         return entry.labels
 
-    def holds(self, held: AdapterFiles) -> bool:
-        """Whether a version has these files."""
-        return any(entry.files is held for entry in self._residency.entries.values())
-
     # Replacing in two steps
 
-    async def prepare(
+    async def prepare_adapter(
         self, name: str, path: str | os.PathLike[str] | None = None, *, read: bool = True
     ) -> AdapterInfo:
-        """Make the next version of an adapter ready for :meth:`commit`. With ``read=False`` it is read when a
-        request first needs it."""
+        """Make the next version of an adapter ready for :meth:`commit_adapter`, which may be at the same time
+        as that of other engines. With ``read=False`` it is read when a request first needs it."""
+        self._check_lora()
         source = None if path is None else checked_path(name, path)
         async with self._alone(name) as known:
             with known.load():
-                self.discard(name)
+                self.discard_adapter(name)
                 entry = await self._new_version(known, source)
                 entry.held = True
                 if read:
@@ -163,34 +242,40 @@ class AdapterOps:
                 known.prepared = entry
         return adapter_info(entry)
 
-    def commit(self, name: str) -> AdapterInfo:
+    def commit_adapter(self, name: str) -> AdapterInfo:
         """Let new requests use the prepared version. Raises AdapterNotFound if there is none."""
+        self._check_lora()
         known = self._table.of(name)
         entry = known.take_prepared()
         if entry is None:
-            raise AdapterNotFound("no version of it was prepared; call prepare first", name=name)
+            raise AdapterNotFound("no version of it was prepared; call prepare_adapter first", name=name)
         known.replace(entry, _now())
         self._loop.wake()
-        return self.info(name)
+        return self._info(name)
 
-    def discard(self, name: str) -> None:
+    def discard_adapter(self, name: str) -> None:
         """Drop the prepared version, if there is one."""
+        self._check_lora()
         known = self._table.of(name)
         entry = known.take_prepared()
         if entry is not None:
             known.retire(entry, _now())
             self._loop.wake()
 
-    def expect(self, name: str, digest: str) -> None:
+    def expect_adapter(self, name: str, digest: str) -> None:
         """Accept only this content (``AdapterInfo.digest``) under a known name, until it is replaced or
         unloaded: if its files differ later, its requests fail with AdapterChanged. Raises AdapterNotFound."""
+        self._check_lora()
         self._names.check_known(name)
         self._table.of(name).expect(digest)
 
     # Unloading
 
-    async def unload(self, name: str, *, force: bool) -> None:
-        """Unload an adapter. Loads that are under way, or wait for the lock, fail."""
+    async def unload_adapter(self, name: str, *, force: bool = False) -> None:
+        """Accept no new requests for the adapter, wait for the accepted ones (with ``force``: abort them),
+        and free its memory, also if the call is cancelled. Loads of it that are under way fail. Raises
+        AdapterNotFound."""
+        self._check_lora()
         known = self._table.of(name)
         was_loading = known.loading
         known.unloads += 1
@@ -210,7 +295,7 @@ class AdapterOps:
                 if force:
                     self._abort_all(entry)
                 self._loop.wake()
-                await self._loop.until(lambda: entry.uid not in self._residency.entries, name)
+                await self._loop.until(lambda: entry.uid not in self._core.residency.entries, name)
         finally:
             known.unloads -= 1
             self._table.keep(known)
@@ -222,10 +307,19 @@ class AdapterOps:
 
     # Pinning
 
-    async def unpin(self, name: str) -> AdapterInfo:
+    async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
+        """Bring an adapter to a slot and keep it there; returns when it is in its slot. At most
+        ``max_loras - 1`` can be pinned; with ``force`` all slots, and then requests for other adapters fail
+        with EngineOverloaded. Raises AdapterNotFound, ConfigError, or what loading it raises."""
+        self._check_lora()
+        return await self._load(name, None, pin=True, force_pin=force)
+
+    async def unpin_adapter(self, name: str) -> AdapterInfo:
+        """Remove a pin. Raises AdapterNotFound."""
+        self._check_lora()
         self._table.of(name).unpin(_now())
         self._loop.wake()
-        return self.info(name)
+        return self._info(name)
 
     @contextmanager
     def _claimed(self, name: str, *, force: bool) -> Iterator[None]:
@@ -248,10 +342,10 @@ class AdapterOps:
             raise frameless(entry.error)
         return False
 
-    # What there is; mixes are left out
+    # What there is
 
-    def all(self) -> list[AdapterInfo]:
-        """Describe every registered adapter."""
+    def adapters(self) -> list[AdapterInfo]:
+        """Return the state of every registered adapter."""
         found = map(self._describe, self._table.in_use.values())
         return [info for info in found if info is not None]
 
@@ -260,35 +354,31 @@ class AdapterOps:
             return None if is_mix(known.current) else adapter_info(known.current)
         return AdapterInfo(name=known.label, path=known.source) if known.source else None
 
-    def count(self) -> int:
-        """Return the number of registered adapters; a mix counts, too."""
+    def count_adapters(self) -> int:
+        """Return about how many adapters are registered: mixes count, too."""
         return sum(known.is_known for known in self._table.in_use.values())
 
-    def busy(self) -> list[AdapterInfo]:
+    def _busy(self) -> list[AdapterInfo]:
         """Return the registered adapters that hold memory, will soon, or have requests that wait."""
         waited_for = [entry for entry in self._core.queues.heads.values() if entry is not None]
         entries = dict.fromkeys([*self._core.cpu.entries.values(), *waited_for])
         return [adapter_info(e) for e in entries if e.life is Life.CURRENT and not is_mix(e)]
 
     def resident(self) -> list[AdapterInfo]:
-        """Return the adapters that hold memory or will soon hold it, mixes included."""
+        """Return the versions in slots, in the CPU cache, and on their way to it, mixes included."""
         return [adapter_info(entry) for entry in self._core.cpu.entries.values()]
 
     def replaced(self) -> list[AdapterInfo]:
-        """Return the replaced versions that requests still need, wherever they are."""
-        return [adapter_info(entry) for entry in self._residency.replaced() if not is_mix(entry)]
+        """Return the replaced versions that requests still wait for or run on, wherever they are."""
+        return [adapter_info(entry) for entry in self._core.residency.replaced() if not is_mix(entry)]
 
-    def find(self, name: str) -> AdapterInfo | None:
-        """Return the adapter's present state; None if it is not registered."""
+    def find_adapter(self, name: str) -> AdapterInfo | None:
+        """Return the state of one adapter; None if it is not registered."""
         return self._describe(self._table.of(name))
 
-    def info(self, name: str) -> AdapterInfo:
+    def _info(self, name: str) -> AdapterInfo:
         """Return the adapter's present state. Raises AdapterNotFound."""
-        return self.find(name) or adapter_info(self._table.of(name).resolve())
-
-    def close(self, error: AioEngineError) -> None:
-        """Stop all look-ups; callers that wait for one get ``error``."""
-        self._names.lookups.close(error)
+        return self.find_adapter(name) or adapter_info(self._table.of(name).resolve())
 
 
 def _registered_path(known: AdapterName) -> str | None:

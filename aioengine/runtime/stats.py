@@ -7,7 +7,7 @@ from collections import Counter
 from aioengine import events
 from aioengine.core import Core
 from aioengine.core.state import AdapterEntry
-from aioengine.info import AdapterInfo, EngineLoad, EngineStats, SlotInfo
+from aioengine.info import AdapterInfo, EngineStats, SlotInfo
 from aioengine.schedulers.policy import Location
 
 
@@ -69,6 +69,8 @@ class Counters:
             kv_blocks=blocks.num_blocks,
             kv_blocks_free=blocks.num_free,
             block_size=blocks.block_size,
+            uncomputed_tokens=sum(max(request.prompt_len - request.computed, 0) for request in live),
+            waiting_for={adapter or "": count for adapter, count in queues.by_adapter().items()},
             steps=core.step,
             preemptions=core.batcher.preemptions,
             listener_failures=listener_failures,
@@ -96,21 +98,6 @@ def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
             bytes=0 if slot.offset is None else regions.get(slot.offset, 0),
         )
         for slot in core.slots.slots
-    )
-
-
-def engine_load(core: Core, step_age: float) -> EngineLoad:
-    live = core.requests.values()
-    block = core.blocks.block_size
-    return EngineLoad(
-        running=len(core.running),
-        waiting=len(core.queues),
-        waiting_tokens=sum(max(r.prompt_len - r.computed, 0) for r in live),
-        running_tokens=sum(r.computed for r in core.running.values()),
-        kv_tokens=core.blocks.num_blocks * block,
-        kv_tokens_free=core.blocks.num_free * block,
-        waiting_for=core.queues.by_adapter(),
-        step_age=step_age,
     )
 
 

@@ -339,10 +339,10 @@ async def test_two_versions_of_one_adapter_are_in_the_order_of_their_content(
         async with make_engine(tiny, max_loras=4, max_cpu_loras=6) as engine:
             await engine.load_adapter("b", tiny.adapters["rank-4"])
             await engine.load_adapter("a", tiny.adapters[names[0]])
-            await engine.versions.prepare("a", tiny.adapters[names[1]])
+            await engine.prepare_adapter("a", tiny.adapters[names[1]])
             needs = engine.generate([4, 5], greedy(60), adapter="a")
             await anext(needs)
-            engine.versions.commit("a")
+            engine.commit_adapter("a")
             called = dict(zip(names, ("a@1", "a"), strict=True))
             mix = {called["rank-3"]: 0.5, called["qv-only"]: 0.25, "b": 0.75}
             output = await engine.complete([4, 5, 6], greedy(6), adapter=mix)

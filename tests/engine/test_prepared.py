@@ -15,9 +15,9 @@ async def test_prepared_is_not_used_before_it_is_committed(tiny: Tiny, make_engi
     prompt = prompt_of(0, 9)
     async with make_engine(tiny) as engine:
         await engine.load_adapter("x", tiny.adapters["rank-3"], pin=True)
-        await engine.versions.prepare("x", tiny.adapters["qv-only"])
+        await engine.prepare_adapter("x", tiny.adapters["qv-only"])
         before = await engine.complete(prompt, greedy(8), adapter="x")
-        info = engine.versions.commit("x")
+        info = engine.commit_adapter("x")
         after = await engine.complete(prompt, greedy(8), adapter="x")
         engine.check_invariants()
     assert before.token_ids == tiny.expected(prompt, 8, "rank-3")
@@ -28,12 +28,12 @@ async def test_prepared_is_not_used_before_it_is_committed(tiny: Tiny, make_engi
 async def test_discarded_leaves_nothing(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         await engine.load_adapter("x", tiny.adapters["rank-3"])
-        await engine.versions.prepare("x", tiny.adapters["qv-only"])
-        engine.versions.discard("x")
+        await engine.prepare_adapter("x", tiny.adapters["qv-only"])
+        engine.discard_adapter("x")
         with pytest.raises(AdapterNotFound, match="no version of it was prepared"):
-            engine.versions.commit("x")
+            engine.commit_adapter("x")
         with pytest.raises(AdapterError):
-            await engine.versions.prepare("x", tiny.model)
+            await engine.prepare_adapter("x", tiny.model)
         output = await engine.complete(prompt_of(0, 9), greedy(8), adapter="x")
         assert output.token_ids == tiny.expected(prompt_of(0, 9), 8, "rank-3")
         assert len(engine.resident()) == 1
@@ -42,9 +42,9 @@ async def test_discarded_leaves_nothing(tiny: Tiny, make_engine: MakeEngine) -> 
 
 async def test_unread_is_read_when_it_is_needed(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
-        await engine.versions.prepare("x", tiny.adapters["rank-3"], read=False)
+        await engine.prepare_adapter("x", tiny.adapters["rank-3"], read=False)
         assert engine.resident() == []
-        engine.versions.commit("x")
+        engine.commit_adapter("x")
         output = await engine.complete(prompt_of(0, 9), greedy(8), adapter="x")
         assert output.token_ids == tiny.expected(prompt_of(0, 9), 8, "rank-3")
 
@@ -58,9 +58,9 @@ async def test_other_content_than_expected_is_refused(
     prompt = prompt_of(0, 9)
     async with make_engine(tiny, max_loras=1, max_cpu_loras=1) as engine:
         digest = (await engine.load_adapter("x", path)).digest
-        await engine.versions.prepare("x", read=False)
-        engine.versions.commit("x")
-        engine.versions.expect("x", digest)
+        await engine.prepare_adapter("x", read=False)
+        engine.commit_adapter("x")
+        engine.expect_adapter("x", digest)
         output = await engine.complete(prompt, greedy(8), adapter="x")
         assert output.token_ids == tiny.expected(prompt, 8, "rank-3"), "it is what is expected"
         await engine.load_adapter("other", tiny.adapters["rank-4"])
@@ -75,4 +75,4 @@ async def test_other_content_than_expected_is_refused(
         assert output.token_ids == tiny.expected(prompt, 8, "qv-only"), "the new version may be anything"
         await engine.unload_adapter("x")
         with pytest.raises(AdapterNotFound):
-            engine.versions.expect("x", digest)
+            engine.expect_adapter("x", digest)

@@ -264,7 +264,7 @@ async def test_a_replica_knows_the_version_better_than_the_gateway(
                     member.ready = True
                     client.members.state.drain("r1", False)
                     client.members._lose(channel, "lost", "for this test")
-                    await until(lambda: not goes_on or there.engine.load().waiting > 0)
+                    await until(lambda: not goes_on or there.engine.stats().waiting > 0)
                     held.go_on.set()
         except AdapterChanged as error:
             failed = error

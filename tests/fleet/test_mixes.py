@@ -82,7 +82,7 @@ async def test_versions(fleet: FleetHere, tiny_text: Tiny, adapters: Path) -> No
     old = (await client.load_adapter("x", str(adapters / "a"))).digest
     runs = [asyncio.create_task(client.complete(PROMPT, greedy(50), adapter="x@1")) for _ in range(60)]
     while not client.members.with_content("x", old) or not any(
-        r.engine.load().waiting for r in fleet.replicas.values()
+        r.engine.stats().waiting for r in fleet.replicas.values()
     ):
         await asyncio.sleep(0)
     info = await client.load_adapter("x", str(adapters / "b"), replace=True)

@@ -188,9 +188,9 @@ def seen(deeds: Sequence[Deed], *, repeats: bool) -> list[tuple[float, ...]]:
                 elif kind == "cancel" and running:
                     running[len(running) // 2].cancel()
                 else:
-                    stats, load = engine.stats(), engine.load()
+                    stats = engine.stats()
                     found.append((loop.time(), stats.output_tokens, stats.kv_blocks_free, stats.steps))
-                    found.append((load.running, load.waiting, load.running_tokens, load.kv_tokens_free))
+                    found.append((stats.running, stats.waiting, stats.uncomputed_tokens))
             for task in running:
                 with suppress(asyncio.CancelledError):
                     found.append((loop.time(), len((await task).token_ids)))

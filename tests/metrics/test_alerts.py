@@ -83,7 +83,7 @@ def cases_of(alert: str) -> dict[str, Any]:
 
 def fresh() -> list[Metric]:
     """What an engine and a gateway export at first."""
-    zeros = {name: 0 for name in EngineStats.__struct_fields__ if name != "slots"}
+    zeros = {name: 0 for name in EngineStats.__struct_fields__ if name not in ("slots", "waiting_for")}
     metrics = EngineMetrics(10, lambda: EngineStats(slots=(), **zeros), list)
     return [*metrics.registry.collect(), *gateway_families()]
 

@@ -133,11 +133,11 @@ async def test_a_replaced_version_has_its_own_labels(serve: Serve, heads: dict[i
         params = SamplingParams(max_tokens=3, constraint=held)
         running = asyncio.create_task(engine.complete("x", params, adapter="h"))
         await until(held.begun.is_set)
-        await engine.versions.prepare("h", heads[2], read=False)
-        engine.versions.commit("h")
+        await engine.prepare_adapter("h", heads[2], read=False)
+        engine.commit_adapter("h")
         score = {"query": "query", "documents": TEXTS}
         scored = asyncio.create_task(answer(served, "/rerank", model="h@1", **score))
-        await until(lambda: engine.load().waiting > 0 or scored.done())
+        await until(lambda: engine.stats().waiting > 0 or scored.done())
         held.go_on.set()
         assert (await scored)[0] == 200
         status, body = await answer(served, "/rerank", model="h", **score)
@@ -155,9 +155,9 @@ async def test_labels_of_a_replaced_version_that_was_never_read(serve: Serve, he
         works = [asyncio.create_task(engine.complete("x", params, adapter="a"))]
         await until(held.begun.is_set)
         works.append(asyncio.create_task(engine.complete("x", pooling_params("classify"), adapter="h")))
-        await until(lambda: engine.load().waiting > 0)
-        await engine.versions.prepare("h", heads[2], read=False)
-        engine.versions.commit("h")
+        await until(lambda: engine.stats().waiting > 0)
+        await engine.prepare_adapter("h", heads[2], read=False)
+        engine.commit_adapter("h")
         labels = asyncio.create_task(engine.head_labels("h@1"))
         await asyncio.sleep(0)
         assert not labels.done()

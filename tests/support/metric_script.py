@@ -23,7 +23,7 @@ def slot(
 
 
 def stats(*slots: SlotInfo, **values: int) -> EngineStats:
-    names = [n for n in EngineStats.__struct_fields__ if n != "slots"]
+    names = [n for n in EngineStats.__struct_fields__ if n not in ("slots", "waiting_for")]
     return EngineStats(slots=slots, **{name: values.get(name, 0) for name in names})
 
 

@@ -46,7 +46,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         self.asked += 1
         slot = SlotInfo(index=0, state="FREE", adapter=None, version=None, running=0, pinned=False)
-        names = [n for n in EngineStats.__struct_fields__ if n not in ("slots", "steps")]
+        names = [n for n in EngineStats.__struct_fields__ if n not in ("slots", "steps", "waiting_for")]
         return EngineStats(slots=(slot,), steps=self.steps, **dict.fromkeys(names, 0))
 
     def adapters(self) -> list[AdapterInfo]:

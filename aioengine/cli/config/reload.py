@@ -147,8 +147,8 @@ async def _add_adapters(
             engine.register_adapter(name, now[name])
             undo.push_async_callback(engine.unload_adapter, name)
         elif before[name] != now[name]:
-            await engine.versions.prepare(name, now[name])
-            undo.callback(engine.versions.discard, name)
+            await engine.prepare_adapter(name, now[name])
+            undo.callback(engine.discard_adapter, name)
 
 
 async def _change_adapters(
@@ -158,7 +158,7 @@ async def _change_adapters(
     moved = {name for name in before.keys() & now.keys() if before[name] != now[name]}
     gone = before.keys() - now.keys()
     for name in moved:
-        engine.versions.commit(name)
+        engine.commit_adapter(name)
     for name in gone:
         try:
             await engine.unload_adapter(name)

@@ -193,17 +193,17 @@ class Recorder:
     def sample(self, now: float) -> None:
         """Record the interval since the last sample."""
         engines = list(self._engines.values())
-        loads = [engine.engine.load() for engine in engines]  # simulated engines take in what has ended
+        stats = [engine.engine.stats() for engine in engines]  # simulated engines take in what has ended
         for engine in engines:
             engine.count_service()
         cores = [engine.core for engine in engines]
-        free = [load.kv_tokens_free / load.kv_tokens for load in loads]
+        free = [one.kv_blocks_free / one.kv_blocks for one in stats]
         counted = ("prefill_tokens", "decode_tokens", "adapters")
         self.sink.sample(
             Sample(
                 time=now - self.start,
-                running=sum(load.running for load in loads),
-                waiting=sum(load.waiting for load in loads),
+                running=sum(one.running for one in stats),
+                waiting=sum(one.waiting for one in stats),
                 steps=self.totals["steps"],
                 step_seconds=self.step_seconds,
                 **{name: self.totals[name] for name in counted},

@@ -11,7 +11,7 @@ import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
-from aioengine.info import EngineLoad, EngineStats, LoadProgress
+from aioengine.info import EngineStats, LoadProgress
 from aioengine.lab.costs.model import CostModel, ModelledCosts
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.workload.requests import AdapterShape
@@ -134,10 +134,6 @@ class SimulatedEngine(AsyncEngine):
         self.settle()
         flush, self._flush = self._flush, asyncio.get_running_loop().create_future()
         flush.set_result(None)
-
-    def load(self) -> EngineLoad:
-        self.settle()
-        return super().load()
 
     def stats(self) -> EngineStats:
         self.settle()
