@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit
@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from aioengine.errors import AioEngineError, ConfigError, RequestInvalid
 from aioengine.schedulers.checks import error_text as error_text
-from aioengine.schedulers.checks import nearest as _nearest_name
+from aioengine.schedulers.checks import nearest as nearest
 
 LARGEST = sys.float_info.max
 
@@ -165,11 +165,6 @@ def format_bytes(value: float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
-
-
-def nearest(value: object, allowed: Collection[Any]) -> str:
-    """Return " (did you mean 'lru'?)", or "" if nothing is near."""
-    return _nearest_name(value, [str(a) for a in allowed]) if isinstance(value, str) else ""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

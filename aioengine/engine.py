@@ -30,7 +30,6 @@ from aioengine.request import (
     SamplingParams,
     Scores,
     Wanted,
-    split_keywords,
 )
 from aioengine.runtime import assemble
 from aioengine.runtime.adapters import AdapterOps
@@ -236,19 +235,16 @@ class AsyncEngine(AdapterOps):
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        options: RequestOptions | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run one request; yields whenever there is new output, and at the end. Closing the iterator or
-        cancelling the task aborts the request. ``keywords`` are the fields of ``options``, where ``adapter``
-        may be a dict of names and weights, and a ``request_id`` that no other open request has.
+        cancelling the task aborts the request. ``keywords`` are the fields of :class:`RequestOptions`.
 
         Raises RequestInvalid (empty or too long prompt, unknown token, request id in use, ...), what
         :meth:`load_adapter` raises, EngineOverloaded (a bound on waiting requests is reached, or pinned
         adapters hold every slot), DeadlineExceeded, EngineStopped or EngineDead.
         """
-        stream = await self._submit(prompt, params, options, keywords)
+        stream = await self._submit(prompt, params, keywords)
         try:
             while True:
                 new = await stream.next()
@@ -263,13 +259,12 @@ class AsyncEngine(AdapterOps):
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        options: RequestOptions | None = None,
         follow: Callable[[SoFar], None] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
         """Run one request, as :meth:`generate` does, and return all of its output. When it is accepted,
         ``follow`` is given a function that returns its output so far."""
-        stream = await self._submit(prompt, params, options, keywords)
+        stream = await self._submit(prompt, params, keywords)
         if follow is not None:
             follow(stream.so_far)
         try:
@@ -278,15 +273,10 @@ class AsyncEngine(AdapterOps):
             self._loop.abort(stream.request)
 
     async def _submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        options: RequestOptions | None,
-        keywords: RequestKeywords,
+        self, prompt: Prompt, params: SamplingParams | None, keywords: RequestKeywords
     ) -> OutputStream:
         self._check_running()
-        request_id, options = split_keywords(keywords, options)
-        return await self._submitter.submit(prompt, params, options, request_id)
+        return await self._submitter.submit(prompt, params, RequestOptions(**keywords))
 
     async def embed(
         self,

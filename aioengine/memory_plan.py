@@ -62,12 +62,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     weights_bytes: int
     num_slots: int = 0
-    slot_bytes_by_module: dict[str, int] = {}
-    """One slot's share by targeted module, over all layers."""
-    slot_affine_bytes: int = 0
-    """One slot's share for DoRA and ``lora_bias``."""
-    slot_token_bytes: int = 0
-    """One slot's share for the rows of ``max_trained_tokens``."""
+    slot_parts: dict[str, int] = {}
+    """Bytes of one slot by targeted module, over all layers, then for "DoRA and biases" and for the rows of
+    ``max_trained_tokens``, "trained tokens"."""
     num_blocks: int
     block_size: int
     block_bytes: int
@@ -86,7 +83,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def slot_bytes(self) -> int:
-        return sum(self.slot_bytes_by_module.values()) + self.slot_affine_bytes + self.slot_token_bytes
+        return sum(self.slot_parts.values())
 
     @property
     def slot_pool_bytes(self) -> int:
@@ -112,15 +109,12 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         if self.stored:
             weights = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
         slot = format_bytes(self.slot_bytes)
-        of_slot: dict[str, int] = {}
+        pool = f"{self.num_slots} slots x {slot}, {self.lora_dtype}"
+        less = f"lower lora.max_loras (each slot takes {slot}) or lora.max_lora_rank"
+        of_slot = self.slot_parts
         if self.slot_memory is not None:
             pool = f"shared by at most {self.num_slots} adapters, {self.lora_dtype}"
-            less = "lower lora.slot_memory"
-        else:
-            pool = f"{self.num_slots} slots x {slot}, {self.lora_dtype}"
-            less = f"lower lora.max_loras (each slot takes {slot}) or lora.max_lora_rank"
-            of_slot = {**self.slot_bytes_by_module, "DoRA and biases": self.slot_affine_bytes}
-            of_slot["trained tokens"] = self.slot_token_bytes
+            less, of_slot = "lower lora.slot_memory", {}
         shares = [
             Part(f"slot pool: {name}", f"x {format_bytes(size)}", self.num_slots * size, counts=False)
             for name, size in of_slot.items()
@@ -238,14 +232,14 @@ def _with_slots(plan: MemoryPlan, spec: ModelSpec, lora: LoRAConfig, shard: Shar
     holds = Elements(int8, DTYPE_BYTES[plan.dtype] if int8 else 1)
     targets = spec.targets(lora.target_modules)
     slot = SlotLayout(spec, lora.max_lora_rank, targets, shard, holds, lora.max_trained_tokens)
+    elements = {**slot.matrix_elements_by_module, "DoRA and biases": slot.affine_elements}
+    elements["trained tokens"] = slot.token_elements
     each = 1 if int8 else DTYPE_BYTES[lora_dtype]
     plan = msgspec.structs.replace(
         plan,
         lora_dtype=lora_dtype,
         num_slots=lora.max_loras,
-        slot_bytes_by_module={m: count * each for m, count in slot.matrix_elements_by_module.items()},
-        slot_affine_bytes=slot.affine_elements * each,
-        slot_token_bytes=slot.token_elements * each,
+        slot_parts={part: count * each for part, count in elements.items()},
         cpu_capacity=lora.cpu_capacity,
         slot_memory=lora.slot_memory if isinstance(lora.slot_memory, int) else None,
     )

@@ -58,6 +58,9 @@ class StartedConstraint(TokenConstraint, Protocol):
         known. They are chosen without asking again."""
 
 
+Wanted = str | Mapping[str, float] | None
+"""Adapter that a request names, or several with weights; None is the base model."""
+
 LATEST = "@latest"  # in place of a version: the current one
 MAX_MIXED = 8  # adapters in one mix
 _Constraint = Annotated[TokenConstraint, Meta(extra={"is": "an object with a method allowed(output)"})]
@@ -168,10 +171,10 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
 
-    adapter: str | None = None
-    """An adapter's name, or "name@version"; None is the base model."""
-    mix: Mapping[str, float] | None = None
-    """Adapters with weights, in place of ``adapter``: their weighted sum (docs/adapters.md)."""
+    request_id: str | None = None
+    """A name that no other open request has; None: one is made up."""
+    adapter: Wanted = None
+    """An adapter, also as "name@version"; or several with weights: their weighted sum (docs/adapters.md)."""
     priority: int = 0
     """Higher is more urgent, for policies that look at it."""
     deadline: AnySeconds | None = None
@@ -190,21 +193,28 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         set_ = msgspec.structs.force_setattr
         set_(self, "output", _tuple(self.output))
-        if self.mix is not None:
-            mix = _checked_mix(self.mix)
-            alone = next(iter(mix)) if [*mix.values()] == [1.0] else None
-            set_(self, "mix", mix if alone is None else None)
-            set_(self, "adapter", alone)
+        if isinstance(self.adapter, Mapping):
+            mix = _checked_mix(self.adapter)
+            set_(self, "adapter", next(iter(mix)) if [*mix.values()] == [1.0] else mix)
+        else:
+            check_text("adapter", self.adapter)
+            set_(self, "adapter", self.adapter and self.adapter.removesuffix(LATEST))
         check_fields(self, RequestInvalid)
-        for field in ("adapter", "tenant", "cache_salt"):
+        for field in ("request_id", "tenant", "cache_salt"):
             check_text(field, getattr(self, field))
-        if self.adapter is not None:
-            set_(self, "adapter", self.adapter.removesuffix(LATEST))
+
+    @property
+    def mix(self) -> Mapping[str, float] | None:
+        """The adapters with their weights, if it is not one as it is."""
+        return self.adapter if isinstance(self.adapter, Mapping) else None
+
+    @property
+    def named(self) -> list[str]:
+        """The adapters that it names."""
+        return [self.adapter] if isinstance(self.adapter, str) else list(self.adapter or ())
 
 
 def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(weights, Mapping):
-        raise RequestInvalid(f"mix={weights!r}: must be adapters with their weights, or None")
     if not 1 <= len(weights) <= MAX_MIXED:
         raise RequestInvalid(f"adapter: a mix of {len(weights)} adapters; it must have 1 to {MAX_MIXED}")
     for name, weight in weights.items():
@@ -215,10 +225,6 @@ def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
         current = name.removesuffix(LATEST)
         mix[current] = mix.get(current, 0.0) + weights[name]
     return mix
-
-
-Wanted = str | Mapping[str, float] | None
-"""Adapter that a request names, or several with weights; None is the base model."""
 
 
 class RequestKeywords(TypedDict, total=False):
@@ -233,24 +239,6 @@ class RequestKeywords(TypedDict, total=False):
     cache_salt: str | None
     output: Sequence[int]
     replay: bool
-
-
-def split_keywords(
-    keywords: RequestKeywords, options: RequestOptions | None = None
-) -> tuple[str | None, RequestOptions]:
-    """Return the request's id, None if it has none yet, and its options, given or made of the keywords.
-    Raises RequestInvalid for a bad value, and TypeError for an unknown keyword, or one beside ``options``."""
-    values: dict[str, Any] = {**keywords}
-    request_id = values.pop("request_id", None)
-    if options is None:
-        for name in values.keys() - RequestKeywords.__annotations__.keys():
-            raise TypeError(f"unexpected keyword argument {name!r}")
-        if isinstance(values.get("adapter"), Mapping):
-            values["mix"] = values.pop("adapter")
-        return request_id, RequestOptions(**values)
-    if values:
-        raise TypeError(f"give either options, or keyword arguments ({', '.join(values)})")
-    return request_id, options
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):

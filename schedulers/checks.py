@@ -14,9 +14,9 @@ def at_least(low: float, unit: str = "", /, **options: float) -> None:
             raise ValueError(f"{name}={value}: must be >= {low:g} {unit}".rstrip() + ", and finite")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[object]) -> str:
     """Return " (did you mean 'lru'?)", or "" if no known name is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(str(name), map(str, known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -143,7 +143,7 @@ class EngineReplica:
 
     async def _generate(self, box: Outbox, order: Submit) -> None:
         options, asked = order.options, dict[str, str]()
-        names = list(options.mix or ([] if options.adapter is None else [options.adapter]))
+        names, keywords = options.named, msgspec.structs.asdict(options)
         try:
             if self._draining:
                 raise EngineStopped("the replica is draining")
@@ -156,21 +156,15 @@ class EngineReplica:
                 there = self.engine.find_adapter(without_versions(names[0]))
                 if there is None or there.location == "disk":
                     box.put(Delta(order.key, misrouted=True))
-            mix: dict[str, float] = {}
-            for own, weight in zip(owns, (options.mix or {}).values(), strict=False):
-                mix[own] = mix.get(own, 0.0) + weight  # a version may be named with its number and without
-            outputs = self.engine.generate(
-                order.prompt,
-                params,
-                options=msgspec.structs.replace(
-                    options,
-                    adapter=owns[0] if owns and not mix else None,
-                    mix=mix or None,
-                    # With batch invariance, computing all tokens at once gives the same bits.
-                    replay=options.replay and not self.engine.info.batch_invariant,
-                ),
-                request_id=order.request_id,
-            )
+            keywords["adapter"] = owns[0] if owns else None
+            if options.mix is not None:
+                keywords["adapter"] = mix = dict.fromkeys(owns, 0.0)
+                for own, weight in zip(owns, options.mix.values(), strict=True):
+                    mix[own] += weight  # a version may be named with its number and without
+            # With batch invariance, computing all tokens at once gives the same bits.
+            keywords["replay"] = options.replay and not self.engine.info.batch_invariant
+            keywords["request_id"] = order.request_id
+            outputs = self.engine.generate(order.prompt, params, **keywords)
             async with aclosing(outputs):
                 async for output in outputs:
                     delta = Delta(order.key, output.token_ids_delta, output.text_delta)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Unpack
 from aioengine.errors import EngineDead
 from aioengine.info import AdapterInfo, EngineState
 from aioengine.metrics.page.feed import ScrapedMetrics, WatchedEngine
-from aioengine.request import Prompt, RequestKeywords, RequestOptions, SamplingParams, TokenConstraint, Wanted
+from aioengine.request import Prompt, RequestKeywords, SamplingParams, TokenConstraint, Wanted
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.step import BytesLike
 
@@ -72,8 +72,6 @@ class EngineClient(WatchedEngine, Protocol):
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        options: RequestOptions | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]: ...
     async def complete(
@@ -81,7 +79,6 @@ class EngineClient(WatchedEngine, Protocol):
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        options: RequestOptions | None = None,
         follow: Callable[[SoFar], None] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput: ...

@@ -13,7 +13,7 @@ import msgspec
 from aioengine.core.step_results import finish_reason
 from aioengine.core.waiting_room import Reservation
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
-from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted, check_text
+from aioengine.request import Prompt, RequestOptions, SamplingParams
 from aioengine.runtime.assemble import Built
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output_stream import OutputStream
@@ -50,20 +50,18 @@ class Submitter:
         prompt: Prompt,
         params: SamplingParams | None,
         options: RequestOptions,
-        request_id: str | None,
     ) -> OutputStream:
         """Check a request and add it to the core; see ``AsyncEngine.generate`` for arguments and errors."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
-        check_text("request_id", request_id)
+        request_id, adapter = options.request_id, options.adapter
         if request_id is None:
             made_up = (f"request-{number}" for number in self._numbers)
             request_id = next(one for one in made_up if one not in self._core.requests)
         loop = asyncio.get_running_loop()
         arrival, output = loop.time(), options.output
         due = None if options.deadline is None else arrival + options.deadline
-        adapter: Wanted = options.adapter if options.mix is None else options.mix
         # Before the work of tokenizing.
         named = None if adapter is None else self._adapters.check_wanted(adapter)
         self._check_params(params)

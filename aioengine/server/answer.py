@@ -15,7 +15,7 @@ import msgspec
 
 from aioengine.errors import ConfigError, DeadlineExceeded, RequestInvalid
 from aioengine.metrics.page.plumbing import Scope, departure_of, disconnected, respond
-from aioengine.request import RequestOptions, SamplingParams, for_choice
+from aioengine.request import RequestKeywords, SamplingParams, for_choice
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
@@ -110,15 +110,13 @@ class Answer:
         self._ids = [id_] if len(self) == 1 else [f"{id_}-{index}" for index in range(len(self))]
         # The engine's is its own, even where another request has chosen the same id.
         self.id = id_ if fields.request_id is None else f"{prefix}{fields.request_id}"
-        wanted = call.wanted_adapter(fields)
-        self._options = RequestOptions(
-            adapter=wanted if isinstance(wanted, str) else None,
-            mix=None if isinstance(wanted, str) else wanted,
-            priority=fields.priority or 0,
-            deadline=context.settings.request_timeout,
-            tenant=_of_shares(record, len(self)),
-            cache_salt=context.cache_salt(record.tenant, fields.cache_salt),
-        )
+        self._tenant, self._deadline = _of_shares(record, len(self)), context.settings.request_timeout
+        self._options: RequestKeywords = {
+            "adapter": call.wanted_adapter(fields),
+            "priority": fields.priority or 0,
+            "tenant": self._tenant,
+            "cache_salt": context.cache_salt(record.tenant, fields.cache_salt),
+        }
         self._last: list[RequestOutput | None] = [None] * len(self)
         self._so_far: dict[int, SoFar] = {}
         """Functions that return the outputs so far of choices whose ends are waited for."""
@@ -158,7 +156,7 @@ class Answer:
                 guide, owner = self._context.guide, self._record.owner
                 made, not_enforced = await form.constraints(guide, owner, len(self))
         except TimeoutError:
-            late = f"its grammar was not compiled within {self._options.deadline:g} s"
+            late = f"its grammar was not compiled within {self._deadline:g} s"
             raise DeadlineExceeded(late) from None
         except ConfigError as error:
             raise RequestInvalid(str(error)) from error
@@ -172,10 +170,8 @@ class Answer:
         """Yield the outputs of one choice, and how many log-probabilities and other numbers are new in each.
         Closing it aborts the engine's request. Raises what the engine raises."""
         numbers, params = self._prompt_scores(index) + self._written_ids(index), self._params[index]
-        async with self._begun(index) as options:
-            stream = self._engine.generate(
-                self._prompts[index], params, options=options, request_id=self._ids[index]
-            )
+        async with self._begun(index) as keywords:
+            stream = self._engine.generate(self._prompts[index], params, **keywords)
             async with contextlib.aclosing(stream) as outputs:
                 async for output in outputs:
                     more = len(output.logprobs_delta) * (1 + (params.logprobs or 0))
@@ -203,10 +199,10 @@ class Answer:
         def follow(output: SoFar) -> None:
             so_far[index] = output
 
-        async with self._begun(index) as options:
+        async with self._begun(index) as keywords:
             try:
                 found = self._last[index] = await self._engine.complete(
-                    self._prompts[index], params, options=options, follow=follow, request_id=self._ids[index]
+                    self._prompts[index], params, follow=follow, **keywords
                 )
                 return found
             except BaseException:
@@ -217,25 +213,24 @@ class Answer:
                 so_far.pop(index, None)
 
     @contextlib.asynccontextmanager
-    async def _begun(self, index: int) -> AsyncIterator[RequestOptions]:
-        """Context of a choice, from its turn to its end. Yields its options: the engine counts a deadline
+    async def _begun(self, index: int) -> AsyncIterator[RequestKeywords]:
+        """Context of a choice, from its turn to its end. Yields its keywords: the engine counts a deadline
         from now on, so the time that the choice has waited is taken off."""
         async with contextlib.nullcontext() if self._room is None else self._room:
             if self._room is not None:
                 async with self._beginning:
                     await asyncio.sleep(0)  # one begins in each pass of the loop: there may be hundreds
-            options = self._options
-            if self._has_waited:
-                options = msgspec.structs.replace(options, deadline=self._time_left())
+            deadline = self._time_left() if self._has_waited else self._deadline
             try:
-                yield options
+                yield {**self._options, "deadline": deadline, "request_id": self._ids[index]}
             finally:
                 self._note_end(self._last[index])
 
     def _time_left(self) -> float | None:
         """Return the seconds until the deadline; a moment once it has passed, so that the engine says it."""
-        deadline = self._options.deadline
-        return None if deadline is None else max(0.001, self._began + deadline - self._clock())
+        if self._deadline is None:
+            return None
+        return max(0.001, self._began + self._deadline - self._clock())
 
     # Log-probabilities and vectors
 
@@ -255,10 +250,10 @@ class Answer:
             yield
         finally:
             if self._held:
-                self._context.numbers.give_back(self._options.tenant, self._held)
+                self._context.numbers.give_back(self._tenant, self._held)
 
     def _hold(self, more: int) -> None:
-        if more and not self._context.numbers.take(self._options.tenant, more):
+        if more and not self._context.numbers.take(self._tenant, more):
             text = "too many log-probabilities or vectors are being computed; try again later"
             later = self._context.settings.retry_after
             raise ApiError(429, text, code="engine_overloaded", retry_after=later)
@@ -279,7 +274,7 @@ class Answer:
         turns with other requests."""
         if numbers <= FORMED_IN_THREAD:
             return form()
-        return await self._engine.text_work.run(SHORT + numbers * SCORE_BYTES, form, self._options.tenant)
+        return await self._engine.text_work.run(SHORT + numbers * SCORE_BYTES, form, self._tenant)
 
     # What is sent
 

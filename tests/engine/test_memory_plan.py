@@ -59,18 +59,19 @@ def test_the_plan_is_what_is_allocated(
     assert parts.runner.kv_cache.nbytes == plan.kv_bytes <= 2**20
 
     tokens = config.lora.max_trained_tokens * planned.spec.hidden_size  # type: ignore[union-attr]
-    assert plan.slot_token_bytes == tokens * 4
+    assert plan.slot_parts["trained tokens"] == tokens * 4
     if plan.lora_dtype == "int8":
         return  # sizes: tests/model/test_int8_adapters.py
     spec = planned.spec
     size = 2 if plan.lora_dtype == "bfloat16" else 4
     affine = 0
-    for module, found in plan.slot_bytes_by_module.items():
+    *modules, affine_bytes, _ = plan.slot_parts.items()
+    for module, found in modules:
         n_in, n_out = spec.linear(module)
         layers = 1 if module in ("embed_tokens", "lm_head") else spec.num_layers
         assert found == layers * config.lora.max_lora_rank * (n_in + n_out) * size  # type: ignore[union-attr]
         affine += layers * 2 * n_out * size
-    assert plan.slot_affine_bytes == affine
+    assert affine_bytes == ("DoRA and biases", affine)
     rows = {label: nbytes for label, _, nbytes in plan.rows()}
     shares = [nbytes for label, nbytes in rows.items() if label.startswith("slot pool: ")]
     assert sum(shares) == rows["slot pool"] == plan.slot_pool_bytes

@@ -60,7 +60,7 @@ class Replica:
         assert isinstance(order, Submit)
         self.order, self.first, self.running = order, True, []
         options = order.options
-        for wanted, digest in zip(options.mix or [options.adapter], order.contents, strict=True):
+        for wanted, digest in zip(options.named, order.contents, strict=True):
             name = str(wanted).partition("@")[0]
             there = [f"{name}@{version}" for version in reversed(self.held[name])]
             fits = [version for version in there if digest in ("", content_of(version))]
@@ -205,9 +205,7 @@ def test_tokens_are_all_of_the_content_that_made_the_first(
     async def main() -> None:
         fleet = Fleet()
         contents = {name: content_of(name) for name in wanted if "@" in name}
-        options = RequestOptions(mix=wanted)
-        if list(wanted.values()) == [1.0]:
-            options = RequestOptions(adapter=next(iter(wanted)))
+        options = RequestOptions(adapter=wanted)
         call = Call(1, "r", [5, 6], SamplingParams(seed=1), options, 0.0, contents)
         await fleet.dispatcher.place(call)
         for event in events:

@@ -94,5 +94,5 @@ def test_the_order_of_a_mix_is_that_of_its_names(names: set[str], data: st.DataO
     """With versions or without: so the sum has the same bits on every replica."""
     numbers = st.sampled_from(["", "@1", "@10"])
     mixes = [{name + data.draw(numbers): 0.5 for name in names} for _ in range(2)]
-    orders = [[name.partition("@")[0] for name in RequestOptions(mix=mix).mix or ()] for mix in mixes]
+    orders = [[name.partition("@")[0] for name in RequestOptions(adapter=mix).named] for mix in mixes]
     assert orders[0] == orders[1] == sorted(names)

@@ -64,7 +64,7 @@ def members_of(router: str = "affinity", /, **held: list[AdapterInfo]) -> tuple[
 def call_of(*versions: str) -> Call:
     options = RequestOptions(adapter=versions[0])
     if len(versions) > 1:
-        options = RequestOptions(mix=dict.fromkeys(versions, 0.5))
+        options = RequestOptions(adapter=dict.fromkeys(versions, 0.5))
     contents = {version: version.replace("sql@", "digest-") for version in versions if "@" in version}
     return Call(1, "r", [5, 6], SamplingParams(seed=1), options, 0.0, contents)
 

@@ -32,7 +32,7 @@ from aioengine.fleet.wire import (
     unpack_error,
 )
 from aioengine.info import AdapterInfo
-from aioengine.request import RequestOptions, pack_params
+from aioengine.request import RequestOptions, Wanted, pack_params
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
@@ -120,14 +120,14 @@ async def test_replicas_that_have_counted_differently_agree(
     await gateway.adapters.stop()
 
 
-@pytest.mark.parametrize("named", [{"adapter": "sql@7"}, {"mix": {"sql@7": 0.5}}])
-async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, named: dict[str, Any]) -> None:
+@pytest.mark.parametrize("named", ["sql@7", {"sql@7": 0.5}])
+async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, named: Wanted) -> None:
     """Not the number that the replica's engine has given to it."""
     replica = real[0]
     await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / "b"), 8)]})
     frames = replica.channel("gateway")
     await anext(frames)
-    options = RequestOptions(**named)
+    options = RequestOptions(adapter=named)
     order = Submit(1, "r", [5], pack_params(greedy(1)), options, contents=["0" * 64], content="0" * 64)
     await replica.submit("gateway", encode_orders([order]))
     found: list[Delta] = []

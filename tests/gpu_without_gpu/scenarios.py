@@ -289,8 +289,6 @@ def _first_steps(slots: int, rank: int) -> list[list[Row]]:
         max_model_len=MAX_MODEL_LEN,
         weights_bytes=0,
         num_slots=slots,
-        slot_bytes_by_module={},
-        slot_affine_bytes=0,
         num_blocks=512,
         block_size=BLOCK,
         block_bytes=0,

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from aioengine.config import EngineConfig
-from aioengine.request import RequestOptions, SamplingParams, TokenConstraint
+from aioengine.request import SamplingParams, TokenConstraint
 from aioengine.runtime.output import RequestOutput
 from aioengine.server.access.clients import Identity
 from aioengine.server.access_log import RequestRecord
@@ -30,14 +30,14 @@ class Engine:
         self.now = 100.0
         self.deadlines: list[float | None] = []
 
-    def generate(self, *_: Any, options: RequestOptions, **__: Any) -> AsyncGenerator[Any, None]:
-        return self._output(options.deadline)
+    def generate(self, *_: Any, deadline: float | None, **__: Any) -> AsyncGenerator[Any, None]:
+        return self._output(deadline)
 
     async def _output(self, deadline: float | None) -> AsyncGenerator[Any, None]:
-        yield await self.complete(options=RequestOptions(deadline=deadline))
+        yield await self.complete(deadline=deadline)
 
-    async def complete(self, *_: Any, options: RequestOptions, **__: Any) -> RequestOutput:
-        self.deadlines.append(options.deadline)
+    async def complete(self, *_: Any, deadline: float | None, **__: Any) -> RequestOutput:
+        self.deadlines.append(deadline)
         self.now += 1.0  # the others wait for it where there is room for one
         return cast(RequestOutput, Output())
 

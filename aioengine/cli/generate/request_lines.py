@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from aioengine.checks import check_value, nearest
 from aioengine.errors import RequestInvalid
-from aioengine.request import Prompt, SamplingParams, Wanted, split_keywords
+from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted
 
 _KINDS: dict[str, Any] = {
     "id": str | int,
@@ -68,7 +68,7 @@ class Defaults:
             if name in fields and (fields[name] is not None or name in _NEVER_NULL)
         }
         adapter = own.get("adapter") if "adapter" in fields else self.adapter
-        split_keywords({"adapter": adapter})  # which checks it
+        RequestOptions(adapter=adapter)  # which checks it
         sampling = {name: value for name, value in fields.items() if name in _SAMPLING}
         scheduling: dict[str, Any] = {
             name: own[name] for name in ("priority", "deadline", "tenant") if name in own

@@ -39,7 +39,8 @@ class Call:
         self.prompt = prompt
         self.params = params
         self.options = options
-        self.wanted = options.adapter if options.mix is None else mix_name(options.mix.items())
+        adapter = options.adapter
+        self.wanted = mix_name(adapter.items()) if isinstance(adapter, Mapping) else adapter
         """Name of its adapter, or of its mix, as it was asked for."""
         self.adapter = None if self.wanted is None else without_versions(self.wanted)
         """The same without versions."""
@@ -79,7 +80,7 @@ class Call:
     @property
     def asked_content(self) -> str:
         """Digest of what it must run on, before it has begun; "": any."""
-        return self.contents.get(self.options.adapter or "", "")
+        return self.contents.get(self.wanted or "", "")
 
     @property
     def begun(self) -> bool:

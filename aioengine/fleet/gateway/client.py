@@ -36,8 +36,6 @@ from aioengine.request import (
     RequestOptions,
     SamplingParams,
     Wanted,
-    check_text,
-    split_keywords,
 )
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.requests.vectors import scaled_adapter
@@ -193,15 +191,12 @@ class FleetClient:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        options: RequestOptions | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Run one request as ``AsyncEngine.generate`` does. If its replica is lost, the request continues on
         another one; after ``migration_limit`` losses it raises EngineDead."""
         self._check_running()
-        request_id, options = split_keywords(keywords, options)
-        call = await self._accept(prompt, params, options, request_id)
+        call = await self._accept(prompt, params, RequestOptions(**keywords))
         failed: errors.AioEngineError | None = None
         try:
             await self._dispatcher.place(call)
@@ -225,16 +220,14 @@ class FleetClient:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        options: RequestOptions | None = None,
         follow: Callable[[SoFar], None] | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> RequestOutput:
-        """Return the last output of :meth:`generate`. ``options`` and ``follow`` are as in
-        ``AsyncEngine.complete``."""
+        """Return the last output of :meth:`generate`. ``follow`` is as in ``AsyncEngine.complete``."""
         last: RequestOutput | None = None
         if follow is not None:
             follow(lambda: last)
-        async for output in self.generate(prompt, params, options=options, **keywords):
+        async for output in self.generate(prompt, params, **keywords):
             last = output
         assert last is not None
         return last
@@ -253,7 +246,6 @@ class FleetClient:
         prompt: Prompt,
         params: SamplingParams | None,
         options: RequestOptions,
-        request_id: str | None,
     ) -> Call:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -262,16 +254,14 @@ class FleetClient:
             raise errors.RequestInvalid(
                 f"constraint={params.constraint!r}: it cannot leave this process; use Guide(client)"
             )
-        check_text("request_id", request_id)
         now, key = asyncio.get_running_loop().time(), next(self._keys)
         # Another gateway may send the same replica its own first request.
-        request_id = f"request-{self._gateway[:8]}-{key}" if request_id is None else request_id
+        request_id = options.request_id or f"request-{self._gateway[:8]}-{key}"
         if request_id in self._ids:
             raise _in_use(request_id)
         if params.seed is None:  # drawn now, so that any replica that continues draws the same tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
-        named = (options.adapter,) if options.mix is None else options.mix
-        versions = [name for name in named if name is not None and "@" in name]
+        versions = [name for name in options.named if "@" in name]
         contents = {version: await self._adapters.content(version) for version in versions}
         tokens = await tokens_of(
             prompt,

@@ -17,7 +17,7 @@ from aioengine.lab.fleet.conditions import Conditions, Fault
 from aioengine.lab.fleet.replica import Handle, SimulatedReplica, ask
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.request import RequestKeywords, SamplingParams, split_keywords
+from aioengine.request import RequestKeywords, RequestOptions, SamplingParams
 from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers import routing
 from aioengine.tasks import end_tasks
@@ -162,9 +162,9 @@ class SimulatedFleet:
         """Send a request through the gateway, and wait for its end. ``keywords`` are as in
         ``AsyncEngine.complete``. Raises EngineOverloaded if the router rejects it, EngineStopped if there is
         no replica, EngineDead if its replicas were lost too often, and what engines raise."""
-        request_id, options = split_keywords(keywords, None)
+        options = RequestOptions(**keywords)
         self._calls += 1
-        name = request_id or f"request-{self._calls}"
+        name = options.request_id or f"request-{self._calls}"
         call = Call(self._calls, name, prompt, params, options, self._loop.time())
         placed = False
         try:

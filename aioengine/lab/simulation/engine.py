@@ -16,7 +16,7 @@ from aioengine.lab.costs.model import CostModel, ModelledCosts
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.memory_plan import MemoryPlan
-from aioengine.request import Prompt, RequestKeywords, RequestOptions, SamplingParams, split_keywords
+from aioengine.request import Prompt, RequestKeywords, SamplingParams
 from aioengine.runtime.assemble import Built
 from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers import SchedulerPolicy
@@ -103,14 +103,11 @@ class SimulatedEngine(AsyncEngine):
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        *,
-        options: RequestOptions | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the first output and the last one: what is between is only told at a :meth:`flush`."""
         self.settle()
-        request_id, options = split_keywords(keywords, options)
-        stream = await self._submitter.submit(prompt, params, options, request_id)
+        stream = await self._submit(prompt, params, keywords)
         try:
             new = await stream.next()
             while True:
