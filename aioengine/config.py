@@ -24,14 +24,6 @@ DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 ExecutorName = Literal["thread", "process", "ray"]
 
-WAITING_BOUNDS = (
-    "max_waiting",
-    "max_waiting_per_tenant",
-    "max_waiting_tokens",
-    "max_waiting_tokens_per_tenant",
-)
-"""Fields that bound waiting requests; they can be changed while the engine runs."""
-
 OTHER_TABLES = ("server", "fleet", "adapters")
 """Tables of a configuration file that are not the engine's."""
 
@@ -275,6 +267,10 @@ class EngineConfig(_Config, frozen=True):
         ``[server]``, ``[fleet]`` and ``[adapters]``, which ``aioengine serve`` reads, are left out."""
         values = {name: value for name, value in checks.read_toml(path).items() if name not in OTHER_TABLES}
         return cls.from_dict({**values, **overrides}, source=str(path))
+
+
+WAITING_BOUNDS = tuple(name for name in EngineConfig.__struct_fields__ if name.startswith("max_waiting"))
+"""Fields that bound waiting requests; they can be changed while the engine runs."""
 
 
 class Conflict(NamedTuple):

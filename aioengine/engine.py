@@ -388,19 +388,17 @@ class AsyncEngine(AdapterOps):
         return await self._loop.until_dead()
 
     def grammars(self, limits: GrammarLimits | None = None) -> Grammars:
-        """Return a compiler of grammars for this model, which ends with the engine, for
-        :class:`~aioengine.guided.Guide`. Raises ConfigError if the model has no tokenizer."""
+        """Return a compiler of grammars for this model, which has a tokenizer, for
+        :class:`~aioengine.guided.Guide`. It ends with the engine."""
         from aioengine.grammars.service import Grammars
         from aioengine.grammars.worker_process import Tokens
 
-        tokenizer, spec = self.tokenizer, self.model_spec
-        if tokenizer is None:
-            raise ConfigError(f"guided decoding needs a tokenizer, and {self.config.model} has none")
-        grammars = Grammars(
-            lambda: Tokens(tokenizer.to_json(), spec.vocab_size, list(spec.eos_token_ids)),
-            limits=limits,
-            told=self.metrics.grammar_compiled,
-        )
+        def tokens() -> Tokens:
+            assert self.tokenizer is not None
+            spec = self.model_spec
+            return Tokens(self.tokenizer.to_json(), spec.vocab_size, list(spec.eos_token_ids))
+
+        grammars = Grammars(tokens, limits=limits, told=self.metrics.grammar_compiled)
         self.metrics.grammars_kept.append(lambda: grammars.kept)
         self.at_stop(grammars.close)
         return grammars

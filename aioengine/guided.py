@@ -45,6 +45,8 @@ class Guide:
             raise ConfigError("guided decoding needs llguidance: pip install 'aioengine[guided]'") from error
         if sys.platform == "win32":
             raise ConfigError("guided decoding needs processes that can be forked: Linux or macOS")
+        if engine.tokenizer is None:
+            raise ConfigError(f"guided decoding needs a tokenizer, and {engine.config.model} has none")
         self._from = llguidance.LLMatcher
         self._grammars = engine.grammars(limits)
         self._text_work = engine.text_work
