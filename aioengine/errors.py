@@ -5,6 +5,7 @@ A message says what was wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any, Literal
 
 Bound = Literal["server", "tenant", "pinned"]
@@ -21,7 +22,7 @@ class AioEngineError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the error with its fields, because its ``args`` are not the arguments of its constructor."""
-        return _restored, (type(self), self.args, self.__dict__)
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 class ConfigError(AioEngineError, ValueError):
@@ -131,9 +132,3 @@ def _bounded(text: str, limit: int) -> str:
     if len(data) <= limit:
         return data.decode()
     return data[: limit - 3].decode("utf-8", "ignore") + "..."
-
-
-def _restored(cls: type[AioEngineError], args: tuple[Any, ...], fields: dict[str, Any]) -> AioEngineError:
-    error = cls.__new__(cls, *args)
-    error.__dict__.update(fields)
-    return error

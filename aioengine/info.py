@@ -125,15 +125,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Requests whose adapter was in a slot when they arrived."""
     slot_misses: int = 0
 
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that the KV cache has room for."""
-        return self.kv_blocks * self.block_size
-
-    @property
-    def kv_tokens_free(self) -> int:
-        return self.kv_blocks_free * self.block_size
-
 
 def mix_name(parts: Iterable[tuple[str, float]]) -> str:
     """Return a mix's name, such as "pirate*0.3+sql*0.7"; versions, as in "sql@2", stay in it."""

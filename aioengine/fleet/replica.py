@@ -196,16 +196,16 @@ class EngineReplica:
         return SamplingParams(**order.params, constraint=constraint)
 
     def _hello(self) -> Hello:
-        lora = self._config.engine.lora
+        lora, stats = self._config.engine.lora, self.engine.stats()
         return Hello(
             replica=self._name,
             pid=os.getpid(),
             node=platform.node(),
             actor=self._actor(),
-            slots=0 if lora is None else len(self.engine.stats().slots),
+            slots=0 if lora is None else len(stats.slots),
             cpu_loras=0 if lora is None else lora.cpu_capacity,
             max_running=self._config.engine.max_num_seqs,
-            kv_tokens=self.engine.stats().kv_tokens,
+            kv_tokens=stats.kv_blocks * stats.block_size,
             digest=self._digest,
         )
 
@@ -222,7 +222,7 @@ class EngineReplica:
             waiting=stats.waiting,
             running=stats.running,
             waiting_tokens=stats.uncomputed_tokens,
-            free_kv_tokens=stats.kv_tokens_free,
+            free_kv_tokens=stats.kv_blocks_free * stats.block_size,
             waiting_for={without_versions(name) or None: n for name, n in stats.waiting_for.items()},
             load_seconds=self._speed.load,
             slot_seconds=self._speed.slot,
