@@ -29,7 +29,7 @@ from aioengine.errors import (
     ConfigError,
     EngineStopped,
 )
-from aioengine.runtime import held
+from aioengine.runtime import adapters
 
 PROMPT = prompt_of(0, 9)
 
@@ -157,8 +157,8 @@ async def test_held_memory_is_bounded_and_given_back(tiny: Tiny, make_engine: Ma
 async def test_who_waits_for_a_copy_when_the_engine_stops_hears_of_it(
     tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold = held.hold_tensors
-    monkeypatch.setattr(held, "hold_tensors", lambda *args, **more: time.sleep(0.2) or hold(*args, **more))
+    hold = adapters.hold_tensors
+    monkeypatch.setattr(adapters, "hold_tensors", lambda *args, **more: time.sleep(0.2) or hold(*args, **more))
     async with make_engine(tiny) as engine:
         loads = [asyncio.create_task(load(engine, name, tiny.adapters["rank-3"])) for name in "ab"]
         await asyncio.sleep(0.05)
