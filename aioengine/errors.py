@@ -5,7 +5,6 @@ A message says what was wrong, where, and what to do about it.
 
 from __future__ import annotations
 
-import copyreg
 from typing import Any, Literal
 
 Bound = Literal["server", "tenant", "pinned"]
@@ -22,7 +21,7 @@ class AioEngineError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the error with its fields, because its ``args`` are not the arguments of its constructor."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
 class ConfigError(AioEngineError, ValueError):

@@ -158,7 +158,7 @@ async def test_who_waits_for_a_copy_when_the_engine_stops_hears_of_it(
     tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold = adapters.hold_tensors
-    monkeypatch.setattr(adapters, "hold_tensors", lambda *args, **more: time.sleep(0.2) or hold(*args, **more))
+    monkeypatch.setattr(adapters, "hold_tensors", lambda *a, **more: time.sleep(0.2) or hold(*a, **more))
     async with make_engine(tiny) as engine:
         loads = [asyncio.create_task(load(engine, name, tiny.adapters["rank-3"])) for name in "ab"]
         await asyncio.sleep(0.05)
