@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from cyclopts import App, Parameter
 
 import benchmarks
-from aioengine.lab.calibration.calibrate import cpu_name
+from aioengine.lab.runs.provenance import cpu_name
 from benchmarks.runner import Case, run
 
 ROOMS = ("engine", "kernels", "adapters", "server", "fleet", "policies", "papers", "gpu", "peers")

@@ -135,7 +135,7 @@ def random_prompts(
 
 def _print(results: dict[str, list[Measured]], work: str, config: EngineConfig) -> None:
     from aioengine.cli.tables import print_table
-    from aioengine.lab.calibration.calibrate import machine
+    from aioengine.lab.runs.provenance import machine
 
     title = f"{work}, {config.model_name}, {config.dtype}, quantization {config.quantization}; {machine()}"
     columns = ("variant", ">output tok/s (median)", ">min .. max", ">median TTFT", ">of base")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from aioengine.lab.workload.extra import needs_extra
+
 if TYPE_CHECKING:
     from aioengine.lab.analysis.fairness import by_client as by_client
     from aioengine.lab.analysis.fairness import jain as jain
@@ -51,5 +53,6 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            with needs_extra():
+                return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -85,7 +85,7 @@ def test_all_flags(command: str, capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_the_document_leaves_nothing_out() -> None:
-    document = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text()
+    document = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
     for command in TOP:
         assert f"| `aioengine {command}" in document
     for name in SamplingParams.__struct_fields__:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioengine.lab.calibration.fit import TILES, fit_line, fit_stage, fit_steps
+from aioengine.lab.calibration.fit import TILES, fit_stage, fit_steps
+from aioengine.lab.costs.model import Stage
 from aioengine.lab.costs.steps import StepCosts, StepShape, StepTimes, curve_at
 
 
@@ -128,11 +129,11 @@ def test_fit_needs_points() -> None:
 @given(st.floats(1e-4, 1), st.floats(1e6, 1e11))
 def test_stage_is_recovered(latency: float, bandwidth: float) -> None:
     sizes = (10**6, 10**7, 10**8, 10**9)
-    stage = fit_stage([(nbytes, latency + nbytes / bandwidth) for nbytes in sizes])
+    stage = Stage(*fit_stage([(nbytes, latency + nbytes / bandwidth) for nbytes in sizes]))
     for nbytes in sizes:
         assert stage.seconds(nbytes) == pytest.approx(latency + nbytes / bandwidth, rel=1e-3)
 
 
 def test_a_line_never_falls() -> None:
-    a, b = fit_line([(1, 3.0), (2, 2.0), (3, 1.0)])
-    assert a > 0 and b == 0
+    latency, bandwidth = fit_stage([(1, 3.0), (2, 2.0), (3, 1.0)])
+    assert latency > 0 and bandwidth == pytest.approx(300), "a hundred times the fastest"

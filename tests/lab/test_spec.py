@@ -262,11 +262,11 @@ def test_a_workload_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("w.toml", "x = ", "is not TOML"),
-        ("w.json", "[1]", "must be a table"),
+        ("w.toml", "x = ", "not valid TOML"),
+        ("w.json", "[1]", "expected a JSON object"),
         ("w.toml", 'arrivals = "poisson:rate=1"\nlimit = 3\nadapter = 3\n', "did you mean 'adapters'"),
         ("no.jsonl", None, "no such file"),
-        ("no.toml", None, "cannot be read"),
+        ("no.toml", None, "cannot read"),
     ],
 )
 def test_a_file_that_is_no_workload_is_refused(
@@ -275,6 +275,6 @@ def test_a_file_that_is_no_workload_is_refused(
     file = tmp_path / name
     if text is not None:
         file.write_text(text)
-    with pytest.raises(ConfigError, match="workload") as caught:
+    with pytest.raises(ConfigError) as caught:
         read_workload(file)
     assert name in str(caught.value) and says in str(caught.value)

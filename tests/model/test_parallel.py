@@ -261,7 +261,7 @@ def test_saved_base_embeddings_are_compared_by_the_rank_that_has_them(
 
 
 def test_bytes_sent_are_those_of_the_formulas(two: Ranks, root: Path) -> None:
-    """docs/parallel.md gives them: the base model's, and what fully sharded adapters add to them."""
+    """docs/models.md gives them: the base model's, and what fully sharded adapters add to them."""
     spec = read_spec(model_of(root, "qwen3"))
     adapters = functools.partial(adapter_of, root, "qwen3")
     prompts = [(prompt(1, 10), -1), (prompt(2, 6), 0), (prompt(3, 5), 1)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from aioengine.server import bounds
 from aioengine.server.bounds import CONNECTIONS, Bound, Shares
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "security-testing.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "testing.md"
 OWNERS = st.sampled_from("abc")
 
 

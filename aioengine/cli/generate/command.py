@@ -51,7 +51,7 @@ def generate(
     """Complete a prompt, or JSON lines from standard input.
 
     Without PROMPT, each line of standard input is a request, {"prompt": ...} or {"messages": [...]}. Its
-    fields override the flags. Answers come in the same order. docs/cli.md describes all fields.
+    fields override the flags. Answers come in the same order. docs/configuration.md describes all fields.
 
     Args:
         prompt: Text to complete.

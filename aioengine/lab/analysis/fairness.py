@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
 
-from aioengine.lab.workload.extra import needs_extra
+from aioengine.lab.runs.rows import BASE
 
-if TYPE_CHECKING:
-    import polars as pl
-
+Array = NDArray[Any]
 Client = Literal["adapter", "tenant"]
-
-BASE = "(base)"
-"""Name of the base model among the adapters in a run's samples."""
 NO_TENANT = "(none)"
 
 MAX_PAIRED_CLIENTS = 64
@@ -59,8 +57,6 @@ def by_client(requests: pl.DataFrame, client: Client) -> pl.DataFrame:
     its requests spent in the engine, which is the speed that it sees; ``worst_wait_seconds`` for a first
     token (or for the end, if there was none). Refused requests count as offered only.
     """
-    with needs_extra():
-        import polars as pl
     done = pl.col("reason").is_in(["stop", "length"])
     accepted = pl.col("reason") != "refused"
     latency = pl.col("ended") - pl.col("arrival")
@@ -93,9 +89,6 @@ def service_gap(requests: pl.DataFrame, samples: pl.DataFrame) -> ServiceGap:
     2024, arXiv 2401.00588; it weighs output tokens by two, here all count alike). It is taken at the times of
     the samples; a preempted request that waits again is not counted as waiting.
     """
-    with needs_extra():
-        import numpy as np
-    times = samples["time"].to_list()
     decode = msgspec.json.Decoder(dict[str, int]).decode
     service = [decode(text or "{}") for text in samples["service"]]
     totals: Counter[str] = Counter()
@@ -105,19 +98,18 @@ def service_gap(requests: pl.DataFrame, samples: pl.DataFrame) -> ServiceGap:
     if len(names) < 2:
         return ServiceGap(0, None, [])
     waits = _backlogs(requests)
+    times = samples["time"].to_numpy()
     waiting = np.array([_covered(times, waits.get(name, [])) for name in names]).T
     tokens = np.array([[row.get(name, 0) for name in names] for row in service])
     got = np.zeros(len(names), dtype=np.int64)
     least = np.zeros((len(names), len(names)), dtype=np.int64)  # of got[f] - got[g], since both wait
     both = np.zeros((len(names), len(names)), dtype=bool)
     worst, pair, series = 0, None, []
-    for time, more, now in zip(times, tokens, waiting, strict=True):
-        difference = got[:, None] - got[None, :]
-        fresh = now[:, None] & now[None, :] & ~both
-        least[fresh] = difference[fresh]
-        both = now[:, None] & now[None, :]
+    for time, more, now in zip(times.tolist(), tokens, waiting, strict=True):
+        before, both = both, now[:, None] & now
+        np.copyto(least, np.subtract.outer(got, got), where=both & ~before)
         got += more
-        difference = got[:, None] - got[None, :]
+        difference = np.subtract.outer(got, got)
         np.minimum(least, difference, out=least)
         grown = np.where(both, difference - least, 0)
         first, second = np.unravel_index(int(grown.argmax()), grown.shape)
@@ -130,8 +122,6 @@ def service_gap(requests: pl.DataFrame, samples: pl.DataFrame) -> ServiceGap:
 
 def _backlogs(requests: pl.DataFrame) -> dict[str, list[tuple[float, float]]]:
     """Client -> the times in which it had a request waiting, as spans that do not touch, in order."""
-    import polars as pl
-
     waits: dict[str, list[tuple[float, float]]] = {}
     accepted = requests.filter(requests["reason"] != "refused").sort("arrival")
     client = pl.coalesce("tenant", "adapter", pl.lit(BASE))
@@ -146,12 +136,7 @@ def _backlogs(requests: pl.DataFrame) -> dict[str, list[tuple[float, float]]]:
     return waits
 
 
-def _covered(times: Sequence[float], spans: Sequence[tuple[float, float]]) -> list[bool]:
+def _covered(times: Array, spans: Sequence[tuple[float, float]]) -> Array:
     """Return for each interval between two times (the first from 0) whether it lies within a span."""
-    found, at, before = [], 0, 0.0
-    for time in times:
-        while at < len(spans) and spans[at][1] < time:
-            at += 1
-        found.append(at < len(spans) and spans[at][0] <= before)
-        before = time
-    return found
+    starts, ends = np.array([*spans, (np.inf, np.inf)]).T
+    return starts[np.searchsorted(ends, times)] <= np.array([0.0, *times[:-1]])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from aioengine.lab.workload.extra import needs_extra
+import numpy as np
 
 CONFIDENCE = 0.95
 BOOTSTRAP_FROM = 5
@@ -31,8 +31,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = math.fsum(values) / count
     if count == 1:
         return Estimate(mean, None, None, count)
-    with needs_extra():
-        from scipy.special import stdtrit
+    from scipy.special import stdtrit
+
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
     half = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * math.sqrt(variance / count)
     return Estimate(mean, mean - half, mean + half, count)
@@ -50,10 +50,7 @@ def paired(values: Sequence[float | None], others: Sequence[float | None]) -> Es
     both = [a - b for a, b in zip(values, others, strict=True) if a is not None and b is not None]
     if len(both) < BOOTSTRAP_FROM or max(both) - min(both) <= 1e-9 * max(map(abs, both)):
         return estimate(both) if both else None
-    with needs_extra():
-        import numpy as np
-        from scipy.stats import bootstrap
-    found = bootstrap(
-        (both,), np.mean, confidence_level=CONFIDENCE, rng=0, vectorized=True
-    ).confidence_interval
+    from scipy.stats import bootstrap
+
+    found = bootstrap((both,), np.mean, confidence_level=CONFIDENCE, rng=0).confidence_interval
     return Estimate(math.fsum(both) / len(both), float(found.low), float(found.high), len(both))

@@ -7,15 +7,14 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 from aioengine.checks import read_json
 from aioengine.lab.analysis.fairness import Client, by_client, jain, max_min, service_gap
 from aioengine.lab.runs.rows import Frames, load_frames
 from aioengine.schedulers.routing import load_autoscaler
-
-if TYPE_CHECKING:
-    import polars as pl
 
 DIGITS = 6
 """Decimal places of every figure: microseconds, where it is a time."""
@@ -30,8 +29,7 @@ def summarize(folder: str | Path) -> dict[str, Any]:
     Units are in the names; a ``_share`` is between 0 and 1. A figure without measurements is None. Raises
     ConfigError if a file is missing or was not written by a run.
     """
-    slots, replicas = slots_of(Path(folder)), replicas_of(Path(folder))
-    found: dict[str, Any] = _rounded(summarize_frames(load_frames(folder), slots=slots, replicas=replicas))
+    found: dict[str, Any] = _rounded(summarize_frames(load_frames(folder), *engines_of(Path(folder))))
     return found
 
 
@@ -239,25 +237,17 @@ def _starvation(requests: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def slots_of(folder: Path) -> int | None:
-    """Return the number of slots of all replicas, from the run's experiment; None if that file is missing."""
-    slots = _experiment_of(folder).get("slots")
-    return slots * replicas_of(folder) if isinstance(slots, int) else None
-
-
-def replicas_of(folder: Path) -> int:
-    """Return the number of replicas in the experiment, the largest if it changes; 1 without a fleet."""
-    experiment = _experiment_of(folder)
-    if isinstance(autoscale := experiment.get("autoscale"), str):
-        return load_autoscaler(autoscale).most
-    return int(experiment.get("replicas") or 1)
-
-
-def _experiment_of(folder: Path) -> Mapping[str, Any]:
+def engines_of(folder: Path) -> tuple[int | None, int]:
+    """Return the slots of all replicas and the number of replicas (the largest if it changes; 1 without a
+    fleet) of the run's experiment; without that file, None and 1."""
     path = folder / "experiment.json"
     found = read_json(path) if path.exists() else {}
-    inner = found.get("experiment", found)
-    return inner if isinstance(inner, Mapping) else {}
+    experiment = found.get("experiment", found)
+    replicas = int(experiment.get("replicas") or 1)
+    if isinstance(autoscale := experiment.get("autoscale"), str):
+        replicas = load_autoscaler(autoscale).most
+    slots = experiment.get("slots")
+    return None if slots is None else slots * replicas, replicas
 
 
 def _rounded(value: Any) -> Any:

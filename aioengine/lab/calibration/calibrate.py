@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
@@ -20,10 +18,10 @@ from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.lab.costs.model import CostModel, ModelShape
 from aioengine.lab.costs.steps import significant
+from aioengine.lab.runs.provenance import machine, versions
 from aioengine.lab.runs.replay import replay
 from aioengine.lab.runs.rows import MemorySink
 from aioengine.lab.workload.draw import OfferedWorkload
-from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.model.spec import Quantization
 from aioengine.tasks import run_to_completion
@@ -155,8 +153,6 @@ class Calibration:
         self._turns = 0
 
     async def __aenter__(self) -> Self:
-        with needs_extra():  # rather now than after minutes
-            import scipy.optimize  # noqa: F401
         async with AsyncExitStack() as opened:
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-calibrate-")))
             self._engine = await opened.enter_async_context(ProbedEngine(self._config))
@@ -217,26 +213,3 @@ class Calibration:
             tensor_parallel_size=plan.num_ranks,
             fit=quality,
         )
-
-
-def machine() -> str:
-    """Return the GPU's name; without a GPU, the processor's name and the number of threads that compute."""
-    import torch
-
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def cpu_name() -> str:
-    """Return the processor's name in the system."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions() -> str:
-    packages = ", ".join(f"{package} {version(package)}" for package in ("aioengine", "torch"))
-    return f"{packages}, Python {platform.python_version()}"

@@ -6,18 +6,17 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from aioengine.lab.calibration.probe import Probe
 from aioengine.lab.costs.model import FitQuality, Stage
 from aioengine.lab.costs.steps import NONE, StepCosts, StepShape, StepTimes, in_tiles, significant
-from aioengine.lab.workload.extra import needs_extra
 
-if TYPE_CHECKING:
-    import numpy
-    from numpy.typing import NDArray
-
-    Array = NDArray[numpy.float64]
+Array = NDArray[np.float64]
 
 KNOTS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Tokens at which the linears' curve may bend."""
@@ -40,8 +39,6 @@ def fit_steps(points: Sequence[tuple[StepShape, float]]) -> tuple[StepCosts, Fit
 
     Raises ValueError for no points, or for a time of 0.
     """
-    import numpy as np
-
     if not points or min(seconds for _, seconds in points) <= 0:
         raise ValueError("a fit needs steps, each of which took more than 0 seconds")
     shapes = [shape for shape, _ in points]
@@ -67,8 +64,6 @@ class _Terms:
     """Factors of each coefficient, for every step."""
 
     def __init__(self, shapes: Sequence[StepShape], tile: int) -> None:
-        import numpy as np
-
         self._tile = tile
         tokens = [in_tiles(shape.decode_rows + shape.prefill_tokens, tile) for shape in shapes]
         self._knots = [KNOTS[0]]  # those with timings between them and beyond
@@ -105,33 +100,19 @@ class _Terms:
         return StepCosts(linears=tuple(linears), tile=self._tile, **fields)
 
 
-def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Fit y = a + b x, with a and b >= 0, to points (x, y) with y > 0; errors as in fit_steps. Returns (a,
-    b)."""
-    import numpy as np
-
-    x, y = np.array(points, dtype=float).T
-    a, b = _solve(np.array([np.ones_like(x), x]).T, y)
-    return float(a), float(b)
-
-
-def fit_stage(points: Sequence[tuple[float, float]]) -> Stage:
-    """Fit a stage's latency and bandwidth to moves of (bytes, seconds). Raises ValueError without points."""
+def fit_stage(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Fit a stage's latency and bandwidth to moves of (bytes, seconds): a line, with errors as in
+    :func:`fit_steps`. Raises ValueError without points."""
     if not points:
         raise ValueError("a stage needs moves that were timed")
-    latency, per_byte = fit_line(points)
+    nbytes, seconds = np.array(points, dtype=float).T
+    latency, per_byte = map(float, _solve(np.array([np.ones_like(nbytes), nbytes]).T, seconds))
     # The moves are so small that their size has no effect: use the fastest move's bytes per second.
-    fastest = max(nbytes / seconds for nbytes, seconds in points)
-    return Stage(latency, 1 / per_byte if per_byte > 0 else 100 * fastest)
+    return latency, 1 / per_byte if per_byte > 0 else 100 * float((nbytes / seconds).max())
 
 
 def _solve(matrix: Array, taken: Array) -> Array:
     """Return the x >= 0 with the smallest Huber loss of (matrix x - taken) / taken."""
-    import numpy as np
-
-    with needs_extra():
-        from scipy.optimize import nnls
-
     relative = matrix / taken[:, None]
     scale = np.abs(relative).max(axis=0)
     scale[scale == 0] = 1.0
@@ -158,9 +139,8 @@ def fit_moves(costs: StepCosts, overhead: float, probe: Probe, stage: str) -> St
     for move in probe.moves:
         if move.stage == stage:
             sizes[move.nbytes].append(move.end - move.start)
-    fitted = fit_stage([(nbytes, max(statistics.median(times), 1e-9)) for nbytes, times in sizes.items()])
-    slower = slowdown(costs, overhead, probe, stage)
-    return Stage(significant(fitted.latency), significant(fitted.bandwidth), significant(slower))
+    points = [(nbytes, max(statistics.median(times), 1e-9)) for nbytes, times in sizes.items()]
+    return Stage(*map(significant, (*fit_stage(points), slowdown(costs, overhead, probe, stage))))
 
 
 def slowdown(costs: StepCosts, overhead: float, probe: Probe, stage: str) -> float:

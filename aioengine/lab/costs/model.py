@@ -16,7 +16,7 @@ from msgspec import Meta
 from aioengine.checks import LARGEST, Count, check_fields, refuse_unknown
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs.steps import NotNegative, StepCosts, StepShape, StepTimes, significant
+from aioengine.lab.costs.steps import NotNegative, StepCosts, StepShape, StepTimes
 from aioengine.lab.workload.requests import AdapterShape
 from aioengine.memory_plan import MemoryPlan, plan_memory, spec_of_a_rank
 from aioengine.model.experts.spec import MixtureSpec
@@ -46,10 +46,6 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    def rounded(self) -> Self:
-        """Return a copy with rounded latency and bandwidth."""
-        return type(self)(significant(self.latency), significant(self.bandwidth), self.slowdown)
 
     def seconds(self, nbytes: float) -> float:
         """Return the duration of a move without simultaneous moves."""

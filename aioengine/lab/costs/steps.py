@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -104,20 +104,13 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def rounded(self) -> Self:
         """Return a copy with every number of seconds rounded by :func:`significant`."""
-        return self._changed(significant)
-
-    def scaled(self, factor: float) -> Self:
-        """Return a copy with every number of seconds multiplied."""
-        return self._changed(lambda seconds: seconds * factor)
-
-    def _changed(self, change: Callable[[float], float]) -> Self:
         changed: dict[str, Any] = {}
         for field in self.__struct_fields__:
             value = getattr(self, field)
             if isinstance(value, tuple):
-                changed[field] = tuple((x, change(y)) for x, y in value)
+                changed[field] = tuple((x, significant(y)) for x, y in value)
             elif field not in ("tile", "padded"):
-                changed[field] = change(value)
+                changed[field] = significant(value)
         return msgspec.structs.replace(self, **changed)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
+import polars as pl
 
 from aioengine.checks import read_json
 from aioengine.lab.analysis.measures import DEFAULT_RANKING, Measure, change_text, find_measure, policy_label
@@ -17,9 +18,6 @@ from aioengine.lab.report.page import versions_text, write_report_files
 from aioengine.lab.runs.comparison import Failure, estimates, load_results, read_comparison
 from aioengine.lab.runs.rows import load_frame
 from aioengine.lab.runs.simulate import ageing_text
-
-if TYPE_CHECKING:
-    import polars as pl
 
 COLUMNS = (
     "ttft_seconds.mean",
@@ -259,8 +257,6 @@ def load_rows(compare: Compare) -> list[Row]:
 def first_token_rows(compare: Compare) -> list[Row]:
     """Return the distributions of times to the first token, over all seeds, at the highest load: one for each
     panel, with different numbers of slots."""
-    import polars as pl
-
     rows: list[Row] = []
     slots, load = sorted(compare.results["slots"].unique()), compare.results["scale"].max()
     for count in slots[:: -(-len(slots) // MOST_PANELS)]:

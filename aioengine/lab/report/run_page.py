@@ -6,18 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import polars as pl
 
 from aioengine.checks import read_json
 from aioengine.lab.analysis.fairness import by_client, service_gap
 from aioengine.lab.analysis.measures import MEASURES, seconds_text, share_text, shorten
-from aioengine.lab.analysis.summary import flatten, slots_of, summarize_frames, times_of
+from aioengine.lab.analysis.summary import engines_of, flatten, summarize_frames, times_of
 from aioengine.lab.report.charts import COLORS, MAX_POINTS, Figure, Row, figure, shares_up_to
 from aioengine.lab.report.page import versions_text, write_report_files
 from aioengine.lab.runs.rows import Frames, load_frames
-
-if TYPE_CHECKING:
-    import polars as pl
 
 BINS = 48
 """Number of intervals in charts of counts over time."""
@@ -52,8 +51,6 @@ class Run(NamedTuple):
 
     def binned(self, frame: pl.DataFrame, time: str, by: str, amount: pl.Expr) -> Iterator[Row]:
         """Yield the amounts by interval of a time, and by a column."""
-        import polars as pl
-
         ends = [self.frames.samples["time"].max(), self.frames.requests["ended"].max()]
         width = max([float(end) for end in ends if end is not None]) / BINS  # type: ignore[arg-type] # floats
         at = (pl.col(time) / width).cast(pl.Int64).clip(upper_bound=BINS - 1)
@@ -87,8 +84,6 @@ def thin(samples: pl.DataFrame) -> pl.DataFrame:
     """Merge neighbouring samples until there are few enough for a line: means of levels weighted by time,
     tokens a second; ``most_waiting`` is the highest. What is left over at the end, where the last sample is
     of a part of its time, goes with those before."""
-    import polars as pl
-
     step = -(-samples.height // MAX_POINTS) or 1
     last = max((samples.height - 1) // step - 1, 1)
     length = pl.col("time").diff().fill_null(pl.col("time").first()).clip(1e-9)
@@ -135,8 +130,6 @@ def draw_timeline(run: Run) -> Figure:
 
 
 def draw_hits(run: Run) -> Figure:
-    import polars as pl
-
     hits = run.summary["hits"]
     parts = [f"{share_text(share)} {LEVELS[level]}" for level in LEVELS if (share := hits[f"{level}_share"])]
     wanted = run.frames.requests.drop_nulls("found").with_columns(pl.col("found").replace(LEVELS))
@@ -179,7 +172,7 @@ PLOTS: Mapping[str, Callable[[Run], Figure]] = {
 def load_run(folder: str | Path) -> Run:
     """Read a run from its folder. Raises ConfigError if the folder has no run."""
     frames = load_frames(folder)
-    return Run(frames, summarize_frames(frames, slots_of(Path(folder))))
+    return Run(frames, summarize_frames(frames, *engines_of(Path(folder))))
 
 
 def write_report(folder: str | Path, *, vector: bool = False) -> Path:

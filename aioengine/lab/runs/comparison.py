@@ -9,9 +9,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
+import polars as pl
 
 from aioengine.checks import from_plain, read_json
 from aioengine.errors import ConfigError
@@ -21,10 +22,6 @@ from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.pool import Outcome, Task, run_all
 from aioengine.lab.runs.simulate import Say, ageing_text, fitting
-from aioengine.lab.workload.extra import needs_extra
-
-if TYPE_CHECKING:
-    import polars as pl
 
 KEYS = ("policy", "slots", "scale")
 """Fields that distinguish settings, beside the seed."""
@@ -165,8 +162,6 @@ def compare(
         }
         figures = flatten(summary or {}).items()
         rows.append(row | {name: None if value is None else float(value) for name, value in figures})
-    with needs_extra():
-        import polars as pl
     # Counts are floats, too: a column has one type, even if a run has no value for it.
     texts, numbers = ("policy", "folder", "error"), ("slots", "seed")
     names = dict.fromkeys(name for row in rows for name in row)
@@ -198,8 +193,6 @@ def read_comparison(path: str | Path) -> Comparison:
 
 def load_results(folder: str | Path) -> pl.DataFrame:
     """Return the results of a comparison as a frame. Raises ConfigError if there are none."""
-    with needs_extra():
-        import polars as pl
     path = Path(folder) / "results.parquet"
     try:
         return pl.read_parquet(path)
@@ -213,8 +206,6 @@ def estimates(results: pl.DataFrame) -> pl.DataFrame:
     Columns: ``policy``, ``slots``, ``scale``, ``figure``, ``runs``; ``mean``, ``low``, ``high``;
     ``difference`` (and ``_low``, ``_high``) to the first policy with the same slots and scale, by seed.
     """
-    with needs_extra():
-        import polars as pl
     numbers = ("mean", "low", "high", "difference", "difference_low", "difference_high")
     schema: dict[str, Any] = {"policy": pl.String, "slots": pl.Int64, "scale": pl.Float64}
     schema |= {"figure": pl.String, "runs": pl.Int64, **dict.fromkeys(numbers, pl.Float64)}

@@ -115,3 +115,26 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def machine() -> str:
+    """Return the GPU's name; without a GPU, the processor's name and the number of threads that compute."""
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """Return the processor's name in the system."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> str:
+    packages = ", ".join(f"{package} {_version(package)}" for package in ("aioengine", "torch"))
+    return f"{packages}, Python {platform.python_version()}"

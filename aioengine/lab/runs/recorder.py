@@ -11,13 +11,10 @@ from typing import Any
 
 from aioengine import events
 from aioengine.engine import AsyncEngine
-from aioengine.lab.runs.rows import Move, RequestRecord, Sample, Sink, SlotSpan
+from aioengine.lab.runs.rows import BASE, Move, RequestRecord, Sample, Sink, SlotSpan
 from aioengine.lab.workload.requests import Arrival, Workload
 from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers.policy import SlotState
-
-BASE = "(base)"
-"""The base model in ``Sample.service``; no adapter can have this name."""
 
 
 class PolicyWatch:

@@ -14,6 +14,8 @@ from aioengine.lab.workload.extra import needs_extra
 if TYPE_CHECKING:
     import polars as pl
 
+BASE = "(base)"
+"""The base model among the adapters in ``Sample.service``; no adapter can have this name."""
 DIGITS = 9
 """Times are written to the nanosecond."""
 

@@ -41,21 +41,6 @@ _FIRST_FIELD = b'{"time":'
 logger = logging.getLogger("aioengine.lab")
 
 
-class RecordedRow(msgspec.Struct, kw_only=True):
-    """A line of a recording; a row of a trace has the same fields and more."""
-
-    time: float
-    """Time of arrival, as Unix time in seconds, to the microsecond."""
-    adapter: str | None
-    prompt_tokens: int
-    output_tokens: int | None
-    """None until it has ended."""
-    tenant: str | None
-    priority: int
-    deadline: float | None
-    """Seconds from arrival."""
-
-
 class TraceWriter:
     """Appends a line to a file for every request that is accepted after :meth:`attach` and ends.
 
@@ -78,9 +63,9 @@ class TraceWriter:
         """Whether the writer ended before it was told to."""
         self._held = held
         self._file = _open(self.path)
-        self._waiting: deque[RecordedRow] = deque()
-        """Rows in order of arrival: open requests, and ended ones that wait for these."""
-        self._under_way: dict[str, RecordedRow] = {}
+        self._waiting: deque[dict[str, Any]] = deque()
+        """Rows in order of arrival, fields of a trace: open requests, and ended ones that wait for these."""
+        self._under_way: dict[str, dict[str, Any]] = {}
         self._lines = bytearray()
         self._pending = 0
         """Bytes that the thread has not written yet."""
@@ -142,20 +127,19 @@ class TraceWriter:
         if isinstance(event, events.RequestAdded):
             self._added(event)
         elif isinstance(event, events.RequestEnded) and event.request_id in self._under_way:
-            self._under_way.pop(event.request_id).output_tokens = event.output_tokens
+            self._under_way.pop(event.request_id)["output_tokens"] = event.output_tokens
             self._take_ended()
 
     def _added(self, event: events.RequestAdded) -> None:
-        due = event.deadline
-        row = RecordedRow(
-            time=round(self._unix + event.time, 6),
-            adapter=event.adapter,
-            prompt_tokens=event.prompt_tokens,
-            output_tokens=None,
-            tenant=event.tenant,
-            priority=event.priority,
-            deadline=None if due is None else round(due - event.time, 6),
-        )
+        row = {
+            "time": round(self._unix + event.time, 6),
+            "adapter": event.adapter,
+            "prompt_tokens": event.prompt_tokens,
+            "output_tokens": None,
+            "tenant": event.tenant,
+            "priority": event.priority,
+            "deadline": None if event.deadline is None else round(event.deadline - event.time, 6),
+        }
         self._waiting.append(row)
         self._under_way[event.request_id] = row
         if len(self._waiting) > self._held:  # the oldest, which has not ended, keeps the others waiting
@@ -172,15 +156,15 @@ class TraceWriter:
             self._take_ended()
 
     def _take_ended(self) -> None:
-        while self._waiting and self._waiting[0].output_tokens is not None:
+        while self._waiting and self._waiting[0]["output_tokens"] is not None:
             self._take(self._waiting.popleft())
         if len(self._lines) >= FLUSH_BYTES:
             self.flush()
         elif self._lines and self._timer is None:
             self._timer = self._loop.call_later(FLUSH_SECONDS, self.flush)
 
-    def _take(self, row: RecordedRow) -> None:
-        if row.output_tokens is not None:
+    def _take(self, row: dict[str, Any]) -> None:
+        if row["output_tokens"] is not None:
             self._lines += self._encode(row) + b"\n"
             self.rows += 1
 
@@ -203,15 +187,12 @@ class TraceWriter:
     # In the thread
 
     def _write_all(self) -> None:
-        failed = False
-        while (data := self._queue.get()) is not None:
-            try:
-                if not failed:
-                    _write(self._file, data)
-            except OSError as error:
-                failed = True
-                self._tell(self._fail, error.strerror or str(error))
-            self._tell(self._written, len(data))
+        try:
+            while (data := self._queue.get()) is not None:
+                _write(self._file, data)
+                self._tell(self._written, len(data))
+        except OSError as error:
+            self._tell(self._fail, error.strerror or str(error))
         with suppress(OSError):
             self._file.close()
         self._tell(self._closed.set)

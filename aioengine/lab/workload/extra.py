@@ -20,7 +20,5 @@ def needs_extra() -> Iterator[None]:
 def check_extra() -> None:
     """Raise ConfigError if one of the packages is missing, before anything long begins."""
     with needs_extra():
-        import polars
-        import scipy
-
-        del polars, scipy
+        import polars  # noqa: F401
+        import scipy  # noqa: F401

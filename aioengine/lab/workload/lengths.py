@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from msgspec import Meta
 
@@ -79,51 +79,41 @@ def parse_lengths(field: str, value: int | str) -> Draw:
 # Information for policies
 
 
-class Prediction(NamedTuple):
-    """An output's length, and what policies know of it."""
-
-    output_tokens: int
-    max_tokens: int | None
-    expected_tokens: int | None
-
-
 class Known(Form):
     """Policies know the length, as ``max_tokens``."""
 
-    def tell(self, tokens: int, rng: Random) -> Prediction:
-        """Predict an output of this length, which is then at most ``max_tokens``."""
-        return Prediction(tokens, None, None)
+    def tell(self, tokens: int, rng: Random) -> tuple[int, int | None, int | None]:
+        """Return the length that an output of ``tokens`` has then, its ``max_tokens``, and a prediction."""
+        return tokens, None, None
 
 
-class Hidden(Known):
+class Hidden(Form):
     """All that policies see is ``max_tokens``, the same for all requests."""
 
     max: Annotated[float, Meta(ge=1, le=MAX_TOKENS)] = 4096.0
 
-    def tell(self, tokens: int, rng: Random) -> Prediction:
-        return Prediction(min(tokens, int(self.max)), int(self.max), None)
+    def tell(self, tokens: int, rng: Random) -> tuple[int, int | None, int | None]:
+        return min(tokens, int(self.max)), int(self.max), None
 
 
-class Predicted(Known):
+class Predicted(Form):
     """Hidden, and a prediction, wrong by a factor whose logarithm is normal with the deviation ``error``:
     with 0.5 it is within a factor of 1.65 two times out of three."""
 
     error: Deviation
     max: Annotated[float, Meta(ge=1, le=MAX_TOKENS)] = 4096.0
 
-    def tell(self, tokens: int, rng: Random) -> Prediction:
-        most = int(self.max)
-        length = min(tokens, most)
-        guess = min(log_normal(rng, length, self.error), most)
-        return Prediction(length, most, max(round(guess), 1))
+    def tell(self, tokens: int, rng: Random) -> tuple[int, int | None, int | None]:
+        length, most = min(tokens, int(self.max)), int(self.max)
+        return length, most, max(round(min(log_normal(rng, length, self.error), most)), 1)
 
 
-VIEWS: dict[str, type[Known]] = {"known": Known, "hidden": Hidden, "predicted": Predicted}
+View = Known | Hidden | Predicted
 
 
-def parse_view(field: str, text: str) -> Known:
+def parse_view(field: str, text: str) -> View:
     """Parse "known", "hidden:max=4096" or "predicted:error=0.5,max=4096". Raises ConfigError."""
-    return parse_form(field, text, VIEWS)
+    return parse_form(field, text, {"known": Known, "hidden": Hidden, "predicted": Predicted})
 
 
 def parse_deadline(field: str, value: float | str) -> Objective:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
-from aioengine.checks import Share, check_fields, from_plain
+from aioengine.checks import Share, check_fields, from_plain, read_json, read_toml
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
 from aioengine.lab.workload.forms import normalised, parse_number, parse_shares
@@ -187,27 +185,12 @@ def read_workload(path: str | Path) -> WorkloadSpec:
         if not path.is_file():
             raise ConfigError(f"workload {path}: is not a regular file, which can be read several times")
         return WorkloadSpec(trace=str(path))
-    values = _read(path)
+    values = read_toml(path) if path.suffix == ".toml" else read_json(path)
     for key in ("comparison", "experiment", "workload"):
         inner = values.get(key)
         if isinstance(inner, Mapping):
-            values = inner
-    values = dict(values)
+            values = dict(inner)
     trace = values.get("trace")
     if isinstance(trace, str) and not Path(trace).is_absolute() and (path.parent / trace).is_file():
         values["trace"] = str(path.parent / trace)
     return WorkloadSpec.from_dict(values, source=f"workload {path}")
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"workload {path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # what tomllib and json raise, and UnicodeDecodeError
-        kind = "TOML" if path.suffix == ".toml" else "JSON"
-        raise ConfigError(f"workload {path}: is not {kind}: {error}") from error
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"workload {path}: must be a table of fields, not {type(values).__name__}")
-    return values
