@@ -261,7 +261,7 @@ BUDGETS = {
     "aioengine/executors": 2_000,  # aim: 1_900
     "aioengine/fleet": 5_150,  # aim: 4_200
     "aioengine/grammars": 2_050,  # aim: 1_100
-    "aioengine/lab": 8_200,  # aim: 7_500
+    "aioengine/lab": 8_050,  # aim: 7_500
     "aioengine/model": 10_750,  # aim: 9_000
     "aioengine/runtime": 3_100,  # aim: 2_700
     "aioengine/server": 7_100,  # aim: 6_300

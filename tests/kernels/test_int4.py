@@ -129,25 +129,10 @@ def test_a_group_that_four_bits_can_hold_is_held() -> None:
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_so_and_alone(int8: bool, bad: float) -> None:
+def test_a_weight_that_is_not_finite_stays_in_its_output(int8: bool, bad: float) -> None:
     x, w, _ = inputs(9, 32, 64, torch.bfloat16)
     clean = pack(w, int8=int8).linear(x, None)
-    broken = w.clone()
-    broken[3, 7] = bad
-    found = pack(broken, int8=int8).linear(x, None)
+    w[3, 7] = bad
+    found = pack(w, int8=int8).linear(x, None)
     assert not found[:, 3].isfinite().any()
     assert torch.equal(found[:, 4:], clean[:, 4:])
-    x[4, 7] = bad
-    found = pack(w, int8=int8).linear(x, None)
-    others = [row for row in range(9) if row != 4]
-    assert not found[4].isfinite().any()
-    assert torch.equal(found[others], clean[others])
-
-
-def test_rows_of_zeros_and_weights_of_zeros() -> None:
-    x, w = torch.zeros(3, 64), torch.zeros(16, 64)
-    w[1, 5], x[2, 5] = 3.0, 2.0
-    for int8 in (False, True):
-        expected = torch.zeros(3, 16)
-        expected[2, 1] = 6.0
-        torch.testing.assert_close(pack(w, int8=int8).linear(x, None), expected, rtol=0.05, atol=0.05)

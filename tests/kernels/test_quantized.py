@@ -13,6 +13,7 @@ from support import kernels_reference as reference
 from torch import Tensor
 
 from aioengine.kernels.cpu import build, shared_library
+from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.structs import Kind, Matrix
 
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs
 DTYPES = [torch.float32, torch.bfloat16]
 LEVELS = sorted({next(iter(build.levels())), "generic"})
 THREADS = 2
+FORMS = [QuantizedWeight, Int4Weight]
 
 
 def inputs(rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,9 +31,11 @@ def inputs(rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> tupl
     return x, w, b
 
 
-def quantize(weight: Tensor, *, int8_activations: bool) -> QuantizedWeight:
-    memory = torch.empty(weight.numel(), dtype=torch.uint8)
-    return QuantizedWeight.pack(weight, memory, int8_activations=int8_activations)
+def quantize(
+    weight: Tensor, *, int8_activations: bool, form: type[QuantizedWeight] = QuantizedWeight
+) -> QuantizedWeight:
+    memory = torch.empty(form.packed_bytes(*weight.shape), dtype=torch.uint8)
+    return form.pack(weight, memory, int8_activations=int8_activations)
 
 
 def int8_linear(
@@ -140,11 +144,15 @@ def test_rows_are_the_weight_in_effect(dtype: torch.dtype, int8: bool, k: int) -
     assert (found - expected).norm() < (0.02 if int8 or dtype == torch.bfloat16 else 1e-5) * expected.norm()
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_so_and_alone(int8: bool, bad: float) -> None:
+def test_a_row_that_is_not_finite_stays_so_and_alone(
+    form: type[QuantizedWeight], int8: bool, bad: float
+) -> None:
     x, w, _ = inputs(9, 32, 64, torch.bfloat16)
-    packed = quantize(w, int8_activations=int8)
+    packed = quantize(w, int8_activations=int8, form=form)
     clean = packed.linear(x, None)
     x[4, 7] = bad
     found = packed.linear(x, None)
@@ -153,11 +161,11 @@ def test_what_is_not_finite_stays_so_and_alone(int8: bool, bad: float) -> None:
     assert torch.equal(found[others], clean[others])
 
 
-def test_rows_of_zeros_and_weights_of_zeros() -> None:
-    x, w = torch.zeros(3, 64), torch.zeros(16, 64)
-    w[1, 5], x[2, 5] = 3.0, 2.0
-    for int8 in (False, True):
-        expected = torch.zeros(3, 16)
-        expected[2, 1] = 6.0
-        found = quantize(w, int8_activations=int8).linear(x, None)
-        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize(("form", "close"), [(QuantizedWeight, 0.02), (Int4Weight, 0.05)])
+@pytest.mark.parametrize("int8", [False, True])
+def test_rows_of_zeros_and_weights_of_zeros(form: type[QuantizedWeight], close: float, int8: bool) -> None:
+    x, w, expected = torch.zeros(3, 64), torch.zeros(16, 64), torch.zeros(3, 16)
+    w[1, 5], x[2, 5], expected[2, 1] = 3.0, 2.0, 6.0
+    found = quantize(w, int8_activations=int8, form=form).linear(x, None)
+    torch.testing.assert_close(found, expected, rtol=close, atol=close)

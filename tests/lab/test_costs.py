@@ -4,37 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.made_costs import costs_of
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs.model import CostModel, FitQuality, Stage
+from aioengine.lab.costs.model import CostModel, FitQuality
 from aioengine.lab.costs.steps import StepCosts
-
-step_costs = st.builds(
-    StepCosts,
-    step=st.floats(0, 1),
-    linears=st.tuples(st.floats(0, 1), st.floats(1, 2)).map(lambda ys: ((1.0, ys[0]), (8.5, ys[1]))),
-    tile=st.integers(1, 512),
-    adapter=st.floats(0, 1).map(lambda y: ((8.0, y), (64.0, 1e-6))),
-)
-stages = st.builds(Stage, st.floats(0, 10), st.floats(1, 1e12), st.floats(1, 10))
-cost_models = st.builds(
-    costs_of,
-    name=st.text(),
-    source=st.text(),
-    estimate=st.booleans(),
-    sources=st.dictionaries(st.text(), st.text(), max_size=3),
-    steps=step_costs,
-    step_overhead=st.floats(0, 1),
-    disk=stages,
-    slot=stages,
-    device=st.sampled_from(["cpu", "cuda"]),
-    device_memory=st.integers(1, 2**40),
-    fit=st.none() | st.just(FitQuality(steps=3, median_error=0.01, p90_error=0.1)),
-)
 
 # Adapters, memory
 
@@ -58,14 +33,10 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
 # JSON
 
 
-@given(cost_models)
-def test_json_round_trip(costs: CostModel) -> None:
-    assert CostModel.from_json(costs.to_json()) == costs
-
-
 def test_file_round_trip(tmp_path: Path) -> None:
-    costs_of().write(tmp_path / "costs.json")
-    assert CostModel.read(tmp_path / "costs.json") == costs_of()
+    costs = costs_of(source="\N{SNOWMAN}", fit=FitQuality(steps=3, median_error=0.01, p90_error=0.1))
+    costs.write(tmp_path / "costs.json")
+    assert CostModel.read(tmp_path / "costs.json") == costs
     with pytest.raises(ConfigError, match=r"cannot read cost model .*missing\.json"):
         CostModel.read(tmp_path / "missing.json")
 

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.lab_files import request, sample, write_files
 
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.measures import change_text, policy_label, seconds_text, share_text, shorten
 from aioengine.lab.analysis.summary import summarize
 from aioengine.lab.report.charts import images
-from aioengine.lab.report.page import in_script
 from aioengine.lab.report.run_page import MOST_STAYS, PLOTS, load_run, thin, write_report
 from aioengine.lab.runs.rows import SlotSpan, load_frames
 
@@ -75,14 +72,6 @@ def test_the_timeline_has_every_stay(written: Path) -> None:
     ]
     spans = load_frames(written).slots.sort("start", "slot")
     assert stays == spans.select("slot", "adapter", "start", "end", "busy_steps").rows()
-
-
-@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
-@pytest.mark.slow
-def test_no_text_leaves_the_script_that_it_stands_in(data: object) -> None:
-    text = in_script(data)
-    assert not set("<>&") & set(text)
-    assert json.loads(text) == data
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

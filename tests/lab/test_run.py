@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from support.lab_sim import config, costs
 
@@ -142,7 +143,7 @@ def test_experiments_are_checked(fields: dict[str, Any], words: str) -> None:
 
 def test_experiments_from_plain_data(tmp_path: Path) -> None:
     one = experiment(policy={"order": "edf", "replace": "gdsf"})
-    assert Experiment.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    assert Experiment.from_dict(json.loads(json.dumps(msgspec.to_builtins(one)))) == one
     with pytest.raises(ConfigError, match=r"unknown field 'slot' \(did you mean 'slots'\?\)"):
         Experiment.from_dict({"slot": 3})
     with pytest.raises(ConfigError, match="adaptors"):
@@ -157,8 +158,10 @@ def test_experiments_from_plain_data(tmp_path: Path) -> None:
 def most_held(requests: int, folder: Path) -> int:
     """Bytes of Python's memory that a run with so many requests holds at any of its samples, without the
     garbage that just has not been collected yet."""
-    light = {"arrivals": "poisson:rate=40", "adapters": 6, "prompt_tokens": 8, "output_tokens": 3}
-    offered = OfferedWorkload(workload(limit=requests, **light), 0)
+    trace = folder / "trace.jsonl"
+    rows = (f'{{"time": {row / 40}, "prompt_tokens": 8, "output_tokens": 3}}\n' for row in range(requests))
+    trace.write_text("".join(rows))
+    offered = OfferedWorkload(WorkloadSpec(trace=str(trace), adapters=6), 0)
     held: list[int] = []
 
     def look(_ended: int, _total: int | None, _seconds: float) -> None:

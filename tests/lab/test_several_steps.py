@@ -22,7 +22,6 @@ from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.testing import LIMITS, Sim
 
 POLICIES = [
     "fcfs",
@@ -235,11 +234,3 @@ def test_one_event_tells_of_equal_steps() -> None:
     (single, ends, seconds, _), (expanded, same, total, count) = told(False), told(True)
     assert expanded == single and total == pytest.approx(seconds) and count < len(single) / 2
     assert ends == same and {type(e) for e in ends} == {events.FirstToken, events.RequestEnded}
-
-
-def test_no_step_is_certain_after_one_that_a_request_ends_in() -> None:
-    sim = Sim(LIMITS._replace(num_blocks=64))
-    sim.add(max_tokens=8)
-    sim.settle()
-    assert sim.schedule() is not None
-    assert sim.core.batcher.certain_steps() == 7, "of 8 tokens, one is there, and the last ends it"

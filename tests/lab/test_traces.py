@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import tracemalloc
 from pathlib import Path
 
 import msgspec
@@ -174,30 +173,3 @@ def test_any_file_is_read_or_refused(scratch: Path, content: bytes) -> None:
     except ConfigError as error:
         said = str(error)
     assert rows or said.startswith(f"trace {scratch}")
-
-
-def long_trace(path: Path, rows: int) -> Path:
-    with path.open("w") as file:
-        file.write(f"{CSV_HEADER}\n")
-        for row in range(rows):
-            minute, second = divmod(row // 100, 60)
-            file.write(
-                f"2023-11-16 18:{minute:02}:{second:02}.{row % 100:02},{row % 1000 + 1},{row % 7 + 1}\n"
-            )
-    return path
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_a_trace(tmp_path: Path) -> None:
-    def peak(rows: int) -> int:
-        path = long_trace(tmp_path / f"{rows}.csv", rows)
-        tracemalloc.start()
-        try:
-            for arrival in OfferedWorkload(WorkloadSpec(trace=str(path), adapters=10), 0):
-                assert arrival.time >= 0
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-
-    peak(10)  # imports
-    assert peak(8000) < peak(500) + 50_000

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.any_models import WITHOUT_EFFECT
-from support.mixed_adapters import scaled_model
+from support.mixed_adapters import check_mix
 from support.moe_adapters import MoeModel
 from support.selection import mostly_slow
 from support.served_models import engine_of, prompt
@@ -93,12 +93,7 @@ async def test_mixes(family: str, tmp_path: Path) -> None:
             engine.complete(tokens, params, adapter="more"),
             engine.complete(prompt(5, 7), params),
         )
-    reference = scaled_model(model.folder, {model.adapters[name]: weight for name, weight in mix.items()})
-    with torch.no_grad():
-        logits = reference(torch.tensor([[*tokens, *output.token_ids[:-1]]])).logits[0, len(tokens) - 1 :]
-    assert output.token_ids == logits.argmax(-1).tolist()
-    found = torch.tensor([entry.logprob for entry in output.logprobs or ()])
-    torch.testing.assert_close(found, logits.log_softmax(-1).amax(-1), rtol=1e-4, atol=1e-4)
+    check_mix(model, mix, tokens, output)
 
 
 @pytest.mark.parametrize("modules", [None, ["experts"], ["gate", "o_proj"], ["down_proj"]])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.mixed_adapters import scaled_model
+from support.mixed_adapters import check_mix
 from support.moe_adapters import PARAMETERS, MoeModel
 from support.selection import mostly_slow
 from support.served_models import engine_of, prompt
@@ -92,12 +92,7 @@ async def test_mixes(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
         alone = await engine.complete(tokens, params, adapter=mix)
         assert backend == "torch" or alone.logprobs == output.logprobs, "bits that depend on the batch"
-    expected = scaled_model(model.folder, {model.adapters[name]: weight for name, weight in mix.items()})
-    with torch.no_grad():
-        logits = expected(torch.tensor([[*tokens, *output.token_ids[:-1]]])).logits[0, len(tokens) - 1 :]
-    assert output.token_ids == logits.argmax(-1).tolist()
-    found = torch.tensor([entry.logprob for entry in output.logprobs or ()])
-    torch.testing.assert_close(found, logits.log_softmax(-1).amax(-1), rtol=1e-4, atol=1e-4)
+    check_mix(model, mix, tokens, output)
 
 
 FORMS: dict[str, type[QuantizedWeight]] = {"int8": QuantizedWeight, "int4": Int4Weight}

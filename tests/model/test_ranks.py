@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from support.fake_cuda import FakeCuda
 from support.sampler_rows import row, tokens
 
-from aioengine.model import sampler
 from aioengine.request import SamplingParams
 
 VOCAB = 20000
@@ -80,21 +79,3 @@ def test_few_tokens_are_sorted(monkeypatch: pytest.MonkeyPatch, options: dict[st
     drawn = tokens(logits, [row(params, seed=seed) for seed in range(32)])
     assert len(set(drawn)) > 16, "flat"
     assert sum(sorts) < 32 * VOCAB / 4
-
-
-def test_draws_on_an_edge_do_not_depend_on_batch_or_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which token it is depends on the last bits of sums over the whole row."""
-    logits = torch.randn(1, 2**16, generator=torch.Generator().manual_seed(2))
-    weights = (logits[0] - logits.max()).exp().double().sort(descending=True).values
-    edges = (weights.cumsum(0) / weights.sum())[1000::9000].tolist()
-    monkeypatch.setattr(sampler, "uniform", lambda seed, index: edges[seed])
-    rows = [row(SamplingParams(temperature=1.0), seed=seed) for seed in range(len(edges))]
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        together = tokens(logits.expand(len(rows), -1).contiguous(), rows)
-        assert [tokens(logits, [one])[0] for one in rows] == together
-        torch.set_num_threads(1)
-        assert [tokens(logits, [one])[0] for one in rows] == together
-    finally:
-        torch.set_num_threads(threads)

@@ -182,7 +182,8 @@ def test_draws_on_the_edge_between_two_tokens_do_not_depend_on_the_batch(
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(1, 2**16, generator=generator)
     weights = (logits[0] - logits.max()).exp().double().sort(descending=True).values
-    edges = (weights.cumsum(0) / weights.sum())[:40].tolist()
+    sums = weights.cumsum(0) / weights.sum()
+    edges = [*sums[:40].tolist(), *sums[1000::9000].tolist()]
     monkeypatch.setattr(sampler, "uniform", lambda seed, index: edges[seed])
     params, threads = SamplingParams(temperature=1.0), torch.get_num_threads()
     rows = [row(params, seed=seed) for seed in range(len(edges))]

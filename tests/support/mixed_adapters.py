@@ -11,6 +11,8 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 
+from aioengine import RequestOutput
+
 
 def scaled_model(model: Path, weights: Mapping[Path, float], auto: Any = None, **options: Any) -> Any:
     """PEFT's model with all of these adapters active, each scaled by its weight."""
@@ -38,6 +40,16 @@ def added_model(model: Path, weights: Mapping[Path, float]) -> Any:
     found.add_weighted_adapter(names, list(weights.values()), "mix", combination_type="cat")
     found.set_adapter("mix")
     return found.eval()
+
+
+def check_mix(model: Any, mix: Mapping[str, float], tokens: list[int], output: RequestOutput) -> None:
+    """Compare a greedy output for a mix of a model's adapters, and its logprobs, with what PEFT computes."""
+    expected = scaled_model(model.folder, {model.adapters[name]: weight for name, weight in mix.items()})
+    with torch.no_grad():
+        logits = expected(torch.tensor([[*tokens, *output.token_ids[:-1]]])).logits[0, len(tokens) - 1 :]
+    assert output.token_ids == logits.argmax(-1).tolist()
+    found = torch.tensor([entry.logprob for entry in output.logprobs or ()])
+    torch.testing.assert_close(found, logits.log_softmax(-1).amax(-1), rtol=1e-4, atol=1e-4)
 
 
 def generated(model: Any, prompt: list[int], count: int) -> list[int]:

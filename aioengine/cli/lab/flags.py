@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 from cyclopts import Parameter, Token
 
 from aioengine.checks import read_json
@@ -69,7 +70,7 @@ def make_experiment(
     Raises ConfigError for errors in the file or the flags.
     """
     values = _read(file)
-    spec = values.get("workload") or {} if base is None else base.to_dict()
+    spec = values.get("workload") or {} if base is None else msgspec.to_builtins(base)
     if not isinstance(spec, Mapping):
         raise ConfigError(f"{file}: workload={spec!r}: must be an object")
     fields = {**given(system or SystemFlags()), **{k: v for k, v in own.items() if v is not None}}
@@ -84,7 +85,7 @@ def _read(file: Path | None) -> Mapping[str, Any]:
     if file is None:
         return {}
     if file.suffix == ".toml":
-        return {"workload": read_workload(file).to_dict()}
+        return {"workload": msgspec.to_builtins(read_workload(file))}
     values = read_json(file)
     for key in ("comparison", "experiment"):
         values = values.get(key, values)

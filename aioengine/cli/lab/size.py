@@ -115,7 +115,12 @@ def _write(sizing: Sizing, found: int | None) -> None:
         for trial in sizing.trials.values()
     ]
     slo = {objective.name: objective.bound for objective in sizing.objectives}
-    values = {"replicas": found, "slo": slo, "trials": trials, "experiment": sizing.experiment.to_dict()}
+    values = {
+        "replicas": found,
+        "slo": slo,
+        "trials": trials,
+        "experiment": msgspec.to_builtins(sizing.experiment),
+    }
     sizing.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     (sizing.out / "size.json").write_text(text, encoding="utf-8")

@@ -219,21 +219,20 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def from_json(cls, data: bytes, *, source: str = "cost model") -> Self:
         """Decode a cost model. Raises ConfigError, naming ``source`` and the field, if it is not valid."""
         try:
-            values = msgspec.json.decode(data)
-            found = values.get("format", FORMAT) if isinstance(values, dict) else FORMAT
-            if found != FORMAT:  # before anything else, because a later format has unknown fields
-                todo = "" if isinstance(found, int) and found < FORMAT else "upgrade aioengine, or "
-                raise ConfigError(
-                    f"{source}: format {found!r}, but this aioengine reads cost models of format {FORMAT}; "
-                    f"{todo}calibrate again"
-                )
-            if isinstance(values, dict):
-                refuse_unknown(cls, values, source)
+            values = msgspec.json.decode(data, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{source} is not a JSON object: {error}") from error
+        if (found := values.get("format", FORMAT)) != FORMAT:  # first: a later format has unknown fields
+            todo = "" if isinstance(found, int) and found < FORMAT else "upgrade aioengine, or "
+            raise ConfigError(
+                f"{source}: format {found!r}, but this aioengine reads cost models of format {FORMAT}; "
+                f"{todo}calibrate again"
+            )
+        refuse_unknown(cls, values, source)
+        try:
             return msgspec.convert(values, cls)
         except msgspec.ValidationError as error:
             raise ConfigError(f"{source}: {error.__cause__ or error}") from error
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"{source} is not JSON: {error}") from error
 
     @classmethod
     def read(cls, path: Path) -> Self:

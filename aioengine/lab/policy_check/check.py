@@ -86,19 +86,20 @@ def check_policy_contract(
     decisions, slowest = 0, 0.0
     for index, (scenario, seed) in enumerate((s, n) for s in scenarios for n in range(runs)):
         progress(index, total)
-        watched = _play(scenario, seed, turns, make(), broken)
+        where, play = Where(scenario.name, seed, 0), partial(_play, scenario, seed, turns)
+        watched = _watch(make(), where, broken, play)
         decisions += len(watched.decisions)
         slowest = max(slowest, watched.slowest)
         if seed == 0 and not broken:
-            again = _play(scenario, seed, turns, make(), _Findings())
-            _compare(watched.decisions, again.decisions, Where(scenario.name, seed, 0), broken)
+            again = _watch(make(), where, _Findings(), play)
+            _compare(watched.decisions, again.decisions, where, broken)
     if not broken:
-        _serve(make(), Where("an engine that is idle", 0, 0), broken, WAIT_FOR_EVER, serve_one_by_one)
+        _watch(make(), Where("an engine that is idle", 0, 0), broken, serve_one_by_one)
     bound = make().starvation_bound
     for cold, states in ((True, not bound.startswith("none")), (False, "none" not in bound)):
         if states and not broken:
             where = Where("a request beside others that never stop", int(not cold), 0)
-            _serve(make(), where, broken, NOT_KEPT, partial(serve_beside_others, cold=cold))
+            _watch(make(), where, broken, partial(serve_beside_others, cold=cold), NOT_KEPT)
     return Checked(total, decisions, slowest, tuple(broken.values()))
 
 
@@ -111,40 +112,28 @@ class _Findings(dict[str, Finding]):
         self[what] = (before or Finding(what, where, details))._replace(times=times)
 
 
-def _serve(
+def _play(scenario: Scenario, seed: int, turns: int, policy: SchedulerPolicy) -> None:
+    World(scenario, policy, seed).play(turns)
+
+
+def _watch(
     policy: SchedulerPolicy,
     where: Where,
     broken: _Findings,
-    what: str,
-    serve: Callable[[SchedulerPolicy], None],
-) -> None:
-    watched = _Watched(policy, lambda what, details: broken.add(what, where, details))
-    with _ending(broken, lambda: where, what):
-        serve(watched)
-
-
-def _play(scenario: Scenario, seed: int, turns: int, policy: SchedulerPolicy, broken: _Findings) -> _Watched:
-    watched = _Watched(policy, lambda what, details: broken.add(what, where(), details))
-    world = World(scenario, watched, seed)
-
-    def where() -> Where:
-        return Where(scenario.name, seed, world.core.step)
-
-    with _ending(broken, where):
-        world.play(turns)
-    return watched
-
-
-@contextmanager
-def _ending(broken: _Findings, where: Callable[[], Where], what: str = WAIT_FOR_EVER) -> Iterator[None]:
-    """Context that turns what ends a run too early into a finding."""
+    play: Callable[[SchedulerPolicy], None],
+    late: str = WAIT_FOR_EVER,
+) -> _Watched:
+    """Play with a policy that is watched. What ends this too early is a finding; ``late``: requests did not
+    end."""
+    watched = _Watched(policy, where, broken)
     try:
-        yield
+        play(watched)
     except NeverEnds as error:
-        broken.add(what, where(), str(error))
+        watched.report(late, str(error))
     except AssertionError:
         text = "an invariant of the core is broken; that is a fault of the engine, please report it"
-        broken.add(text, where(), traceback.format_exc())
+        watched.report(text, traceback.format_exc())
+    return watched
 
 
 def _compare(first: Sequence[Any], second: Sequence[Any], where: Where, broken: _Findings) -> None:
@@ -157,21 +146,27 @@ def _compare(first: Sequence[Any], second: Sequence[Any], where: Where, broken: 
 
 
 class _Watched(SchedulerPolicy):
-    """Policy that passes everything on to another one, and records its answers."""
+    """Policy that passes everything on to another one, and records its answers and its faults."""
 
-    def __init__(self, inner: SchedulerPolicy, report: Callable[[str, str], None]) -> None:
+    def __init__(self, inner: SchedulerPolicy, where: Where, broken: _Findings) -> None:
         self.decisions: list[Any] = []
         self.slowest = 0.0
         self._inner = inner
-        self._report = report
+        self._where = where
+        self._broken = broken
+
+    def report(self, what: str, details: str) -> None:
+        """Add a finding, in the step of the last question."""
+        self._broken.add(what, self._where, details)
 
     def schedule(self, view: SchedulerView) -> Decision:
+        self._where = self._where._replace(step=view.step)
         began = time.perf_counter()
         with self._watching("schedule"):
             decision: Any = self._inner.schedule(view)
         self.slowest = max(self.slowest, time.perf_counter() - began)
         if not isinstance(decision, Decision):
-            self._report(f"schedule returned {type(decision).__name__}, not Decision", repr(decision)[:500])
+            self.report(f"schedule returned {type(decision).__name__}, not Decision", repr(decision)[:500])
         self.decisions.append(decision)
         answer: Decision = decision
         return answer
@@ -189,5 +184,5 @@ class _Watched(SchedulerPolicy):
         try:
             yield
         except Exception as error:
-            self._report(f"{call} raised {type(error).__name__}: {error}", traceback.format_exc())
+            self.report(f"{call} raised {type(error).__name__}: {error}", traceback.format_exc())
             raise

@@ -40,7 +40,7 @@ def write_report_files(
             **values,
             script=script(),
             figures=figures,
-            charts=in_script({"config": config(), "charts": [figure.spec for figure in figures]}),
+            charts={"config": config(), "charts": [figure.spec for figure in figures]},
             parameters=list(parameter_rows(settings)),
         )
         (folder / "report.html").write_text(page, encoding="utf-8")
@@ -61,12 +61,6 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
     )
     return pages.get_template(f"{name}.html.jinja")
-
-
-def in_script(data: Any) -> str:
-    """Return JSON that can stand in a ``<script>`` element, whatever texts are in it."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def parameter_rows(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from aioengine.checks import read_json
 from aioengine.lab.analysis.fairness import by_client, service_gap
 from aioengine.lab.analysis.measures import MEASURES, seconds_text, share_text, shorten
 from aioengine.lab.analysis.summary import engines_of, flatten, summarize_frames, times_of
-from aioengine.lab.report.charts import COLORS, MAX_POINTS, Figure, Row, figure, shares_up_to
+from aioengine.lab.report.charts import COLORS, MAX_POINTS, Figure, figure, shares_up_to
 from aioengine.lab.report.page import versions_text, write_report_files
 from aioengine.lab.runs.rows import Frames, load_frames
 
@@ -48,15 +48,6 @@ class Run(NamedTuple):
 
     frames: Frames
     summary: dict[str, Any]
-
-    def binned(self, frame: pl.DataFrame, time: str, by: str, amount: pl.Expr) -> Iterator[Row]:
-        """Yield the amounts by interval of a time, and by a column."""
-        ends = [self.frames.samples["time"].max(), self.frames.requests["ended"].max()]
-        width = max([float(end) for end in ends if end is not None]) / BINS  # type: ignore[arg-type] # floats
-        at = (pl.col(time) / width).cast(pl.Int64).clip(upper_bound=BINS - 1)
-        found = frame.group_by(at.alias("at"), by).agg(amount.alias("amount")).sort("at", by)
-        for place, key, number in found.iter_rows():
-            yield {"time": place * width, "end": (place + 1) * width, by: key, "amount": number}
 
 
 def draw_latency(run: Run) -> Figure:
@@ -132,8 +123,15 @@ def draw_timeline(run: Run) -> Figure:
 def draw_hits(run: Run) -> Figure:
     hits = run.summary["hits"]
     parts = [f"{share_text(share)} {LEVELS[level]}" for level in LEVELS if (share := hits[f"{level}_share"])]
+    ends = [run.frames.samples["time"].max(), run.frames.requests["ended"].max()]
+    width = max([float(end) for end in ends if end is not None], default=1.0) / BINS  # type: ignore[arg-type]
+    at = (pl.col("arrival") / width).cast(pl.Int64).clip(upper_bound=BINS - 1)
     wanted = run.frames.requests.drop_nulls("found").with_columns(pl.col("found").replace(LEVELS))
-    rows = run.binned(wanted, "arrival", "found", pl.len()) if wanted.height else ()
+    counts = wanted.group_by(at.alias("at"), "found").len("amount").sort("at", "found")
+    rows = [
+        {"time": place * width, "end": (place + 1) * width, "found": found, "amount": amount}
+        for place, found, amount in counts.iter_rows()
+    ]
     return figure("hits", f"Requests found their adapter {', '.join(parts) or 'nowhere'}", rows)
 
 

@@ -144,12 +144,6 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             autoscale=self.autoscale,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the experiment as plain data, with defaults filled in."""
-        values = msgspec.to_builtins(self)
-        assert isinstance(values, dict)
-        return values
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "experiment") -> Self:
         """Make an experiment from plain data. Raises ConfigError, which names ``source`` and the field."""

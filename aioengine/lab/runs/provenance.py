@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from aioengine.checks import read_json
 from aioengine.errors import ConfigError
 from aioengine.lab.runs.experiment import Experiment
@@ -34,7 +36,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
     """Return what an experiment's results depend on beside its own fields, as far as it can be known."""
     policy = experiment.policy
     name = policy if isinstance(policy, str) else str(policy.get("name", ""))
-    workload = json.dumps(experiment.workload.to_dict(), sort_keys=True).encode()
+    workload = json.dumps(msgspec.to_builtins(experiment.workload), sort_keys=True).encode()
     return {
         "seed": experiment.seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

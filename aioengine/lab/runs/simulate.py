@@ -82,7 +82,7 @@ def run(
         description = {
             "aioengine": version("aioengine"),
             "python": platform.python_version(),
-            "experiment": experiment.to_dict(),
+            "experiment": msgspec.to_builtins(experiment),
             "costs": msgspec.to_builtins(costs),
             "provenance": provenance(experiment),
         }

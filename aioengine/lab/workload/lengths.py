@@ -87,7 +87,7 @@ class Known(Form):
         return tokens, None, None
 
 
-class Hidden(Form):
+class Hidden(Known):
     """All that policies see is ``max_tokens``, the same for all requests."""
 
     max: Annotated[float, Meta(ge=1, le=MAX_TOKENS)] = 4096.0
@@ -96,7 +96,7 @@ class Hidden(Form):
         return min(tokens, int(self.max)), int(self.max), None
 
 
-class Predicted(Form):
+class Predicted(Known):
     """Hidden, and a prediction, wrong by a factor whose logarithm is normal with the deviation ``error``:
     with 0.5 it is within a factor of 1.65 two times out of three."""
 
@@ -108,12 +108,10 @@ class Predicted(Form):
         return length, most, max(round(min(log_normal(rng, length, self.error), most)), 1)
 
 
-View = Known | Hidden | Predicted
-
-
-def parse_view(field: str, text: str) -> View:
+def parse_view(field: str, text: str) -> Known:
     """Parse "known", "hidden:max=4096" or "predicted:error=0.5,max=4096". Raises ConfigError."""
-    return parse_form(field, text, {"known": Known, "hidden": Hidden, "predicted": Predicted})
+    forms: dict[str, type[Known]] = {"known": Known, "hidden": Hidden, "predicted": Predicted}
+    return parse_form(field, text, forms)
 
 
 def parse_deadline(field: str, value: float | str) -> Objective:

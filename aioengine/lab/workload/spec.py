@@ -145,12 +145,6 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ``source``; unknown fields are refused by name."""
         return from_plain(cls, values, source)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data, with defaults filled in."""
-        values = msgspec.to_builtins(self)
-        assert isinstance(values, dict)
-        return values
-
     def tenant_weights(self) -> list[float]:
         """Return each tenant's share of the requests; they add up to 1."""
         text = self.tenant_shares
