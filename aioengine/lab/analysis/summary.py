@@ -243,11 +243,13 @@ def engines_of(folder: Path) -> tuple[int | None, int]:
     path = folder / "experiment.json"
     found = read_json(path) if path.exists() else {}
     experiment = found.get("experiment", found)
+    if not isinstance(experiment, Mapping):
+        return None, 1
     replicas = int(experiment.get("replicas") or 1)
     if isinstance(autoscale := experiment.get("autoscale"), str):
         replicas = load_autoscaler(autoscale).most
     slots = experiment.get("slots")
-    return None if slots is None else slots * replicas, replicas
+    return slots * replicas if isinstance(slots, int) else None, replicas
 
 
 def _rounded(value: Any) -> Any:
