@@ -124,7 +124,8 @@ def draw_hits(run: Run) -> Figure:
     hits = run.summary["hits"]
     parts = [f"{share_text(share)} {LEVELS[level]}" for level in LEVELS if (share := hits[f"{level}_share"])]
     ends = [run.frames.samples["time"].max(), run.frames.requests["ended"].max()]
-    width = max([float(end) for end in ends if end is not None], default=1.0) / BINS  # type: ignore[arg-type]
+    known = [float(end) for end in ends if end is not None]  # type: ignore[arg-type] # columns of floats
+    width = max(known, default=1.0) / BINS
     at = (pl.col("arrival") / width).cast(pl.Int64).clip(upper_bound=BINS - 1)
     wanted = run.frames.requests.drop_nulls("found").with_columns(pl.col("found").replace(LEVELS))
     counts = wanted.group_by(at.alias("at"), "found").len("amount").sort("at", "found")
