@@ -264,13 +264,13 @@ BUDGETS = {
     "aioengine/lab": 8_050,  # aim: 7_500
     "aioengine/model": 10_750,  # aim: 9_000
     "aioengine/runtime": 3_100,  # aim: 2_700
-    "aioengine/server": 7_100,  # aim: 6_300
+    "aioengine/server": 6_900,  # aim: 6_300
     "benchmarks": 3_600,
     "examples, docs, setup": 1_100,
     "kernels": 11_700,  # aim: 10_300
     "metrics": 3_600,
     "schedulers": 4_500,
-    "tests": 66_350,  # aim: 52_000
+    "tests": 66_200,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

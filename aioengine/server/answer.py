@@ -9,7 +9,7 @@ import time
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -21,8 +21,9 @@ from aioengine.runtime.text_work import SHORT
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, ClientDisconnected, invalid
-from aioengine.server.openai.api import GenerationFields, PromptTokensDetails, Usage
+from aioengine.server.openai.api import GenerationFields, Usage
 from aioengine.server.openai.form import Form
+from aioengine.server.openai.replies import Reply
 from aioengine.server.transport.body import BoundedBody
 from aioengine.server.transport.sender import Sender, unless
 from aioengine.tasks import end_tasks, together
@@ -44,22 +45,6 @@ _EVENT_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect the stream otherwise
 ]
-
-
-class Reply(Protocol):
-    """The format of an answer at one endpoint: as JSON, or as server-sent events of JSON."""
-
-    def events(self, index: int, output: RequestOutput) -> bytes | None:
-        """Format a choice's next part; None if there is nothing to send. Called in order for each choice."""
-
-    def last_events(self, usage: Usage) -> bytes:
-        """Format the end of the stream."""
-
-    def failure(self, error: ApiError) -> bytes:
-        """Format the end of a stream that fails."""
-
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        """Format the answer in one piece."""
 
 
 class Answer:
@@ -308,6 +293,9 @@ class Answer:
             await self._send(send, self.reply.last_events(self.usage), last=True)
             return
         outputs = await self.last_outputs()
+        for output in outputs:
+            output.text_delta, output.token_ids_delta = output.text, output.token_ids
+            output.logprobs_delta = output.logprobs or ()
         numbers = self._held + sum(self._written_ids(i, output) for i, output in enumerate(outputs))
         whole = await self._formed(numbers, lambda: self.reply.whole(outputs, self.usage))
         await respond(send, 200, [(b"content-type", b"application/json")], whole)
@@ -334,12 +322,7 @@ class Answer:
         completion = sum(output.output_tokens for output in self._last if output is not None)
         firsts = self._last[:: len(self) // len(self.prompts)]
         cached = sum(output.cached_tokens for output in firsts if output is not None)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached),
-        )
+        return Usage.of(prompt, completion, cached)
 
     def _output_tokens(self) -> int:
         now = (output() for output in list(self._so_far.values()))  # another thread may ask

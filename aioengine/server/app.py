@@ -9,8 +9,10 @@ import time
 from typing import TYPE_CHECKING
 
 import msgspec
+from starlette import routing
 from starlette.exceptions import HTTPException
-from starlette.routing import Router
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from aioengine.adapters.read_threads import SharedRead
 from aioengine.errors import EngineStopped
@@ -18,13 +20,12 @@ from aioengine.metrics.asgi import metrics_app
 from aioengine.metrics.page.plumbing import Receive, Scope, Send, answer_no_http, below_mount, respond
 from aioengine.metrics.starting import starting_metrics
 from aioengine.runtime.client import EngineClient
-from aioengine.server.access.browsers import BrowserRules
 from aioengine.server.access.gate import Gate
 from aioengine.server.access_log import RequestRecord, log_request
 from aioengine.server.bounds import UNREAD, Shares
 from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, ClientDisconnected
-from aioengine.server.routes import METRICS, OPEN, ROUTES, Requests, make_document
+from aioengine.server.routes import METRICS, OPEN, ROUTES, Endpoint, make_document
 from aioengine.server.settings import ServerSettings
 from aioengine.server.transport.sender import Sender
 
@@ -44,18 +45,29 @@ class ServerApp:
         self, engine: EngineClient, settings: ServerSettings, tracer_provider: TracerProvider | None = None
     ) -> None:
         self._gate = Gate(settings, engine.limit_waiting)
-        self._browsers = BrowserRules(settings.allowed_hosts, settings.allow_origins)
         if settings.keys_file is not None:  # it has the limits
             engine.share_limits(self._gate)
         # From here on no key is held, only their hashes.
-        self._settings = settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
+        settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
         self.context = context = Context(engine, settings)
         context.page = self._page = metrics_app(engine)
         with_keys = not self._gate.is_open
         context.document = SharedRead("aioengine-docs", lambda: make_document(ROUTES, with_keys=with_keys))
-        self.requests = Requests(context, self._gate, ignores_unknown=settings.ignore_unknown_fields)
-        self._routes = Router(self.requests.endpoints(), redirect_slashes=False)
+        endpoints = [
+            routing.Route(route.pattern, Endpoint(route, context, self._gate), methods=[route.method])
+            for route in ROUTES
+        ]
+        self._routes = routing.Router(endpoints, redirect_slashes=False)
         self.unread = Shares(UNREAD)
+        self._answer: ASGIApp = self._answer_request
+        if settings.allow_origins:
+            self._answer = CORSMiddleware(
+                self._answer_request,
+                allow_origins=settings.allow_origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=("*",),
+                expose_headers=("retry-after", "x-not-enforced", "x-request-id"),
+            )
         self._spans = None
         if tracer_provider is not None:
             from aioengine.metrics.remote_spans import HttpSpans
@@ -72,14 +84,13 @@ class ServerApp:
     def change(self, settings: ServerSettings) -> None:
         """Use other limits, timeouts, defaults and names of the base model for requests from now on. Keys,
         hosts and settings about the model's files stay as they are."""
-        self._settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
-        self.context.change(self._settings)
+        self.context.change(msgspec.structs.replace(settings, api_keys={}, admin_keys={}))
 
     async def drain(self) -> None:
         """Refuse new requests with 503 from now on, and wait until the accepted ones are answered."""
         self.leave()
         self.context.draining = True
-        await self.requests.idle.wait()
+        await self.context.idle.wait()
 
     def leave(self) -> None:
         """Make ``/ready`` answer 503 from now on, but accept everything as before, so that load balancers can
@@ -106,7 +117,10 @@ class ServerApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await answer_no_http(scope, receive, send, self.close)
-            return
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.open()
         path = below_mount(scope)[0]
         asked = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
@@ -115,14 +129,20 @@ class ServerApp:
         record = RequestRecord(request_id=id_, method=scope["method"], path=path[:200])
         spans = None if _is_quiet(path) else self._spans
         with contextlib.nullcontext() if spans is None else spans.request(scope["headers"], record):
-            await self._http(path, record, scope, receive, send)
+            await self._answer_noted(path, record, scope, receive, send)
 
-    async def _http(
+    async def _answer_noted(
         self, path: str, record: RequestRecord, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        sender = Sender(send, scope, record, self.unread, self._browsers)
+        sender = Sender(send, scope, record, self.unread)
         try:
-            await self._answer(path, record, scope, receive, sender)
+            self._gate.check_site(scope, is_probe=path in _PROBES)
+            if path not in _PROBES:
+                self._gate.identify(scope, record)
+            # Without the mount point, because routes are matched below it.
+            state = {"record": record, "outer": scope}
+            inner = {**scope, "app": self, "path": path.rstrip("/") or "/", "root_path": "", "state": state}
+            await self._routes(inner, receive, sender)
         except asyncio.CancelledError:
             record.status, record.error = 499, "cancelled"
             raise
@@ -146,20 +166,6 @@ class ServerApp:
                 http.responded(record.route, record.status, record.error, record.tenant)
             log_request(record, quiet=record.counted or _is_quiet(path))
 
-    async def _answer(
-        self, path: str, record: RequestRecord, scope: Scope, receive: Receive, send: Sender
-    ) -> None:
-        self._browsers.check(scope, is_probe=path in _PROBES)
-        if (preflight := self._browsers.preflight(scope)) is not None:
-            await respond(send, 200, preflight, b"")
-            return
-        if path not in _PROBES:
-            self._gate.identify(scope, record)
-        # Without the mount point, because routes are matched below it.
-        state = {"record": record, "outer": scope}
-        inner = {**scope, "app": self, "path": path.rstrip("/") or "/", "root_path": "", "state": state}
-        await self._routes(inner, receive, send)
-
     def _refused(self, error: Exception, record: RequestRecord, path: str) -> ApiError:
         if isinstance(error, HTTPException):  # of the routes
             if error.status_code == 404:
@@ -167,7 +173,7 @@ class ServerApp:
             else:
                 text = f"{record.method} is not allowed for {path[:200]}"
                 error = ApiError(error.status_code, text, code="method_not_allowed")
-        return record.refused_by(error, self._settings)
+        return record.refused_by(error, self.context.settings)
 
 
 class Entrance:

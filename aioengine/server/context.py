@@ -3,11 +3,13 @@ to a route's function."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import random
 import re
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +25,13 @@ from aioengine.runtime.client import EngineClient
 from aioengine.runtime.requests.vectors import read_label_names
 from aioengine.runtime.text_work import EACH, SHORT
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.bounds import NUMBERS, Shares
+from aioengine.server.bounds import BODIES, NUMBERS, UPLOADS, Shares
 from aioengine.server.errors import ApiError, invalid, model_not_found
-from aioengine.server.formats.calls import AnswerFormats
 from aioengine.server.openai.api import ModelFields
+from aioengine.server.openai.form import AnswerFormats
 from aioengine.server.openai.sampling import SamplingDefaults, drawn_seeds, read_sampling_defaults
 from aioengine.server.settings import ServerSettings
+from aioengine.server.transport.body import JsonDecoder
 
 if TYPE_CHECKING:
     from aioengine.metrics.asgi import MetricsApp
@@ -58,6 +61,11 @@ class Context:
         """Log-probabilities, and numbers of vectors, that open requests hold or will hold."""
         self.open_requests: set[RequestRecord] = set()
         """Open requests, without probes and pages."""
+        self.idle = asyncio.Event()
+        """Set while there are none."""
+        self.idle.set()
+        self.bodies, self.uploads = Shares(BODIES), Shares(UPLOADS)
+        self.decoder = JsonDecoder(ignores_unknown=settings.ignore_unknown_fields)
         self.draining = False
         """Whether new requests are refused; set by whoever runs the server."""
         self.seeds = drawn_seeds((engine.config.seed or None) if settings.seed is None else settings.seed)
@@ -69,9 +77,21 @@ class Context:
     def change(self, settings: ServerSettings) -> None:
         """Use other settings from now on."""
         self.settings = settings
-        self._formats: AnswerFormats | None = None
         self.model_names = tuple(settings.served_model_names) or (self.engine.config.model_name,)
         self.engine.model_name = self.model_names[0]
+
+    @contextlib.contextmanager
+    def opened(self, record: RequestRecord) -> Iterator[None]:
+        """Context in which a request is open."""
+        self.open_requests.add(record)
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self.open_requests.discard(record)
+            record.so_far = int  # the record may live on; its function would keep the answer in memory
+            if not self.open_requests:
+                self.idle.set()
 
     def new_id(self) -> str:
         """Return a new id, which is unique but no secret."""
@@ -118,15 +138,14 @@ class Context:
         tokenizer = self.engine.tokenizer
         return (lambda _token: b"") if tokenizer is None else tokenizer.token_bytes
 
-    @property
+    @cached_property
     def formats(self) -> AnswerFormats:
         """Return the formats of the model's answers. Raises ApiError if it has no tokenizer."""
-        if self._formats is None:
-            tokenizer, settings = self.tokenizer, self.settings
-            names = settings.tool_call_parser, settings.reasoning_parser
-            self._formats = AnswerFormats.chosen(tokenizer.chat_template, *names, tokenizer.added_tokens)
-            logger.info("formats of answers: tools=%s reasoning=%s", *self._formats[:2])
-        return self._formats
+        tokenizer, settings = self.tokenizer, self.settings
+        names = settings.tool_call_parser, settings.reasoning_parser
+        found = AnswerFormats.chosen(tokenizer.chat_template, *names, tokenizer.added_tokens)
+        logger.info("formats of answers: tools=%s reasoning=%s", *found[:2])
+        return found
 
     def cache_salt(self, tenant: str | None, asked: str | None) -> str | None:
         """Combine the tenant and the requested salt, as JSON: no client can make another tenant's salt."""

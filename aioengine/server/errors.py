@@ -27,7 +27,7 @@ _MESSAGES_TYPES = {
 }
 _RESPONSES_NAMES = {
     r"^messages\b.*": "input",
-    r"^response_format\b": "text.format",
+    r"^response_format(\.json_schema)?\b": "text.format",
     r"^reasoning_effort$": "reasoning.effort",
     r"^(tools\[\d+\])\.function\b": r"\1",
 }
@@ -133,6 +133,8 @@ def _shortened(text: str) -> str:
 
 _PATH = re.compile(r"^(?P<what>.*?) - at `\$(?P<path>[^`]*)`$", re.DOTALL)
 _FIELD = re.compile(r"(?:missing required|contains unknown) field `([^`]*)`")
+_KIND = re.compile(r"Invalid value ('.*')", re.DOTALL)
+"""Of an object whose "type" is none of those that are supported."""
 
 
 def validation_error(error: msgspec.ValidationError) -> ApiError:
@@ -144,6 +146,8 @@ def validation_error(error: msgspec.ValidationError) -> ApiError:
         path = f"{path}.{field[1]}"
     param = path.removeprefix(".") or None
     code = "unknown_parameter" if "unknown field" in what else "invalid_value"
+    if kind := _KIND.fullmatch(what):
+        what = f"{kind[1]} is not supported here"
     return ApiError(400, f"{param or 'the body'}: {what}", param=param, code=code)
 
 

@@ -9,65 +9,81 @@ from aioengine.errors import PromptTooLong
 from aioengine.runtime.text_work import EACH, SHORT, size_of_all
 from aioengine.server.context import Call, Context
 from aioengine.server.errors import ApiError, invalid
+from aioengine.server.openai.api import Prompts
 
 PAIRS_PER_BODY = 2
 """Characters of all pairs of texts in one request, in bodies of the largest size: a long text may be paired
 with thousands."""
-NO_PROMPT = "must be a text, a list of texts, a list of token ids or a list of such lists, not empty"
+
+
+async def prompts_of(call: Call, given: Prompts, *, field: str, most: int, special: bool) -> list[list[int]]:
+    """Return the token ids of each prompt that was given as ids, or as text: with ``special`` tokens at its
+    ends. Raises ApiError."""
+    is_one = isinstance(given, str) or bool(given and isinstance(given[0], int))
+    items: Any = [given] if is_one else given
+    if len(items) > most:
+        raise invalid(field, f"at most {most} prompts")
+    kinds = set(map(type, items))
+    if kinds == {str}:
+        return await encode(call, items, special=special, field=field)
+    if kinds == {list}:
+        longest = max(map(len, items))
+        if longest > call.context.max_model_len:  # before they are looked at one by one
+            raise too_long(call.context, longest, field=field)
+        if not is_one or set(map(type, given)) == {int}:
+            return list(items)
+    what = "must be a text, a list of texts, a list of token ids or a list of such lists, not empty"
+    raise invalid(field, what)
 
 
 async def encode(call: Call, texts: Sequence[str], *, special: bool = True, field: str) -> list[list[int]]:
     """Tokenize each text, with ``special`` tokens at its ends. Raises ApiError for one that is too long."""
     tokenizer, limit = call.context.tokenizer, call.context.max_model_len
-    make = _fitting(call.context, field, lambda: tokenizer.encode_all(texts, special, limit=limit))
-    return await call.context.engine.text_work.run(size_of_all(texts), make, call.record.owner)
+    size = size_of_all(texts)
+    return await _encoded(call, field, size, lambda: tokenizer.encode_all(texts, special, limit=limit))
 
 
 async def encode_pairs(call: Call, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Encode pairs of texts as :func:`encode` does single ones. Raises ApiError if they are too long."""
-    context = call.context
-    tokenizer, limit = context.tokenizer, context.max_model_len
+    tokenizer, limit = call.context.tokenizer, call.context.max_model_len
     size = sum(len(first) + len(second) for first, second in pairs)
-    most = PAIRS_PER_BODY * context.max_body_bytes
+    most = PAIRS_PER_BODY * call.context.max_body_bytes
     if size > most:
         raise invalid(
             "documents",
             f"they and the query, which is read with each of them, have {size} characters together, and one "
             f"request may have {most}; send fewer documents at a time",
         )
-    make = _fitting(context, "documents", lambda: tokenizer.encode_pairs(pairs, limit=limit))
-    return await context.engine.text_work.run(size + EACH * len(pairs), make, call.record.owner)
+    size += EACH * len(pairs)
+    return await _encoded(call, "documents", size, lambda: tokenizer.encode_pairs(pairs, limit=limit))
 
 
 async def encode_chat(call: Call, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
     """Render messages by the chat template, and tokenize the result as :func:`encode` does."""
     tokenizer, limit = call.context.tokenizer, call.context.max_model_len
 
-    def encoded() -> list[list[int]]:
+    def make() -> list[list[int]]:
         return tokenizer.encode_all([tokenizer.render_chat(messages, **variables)], False, limit=limit)
 
     # Never on the event loop, because a template may take any time. It may write all of the body, tools and
     # arguments of calls included.
-    size, make = SHORT + call.record.body_size, _fitting(call.context, "messages", encoded)
-    [ids] = await call.context.engine.text_work.run(size, make, call.record.owner)
+    [ids] = await _encoded(call, "messages", SHORT + call.record.body_size, make)
     return ids
 
 
-def _fitting(
-    context: Context, field: str, encode: Callable[[], list[list[int]]]
-) -> Callable[[], list[list[int]]]:
-    def fitting() -> list[list[int]]:
-        try:
-            return encode()
-        except PromptTooLong as error:
-            raise too_long(context, error.tokens, field=field, at_least=error.at_least) from None
-
-    return fitting
+async def _encoded(call: Call, field: str, size: int, make: Callable[[], list[list[int]]]) -> list[list[int]]:
+    try:
+        return await call.context.engine.text_work.run(size, make, call.record.owner)
+    except PromptTooLong as error:
+        raise too_long(call.context, error.tokens, field=field, at_least=error.at_least) from None
 
 
-async def texts_of(call: Call, prompts: Sequence[list[int]]) -> list[str]:
-    """Decode prompts that were given as token ids."""
+async def texts_of(call: Call, given: Prompts, prompts: Sequence[list[int]]) -> list[str]:
+    """Return the texts of prompts: as they were given, or decoded."""
     tokenizer = call.context.tokenizer
+    texts = [given] if isinstance(given, str) else [text for text in given if isinstance(text, str)]
+    if texts:
+        return texts
 
     def decode() -> list[str]:  # the engine refuses the ids that are left out
         return [tokenizer.decode([t for t in prompt if 0 <= t < 2**31], False) for prompt in prompts]

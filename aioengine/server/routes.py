@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http
 import inspect
 import re
@@ -10,7 +9,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import msgspec
-from starlette import routing
 
 from aioengine import __version__
 from aioengine.metrics.page.plumbing import Receive, Scope, respond
@@ -19,13 +17,13 @@ from aioengine.server.access.gate import Gate
 from aioengine.server.access.keys import SCOPES
 from aioengine.server.access.keys import Scope as KeyScope
 from aioengine.server.access_log import RequestRecord
-from aioengine.server.bounds import BODIES, UPLOADS, Shares
+from aioengine.server.bounds import BODIES, UPLOADS
 from aioengine.server.context import Call, Context, sent
 from aioengine.server.errors import ApiError, ErrorBody
 from aioengine.server.messages import routes as messages
 from aioengine.server.openai import adapters, chat, completions, tokens, vectors
 from aioengine.server.responses import routes as responses
-from aioengine.server.transport.body import BoundedBody, JsonDecoder, check_kind
+from aioengine.server.transport.body import BoundedBody, check_kind
 
 OPEN: tuple[KeyScope, ...] = ()
 GENERATE: tuple[KeyScope, ...] = ("generate",)
@@ -51,6 +49,11 @@ class Route(NamedTuple):
     """Takes a Call and, if it is to be decoded, the body as ``data``."""
     scopes: tuple[KeyScope, ...]
     """A key needs one of them ("admin" includes all); empty if no key is required."""
+
+    @property
+    def pattern(self) -> str:
+        """The path as the framework knows it; names of models and files may have slashes."""
+        return self.path.replace("}", ":path}")
 
     def type_of(self, what: str) -> Any:
         """Type of the body (``data``), or of the answer's JSON (``return``; ``str`` for a text); None if it
@@ -92,94 +95,61 @@ ROUTES = (
 """In the order in which they are looked for: those that get many requests come first."""
 
 
-class Requests:
-    """The requests of one server that have reached their routes."""
-
-    def __init__(self, context: Context, gate: Gate, *, ignores_unknown: bool) -> None:
-        self.context, self.gate = context, gate
-        self.idle = asyncio.Event()
-        """Set while none with a body is open."""
-        self.idle.set()
-        self.bodies, self.uploads = Shares(BODIES), Shares(UPLOADS)
-        self._decode = JsonDecoder(ignores_unknown=ignores_unknown).decode
-
-    async def decoded(self, call: Call, type_: Any) -> Any:
-        """Read the body, and decode it as a ``type_``."""
-        check_kind(call.scope)
-        assert isinstance(call.receive, BoundedBody)
-        content = await call.receive.whole()
-        call.record.body_size = len(content)
-        if len(content) <= DECODED_AT_ONCE:
-            return self._decode(content, type_)
-        work = self.context.engine.text_work
-        return await work.run(len(content), lambda: self._decode(content, type_), call.record.owner)
-
-    def body(self, call: Call, route: Route) -> BoundedBody:
-        settings, limit = self.context.settings, self.context.max_body_bytes
-        shares, bound = self.bodies, BODIES
-        if route.function is adapters.upload and settings.max_upload_bytes is not None:
-            shares, bound, limit = self.uploads, UPLOADS, settings.max_upload_bytes
-        shares.most = bound.most * limit
-        timeout, owner = settings.read_timeout, call.record.owner
-        return BoundedBody(call.receive, call.scope, shares, owner, limit=limit, timeout=timeout)
-
-    def enter(self, record: RequestRecord) -> None:
-        self.context.open_requests.add(record)
-        self.idle.clear()
-
-    def leave(self, record: RequestRecord) -> None:
-        self.context.open_requests.discard(record)
-        record.so_far = int  # the record may live on; its function would keep the answer in memory
-        if not self.context.open_requests:
-            self.idle.set()
-
-    def endpoints(self) -> list[routing.Route]:
-        """Return the routes as the framework looks for them."""
-        return [
-            routing.Route(route.path.replace("}", ":path}"), _Endpoint(route, self), methods=[route.method])
-            for route in ROUTES
-        ]
-
-
-class _Endpoint:
+class Endpoint:
     """An ASGI application: what is sent to one route. Raises ApiError for what is refused."""
 
-    def __init__(self, route: Route, requests: Requests) -> None:
-        self._route, self._requests = route, requests
+    def __init__(self, route: Route, context: Context, gate: Gate) -> None:
+        self._route, self._context, self._gate = route, context, gate
         self._takes = route.type_of("data")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
         record: RequestRecord = scope["state"]["record"]
-        route, requests = self._route, self._requests
+        route, context = self._route, self._context
         record.route = PAGE_ROUTE if route.scopes == METRICS else route.path
-        call = Call(requests.context, record, scope, receive)
-        if route.method != "POST":
-            requests.gate.admit(route.scopes, scope, record)
-            await self._run(call, send)
-            return
-        if requests.context.draining:
+        if route.method == "POST" and context.draining:
             text = "the server is shutting down and accepts no new requests"
             raise ApiError(503, text, code="unavailable", retry_after=DRAIN_RETRY_AFTER, close=True)
-        requests.gate.admit(route.scopes, scope, record)
-        body = requests.body(call, route)
-        requests.enter(record)
-        try:
-            await self._run(call._replace(receive=body), send)
-        finally:
-            body.release()
-            requests.leave(record)
+        self._gate.admit(route.scopes, scope, record)
+        if route.method != "POST":
+            await self._run(Call(context, record, scope, receive), send)
+            return
+        body = self._body(scope, receive, record)
+        with context.opened(record):
+            try:
+                await self._run(Call(context, record, scope, body), send)
+            finally:
+                body.release()
 
     async def _run(self, call: Call, send: Any) -> None:
         function = self._route.function
-        if self._takes is None:
-            found = await function(call)
-        else:
-            found = await function(call, await self._requests.decoded(call, self._takes))
+        found = await (function(call) if self._takes is None else function(call, await self._decoded(call)))
         if callable(found):
             await found(call.scope, call.receive, send)
         else:
             body, status, kind = sent(found)
             await respond(send, status, [(b"content-type", kind)], body)
+
+    def _body(self, scope: Scope, receive: Receive, record: RequestRecord) -> BoundedBody:
+        context = self._context
+        settings, limit = context.settings, context.max_body_bytes
+        shares, bound = context.bodies, BODIES
+        if self._route.function is adapters.upload and settings.max_upload_bytes is not None:
+            shares, bound, limit = context.uploads, UPLOADS, settings.max_upload_bytes
+        shares.most = bound.most * limit
+        timeout = settings.read_timeout
+        return BoundedBody(receive, scope, shares, record.owner, limit=limit, timeout=timeout)
+
+    async def _decoded(self, call: Call) -> Any:
+        """Read the body, and decode it as the route's type."""
+        check_kind(call.scope)
+        assert isinstance(call.receive, BoundedBody)
+        content = await call.receive.whole()
+        call.record.body_size = len(content)
+        decode = self._context.decoder.decode
+        if len(content) <= DECODED_AT_ONCE:
+            return decode(content, self._takes)
+        work = self._context.engine.text_work
+        return await work.run(len(content), lambda: decode(content, self._takes), call.record.owner)
 
 
 _STATUSES = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)

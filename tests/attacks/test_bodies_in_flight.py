@@ -56,7 +56,7 @@ async def test_the_budget_is_given_back_once(serve: Serve, monkeypatch: pytest.M
     monkeypatch.setattr(module, "FREE_BYTES", 100)
     monkeypatch.setattr(routes, "BODIES", Bound(1))
     async with serve(settings={"max_body_bytes": 10_000}) as served:
-        budget = served.app.requests.bodies
+        budget = served.app.context.bodies
         body = {"model": MODEL, "prompt": "x", "max_tokens": 2, "user": "u" * 6000}
 
         _, writer = await connected(served.url, HEAD + b"content-length: 9000\r\n\r\n{" + b" " * 8000)

@@ -19,7 +19,7 @@ from support.bystander import bystander
 from support.engine_fixtures import Tiny
 from support.server_process import Serving, serving
 
-from aioengine.server.access.keys import hash_key
+from aioengine.server.access.clients import hash_key
 
 pytestmark = pytest.mark.slow
 

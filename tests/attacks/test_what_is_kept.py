@@ -85,7 +85,7 @@ async def test_only_what_counts_is_kept_of_requests_that_wait(
         try:
             for path, body in cases:
                 gc.collect()
-                counted, before = served.app.requests.bodies.held, tracemalloc.get_traced_memory()[0]
+                counted, before = served.app.context.bodies.held, tracemalloc.get_traced_memory()[0]
                 waiting = served.engine.stats().waiting
                 sent = asyncio.create_task(served.http.post(path, content=body, headers=headers))
                 await until(lambda waiting=waiting: served.engine.stats().waiting > waiting)
@@ -95,7 +95,7 @@ async def test_only_what_counts_is_kept_of_requests_that_wait(
                 for _ in range(LOOKS):
                     gc.collect()
                     grown = tracemalloc.get_traced_memory()[0] - before
-                    told = served.app.requests.bodies.held - counted
+                    told = served.app.context.bodies.held - counted
                     if grown - told <= MOST:
                         break
                     await asyncio.sleep(0.01)
@@ -110,4 +110,4 @@ async def test_only_what_counts_is_kept_of_requests_that_wait(
         await first
         assert not too_much, [(path, *rest[1:]) for path, *rest in too_much]
         await until(lambda: served.app.active == 0)
-        assert served.app.requests.bodies.held == 0
+        assert served.app.context.bodies.held == 0

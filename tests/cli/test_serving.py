@@ -18,7 +18,7 @@ from support.server_process import serving
 from support.waiting import until
 
 from aioengine.cli.serving.lifetime import LINGER_SECONDS, Systemd
-from aioengine.server.access.keys import hash_key
+from aioengine.server.access.clients import hash_key
 
 __all__ = ["tiny_text"]
 

@@ -265,7 +265,7 @@ def anthropic_tools() -> None:
     assert raw.headers["x-request-id"] and raw.parse().stop_reason == "tool_use"
 
 
-@check("anthropic", "parse(), effort, async, errors")
+@check("anthropic", "parse(), effort, cache_control, async, errors")
 def anthropic_more() -> None:
     import anthropic
 
@@ -273,7 +273,9 @@ def anthropic_more() -> None:
     fields = {"model": MODEL, "max_tokens": 120, "messages": USER, "extra_body": {"temperature": 0}}
     assert isinstance(client.messages.parse(**fields, output_format=City).parsed_output, City)
     assert client.messages.create(**fields, output_config={"effort": "low"}).content
-    assert client.beta.messages.create(**fields, system=[{"type": "text", "text": "Be brief."}]).content
+    kept = {"type": "text", "text": "Be very brief. " * 20, "cache_control": {"type": "ephemeral"}}
+    first, again = (client.beta.messages.create(**fields, system=[kept]) for _ in range(2))
+    assert first.content and first.usage.input_tokens and again.usage.cache_read_input_tokens
 
     async def run() -> None:
         async with (

@@ -17,7 +17,7 @@ from support.fleet_process import FleetServer, fleet_server, needs_ray, until
 from support.ray_nodes import Nodes
 
 from aioengine.fleet.registry import AdapterRegistry, Entry
-from aioengine.server.access.keys import hash_key
+from aioengine.server.access.clients import hash_key
 
 pytestmark = pytest.mark.slow
 

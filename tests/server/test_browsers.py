@@ -83,14 +83,14 @@ async def test_an_allowed_site_asks_first_and_reads_answers(serve: Serve) -> Non
         allowed = await served.http.options("/v1/completions", headers=asks)
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == FRIEND
-        assert allowed.headers["access-control-allow-methods"] == "POST"
+        assert "POST" in allowed.headers["access-control-allow-methods"]
         assert "x-stainless-os" in allowed.headers["access-control-allow-headers"]
         keyed = {**site, "authorization": "Bearer sk-one"}
         for body in (OK, {**OK, "stream": True}, {**OK, "model": "nobody"}):
             answer = await served.http.post("/v1/completions", json=body, headers=keyed)
             assert answer.status_code == (404 if body["model"] == "nobody" else 200)
             assert answer.headers["access-control-allow-origin"] == FRIEND
-            assert answer.headers["vary"] == "origin"
+            assert answer.headers["vary"] == "Origin"
             assert "x-request-id" in answer.headers["access-control-expose-headers"]
             assert "access-control-allow-credentials" not in answer.headers
         assert (await served.http.post("/v1/completions", json=OK, headers=site)).status_code == 401

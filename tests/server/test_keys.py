@@ -24,8 +24,8 @@ from aioengine.cli.config.checked import ServerFlags
 from aioengine.cli.main import main
 from aioengine.errors import ConfigError
 from aioengine.server.access import gate, keys
-from aioengine.server.access.clients import Admission, Bucket, Meter
-from aioengine.server.access.keys import SCOPES, KeysFile, KeysWatch, hash_key, parse_keys_file
+from aioengine.server.access.clients import Admission, Bucket, Meter, hash_key
+from aioengine.server.access.keys import SCOPES, KeysFile, KeysWatch, parse_keys_file
 from aioengine.server.errors import ApiError
 
 LOADED = "aioengine_config_last_reload_successful"

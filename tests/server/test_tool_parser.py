@@ -15,10 +15,10 @@ from support.machine import slowness
 
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
-from aioengine.server.formats.calls import JSON_TEXT, MAX_CALLS, REASONING, TOOLS, AnswerFormats
+from aioengine.server.formats.calls import JSON_TEXT, MAX_CALLS, REASONING, TOOLS
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import Function, Tool
-from aioengine.server.openai.form import ToolPlan, plan_tools
+from aioengine.server.openai.form import AnswerFormats, ToolPlan, plan_tools
 from aioengine.server.settings import ServerSettings
 
 NAMES = frozenset({"f", "g"})

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from aioengine.cli.flags import CommonFlags
 from aioengine.errors import ConfigError
-from aioengine.server.access import keys
+from aioengine.server.access import clients, keys
 
 Texts = Annotated[list[str] | None, Parameter(negative="")]
 
@@ -35,7 +35,7 @@ def new(
         adapter: Adapter, or pattern such as team-a/*, that it may use; any by default.
     """
     key = keys.new_key()
-    entry = {"hash": keys.hash_key(key), "tenant": tenant, "scopes": scope or ["generate"]}
+    entry = {"hash": clients.hash_key(key), "tenant": tenant, "scopes": scope or ["generate"]}
     if adapter:
         entry["adapters"] = adapter
     # JSON's texts and lists are TOML's as well.
@@ -60,7 +60,7 @@ def hash(*, common: CommonFlags | None = None) -> int:
             f"a key must have at least {keys.SHORTEST_KEY} random characters, and no spaces: a "
             "shorter one can be guessed by whoever reads its hash; `aioengine keys new` makes one"
         )
-    print(keys.hash_key(key))
+    print(clients.hash_key(key))
     return 0
 
 

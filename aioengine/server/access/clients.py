@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import fnmatch
+import hashlib
 import math
 import re
 import time
@@ -176,6 +177,11 @@ class Identity(NamedTuple):
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
+
+
+def hash_key(key: str | bytes) -> str:
+    """Return the hash that stands for ``key`` in a keys file."""
+    return f"sha256:{hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()}"
 
 
 def presented_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:

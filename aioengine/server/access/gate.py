@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import math
+import re
 import secrets
 import time
 from collections import OrderedDict
@@ -16,8 +17,16 @@ from hashlib import blake2b
 from aioengine.errors import EngineStopped
 from aioengine.metrics.page.plumbing import Scope as HttpScope
 from aioengine.runtime.client import Usage
-from aioengine.server.access.clients import Admission, AllowedModels, Bucket, Identity, Meter, presented_key
-from aioengine.server.access.keys import SCOPES, KeysFile, KeysWatch, Limits, Scope, TenantLimits, hash_key
+from aioengine.server.access.clients import (
+    Admission,
+    AllowedModels,
+    Bucket,
+    Identity,
+    Meter,
+    hash_key,
+    presented_key,
+)
+from aioengine.server.access.keys import SCOPES, KeysFile, KeysWatch, Limits, Scope, TenantLimits
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.bounds import network_of
 from aioengine.server.errors import ApiError
@@ -30,11 +39,14 @@ PER_MINUTE = 60
 MAX_ADDRESSES = 4096
 """Maximum number of addresses; beyond it the one refused longest ago is forgotten."""
 LOG_SECONDS = 60.0
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/?#]*)(?::[0-9]*)?")
+"""A name or an address, and maybe a port; nothing may follow."""
 _CHALLENGE = 'Bearer realm="aioengine", Basic realm="aioengine"'
 
 
 class Gate:
-    """Admits requests by their key, its scopes and its limits.
+    """Admits requests by the host that they name, by the site whose page sends them, and by their key, its
+    scopes and its limits.
 
     Keys are looked up by their hashes. The time of the look-up may reveal something about the hashes, but
     nobody can construct a key with a chosen hash.
@@ -48,6 +60,8 @@ class Gate:
         self._new_bounds: Mapping[str, int] | None = None
         """Tenants' bounds on waiting requests that must still be passed on."""
         self._refusals = Refusals()
+        self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
+        self._origins = frozenset(origin.encode() for origin in settings.allow_origins)
         self._secret = secrets.token_bytes(16)
         self._pseudonym = functools.lru_cache(4096)(self._pseudonym_of)
         self._known: dict[str, Identity] = {}
@@ -82,6 +96,27 @@ class Gate:
     def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
+
+    def check_site(self, scope: HttpScope, *, is_probe: bool) -> None:
+        """Raise ApiError for a Host that is not allowed, and for a request of another site's page that does
+        more than read: a browser would send it with the password that the user has given here. That page
+        cannot see what it reads, unless its origin is allowed."""
+        headers = dict(scope["headers"])
+        host: bytes = headers.get(b"host", b"")
+        if self._hosts and not is_probe:
+            found = _HOST.fullmatch(host.decode("latin-1"))
+            if found is None or found[1].lower() not in self._hosts:
+                text = f"this server does not answer for the host {_shown(host)}"
+                text += "; start it with --allowed-host or API keys"
+                raise ApiError(403, text, code="host_not_allowed")
+        if scope["method"] in ("GET", "HEAD"):
+            return
+        origin, site = headers.get(b"origin", b""), headers.get(b"sec-fetch-site", b"")
+        is_own = not origin or origin.partition(b"://")[2].lower() == host.lower()
+        if origin not in self._origins and (site in (b"cross-site", b"same-site") or not is_own):
+            text = f"this server takes no requests from pages of {_shown(origin or site)}"
+            text += "; start it with --allow-origin to let them in"
+            raise ApiError(403, text, code="origin_not_allowed")
 
     def identify(self, scope: HttpScope, record: RequestRecord) -> None:
         """Identify the client and write it into ``record``. Raises ApiError without a valid key where one is
@@ -171,6 +206,10 @@ class Gate:
             )
         bounds = {name: limits.max_waiting for name, limits in file.tenants.items()}
         self._new_bounds = {name: most for name, most in bounds.items() if most is not None}
+
+
+def _shown(value: bytes) -> str:
+    return repr(value.decode("latin-1")[:300])
 
 
 def _client_of(scope: HttpScope) -> str:

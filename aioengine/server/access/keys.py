@@ -8,7 +8,6 @@ nobody can try those, however fast the hash is, and one SHA-256 per request cost
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import re
 import secrets
@@ -127,22 +126,19 @@ def parse_keys_file(data: bytes, *, source: str) -> KeysFile:
 
 def read_keys_file(path: Path) -> KeysFile:
     """Read a keys file. Raises ConfigError if it cannot be read or is not valid."""
-    source = f"keys file {path}"
+    return parse_keys_file(_content_of(path), source=f"keys file {path}")
+
+
+def _content_of(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{source}: cannot be read: {error.strerror}") from error
-    return parse_keys_file(data, source=source)
+        raise ConfigError(f"keys file {path}: cannot be read: {error.strerror}") from error
 
 
 def new_key() -> str:
     """Generate a key of 256 random bits."""
     return f"aio-{secrets.token_urlsafe(32)}"
-
-
-def hash_key(key: str | bytes) -> str:
-    """Return the hash that stands for ``key`` in a keys file."""
-    return f"sha256:{hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()}"
 
 
 class KeysWatch:
@@ -155,11 +151,11 @@ class KeysWatch:
 
     def __init__(self, path: str, use: Callable[[KeysFile], None]) -> None:
         self._path, self._use = Path(path), use
-        self._seen: tuple[int, ...] = ()
-        """Signature of the file that was read last."""
+        self._content = _content_of(self._path)
+        """Content of the file whose keys are in use."""
         self._complaint = ""
         """Why the keys in use are not those of the file; empty if they are."""
-        use(self._read())
+        use(self._parsed(self._content))
 
     @property
     def good(self) -> bool:
@@ -173,13 +169,15 @@ class KeysWatch:
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
-                reading = threads.start(self._changed)
+                reading = threads.start(self._read)
                 if not (await asyncio.wait({reading}, timeout=SLOW_SECONDS))[0]:
                     self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
-                if (found := await reading) is not None:
+                content, found = await reading
+                if found is not None:
                     self._use(found)
-                    self._complaint = ""
+                    self._content = content
                     logger.info("read %s again: %d keys", self._path, len(found.keys))
+                self._complaint = ""
             except Exception as error:  # whatever fails, the next check reads the file again
                 self._complain(str(error) if isinstance(error, ConfigError) else f"{self._path}: {error!r}")
 
@@ -188,18 +186,10 @@ class KeysWatch:
             self._complaint = text
             logger.error("the keys stay as they were: %s", text)
 
-    def _changed(self) -> KeysFile | None:
-        """Return the content if it may not be that of the keys in use."""
-        return self._read() if self._complaint or self._signature() != self._seen else None
+    def _read(self) -> tuple[bytes, KeysFile | None]:
+        """Return the file's content, and what it says if it is another one."""
+        content = _content_of(self._path)
+        return content, None if content == self._content else self._parsed(content)
 
-    def _read(self) -> KeysFile:
-        # Before the content: what is written meanwhile makes another signature, and is read next time.
-        self._seen = self._signature()
-        return read_keys_file(self._path)
-
-    def _signature(self) -> tuple[int, ...]:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return ()
-        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    def _parsed(self, content: bytes) -> KeysFile:
+        return parse_keys_file(content, source=f"keys file {self._path}")

@@ -7,6 +7,7 @@ how it is cut, and each character is looked at a bounded number of times, so tha
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable, Generator, Sequence
@@ -14,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from aioengine.server.openai.api import FunctionCall, ToolCall
+from aioengine.server.openai.api import ToolCall
 
 T = TypeVar("T")
 
@@ -166,32 +167,26 @@ class AnswerParser:
         return last if self._called else last._replace(text=last.text + "".join(self._space))
 
 
-_JSON_PART = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)
-"""A text, or a mark outside of texts; a quotation mark alone begins a text without an end."""
+_TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|"', re.DOTALL)
+"""A quotation mark alone begins a text without an end."""
 _SPACE = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|\s+', re.DOTALL)
 """White space outside of texts, or a text, which is a group."""
+_READER = json.JSONDecoder(parse_int=len, parse_float=len)  # numbers may be too large to be read as such
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _NULL, _NOTHING = msgspec.Raw(b"null"), msgspec.Raw(b"{}")
 
 
 def object_end(text: str, begin: int) -> int:
     """Return where the JSON that begins with a brace or bracket at ``begin`` ends; 0 if it does not."""
-    depth = 0
-    for found in _JSON_PART.finditer(text, begin):
-        if found[0] in ("{", "["):
-            depth += 1
-        elif found[0] in ("}", "]"):
-            depth -= 1
-            if depth == 0:
-                return found.end()
-        elif found[0] == '"':
-            break
-    return 0
+    try:
+        return _READER.raw_decode(text, begin)[1]
+    except (ValueError, RecursionError):
+        return 0
 
 
-def ends_in_text(json: str) -> bool:
+def ends_in_text(written: str) -> bool:
     """Whether what follows belongs to a text of this JSON."""
-    return '"' in (found[0] for found in _JSON_PART.finditer(json))
+    return '"' in (found[0] for found in _TEXT.finditer(written))
 
 
 def call_of(body: str, names: frozenset[str] | None) -> ToolCall | None:
@@ -216,5 +211,4 @@ def arguments_call(name: str, arguments: str) -> ToolCall | None:
         _FIELDS.decode(text)
     except (msgspec.DecodeError, RecursionError):
         return None
-    function = FunctionCall(name=name, arguments=_SPACE.sub(r"\1", text))
-    return ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=function)
+    return ToolCall.of(f"call_{uuid.uuid4().hex[:24]}", name, _SPACE.sub(r"\1", text))

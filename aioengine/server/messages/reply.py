@@ -12,12 +12,12 @@ from aioengine.runtime.output import RequestOutput
 from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import ToolCall, Usage
-from aioengine.server.openai.replies import event, parse_output
+from aioengine.server.openai.replies import Reply, event, parse_output
 
 _encode = msgspec.json.Encoder().encode
 
 
-class ListReply:
+class ListReply(Reply):
     """The reply of an answer that is a list of items: reasoning, texts and calls. Each is begun, filled and
     ended before the next one. Methods that write return the events, which are empty unless it is a stream."""
 
@@ -30,20 +30,19 @@ class ListReply:
         self._parts: list[str] = []
         """Its text so far."""
         self._last: RequestOutput | None = None
-        self._is_whole = False
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
         told = self._begin(output) if self._last is None else b""
-        return told + self._add(output, output.text_delta) or None
+        return told + self._add(output) or None
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         [output] = outputs
         self._is_whole = True
-        self._add(output, output.text)
+        self._add(output)
         return _encode(self._finished(output, usage))
 
-    def _add(self, output: RequestOutput, new: str) -> bytes:
-        text, calls, reasoning = parse_output(self._parser, new, output)
+    def _add(self, output: RequestOutput) -> bytes:
+        text, calls, reasoning = parse_output(self._parser, output)
         self._last, told = output, b""
         for kind, part in (("thinking", reasoning), ("text", text)):
             if part:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
-from multipart import MultipartSegment, PushMultipartParser, parse_options_header
+from msgspec import Meta
+from multipart import MultipartParser, parse_options_header
 from starlette.datastructures import QueryParams
 
 from aioengine.adapters.read_threads import ReadThreads
@@ -21,7 +23,7 @@ from aioengine.adapters.resolvers.sources import NAME_RULE, NAME_RULE_TEXT, sour
 from aioengine.errors import AdapterConflict, AdapterError, AdapterNotFound
 from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, to_api_error, without_places
-from aioengine.server.openai.api import Strict
+from aioengine.server.openai.api import IGNORED, Ignored, Strict
 from aioengine.server.transport.body import BoundedBody
 
 MAX_ADAPTERS = 10_000
@@ -29,12 +31,13 @@ MAX_ADAPTERS = 10_000
 them takes time."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 256 << 10
+Text = Annotated[str, Meta(min_length=1)]
 
 
 class LoadRequest(Strict, kw_only=True):
-    lora_name: str | None = None
+    lora_name: Text
     """The adapter's name in requests."""
-    lora_path: str | None = None
+    lora_path: Text
     """Its folder, relative to the server's adapter root or absolute within it. The key must be allowed to use
     the adapter that is found there by its name."""
     load_inplace: bool | None = None
@@ -42,9 +45,8 @@ class LoadRequest(Strict, kw_only=True):
 
 
 class UnloadRequest(Strict, kw_only=True):
-    lora_name: str | None = None
-    lora_int_id: int | None = None
-    """Ignored."""
+    lora_name: Text
+    lora_int_id: Ignored = IGNORED
 
 
 class Uploaded(msgspec.Struct, kw_only=True):
@@ -62,8 +64,6 @@ async def load(call: Call, data: LoadRequest) -> str:
     """Load an adapter."""
     root, name, path = _root(call), data.lora_name, data.lora_path
     replace = bool(data.load_inplace)
-    if not name or not path:
-        raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.")
     _check_may_load(call, name, replace=replace)
     try:
         folder = await _place(call, root, name, path)
@@ -84,8 +84,6 @@ async def unload(call: Call, data: UnloadRequest) -> str:
     """Unload an adapter, when the requests that use it have ended."""
     _root(call)
     name = data.lora_name
-    if not name:
-        raise ApiError(400, "'lora_name' must be provided.", param="lora_name")
     try:
         if not call.record.identity.models.allow(name):
             raise AdapterNotFound("it is not among those that the key may use", name=name)
@@ -122,30 +120,21 @@ def read_form(body: bytes, content_type: str) -> tuple[bytes, bytes]:
         text = "the upload must be multipart/form-data with the two files that save_pretrained writes"
         raise ApiError(415, text, code="unsupported_media_type")
     try:
-        found = list(_parts(body, options.get("boundary", "")))
+        size = len(body) + 1
+        form = MultipartParser(
+            BytesIO(body), options.get("boundary", ""), part_limit=16, spool_limit=size, memory_limit=size
+        )
+        found = [(posixpath.basename(part.filename or part.name), part) for part in form]
+        files = {name: part.raw for name, part in found if name in (CONFIG, WEIGHTS)}
     except Exception as error:  # the library does not say which errors a damaged form causes
         text = f"the upload cannot be read: the form is damaged: {str(error)[:200]}"
         raise ApiError(400, text, code="invalid_value") from error
-    if sorted(name for name, _ in found) != [CONFIG, WEIGHTS]:
+    if sorted(name for name, _ in found if name in files) != [CONFIG, WEIGHTS]:
         text = f"the upload must have one {CONFIG} and one {WEIGHTS}"
         raise ApiError(400, text, code="invalid_value")
-    files = dict(found)
     if len(files[CONFIG]) > MAX_CONFIG_BYTES:
         raise ApiError(413, f"{CONFIG} has more than {MAX_CONFIG_BYTES} bytes", code="request_too_large")
     return files[CONFIG], files[WEIGHTS]
-
-
-def _parts(body: bytes, boundary: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the files of a form that an adapter has."""
-    name, data = "", bytearray()
-    with PushMultipartParser(boundary, max_segment_count=16) as parser:
-        for event in parser.parse(body):
-            if isinstance(event, MultipartSegment):
-                name, data = posixpath.basename(event.filename or event.name), bytearray()
-            elif event:
-                data += event
-            elif name in (CONFIG, WEIGHTS):
-                yield name, bytes(data)
 
 
 async def _place(call: Call, root: str, name: str, path: str) -> str:

@@ -27,6 +27,8 @@ RequestId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._\-]{1,128}$(?!\n)")]
 """End of an answer's id. ("$" alone would also match before a line's end.)"""
 FunctionText = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
 """A function's name."""
+Prompts = str | list[str | int | list[int]]
+"""A text, several texts, token ids, or several lists of token ids."""
 Schema = dict[str, Any]
 """A JSON schema."""
 FinishReason = Literal["stop", "length", "tool_calls", "abort"]
@@ -58,6 +60,15 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, prompt: int, completion: int, cached: int) -> Usage:
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached),
+        )
 
 
 class StreamOptions(Strict, kw_only=True):
@@ -102,12 +113,31 @@ class ModelFields(Strict, kw_only=True):
     """Adapters and their weights, which are added up; ``model`` is then the base model's name."""
 
 
-class IgnoredFields(ModelFields, kw_only=True):
+class SharedFields(ModelFields, kw_only=True):
+    """Fields that requests for texts have in each of the APIs."""
+
+    temperature: Temperature | None = None
+    """1 if it is not given; 0 is greedy."""
+    top_p: Probability | None = None
+    stream: bool | None = None
+    service_tier: Ignored = IGNORED
+
+    # vLLM's
+    top_k: Whole | None = None
+    """0 and -1 keep all."""
+    priority: Priority | None = None
+    cache_salt: Salt | None = None
+    """The prefix cache is shared only with requests of the same salt, and of the same tenant."""
+
+    def shared(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SharedFields.__struct_fields__}
+
+
+class IgnoredFields(SharedFields, kw_only=True):
     """Fields of OpenAI's API that are accepted, and have no effect on the answer."""
 
     user: Ignored = IGNORED
     store: Ignored = IGNORED
-    service_tier: Ignored = IGNORED
     safety_identifier: Ignored = IGNORED
     prompt_cache_key: Ignored = IGNORED
     prompt_cache_options: Ignored = IGNORED
@@ -120,9 +150,6 @@ class GenerationFields(IgnoredFields, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     max_tokens: Count | None = None
     """0 with ``prompt_logprobs``, or with ``echo`` for a completion, evaluates only the prompt."""
-    temperature: Temperature | None = None
-    """1 if it is not given; 0 is greedy."""
-    top_p: Probability | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopString | StopStrings | None = None
     presence_penalty: Penalty | None = None
@@ -133,13 +160,10 @@ class GenerationFields(IgnoredFields, kw_only=True):
     ) = None
     """Token id -> value added to its logit."""
     response_format: ResponseFormat | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     metadata: Ignored = IGNORED
 
     # vLLM's
-    top_k: Whole | None = None
-    """0 and -1 keep all."""
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_NAMED_TOKENS)] | None = None
@@ -154,15 +178,11 @@ class GenerationFields(IgnoredFields, kw_only=True):
     """Also return the token ids of the prompt and the answer."""
     request_id: RequestId | None = None
     skip_special_tokens: bool | None = None
-    priority: Priority | None = None
-    cache_salt: Salt | None = None
-    """The prefix cache is shared only with requests of the same salt, and of the same tenant."""
     structured_outputs: StructuredOutputs | None = None
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
-    prompt: str | list[str | int | list[int]]
-    """A text, several texts, token ids, or several lists of token ids."""
+    prompt: Prompts
     logprobs: Logprobs | bool | None = None
     """Log-probabilities of each token and of this many most likely ones; true is 1, false is null."""
     echo: bool | None = None
@@ -181,6 +201,9 @@ class ContentPart(msgspec.Struct, kw_only=True):
     refusal: str | None = None
 
 
+Content = str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)]
+
+
 class FunctionCall(msgspec.Struct, kw_only=True):
     name: str
     arguments: str
@@ -188,16 +211,24 @@ class FunctionCall(msgspec.Struct, kw_only=True):
 
 
 class ToolCall(msgspec.Struct, kw_only=True):
+    """A call, in messages and answers; a stream has each in one piece."""
+
+    index: int | msgspec.UnsetType = msgspec.UNSET
+    """In streams."""
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+
+    @classmethod
+    def of(cls, id_: str, name: str, arguments: str) -> ToolCall:
+        return cls(id=id_, function=FunctionCall(name=name, arguments=arguments))
 
 
 class Message(msgspec.Struct, kw_only=True):
     """One turn. Fields beyond these, as in answers that clients send back, are ignored."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Meta(max_length=MAX_PARTS)] | None = None
+    content: Content | None = None
     refusal: str | None = None
     """The assistant's refusal, instead of content."""
     reasoning_content: str | None = None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call, Context
-from aioengine.server.errors import invalid, unsupported
+from aioengine.server.errors import invalid, needed, unsupported
 from aioengine.server.formats.calls import THINK
 from aioengine.server.formats.source import AnswerParser
-from aioengine.server.openai.api import ChatRequest, Message, Tool
+from aioengine.server.openai.api import ChatRequest, ContentPart, Function, Message, Tool
 from aioengine.server.openai.form import ToolPlan, plan_tools, wanted_form
 from aioengine.server.openai.replies import ChatCompletion, ChatReply
 from aioengine.server.openai.sampling import sampling_params
@@ -24,8 +25,7 @@ _OWN_VARIABLES = ("messages", "tools", "continue_final_message")
 async def chat_completions(call: Call, data: ChatRequest) -> Annotated[Answer, ChatCompletion]:
     """Continue a conversation."""
     answer, parsers = await start_chat(call, data, prefix="chatcmpl-")
-    with_logprobs, token_bytes = bool(data.logprobs), call.context.token_bytes()
-    answer.reply = ChatReply(answer.id, answer.seed, data, token_bytes, parsers, with_logprobs=with_logprobs)
+    answer.reply = ChatReply(answer.id, answer.seed, data, call.context.token_bytes(), parsers)
     return answer
 
 
@@ -90,9 +90,10 @@ def _to_template(message: Message, where: str) -> dict[str, Any]:
         if (value := getattr(message, name)) is not None:
             found[name] = value
     if message.tool_calls:
-        found["tool_calls"] = [msgspec.to_builtins(call) for call in message.tool_calls]
-        for i, call in enumerate(found["tool_calls"]):
+        found["tool_calls"] = calls = [msgspec.to_builtins(call) for call in message.tool_calls]
+        for i, call in enumerate(calls):
             text = call["function"]["arguments"]
+            call.pop("index", None)
             try:  # some clients send an empty text for a function without parameters
                 call["function"]["arguments"] = msgspec.json.decode(text) if text.strip() else {}
             except msgspec.DecodeError as error:
@@ -103,22 +104,36 @@ def _to_template(message: Message, where: str) -> dict[str, Any]:
 
 
 def _text(message: Message, where: str) -> str:
-    content = message.content
+    is_own, where = message.role == "assistant", f"{where}.content"
+    if message.content is None and is_own:
+        return message.refusal or ""
+    return text_of(message.content, where, ("text", "refusal") if is_own else ("text",), param=where)
+
+
+def text_of(
+    content: str | Sequence[ContentPart] | None,
+    where: str,
+    kinds: Collection[str] = ("text",),
+    *,
+    param: str | None = None,
+) -> str:
+    """Join the texts of a content by line breaks. Raises ApiError, for programs with ``param``, if it is
+    missing, or has parts of other kinds."""
+    if content is None:
+        raise invalid(where, "is missing")
     if isinstance(content, str):
         return content
-    if content is None:
-        if message.role == "assistant":
-            return message.refusal or ""
-        raise invalid(f"{where}.content", "is missing")
-    texts = []
-    for i, part in enumerate(content):
-        is_refusal = part.type == "refusal" and message.role == "assistant"
-        text = part.refusal if is_refusal else part.text
-        if (part.type != "text" and not is_refusal) or text is None:
-            why = f"only parts of type 'text' are supported, not {part.type!r}"
-            raise invalid(f"{where}.content[{i}]", why, "unsupported_parameter", param=f"{where}.content")
-        texts.append(text)
+    texts = (text_of_part(part, f"{where}[{i}]", kinds, param=param) for i, part in enumerate(content))
     return "\n".join(texts)
+
+
+def text_of_part(
+    part: ContentPart, where: str, kinds: Collection[str] = ("text",), *, param: str | None = None
+) -> str:
+    if part.type not in kinds:
+        why = f"{part.type[:100]!r} is not supported here: only texts are"
+        raise invalid(f"{where}.type", why, "unsupported_parameter", param=param)
+    return needed(part.refusal if part.type == "refusal" else part.text, f"{where}.text")
 
 
 def _variables(data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
@@ -141,11 +156,12 @@ def _variables(data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
 
 def tools_to_template(tools: list[Tool]) -> list[dict[str, Any]]:
     """Convert tools to the form of chat templates, without absent fields."""
-    functions = [msgspec.structs.asdict(tool.function) for tool in tools]
-    return [
-        {"type": "function", "function": {key: value for key, value in each.items() if value is not None}}
-        for each in functions
-    ]
+
+    def given(function: Function) -> dict[str, Any]:
+        fields = ((name, getattr(function, name)) for name in Function.__struct_fields__)
+        return {name: value for name, value in fields if value is not None}
+
+    return [{"type": "function", "function": given(tool.function)} for tool in tools]
 
 
 def _check(data: ChatRequest, context: Context) -> None:

@@ -10,6 +10,7 @@ because its arguments are no JSON.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,7 +21,17 @@ from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, arguments_
 from aioengine.guided import Guide
 from aioengine.request import SamplingParams, TokenConstraint
 from aioengine.server.errors import invalid
-from aioengine.server.formats.calls import NO_FORMATS, AnswerFormats, CallText
+from aioengine.server.formats.calls import (
+    JSON_TEXT,
+    REASONING,
+    TOOLS,
+    CallText,
+    Read,
+    harmony,
+    json_calls,
+    plain,
+    think,
+)
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai import api
 from aioengine.server.transport.body import check_counts
@@ -53,6 +64,69 @@ class Form(NamedTuple):
             return made, not_enforced
         except RequestInvalid as error:
             raise invalid(self.param, str(error)) from error
+
+
+class AnswerFormats(NamedTuple):
+    """Formats of a model's answers."""
+
+    tools: str | None
+    reasoning: str | None
+    written: CallText | None = None
+    """Form in which the model writes calls; None if that is not known."""
+    tokens: Mapping[str, int] = MappingProxyType({})
+    """Texts that are tokens of their own, and their ids."""
+
+    @classmethod
+    def chosen(
+        cls, chat_template: str | None, tools: str, reasoning: str, tokens: Mapping[str, int] | None = None
+    ) -> AnswerFormats:
+        """Choose formats by name. "auto" is the format that the chat template shows, "none" is none."""
+        template = chat_template or ""
+
+        def choose(name: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
+            if name == "auto":
+                shown = (own for own, texts in known.items() if all(text in template for text in texts))
+                return next(shown, None)
+            return None if name == "none" else name
+
+        tool = choose(tools, {name: known.shown_by for name, known in TOOLS.items()})
+        texts = {} if tool is None else TOOLS[tool].written
+        written = next((text for shown, text in texts.items() if shown in template), None)
+        return cls(tool, choose(reasoning, REASONING), written, tokens or {})
+
+    @property
+    def required(self) -> CallText:
+        """Form of required calls: in the model's format, or else in this server's JSON."""
+        return self.written or JSON_TEXT
+
+    def needs_special_tokens(self, with_tools: bool) -> bool:
+        """Whether an answer's text must have its special tokens."""
+        is_harmony = "harmony" in (self.tools, self.reasoning)
+        return is_harmony or (with_tools and self.tools is not None and TOOLS[self.tools].special)
+
+    def free(self, names: frozenset[str], *, single: bool, is_thinking: bool) -> AnswerParser | None:
+        """Make a parser for an answer without a constraint; None if there is nothing to look for.
+        ``is_thinking`` says whether the prompt has begun the model's reasoning."""
+        if "harmony" in (self.tools, self.reasoning):
+            known = names if self.tools == "harmony" else frozenset[str]()
+            return AnswerParser(harmony(known, self.reasoning == "harmony"), single=single)
+        read: Read = plain
+        if names and self.tools is not None:
+            read = TOOLS[self.tools].read(names)
+        elif self.reasoning is None:
+            return None
+        if self.reasoning == "think":
+            read = think(read, is_open=is_thinking)
+        return AnswerParser(read, single=single)
+
+    def held(self, names: frozenset[str], *, single: bool) -> AnswerParser:
+        """Make a parser for an answer that a grammar of :attr:`required` holds to calls."""
+        if self.written is not None and self.tools is not None:
+            return AnswerParser(TOOLS[self.tools].read(names), single=single)
+        return AnswerParser(json_calls, single=single)
+
+
+NO_FORMATS = AnswerFormats(None, None)
 
 
 class ToolPlan(NamedTuple):
@@ -185,8 +259,7 @@ def _of_format(wanted: api.ResponseFormat, options: SchemaOptions) -> Form:
         schema = None if given is None else given.schema
         options = options if given is None else options.for_strict(given.strict)
     if schema is None:
-        param = "response_format.json_schema.schema"
-        raise invalid("response_format", "json_schema.schema is missing", param=param)
+        raise invalid("response_format.json_schema.schema", "is missing")
     return _of_schema("response_format", lambda: prepare_schema(schema, options))
 
 

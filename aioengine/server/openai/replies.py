@@ -17,11 +17,11 @@ from aioengine.runtime.output import RequestOutput
 from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser, Parsed
 from aioengine.server.openai.api import (
+    ChatRequest,
     FinishReason,
-    FunctionCall,
     GenerationFields,
-    PromptTokensDetails,
     StreamOptions,
+    ToolCall,
     Usage,
 )
 
@@ -130,15 +130,6 @@ class Completion(Head, kw_only=True):
     usage: Usage | None = None
 
 
-class AnswerCall(msgspec.Struct, kw_only=True):
-    """A call, which is streamed in one piece, and then has an index."""
-
-    index: int | UnsetType = UNSET
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
 class AnswerMessage(msgspec.Struct, kw_only=True):
     """A message, or a part of one when it is streamed."""
 
@@ -147,7 +138,7 @@ class AnswerMessage(msgspec.Struct, kw_only=True):
     reasoning_content: str | UnsetType = UNSET
     """The reasoning before the answer, of models that write one."""
     refusal: UnsetType | None = UNSET
-    tool_calls: list[AnswerCall] | UnsetType = UNSET
+    tool_calls: Sequence[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Choice, kw_only=True):
@@ -168,8 +159,31 @@ class ChatCompletion(Head, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class _Reply:
-    """What both kinds of replies have in common. They keep nothing large of the request."""
+class Reply:
+    """The format of an answer at one endpoint: as JSON, or as server-sent events of JSON. It keeps nothing
+    large of the request but what ``Answer.kept`` counts."""
+
+    _is_whole = False
+
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
+        """Format a choice's next part; None if there is nothing to send. Called in order for each choice."""
+        raise NotImplementedError
+
+    def last_events(self, usage: Usage) -> bytes:
+        """Format the end of the stream."""
+        raise NotImplementedError
+
+    def failure(self, error: ApiError) -> bytes:
+        """Format the end of a stream that fails."""
+        raise NotImplementedError
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        """Format the answer in one piece. Each output is new as a whole: its deltas are all of it."""
+        raise NotImplementedError
+
+
+class _ChoicesReply(Reply):
+    """What replies of completions and chats have in common."""
 
     def __init__(self, id_: str, seed: int | None, fields: GenerationFields, token_bytes: TokenBytes) -> None:
         wanted = fields.stream_options or StreamOptions()
@@ -184,18 +198,12 @@ class _Reply:
         """Choices of which something was sent."""
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
-        choice = self._choice(index, output, is_whole=False)
+        choice = self._choice(index, output)
         if choice is None:
             return None
         usage = None
         if self._continuous_usage:
-            prompt, answer = output.prompt_tokens, output.output_tokens
-            usage = Usage(
-                prompt_tokens=prompt,
-                completion_tokens=answer,
-                total_tokens=prompt + answer,
-                prompt_tokens_details=PromptTokensDetails(output.cached_tokens),
-            )
+            usage = Usage.of(output.prompt_tokens, output.output_tokens, output.cached_tokens)
         end = _take_end(choice)
         told = event(_encode(self._part([choice], usage, None if index in self._begun else output)))
         self._begun.add(index)
@@ -208,21 +216,20 @@ class _Reply:
         return event(error.body_for()) + DONE
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        choices = [self._choice(i, output, is_whole=True) for i, output in enumerate(outputs)]
-        return _encode(self._part(choices, usage, outputs[0], is_whole=True))
+        self._is_whole = True
+        choices = [self._choice(i, output) for i, output in enumerate(outputs)]
+        return _encode(self._part(choices, usage, outputs[0]))
 
-    def _choice(self, index: int, output: RequestOutput, *, is_whole: bool) -> Choice | None:
+    def _choice(self, index: int, output: RequestOutput) -> Choice | None:
         """Make a choice, or the next part of one; None if there is nothing to send."""
         raise NotImplementedError
 
-    def _part(
-        self, choices: list[Any], usage: Usage | None, first: RequestOutput | None, *, is_whole: bool = False
-    ) -> Head:
+    def _part(self, choices: list[Any], usage: Usage | None, first: RequestOutput | None) -> Head:
         """Make an answer, or a part of one. ``first`` is a choice's first output."""
         raise NotImplementedError
 
 
-class CompletionReply(_Reply):
+class CompletionReply(_ChoicesReply):
     """The reply of a completion of ``count`` choices. ``echoed`` has the prompts' texts if they precede the
     answers; ``logprobs`` is as in the request."""
 
@@ -242,20 +249,18 @@ class CompletionReply(_Reply):
         self._offsets: dict[int, int] = {}
         """Where the next token of each choice that has begun starts in its text."""
 
-    def _part(
-        self, choices: list[Any], usage: Usage | None, first: RequestOutput | None, *, is_whole: bool = False
-    ) -> Completion:
+    def _part(self, choices: list[Any], usage: Usage | None, first: RequestOutput | None) -> Completion:
         return Completion(**self._head, choices=choices, usage=usage)
 
-    def _choice(self, index: int, output: RequestOutput, *, is_whole: bool) -> CompletionChoice | None:
-        text = output.text if is_whole else output.text_delta
+    def _choice(self, index: int, output: RequestOutput) -> CompletionChoice | None:
+        text = output.text_delta
         choice = CompletionChoice(
             index=index, text=text, finish_reason=output.finish_reason, stop_reason=output.stop_reason
         )
         is_first = index not in self._offsets
         offset = self._offsets.setdefault(index, 0)
         if self._with_ids:
-            choice.token_ids = output.token_ids if is_whole else output.token_ids_delta
+            choice.token_ids = output.token_ids_delta
             choice.prompt_token_ids = output.prompt_token_ids if is_first else UNSET
         if self._prompt_logprobs is not None:
             choice.prompt_logprobs = prompt_logprobs(output, self._prompt_logprobs, self._token_bytes)
@@ -270,14 +275,14 @@ class CompletionReply(_Reply):
                 logprobs.add(prompt, entries, most, token_bytes, offset)
                 offset = len(choice.text) - len(text)
             # That of the token that ends the answer, too.
-            new = (output.logprobs if is_whole else output.logprobs_delta) or []
+            new = output.logprobs_delta
             tokens = [entry.token_id for entry in new]
             self._offsets[index] = logprobs.add(tokens, new, most, token_bytes, offset)
         has_more = choice.text or output.finished or choice.logprobs is not None or choice.token_ids
-        return choice if is_whole or has_more else None
+        return choice if has_more else None
 
 
-class ChatReply(_Reply):
+class ChatReply(_ChoicesReply):
     """The reply of a chat. ``parsers`` has one parser for each choice, or None where tool calls are not
     parsed."""
 
@@ -285,22 +290,18 @@ class ChatReply(_Reply):
         self,
         id_: str,
         seed: int | None,
-        fields: GenerationFields,
+        fields: ChatRequest,
         token_bytes: TokenBytes,
         parsers: Sequence[AnswerParser | None],
-        *,
-        with_logprobs: bool,
     ) -> None:
         super().__init__(id_, seed, fields, token_bytes)
-        self._parsers, self._with_logprobs = parsers, with_logprobs
+        self._parsers, self._with_logprobs = parsers, bool(fields.logprobs)
         self._calls = Counter[int]()
         """Number of calls so far, by choice."""
 
-    def _part(
-        self, choices: list[Any], usage: Usage | None, first: RequestOutput | None, *, is_whole: bool = False
-    ) -> ChatCompletion:
+    def _part(self, choices: list[Any], usage: Usage | None, first: RequestOutput | None) -> ChatCompletion:
         part = ChatCompletion(**self._head, choices=choices, usage=usage)
-        if not is_whole:
+        if not self._is_whole:
             part.object = "chat.completion.chunk"
         if self._with_ids and first is not None:
             part.prompt_token_ids = first.prompt_token_ids
@@ -308,28 +309,24 @@ class ChatReply(_Reply):
             part.prompt_logprobs = prompt_logprobs(first, self._prompt_logprobs, self._token_bytes)
         return part
 
-    def _choice(self, index: int, output: RequestOutput, *, is_whole: bool) -> ChatChoice | None:
-        new = output.text if is_whole else output.text_delta
-        text, calls, reasoning = parse_output(self._parsers[index], new, output)
-        ids = output.token_ids if is_whole else output.token_ids_delta
-        entries = (output.logprobs if is_whole else output.logprobs_delta) or []
+    def _choice(self, index: int, output: RequestOutput) -> ChatChoice | None:
+        text, calls, reasoning = parse_output(self._parsers[index], output)
+        ids, entries = output.token_ids_delta, output.logprobs_delta
         if output.finished and isinstance(output.stop_reason, int):  # it is not part of the text
             entries = entries[:-1]
         has_numbers = (self._with_logprobs and entries) or (self._with_ids and ids)
-        if not (is_whole or text or reasoning or calls or output.finished or has_numbers):
+        if not (text or reasoning or calls or output.finished or has_numbers):
             return None
         message = AnswerMessage(content=text or UNSET, reasoning_content=reasoning or UNSET)
         if index not in self._begun:
             message.role, message.content = "assistant", text
         if calls:
-            before = self._calls[index]
-            message.tool_calls = [
-                AnswerCall(index=UNSET if is_whole else before + i, id=call.id, function=call.function)
-                for i, call in enumerate(calls)
-            ]
+            message.tool_calls = calls
+            for number, call in enumerate(calls, start=self._calls[index]):
+                call.index = UNSET if self._is_whole else number
             self._calls[index] += len(calls)
         choice = ChatChoice(index=index)
-        if is_whole:
+        if self._is_whole:
             message.refusal, message.content = None, text if text or not calls else None
             choice.message = message
         else:
@@ -357,12 +354,12 @@ def _take_end(choice: Choice) -> ChatChoice | None:
     return end
 
 
-def parse_output(parser: AnswerParser | None, text: str, output: RequestOutput) -> Parsed:
-    """Parse the next ``text`` of an answer, and return the part that has become certain; all of the rest once
-    it has ended."""
+def parse_output(parser: AnswerParser | None, output: RequestOutput) -> Parsed:
+    """Parse what is new of an answer's text, and return the part that has become certain; all of the rest
+    once it has ended."""
     if parser is None:
-        return Parsed(text)
-    parsed = parser.push(text)
+        return Parsed(output.text_delta)
+    parsed = parser.push(output.text_delta)
     if not output.finished:
         return parsed
     rest = parser.finish()

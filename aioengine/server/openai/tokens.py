@@ -9,9 +9,10 @@ from msgspec import Meta
 
 from aioengine.server.context import Call
 from aioengine.server.errors import invalid
-from aioengine.server.openai.api import MAX_MESSAGES, MAX_TOOLS, Message, Strict, TokenId, Tool
-from aioengine.server.openai.chat import to_template, tools_to_template
-from aioengine.server.prompts import encode, encode_chat
+from aioengine.server.openai.api import MAX_MESSAGES, MAX_TOOLS, ChatRequest, Message, Strict, TokenId, Tool
+from aioengine.server.openai.chat import encode_messages
+from aioengine.server.openai.form import plan_tools
+from aioengine.server.prompts import encode
 
 
 class TokenizeRequest(Strict, kw_only=True):
@@ -69,12 +70,10 @@ async def tokenize(call: Call, data: TokenizeRequest) -> Tokenized:
         special = data.add_special_tokens is not False
         [tokens] = await encode(call, [data.prompt], special=special, field="prompt")
     else:
-        variables = dict(data.chat_template_kwargs or {})
-        variables["add_generation_prompt"] = data.add_generation_prompt is not False
-        if data.tools:
-            variables["tools"] = tools_to_template(data.tools)
-        variables.pop("messages", None)
-        tokens = await encode_chat(call, to_template(data.messages or []), variables)
+        names = ("tools", "chat_template_kwargs", "add_generation_prompt")
+        fields = {name: getattr(data, name) for name in names}
+        chat = ChatRequest(model="", messages=data.messages or [], **fields)
+        tokens = await encode_messages(call, chat, plan_tools(data.tools))
     return Tokenized(count=len(tokens), max_model_len=call.context.max_model_len, tokens=tokens)
 
 

@@ -21,12 +21,12 @@ from aioengine.runtime.requests.vectors import (
     pooling_params,
     sigmoid,
 )
-from aioengine.runtime.text_work import size_of_all
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
-from aioengine.server.errors import ApiError, invalid
+from aioengine.server.errors import invalid
 from aioengine.server.openai import api
-from aioengine.server.prompts import NO_PROMPT, encode, encode_pairs, too_long
+from aioengine.server.openai.replies import Reply
+from aioengine.server.prompts import encode, encode_pairs, prompts_of
 
 T = TypeVar("T")
 
@@ -50,8 +50,7 @@ class VectorFields(api.ModelFields, kw_only=True):
 
 
 class InputFields(VectorFields, kw_only=True):
-    input: Any
-    """A text, a list of texts, a list of token ids, or a list of such lists."""
+    input: api.Prompts
 
 
 class EmbeddingRequest(InputFields, kw_only=True):
@@ -123,7 +122,7 @@ class Ranked(msgspec.Struct, kw_only=True):
     usage: VectorUsage
 
 
-class VectorReply:
+class VectorReply(Reply):
     """The reply of one of these endpoints, which has no streams."""
 
     def __init__(self, head: dict[str, Any], form: Form) -> None:
@@ -132,15 +131,6 @@ class VectorReply:
     def whole(self, outputs: Sequence[RequestOutput], usage: api.Usage) -> bytes:
         used = VectorUsage(prompt_tokens=usage.prompt_tokens, total_tokens=usage.prompt_tokens)
         return msgspec.json.encode({**self._head, **self._form(outputs), "usage": used})
-
-    def events(self, index: int, output: RequestOutput) -> bytes | None:
-        raise NotImplementedError
-
-    def last_events(self, usage: api.Usage) -> bytes:
-        raise NotImplementedError
-
-    def failure(self, error: ApiError) -> bytes:
-        raise NotImplementedError
 
 
 async def embeddings(call: Call, data: EmbeddingRequest) -> Annotated[Answer, VectorList[EmbeddingData]]:
@@ -151,13 +141,13 @@ async def embeddings(call: Call, data: EmbeddingRequest) -> Annotated[Answer, Ve
         found = embedding_of(output, normalize=normalize, dimensions=dimensions)
         return EmbeddingData(index=index, embedding=_encoded(found.vector, encoding))
 
-    prompts = await _prompts(call, data, data.input)
+    prompts = await _prompts(call, data)
     return _answer(call, data, prompts, data.pooling or "auto", _each(item), "embd-")
 
 
 async def classify(call: Call, data: InputFields) -> Annotated[Answer, VectorList[ClassData]]:
     """Labels of texts."""
-    prompts = await _prompts(call, data, data.input)
+    prompts = await _prompts(call, data)
     names = await call.context.label_names.result()
 
     def item(index: int, output: RequestOutput) -> ClassData:
@@ -197,7 +187,7 @@ async def rerank(call: Call, data: RerankRequest) -> Annotated[Answer, Ranked]:
         answer = _answer(call, data, prompts, "classify", by_head, "rerank-")
     else:
         unique = list(dict.fromkeys((query, *texts)))  # each is computed once
-        prompts = await _prompts(call, data, unique, most=1 + MAX_INPUTS)
+        prompts = await encode(call, unique, special=data.add_special_tokens is not False, field="documents")
         place = {text: index for index, text in enumerate(unique)}
         places = [(0, place[text]) for text in texts]
 
@@ -221,26 +211,9 @@ def _answer(
     return answer
 
 
-async def _prompts(call: Call, data: VectorFields, given: Any, *, most: int = MAX_INPUTS) -> list[list[int]]:
-    """Tokenize the input, if it is text. Raises ApiError."""
-    is_one = isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int)
-    items: Any = [given] if is_one else given if isinstance(given, list) else []
-    if len(items) > most:
-        raise invalid("input", f"at most {most} texts")
-    kinds = set(map(type, items))
-    if kinds == {str}:
-        return await encode(call, items, special=data.add_special_tokens is not False, field="input")
-    if kinds == {list}:
-        longest = max(map(len, items))
-        if longest > call.context.max_model_len:  # before they are looked at one by one
-            raise too_long(call.context, longest, field="input")
-
-        def are_ids() -> bool:
-            return all(set(map(type, ids)) <= {int} for ids in items)
-
-        if await call.context.engine.text_work.run(size_of_all(items), are_ids, call.record.owner):
-            return list(items)
-    raise invalid("input", NO_PROMPT)
+async def _prompts(call: Call, data: InputFields) -> list[list[int]]:
+    special = data.add_special_tokens is not False
+    return await prompts_of(call, data.input, field="input", most=MAX_INPUTS, special=special)
 
 
 def _each(item: Callable[[int, RequestOutput], msgspec.Struct]) -> Form:

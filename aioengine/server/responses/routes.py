@@ -13,21 +13,9 @@ from msgspec import Meta
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
 from aioengine.server.errors import invalid, needed, unsupported
-from aioengine.server.messages.routes import function_call, function_tool, named_tool, schema_format
 from aioengine.server.openai import api
-from aioengine.server.openai.chat import start_chat
+from aioengine.server.openai.chat import start_chat, text_of
 from aioengine.server.responses.reply import ResponsesReply
-
-
-class Part(msgspec.Struct, kw_only=True):
-    """A part of a content; only texts ("input_text", "output_text", "text") and an assistant's "refusal"."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
-Content = str | Annotated[list[Part], Meta(max_length=api.MAX_PARTS)]
 
 
 class Item(msgspec.Struct, kw_only=True):
@@ -36,36 +24,26 @@ class Item(msgspec.Struct, kw_only=True):
 
     type: str = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: Content | None = None
+    content: api.Content | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: Content | None = None
+    output: api.Content | None = None
 
 
-class ResponsesTool(msgspec.Struct, kw_only=True):
-    """Only "function". The fields of other tools are ignored, so that the error can say which they are."""
-
-    type: str
-    name: api.FunctionText | None = None
-    description: str | None = None
-    parameters: api.Schema | None = None
-    strict: bool | None = None
+class ResponsesTool(
+    api.Function, kw_only=True, forbid_unknown_fields=False, tag_field="type", tag="function"
+):
+    """A function. All other tools have another ``type`` and are refused."""
 
 
-class ResponsesToolChoice(msgspec.Struct, kw_only=True):
+class ResponsesToolChoice(api.FunctionName, kw_only=True, tag_field="type", tag="function"):
     """{"type": "function", "name": ...}."""
 
-    type: str
-    name: str | None = None
 
-
-class TextFormat(api.Strict, kw_only=True):
+class TextFormat(api.JsonSchemaFormat, kw_only=True, omit_defaults=True):
     type: Literal["text", "json_object", "json_schema"]
-    name: api.Name | None = None
-    schema: api.Schema | None = None
-    description: str | None = None
-    strict: bool | None = None
+    name: api.Name = "answer"
 
 
 class TextOptions(api.Strict, kw_only=True):
@@ -83,13 +61,10 @@ class ResponsesRequest(api.IgnoredFields, kw_only=True):
     instructions: str | None = None
     """A system message before the input."""
     max_output_tokens: api.Positive | None = None
-    temperature: api.Temperature | None = None
-    top_p: api.Probability | None = None
     tools: Annotated[list[ResponsesTool], Meta(max_length=api.MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
-    stream: bool | None = None
     stream_options: api.StreamOptions | None = None
     metadata: (
         Annotated[
@@ -100,11 +75,8 @@ class ResponsesRequest(api.IgnoredFields, kw_only=True):
     ) = None
     """Returned unchanged in the answer."""
 
-    # vLLM's
-    top_k: api.Whole | None = None
-    priority: api.Priority | None = None
-    cache_salt: api.Salt | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's: variables for the chat template."""
 
     # Refused unless they have their neutral value
     previous_response_id: str | None = None
@@ -121,12 +93,7 @@ class ResponsesRequest(api.IgnoredFields, kw_only=True):
     """Limit for tools that run in the server; there are none, so it has no effect."""
 
 
-_TEXTS = frozenset(("input_text", "output_text", "text"))
-_SAME = (
-    *("model", "adapters", "temperature", "top_p", "top_k", "priority", "cache_salt", "stream"),
-    *("chat_template_kwargs", "parallel_tool_calls"),
-)
-"""Fields that a chat has, too."""
+_TEXTS = ("input_text", "output_text", "text", "refusal")
 _UNSUPPORTED = {
     "previous_response_id": (None, "responses are not kept here; send the whole conversation as input"),
     "conversation": (None, "conversations are not kept here; send it as input"),
@@ -142,7 +109,7 @@ async def responses(call: Call, data: ResponsesRequest) -> Annotated[Answer, dic
     """Answer, without state."""
     answer, [parser] = await start_chat(call, to_chat(data), prefix="resp_")
     parts = {
-        "text": {"format": data.text.format if data.text and data.text.format else {"type": "text"}},
+        "text": {"format": (data.text and data.text.format) or {"type": "text"}},
         "tool_choice": "auto" if data.tool_choice is None else data.tool_choice,
         "tools": data.tools or [],
     }
@@ -163,14 +130,19 @@ def to_chat(data: ResponsesRequest) -> api.ChatRequest:
     for field, (neutral, why) in _UNSUPPORTED.items():
         if getattr(data, field) not in (None, neutral):
             raise unsupported(field, why)
+    format_, wanted = data.text.format if data.text else None, data.tool_choice
+    choice = api.NamedTool(function=wanted) if isinstance(wanted, ResponsesToolChoice) else wanted
+    form = None if format_ is None else api.ResponseFormat(type=format_.type, json_schema=format_)
     return api.ChatRequest(
         messages=list(_messages(data)),
         max_completion_tokens=data.max_output_tokens,
         reasoning_effort=None if data.reasoning is None else data.reasoning.effort,
-        response_format=_format(data.text.format) if data.text and data.text.format else None,
-        tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(data.tools)] if data.tools else None,
-        tool_choice=_choice(data.tool_choice),
-        **{name: getattr(data, name) for name in _SAME},
+        response_format=form,
+        tools=[api.Tool(function=tool) for tool in data.tools] if data.tools else None,
+        tool_choice=choice,
+        parallel_tool_calls=data.parallel_tool_calls,
+        chat_template_kwargs=data.chat_template_kwargs,
+        **data.shared(),
     )
 
 
@@ -181,8 +153,7 @@ def _messages(data: ResponsesRequest) -> Iterator[api.Message]:
     start = 0
     system = [] if data.instructions is None else [data.instructions]
     while start < len(items) and items[start].role in ("system", "developer"):
-        content = _content(items[start].content, f"input[{start}].content")
-        system.append(content if isinstance(content, str) else "\n".join(part.text or "" for part in content))
+        system.append(text_of(items[start].content, f"input[{start}].content", _TEXTS))
         start += 1
     if system:
         yield api.Message(role="system", content="\n\n".join(system))
@@ -203,7 +174,7 @@ def _turns(items: Sequence[Item], start: int) -> Iterator[api.Message]:
         if is_call:
             turn = turn or api.Message(role="assistant")
             name, id_ = needed(item.name, f"{where}.name"), needed(item.call_id, f"{where}.call_id")
-            turn.tool_calls = [*(turn.tool_calls or ()), function_call(id_, name, item.arguments or "")]
+            turn.tool_calls = [*(turn.tool_calls or ()), api.ToolCall.of(id_, name, item.arguments or "")]
         else:
             turn = _turn(item, where)
     if turn is not None:
@@ -214,45 +185,10 @@ def _turn(item: Item, where: str) -> api.Message:
     if item.type == "message":
         if item.role is None:
             raise invalid(f"{where}.role", "is missing")
-        return api.Message(role=item.role, content=_content(item.content, f"{where}.content"))
+        return api.Message(role=item.role, content=text_of(item.content, f"{where}.content", _TEXTS))
     if item.type == "function_call_output":
         id_ = needed(item.call_id, f"{where}.call_id")
-        return api.Message(role="tool", tool_call_id=id_, content=_content(item.output, f"{where}.output"))
+        content = text_of(item.output, f"{where}.output", _TEXTS)
+        return api.Message(role="tool", tool_call_id=id_, content=content)
     known = "message, function_call, function_call_output and reasoning"
     raise unsupported(f"{where}.type", f"{item.type[:100]!r} is not supported; only {known} are")
-
-
-def _content(content: Content | None, where: str) -> str | list[api.ContentPart]:
-    if content is None:
-        raise invalid(where, "is missing")
-    if isinstance(content, str):
-        return content
-    parts = []
-    for i, part in enumerate(content):
-        if part.type not in (*_TEXTS, "refusal"):
-            raise unsupported(f"{where}[{i}].type", f"{part.type[:100]!r} is not supported: only texts are")
-        kind = "refusal" if part.type == "refusal" else "text"
-        parts.append(api.ContentPart(type=kind, text=part.text, refusal=part.refusal))
-    return parts
-
-
-def _format(wanted: TextFormat) -> api.ResponseFormat:
-    if wanted.type != "json_schema":
-        return api.ResponseFormat(type=wanted.type)
-    return schema_format(needed(wanted.schema, "text.format.schema"), wanted.name, wanted.strict)
-
-
-def _tool(tool: ResponsesTool, where: str) -> api.Tool:
-    if tool.type != "function":
-        raise unsupported(f"{where}.type", f"{tool.type[:100]!r} is not supported: only functions are")
-    name = needed(tool.name, f"{where}.name")
-    return function_tool(name, tool.description, tool.parameters, tool.strict)
-
-
-def _choice(choice: Any) -> api.ToolChoice | None:
-    if not isinstance(choice, ResponsesToolChoice):
-        return choice  # type: ignore[no-any-return] # one of three texts, as its field says
-    if choice.type != "function" or choice.name is None:
-        why = f"{choice.type[:100]!r} is not supported: only functions by name"
-        raise unsupported("tool_choice.type", why)
-    return named_tool(choice.name)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from aioengine.metrics.page.plumbing import PART_BYTES, Message, Scope, Send, in_parts
-from aioengine.server.access.browsers import BrowserRules
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.bounds import Shares
 from aioengine.server.errors import ApiError, ClientDisconnected
@@ -23,13 +23,10 @@ class Sender:
     finds no room: then nothing has been sent.
     """
 
-    def __init__(
-        self, send: Send, scope: Scope, record: RequestRecord, unread: Shares, browsers: BrowserRules
-    ) -> None:
+    def __init__(self, send: Send, scope: Scope, record: RequestRecord, unread: Shares) -> None:
         self.started = False
         self._send, self._scope, self._record = send, scope, record
-        self._unread, self._browsers = unread, browsers
-        self._held = 0
+        self._unread, self._held = unread, 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -71,29 +68,24 @@ class Sender:
         # A client that asks first and is refused sends no body: its next request could be mistaken for it.
         if record.status >= 400 and any(name == b"expect" for name, _ in self._scope["headers"]):
             found.append((b"connection", b"close"))
-        return found + self._browsers.permission(self._scope)
+        return found
 
 
 async def unless(work: Coroutine[Any, Any, T], gone: asyncio.Future[None]) -> T:
     """Return the result of ``work``, unless the client is ``gone`` first: then ``work`` is cancelled, and
     ClientDisconnected is raised."""
-    task = asyncio.current_task()
-    assert task is not None
-    if gone.done():
-        work.close()
-        raise ClientDisconnected
-    cancels, has_left = task.cancelling(), False
+    limit = asyncio.timeout(None)  # so that the work needs no task of its own
 
     def end(_: asyncio.Future[None]) -> None:
-        nonlocal has_left
-        has_left = True
-        task.cancel()  # as asyncio.timeout does, so that the work needs no task of its own
+        with contextlib.suppress(RuntimeError):  # it has ended in the same pass of the loop
+            limit.reschedule(0)
 
     gone.add_done_callback(end)
     try:
-        return await work
-    except asyncio.CancelledError:
-        if has_left and task.uncancel() <= cancels:
+        async with limit:
+            return await work
+    except TimeoutError:
+        if limit.expired():
             raise ClientDisconnected from None
         raise
     finally:
