@@ -44,8 +44,6 @@ class Client:
 
     def __init__(self, loop: Loop, turns: Turns, left: int, owner: str = "a") -> None:
         self.owner = owner
-        self.loop = cast(asyncio.AbstractEventLoop, loop)
-        self.has_asked = False
         self.left = left
         self._loop, self._turns = loop, turns
 
@@ -53,15 +51,22 @@ class Client:
         self._loop.now += COST
         self.left -= 1
         if self.left:
-            self._turns.ask(self)
+            self.ask()
+
+    def ask(self) -> None:
+        self._turns.ask(self.owner, self.take_turn)
+
+
+def turns_on(loop: Loop, is_busy: bool) -> Turns:
+    return Turns(lambda: is_busy, cast(asyncio.AbstractEventLoop, loop), lambda: loop.now)
 
 
 def flood(is_busy: bool, clients: int, requests: int) -> tuple[Loop, list[Client], Turns]:
     loop = Loop()
-    turns = Turns(lambda: is_busy, lambda: loop.now)
+    turns = turns_on(loop, is_busy)
     all_of_them = [Client(loop, turns, requests) for _ in range(clients)]
     for client in all_of_them:
-        turns.ask(client)
+        client.ask()
     return loop, all_of_them, turns
 
 
@@ -88,7 +93,7 @@ def test_one_connection_of_another_owner_waits_for_few_of_a_flood() -> None:
     loop.run(until=0.2)
     other = Client(loop, turns, 1, owner="b")
     began, before = loop.now, sum(client.left for client in flooders)
-    turns.ask(other)
+    other.ask()
     while other.left:
         loop.run(until=loop.now + COST)
     assert before - sum(client.left for client in flooders) <= 2 * PER_PASS
@@ -101,11 +106,11 @@ def test_a_turn_that_fails_keeps_nobody_from_theirs() -> None:
             raise RuntimeError("for this test")
 
     loop = Loop()
-    turns = Turns(lambda: False, lambda: loop.now)
-    turns.ask(Broken(loop, turns, 1))
+    turns = turns_on(loop, False)
+    Broken(loop, turns, 1).ask()
     with pytest.raises(RuntimeError, match="for this test"):
         loop.run(until=1.0)
     before = Client(loop, turns, 1)
-    turns.ask(before)
+    before.ask()
     loop.run(until=1.0)
     assert not before.left

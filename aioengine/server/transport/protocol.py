@@ -53,7 +53,7 @@ class Limits:
         self, max_connections: int, header_timeout: float, send_timeout: float, is_busy: Callable[[], bool]
     ) -> None:
         self.connections = Shares(CONNECTIONS._replace(most=max_connections))
-        self.turns = Turns(is_busy)
+        self.turns = Turns(is_busy, asyncio.get_running_loop())
         self.header_timeout, self.send_timeout = header_timeout, send_timeout
 
 
@@ -65,7 +65,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits, self.turns = limits, limits.turns
-        self.has_asked = False
+        self._has_asked = False
+        """Whether it waits for its turn."""
         self._real: asyncio.Transport
         self._input = self._parsed = b""
         """Bytes that are not parsed yet, and the last ones before, in which a request's end may begin."""
@@ -171,13 +172,19 @@ class BoundedProtocol(HttpToolsProtocol):
             self._expect_head()
         self._input += data
         if self._size_of_part() and not self._is_blocked:
-            self.turns.ask(self)
+            self._ask()
         elif self._in_head and len(self._input) > HEADER_BYTES and not self._is_blocked:
             self._refuse(*_TOO_LARGE)
         self._pace_input()
 
-    def take_turn(self) -> None:
-        left = SLICE
+    def _ask(self) -> None:
+        if not self._has_asked:
+            self._has_asked = True
+            self.turns.ask(self.owner, self._take_turn)
+
+    def _take_turn(self) -> None:
+        """Parse one request, or a part of a body."""
+        self._has_asked, left = False, SLICE
         while left > 0 and not self.is_closing and not self._is_blocked and (size := self._size_of_part()):
             part, self._input = self._input[:size], self._input[size:]
             left -= size
@@ -185,7 +192,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.is_closing:
             self._input = b""
         elif self._size_of_part() and not self._is_blocked:
-            self.turns.ask(self)
+            self._ask()
         self._pace_input()
 
     @property
@@ -223,14 +230,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether the body's reader is behind."""
         self._is_full = is_full
         if not is_full and self._input:
-            self.turns.ask(self)
+            self._ask()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._input and not self.is_closing:
             if self._in_head:
                 self._expect_head()
-            self.turns.ask(self)
+            self._ask()
 
     def _expect_head(self) -> None:
         self._unset_keepalive_if_required()
@@ -300,7 +307,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(seconds, then or self._time_out)
 
     def _time_out(self) -> None:
-        if self.has_asked and not self.is_closing:  # what has come waits for its turn
+        if self._has_asked and not self.is_closing:  # what has come waits for its turn
             self._watch(self._limits.header_timeout)
         else:
             self._end()

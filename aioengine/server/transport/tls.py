@@ -16,7 +16,6 @@ from pathlib import Path
 from aioengine.errors import ConfigError
 from aioengine.server.bounds import network_of
 from aioengine.server.transport.protocol import BoundedProtocol
-from aioengine.server.transport.turns import Start
 from aioengine.tasks import end_tasks
 
 REST_SECONDS = 1.0
@@ -163,9 +162,9 @@ class TlsListener:
                         await came.wait()
                     finally:
                         self._loop.remove_reader(accepted)
-                    start = Start(protocol.counted_as or "")
-                    protocol.turns.ask(start)
-                    await start.begun
+                    turn = asyncio.Event()
+                    protocol.turns.ask(protocol.counted_as or "", turn.set)
+                    await turn.wait()
                     is_ours = False
                     # To its end a client may say nothing, too: by itself a loop would wait for half a minute.
                     await self._loop.connect_accepted_socket(
