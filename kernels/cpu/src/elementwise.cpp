@@ -195,6 +195,19 @@ inline void rotate(typename T::elem* x, const float* cos, const float* sin, long
     for (long i = 0; i < half; i++) pair(x[i], x[i + half], cos[i], sin[i]);
 }
 
+// Fetches the lines of a cell that rope_store() writes: each lane of a key is in another one.
+template <class T>
+inline void fetch_cell(const Rope& r, long cell) {
+  const long block = cell / r.block_size, offset = cell % r.block_size, lanes = r.head_dim / T::PER_LANE;
+  for (long h = 0; h < r.kv_heads && !r.int8; h++) {
+    const long base = h * r.block_size * lanes;
+    const auto* keys = (const uint32_t*)((const char*)r.keys + block * r.block_bytes) + base + offset / LANES * lanes * LANES;
+    const auto* values = (const uint32_t*)((const char*)r.values + block * r.block_bytes) + base + offset / T::PER_LANE * r.head_dim;
+    for (long i = 0; i < lanes; i++) __builtin_prefetch(keys + i * LANES, 1);
+    for (long i = 0; i < r.head_dim; i += LANES) __builtin_prefetch(values + i, 1);
+  }
+}
+
 // Norms and rotates q and k in place and stores k and v into the cache, whose layout attention.cpp describes.
 template <class T>
 void rope_store(const Rope& r, int threads) {
@@ -211,6 +224,7 @@ void rope_store(const Rope& r, int threads) {
       }
       for (long h = 0; h < r.heads + r.kv_heads; h++) rotate<T>(row + h * r.head_dim, cos, sin, r.half, r.neighbours);
       const long block = r.cells[t] / r.block_size, offset = r.cells[t] % r.block_size;
+      if (t + 1 < mine.end) fetch_cell<T>(r, r.cells[t + 1]);
       for (long h = 0; h < r.kv_heads; h++) {
         const elem* k = row + (r.heads + h) * r.head_dim;
         const elem* v = k + r.kv_heads * r.head_dim;

@@ -97,7 +97,7 @@ void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, lo
   }
   if (sums == nullptr) return store_scaled(l, all, row, column);
   for (int p = 0; p < P; p++)
-    for (int r = 0; r < R; r++) sums[p][r] = to_float(all[r][p]);
+    for (int r = 0; r < R; r++) sums[p][r] = (vf)all[r][p];
 }
 
 // Fewer panels than usual are rare: not worth as many kinds of tiles.
@@ -113,8 +113,12 @@ void some_products(const Linear& l, const uint32_t* w, Tools& tools, long row, l
 }
 
 template <class T>
+constexpr bool WHOLE = std::is_same_v<typename T::acc, vi>;
+
+template <class T>
 constexpr Multiply MULTIPLY{T::PER_LANE,
                             false,
+                            WHOLE<T>,
                             {MOST<T, 1>, MOST<T, 2>, MOST<T, 3>},
                             {some_products<T, 1>, some_products<T, 2>, some_products<T, 3>}};
 
@@ -133,14 +137,20 @@ void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher,
     else
       zero_tile<i>();
   });
+  // Operands come into the first cache between the products of those before: loads of whole registers would wait for them.
+  const uint32_t* const next_rows = (const uint32_t*)((const char*)x + H * TILE_ROWS * stride);
+  const uint32_t* const next_weights = row + H * TILE_ROWS < l.rows ? w : w + P * panel;
   for (long k = 0; k < lanes; k += LANES) {
     fetcher.fetch(rate * LANES);
+    const bool last = k + LANES == lanes;
+    const uint32_t *const left = last ? next_rows : x + k + LANES, *const right = last ? next_weights : w + (k + LANES) * LANES;
     add_tile_products<T, H, P, LEFT, RIGHT>(
         [&](auto h) { load_tile<LEFT>((const char*)(x + k) + h * TILE_ROWS * stride, stride); },
         [&](auto p) { load_tile<RIGHT>(w + p * panel + k * LANES, TILE_BYTES); },
         [&](auto h, auto p) {
-          const uint32_t* const ahead = (k + LANES < lanes ? w + (k + LANES) * LANES : w + P * panel) + p * panel;
-          for (int i = h * LANES / H; i < (h + 1) * LANES / H; i++) __builtin_prefetch(ahead + i * LANES, 0, 3);
+          for (int i = h * LANES / H; i < (h + 1) * LANES / H; i++) __builtin_prefetch(right + p * panel + i * LANES, 0, 3);
+          for (int i = p * LANES / P; i < (p + 1) * LANES / P; i++)
+            __builtin_prefetch((const char*)left + (h * TILE_ROWS + i) * stride, 0, 3);
         });
   }
   unrolled<H * P>([&](auto i) { store_tile<i>(&sums[i % P][i / P * TILE_ROWS], TILE_BYTES); });
@@ -154,9 +164,6 @@ void products_of_tiles(const Linear& l, const uint32_t* w, Tools& tools, long ro
     products_of_registers<T, 2, P>(l, w, tools.fetcher, row, column, sums);
   else
     products_of_registers<T, 1, P>(l, w, tools.fetcher, row, column, sums);
-  if constexpr (std::is_same_v<typename T::acc, vi>)
-    for (int p = 0; p < P; p++)
-      for (long r = 0; r < rows; r++) sums[p][r] = to_float((vi)sums[p][r]);
 }
 
 // Whether as many inputs are whole registers.
@@ -168,6 +175,7 @@ constexpr bool fills_tiles(long k) {
 template <class T>
 constexpr Multiply MULTIPLY_TILES{T::PER_LANE,
                                   true,
+                                  WHOLE<T>,
                                   {MOST_ROWS, MOST_ROWS, MOST_ROWS},
                                   {products_of_tiles<T, 1>, products_of_tiles<T, 2>, products_of_tiles<T, 3>}};
 #endif

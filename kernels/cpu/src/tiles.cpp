@@ -14,7 +14,6 @@ constexpr long ROW_BLOCK = 256, ROWS_TO_SHARE = 128;
 #else
 constexpr long ROW_BLOCK = 128, ROWS_TO_SHARE = 0;
 #endif
-constexpr long FORESEEN = 64;    // rows in tile registers up to which the hardware itself fetches weights in time
 constexpr long LONG = 16;        // rows of a segment in a block from which on B is added while the sums are in the caches
 // Panels that short segments are added to together, because each time costs a call: so many, or as fit into so many bytes.
 constexpr long MOST_WAITING = 4 * PANELS, MOST_WAITING_BYTES = 256 << 10;
@@ -31,8 +30,8 @@ struct Delta {
 
 // R rows of a tile's sums, from `skip` on, to y, where they begin with `row`. `delta` may be null.
 template <class Out, int R>
-void finish(const Linear& l, const vf (&sums)[PANELS][MOST_ROWS], long skip, const Delta* delta, long row, long column,
-            long panels) {
+void finish(const Linear& l, const vf (&sums)[PANELS][MOST_ROWS], bool whole, long skip, const Delta* delta, long row,
+            long column, long panels) {
   using elem = typename Out::elem;
   for (long p = 0; p < panels; p++) {
     const long first = column + p * LANES, count = l.n - first < LANES ? l.n - first : LANES;
@@ -40,6 +39,10 @@ void finish(const Linear& l, const vf (&sums)[PANELS][MOST_ROWS], long skip, con
     vf y[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) y[r] = sums[p][skip + r];
+    if (whole) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) y[r] = __builtin_convertvector((vi)y[r], vf);
+    }
     if (l.column_scale != nullptr) {
       const vf scale = loadf(l.column_scale + first);
 #pragma GCC unroll 8
@@ -150,7 +153,7 @@ class Blocks {
     const long lanes = l_.k / multiply_.per_lane, column = first * LANES;
     tools_.fetcher.begin();
     if (adapters_ != nullptr) find_segments(begin, end), want_adapters(column, panels);
-    if (!multiply_.tiles || end - begin > FORESEEN) tools_.fetcher.want(next.begin, next.bytes);
+    if (!multiply_.tiles) tools_.fetcher.want(next.begin, next.bytes);  // products of tiles fetch what follows
     if (--left_ == 0) want_next_linear();
     const long most = multiply_.most[PANELS - 1];
     tools_.fetcher.ready((end - begin + most - 1) / most * lanes);
@@ -180,7 +183,7 @@ class Blocks {
         const bool adapted = next != long_.cend() && next->begin <= from;
         if (next != long_.cend() && (adapted ? next->end : next->begin) < to) to = adapted ? next->end : next->begin;
         if (adapted && next->begin == from) delta = turned(*next->segment, column, panels);
-#define CALL(R) finish<Out, R <= ROWS ? R : 1>(l_, sums, from - row, adapted ? &delta : nullptr, from, column, panels)
+#define CALL(R) finish<Out, R <= ROWS ? R : 1>(l_, sums, multiply_.whole, from - row, adapted ? &delta : nullptr, from, column, panels)
         AIO_SWITCH_ROWS(to - from, CALL)
 #undef CALL
         if (adapted && next->end == to) next++;

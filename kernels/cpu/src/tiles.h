@@ -47,8 +47,8 @@ struct Tools {
   Tiles tiles;
 };
 
-// Computes a tile's sums, [panel][row], from `row` of x and `column` on; `w` are the panels' weights. Without `sums` they
-// are scaled and become y: then nothing may have to be added to them, and all columns must exist.
+// Computes a tile's sums, [panel][row], from `row` of x and `column` on, as floats or whole numbers; `w` are the panels'
+// weights. Without `sums` they are scaled and become y: then nothing may have to be added to them, and all columns must exist.
 using Products = void (*)(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column,
                           vf (*sums)[MOST_ROWS]);
 
@@ -56,6 +56,7 @@ using Products = void (*)(const Linear& l, const uint32_t* w, Tools& tools, long
 struct Multiply {
   long per_lane;           // elements
   bool tiles;              // in tile registers: then sums do not become y at once
+  bool whole;              // sums are whole numbers
   long most[PANELS];       // rows of a tile, by the number of panels
   Products tile[PANELS];
 
