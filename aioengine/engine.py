@@ -20,6 +20,7 @@ from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
 from aioengine.info import EngineInfo, EngineState, EngineStats, LoadProgress
 from aioengine.memory_plan import MemoryPlan
+from aioengine.model.pooling import read_label_names
 from aioengine.request import (
     Classification,
     Embedding,
@@ -107,7 +108,7 @@ class AsyncEngine(AdapterOps):
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
         # Not read in the engine's own thread, which is waited for at the end: the disk may hang.
-        self.label_names = SharedRead("aioengine-labels", lambda: vectors.read_label_names(self.model_path))
+        self.label_names = SharedRead("aioengine-labels", lambda: read_label_names(self.model_path))
         self._closers: list[Callable[[], Awaitable[None]]] = []
         self.text_work = TextWork()
         """Runs tokenization and detokenization; servers of this engine use it too."""
@@ -354,7 +355,7 @@ class AsyncEngine(AdapterOps):
 
     def stats(self) -> EngineStats:
         """Return the engine's present state; after its stop, its last state."""
-        return self._counters.snapshot(self._core, self._loop.foreign.failures["listener"])
+        return self._counters.snapshot(self._core, self._loop.listeners.failures)
 
     def add_listener(self, listener: Callable[[Event], None], *types: type[Event]) -> Callable[[], None]:
         """Deliver every event to ``listener``, or those of the given types, on the loop; returns a function

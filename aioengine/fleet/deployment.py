@@ -145,10 +145,10 @@ class GatewayModel(NamedTuple):
 def read_model(config: FleetConfig, plan: MemoryPlan | None = None) -> GatewayModel:
     """Read the model's description and its tokenizer. Blocks."""
     from aioengine.model.files.resolve import resolve_model
-    from aioengine.runtime.assemble import load_tokenizer
+    from aioengine.model.text.tokenizer import Tokenizer
 
     path = resolve_model(config.engine.model)
-    tokenizer = load_tokenizer(path, config.engine.chat_template)
+    tokenizer = Tokenizer.load(path, config.engine.chat_template)
     return GatewayModel(plan_replica(config)[1] if plan is None else plan, path, tokenizer)
 
 

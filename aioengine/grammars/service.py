@@ -7,8 +7,8 @@ import contextlib
 import copy
 import logging
 import signal
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from itertools import count
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
@@ -16,7 +16,7 @@ from aioengine.grammars.limits import GrammarLimits, MiB, check_characters
 from aioengine.grammars.matching import Grammar, GrammarConstraint, largest_of_most
 from aioengine.grammars.wire import Compile
 from aioengine.grammars.worker_process import Tokens, WorkerProcess
-from aioengine.tasks import end_tasks
+from aioengine.tasks import SharedWork, Turns, end_tasks
 
 MEMORY_SECONDS = 0.5
 """Seconds between two looks at the memory of all grammars."""
@@ -46,36 +46,6 @@ class WorkerLost(EngineOverloaded):
         super().__init__(f"{what}; try again later")
 
 
-class Turns:
-    """Turns for compiles. A tenant has at most two of them at a time, so that tenants take turns, and a long
-    text holds up none that comes after it."""
-
-    def __init__(self) -> None:
-        self._free = asyncio.Semaphore(MAX_COMPILES)
-        self._own: dict[Tenant, asyncio.Semaphore] = {}
-        self._waiting: Counter[Tenant] = Counter()
-
-    @contextlib.asynccontextmanager
-    async def turn(self, tenant: Tenant) -> AsyncIterator[None]:
-        """Context of a compile."""
-        self._waiting[tenant] += 1
-        try:
-            async with self._own.setdefault(tenant, asyncio.Semaphore(MAX_OF_A_TENANT)), self._free:
-                yield
-        finally:
-            self._waiting[tenant] -= 1
-            if not self._waiting[tenant]:
-                del self._waiting[tenant], self._own[tenant]
-
-
-class _Job:
-    """A compile, for the requests of one tenant that wait for it."""
-
-    def __init__(self, task: asyncio.Task[Grammar]) -> None:
-        self.task = task
-        self.waiters = 0
-
-
 class Grammars:
     """Compiles grammars and keeps them, in a worker process.
 
@@ -103,8 +73,8 @@ class Grammars:
         self._numbers = count(1)
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         """Grammars by text, the least recently used first."""
-        self._jobs: dict[tuple[Tenant, str], _Job] = {}
-        self._turns = Turns()
+        self._compiles = SharedWork[tuple[Tenant, str], Grammar]()
+        self._turns = Turns(MAX_COMPILES, MAX_OF_A_TENANT)
         self._in_work: dict[int, str] = {}
         """Texts of the worker that are not kept yet, by number."""
         self._ends: OrderedDict[str, int] = OrderedDict()
@@ -121,7 +91,7 @@ class Grammars:
     @property
     def waiting(self) -> int:
         """Number of texts that are being compiled or wait for it."""
-        return len(self._jobs)
+        return len(self._compiles.jobs)
 
     def check_size(self, texts: Iterable[str]) -> None:
         """Raise RequestInvalid if the texts of a grammar have too many characters."""
@@ -169,29 +139,13 @@ class Grammars:
         """Return the text's grammar, compiled if need be."""
         if (kept := self._usable(text)) is not None:
             return kept
-        key = (tenant, text)
-        job = self._jobs.get(key)
-        if job is None:
-            if self._is_closed:
-                raise EngineStopped(_STOPPED)
-            waiting = sum(owner == tenant for owner, _ in self._jobs)
-            if waiting >= self.limits.max_queued:
-                raise EngineOverloaded(f"already {waiting} grammars wait to be compiled; try again later")
-            task = asyncio.create_task(self._in_turn(text, tenant), name="aioengine-grammars")
-            job = self._jobs[key] = _Job(task)
-            task.add_done_callback(lambda _: self._jobs.pop(key, None))
-        job.waiters += 1
+        waiting = sum(owner == tenant for owner, _ in self._compiles.jobs)
+        if waiting >= self.limits.max_queued and (tenant, text) not in self._compiles.jobs:
+            raise EngineOverloaded(f"already {waiting} grammars wait to be compiled; try again later")
         try:
-            await asyncio.wait([job.task])
-        finally:
-            job.waiters -= 1
-            if not job.waiters:
-                job.task.cancel()
-        if job.task.cancelled():
-            raise EngineStopped(_STOPPED)
-        if isinstance(error := job.task.exception(), AioEngineError):
-            raise copy.copy(error)  # each waiter gets a separate one
-        return job.task.result()
+            return await self._compiles.result((tenant, text), lambda: self._in_turn(text, tenant))
+        except AioEngineError as error:
+            raise copy.copy(error) from None  # each of those who wait gets a separate one
 
     def _usable(self, text: str) -> Grammar | None:
         if self._is_closed:
@@ -322,7 +276,7 @@ class Grammars:
     async def close(self) -> None:
         """End the worker and wait for its end. Callers that wait for a compile get EngineStopped."""
         self._is_closed = True
-        await end_tasks([job.task for job in self._jobs.values()])
+        await end_tasks(self._compiles.close(EngineStopped(_STOPPED)))
         if self._watch is not None:
             self._watch.cancel()
         for grammar in self._kept.values():

@@ -5,6 +5,7 @@ Everything here is a sum over tokens, so the parts of a prompt that is computed 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -21,6 +22,7 @@ Kind = Literal["mean", "last", "cls"]
 POOLING_FILE = "1_Pooling/config.json"
 """File in which sentence-transformers says how a model pools."""
 MAX_POOLING_BYTES = 1 << 16
+_MAX_CONFIG_BYTES = 1 << 20
 _MODES: dict[str, Kind] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
@@ -143,3 +145,15 @@ def _rows(kind: Kind, work: SequenceWork, begin: int, count: int) -> Sequence[in
             return [begin + count - 1] if work.sample else []
         case "cls":
             return [begin] if work.start == 0 else []
+
+
+def read_label_names(model: Path | None) -> list[str]:
+    """Return the ``id2label`` of the model's ``config.json``; empty if it has none. Blocking."""
+    try:
+        file = None if model is None else model / "config.json"
+        if file is None or file.stat().st_size > _MAX_CONFIG_BYTES:
+            return []
+        named = json.loads(file.read_bytes()).get("id2label") or {}
+        return [str(named[str(index)])[:200] for index in range(len(named))]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from aioengine.core import Core
 from aioengine.core.adapters.name import AdapterName, NameTable, frameless
 from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry, AdapterFiles
-from aioengine.errors import AdapterInvalid, AdapterNotFound
+from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound
 from aioengine.info import AdapterInfo
 from aioengine.model.files.sources import is_source
 from aioengine.runtime.held import HeldAdapters, state_of
@@ -65,7 +65,7 @@ class AdapterOps:
             known.source = where
             self._table.keep(known)
         else:
-            known.register(where, _now())
+            known.register(where, self._loop.now())
             self._loop.wake()
         return self._info(name)
 
@@ -147,21 +147,23 @@ class AdapterOps:
         if pin and held is None and path is None:
             self._names.check_known(name)  # or else its pin may be refused first
         source = checked_path(name, path) if held is None and path is not None else None
-        with self._claimed(name, force=force_pin) if pin else nullcontext():
-            async with self._alone(name) as known:
-                with known.load():
-                    registered = _registered_path(known)
-                    given = source if held is None else str(path)
-                    if given is not None and registered is not None and not replace:
-                        check_same_path(name, registered, given)
-                        source = None  # it is the registered path
-                    if held is not None:
-                        entry = known.declare(str(path), files=held)
-                    elif source is None and not (replace and known.current):
-                        entry = await self._names.acquire(name, check=known.check_not_unloaded)
-                    else:
-                        entry = await self._new_version(known, source)
-                    await self._read(entry, known, pin=pin)
+        with ExitStack() as stack:
+            if pin:
+                stack.callback(self._loop.wake)  # it may be unpinned again
+                stack.enter_context(self._table.of(name).claim(force=force_pin, clock=self._loop.now))
+            async with self._loading(name) as known:
+                registered = _registered_path(known)
+                given = source if held is None else str(path)
+                if given is not None and registered is not None and not replace:
+                    check_same_path(name, registered, given)
+                    source = None  # it is the registered path
+                if held is not None:
+                    entry = known.declare(str(path), files=held)
+                elif source is None and not (replace and known.current):
+                    entry = await self._names.acquire(name)
+                else:
+                    entry = await self._new_version(known, source)
+                await self._read(entry, known, pin=pin)
             if pin:
                 await self._loop.until(lambda: self._is_in_slot(name), name)
         return self._info(name)
@@ -180,6 +182,25 @@ class AdapterOps:
             known.users -= 1
             self._table.keep(known)
 
+    @asynccontextmanager
+    async def _loading(self, name: str) -> AsyncIterator[AdapterName]:
+        """Take the name's lock to look up or read a version. An unload does not wait for that, which may
+        hang: it ends it, with AdapterLoadError, also for those who wait for the lock."""
+        unloaded = AdapterLoadError("it was unloaded while it was being loaded", name=name)
+        async with self._alone(name) as known:
+            if known.unloads:
+                raise unloaded
+            try:
+                async with asyncio.timeout(None) as limit:
+                    known.stop_load = lambda: None if limit.expired() else limit.reschedule(0.0)
+                    yield known
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise unloaded from None
+            finally:
+                known.stop_load = None
+
     async def _new_version(self, known: AdapterName, source: str | None) -> AdapterEntry:
         """Declare a version without publishing it. With ``source`` None it comes from the registered path,
         looked up again if necessary."""
@@ -190,17 +211,17 @@ class AdapterOps:
             return known.declare(current.path, files=files)
         if source and not is_source(source):
             return known.declare(source)
-        where = await self._names.lookups.locate(known.label, source, check=known.check_not_unloaded)
+        where = await self._names.lookups.locate(known.label, source)
         return known.declare(where, source=source)
 
     async def _read(self, entry: AdapterEntry, known: AdapterName, *, pin: bool) -> None:
         """Have a version read, and published unless it is held. If that fails, a new one goes."""
         try:
-            await self._names.read(entry, now=True, pin=pin, check=known.check_not_unloaded)
+            await self._names.read(entry, now=True, pin=pin)
         except BaseException:
             entry.pin_when_read = False  # others may still want it, but without a pin
             if known.current is not entry and not entry.retired:
-                known.retire(entry, _now())
+                known.retire(entry, self._loop.now())
                 self._loop.wake()
             raise
 
@@ -232,14 +253,13 @@ class AdapterOps:
         as that of other engines. With ``read=False`` it is read when a request first needs it."""
         self._check_lora()
         source = None if path is None else checked_path(name, path)
-        async with self._alone(name) as known:
-            with known.load():
-                self.discard_adapter(name)
-                entry = await self._new_version(known, source)
-                entry.held = True
-                if read:
-                    await self._read(entry, known, pin=False)
-                known.prepared = entry
+        async with self._loading(name) as known:
+            self.discard_adapter(name)
+            entry = await self._new_version(known, source)
+            entry.held = True
+            if read:
+                await self._read(entry, known, pin=False)
+            known.prepared = entry
         return adapter_info(entry)
 
     def commit_adapter(self, name: str) -> AdapterInfo:
@@ -249,7 +269,7 @@ class AdapterOps:
         entry = known.take_prepared()
         if entry is None:
             raise AdapterNotFound("no version of it was prepared; call prepare_adapter first", name=name)
-        known.replace(entry, _now())
+        known.replace(entry, self._loop.now())
         self._loop.wake()
         return self._info(name)
 
@@ -259,7 +279,7 @@ class AdapterOps:
         known = self._table.of(name)
         entry = known.take_prepared()
         if entry is not None:
-            known.retire(entry, _now())
+            known.retire(entry, self._loop.now())
             self._loop.wake()
 
     def expect_adapter(self, name: str, digest: str) -> None:
@@ -277,17 +297,18 @@ class AdapterOps:
         AdapterNotFound."""
         self._check_lora()
         known = self._table.of(name)
-        was_loading = known.loading
+        was_loading = known.stop_load is not None
         known.unloads += 1
         self._table.keep(known)
-        self._loop.ask_again(name)
+        if known.stop_load is not None:
+            known.stop_load()
         try:
             async with self._alone(name):
                 entry, was_fetched = known.current, bool(known.source)
                 if entry is not None:
                     self._loop.check_goes_on()
-                    self._names.mixes.forget(name, _now())
-                known.unload(_now())
+                    self._names.mixes.forget(name, self._loop.now())
+                known.unload(self._loop.now())
                 if entry is None:
                     if was_fetched or was_loading:
                         return  # it was never needed, or its load was ended: there is nothing to free
@@ -303,7 +324,7 @@ class AdapterOps:
     def _abort_all(self, entry: AdapterEntry) -> None:
         for request in list(self._core.requests.values()):
             if request.adapter is not None and entry in parts_of(request.adapter):
-                self._core.end(request, "abort", _now())
+                self._core.end(request, "abort", self._loop.now())
 
     # Pinning
 
@@ -317,18 +338,9 @@ class AdapterOps:
     async def unpin_adapter(self, name: str) -> AdapterInfo:
         """Remove a pin. Raises AdapterNotFound."""
         self._check_lora()
-        self._table.of(name).unpin(_now())
+        self._table.of(name).unpin(self._loop.now())
         self._loop.wake()
         return self._info(name)
-
-    @contextmanager
-    def _claimed(self, name: str, *, force: bool) -> Iterator[None]:
-        """Context of a caller who pins a name."""
-        try:
-            with self._table.of(name).claim(force=force, clock=_now):
-                yield
-        finally:
-            self._loop.wake()
 
     def _is_in_slot(self, name: str) -> bool:
         """Whether the adapter is in a slot, or no longer pinned. Raises AdapterNotFound if it is unloaded, or
@@ -384,7 +396,3 @@ class AdapterOps:
 def _registered_path(known: AdapterName) -> str | None:
     """Return the path as it was given; None if the name is free."""
     return known.source or (None if known.current is None else known.current.path)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -82,7 +82,7 @@ async def build(
     run = partial(asyncio.get_running_loop().run_in_executor, work)
     chosen = await run(_choose_resolver, config, resolver)
     path = await run(resolve_model, config.model, progress)
-    tokenizer = await run(load_tokenizer, path, config.chat_template)
+    tokenizer = await run(_load_tokenizer, path, config.chat_template)
     if config.executor == "thread":
         here = msgspec.structs.replace(config, model=str(path))  # the Hub is not asked twice
         return (await run(_build_here, here, progress))._replace(tokenizer=tokenizer, resolver=chosen)
@@ -92,6 +92,12 @@ async def build(
     kind = RayWorkers if config.executor == "ray" else Workers
     device = ProcessDevice(theirs, kind, vocab=spec.vocab_size)
     return Built(spec, await device.start(), tokenizer, device, chosen, path)
+
+
+def _load_tokenizer(path: Path, chat_template: str | None) -> Tokenizer | None:
+    from aioengine.model.text.tokenizer import Tokenizer  # imports tokenizers
+
+    return Tokenizer.load(path, chat_template)
 
 
 def _build_here(config: EngineConfig, progress: LoadProgress | None) -> Built:
@@ -124,30 +130,6 @@ def choose_policy(config: EngineConfig, policy: SchedulerPolicy | None) -> Sched
     if not isinstance(policy, SchedulerPolicy):
         raise PolicyError(f"policy must be a SchedulerPolicy, not {type(policy).__name__}")
     return policy
-
-
-def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer | None:
-    """Load the tokenizer of a model folder or GGUF file; None if it has none.
-
-    ``chat_template`` is a file that takes the place of the model's own. Raises ConfigError if it cannot be
-    read or is no template.
-    """
-    from aioengine.model.text.tokenizer import Tokenizer  # imports tokenizers
-
-    if path.suffix != ".gguf":
-        tokenizer = Tokenizer.from_dir(path)
-    else:
-        from aioengine.model.files.gguf import GGUFFile
-        from aioengine.model.text.gguf_tokenizer import build_tokenizer
-
-        file = GGUFFile(path)
-        found = build_tokenizer(file)
-        tokenizer = None
-        if found is not None:
-            tokenizer = Tokenizer(found, chat_template=file.chat_template)
-    if tokenizer is not None and chat_template is not None:
-        tokenizer.use_chat_template(Path(chat_template))
-    return tokenizer
 
 
 def engine_info(version_: str, built: Built) -> EngineInfo:

@@ -15,6 +15,7 @@ from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
+    from aioengine.adapters.read_threads import SharedRead
     from aioengine.grammars.limits import GrammarLimits
     from aioengine.memory_plan import MemoryPlan
     from aioengine.metrics.collect.http import HttpMetrics
@@ -49,7 +50,12 @@ class ServerMetrics(ScrapedMetrics, Protocol):
 class EngineClient(WatchedEngine, Protocol):
     """An engine, as a server uses it. ``AsyncEngine`` describes each method."""
 
+    label_names: SharedRead[list[str]]
+    """The model's ``id2label``; empty if it has none."""
     model_name: str
+    model_path: Path | None
+    plan: MemoryPlan
+    tokenizer: Tokenizer | None
     text_work: TextWork
     leaving: bool
 
@@ -61,12 +67,6 @@ class EngineClient(WatchedEngine, Protocol):
     def metrics(self) -> ServerMetrics: ...
     @property
     def state(self) -> EngineState: ...
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
-    @property
-    def model_path(self) -> Path | None: ...
-    @property
-    def plan(self) -> MemoryPlan: ...
 
     def generate(
         self,

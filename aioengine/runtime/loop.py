@@ -16,9 +16,8 @@ from itertools import chain
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
 from aioengine.core.state import Request, Status
-from aioengine.errors import EngineDead, EngineStopped
+from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.executors.base import Device
-from aioengine.runtime.listeners import Listeners
 from aioengine.runtime.transfers import AdapterMoves
 from aioengine.step import StepBatch, StepResult
 
@@ -30,8 +29,7 @@ LAG_INTERVAL_SECONDS = 0.25
 _STOPPED = "the engine was stopped before the call was complete"
 
 Condition = Callable[[], bool]
-Decided = tuple[float, float]
-"""Seconds that core and policy took, and those of the policy alone."""
+Listener = Callable[[events.Event], None]
 
 
 class EngineLoop:
@@ -49,7 +47,6 @@ class EngineLoop:
     ) -> None:
         self.core = core
         self.listeners = Listeners()
-        self.foreign = self.listeners.foreign
         self.dead: EngineDead | None = None
         self.recovering = False
         """Whether the device is being restarted."""
@@ -61,12 +58,13 @@ class EngineLoop:
         self._moves = AdapterMoves(core, device, changed=self._moved)
         self._waits: dict[str | None, dict[asyncio.Future[None], Condition]] = {}
         """What callers wait for, by the adapter that it is about; None: an end of requests."""
-        self._lag = None if virtual else LoopLagMeter(self._report_lag, timer)
+        self._virtual = virtual
+        self._lag: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._died = asyncio.Event()
         self._step_began: float | None = None
-        self._decided: Decided = (0.0, 0.0)
-        """Of the step that runs."""
+        self._decided = 0.0
+        """Seconds that core and policy took for the step that runs."""
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -77,9 +75,10 @@ class EngineLoop:
         device.on_loss = self._device_lost
 
     def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="aioengine-loop")
-        if self._lag is not None:
-            self._lag.start()
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(self._run(), name="aioengine-loop")
+        if not self._virtual:
+            self._lag = loop.create_task(self._measure_lag(), name="aioengine-loop-lag")
 
     def wake(self) -> None:
         """Make the loop ask the core again; call after every change."""
@@ -94,8 +93,12 @@ class EngineLoop:
         """End a request; its reader, if any, gets a last output with ``finish_reason="abort"``."""
         if request.status is not Status.ENDED:
             self._device.settle()
-            self.core.end(request, "abort", asyncio.get_running_loop().time())
+            self.core.end(request, "abort", self.now())
             self.wake()
+
+    def now(self) -> float:
+        """Return the time of the loop's clock."""
+        return asyncio.get_running_loop().time()
 
     def check_goes_on(self) -> None:
         """Raise EngineStopped or EngineDead if the loop has ended or is ending."""
@@ -107,7 +110,7 @@ class EngineLoop:
     def step_age(self) -> float:
         """Return the seconds since the step that runs now began; 0 if none does."""
         began = self._step_began
-        return 0.0 if began is None else asyncio.get_running_loop().time() - began
+        return 0.0 if began is None else self.now() - began
 
     async def until_dead(self) -> EngineDead:
         await self._died.wait()
@@ -169,7 +172,7 @@ class EngineLoop:
         moves = asyncio.get_running_loop().create_task(self._moves.stop(), name="aioengine-stop-moves")
         await asyncio.wait([moves] if self._task is None else [moves, self._task])
         if self._lag is not None:
-            self._lag.stop()
+            self._lag.cancel()
         self._free_retired()
         self._fail_waits(EngineStopped(_STOPPED))
         await asyncio.sleep(0)  # callers that waited may now give up versions
@@ -199,7 +202,7 @@ class EngineLoop:
             raise self._lost
         batch = self._decide()
         if batch is None:
-            now, due = asyncio.get_running_loop().time(), self.core.next_due()
+            now, due = self.now(), self.core.next_due()
             if self.core.queues:
                 ask = max(self.core.guard.quiet_until, now + POLICY_RETRY_SECONDS)
                 due = ask if due is None else min(ask, due)
@@ -215,8 +218,8 @@ class EngineLoop:
     def _decide(self) -> StepBatch | None:
         """Ask the core for the next step, and begin the moves that it wants."""
         start = self._timer()
-        batch, moves = self.core.schedule(asyncio.get_running_loop().time())
-        self._decided = self._timer() - start, self.core.guard.seconds
+        batch, moves = self.core.schedule(self.now())
+        self._decided = self._timer() - start
         for move in moves:
             self._moves.start(move)
         self.publish()
@@ -226,7 +229,7 @@ class EngineLoop:
         """Run ``batch`` and the steps after it, each begun where the result of the one before comes in, so
         that a step takes one turn of the event loop. ``over`` is done when none follows, or one has
         failed."""
-        self._step_began = asyncio.get_running_loop().time()
+        self._step_began = self.now()
         self._device.begin(batch, partial(self._ended, batch, over))
 
     def _ended(self, batch: StepBatch, over: asyncio.Future[None], result: StepResult | Exception) -> None:
@@ -252,7 +255,7 @@ class EngineLoop:
 
     def _take(self, batch: StepBatch, result: StepResult) -> None:
         """Report a result to the core."""
-        now = asyncio.get_running_loop().time()
+        now = self.now()
         wanted = bool(self.listeners.of(events.StepFinished))
         intervals = self.core.step_finished(batch, result, now, intervals=wanted and self._intervals)
         if wanted:
@@ -261,8 +264,8 @@ class EngineLoop:
                 step=batch.step,
                 steps=len(result.seconds),
                 seconds=sum(result.seconds),
-                schedule_seconds=self._decided[0],
-                policy_seconds=self._decided[1],
+                schedule_seconds=self._decided,
+                policy_seconds=self.core.guard.seconds,
                 intervals=tuple(chain.from_iterable(intervals)),
                 **self.core.contents._asdict(),
             )
@@ -328,7 +331,7 @@ class EngineLoop:
 
     def _free_retired(self) -> None:
         """Free retired adapters, because callers wait for that and nothing will be scheduled any more."""
-        self.core.residency.sweep(asyncio.get_running_loop().time())
+        self.core.residency.sweep(self.now())
         for move in self.core.residency.take_moves():
             if isinstance(move, (DropMove, StopMove)):
                 self._moves.start(move)
@@ -339,7 +342,7 @@ class EngineLoop:
         self.ask_again(adapter)
 
     def _end_all(self, error: Exception) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self.now()
         for request in list(self.core.requests.values()):
             self.core.end(request, "error", now, error)
 
@@ -358,8 +361,14 @@ class EngineLoop:
         self.core.outbox.append(event)
         self.publish()
 
-    def _report_lag(self, seconds: float) -> None:
-        self.report(events.LoopLag(time=asyncio.get_running_loop().time(), seconds=seconds))
+    async def _measure_lag(self) -> None:
+        """Report, four times a second, how late in seconds the event loop ran a timer."""
+        while True:
+            # Not the loop's own clock: uvloop's stands still while a callback runs.
+            due = self._timer() + LAG_INTERVAL_SECONDS
+            await asyncio.sleep(LAG_INTERVAL_SECONDS)
+            lag = max(self._timer() - due, 0.0)
+            self.report(events.LoopLag(time=self.now(), seconds=lag))
 
     def _log(self, event: events.Event) -> None:
         match event:
@@ -377,24 +386,52 @@ class EngineLoop:
             logger.warning("%s (first: %s; logged once, counted each time)", what, first)
 
 
-class LoopLagMeter:
-    """Reports, four times a second, how late in seconds the event loop ran a timer."""
+class Listeners:
+    """Callbacks for events, each for all of them or for some types, called in the order of their coming. The
+    same one may be added several times. Whatever one raises, a CancelledError too, is counted, and the first
+    error of its kind is logged."""
 
-    def __init__(self, report: Callable[[float], None], timer: Callable[[], float]) -> None:
-        self._report = report
-        self._timer = timer
-        self._handle: asyncio.TimerHandle | None = None
+    def __init__(self) -> None:
+        self.failures = 0
+        self._logged: set[tuple[str, type[BaseException]]] = set()
+        self._all: dict[object, tuple[Listener, tuple[type[events.Event], ...]]] = {}
+        """Each with the types that it was added for."""
+        self._of: dict[type[events.Event], tuple[Listener, ...]] = {}
 
-    def start(self) -> None:
-        # Not the loop's own clock: uvloop's stands still while a callback runs.
-        due = self._timer() + LAG_INTERVAL_SECONDS
-        self._handle = asyncio.get_running_loop().call_later(LAG_INTERVAL_SECONDS, self._tick, due)
+    def add(self, listener: Listener, *types: type[events.Event]) -> Callable[[], None]:
+        """Call ``listener`` for every event, or for those of these types; returns a function that ends it.
+        Raises ConfigError for what is no type of events."""
+        for kind in types:
+            if not (isinstance(kind, type) and issubclass(kind, events.Event)):
+                raise ConfigError(f"{kind!r}: must be a class of aioengine.events")
+        key = object()
+        self._all[key] = listener, types or (events.Event,)
+        self._of.clear()
 
-    def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
+        def remove() -> None:
+            self._all.pop(key, None)
+            self._of.clear()
 
-    def _tick(self, due: float) -> None:
-        lag = max(self._timer() - due, 0.0)
-        self.start()
-        self._report(lag)
+        return remove
+
+    def of(self, kind: type[events.Event]) -> tuple[Listener, ...]:
+        """Return the listeners that want events of this type."""
+        found = self._of.get(kind)
+        if found is None:
+            wanting = [listener for listener, types in self._all.values() if issubclass(kind, types)]
+            found = self._of[kind] = tuple(wanting)
+        return found
+
+    def __call__(self, event: events.Event) -> None:
+        for listener in self.of(type(event)):
+            try:
+                listener(event)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                self.failures += 1
+                name = getattr(listener, "__qualname__", type(listener).__qualname__)
+                if (kind := (name, type(error))) not in self._logged:
+                    self._logged.add(kind)
+                    text = "the listener %s failed on %s (logged once, counted each time)"
+                    logger.exception(text, name, type(event).__name__)

@@ -32,22 +32,10 @@ class Answer:
         self.logprobs: list[TokenLogprob] | None = [] if logprobs else None
         self.pieces_seen = self.logprobs_seen = 0
         self.tokens_seen = len(tokens)
-        self._joined = (0, "")
-        """A number of pieces, and their text."""
 
     def add_text(self, piece: str) -> None:
         if piece:
             self.pieces.append(piece)
-
-    def text(self, count: int) -> str:
-        """Return the text of the first ``count`` pieces."""
-        known, text = self._joined
-        if known > count:
-            return "".join(self.pieces[:count])
-        if known < count:
-            text += "".join(self.pieces[known:count])
-            self._joined = (count, text)
-        return text
 
     def note_seen(self, output: RequestOutput) -> None:
         """Note that the reader has got ``output``."""
@@ -104,7 +92,7 @@ class RequestOutput:
 
     @cached_property
     def text(self) -> str:
-        return self.answer.text(self.pieces)
+        return "".join(self.answer.pieces[: self.pieces])
 
     @cached_property
     def token_ids(self) -> list[int]:

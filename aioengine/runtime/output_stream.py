@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from aioengine.core.state import Request
+from aioengine.core.state import Request, Status
 from aioengine.events import EndReason
 from aioengine.request import FinishReason, SamplingParams, TokenLogprob
 from aioengine.runtime.output import Answer, RequestOutput
@@ -49,7 +49,6 @@ class OutputStream:
         self.waits_for_end = False
         """Whether nothing has to be done for a token before the end either."""
         self._ready = asyncio.Event()
-        self._ended = asyncio.Event()
 
     def add_given(self, tokens: Sequence[int], ends: Collection[int]) -> None:
         """Add the output that the request comes with, up to a stop string."""
@@ -77,6 +76,8 @@ class OutputStream:
     # From the engine loop: see aioengine.core.state.Sink
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], *, is_stop: bool) -> int | None:
+        if len(tokens) > self._replayed and not self._read_at_end:
+            self._ready.set()
         stopped: int | None = None
         if is_stop or self._replayed or self._decoder is not None:
             for count, token in enumerate(tokens, 1):
@@ -86,13 +87,9 @@ class OutputStream:
                     self._replayed -= 1
                     self._answer.tokens_seen += 1
                     self._answer.pieces_seen = len(self._answer.pieces)
-                elif not self._read_at_end:
-                    self._ready.set()
                 if stops:
                     stopped = count
                     break
-        elif not self._read_at_end:
-            self._ready.set()
         if self._answer.logprobs is not None:
             self._answer.logprobs += logprobs[:stopped]
         return stopped
@@ -106,7 +103,6 @@ class OutputStream:
                 self._answer.add_text(self._decoder.finish())
             self._finish = "stop" if self.found_stop else reason
         self._ready.set()
-        self._ended.set()
 
     # To the reader
 
@@ -114,7 +110,8 @@ class OutputStream:
         """Wait for the end without waking up for each token. Raises as :meth:`next` does."""
         self._read_at_end = True
         self.waits_for_end = self._decoder is None and self._answer.logprobs is None and not self._replayed
-        await self._ended.wait()
+        if self.request.status is not Status.ENDED:
+            self._ready.clear()
         return await self.next()
 
     async def next(self) -> RequestOutput:

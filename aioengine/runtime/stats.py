@@ -76,16 +76,13 @@ class Counters:
             listener_failures=listener_failures,
             slot_memory=arena.size,
             slot_memory_used=arena.size - arena.free,
-            slot_memory_fragmented=arena.free - arena.largest_hole if _by_bytes(core) else 0,
+            slot_memory_fragmented=0 if core.limits.slot_memory is None else arena.free - arena.largest_hole,
         )
 
 
-def _by_bytes(core: Core) -> bool:
-    return core.limits.slot_memory is not None
-
-
 def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
-    regions = core.slots.arena.regions if _by_bytes(core) else {}
+    by_bytes = core.limits.slot_memory is not None
+    regions = core.slots.arena.regions if by_bytes else {}
     return tuple(
         SlotInfo(
             index=slot.index,
@@ -94,7 +91,7 @@ def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
             version=None if slot.entry is None else slot.entry.version,
             running=0 if slot.entry is None else slot.entry.running,
             pinned=slot.entry is not None and slot.entry.pinned,
-            offset=slot.offset if _by_bytes(core) else None,
+            offset=slot.offset if by_bytes else None,
             bytes=0 if slot.offset is None else regions.get(slot.offset, 0),
         )
         for slot in core.slots.slots

@@ -86,7 +86,7 @@ class Submitter:
 
         at_once = tokens is not None and (adapter is None or entry is not None) and not output
         try:
-            async with _NOTHING if at_once else _holding(reservation, due, request_id, where):
+            async with contextlib.nullcontext() if at_once else _holding(reservation, due, request_id, where):
                 if tokens is None:
                     tokens = await tokenize(
                         prompt, reservation.tenant,
@@ -184,10 +184,6 @@ class Submitter:
         for token in tokens:
             if not 0 <= token < self._vocab:
                 raise RequestInvalid(f"{what} token {token} is outside the vocabulary 0..{self._vocab - 1}")
-
-
-_NOTHING = contextlib.nullcontext()
-"""Context of a request for which nothing has to be awaited."""
 
 
 @contextlib.asynccontextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Collection, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
+from heapq import heappop, heappush
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from aioengine.errors import EngineStopped, RequestInvalid
@@ -57,20 +57,14 @@ def size_of_json(value: object) -> int:
 
 
 class _Text(NamedTuple):
-    size: int
+    """A text that waits for a thread."""
+
+    start: float
+    """Virtual time at which it starts."""
+    number: int
+    is_long: bool
     work: Callable[[], Any]
     begun: asyncio.Future[asyncio.Future[Any]]
-
-
-@dataclass(eq=False, slots=True)
-class _Flow:
-    """Texts of one owner that are all over ``LONG``, or all not: those that run and those that wait."""
-
-    is_long: bool
-    start: float = 0.0
-    """Virtual time at which its next text starts at the earliest."""
-    waiting: deque[_Text] = field(default_factory=deque)
-    running: int = 0
 
 
 class TextWork:
@@ -80,18 +74,20 @@ class TextWork:
     Owners have equal shares by start-time fair queueing (Goyal, Vin and Cheng, 1996): an owner's next text
     starts, in virtual time, where its last one ended, or now if that is later; the one that starts first is
     next. Virtual time is the start of the text that was begun last. So a text waits at most for those that
-    run and for one of each other owner.
+    run and for one of each other owner. An owner's long texts and its others are counted separately.
     """
 
     def __init__(self, threads: int = 2) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="aioengine-text")
         self._count = threads
-        self._jobs: dict[asyncio.Future[Any], _Flow] = {}
-        """What runs."""
-        self._flows: dict[tuple[Owner, bool], _Flow] = {}
-        """None is empty."""
+        self._running: dict[asyncio.Future[Any], bool] = {}
+        """Whether each is long."""
+        self._waiting: tuple[list[_Text], list[_Text]] = [], []
+        """Heaps of short and of long texts."""
+        self._ends: dict[tuple[Owner, bool], float] = {}
+        """Virtual time at which the last text of each owner ends."""
         self._now = 0.0
-        """Virtual time."""
+        self._numbers = count()
         self._closed = False
 
     async def run(self, size: int, work: Callable[[], T], owner: Owner = None) -> T:
@@ -106,45 +102,41 @@ class TextWork:
             raise EngineStopped("the engine has been stopped")
         begun: asyncio.Future[asyncio.Future[T]] = asyncio.get_running_loop().create_future()
         is_long = size > LONG and self._count > 1
-        flow = self._flows.setdefault((owner, is_long), _Flow(is_long))
-        flow.waiting.append(_Text(size, work, begun))
+        start = max(self._now, self._ends.get((owner, is_long), 0.0))
+        self._ends[owner, is_long] = start + size
+        heappush(self._waiting[is_long], _Text(start, next(self._numbers), is_long, work, begun))
         self._begin()
         return await asyncio.shield(await begun)
 
     async def close(self) -> None:
         """Wait for running work; waiting work fails with EngineStopped."""
         self._closed = True
-        for flow in self._flows.values():
-            for text in flow.waiting:
-                if not text.begun.done():
-                    text.begun.set_exception(EngineStopped("the engine was stopped before the text's turn"))
-            flow.waiting.clear()
-        await asyncio.gather(*self._jobs, return_exceptions=True)
+        for text in chain(*self._waiting):
+            if not text.begun.done():
+                text.begun.set_exception(EngineStopped("the engine was stopped before the text's turn"))
+        await asyncio.gather(*self._running, return_exceptions=True)
         self._threads.shutdown(wait=True)
 
     def _begin(self) -> None:
         """Begin the next texts, as long as a thread is free."""
-        while len(self._jobs) < self._count:
-            room = sum(flow.is_long for flow in self._jobs.values()) < self._count - 1
-            ready = [flow for flow in self._flows.values() if flow.waiting and (room or not flow.is_long)]
-            if not ready:
+        while len(self._running) < self._count:
+            has_room = sum(self._running.values()) < self._count - 1
+            heaps = [heap for heap in self._waiting[: 1 + has_room] if heap]
+            if not heaps:
                 break
-            flow = min(ready, key=lambda flow: max(self._now, flow.start))
-            text = flow.waiting.popleft()
-            if text.begun.done():  # cancelled
+            text = heappop(min(heaps))
+            if text.begun.done():  # cancelled, or closed
                 continue
-            self._now = max(self._now, flow.start)
-            flow.start = self._now + text.size
-            flow.running += 1
+            self._now = max(self._now, text.start)
             job = asyncio.get_running_loop().run_in_executor(self._threads, text.work)
-            self._jobs[job] = flow
+            self._running[job] = text.is_long
             job.add_done_callback(self._ended)
             text.begun.set_result(job)
-        self._flows = {key: flow for key, flow in self._flows.items() if flow.running or flow.waiting}
+        self._ends = {owner: end for owner, end in self._ends.items() if self._running and end > self._now}
 
     def _ended(self, job: asyncio.Future[Any]) -> None:
         job.exception()  # its caller may have been cancelled
-        self._jobs.pop(job).running -= 1
+        del self._running[job]
         self._begin()
 
 

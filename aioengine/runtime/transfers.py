@@ -87,7 +87,8 @@ class AdapterMoves:
             core.adapter_load_failed(entry, loop.time(), error, reason_of(error))
         except Exception as error:
             failure = None
-            core.adapter_load_failed(entry, loop.time(), _unexpected(entry, "", error), "internal")
+            found_error = unexpected(error, "unexpected ", entry.label, entry.path)
+            core.adapter_load_failed(entry, loop.time(), found_error, "internal")
         else:
             failure = core.adapter_loaded(entry, loop.time(), found)
         if failure is not None:
@@ -102,18 +103,22 @@ class AdapterMoves:
         except errors.EngineDead:
             return
         except Exception as error:
-            failure = _unexpected(entry, f"could not be copied into slot {slot}: ", error)
+            what = f"could not be copied into slot {slot}: "
+            failure = unexpected(error, what, entry.label, entry.path)
             self._core.adapter_place_failed(entry, loop.time(), failure)
         else:
             self._core.slots.placed(entry, loop.time(), seconds)
         self._changed(entry.label)
 
 
-def _unexpected(entry: AdapterEntry, what: str, error: Exception) -> errors.AdapterLoadError:
-    logger.exception("moving adapter %r failed unexpectedly", entry.label)
-    found = errors.AdapterLoadError(
-        f"{what or 'unexpected '}{type(error).__name__}: {error}", name=entry.label, path=entry.path
-    )
+def unexpected(
+    error: BaseException, what: str, name: str, path: str | None = None
+) -> errors.AdapterLoadError:
+    """Return the error of an adapter for one that nobody expects, which is logged. ``what`` precedes its
+    type."""
+    text = f"{what}{type(error).__name__}: {error}"
+    logger.error("adapter %r: %s", name, text, exc_info=error)
+    found = errors.AdapterLoadError(text, name=name, path=path)
     found.__cause__ = error
     return found
 

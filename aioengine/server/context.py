@@ -22,7 +22,6 @@ from aioengine.guided import Guide
 from aioengine.metrics.page.plumbing import Receive, Scope
 from aioengine.request import Wanted
 from aioengine.runtime.client import EngineClient
-from aioengine.runtime.requests.vectors import read_label_names
 from aioengine.runtime.text_work import EACH, SHORT
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.bounds import BODIES, NUMBERS, UPLOADS, Shares
@@ -69,8 +68,6 @@ class Context:
         self.draining = False
         """Whether new requests are refused; set by whoever runs the server."""
         self.seeds = drawn_seeds((engine.config.seed or None) if settings.seed is None else settings.seed)
-        self.label_names = SharedRead("aioengine-labels", lambda: read_label_names(engine.model_path))
-        """The model's ``id2label``; empty if it has none."""
         self._draw = random.Random().getrandbits  # SystemRandom releases the GIL at each call
         self._defaults: SamplingDefaults | None = None
 

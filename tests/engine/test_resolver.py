@@ -16,6 +16,7 @@ from support.steady_device import Steady
 
 from aioengine import AdapterResolver, AsyncEngine, LoRAConfig
 from aioengine.core import Core
+from aioengine.core.state import AdapterEntry
 from aioengine.errors import (
     AdapterInvalid,
     AdapterLoadError,
@@ -174,14 +175,14 @@ async def test_a_flood_of_names_delays_no_other_tenants_lookup(
         flood = [asyncio.create_task(engine.complete([4], adapter=name, tenant="a")) for name in names]
         for _ in range(5):
             await asyncio.sleep(0)
-        assert resolver.asked == names[: resolution.MAX_LOOKUPS // 2]
+        assert resolver.asked == names[: resolution.MAX_OF_A_TENANT]
         if not hang:
             resolver.gate.set()
         for name in ("mine", "a399"):
             await engine.complete([4, 5], greedy(2), adapter=name, tenant="b")
         assert len(resolver.asked) == len(set(resolver.asked))
         if hang:
-            assert resolver.asked[resolution.MAX_LOOKUPS // 2 :] == ["mine", "a399"]
+            assert resolver.asked[resolution.MAX_OF_A_TENANT :] == ["mine", "a399"]
         resolver.gate.set()
         ends = await asyncio.gather(*flood, return_exceptions=True)
         assert [type(end) for end in ends[:399]] == [AdapterNotFound] * 399
@@ -215,14 +216,14 @@ def test_lookups_are_bounded_and_shared_and_all_end_whatever_happens(
         resolver = Answers()
         stepper = EngineLoop(Core(LIMITS, FCFS()), Steady())
         shared = resolution.Lookups(stepper, resolver)
-        waiting: list[tuple[str, str, asyncio.Task[str]]] = []
+        waiting: list[tuple[str, str, asyncio.Task[AdapterEntry]]] = []
         for kind, number, tenant in ops:
             name = f"n{number}"
             if kind == "ask":
-                task = asyncio.create_task(shared.locate(name, tenant=tenant))
+                task = asyncio.create_task(shared.find(name, tenant))
                 waiting.append((name, tenant, task))
             elif kind == "end" and resolver.open:
-                list(resolver.open.values())[number % len(resolver.open)].set_result("/x")
+                list(resolver.open.values())[number % len(resolver.open)].set_exception(AdapterNotFound("no"))
             elif kind == "cancel" and waiting:
                 waiting[number % len(waiting)][2].cancel()
             for _ in range(6):
@@ -233,7 +234,7 @@ def test_lookups_are_bounded_and_shared_and_all_end_whatever_happens(
             assert resolver.open or not waiting
         while waiting:
             for future in list(resolver.open.values()):
-                future.set_result("/x")
+                future.set_exception(AdapterNotFound("no"))
             for _ in range(6):
                 await asyncio.sleep(0)
             waiting = [item for item in waiting if not item[2].done()]
@@ -241,6 +242,7 @@ def test_lookups_are_bounded_and_shared_and_all_end_whatever_happens(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resolution, "MAX_LOOKUPS", 4)
+        patch.setattr(resolution, "MAX_OF_A_TENANT", 2)
         asyncio.run(go())
 
 

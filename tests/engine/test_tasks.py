@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioengine.tasks import end_tasks, run_to_completion, together
+from aioengine.tasks import SharedWork, Turns, end_tasks, run_to_completion, together
 
 
 class Failed(Exception):
@@ -86,3 +86,37 @@ async def test_the_end_of_tasks_is_awaited_and_their_errors_are_dropped(
     await end_tasks(tasks)
     await end_tasks([])
     assert log == ["ended", "ended"] and tasks[1].cancelled()
+
+
+async def test_owners_take_turns() -> None:
+    turns = Turns(3, 2)
+    order: list[str] = []
+
+    async def take(owner: str) -> None:
+        async with turns.turn(owner):
+            order.append(owner)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(take(owner) for owner in "aaaaaaaabbc"))
+    assert set(order[:4]) == {"a", "b"} and order.index("c") <= 6
+    assert len(order) == 11 and not turns._own
+
+
+async def test_what_ignores_its_cancellation_holds_up_nobody() -> None:
+    shared, go = SharedWork[str, None](), asyncio.Event()
+
+    async def stubborn() -> None:
+        while not go.is_set():
+            try:
+                await go.wait()
+            except asyncio.CancelledError:
+                continue
+
+    callers = [asyncio.create_task(shared.result("a", stubborn)) for _ in range(2)]
+    await asyncio.sleep(0)
+    tasks = shared.close(Failed())
+    ends = await asyncio.gather(*callers, shared.result("b", stubborn), return_exceptions=True)
+    assert [type(end) for end in ends] == [Failed] * 3 and not shared.jobs
+    assert [task.done() for task in tasks] == [False]
+    go.set()
+    await asyncio.wait(tasks)

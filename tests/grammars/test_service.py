@@ -22,7 +22,7 @@ from support.waiting import SECONDS, until
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
 from aioengine.grammars.limits import GrammarLimits, MiB
-from aioengine.grammars.service import MAX_ENDS, MAX_OF_A_TENANT, Grammars, Turns
+from aioengine.grammars.service import MAX_ENDS, Grammars
 from aioengine.grammars.wire import NUMBER
 from aioengine.grammars.worker_process import Tokens
 from aioengine.step import OutputView
@@ -524,20 +524,3 @@ def _has_ended(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # where nobody collects orphans
     except psutil.NoSuchProcess:
         return True
-
-
-# Turns
-
-
-async def test_tenants_take_turns() -> None:
-    turns = Turns()
-    order: list[str] = []
-
-    async def take(tenant: str) -> None:
-        async with turns.turn(tenant):
-            order.append(tenant)
-            await asyncio.sleep(0)
-
-    await asyncio.gather(*(take(tenant) for tenant in "aaaaaaaabbc"))
-    assert set(order[: 2 * MAX_OF_A_TENANT]) == {"a", "b"} and order.index("c") <= 3 * MAX_OF_A_TENANT
-    assert len(order) == 11 and not turns._own

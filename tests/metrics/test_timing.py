@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import Counter
 
-from aioengine.events import TokenInterval
-from aioengine.runtime.loop import LoopLagMeter
+from support.steady_device import Steady
+
+from aioengine.core import Core
+from aioengine.events import Event, LoopLag, TokenInterval
+from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS, Sim
@@ -90,17 +92,19 @@ async def test_loop_lag_is_what_a_blocked_loop_was_late_by() -> None:
     found: list[float] = []
     measured = asyncio.Event()
 
-    def report(seconds: float) -> None:
-        found.append(seconds)
+    def heard(event: Event) -> None:
+        assert isinstance(event, LoopLag)
+        found.append(event.seconds)
         measured.set()
 
-    meter = LoopLagMeter(report, time.perf_counter)
+    loop = EngineLoop(Core(LIMITS, FCFS()), Steady())
+    loop.listeners.add(heard, LoopLag)
     tasks = asyncio.all_tasks()
-    meter.start()
+    loop.start()
+    await asyncio.sleep(0)
     threading.Event().wait(0.4)  # on purpose: it blocks the loop past the time that is due, 0.25 s
     async with asyncio.timeout(60):
         await measured.wait()
-    meter.stop()
-    meter.stop()
+    await loop.stop()
     assert 0.1 < found[0] < 5
     assert asyncio.all_tasks() == tasks

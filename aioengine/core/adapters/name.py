@@ -18,7 +18,7 @@ from aioengine import events
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.record_views import CoreAdapterView
 from aioengine.core.state import AdapterEntry, AdapterFiles
-from aioengine.errors import AdapterError, AdapterLoadError, AdapterNotFound, ConfigError
+from aioengine.errors import AdapterError, AdapterNotFound, ConfigError
 from aioengine.schedulers.policy import Location
 
 E = TypeVar("E", bound=BaseException)
@@ -47,8 +47,8 @@ class AdapterName:
     """What is looked up to find its folder: "hf:..." or a URL; "": the name itself, by the resolver; None: it
     is not looked up."""
     # Who works on it
-    loading: bool = False
-    """Whether a version is looked up or read for a caller."""
+    stop_load: Callable[[], None] | None = None
+    """Ends the look-up or read for a caller that is under way; None: there is none."""
     unloads: int = 0
     """Callers that unload it."""
     lock: AbstractAsyncContextManager[object] | None = None
@@ -95,23 +95,6 @@ class AdapterName:
         return self.names.known[name]
 
     # Loading
-
-    @contextmanager
-    def load(self) -> Iterator[None]:
-        """Context in which a version is looked up or read. Raises AdapterLoadError if it is being
-        unloaded."""
-        self.check_not_unloaded()
-        self.loading = True
-        try:
-            yield
-        finally:
-            self.loading = False
-
-    def check_not_unloaded(self) -> None:
-        """Raise AdapterLoadError if it is being unloaded. An unload does not wait for loads, because these
-        may hang."""
-        if self.unloads:
-            raise AdapterLoadError("it was unloaded while it was being loaded", name=self.label)
 
     def declare(
         self,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import msgspec
 
 from aioengine import errors
+from aioengine.adapters.read_threads import SharedRead
 from aioengine.events import Event
 from aioengine.fleet.cluster import tls_context
 from aioengine.fleet.config import FleetConfig
@@ -30,6 +31,7 @@ from aioengine.fleet.registry import registry_actor
 from aioengine.fleet.uploads import Uploads
 from aioengine.info import AdapterInfo, EngineState, EngineStats
 from aioengine.memory_plan import MemoryPlan
+from aioengine.model.pooling import read_label_names
 from aioengine.request import (
     Prompt,
     RequestKeywords,
@@ -83,6 +85,7 @@ class FleetClient:
         """Whether new requests are refused; the server of the fleet sets it."""
         self.plan = plan
         self.model_path = model_path
+        self.label_names = SharedRead("aioengine-labels", lambda: read_label_names(model_path))
         self.tokenizer = tokenizer
         gateway = uuid.uuid4().hex if gateway is None else gateway
         self._gateway = gateway

@@ -43,6 +43,26 @@ class Tokenizer:
         """Bytes of the longest token."""
 
     @classmethod
+    def load(cls, path: Path, chat_template: str | None = None) -> Tokenizer | None:
+        """Read the tokenizer of a model folder or GGUF file; None if it has none. The file ``chat_template``
+        takes the place of the model's own.
+
+        Raises :class:`~aioengine.errors.ConfigError` if a file is malformed.
+        """
+        if path.suffix != ".gguf":
+            tokenizer = cls.from_dir(path)
+        else:
+            from aioengine.model.files.gguf import GGUFFile
+            from aioengine.model.text.gguf_tokenizer import build_tokenizer
+
+            file = GGUFFile(path)
+            found = build_tokenizer(file)
+            tokenizer = None if found is None else cls(found, chat_template=file.chat_template)
+        if tokenizer is not None and chat_template is not None:
+            tokenizer.use_chat_template(Path(chat_template))
+        return tokenizer
+
+    @classmethod
     def from_dir(cls, model_dir: Path) -> Tokenizer | None:
         """Read a model folder; None if it has no ``tokenizer.json``.
 

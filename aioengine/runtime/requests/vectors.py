@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from operator import mul
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
 MAX_DOCUMENTS = 1024
 """Maximum documents of one call of ``score``."""
-_MAX_CONFIG_BYTES = 1 << 20
 
 Complete = Callable[[requests.Prompt, requests.SamplingParams], Awaitable[RequestOutput]]
 """``AsyncEngine.complete`` for one caller."""
@@ -53,14 +50,15 @@ def check_dimensions(dimensions: int, hidden: int) -> None:
 
 
 def classification_of(output: RequestOutput, names: Sequence[str]) -> requests.Classification:
-    """Turn logits into a classification. ``names``: of the labels, if they are known."""
+    """Turn logits into a classification. ``names`` are the labels'; if they are not as many, it is
+    transformers' own "LABEL_0", ..."""
     logits = output.pooled or []
     probabilities = probabilities_of(logits)
     best = max(range(len(logits)), key=logits.__getitem__)
     return requests.Classification(
         logits=logits,
         probabilities=probabilities,
-        label=label_names(names, len(logits))[best],
+        label=names[best] if len(names) == len(logits) else f"LABEL_{best}",
         prompt_tokens=output.prompt_tokens,
         adapter=output.adapter,
     )
@@ -92,23 +90,6 @@ def _norm(vector: Sequence[float]) -> float:
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def label_names(names: Sequence[str], count: int) -> list[str]:
-    """Return the model's names, if it has as many; else transformers' own "LABEL_0", ..."""
-    return list(names) if len(names) == count else [f"LABEL_{index}" for index in range(count)]
-
-
-def read_label_names(model: Path | None) -> list[str]:
-    """Return the ``id2label`` of the model's ``config.json``; empty if it has none. Blocking."""
-    try:
-        file = None if model is None else model / "config.json"
-        if file is None or file.stat().st_size > _MAX_CONFIG_BYTES:
-            return []
-        named = json.loads(file.read_bytes()).get("id2label") or {}
-        return [str(named[str(index)])[:200] for index in range(len(named))]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return []
 
 
 async def score(

@@ -4,171 +4,106 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
-from collections.abc import Callable
-from functools import partial
 
 from aioengine import errors, events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.sources import AdapterSources
 from aioengine.core.adapters.name import frameless
+from aioengine.core.state import AdapterEntry
 from aioengine.runtime.loop import EngineLoop
-from aioengine.runtime.transfers import log_failure, reason_of
+from aioengine.runtime.transfers import log_failure, reason_of, unexpected
+from aioengine.tasks import SharedWork, Turns
 
 MAX_LOOKUPS = 128
-"""Maximum look-ups under way at once. A tenant's next name waits while the tenant has as many look-ups under
-way as there are free places. So a single tenant can take half of the places, and some always remain for
-others."""
-
-Tenant = str | None
-Key = tuple[str, str]
-"""A name, and what is looked up for it."""
-
-
-class _Lookup:
-    def __init__(self, key: Key) -> None:
-        self.key = key
-        self.task: asyncio.Task[str] | None = None
-        """None until its turn."""
-        self.callers = 0
-
-    @property
-    def done(self) -> bool:
-        return self.task is not None and self.task.done()
+MAX_OF_A_TENANT = 32
+"""Look-ups under way at once, of all tenants and of one."""
 
 
 class Lookups:
     """Shared look-ups, each of which may take ``timeout`` seconds once it has begun. One that no caller waits
-    for any more is cancelled; results are not cached. Tenants take turns in starting look-ups; a name that
-    several wait for starts at the first turn of any of them."""
+    for any more is cancelled; results are not cached. Tenants take turns."""
 
     def __init__(
         self, loop: EngineLoop, resolver: AdapterResolver | None, timeout: float | None = None
     ) -> None:
         self._loop = loop
+        self._names = loop.core.residency.names
         self._resolver = resolver
         self._timeout = timeout
         self._sources = AdapterSources()
-        self._lookups: dict[Key, _Lookup] = {}
-        self._queues: dict[Tenant, dict[Key, _Lookup]] = {}
-        """What each tenant has asked for, in the order of turns. Some may have begun, or be given up."""
-        self._under_way: Counter[Tenant] = Counter()
-        self._closed: errors.AioEngineError | None = None
+        self._turns = Turns(MAX_LOOKUPS, MAX_OF_A_TENANT)
+        self._waiting = SharedWork[tuple[str | None, str], AdapterEntry]()
+        """By tenant and name; those under way included."""
+        self._under_way = SharedWork[tuple[str, str], str]()
+        """By name and source. A new one begins only in a turn."""
 
     def can_resolve(self, name: str) -> bool:
         """Whether the resolver may be asked for this name."""
         return self._resolver is not None and is_plain_name(name)
 
-    async def locate(
-        self,
-        name: str,
-        source: str = "",
-        tenant: Tenant = None,
-        check: Callable[[], None] = lambda: None,
-    ) -> str:
-        """Find the absolute path of the adapter's folder: the resolver's answer, or the local copy of
-        ``source`` ("hf:owner/name", or a URL). ``check`` raises when the caller no longer needs it.
-
-        Raises AdapterNotFound, AdapterLoadError, or another adapter error of the resolver's; any unexpected
+    async def find(self, name: str, tenant: str | None) -> AdapterEntry:
+        """Return the current version of a name, which is registered when it has been found. Raises
+        AdapterNotFound, AdapterLoadError, or another adapter error of the resolver's; any unexpected
         exception becomes an AdapterLoadError. ConfigError if an extra that is needed is not installed.
         """
-        self._check_open()
-        key = name, source
-        lookup = self._lookups.setdefault(key, _Lookup(key))
-        lookup.callers += 1
-        if lookup.task is None:
-            self._queues.setdefault(tenant, {})[key] = lookup
-            self._begin_next()
+        return await self._waiting.result((tenant, name), lambda: self._register(name, tenant))
 
-        def ended() -> bool:
-            check()
-            return lookup.done or self._closed is not None
+    async def _register(self, name: str, tenant: str | None) -> AdapterEntry:
+        async with self._turns.turn(tenant):
+            known = self._names.of(name)
+            source = known.source or ""
+            if known.current is None:
+                where = await self._locate(name, source)
+                known = self._names.of(name)
+            if known.current is not None:  # found for another tenant
+                return known.current
+            if source and known.source != source:  # unloaded meanwhile
+                raise self._names.not_found(name)
+            entry = known.register(where, self._loop.now(), source=source)
+            self._loop.wake()
+            return entry
 
-        try:
-            await self._loop.until(ended, name)
-        finally:
-            lookup.callers -= 1
-            if not lookup.callers and not lookup.done:
-                self._forget(lookup)
-                self._queues.get(tenant, {}).pop(key, None)
-                if lookup.task is not None:
-                    lookup.task.cancel()
-        self._check_open()
-        assert lookup.task is not None
-        if lookup.task.cancelled():
-            raise errors.AdapterLoadError("its resolver was cancelled; try again", name=name, transient=True)
-        return lookup.task.result()
+    async def locate(self, name: str, source: str) -> str:
+        """Find the absolute path of the adapter's folder: the local copy of ``source`` ("hf:owner/name", or a
+        URL) or, for "", the resolver's answer. Raises as :meth:`find`."""
+        async with self._turns.turn(None):
+            return await self._locate(name, source)
+
+    async def _locate(self, name: str, source: str) -> str:
+        return await self._under_way.result((name, source), lambda: self._ask(name, source))
 
     async def _ask(self, name: str, source: str) -> str:
+        """Ask, and tell of failures."""
         try:
             if source:
                 return str(await within(self._timeout, name, self._sources.resolve_path(name, source)))
             assert self._resolver is not None
-            found: object = await within(self._timeout, name, self._resolver.resolve(name))
-        except (errors.AdapterError, errors.ConfigError, asyncio.CancelledError):
+            return _folder(name, await within(self._timeout, name, self._resolver.resolve(name)))
+        except errors.AdapterNotFound:
             raise
-        except BaseException as error:
-            self._loop.foreign.failed("resolver", self._resolver, error, f"adapter {name!r}")
-            raise errors.AdapterLoadError(
-                f"its resolver raised an unexpected {type(error).__name__}: {error}", name=name
-            ) from error
-        return _folder(name, found)
+        except (errors.AdapterError, errors.ConfigError) as error:
+            self._failed(name, error)
+            raise
+        except BaseException as error:  # anything, of somebody else's code
+            task = asyncio.current_task()
+            if isinstance(error, KeyboardInterrupt) or (task is not None and task.cancelling()):
+                raise
+            failure = unexpected(error, "its resolver raised an unexpected ", name)
+            self._failed(name, failure)
+            raise failure from error
+
+    def _failed(self, name: str, error: errors.AdapterError | errors.ConfigError) -> None:
+        now = self._loop.now()
+        self._loop.report(events.ResolverFailed(time=now, adapter=name, reason=reason_of(error), error=error))
+        if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
+            known = self._names.of(name)
+            known.fail(frameless(error), now)
+            log_failure(known.failures, name, error)
 
     def close(self, error: errors.AioEngineError) -> None:
         """Fail all current and later callers with ``error``."""
-        self._closed = error
-        self._queues.clear()
-        for lookup in list(self._lookups.values()):
-            if lookup.task is not None:
-                lookup.task.cancel()
-            self._loop.ask_again(lookup.key[0])
-
-    def _check_open(self) -> None:
-        if self._closed is not None:
-            raise self._closed
-
-    # Turns
-
-    def _begin_next(self) -> None:
-        """Start as many look-ups as there is room for."""
-        while True:
-            free = MAX_LOOKUPS - self._under_way.total()
-            tenant, queue = next(
-                (item for item in self._queues.items() if self._under_way[item[0]] < free), (None, None)
-            )
-            if queue is None:
-                return
-            del self._queues[tenant]
-            lookup = queue.pop(next(iter(queue))) if queue else None
-            if queue:
-                self._queues[tenant] = queue  # the last one in turn
-            if lookup is not None and lookup.callers and lookup.task is None:
-                self._under_way[tenant] += 1
-                name = f"aioengine-resolve-{lookup.key[0]}"
-                lookup.task = asyncio.get_running_loop().create_task(self._ask(*lookup.key), name=name)
-                lookup.task.add_done_callback(partial(self._ended, lookup, tenant))
-
-    def _ended(self, lookup: _Lookup, tenant: Tenant, task: asyncio.Task[str]) -> None:
-        self._forget(lookup)
-        self._under_way -= Counter({tenant: 1})
-        name, now = lookup.key[0], asyncio.get_running_loop().time()
-        # Read even if nobody waits, because asyncio would log it.
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, (errors.AdapterError, errors.ConfigError)) and not isinstance(
-            error, errors.AdapterNotFound
-        ):
-            reason = reason_of(error)
-            self._loop.report(events.ResolverFailed(time=now, adapter=name, reason=reason, error=error))
-        if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
-            known = self._loop.core.residency.names.of(name)
-            known.fail(frameless(error), now)
-            log_failure(known.failures, name, error)
-        self._loop.ask_again(name)
-        self._begin_next()
-
-    def _forget(self, lookup: _Lookup) -> None:
-        if self._lookups.get(lookup.key) is lookup:
-            del self._lookups[lookup.key]
+        self._waiting.close(error)
+        self._under_way.close(error)
 
 
 def _folder(name: str, found: object) -> str:

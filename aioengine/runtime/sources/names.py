@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.sources import NAME_RULE
@@ -50,14 +49,14 @@ class AdapterNames:
             self.check_known(name)
             entry = self.table.current.get(name)
             if entry is None or entry.location is Location.DISK:
-                self.table.of(name).check_worth_a_try(_now())
+                self.table.of(name).check_worth_a_try(self._loop.now())
         return names[0].partition("@")[0]
 
     async def acquire_wanted(self, adapter: Asked, tenant: str | None) -> tuple[AdapterEntry, float]:
         """Return the version, or the mix, that a request asks for, and what it is multiplied by."""
         if isinstance(adapter, str):
             return await self.acquire(adapter, tenant), 1.0
-        return await self.mixes.acquire(adapter, tenant, _now())
+        return await self.mixes.acquire(adapter, tenant, self._loop.now())
 
     def where(self, adapter: Asked) -> str:
         """Name what a request asks for and where it is, for the message of an error."""
@@ -87,42 +86,22 @@ class AdapterNames:
 
     # Versions
 
-    async def acquire(
-        self, name: str, tenant: str | None = None, check: Callable[[], None] = lambda: None
-    ) -> AdapterEntry:
-        """Return the current version; if there is none, register what the resolver finds for ``tenant``.
-
-        ``check`` is an argument of :meth:`Lookups.locate`, whose errors it raises.
-        """
+    async def acquire(self, name: str, tenant: str | None = None) -> AdapterEntry:
+        """Return the current version; if there is none, register what is found for ``tenant``. Raises as
+        :meth:`Lookups.find`."""
         known = self.table.of(name)
         if known.current is not None:
             return known.current
         if "@" in name:
             label, _, version = name.partition("@")
-            await self.acquire(label, tenant, check)
+            await self.acquire(label, tenant)
             return self.table.of(label).resolve(version)
         self.check_known(name)
-        source = known.source or ""
-        where = await self.lookups.locate(name, source, tenant, check)
-        known = self.table.of(name)
-        if known.current is not None:  # another caller that waited was first
-            return known.current
-        if source and known.source != source:  # unloaded meanwhile
-            raise self.table.not_found(name)
-        entry = known.register(where, _now(), source=source)
-        self._loop.wake()
-        return entry
+        return await self.lookups.find(name, tenant)
 
-    async def read(
-        self,
-        entry: AdapterEntry,
-        *,
-        now: bool,
-        pin: bool = False,
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
+    async def read(self, entry: AdapterEntry, *, now: bool, pin: bool = False) -> None:
         """Have a version read, and wait until it is in the CPU cache or, without ``now``, until it has ever
-        been read, or was replaced. ``check`` raises when the caller no longer needs it.
+        been read, or was replaced.
 
         When the last caller leaves, whether it was read or they gave up, nobody wants it any more.
         """
@@ -130,7 +109,6 @@ class AdapterNames:
         def is_read() -> bool:
             if entry.location in (Location.CPU, Location.SLOT) if now else (entry.digest or entry.retired):
                 return True
-            check()
             if entry.error is not None:
                 raise frameless(entry.error)
             return False
@@ -140,7 +118,7 @@ class AdapterNames:
         self._readers[entry.uid] += 1
         try:
             if now or entry.wanted_since is None:
-                self._residency.want(entry, _now(), pin=pin)
+                self._residency.want(entry, self._loop.now(), pin=pin)
                 self._loop.wake()
             await self._loop.until(is_read, entry.label)
         finally:
@@ -155,9 +133,5 @@ class AdapterNames:
             await self.read(entry, now=False)
         except AdapterError:
             if isinstance(entry.error, AdapterError):
-                self.table.of(entry.label).fail(entry.error, _now())
+                self.table.of(entry.label).fail(entry.error, self._loop.now())
             raise
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

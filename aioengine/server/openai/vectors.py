@@ -148,7 +148,7 @@ async def embeddings(call: Call, data: EmbeddingRequest) -> Annotated[Answer, Ve
 async def classify(call: Call, data: InputFields) -> Annotated[Answer, VectorList[ClassData]]:
     """Labels of texts."""
     prompts = await _prompts(call, data)
-    names = await call.context.label_names.result()
+    names = await call.context.engine.label_names.result()
 
     def item(index: int, output: RequestOutput) -> ClassData:
         one = classification_of(output, names)
