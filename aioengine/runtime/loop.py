@@ -63,8 +63,8 @@ class EngineLoop:
         self._wake = asyncio.Event()
         self._died = asyncio.Event()
         self._step_began: float | None = None
-        self._decided = 0.0
-        """Seconds that core and policy took for the step that runs."""
+        self._decided = 0.0, 0.0
+        """Seconds that core and policy took for the step that runs, and those of the policy alone."""
         self._stopping = False
         self._logged: set[str] = set()
         self._task: asyncio.Task[None] | None = None
@@ -219,7 +219,7 @@ class EngineLoop:
         """Ask the core for the next step, and begin the moves that it wants."""
         start = self._timer()
         batch, moves = self.core.schedule(self.now())
-        self._decided = self._timer() - start
+        self._decided = self._timer() - start, self.core.guard.seconds
         for move in moves:
             self._moves.start(move)
         self.publish()
@@ -264,8 +264,8 @@ class EngineLoop:
                 step=batch.step,
                 steps=len(result.seconds),
                 seconds=sum(result.seconds),
-                schedule_seconds=self._decided,
-                policy_seconds=self.core.guard.seconds,
+                schedule_seconds=self._decided[0],
+                policy_seconds=self._decided[1],
                 intervals=tuple(chain.from_iterable(intervals)),
                 **self.core.contents._asdict(),
             )

@@ -61,6 +61,11 @@ class Gated(AdapterResolver):
         return found
 
 
+async def some_turns() -> None:
+    for _ in range(12):
+        await asyncio.sleep(0)
+
+
 MakeResolving = Callable[..., AsyncEngine]
 
 
@@ -96,7 +101,7 @@ async def test_a_deadline_covers_the_search(resolving: MakeResolving) -> None:
     async with resolving(resolver) as engine:
         with pytest.raises(DeadlineExceeded, match=r"for adapter 'r' \(not looked up yet\)"):
             await engine.complete([4], adapter="r", deadline=0.01)
-        await asyncio.sleep(0)
+        await some_turns()
         assert resolver.cancelled == ["r"]
 
 
@@ -152,6 +157,7 @@ async def test_a_search_ends_when_another_tenant_takes_its_place(resolving: Make
         with pytest.raises(EngineOverloaded, match="'hog' has most") as caught:
             await second
         assert caught.value.bound == "tenant"
+        await some_turns()
         assert resolver.cancelled == ["b"]
         with pytest.raises(EngineOverloaded, match="max_waiting=2"):
             await engine.complete([4], adapter="d", tenant="hog")
@@ -223,20 +229,20 @@ def test_lookups_are_bounded_and_shared_and_all_end_whatever_happens(
                 task = asyncio.create_task(shared.find(name, tenant))
                 waiting.append((name, tenant, task))
             elif kind == "end" and resolver.open:
-                list(resolver.open.values())[number % len(resolver.open)].set_exception(AdapterNotFound("no"))
+                list(resolver.open.values())[number % len(resolver.open)].set_exception(
+                    AdapterNotFound("no", name="n")
+                )
             elif kind == "cancel" and waiting:
                 waiting[number % len(waiting)][2].cancel()
-            for _ in range(6):
-                await asyncio.sleep(0)
+            await some_turns()
             waiting = [item for item in waiting if not item[2].done()]
             assert set(resolver.open) <= {name for name, _, _ in waiting}
             assert len(resolver.open) <= resolution.MAX_LOOKUPS
             assert resolver.open or not waiting
         while waiting:
             for future in list(resolver.open.values()):
-                future.set_exception(AdapterNotFound("no"))
-            for _ in range(6):
-                await asyncio.sleep(0)
+                future.set_exception(AdapterNotFound("no", name="n"))
+            await some_turns()
             waiting = [item for item in waiting if not item[2].done()]
         assert not resolver.open
 

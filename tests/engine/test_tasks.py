@@ -113,7 +113,8 @@ async def test_what_ignores_its_cancellation_holds_up_nobody() -> None:
                 continue
 
     callers = [asyncio.create_task(shared.result("a", stubborn)) for _ in range(2)]
-    await asyncio.sleep(0)
+    for _ in range(2):
+        await asyncio.sleep(0)
     tasks = shared.close(Failed())
     ends = await asyncio.gather(*callers, shared.result("b", stubborn), return_exceptions=True)
     assert [type(end) for end in ends] == [Failed] * 3 and not shared.jobs
