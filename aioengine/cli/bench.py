@@ -9,18 +9,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from aioengine.cli.flags import CommonFlags, Count, EngineFlags
+from aioengine.cli.flags import Count, EngineFlags
 from aioengine.cli.loop import run
+from aioengine.cli.tables import print_table
 from aioengine.config import ALLOWED_RANKS, EngineConfig
+from aioengine.engine import AsyncEngine
 from aioengine.request import SamplingParams
-
-if TYPE_CHECKING:
-    from aioengine.engine import AsyncEngine
 
 Measured = tuple[float, float]
 """Output tokens per second, and the median time to a first token, in seconds."""
@@ -31,11 +30,10 @@ def bench(
     requests: Count = 32,
     prompt_tokens: Count = 128,
     output_tokens: Count = 64,
-    adapters: Annotated[list[Count] | None, Parameter(negative="", consume_multiple=1)] = None,
+    adapters: Annotated[list[Count] | None, Parameter(consume_multiple=1)] = None,
     rank: Annotated[int, Parameter(validator=Number(gte=1, lte=max(ALLOWED_RANKS)))] = 16,
     repeats: Count = 3,
-    engine: EngineFlags | None = None,
-    common: CommonFlags | None = None,
+    engine: EngineFlags = EngineFlags(),
 ) -> int:
     """Measure output tokens per second, with and without adapters.
 
@@ -52,7 +50,7 @@ def bench(
         repeats: Measurements of each variant; the median is printed.
     """
     counts = adapters or [8]
-    config = _config(engine or EngineFlags(), requests, prompt_tokens + output_tokens, max(counts), rank)
+    config = _config(engine, requests, prompt_tokens + output_tokens, max(counts), rank)
     results = run(_measure(config, requests, prompt_tokens, output_tokens, counts, rank, repeats))
     _print(results, f"{requests} requests x {prompt_tokens} + {output_tokens} tokens", config)
     return 0
@@ -82,7 +80,6 @@ async def _measure(
     rank: int,
     repeats: int,
 ) -> dict[str, list[Measured]]:
-    from aioengine.engine import AsyncEngine
     from aioengine.lab.calibration.random_adapters import write_random_adapter
     from aioengine.model.files.resolve import read_spec, resolve_model
 
@@ -134,7 +131,6 @@ def random_prompts(
 
 
 def _print(results: dict[str, list[Measured]], work: str, config: EngineConfig) -> None:
-    from aioengine.cli.tables import print_table
     from aioengine.lab.runs.provenance import machine
 
     title = f"{work}, {config.model_name}, {config.dtype}, quantization {config.quantization}; {machine()}"

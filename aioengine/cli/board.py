@@ -9,13 +9,16 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
+Show = Callable[[RenderableType], None]
 NARROW = 104
 """Columns of a terminal; on a smaller one tables are drawn closer."""
+_CUT = ("tenant", "adapter", "answer")
 
 
 @contextmanager
-def board(console: Console, *, screen: bool = False) -> Iterator[Callable[[RenderableType], None] | None]:
+def board(console: Console, *, screen: bool = False) -> Iterator[Show | None]:
     """Context with a function that draws a picture in place of the last one, on a screen of its own if
     ``screen``; None if there is no terminal.
 
@@ -50,20 +53,14 @@ def slots_table(slots: Sequence[Mapping[str, Any]], most: int, width: int) -> Ta
 def cut_table(rows: Sequence[Mapping[str, str]], most: int, width: int) -> Table:
     """Return a table of ``most`` rows, with a last line for the number of further ones. What clients and
     tenants name is cut where the terminal is narrow, so that the numbers are seen."""
-    gap = 1 if width < NARROW else 3
-    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
-    if not rows:
-        return table
-    columns = list(rows[0])
-    named = [column for column in columns if column in ("tenant", "adapter")]
+    table = Table(box=None, pad_edge=False, padding=(0, 1 if width < NARROW else 3, 0, 0))
+    columns = list(rows[0]) if rows else []
+    for column in columns:
+        table.add_column(Text(column, no_wrap=True), no_wrap=column not in _CUT)  # such are made narrow last
     shown = [*rows[:most]]
     if len(rows) > most:
-        shown.append(dict.fromkeys(columns, "") | {named[0]: f"and {len(rows) - most} more"})
-    others = [max(map(len, (name, *(row[name] for row in shown)))) for name in columns if name not in named]
-    room = max(7, (width - sum(others) - gap * len(columns)) // len(named))
-    for column in columns:
-        widest = room if column in named else None
-        table.add_column(column, max_width=widest, overflow="ellipsis", no_wrap=True)
+        first = next(column for column in columns if column in _CUT)
+        shown.append(dict.fromkeys(columns, "") | {first: f"and {len(rows) - most} more"})
     for row in shown:
-        table.add_row(*row.values())
+        table.add_row(*(Text(text, no_wrap=True, overflow="ellipsis") for text in row.values()))
     return table

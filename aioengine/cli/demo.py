@@ -7,29 +7,28 @@ import importlib.util
 import random
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
+from rich.console import Console, Group
 
 import aioengine
-from aioengine.cli.flags import DEFAULT_MODEL, CommonFlags, Count
+from aioengine.cli.board import Show, board, cut_table, slots_table
+from aioengine.cli.flags import DEFAULT_MODEL, Count
 from aioengine.cli.loop import run
+from aioengine.cli.progress import started
+from aioengine.cli.tables import output_console, print_table
 from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.engine import AsyncEngine
 from aioengine.errors import AioEngineError, ConfigError
 from aioengine.request import SamplingParams
 from aioengine.tasks import end_tasks, together
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
-    from aioengine.engine import AsyncEngine
 
 ADAPTERS = ("sql", "json", "sentiment", "pirate")
 
@@ -48,17 +47,10 @@ _QUESTIONS = (
 ARRIVAL_SECONDS = 0.15
 """Seconds between the arrivals of two requests."""
 LOOK_SECONDS = 0.1
-_MARKS = {"soon": "·", "waiting": "◌", "running": "▶", "done": "✔", "failed": "✘"}
 
 
 def demo(
-    *,
-    adapters: Path | None = None,
-    requests: Count = 12,
-    max_tokens: int = 48,
-    seed: int = 0,
-    model: str = DEFAULT_MODEL,
-    common: CommonFlags | None = None,
+    *, adapters: Path | None = None, requests: Count = 12, max_tokens: int = 48, model: str = DEFAULT_MODEL
 ) -> int:
     """Watch a small model serve four adapters through two slots.
 
@@ -70,13 +62,10 @@ def demo(
         adapters: Folder of the example adapters (examples/adapters of the source checkout).
         requests: Number of requests (12).
         max_tokens: Maximum tokens to generate for each (48).
-        seed: Which exercises the adapters get (0).
         model: The base model, which the adapters must fit (smollm2-135m).
     """
-    from aioengine.cli.tables import output_console
-
     folder = default_folder() if adapters is None else adapters
-    rows = make_requests(folder, requests, seed)
+    rows = make_requests(folder, requests)
     config = EngineConfig(
         model=model,
         max_model_len=512,
@@ -89,8 +78,6 @@ def demo(
 
 
 async def _demo(config: EngineConfig, adapters: dict[str, str], shown: Demo) -> int:
-    from aioengine.cli.progress import started
-
     print(f"Loading {config.model} ...", flush=True)
     async with started(config, adapters) as engine:
         return await shown.run(engine)
@@ -101,8 +88,8 @@ def default_folder() -> Path:
     return Path(aioengine.__file__).resolve().parent.parent / "examples" / "adapters"
 
 
-def make_requests(folder: Path, count: int, seed: int) -> list[Request]:
-    """Make ``count`` requests; the same seed gives the same.
+def make_requests(folder: Path, count: int) -> list[Request]:
+    """Make ``count`` requests, which are the same each time.
 
     Raises ConfigError if the adapters, or the tasks that they were trained on, are missing.
     """
@@ -113,7 +100,7 @@ def make_requests(folder: Path, count: int, seed: int) -> list[Request]:
                 "checkout of aioengine, or give the folder with --adapters"
             )
     tasks = _load_tasks(folder.parent / "tasks.py").TASKS
-    rng = random.Random(seed)
+    rng = random.Random(0)
     made: list[Request] = []
     for index in range(count):
         adapter = _ORDER[index % len(_ORDER)]
@@ -162,22 +149,19 @@ class Request:
 
 
 class Demo:
-    """The demo's requests, sent one after the other, and what is shown of them: a live board or, where there
-    is no terminal, a line for each event."""
+    """The demo's requests, sent one after the other, and what is shown of them: a line for each event and, at
+    a terminal, a live board below the lines."""
 
     def __init__(self, rows: list[Request], params: SamplingParams, console: Console) -> None:
         self.rows = rows
         self._params = params
         self._console = console
-        self._moves: deque[str] = deque(maxlen=3)
         self._in_slots: dict[int, str | None] = {}
         """Adapters by slot, when one looked last."""
         self._begun = time.perf_counter()
 
     async def run(self, client: AsyncEngine) -> int:
         """Send all requests and show them. Returns 0 if every request finished, else 1."""
-        from aioengine.cli.board import board
-
         self._begun = time.perf_counter()
         with board(self._console) as show:
 
@@ -217,65 +201,47 @@ class Demo:
         self._say(f"{row.id} done{verdict}: {row.text}")
 
     def _say(self, line: str) -> None:
-        """Print one line, where there is no live board."""
-        if not self._console.is_terminal:
-            print(f"{time.perf_counter() - self._begun:6.2f}  {line}", flush=True)
+        print(f"{time.perf_counter() - self._begun:6.2f}  {line}", flush=True)
 
-    def _draw(self, client: AsyncEngine, show: Callable[[RenderableType], None] | None) -> None:
-        """Draw the requests with the ends of their answers, the slots, and the latest adapter moves."""
+    def _draw(self, client: AsyncEngine, show: Show | None) -> None:
+        """Say which adapters have moved, and draw the requests with the ends of their answers, and the
+        slots."""
         slots = client.stats().slots
         for slot in slots:
             before, self._in_slots[slot.index] = self._in_slots.get(slot.index), slot.adapter
             for adapter, way in ((before, "out of"), (slot.adapter, "into")):
                 if adapter is not None and before != slot.adapter:
-                    self._moves.append(f"{adapter}: {way} slot {slot.index}")
-                    self._say(self._moves[-1])
-        if show is None:
-            return
-        from rich.console import Group
-        from rich.panel import Panel
-        from rich.table import Table
-        from rich.text import Text
-
-        from aioengine.cli.board import slots_table
-
-        requests = Table.grid(padding=(0, 1), expand=True)
-        for column in ({"width": 1}, {"width": 12}, {"ratio": 1, "overflow": "ellipsis"}):
-            requests.add_column(**column, no_wrap=True)
-        for row in self.rows:
-            style = {"running": "bold", "failed": "red"}.get(row.state, "dim")
-            text = f"…{row.text[-59:]}" if row.text and row.state != "failed" else row.text or row.question
-            requests.add_row(_MARKS[row.state], Text(row.id, style), Text(text, style))
-        table = slots_table([msgspec.structs.asdict(slot) for slot in slots], len(slots), self._console.width)
-        moves = Text("\n".join(self._moves), style="dim")
-        panels = (
-            Panel(requests, title="requests"),
-            Panel(table, title="slots"),
-            Panel(moves, title="moves", height=5),
-        )
-        show(Group(*panels))
+                    self._say(f"{adapter}: {way} slot {slot.index}")
+        if show is not None:
+            requests = [
+                {"request": row.id, "state": row.state, "answer": row.text[-60:] or row.question}
+                for row in self.rows
+            ]
+            width = self._console.width
+            table = slots_table([msgspec.structs.asdict(slot) for slot in slots], len(slots), width)
+            show(Group(cut_table(requests, len(requests), width), "", table))
 
     def _print_summary(self, client: AsyncEngine) -> None:
         """Print a table of the adapters, and what the slots have done."""
-        from aioengine.cli.tables import new_table
-
         total, seconds = sum(row.tokens for row in self.rows), time.perf_counter() - self._begun
         title = f"{len(self.rows)} requests, {total} tokens in {seconds:.1f} s"
         columns = ("adapter", ">requests", ">finished", ">TTFT median", ">tokens", ">right answers")
-        table = new_table(self._console, *columns, title=title)
+        lines = []
         for name in dict.fromkeys(row.adapter for row in self.rows):
             rows = [row for row in self.rows if row.adapter == name]
             ttfts = [row.ttft for row in rows if row.ttft is not None]
             checked = [row.right for row in rows if row.right is not None]
-            table.add_row(
-                name or "base",
-                str(len(rows)),
-                str(sum(row.state == "done" for row in rows)),
-                f"{median(ttfts) * 1e3:.0f} ms" if ttfts else "-",
-                str(sum(row.tokens for row in rows)),
-                f"{sum(checked)} of {len(checked)}" if checked else "-",
+            lines.append(
+                (
+                    name or "base",
+                    str(len(rows)),
+                    str(sum(row.state == "done" for row in rows)),
+                    f"{median(ttfts) * 1e3:.0f} ms" if ttfts else "-",
+                    str(sum(row.tokens for row in rows)),
+                    f"{sum(checked)} of {len(checked)}" if checked else "-",
+                )
             )
-        self._console.print(table)
+        print_table(columns, lines, title)
         stats = client.stats()
         asked = stats.slot_hits + stats.slot_misses
         print(

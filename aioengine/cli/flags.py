@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -17,9 +16,6 @@ from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
 from aioengine.config import OTHER_TABLES, EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.model.files.sources import is_source
-
-if TYPE_CHECKING:
-    from aioengine.lab.runs.trace_writer import TraceWriter
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -34,7 +30,7 @@ Given = Annotated[Path, Parameter(show_default=False)]
 
 @flag_set("Finding out what went wrong", 90, shown=())
 class CommonFlags(Flags):
-    """Flags of every command. A command takes them in a parameter ``common``, where ``main`` finds them."""
+    """Flags of every command, which ``main`` takes before the command gets the others."""
 
     debug: Switch = False
     """Show an error's traceback before its line."""
@@ -54,15 +50,6 @@ class RecordFlags(Flags):
 
     record: Path | None = None
     """Append a line per request to this file, a trace for the lab without any text."""
-
-    def writer(self) -> AbstractAsyncContextManager[TraceWriter | None]:
-        """Make the writer. Attach it to the engine, and enter it before the engine, so that it also records
-        the requests that end with the engine. Raises ConfigError if the file cannot be written."""
-        if self.record is None:
-            return nullcontext()
-        from aioengine.lab.runs.trace_writer import TraceWriter
-
-        return TraceWriter(self.record)
 
 
 @flag_set(

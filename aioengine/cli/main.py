@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise
+from typing import Annotated
 
 from cyclopts import (
     App,
     CycloptsError,
     Group,
     MissingArgumentError,
+    Parameter,
     UnknownCommandError,
     UnusedCliTokensError,
 )
+from cyclopts.config import Env
 
 from aioengine import errors
-from aioengine.cli.config.sources import sources
+from aioengine.cli.config.sources import PREFIX, sources
 from aioengine.cli.flags import CommonFlags, in_flags
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
 from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, process
@@ -109,6 +112,7 @@ def build_app(*, full_help: bool = False, unknown: list[str] | None = None) -> A
         help_format="plaintext",
         help_formatter=CompactFormatter(full=full_help),
         help_epilogue=f"{_examples('')}\n\nFlags of a command: aioengine COMMAND --help\n{EXIT_CODES}",
+        default_parameter=Parameter(negative_iterable=()),
         group_arguments=flags,
         group_parameters=flags,
         version_flags=["--version"],
@@ -133,6 +137,7 @@ def build_app(*, full_help: bool = False, unknown: list[str] | None = None) -> A
             help_epilogue=f"{_examples(command)}\n\n{more}",
             config=sources([] if unknown is None else unknown) if command in _OF_A_SERVER else (),
         )
+    app.meta.config = Env(PREFIX, command=False)
     app.register_install_completion_command(
         help="Set up completion for your shell.", group=Group("Setup", sort_key=100)
     )
@@ -154,16 +159,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: ``sys.argv``) and return the exit code."""
     _find_modules_here()
     tokens = list(sys.argv[1:] if arguments is None else arguments)
-    common, unknown = CommonFlags(), list[str]()
+    debug, unknown = False, list[str]()
 
-    def parse_again() -> dict[str, object]:
-        try:
-            return build_app().parse_args(tokens)[1].arguments
-        except CycloptsError as error:
-            raise errors.ConfigError(_one_line(error)) from error
+    def run(
+        *rest: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        common: CommonFlags = CommonFlags(),
+    ) -> object:
+        nonlocal debug
+        debug = common.debug
+        common.configure_logging()
+        command, bound, beside_flags = app.parse_args(rest)
+        server = bound.arguments.get("server") if rest[:1] == ("serve",) else None
+        if server is not None and server.log_format == "json":  # errors before it serves are JSON, too
+            configure_logging("json", common.log_level or "info")
+        while unknown:
+            print_line(unknown.pop(0), logging.WARNING)
+
+        def parse_again() -> dict[str, object]:
+            try:
+                return build_app().parse_args(rest)[1].arguments
+            except CycloptsError as error:
+                raise errors.ConfigError(_one_line(error)) from error
+
+        beside = {"parse_again": parse_again, "log_level": common.log_level}
+        return command(*bound.args, **bound.kwargs, **{name: beside[name] for name in beside_flags})
 
     try:
         app = build_app(full_help=HELP_ALL in tokens, unknown=unknown)
+        app.meta.default(run)
         # Listed commands are imported for their one-line descriptions.
         asked = tokens[:-1] if tokens and tokens[-1] in (*HELP_FLAGS, HELP_ALL) else tokens
         if not asked or (len(asked) == 1 and asked[0] in GROUPS):
@@ -171,21 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in listed:
                 listed[name]
         _refuse_removed_flags(tokens)
-        command, bound, beside_flags = app.parse_args(tokens)
-        common = bound.arguments.get("common") or common
-        common.configure_logging()
-        server = bound.arguments.get("server") if tokens[:1] == ["serve"] else None
-        if server is not None and server.log_format == "json":  # errors before it serves are JSON, too
-            configure_logging("json", common.log_level or "info")
-        while unknown:
-            print_line(unknown.pop(0), logging.WARNING)
-        result = command(*bound.args, **bound.kwargs, **dict.fromkeys(beside_flags, parse_again))
+        result = app.meta(tokens, result_action="return_value")
     except KeyboardInterrupt:
         if process.ending is None:  # else the process says it when it exits
             print("aioengine: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        if common.debug:
+        if debug:
             traceback.print_exc()
         for text in (*unknown, _one_line(error)):  # a variable may be the cause
             print_line(text, logging.ERROR)

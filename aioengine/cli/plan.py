@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from aioengine.cli.flags import CommonFlags, EngineFlags
+from aioengine.checks import format_bytes
+from aioengine.cli.flags import EngineFlags
 from aioengine.cli.policies import check_named
+from aioengine.cli.progress import load_progress
+from aioengine.cli.tables import new_table, output_console
+from aioengine.memory_plan import MemoryPlan, plan_from_config
 
-if TYPE_CHECKING:
-    from aioengine.memory_plan import MemoryPlan
 
-
-def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None) -> int:
+def plan(*, engine: EngineFlags = EngineFlags()) -> int:
     """Print the memory that an engine with these settings needs, without reading weights.
 
     Exits with 2 and names the setting to change if it does not fit, or --batch-invariant is not possible.
     """
-    from aioengine.cli.progress import load_progress
-    from aioengine.memory_plan import plan_from_config
     from aioengine.model.coverage import planned_cpu_level, planned_variance
     from aioengine.model.files.resolve import read_spec, resolve_model
 
-    config = (engine or EngineFlags()).engine_config()
+    config = engine.engine_config()
     check_named(config.policy)
     with load_progress() as progress:
         found = plan_from_config(config, progress=progress)
@@ -38,9 +35,6 @@ def plan(*, engine: EngineFlags | None = None, common: CommonFlags | None = None
 
 
 def _print(found: MemoryPlan, model: str) -> None:
-    from aioengine.checks import format_bytes
-    from aioengine.cli.tables import new_table, output_console
-
     console = output_console()
     table = new_table(console, "what", "how", ">bytes", ">", title=f"Memory plan: {model} on {found.device}")
     *rows, total = found.rows()

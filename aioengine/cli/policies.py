@@ -5,36 +5,34 @@ from __future__ import annotations
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from aioengine.cli.flags import CommonFlags, Count
+from rich.table import Table
+from rich.text import Text
+
+from aioengine.cli.flags import Count
 from aioengine.cli.process import EXIT_NOT_VALID
+from aioengine.cli.progress import progress
+from aioengine.cli.tables import output_console
 from aioengine.errors import PolicyError
+from aioengine.schedulers import load_policy
+from aioengine.schedulers.registry import PARTS, PolicyInfo, available
 
 if TYPE_CHECKING:
     from aioengine.lab.policy_check.check import Finding
-    from aioengine.schedulers.registry import PolicyInfo
 
 
 def check_named(policy: str | dict[str, Any]) -> None:
     """Raise PolicyError if a configuration names a policy that does not exist."""
-    from aioengine.schedulers import load_policy
-
     try:
         load_policy(policy)
     except ValueError as error:
         raise PolicyError(str(error)) from error
 
 
-def policies(*, common: CommonFlags | None = None) -> int:
+def policies() -> int:
     """List the scheduler policies, and the parts to compose one from.
 
     A policy is named alone (fcfs), with options (fcfs:max_wait=2), by parts (edf+gdsf+lookahead), or by path
     (package.module:Class)."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from aioengine.cli.tables import output_console
-    from aioengine.schedulers.registry import PARTS, available
-
     console = output_console()
     sections = {
         "whole policies": "policy",
@@ -73,13 +71,7 @@ def _details_of(info: PolicyInfo) -> list[str]:
     return [f"{name}: {text}" for name, text in details.items() if text]
 
 
-def check(
-    policy: str,
-    /,
-    *,
-    runs: Count = 5,
-    common: CommonFlags | None = None,
-) -> int:
+def check(policy: str, /, *, runs: Count = 5) -> int:
     """Run a policy through random scenarios in virtual time, and report what it breaks.
 
     Scenarios have requests, tenants, deadlines, failed reads, adapters that come and go, and a lost device.
@@ -91,10 +83,6 @@ def check(
         policy: A name (fcfs:max_wait=2), parts (edf+gdsf), package.module:Class, or my_policy.py:MyPolicy.
         runs: Runs of each scenario, with other events each time.
     """
-    from rich.text import Text
-
-    from aioengine.cli.progress import progress
-    from aioengine.cli.tables import output_console
     from aioengine.lab.policy_check.check import check_policy_contract
     from aioengine.lab.runs.simulate import check_policy
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from aioengine.config import EngineConfig
+from aioengine.engine import AsyncEngine
 from aioengine.info import LoadProgress
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from aioengine.engine import AsyncEngine
 
 Show = Callable[[float, float | None, str], None]
 """Shows how much is done, of how much (None: not known), and the current item."""
@@ -20,14 +19,23 @@ Show = Callable[[float, float | None, str], None]
 
 @asynccontextmanager
 async def started(
-    config: EngineConfig, adapters: Mapping[str, str], also: LoadProgress | None = None
+    config: EngineConfig,
+    adapters: Mapping[str, str],
+    *,
+    also: LoadProgress | None = None,
+    record: Path | None = None,
 ) -> AsyncIterator[AsyncEngine]:
     """Context with a running engine and registered ``adapters`` (name -> path). The progress of loading is
-    shown, and passed to ``also``."""
-    from aioengine.engine import AsyncEngine
+    shown, and passed to ``also``. The requests are recorded in the file ``record``, those included that end
+    with the engine. Raises ConfigError, before anything slow, if it cannot be written."""
+    async with AsyncExitStack() as stack:
+        writer = None
+        if record is not None:
+            from aioengine.lab.runs.trace_writer import TraceWriter
 
-    engine = AsyncEngine(config)
-    try:
+            writer = await stack.enter_async_context(TraceWriter(record))
+        engine = AsyncEngine(config)
+        stack.push_async_callback(engine.stop)
         with load_progress() as shown:
 
             def progress(stage: str, done: int, total: int) -> None:
@@ -38,9 +46,9 @@ async def started(
             await engine.start(progress=progress)
         for name, path in adapters.items():
             engine.register_adapter(name, path)
+        if writer is not None:
+            writer.attach(engine)
         yield engine
-    finally:
-        await engine.stop()
 
 
 @contextmanager
@@ -50,8 +58,6 @@ def load_progress() -> Iterator[LoadProgress | None]:
     if console is None:
         yield None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
-
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     with Progress(*columns, console=console, transient=True) as bars:
         stages: dict[str, TaskID] = {}
@@ -71,8 +77,6 @@ def progress(what: str) -> Iterator[Show]:
     if console is None:
         yield lambda done, total, detail: None
         return
-    from rich.progress import Progress, TextColumn
-
     detail = TextColumn("{task.fields[detail]}", style="dim", markup=False)
     with Progress(*Progress.get_default_columns(), detail, console=console, transient=True) as bars:
         task = bars.add_task(what, total=None, detail="")
@@ -80,7 +84,5 @@ def progress(what: str) -> Iterator[Show]:
 
 
 def _terminal() -> Console | None:
-    from rich.console import Console
-
     console = Console(stderr=True)
     return console if console.is_terminal and not console.is_dumb_terminal else None

@@ -9,26 +9,25 @@ import os
 import platform
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from aioengine.checks import format_bytes
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
-from aioengine.cli.config.checked import Checked, ServerFlags, check_all, is_loopback
+from aioengine.cli.config.checked import Checked, FleetFlags, ServerFlags, check_all, is_loopback
 from aioengine.cli.config.reload import Reloader
-from aioengine.cli.config.sources import ParseAgain
-from aioengine.cli.flags import CommonFlags, EngineFlags, Given, RecordFlags
-from aioengine.cli.fleet.flags import FleetFlags
+from aioengine.cli.config.sources import LogLevel, ParseAgain
+from aioengine.cli.flags import EngineFlags, Given, RecordFlags
+from aioengine.cli.fleet.started import started_fleet
 from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED, process
+from aioengine.cli.progress import started
 from aioengine.cli.serving.log import configure_logging
+from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
+from aioengine.fleet.gateway.client import FleetClient
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 from aioengine.server.transport.tls import expiry
-
-if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
-    from aioengine.engine import AsyncEngine
-    from aioengine.fleet.gateway.client import FleetClient
 
 EXPIRES_SOON_SECONDS = 14 * 24 * 3600.0
 """The log warns at the start if the TLS certificate expires within this time."""
@@ -37,12 +36,12 @@ logger = logging.getLogger("aioengine.server")
 
 def serve(
     *,
-    server: ServerFlags | None = None,
-    engine: EngineFlags | None = None,
-    recording: RecordFlags | None = None,
-    fleet: FleetFlags | None = None,
-    common: CommonFlags | None = None,
+    server: ServerFlags = ServerFlags(),
+    engine: EngineFlags = EngineFlags(),
+    recording: RecordFlags = RecordFlags(),
+    fleet: FleetFlags = FleetFlags(),
     parse_again: ParseAgain = None,
+    log_level: LogLevel = None,
 ) -> int:
     """Serve a model and its adapters over an OpenAI-compatible HTTP API.
 
@@ -50,26 +49,25 @@ def serve(
     finish; a second SIGTERM ends them. With --adapter-root, adapters can be loaded over HTTP.
     """
     checked = check_all(server, engine, fleet)
-    record = recording or RecordFlags()
-    if checked.replicas is not None and record.record is not None:
+    if checked.replicas is not None and recording.record is not None:
         raise ConfigError("--record: records one engine's requests; remove --replicas, or --record")
 
     def read_again() -> Checked:
         found: dict[str, Any] = {} if parse_again is None else parse_again()
-        return check_all(found.get("server"), found.get("engine"), found.get("fleet"))
+        return check_all(**{name: found[name] for name in ("server", "engine", "fleet") if name in found})
 
     with background_stderr() as log:
-        configure_logging(checked.flags.log_format, (common or CommonFlags()).log_level or "info")
-        return run(_serve(checked, record, log, Reloader(checked, read_again)))
+        configure_logging(checked.flags.log_format, log_level or "info")
+        return run(_serve(checked, recording.record, log, Reloader(checked, read_again)))
 
 
 def record(
     file: Given,
     /,
     *,
-    server: ServerFlags | None = None,
-    engine: EngineFlags | None = None,
-    common: CommonFlags | None = None,
+    server: ServerFlags = ServerFlags(),
+    engine: EngineFlags = EngineFlags(),
+    log_level: LogLevel = None,
 ) -> int:
     """Serve, and append a line per request to a file for --trace.
 
@@ -78,14 +76,11 @@ def record(
     Args:
         file: JSON lines; may be an earlier recording, to which lines are added.
     """
-    return serve(server=server, engine=engine, recording=RecordFlags(record=file), common=common)
+    return serve(server=server, engine=engine, recording=RecordFlags(record=file), log_level=log_level)
 
 
-async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, reloader: Reloader) -> int:
-    from aioengine.cli.fleet.started import started_fleet
-    from aioengine.cli.progress import started
+async def _serve(checked: Checked, record: Path | None, log: BackgroundFile, reloader: Reloader) -> int:
     from aioengine.cli.serving.lifetime import serve_to_the_end
-    from aioengine.engine import AsyncEngine
     from aioengine.server.app import Entrance, create_app
     from aioengine.server.run import Signals, listening
 
@@ -93,11 +88,7 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
     signals = Signals()
     # Before the model is loaded, so that a port in use is reported, and probes are answered.
     entrance = Entrance(config.name)
-    async with (
-        recording.writer() as writer,
-        contextlib.AsyncExitStack() as after_engine,
-        contextlib.AsyncExitStack() as ending,
-    ):
+    async with contextlib.AsyncExitStack() as after_engine, contextlib.AsyncExitStack() as ending:
         instance = f"{platform.node()}-{os.getpid()}"
         resource = {"service.instance.id": instance, "aioengine.engine": config.name}
         traces = otlp_provider(flags.otlp_endpoint, resource=resource)
@@ -108,19 +99,16 @@ async def _serve(checked: Checked, recording: RecordFlags, log: BackgroundFile, 
         if process.hung_up:
             signals.reload.set()
         url = await ending.enter_async_context(listening(entrance, checked.listen))
-        opened: AbstractAsyncContextManager[AsyncEngine | FleetClient]
+        opened: contextlib.AbstractAsyncContextManager[AsyncEngine | FleetClient]
         if replicas is None:
-            opened = started(config, checked.adapters, entrance.progress)
+            opened = started(config, checked.adapters, also=entrance.progress, record=record)
         else:
             opened = started_fleet(replicas, entrance.progress, traces)
         async with opened as client:
-            if isinstance(client, AsyncEngine):
-                if writer is not None:
-                    writer.attach(client)
-                if traces is not None:
-                    from aioengine.metrics.tracing import trace_requests  # imports opentelemetry
+            if isinstance(client, AsyncEngine) and traces is not None:
+                from aioengine.metrics.tracing import trace_requests  # imports opentelemetry
 
-                    trace_requests(client, traces)
+                trace_requests(client, traces)
             client.metrics.dropped_log_lines = lambda: log.dropped
             client.metrics.export_process()
             if checked.listen.tls is not None:
@@ -161,8 +149,6 @@ def _log_start(url: str, checked: Checked) -> None:
 
 def _log_engine(engine: AsyncEngine) -> None:
     """Log everything that determines the speed of this server: the model, the kernels, memory and limits."""
-    from aioengine.checks import format_bytes
-
     threads = os.cpu_count()
     if "torch" in sys.modules:  # not imported just for this, because that takes seconds
         from aioengine.model.parallel.group import rank_threads

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
 import re
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -25,6 +22,7 @@ from typing import (
 
 import msgspec
 from cyclopts import Group, Parameter
+from docstring_parser import parse_from_object
 
 from aioengine.cli.help import FOLDED, with_default
 
@@ -63,41 +61,38 @@ def flag_set(
 
     Args:
         title: Title of the flags on help pages, which have them in the order of ``place``.
-        shown: Flags that ``--help`` shows; all others are folded. None: it shows all.
+        shown: Flags that ``--help`` shows, in this order; all others are folded. None: it shows all.
         defaults: A struct's flag that is not given has the field's default; else it is None.
     """
 
-    def groups(of: str) -> tuple[Group, Group]:
-        at = place if of == title else place + 1
-        return Group(of, sort_key=at), Group(f"{FOLDED}: {of.lower()}", sort_key=at + 50)
+    def group(of: str, name: str | None = None) -> Group:
+        at = place + (of != title)
+        if name is None or shown is None or name in shown:
+            return Group(of, sort_key=at)
+        return Group(f"{FOLDED}: {of.lower()}", sort_key=at + 50)
 
     def decorate(cls: type[T]) -> type[T]:
-        own, plain = get_type_hints(cls, include_extras=True), get_type_hints(cls)
-        annotations: dict[str, Any] = {}
-
-        def add(name: str, kind: Any, of: str, **more: Any) -> None:
-            seen, folded = groups(of)
-            bare = plain.get(name, kind)
-            if any(map(_is_list, (bare, *get_args(bare)))):
-                more["negative"] = ""
-            group = seen if shown is None or name in shown else folded
-            annotations[name] = Annotated[kind, Parameter(group=group, **more)]
-
-        for name, kind in own.items():
-            add(name, kind, title)
+        annotations = {
+            name: Annotated[kind, Parameter(group=group(title, name))]
+            for name, kind in get_type_hints(cls, include_extras=True).items()
+            if name in cls.__annotations__
+        }
         for source in sources:
-            hints = get_type_hints(source.struct)
+            hints, of = get_type_hints(source.struct), source.title or title
             texts = functools.reduce(dict.__or__, map(_texts, (*source.also, source.struct)))
             for field in msgspec.structs.fields(source.struct):
                 name, kind = field.name, _flag_type(hints[field.name])
-                if name in (*own, *source.left_out) or (source.only is not None and name not in source.only):
+                left_out = name in source.left_out or (source.only is not None and name not in source.only)
+                if left_out or name in annotations:
                     continue
                 default = field.default if defaults else None
                 text = with_default(texts.get(name, ""), None if defaults else _default(field.default))
-                add(name, kind | None if default is None else kind, source.title or title, help=text)
+                kind = kind | None if default is None else kind
+                annotations[name] = Annotated[kind, Parameter(group=group(of, name), help=text)]
                 setattr(cls, name, default)
-        cls.__annotations__ = annotations
-        return Parameter(name="*", group=groups(title)[0])(dataclass(frozen=True, kw_only=True)(cls))
+        first = {name: place for place, name in enumerate(shown or ())}
+        cls.__annotations__ = dict(sorted(annotations.items(), key=lambda one: first.get(one[0], len(first))))
+        return Parameter(name="*", group=group(title))(dataclass(frozen=True, kw_only=True)(cls))
 
     return decorate
 
@@ -123,31 +118,19 @@ def _flag_type(hint: Any) -> Any:
     for kind in kinds:
         if get_origin(kind) is Literal:
             return kind
-        if _is_list(kind):
+        if isinstance(origin := get_origin(kind), type) and issubclass(origin, Sequence):
             return list[get_args(kind)[0]]  # type: ignore[misc] # a type that is made here
     return kinds[0]
-
-
-def _is_list(kind: Any) -> bool:
-    origin = get_origin(kind)
-    return isinstance(origin, type) and issubclass(origin, Sequence)
 
 
 @functools.cache
 def _texts(struct: type[msgspec.Struct]) -> dict[str, str]:
     """Return the first sentence of each field's docstring."""
-    try:
-        module = ast.parse(inspect.getsource(inspect.getmodule(struct) or struct))
-    except OSError:  # only compiled files are there
-        return {}
-    classes = {node.name: node.body for node in module.body if isinstance(node, ast.ClassDef)}
     found: dict[str, str] = {}
-    for field, text in pairwise(classes[struct.__name__]):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                plain = " ".join(doc.split()).replace("``", "").replace('"', "")
-                sentence = re.split(r"(?<!\.\.)[.;] ", plain)[0]
-                if len(sentence) > LONG:
-                    sentence = sentence.split(" (")[0]
-                found[name] = f"{sentence.removesuffix('.')}."
+    for field in parse_from_object(struct).params:
+        plain = " ".join((field.description or "").split()).replace("``", "").replace('"', "")
+        sentence = re.split(r"(?<!\.\.)[.;] ", plain)[0]
+        if len(sentence) > LONG:
+            sentence = sentence.split(" (")[0]
+        found[field.arg_name] = f"{sentence.removesuffix('.')}."
     return found

@@ -13,19 +13,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
 from aioengine import __version__
 from aioengine.adapters.read_threads import ReadThreads
-from aioengine.cli.flags import CommonFlags, Switch
+from aioengine.cli.board import NARROW, board, cut_table, slots_table
+from aioengine.cli.flags import Switch
 from aioengine.cli.loop import run
+from aioengine.cli.tables import output_console
 from aioengine.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rich.console import Console, Group
 
 KEY_VARIABLE = "AIOENGINE_KEY"
 SHOWN_REQUESTS = 15
@@ -42,7 +44,6 @@ def top(
     key: str | None = None,
     every: Annotated[float, Parameter(validator=Number(gt=0))] = 1.0,
     once: Switch = False,
-    common: CommonFlags | None = None,
 ) -> int:
     """Show a running server live: slots, queues, rates, and the oldest requests.
 
@@ -52,8 +53,6 @@ def top(
         every: Seconds between two updates.
         once: Print once and exit.
     """
-    from aioengine.cli.tables import output_console
-
     key = key or os.environ.get(KEY_VARIABLE)
     console = output_console()
     if once:
@@ -65,11 +64,6 @@ def top(
 
 async def _watch(console: Console, see: Callable[[], dict[str, Any]], every: float) -> None:
     """Show what ``see`` returns until cancelled. A server that goes away may come back, as in a restart."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from aioengine.cli.board import board
-
     # Ctrl-C ends this at once, although a server that stands still keeps a thread waiting.
     threads = ReadThreads("aioengine-top")
     before, now = None, await threads.start(see)
@@ -126,11 +120,6 @@ def frame(now: dict[str, Any], before: dict[str, Any] | None, width: int, height
 
     ``width`` is in columns, ``height`` in lines; without a height there is no screen.
     """
-    from rich.console import Group
-    from rich.text import Text
-
-    from aioengine.cli.board import slots_table
-
     stats = now["stats"]
     used = stats["kv_blocks"] - stats["kv_blocks_free"]
     limit = stats["max_waiting"]
@@ -163,9 +152,7 @@ def _rates(now: dict[str, Any], before: dict[str, Any] | None) -> str:
     return "   ".join(f"{count / seconds:.1f} {name}" for name, count in more)
 
 
-def _requests(requests: list[dict[str, Any]], most: int, width: int) -> Any:
-    from aioengine.cli.board import NARROW, cut_table
-
+def _requests(requests: list[dict[str, Any]], most: int, width: int) -> Table:
     narrow = width < NARROW
     rows = [
         {

@@ -7,18 +7,16 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
-from ipaddress import ip_network
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-import msgspec
 import uvicorn
 
-from aioengine.checks import Count, Seconds, check_fields
 from aioengine.errors import ConfigError
 from aioengine.server.app import Entrance, ServerApp
+from aioengine.server.settings import ListenSettings as ListenSettings
 from aioengine.server.transport.protocol import BoundedProtocol, Limits
-from aioengine.server.transport.tls import Certificate, TlsListener
+from aioengine.server.transport.tls import TlsListener
 from aioengine.tasks import end_tasks
 
 logger = logging.getLogger("aioengine.server")
@@ -28,40 +26,6 @@ _ACCEPTS = 16
 """Number of connections accepted in one pass of the loop, because uvloop accepts one for each listening
 socket. With a single socket, a client waits for seconds while others connect again and again."""
 FLUSH_SECONDS = 5
-
-
-class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Address of a server, and the limits of a connection; times are in seconds."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    """0 chooses a free one."""
-    trusted_proxies: Sequence[str] = ()
-    """Addresses and networks of proxies. A request from one of them counts for the client that its
-    ``X-Forwarded-For`` names; from other senders that header is ignored."""
-    max_connections: Count = 4096
-    header_timeout: Seconds = 10.0
-    """Seconds for a TLS handshake, and again for a request's headers."""
-    keep_alive: Seconds = 75.0
-    """How long a connection may be idle between two requests."""
-    send_timeout: Seconds = 60.0
-    """Seconds after which a client is cut off that leaves unread what is kept for it, if that is much."""
-    tls: Certificate | None = None
-    """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for proxy in self.trusted_proxies:
-            try:
-                ip_network(proxy)
-            except ValueError as error:
-                raise ConfigError(f"trusted_proxies: {proxy!r} is no address or network: {error}") from error
-
-    @property
-    def url(self) -> str:
-        """The URL without the port."""
-        name = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'http' if self.tls is None else 'https'}://{name}"
 
 
 class _Server(uvicorn.Server):

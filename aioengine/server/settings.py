@@ -1,4 +1,4 @@
-"""Settings of a server: its limits and keys, and how flags and files give them."""
+"""Settings of a server: its limits, keys and address, and how flags and files give them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from aioengine.checks import AnySeconds, Count, check_fields, from_plain, nearest
+from aioengine.checks import AnySeconds, Count, Seconds, check_fields, from_plain, nearest
 from aioengine.config import refuse_removed
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
 from aioengine.server.access.keys import read_keys_file
 from aioengine.server.formats.calls import REASONING, TOOLS, check_name
+from aioengine.server.transport.tls import Certificate
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\[\]:@/?#*\sA-Z]+)(:[0-9]+)?")
 
@@ -96,6 +98,42 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
                 )
         if self.keys_file is not None and (self.api_keys or self.admin_keys):
             raise ConfigError("keys_file names all keys: put those of api_keys and admin_keys into it too")
+
+
+class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Address of a server, and the limits of a connection; times are in seconds."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on, such as 0.0.0.0, which is all addresses."""
+    port: int = 8000
+    """Port to listen on, where 0 chooses a free one."""
+    trusted_proxies: Sequence[str] = ()
+    """Addresses and networks of proxies. A request from one of them counts for the client that its
+    ``X-Forwarded-For`` names; from other senders that header is ignored."""
+    max_connections: Count = 4096
+    """Maximum open connections; further ones are answered with 503 (with TLS: closed)."""
+    header_timeout: Seconds = 10.0
+    """Maximum seconds for a request's headers to arrive, and before them for a TLS handshake."""
+    keep_alive: Seconds = 75.0
+    """Maximum seconds that a connection may be idle."""
+    send_timeout: Seconds = 60.0
+    """Seconds after which a client is cut off that leaves unread what is kept for it, if that is much."""
+    tls: Certificate | None = None
+    """Serve HTTPS with this certificate; None: plain HTTP, as behind a proxy that does TLS."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for proxy in self.trusted_proxies:
+            try:
+                ip_network(proxy)
+            except ValueError as error:
+                raise ConfigError(f"trusted_proxies: {proxy!r} is no address or network: {error}") from error
+
+    @property
+    def url(self) -> str:
+        """The URL without the port."""
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'http' if self.tls is None else 'https'}://{name}"
 
 
 def parse_keys(entries: Sequence[str], *, source: str) -> dict[str, str]:

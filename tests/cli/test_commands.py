@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["plan", "--max-lora", "3"], "--max-loras"),
         (["plan", "--dtype", "float3"], "float32"),
         (["plan", "--model", __file__], "not a .gguf file"),
-        (["--debug", "plan"], "after the command"),
+        (["--model", "x", "plan"], "after the command"),
         (["top", "http://localhost:1"], "'http://localhost:1': aioengine top takes no such value"),
         (["lab", "calibrate", "here"], "'here': aioengine lab calibrate takes no such value"),
         (["generate", "hi", "--n", "2"], "--json"),
@@ -110,7 +110,7 @@ def test_an_error_that_is_not_ours_is_one_line_too(
     def broken(*_: object, **__: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("aioengine.memory_plan.plan_from_config", broken)
+    monkeypatch.setattr("aioengine.cli.plan.plan_from_config", broken)
     assert main(["plan"]) == 1
     assert capsys.readouterr().err == "aioengine: unexpected MemoryError: no room (--debug shows where)\n"
 

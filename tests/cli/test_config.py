@@ -312,7 +312,7 @@ async def test_a_file_on_a_disk_that_hangs_is_given_up(
 ) -> None:
     monkeypatch.setattr(reloads, "READ_SECONDS", 0.01)
     flags = EngineFlags(config=file)
-    reloader = reloads.Reloader(check_all(None, flags), lambda: check_all(None, flags))
+    reloader = reloads.Reloader(check_all(engine=flags), lambda: check_all(engine=flags))
     with hanging(file):
         await reloader.reload(cast(Any, object()), app=cast(Any, None))
     assert "stays as it was: its files could not be read within 0.01 s" in caplog.text and not reloader.good

@@ -62,13 +62,15 @@ def test_a_line_wins_over_flags_field_by_field() -> None:
     flags: dict[str, Any] = {
         "adapter": "sql",
         "n": 2,
-        "sampling": {"max_tokens": 5, "temperature": 0.5},
-        "scheduling": {"priority": 1, "tenant": "flag"},
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "priority": 1,
+        "tenant": "flag",
     }
     given, own = parse(
         {"prompt": "a"},
         {"prompt": "b", "adapter": None, "n": 1, "temperature": 1.0, "tenant": "line"},
-        **flags,
+        fields=flags,
     )
     assert (given.adapter, given.n, given.params.temperature) == ("sql", 2, 0.5)
     assert given.scheduling == {"priority": 1, "tenant": "flag"}

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from support.server_fixtures import MODEL, Serve
 
-from aioengine.cli.config.checked import ServerFlags, check_all
+from aioengine.cli.config.checked import FleetFlags, ServerFlags, check_all
 from aioengine.cli.flags import EngineFlags
-from aioengine.cli.fleet.flags import FleetFlags
 
 PROMPT = {"model": MODEL, "prompt": "Hello", "max_tokens": 8, "temperature": 1, "ignore_eos": True}
 CHAT = {"model": MODEL, "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}]}

@@ -1,11 +1,13 @@
-"""The whole configuration of a server: its flags, and their checks before anything is started."""
+"""The whole configuration of a server, or of a fleet behind one: its flags, and their checks before anything
+is started."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from cyclopts import Parameter
@@ -13,18 +15,14 @@ from msgspec import Meta
 
 from aioengine.checks import check_value
 from aioengine.cli.flags import EngineFlags, check_folders, in_flags
-from aioengine.cli.fleet.flags import FleetFlags
-from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set
+from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
+from aioengine.fleet.config import FleetConfig
 from aioengine.grammars.schemas import SchemaOptions
 from aioengine.metrics.otlp import check_endpoint
-from aioengine.server.settings import SERVER_FIELDS, ServerSettings, settings_from
+from aioengine.server.settings import SERVER_FIELDS, ListenSettings, ServerSettings, settings_from
 from aioengine.server.transport.tls import Certificate
-
-if TYPE_CHECKING:
-    from aioengine.fleet.config import FleetConfig
-    from aioengine.server.run import ListenSettings
 
 SERVER_DEFAULTS = {"max_waiting": 1024, "max_waiting_tokens": 2**20, "policy": "fair"}
 """Bounds of a server on requests that wait, and its policy, where the configuration has none."""
@@ -36,8 +34,7 @@ Keys = Annotated[list[str] | None, Parameter(metavar="[TENANT:]KEY")]
 @flag_set(
     "Server",
     5,
-    FieldsOf(ServerSettings, only=tuple(SERVER_FIELDS)),
-    FieldsOf(SchemaOptions, only=("open_objects", "any_whitespace")),
+    *(FieldsOf(part, only=tuple(SERVER_FIELDS)) for part in (ListenSettings, ServerSettings, SchemaOptions)),
     shown=(
         *("host", "port", "served_model_name", "api_key", "keys", "allowed_host"),
         *("grace_seconds", "drain_delay", "log_format"),
@@ -45,10 +42,6 @@ Keys = Annotated[list[str] | None, Parameter(metavar="[TENANT:]KEY")]
     defaults=True,
 )
 class ServerFlags(Flags):
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is all addresses."""
-    port: int = 8000
-    """Port to listen on; 0 chooses a free one."""
     served_model_name: list[str] | None = None
     """The base model's name in requests; repeatable."""
     api_key: Keys = None
@@ -74,17 +67,9 @@ class ServerFlags(Flags):
     """Origin of another site whose pages may call the server, such as https://chat.example; repeatable."""
     trusted_proxy: list[str] | None = None
     """Address or network of a proxy whose X-Forwarded-For is trusted; repeatable."""
-    max_connections: int = 4096
-    """Maximum open connections; further ones are answered with 503 (with TLS: closed)."""
     lenient_schemas: bool = True
     """Accept schemas with uniqueItems, unknown formats and overlapping oneOf without enforcing these; the
     answer's header x-not-enforced and the log list them. Otherwise such schemas are refused."""
-    header_timeout: float = 10.0
-    """Maximum seconds for a request's headers to arrive, and before them for a TLS handshake."""
-    keep_alive: float = 75.0
-    """Maximum seconds that a connection may be idle."""
-    send_timeout: float = 60.0
-    """Seconds after which a client is cut off that leaves unread what is kept for it, if that is much."""
     tls_cert: Path | None = None
     """PEM file with the certificate and its chain, to serve HTTPS; SIGHUP reads it again."""
     tls_key: Path | None = None
@@ -104,21 +89,12 @@ class ServerFlags(Flags):
         """Return the settings of the listening socket, with the certificate. Raises ConfigError."""
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert, --tls-key: give both, or neither")
-        try:
-            from aioengine.server.run import ListenSettings
-        except ImportError as error:
-            raise ConfigError(
-                f"serve needs more packages: pip install 'aioengine[server]' ({error})"
-            ) from error
+        if find_spec("uvicorn") is None:
+            raise ConfigError("serve needs more packages: pip install 'aioengine[server]'")
         return ListenSettings(
-            host=self.host,
-            port=self.port,
             trusted_proxies=self.trusted_proxy or (),
-            max_connections=self.max_connections,
-            header_timeout=self.header_timeout,
-            keep_alive=self.keep_alive,
-            send_timeout=self.send_timeout,
             tls=None if self.tls_cert is None else Certificate(str(self.tls_cert), str(self.tls_key)),
+            **given(self, ListenSettings),
         )
 
     def _allowed_hosts(self, has_keys: bool) -> Sequence[str]:
@@ -126,6 +102,58 @@ class ServerFlags(Flags):
         if "*" in given or (not given and (has_keys or not is_loopback(self.host))):
             return ()
         return given or (*_LOCAL_NAMES, self.host)
+
+
+ELSEWHERE = {
+    "engine": "the top of the file",
+    "adapters": "[adapters]",
+    "otlp_endpoint": "[server]",
+    "served_model_names": "[server], as served_model_name",
+    "server": "[server]",
+}
+"""Fields of FleetConfig that a server has from other tables."""
+
+
+@flag_set(
+    "Server",
+    5,
+    FieldsOf(
+        FleetConfig,
+        only=(
+            *("replicas", "router", "placement", "autoscale"),
+            *("cpus_per_replica", "migration_limit", "registry"),
+        ),
+    ),
+    shown=("replicas",),
+)
+class FleetFlags(Flags):
+    app_name: str | None = None
+    """Name of the Serve application (aioengine)."""
+
+    def fleet_config(
+        self,
+        config: EngineConfig,
+        adapters: dict[str, str],
+        flags: EngineFlags,
+        otlp_endpoint: str | None = None,
+    ) -> FleetConfig | None:
+        """Return the table ``[fleet]`` of the file, overridden by the flags. None if there is neither: one
+        engine in this process. Raises ConfigError."""
+        table, own = flags.table("fleet"), given(self)
+        if table is None:
+            if not own:
+                return None
+            if self.replicas is None:
+                raise ConfigError(f"--{next(iter(own)).replace('_', '-')}: needs a fleet; add --replicas")
+        for name in ELSEWHERE.keys() & (table or {}).keys():
+            raise ConfigError(
+                f"{flags.config}, table fleet: `aioengine serve` reads {name} from {ELSEWHERE[name]}"
+            )
+        if self.app_name is not None:
+            own["name"] = own.pop("app_name")
+        values = {**(table or {}), "otlp_endpoint": otlp_endpoint, **own}
+        source = "flags" if flags.config is None else f"{flags.config} and flags"
+        return FleetConfig.from_table(config, adapters, values, source=source)
 
 
 class Checked(NamedTuple):
@@ -148,21 +176,19 @@ def server_config(flags: EngineFlags) -> EngineConfig:
 
 
 def check_all(
-    server: ServerFlags | None, engine: EngineFlags | None, fleet: FleetFlags | None = None
+    server: ServerFlags = ServerFlags(), engine: EngineFlags = EngineFlags(), fleet: FleetFlags = FleetFlags()
 ) -> Checked:
     """Check everything that can be known before anything is started. Raises ConfigError."""
-    flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
-    for name, seconds in (("--grace-seconds", flags.grace_seconds), ("--drain-delay", flags.drain_delay)):
+    for name, seconds in (("--grace-seconds", server.grace_seconds), ("--drain-delay", server.drain_delay)):
         check_value(name, seconds, Annotated[float, Meta(ge=0)])
-    settings = msgspec.structs.replace(flags.settings(), seed=engine_flags.settings()[0].get("seed"))
-    config = server_config(engine_flags)
-    adapters = engine_flags.adapters()
+    settings = msgspec.structs.replace(server.settings(), seed=engine.settings()[0].get("seed"))
+    config, adapters = server_config(engine), engine.adapters()
     check_folders(adapters)
     for name in settings.served_model_names or (config.model_name,):
         if name in adapters:
             raise ConfigError(f"--lora-modules: {name!r} is the base model's name in requests; use another")
-    replicas = (fleet or FleetFlags()).fleet_config(config, adapters, engine_flags, flags.otlp_endpoint)
-    return Checked(flags, config, adapters, settings, flags.listen_settings(), replicas)
+    replicas = fleet.fleet_config(config, adapters, engine, server.otlp_endpoint)
+    return Checked(server, config, adapters, settings, server.listen_settings(), replicas)
 
 
 def is_loopback(host: str) -> bool:

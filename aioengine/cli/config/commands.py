@@ -14,9 +14,8 @@ from typing import Any
 
 import msgspec
 
-from aioengine.cli.config.checked import ServerFlags, check_all, server_config
-from aioengine.cli.flags import CommonFlags, EngineFlags
-from aioengine.cli.fleet.flags import ELSEWHERE, FleetFlags
+from aioengine.cli.config.checked import ELSEWHERE, FleetFlags, ServerFlags, check_all, server_config
+from aioengine.cli.flags import EngineFlags
 from aioengine.cli.policies import check_named
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
@@ -28,10 +27,9 @@ from aioengine.model.text.chat_template import read_chat_template
 
 def check(
     *,
-    server: ServerFlags | None = None,
-    engine: EngineFlags | None = None,
-    fleet: FleetFlags | None = None,
-    common: CommonFlags | None = None,
+    server: ServerFlags = ServerFlags(),
+    engine: EngineFlags = EngineFlags(),
+    fleet: FleetFlags = FleetFlags(),
 ) -> int:
     """Check a configuration and its paths as serve would, without starting anything.
 
@@ -58,22 +56,20 @@ def check(
 
 def show(
     *,
-    server: ServerFlags | None = None,
-    engine: EngineFlags | None = None,
-    fleet: FleetFlags | None = None,
-    common: CommonFlags | None = None,
+    server: ServerFlags = ServerFlags(),
+    engine: EngineFlags = EngineFlags(),
+    fleet: FleetFlags = FleetFlags(),
 ) -> int:
     """Print the effective configuration as TOML: the file, the environment and the flags together.
 
     Fields with their default are comments; API keys are left out.
     """
-    flags, engine_flags = server or ServerFlags(), engine or EngineFlags()
-    config, adapters = server_config(engine_flags), engine_flags.adapters()
-    replicas = (fleet or FleetFlags()).fleet_config(config, adapters, engine_flags)
+    config, adapters = server_config(engine), engine.adapters()
+    replicas = fleet.fleet_config(config, adapters, engine)
     parts: dict[str, tuple[object, Mapping[str, Any], Set[str]]] = {
         "lora": (config.lora, msgspec.structs.asdict(LoRAConfig()), set()),
         "fleet": (replicas, _defaults(FleetConfig), ELSEWHERE.keys()),
-        "server": (flags, vars(ServerFlags()), {"api_key", "admin_key"}),
+        "server": (server, vars(ServerFlags()), {"api_key", "admin_key"}),
     }
     _print_fields(config, _defaults(EngineConfig), {"lora"})
     for title, (settings, defaults, left_out) in parts.items():
@@ -87,7 +83,7 @@ def show(
     return 0
 
 
-def schema(*, common: CommonFlags | None = None) -> int:
+def schema() -> int:
     """Print the JSON Schema of the configuration file, for editors."""
     print(msgspec.json.format(msgspec.json.encode(file_schema()), indent=2).decode())
     return 0

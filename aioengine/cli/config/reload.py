@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -90,10 +90,19 @@ class Reloader:
             logger.warning("these changes in the configuration need a restart: %s", ", ".join(kept))
 
     async def _apply(self, engine: AsyncEngine, app: ServerApp) -> list[str]:
-        """Read the configuration, and apply it. Returns what has changed. Raises AioEngineError."""
+        """Read the configuration, and apply it. Returns what has changed. Raises AioEngineError, and has
+        changed nothing then."""
         before, now = self._before, await _read_in_time(self._read)
+        old, paths = before.adapters, now.adapters
+        new, gone = paths.keys() - old.keys(), old.keys() - paths.keys()
+        moved = {name for name in paths.keys() & old.keys() if old[name] != paths[name]}
         async with contextlib.AsyncExitStack() as undo:
-            await _add_adapters(engine, before.adapters, now.adapters, undo)
+            for name in sorted(new):
+                engine.register_adapter(name, paths[name])
+                undo.push_async_callback(engine.unload_adapter, name)
+            for name in sorted(moved):
+                await engine.prepare_adapter(name, paths[name])
+                undo.callback(engine.discard_adapter, name)
             if now.config.policy != engine.config.policy:
                 engine.change_policy(str(now.config.policy))
             undo.pop_all()
@@ -101,8 +110,16 @@ class Reloader:
         self._before = now
         engine.change_limits(**{name: getattr(now.config, name) for name in WAITING_BOUNDS})
         app.change(now.settings)
+        for name in moved:
+            engine.commit_adapter(name)
+        for name in gone:
+            try:
+                await engine.unload_adapter(name)
+            except AioEngineError as error:  # pinned, or unloaded over HTTP
+                logger.warning("adapter %r is no longer configured, and stays: %s", name, error)
         changed = [f"{name}={value}" for name, value in _differing(before, now).items() if _reloadable(name)]
-        return changed + await _change_adapters(engine, before.adapters, now.adapters)
+        done = {"registered": new, "replaced": moved, "unloaded": gone}
+        return changed + [f"{what} {', '.join(sorted(names))}" for what, names in done.items() if names]
 
 
 async def _read_in_time(read: Callable[[], T]) -> T:
@@ -135,34 +152,3 @@ def _settings(checked: Checked) -> dict[str, Any]:
         **{f"[server] {name}": value for name, value in vars(checked.flags).items()},
         "[fleet]": None if fleet is None else {**msgspec.structs.asdict(fleet), "engine": None},
     }
-
-
-async def _add_adapters(
-    engine: AsyncEngine, before: Mapping[str, str], now: Mapping[str, str], undo: contextlib.AsyncExitStack
-) -> None:
-    """Register adapters that are new, and read those whose path is another; ``undo`` gets callbacks that undo
-    it. Raises AdapterLoadError and other errors of adapters."""
-    for name in sorted(now):
-        if name not in before:
-            engine.register_adapter(name, now[name])
-            undo.push_async_callback(engine.unload_adapter, name)
-        elif before[name] != now[name]:
-            await engine.prepare_adapter(name, now[name])
-            undo.callback(engine.discard_adapter, name)
-
-
-async def _change_adapters(
-    engine: AsyncEngine, before: Mapping[str, str], now: Mapping[str, str]
-) -> list[str]:
-    """Use the adapters that were read, and unload those that are gone. Returns what has changed."""
-    moved = {name for name in before.keys() & now.keys() if before[name] != now[name]}
-    gone = before.keys() - now.keys()
-    for name in moved:
-        engine.commit_adapter(name)
-    for name in gone:
-        try:
-            await engine.unload_adapter(name)
-        except AioEngineError as error:  # pinned, or unloaded over HTTP
-            logger.warning("adapter %r is no longer configured, and stays: %s", name, error)
-    done = {"registered": now.keys() - before.keys(), "replaced": moved, "unloaded": gone}
-    return [f"{what} {', '.join(sorted(names))}" for what, names in done.items() if names]

@@ -19,10 +19,11 @@ from aioengine.server.settings import refuse_unknown_fields
 
 PREFIX = "AIOENGINE_"
 _READ_ELSEWHERE = (
-    *("API_KEYS", "ADMIN_KEYS", "KEY"),
+    *("API_KEYS", "ADMIN_KEYS", "KEY", "DEBUG", "LOG_LEVEL"),
     *("KERNELS", "PREBUILD_KERNELS", "CPU_LEVEL", "CPU_SANITIZE"),
 )
-"""Variables that no flag has: keys, and how kernels are chosen and built."""
+"""Variables that no flag of the command has: keys, what every command takes, and how kernels are chosen and
+built."""
 _SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
 Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
@@ -30,6 +31,8 @@ Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
 ParseAgain = Annotated[Callable[[], dict[str, object]] | None, Parameter(parse=False)]
 """A parameter of a command that ``main`` fills: parses the command line again, with what the environment and
 the file say then, and returns the command's arguments."""
+LogLevel = Annotated[str | None, Parameter(parse=False)]
+"""A parameter of a command that ``main`` fills: ``--log-level``."""
 
 
 def sources(unknown: list[str]) -> tuple[Source, Source]:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from aioengine.cli.flags import CommonFlags, Switch
+from aioengine.checks import nearest
+from aioengine.cli.flags import Switch
+from aioengine.cli.tables import print_table
 from aioengine.errors import ConfigError
-
-if TYPE_CHECKING:
-    from aioengine.info import AdapterInfo
+from aioengine.fleet.existing import answering, existing_fleet
+from aioengine.info import AdapterInfo
 
 AppName = Annotated[str, Parameter(name="--app-name", help="Name of the Serve application (aioengine).")]
 
 
-def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
+def status(*, app_name: AppName = "aioengine") -> int:
     """Print the replicas of a fleet, their load, and the adapters in their slots.
 
     Searches the cluster that RAY_ADDRESS names, or this machine's.
     """
-    from aioengine.cli.tables import print_table
-
     columns = ("replica", "state", "process", "node", ">running", ">waiting", ">KV free", "slots")
     rows = [
         [
@@ -36,10 +35,8 @@ def status(*, app_name: AppName = "aioengine", common: CommonFlags | None = None
     return 0
 
 
-def adapters(*, app_name: AppName = "aioengine", common: CommonFlags | None = None) -> int:
+def adapters(*, app_name: AppName = "aioengine") -> int:
     """Print the adapters of a fleet, and which replica has each in a slot or in its CPU cache."""
-    from aioengine.cli.tables import print_table
-
     rows = _described(app_name)
     found: dict[str, dict[str, AdapterInfo]] = {}
     for row in rows:
@@ -57,27 +54,17 @@ def adapters(*, app_name: AppName = "aioengine", common: CommonFlags | None = No
     return 0
 
 
-def drain(
-    replica: str,
-    *,
-    undo: Switch = False,
-    app_name: AppName = "aioengine",
-    common: CommonFlags | None = None,
-) -> int:
+def drain(replica: str, *, undo: Switch = False, app_name: AppName = "aioengine") -> int:
     """Stop sending new requests to a replica; accepted ones finish.
 
     Args:
         replica: Its name, as aioengine fleet status prints it.
         undo: Let it take new requests again.
     """
-    from aioengine.checks import nearest
-
     names = [row["replica"] for row in _described(app_name)]
     if replica not in names:
         there = ", ".join(names)
         raise ConfigError(f"there is no replica {replica!r}{nearest(replica, names)}; there are: {there}")
-    from aioengine.fleet.existing import answering, existing_fleet
-
     with answering(app_name):
         handle = existing_fleet(app_name).options(method_name="drain")
         handle.remote(not undo, to=replica).result(timeout_s=10)
@@ -86,8 +73,6 @@ def drain(
 
 
 def _described(app_name: str) -> Sequence[dict[str, Any]]:
-    from aioengine.fleet.existing import answering, existing_fleet
-
     with answering(app_name):
         handle = existing_fleet(app_name)
         rows: list[dict[str, Any]] = handle.broadcast("describe").results(timeout_s=10)

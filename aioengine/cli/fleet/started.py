@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, TypeVar
 from aioengine.errors import ConfigError
 from aioengine.fleet import cluster
 from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.gateway.client import FleetClient
 from aioengine.info import LoadProgress
 from aioengine.tasks import end_tasks, run_to_completion
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
-
-    from aioengine.fleet.gateway.client import FleetClient
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -19,10 +19,8 @@ from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AioEngineError
 from aioengine.request import for_choice
+from aioengine.runtime.output import RequestOutput
 from aioengine.tasks import end_tasks, together
-
-if TYPE_CHECKING:
-    from aioengine.runtime.output import RequestOutput
 
 
 async def run_batch(
@@ -41,9 +39,7 @@ async def run_batch(
     window = min(4 * config.max_num_seqs, config.max_waiting or sys.maxsize)
     upcoming, ended = iter(requests), count(1)
     tasks: deque[asyncio.Task[dict[str, Any]]] = deque()
-    async with recording.writer() as writer, started(config, adapters) as engine:
-        if writer is not None:
-            writer.attach(engine)
+    async with started(config, adapters, record=recording.record) as engine:
         try:
             # Nothing is shown beside answers that go to the terminal.
             with nullcontext() if sys.stdout.isatty() else progress("requests") as show:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from aioengine.cli.flags import CommonFlags, EngineFlags, RecordFlags, Switch, check_folders
+from aioengine.cli.flags import EngineFlags, RecordFlags, Switch, check_folders
+from aioengine.cli.generate.batch import run_batch
 from aioengine.cli.generate.request_lines import Defaults, Request, parse_lines
 from aioengine.cli.loop import run
+from aioengine.cli.progress import started
 from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
+from aioengine.config import EngineConfig
 from aioengine.errors import AdapterNotFound, RequestInvalid
 from aioengine.request import RequestOptions, SamplingParams
-
-if TYPE_CHECKING:
-    from aioengine.config import EngineConfig
 
 
 @flag_set(
@@ -42,11 +41,10 @@ def generate(
     system: str | None = None,
     json: Switch = False,
     n: int = 1,
-    sampling: SamplingFlags | None = None,
-    scheduling: SchedulingFlags | None = None,
-    engine: EngineFlags | None = None,
-    recording: RecordFlags | None = None,
-    common: CommonFlags | None = None,
+    sampling: SamplingFlags = SamplingFlags(),
+    scheduling: SchedulingFlags = SchedulingFlags(),
+    engine: EngineFlags = EngineFlags(),
+    recording: RecordFlags = RecordFlags(),
 ) -> int:
     """Complete a prompt, or JSON lines from standard input.
 
@@ -61,31 +59,21 @@ def generate(
         json: Print the answer to PROMPT as a JSON line too.
         n: Answers per request; with PROMPT, needs --json.
     """
-    flags, recording = engine or EngineFlags(), recording or RecordFlags()
-    params = given(sampling or SamplingFlags())
+    params = given(sampling)
     if prompt is not None and not json and (n != 1 or "logprobs" in params):
         raise RequestInvalid("--n and --logprobs with PROMPT: plain text cannot show them; add --json")
-    config = flags.engine_config()
-    adapters = flags.adapters()
+    config, adapters = engine.engine_config(), engine.adapters()
     check_folders(adapters)
     if adapter is not None and adapter not in adapters:
         adapter = _find_adapter(adapter, adapters, config)
-    defaults = Defaults(
-        adapter=adapter,
-        n=n,
-        chat=chat,
-        system=system,
-        sampling=params,
-        scheduling=given(scheduling or SchedulingFlags()),
-    )
+    fields = {"adapter": adapter, "n": n, **params, **given(scheduling)}
+    defaults = Defaults(fields=fields, chat=chat, system=system)
     if prompt is None:
         requests = _read_standard_input(defaults)
     else:
         requests = [defaults.request({"prompt": prompt}, 0)]
         if not json:
             return run(_print_text(config, adapters, requests[0], recording))
-    from aioengine.cli.generate.batch import run_batch
-
     return run(run_batch(config, adapters, requests, sys.stdout.buffer, recording))
 
 
@@ -129,15 +117,11 @@ def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) 
 async def _print_text(
     config: EngineConfig, adapters: dict[str, str], request: Request, recording: RecordFlags
 ) -> int:
-    from aioengine.cli.progress import started
-
     def is_other(record: logging.LogRecord) -> bool:
         """Whether a record is not of a failed load, about which the request's error says the same."""
         return "reason" not in getattr(record, "data", {})
 
-    async with recording.writer() as writer, started(config, adapters) as engine:
-        if writer is not None:
-            writer.attach(engine)
+    async with started(config, adapters, record=recording.record) as engine:
         logger = logging.getLogger("aioengine")
         logger.addFilter(is_other)
         try:

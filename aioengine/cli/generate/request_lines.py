@@ -18,14 +18,16 @@ _KINDS: dict[str, Any] = {
     "id": str | int,
     "prompt": str | list[int],
     "messages": list[dict[str, Any]],
-    "adapter": str | dict[str, float],
+    "adapter": str | dict[str, float] | None,
     "n": Annotated[int, Meta(ge=1, le=128)],
     "priority": int,
     "deadline": float,
     "tenant": str,
 }
 """Fields of a line beside those of SamplingParams."""
-_NEVER_NULL = ("id", "prompt", "messages")
+_SCHEDULING = ("priority", "deadline", "tenant")
+_LIKE_LEFT_OUT = ("n", *_SCHEDULING)
+"""Fields that null leaves as the flags have them."""
 _SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name != "constraint")
 
 
@@ -45,41 +47,33 @@ class Request(NamedTuple):
 class Defaults:
     """Values of the flags, for requests without these fields."""
 
-    adapter: str | None = None
-    n: int = 1
+    fields: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
     """Send text prompts as messages."""
     system: str | None = None
     """A system message for requests without one; text prompts become messages."""
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    scheduling: Mapping[str, Any] = field(default_factory=dict)
 
-    def request(self, fields: Mapping[str, Any], index: int) -> Request:
-        """Return the request that ``fields`` describe, the ``index``-th. Raises RequestInvalid if they are
-        wrong."""
+    def request(self, line: Mapping[str, Any], index: int) -> Request:
+        """Return the request that the fields of a line describe, the ``index``-th. Raises RequestInvalid if
+        they are wrong."""
         known = (*_KINDS, *_SAMPLING)
-        for name in fields:
+        for name in line:
             if name not in known:
                 near = nearest(name, known)
                 raise RequestInvalid(f"unknown field {name!r}{near}; there are {', '.join(known)}")
-        own = {
-            name: check_value(name, fields[name], kind, RequestInvalid)
-            for name, kind in _KINDS.items()
-            if name in fields and (fields[name] is not None or name in _NEVER_NULL)
-        }
-        adapter = own.get("adapter") if "adapter" in fields else self.adapter
-        RequestOptions(adapter=adapter)  # which checks it
-        sampling = {name: value for name, value in fields.items() if name in _SAMPLING}
-        scheduling: dict[str, Any] = {
-            name: own[name] for name in ("priority", "deadline", "tenant") if name in own
-        }
+        own = {name: v for name, v in line.items() if v is not None or name not in _LIKE_LEFT_OUT}
+        fields = {"id": index, "adapter": None, "n": 1, **self.fields, **own}
+        for name, kind in _KINDS.items():
+            if name in fields:
+                check_value(name, fields[name], kind, RequestInvalid)
+        RequestOptions(adapter=fields["adapter"])  # which checks it
         return Request(
-            id=own.get("id", index),
-            prompt=self._prompt(own),
-            adapter=adapter,
-            params=SamplingParams(**{**self.sampling, **sampling}),
-            n=own.get("n", check_value("n", self.n, _KINDS["n"], RequestInvalid)),
-            scheduling={**self.scheduling, **scheduling},
+            id=fields["id"],
+            prompt=self._prompt(fields),
+            adapter=fields["adapter"],
+            params=SamplingParams(**_of(fields, _SAMPLING)),
+            n=fields["n"],
+            scheduling=_of(fields, _SCHEDULING),
         )
 
     def _prompt(self, fields: Mapping[str, Any]) -> Prompt:
@@ -98,6 +92,10 @@ class Defaults:
 
     def _system_message(self) -> list[dict[str, Any]]:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+
+def _of(fields: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: fields[name] for name in names if name in fields}
 
 
 def parse_lines(lines: Iterable[bytes], defaults: Defaults) -> list[Request]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from aioengine.checks import read_json
-from aioengine.cli.flags import CommonFlags, Count
+from aioengine.cli.flags import Count
 from aioengine.cli.lab.flags import (
     Floats,
     Ints,
@@ -25,7 +25,8 @@ from aioengine.cli.lab.flags import (
 from aioengine.cli.lab.run import warn
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID, process
 from aioengine.cli.progress import progress
-from aioengine.cli.struct_flags import Flags, flag_set
+from aioengine.cli.struct_flags import flag_set
+from aioengine.cli.tables import new_table, output_console
 from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     4,
     shown=("policy", "slots", "scale", "seeds", "seed", "jobs", "out", "experiment", "rank_by"),
 )
-class CompareFlags(Flags):
+class CompareFlags(WorkloadFlags, SystemFlags):
     policy: Annotated[list[str] | None, Parameter(metavar="A,B,...")] = None
     """Policies; the others are compared to the first (fcfs,vllm+lru). Repeatable."""
     slots: Ints | None = None
@@ -61,30 +62,23 @@ class CompareFlags(Flags):
     """Also rank policies that failed, and in whose place another one decided."""
 
 
-def compare(
-    *,
-    flags: CompareFlags | None = None,
-    workload: WorkloadFlags | None = None,
-    system: SystemFlags | None = None,
-    common: CommonFlags | None = None,
-) -> int:
+def compare(*, flags: CompareFlags = CompareFlags()) -> int:
     """Run policies x slots x loads over several seeds, and rank the policies.
 
     All policies get the same arrivals. Means have 95% intervals over the seeds. A failed run is reported, and
     the others continue.
     """
-    flags = flags or CompareFlags()
     from aioengine.lab.analysis.measures import find_measure
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
     find_measure(flags.rank_by)
-    comparison = _comparison(flags, workload, system or SystemFlags())
+    comparison = _comparison(flags)
     check_out(flags.out, "comparison.json")
     return _conclude(_compare(comparison, flags), comparison, flags)
 
 
-def _comparison(flags: CompareFlags, workload: WorkloadFlags | None, system: SystemFlags) -> Comparison:
+def _comparison(flags: CompareFlags) -> Comparison:
     """Make the comparison from the flags, which override --experiment. Raises ConfigError."""
     from aioengine.lab.runs.comparison import Comparison, read_comparison
 
@@ -92,11 +86,11 @@ def _comparison(flags: CompareFlags, workload: WorkloadFlags | None, system: Sys
     before = None
     if file is not None and file.suffix != ".toml" and "comparison" in read_json(file):
         before = read_comparison(file)
-    policies, routers = split_policies(flags.policy or ()), split_policies(filter(None, [system.router]))
+    policies, routers = split_policies(flags.policy or ()), split_policies(filter(None, [flags.router]))
     # The experiment has the first of each.
     asked = {"policy": policies, "router": routers, "slots": flags.slots, "scale": flags.scale}
-    own = {name: values[0] for name, values in asked.items() if values}
-    experiment = make_experiment(file, workload, system, {**own, "seed": flags.seed})
+    own = {name: values[0] if values else None for name, values in asked.items()}
+    experiment = make_experiment(file, flags, **own)
     # Where routers are compared, engines have the same policy unless flags say otherwise.
     default = ["fcfs", "vllm+lru"] if file is None and not routers else [experiment.policy]
     seeds = before.seeds if before else [0, 1, 2]
@@ -156,7 +150,6 @@ def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> i
 
 def print_rankings(compare: Compare) -> None:
     """Print a table for each setting of a comparison, the best policy first."""
-    from aioengine.cli.tables import new_table, output_console
     from aioengine.lab.analysis.measures import policy_label
     from aioengine.lab.report.compare_page import rankings
 

@@ -11,7 +11,7 @@ import msgspec
 from cyclopts import Parameter, Token
 
 from aioengine.checks import read_json
-from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
+from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.runs.experiment import Experiment
@@ -28,7 +28,7 @@ def _numbers(kind: Any, tokens: Sequence[Token]) -> list[float]:
         raise ValueError(f"{shown!r}: must be numbers with commas between them") from None
 
 
-_SEVERAL = Parameter(converter=_numbers, metavar="A,B,...", negative="")
+_SEVERAL = Parameter(converter=_numbers, metavar="A,B,...")
 Ints = Annotated[list[int], _SEVERAL]
 Floats = Annotated[list[float], _SEVERAL]
 
@@ -54,18 +54,10 @@ class SystemFlags(Flags):
 
 
 def make_experiment(
-    file: Path | None,
-    workload: WorkloadFlags | None,
-    system: SystemFlags | None,
-    own: Mapping[str, Any],
-    base: WorkloadSpec | None = None,
+    file: Path | None, flags: Flags, base: WorkloadSpec | None = None, **own: Any
 ) -> Experiment:
     """Make an experiment from ``file`` (an experiment, or that of a comparison), overridden by the given
-    flags.
-
-    Args:
-        own: From the command's own flags: seed, policy, slots, and the workload's scale.
-        base: Workload in place of the file's.
+    flags, and these by ``own``. ``base`` is a workload in place of the file's.
 
     Raises ConfigError for errors in the file or the flags.
     """
@@ -73,10 +65,11 @@ def make_experiment(
     spec = values.get("workload") or {} if base is None else msgspec.to_builtins(base)
     if not isinstance(spec, Mapping):
         raise ConfigError(f"{file}: workload={spec!r}: must be an object")
-    fields = {**given(system or SystemFlags()), **{k: v for k, v in own.items() if v is not None}}
-    asked = given(workload or WorkloadFlags())
-    if "scale" in fields:
-        asked["scale"] = fields.pop("scale")
+    given = {name: value for name, value in {**vars(flags), **own}.items() if value is not None}
+    fields, asked = (
+        {name: given[name] for name in struct.__struct_fields__ if name in given and name != "workload"}
+        for struct in (Experiment, WorkloadSpec)
+    )
     source = "flags" if file is None else f"{file} and flags" if asked or fields else str(file)
     return Experiment.from_dict({**values, **fields, "workload": {**spec, **asked}}, source=source)
 

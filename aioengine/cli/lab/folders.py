@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from aioengine.cli.flags import CommonFlags, Given, Switch
+from aioengine.cli.flags import Given, Switch
+from aioengine.cli.lab.flags import check_out
+from aioengine.cli.lab.run import simulated
 from aioengine.cli.process import EXIT_FAILED
+from aioengine.cli.progress import progress
 from aioengine.errors import ConfigError
 
 
-def new(folder: Given, /, *, common: CommonFlags | None = None) -> int:
+def new(folder: Given, /) -> int:
     """Write a study that runs as it is: a policy, a workload, a comparison and a notebook.
 
     Args:
@@ -25,14 +28,7 @@ def new(folder: Given, /, *, common: CommonFlags | None = None) -> int:
     return 0
 
 
-def report(
-    folder: Given,
-    /,
-    *,
-    rank_by: str = "ttft_seconds.p99",
-    vector: Switch = False,
-    common: CommonFlags | None = None,
-) -> int:
+def report(folder: Given, /, *, rank_by: str = "ttft_seconds.p99", vector: Switch = False) -> int:
     """Redraw the figures and report.html of a run or a comparison.
 
     Args:
@@ -59,7 +55,7 @@ def report(
     return 0
 
 
-def rerun(folder: Given, /, *, out: Path | None = None, common: CommonFlags | None = None) -> int:
+def rerun(folder: Given, /, *, out: Path | None = None) -> int:
     """Run the experiment of a folder again, and compare all files byte for byte.
 
     Exits with 1 if a file differs.
@@ -68,9 +64,6 @@ def rerun(folder: Given, /, *, out: Path | None = None, common: CommonFlags | No
         folder: The folder that was given to --out of lab run; it is only read.
         out: Folder for the new files (by default they are compared and deleted).
     """
-    from aioengine.cli.lab.flags import check_out
-    from aioengine.cli.lab.run import simulated
-    from aioengine.cli.progress import progress
     from aioengine.lab.runs import provenance, simulate
 
     if out is not None:

@@ -6,10 +6,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from aioengine.cli.flags import DEFAULT_MODEL, CommonFlags, Given
+from aioengine.cli.flags import DEFAULT_MODEL, Given
 from aioengine.cli.lab.flags import Floats, make_experiment
+from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED
+from aioengine.cli.progress import progress
 from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
+from aioengine.cli.tables import print_table
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 
@@ -24,12 +27,7 @@ class LiveFlags(Flags):
     """Model folder, GGUF file, Hub id, or smollm2-135m (the default)."""
 
 
-def calibrate(
-    *,
-    out: Given = Path("costs.json"),
-    live: LiveFlags | None = None,
-    common: CommonFlags | None = None,
-) -> int:
+def calibrate(*, out: Given = Path("costs.json"), live: LiveFlags = LiveFlags()) -> int:
     """Time the live engine for some minutes, and write a cost model for --preset.
 
     No other program should run on the machine meanwhile.
@@ -37,15 +35,13 @@ def calibrate(
     Args:
         out: File for the cost model (costs.json).
     """
-    from aioengine.cli.progress import progress
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
-    from aioengine.cli.loop import run
     from aioengine.lab.calibration.calibrate import calibrate_async
 
     with progress("calibrating") as show:
-        costs = run(calibrate_async(out=out, progress=show, **given(live or LiveFlags())))
+        costs = run(calibrate_async(out=out, progress=show, **given(live)))
     print(f"{costs.name}: {costs.source}")
     if costs.fit is not None:
         median, p90 = costs.fit.median_error, costs.fit.p90_error
@@ -74,23 +70,14 @@ class ValidateFlags(Flags):
     """Seed of the workload."""
 
 
-def validate(
-    *,
-    flags: ValidateFlags | None = None,
-    live: LiveFlags | None = None,
-    common: CommonFlags | None = None,
-) -> int:
+def validate(*, flags: ValidateFlags = ValidateFlags(), live: LiveFlags = LiveFlags()) -> int:
     """Run the same workload live and simulated, and print the differences.
 
     It takes some minutes, ten with --calibrate. No other program should run on the machine meanwhile.
     """
-    flags = flags or ValidateFlags()
-    from aioengine.cli.progress import progress
-    from aioengine.cli.tables import print_table
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
-    from aioengine.cli.loop import run
     from aioengine.lab.calibration.validate import validate_async, validation_experiment
 
     if flags.calibrate is not None and flags.preset is not None:
@@ -98,8 +85,7 @@ def validate(
     preset = flags.preset or DEFAULT_PRESET
     loads = [0.4, 0.8] if flags.loads is None else flags.loads
     if flags.experiment is not None:
-        own = {"seed": flags.seed, "preset": preset}
-        experiment = make_experiment(flags.experiment, None, None, own)
+        experiment = make_experiment(flags.experiment, flags, preset=preset)
     elif loads:
         experiment = validation_experiment(preset, seed=flags.seed or 0)
     else:
@@ -112,20 +98,14 @@ def validate(
                 repeats=flags.repeats,
                 calibrate=flags.calibrate,
                 progress=show,
-                **given(live or LiveFlags()),
+                **given(live),
             )
         )
-    rows = [
-        (
-            one.load,
-            name,
-            f"{getattr(one.live, name):.4g}",
-            f"{getattr(one.simulated, name):.4g}",
-            f"{error:+.1%}",
-        )
-        for one in found
-        for name, error in one.errors.items()
-    ]
+    rows = []
+    for one in found:
+        for name, error in one.errors.items():
+            figures = (f"{getattr(side, name):.4g}" for side in (one.live, one.simulated))
+            rows.append((one.load, name, *figures, f"{error:+.1%}"))
     title = f"{flags.calibrate or preset}: live and simulated"
     print_table(("load", "figure", ">live", ">simulated", ">error"), rows, title)
     worst = max(abs(error) for one in found for error in one.errors.values())

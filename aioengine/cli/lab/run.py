@@ -9,26 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from aioengine.cli.flags import CommonFlags
 from aioengine.cli.lab.flags import SystemFlags, WorkloadFlags, check_out, make_experiment
 from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID
 from aioengine.cli.progress import Show, progress
-from aioengine.cli.struct_flags import Flags, flag_set
+from aioengine.cli.struct_flags import FieldsOf, flag_set
+from aioengine.cli.tables import print_table
+from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.workload.spec import WorkloadSpec
 
 COLLECT_AFTER = 100_000
 """New objects after which the garbage collector looks for cycles."""
 
 
-@flag_set("Run", 7, shown=("policy", "slots", "scale", "seed", "out", "experiment", "report"))
-class RunFlags(Flags):
-    policy: str | None = None
-    """Name in aioengine policies, or my_policy.py:MyPolicy (fcfs)."""
-    slots: int | None = None
-    """Adapter slots on the device (8)."""
-    scale: float | None = None
-    """Factor on the rate of arrivals (1)."""
-    seed: int | None = None
-    """Seed of everything drawn: arrivals, adapters, lengths (0)."""
+@flag_set(
+    "Run",
+    7,
+    FieldsOf(Experiment, only=("policy", "slots", "seed")),
+    FieldsOf(WorkloadSpec, only=("scale",)),
+    shown=("policy", "slots", "scale", "seed", "out", "experiment", "report"),
+)
+class RunFlags(WorkloadFlags, SystemFlags):
     out: Path = Path("lab-run")
     """Folder for the results."""
     experiment: Path | None = None
@@ -39,19 +39,12 @@ class RunFlags(Flags):
     """Accept a run in which the policy failed and another one decided in its place."""
 
 
-def run(
-    *,
-    workload: WorkloadFlags | None = None,
-    system: SystemFlags | None = None,
-    flags: RunFlags | None = None,
-    common: CommonFlags | None = None,
-) -> int:
+def run(*, flags: RunFlags = RunFlags()) -> int:
     """Replay a trace, or synthetic arrivals, through the engine in simulated time.
 
     The policy and the engine are those of serving; a cost model gives the time of steps and loads. The
     same flags give the same files, byte for byte.
     """
-    flags = flags or RunFlags()
     from aioengine.lab.workload.extra import check_extra
 
     check_extra()
@@ -60,8 +53,7 @@ def run(
     from aioengine.lab.runs.comparison import invalid_text
     from aioengine.lab.runs.replay import RunStalled
 
-    own = {name: getattr(flags, name) for name in ("policy", "slots", "scale", "seed")}
-    experiment = make_experiment(flags.experiment, workload, system, own)
+    experiment = make_experiment(flags.experiment, flags)
     check_out(flags.out, "experiment.json")
     try:
         with progress("simulating") as show, fewer_collections():
@@ -106,7 +98,6 @@ def fewer_collections() -> Iterator[None]:
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Print the table at the end of a run."""
-    from aioengine.cli.tables import print_table
     from aioengine.lab.analysis.measures import MEASURES
     from aioengine.lab.analysis.summary import flatten
 

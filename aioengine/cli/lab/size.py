@@ -8,68 +8,53 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 from cyclopts import Parameter
 
-from aioengine.cli.flags import CommonFlags, Count, Given, Texts
+from aioengine.cli.flags import Count, Given, Texts
 from aioengine.cli.lab.flags import SystemFlags, check_out, cores, make_experiment
 from aioengine.cli.lab.run import warn
 from aioengine.cli.process import EXIT_FAILED, process
-from aioengine.cli.struct_flags import Flags, flag_set
+from aioengine.cli.progress import progress
+from aioengine.cli.struct_flags import FieldsOf, flag_set
+from aioengine.lab.runs.experiment import Experiment
+from aioengine.lab.workload.spec import WorkloadSpec, read_workload
 
 if TYPE_CHECKING:
     from aioengine.lab.runs.sizing import Sizing, Trial
 
 
-@flag_set("Size", 4)
-class SizeFlags(Flags):
+@flag_set(
+    "Size", 4, FieldsOf(Experiment, only=("policy", "slots", "seed")), FieldsOf(WorkloadSpec, only=("limit",))
+)
+class SizeFlags(SystemFlags):
     workload: Given
     """Workload: TOML or JSON with its fields, an experiment.json, or a trace."""
     slo: Annotated[Texts, Parameter(show_default=False)]
     """Objectives: ttft_p99=2.0, itl_p95=0.05, latency_mean=8, goodput=0.95, served=0.99."""
-    policy: str | None = None
-    """Name in aioengine policies (fcfs)."""
-    slots: int | None = None
-    """Adapter slots of each replica (8)."""
-    max_replicas: Count | None = None
-    """Maximum replicas to try (16)."""
+    max_replicas: Count = 16
+    """Maximum replicas to try."""
     seeds: int = 3
     """Runs of each size; up to three times as many where the result is not clear."""
-    seed: int | None = None
-    """First seed (0)."""
-    limit: int | None = None
-    """Maximum requests of the workload."""
     jobs: Count | None = None
     """Parallel runs (as many as cores)."""
     out: Path = Path("lab-size")
     """Folder for the results: size.json, and the runs."""
 
 
-def size(
-    *,
-    flags: SizeFlags,
-    system: SystemFlags | None = None,
-    common: CommonFlags | None = None,
-) -> int:
+def size(*, flags: SizeFlags) -> int:
     """Find the smallest number of replicas that keeps an SLO.
 
     Every number is run with the serving engine in simulated time, over several seeds. It is accepted if the
     whole 95% interval keeps every objective. Prints what bounds the answer. Exits with 1 if no number that
     was tried keeps the objectives.
     """
-    from aioengine.cli.progress import progress
     from aioengine.lab.runs.sizing import Sizing, parse_objectives
     from aioengine.lab.workload.extra import check_extra
-    from aioengine.lab.workload.spec import read_workload
 
     check_extra()
-    objectives, system = parse_objectives(flags.slo), system or SystemFlags()
-    workload = read_workload(flags.workload)
-    if flags.limit is not None:
-        workload = msgspec.structs.replace(workload, limit=flags.limit)
-    most = system.replicas or flags.max_replicas or 16
-    own = {"policy": flags.policy, "slots": flags.slots, "seed": flags.seed, "replicas": most}
-    experiment = make_experiment(None, None, system, own, workload)
+    objectives, workload = parse_objectives(flags.slo), read_workload(flags.workload)
+    most = flags.replicas or flags.max_replicas
+    experiment = make_experiment(None, flags, workload, slo=None, replicas=most)
     check_out(flags.out, "size.json")
     stop, count = Event(), itertools.count(1)
     with progress("sizing") as show, process.cancelling(stop.set):
@@ -82,7 +67,7 @@ def size(
             tried=lambda trial: show(next(count), None, _text(sizing, trial)),
             stopping=stop.is_set,
         )
-        found = sizing.find(1 if system.replicas is None else most, most)
+        found = sizing.find(1 if flags.replicas is None else most, most)
     _write(sizing, found)
     _print(sizing, found)
     print(f"files:  {flags.out}")

@@ -5,25 +5,15 @@ from __future__ import annotations
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
-from cyclopts import Parameter
 
-from aioengine.cli.flags import CommonFlags
+from aioengine.cli.tables import print_table
 from aioengine.errors import ConfigError
 from aioengine.server.access import clients, keys
 
-Texts = Annotated[list[str] | None, Parameter(negative="")]
 
-
-def new(
-    *,
-    tenant: str,
-    scope: Texts = None,
-    adapter: Texts = None,
-    common: CommonFlags | None = None,
-) -> int:
+def new(*, tenant: str, scope: list[str] | None = None, adapter: list[str] | None = None) -> int:
     """Create a key, and print its entry for the keys file.
 
     The entry goes to standard output, so that >> adds it to the file. The key itself goes to standard error,
@@ -47,7 +37,7 @@ def new(
     return 0
 
 
-def hash(*, common: CommonFlags | None = None) -> int:
+def hash() -> int:
     """Read a key from standard input, and print its hash for the keys file."""
     if sys.stdin.isatty():
         from getpass import getpass
@@ -64,14 +54,12 @@ def hash(*, common: CommonFlags | None = None) -> int:
     return 0
 
 
-def check(file: Path, *, common: CommonFlags | None = None) -> int:
+def check(file: Path) -> int:
     """Check a keys file, and list what it allows.
 
     Args:
         file: Keys file, as for serve --keys.
     """
-    from aioengine.cli.tables import print_table
-
     found = keys.read_keys_file(file)
     rows = []
     for entry in found.keys:

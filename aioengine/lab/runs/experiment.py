@@ -45,8 +45,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     workload: WorkloadSpec
     policy: Policy = "fcfs"
-    """Policy, as in ``EngineConfig.policy``; in the lab "oracle", and any policy or part whose constructor
-    takes ``future``, is given the arrivals to come."""
+    """Name in ``aioengine policies``, or my_policy.py:MyPolicy, or a table; "oracle", and any policy or part
+    whose constructor takes ``future``, is given the arrivals to come."""
     preset: str = "llama3-8b-h100"
     """A cost model that comes with aioengine, or the path of one that ``lab calibrate`` has written."""
     slots: Count = 8
