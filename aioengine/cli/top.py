@@ -137,7 +137,7 @@ def frame(now: dict[str, Any], before: dict[str, Any] | None, width: int, height
         room = max(2, height - OTHER_LINES)
         most_slots = min(len(slots), max(room // 2, room - len(requests)))
         most_requests = room - most_slots
-    tables = [slots_table(slots, most_slots, width), Text(), _requests(requests, most_requests, width)]
+    tables = slots_table(slots, most_slots, width), Text(), _requests(requests, most_requests, width)
     return Group(*map(Text, lines), Text(), *tables)
 
 

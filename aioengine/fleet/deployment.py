@@ -19,10 +19,8 @@ from aioengine.memory_plan import MemoryPlan, available_memory, plan_from_config
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import TracerProvider
     from ray.serve import Application
 
-    from aioengine.fleet.gateway.client import FleetClient
     from aioengine.model.text.tokenizer import Tokenizer
 
 MAX_STREAMS = 10_000
@@ -134,7 +132,7 @@ def plan_replica(config: FleetConfig, *, share: int | None = None) -> tuple[Flee
 
 
 class GatewayModel(NamedTuple):
-    """Parts of the model that a gateway needs."""
+    """Parts of the model that a gateway's client takes."""
 
     plan: MemoryPlan
     """Memory plan of one replica."""
@@ -152,28 +150,13 @@ def read_model(config: FleetConfig, plan: MemoryPlan | None = None) -> GatewayMo
     return GatewayModel(plan_replica(config)[1] if plan is None else plan, path, tokenizer)
 
 
-def make_client(
-    config: FleetConfig,
-    handle: Any,
-    model: GatewayModel,
-    tracer_provider: TracerProvider | None = None,
-    *,
-    gateway: str | None = None,
-) -> FleetClient:
-    """Make a client that is not started yet."""
-    from aioengine.fleet.gateway.client import FleetClient
-
-    return FleetClient(
-        config, handle, model.plan, model.path, model.tokenizer, tracer_provider, gateway=gateway
-    )
-
-
 class Gateway:
     """The server of ``aioengine serve``, run by Serve: the deployment's class."""
 
     async def __init__(self, config: FleetConfig, replicas: Any) -> None:  # type: ignore[misc] # Serve awaits it
         from ray import serve
 
+        from aioengine.fleet.gateway.client import FleetClient
         from aioengine.server.app import create_app
         from aioengine.server.settings import settings_from
 
@@ -184,7 +167,7 @@ class Gateway:
         config = msgspec.structs.replace(config, name=serve.get_replica_context().app_name)
         self._traces = otlp_provider(config.otlp_endpoint)
         model = await asyncio.to_thread(read_model, config)
-        self._client = make_client(config, replicas, model, tracer_provider=self._traces)
+        self._client = FleetClient(config, replicas, *model, self._traces)
         await self._client.start()
         self._app = create_app(self._client, settings, tracer_provider=self._traces)
         await self._app.context.defaults()

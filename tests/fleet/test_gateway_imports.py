@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from aioengine import EngineConfig
 from aioengine.fleet import FleetConfig
-from aioengine.fleet.deployment import make_client, plan_replica, read_model
+from aioengine.fleet.deployment import plan_replica, read_model
 config = FleetConfig(engine=EngineConfig(model=sys.argv[1], device=sys.argv[2]), replicas=2)
 planned, plan = plan_replica(config, share=2)
 model = read_model(config, plan)

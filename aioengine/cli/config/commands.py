@@ -92,7 +92,9 @@ def schema() -> int:
 def file_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a configuration file."""
     _, parts = msgspec.json.schema_components(
-        (EngineConfig, ServerFlags, FleetConfig), schema_hook=_path_schema, ref_template="#/$defs/{name}"
+        (EngineConfig, ServerFlags, FleetConfig),
+        schema_hook=lambda path: {"type": "string"},
+        ref_template="#/$defs/{name}",
     )
     fields, fleet = parts.pop("EngineConfig"), parts["FleetConfig"]
     fields["properties"] |= {
@@ -105,12 +107,6 @@ def file_schema() -> dict[str, Any]:
     for name in ELSEWHERE:
         del fleet["properties"][name]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **fields, "$defs": parts}
-
-
-def _path_schema(kind: type) -> dict[str, Any]:
-    if kind is Path:
-        return {"type": "string"}
-    raise NotImplementedError(kind)
 
 
 def _defaults(kind: type[msgspec.Struct]) -> dict[str, Any]:

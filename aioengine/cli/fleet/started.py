@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from aioengine.errors import ConfigError
@@ -37,7 +37,7 @@ async def started_fleet(
 
     Raises ConfigError, if possible before anything is started.
     """
-    from aioengine.fleet.deployment import make_client, plan_replica, read_model, replica_application
+    from aioengine.fleet.deployment import plan_replica, read_model, replica_application
 
     cluster.require_ray()
     where = cluster.address()
@@ -61,21 +61,23 @@ async def started_fleet(
         loop.add_signal_handler(signal.SIGTERM, end_by_sigterm)
 
     listen()
-    client: FleetClient | None = None
-    ray: cluster.Cluster | None = None
-    joined: cluster.Gateway | None = None
+    ending = AsyncExitStack()
     try:
         progress("starting Ray", 0, 1)
         reading = asyncio.ensure_future(asyncio.to_thread(read_model, config, plan))  # while Ray starts
         each = config.cpus_per_replica
         ray = await _to_its_end(lambda: cluster.connect(most * each, each))
+        ending.push_async_callback(asyncio.to_thread, ray.close)
         listen()  # again, because Ray installs its own handler
         own = ray.own
         progress("starting replicas", 0, config.replicas)
         joined = await _to_its_end(
             lambda: cluster.open_gateway(config, lambda: replica_application(planned, inherit=own))
         )
-        client = make_client(config, joined.handle, await reading, tracer_provider, gateway=joined.name)
+        if not own:
+            ending.push_async_callback(asyncio.to_thread, joined.close)
+        client = FleetClient(config, joined.handle, *await reading, tracer_provider, gateway=joined.name)
+        ending.push_async_callback(client.stop)
         await _all_there(client, config.name)
         logger.info("fleet %s runs on Ray at %s", config.name, cluster.current_address())
         client.watch_head(cluster.current_address())
@@ -86,7 +88,7 @@ async def started_fleet(
         raise
     finally:
         loop.add_signal_handler(signal.SIGTERM, lambda: None)  # nothing interrupts the end: some seconds
-        await run_to_completion(_end(client, joined, ray))
+        await run_to_completion(ending.aclose())
         loop.remove_signal_handler(signal.SIGTERM)
 
 
@@ -97,29 +99,13 @@ async def _all_there(client: FleetClient, name: str) -> None:
     try:
         while not starting.done():
             await asyncio.wait([starting], timeout=STATUS_SECONDS)
-            failed = starting.done() and starting.exception() is not None
-            why = (
-                await asyncio.to_thread(cluster.why_it_failed, name)
-                if failed or not starting.done()
-                else None
-            )
-            if why is not None:
+            if starting.done() and starting.exception() is None:
+                break
+            if (why := await asyncio.to_thread(cluster.why_it_failed, name)) is not None:
                 raise ConfigError(f"the fleet did not start: {why}")
         starting.result()
     finally:
         await end_tasks([starting])
-
-
-async def _end(
-    client: FleetClient | None, joined: cluster.Gateway | None, ray: cluster.Cluster | None
-) -> None:
-    """Stop the client, then the replicas and Ray."""
-    if client is not None:
-        await client.stop()
-    if ray is not None:
-        if joined is not None and not ray.own:
-            await asyncio.to_thread(joined.close)
-        await asyncio.to_thread(ray.close)
 
 
 async def _to_its_end(work: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -89,7 +89,7 @@ def _comparison(flags: CompareFlags) -> Comparison:
     policies, routers = split_policies(flags.policy or ()), split_policies(filter(None, [flags.router]))
     # The experiment has the first of each.
     asked = {"policy": policies, "router": routers, "slots": flags.slots, "scale": flags.scale}
-    own = {name: values[0] if values else None for name, values in asked.items()}
+    own: dict[str, Any] = {name: values[0] if values else None for name, values in asked.items()}
     experiment = make_experiment(file, flags, **own)
     # Where routers are compared, engines have the same policy unless flags say otherwise.
     default = ["fcfs", "vllm+lru"] if file is None and not routers else [experiment.policy]
