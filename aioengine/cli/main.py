@@ -194,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in listed:
                 listed[name]
         _refuse_removed_flags(tokens)
-        result = app.meta(tokens, result_action="return_value")
+        command, bound, _ = app.meta.parse_args(tokens)
+        result = command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt:
         if process.ending is None:  # else the process says it when it exits
             print("aioengine: interrupted", file=sys.stderr)

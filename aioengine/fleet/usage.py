@@ -55,8 +55,7 @@ class SharedUsage:
         others = [other for other in self._gateways.values() if other is not own]
         for other in others:
             for name, new in usage.items():
-                before = other.mail.get(name, Usage())
-                other.mail[name] = Usage(before.requests + new.requests, before.tokens + new.tokens)
+                other.mail[name] = other.mail.get(name, Usage()).then(new)
         own.active = Counter({**own.active, **{name: new.active for name, new in usage.items()}})
         own.active = +own.active  # without those that have none
         found, own.mail = own.mail, {}

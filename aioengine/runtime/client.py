@@ -40,6 +40,10 @@ class Usage(NamedTuple):
     active: int = 0
     """Requests that are being answered now."""
 
+    def then(self, later: Usage) -> Usage:
+        """Return this and later usage together."""
+        return Usage(self.requests + later.requests, self.tokens + later.tokens, later.active)
+
 
 class ServerMetrics(ScrapedMetrics, Protocol):
     """Metrics that a server adds to: it reports each of its answers to ``http``."""

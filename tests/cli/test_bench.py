@@ -54,7 +54,7 @@ def test_what_the_file_or_the_flags_set_is_kept(
         configs.append(config)
         raise ConfigError("that is enough")
 
-    monkeypatch.setattr("aioengine.engine.AsyncEngine", make)
+    monkeypatch.setattr("aioengine.cli.bench.AsyncEngine", make)
     path = tmp_path / "engine.toml"
     path.write_text(f"model = {str(tiny_text.model)!r}\n{file}\n")
     assert main(["bench", *SMALL, "--config", str(path), *flags, "--adapters", "9", "--rank", "5"]) == 2

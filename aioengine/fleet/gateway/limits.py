@@ -7,6 +7,7 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from aioengine.runtime.client import Usage
 from aioengine.tasks import end_tasks
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ logger = logging.getLogger("aioengine.fleet")
 SHARE_SECONDS = 0.5
 """Seconds between two exchanges. A limit is exceeded by at most the requests of two intervals: one until a
 gateway has reported its usage, and one until the others have received the report."""
-
-
 ALIVE_SECONDS = 10.0
 """The same where there are no limits: the registry has to hear now and then that this gateway lives."""
 
@@ -48,10 +47,11 @@ class SharedLimits:
             await end_tasks([self._task])
 
     async def _run(self, registry: Any) -> None:
-        kept: dict[str, Any] = {}
+        kept: dict[str, Usage] = {}
         while True:
             for ledger in self._ledgers:
-                kept = _added(kept, ledger.take_usage())
+                for name, usage in ledger.take_usage().items():
+                    kept[name] = kept.get(name, Usage()).then(usage)
             try:
                 found = await registry.exchange.remote(self._gateway, kept)
                 if found is None:
@@ -68,13 +68,3 @@ class SharedLimits:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ALIVE_SECONDS):
                     await self._has_limits.wait()
-
-
-def _added(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    found = dict(before)
-    for name, usage in new.items():
-        old = found.get(name)
-        if old is not None:
-            usage = usage._replace(requests=usage.requests + old.requests, tokens=usage.tokens + old.tokens)
-        found[name] = usage
-    return found
