@@ -158,11 +158,9 @@ def parse_keys(entries: Sequence[str], *, source: str) -> dict[str, str]:
 KEY_VARIABLE = "AIOENGINE_API_KEYS"
 ADMIN_KEY_VARIABLE = "AIOENGINE_ADMIN_KEYS"
 
-_LISTENING = (
-    *("host", "port", "tls_cert", "tls_key", "trusted_proxy", "max_connections", "header_timeout"),
-    *("keep_alive", "send_timeout", "grace_seconds", "drain_delay", "keep_dead", "log_format"),
-    "otlp_endpoint",
-)
+_LISTENING = {*ListenSettings.__struct_fields__} - {"tls", "trusted_proxies"}
+_LISTENING |= {"tls_cert", "tls_key", "trusted_proxy", "otlp_endpoint"}
+_LISTENING |= {"grace_seconds", "drain_delay", "keep_dead", "log_format"}
 """Fields that concern the process which listens, and not its answers."""
 _NOT_SAME = {"api_keys", "admin_keys", "keys_file", "schemas", "reword", "retry_after", "seed"}
 _NOT_SAME |= {"served_model_names", "allowed_hosts", "allow_origins", "request_timeout"}
