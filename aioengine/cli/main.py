@@ -137,7 +137,6 @@ def build_app(*, full_help: bool = False, unknown: list[str] | None = None) -> A
             help_epilogue=f"{_examples(command)}\n\n{more}",
             config=sources([] if unknown is None else unknown) if command in _OF_A_SERVER else (),
         )
-    app.meta.config = Env(PREFIX, command=False)
     app.register_install_completion_command(
         help="Set up completion for your shell.", group=Group("Setup", sort_key=100)
     )
@@ -187,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app = build_app(full_help=HELP_ALL in tokens, unknown=unknown)
         app.meta.default(run)
+        app.meta.config = Env(PREFIX, command=False)
         # Listed commands are imported for their one-line descriptions.
         asked = tokens[:-1] if tokens and tokens[-1] in (*HELP_FLAGS, HELP_ALL) else tokens
         if not asked or (len(asked) == 1 and asked[0] in GROUPS):

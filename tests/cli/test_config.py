@@ -318,6 +318,22 @@ async def test_a_file_on_a_disk_that_hangs_is_given_up(
     assert "stays as it was: its files could not be read within 0.01 s" in caplog.text and not reloader.good
 
 
+def test_the_command_line_is_parsed_again_with_what_the_file_says_then(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[reloads.Reloader] = []
+    monkeypatch.setattr("aioengine.cli.serve.configure_logging", lambda form, level: None)
+    monkeypatch.setattr("aioengine.cli.serve._serve", lambda *arguments: readers.append(arguments[-1]))
+    monkeypatch.setattr("aioengine.cli.serve.run", lambda served: 0)
+    assert main(["serve", "--config", str(file), "--max-choices", "7"]) == 0
+    file.write_text(file.read_text().replace("max_num_seqs = 3", "max_num_seqs = 5") + "max_choices = 9\n")
+    now = readers[0]._read()
+    assert (now.config.max_num_seqs, now.flags.max_choices) == (5, 7)
+    file.write_text(f"{file.read_text()}default_max_tokens = 'x'\n")
+    with pytest.raises(ConfigError, match="default-max-tokens"):
+        readers[0]._read()
+
+
 @pytest.mark.parametrize(("given", "policy"), [(None, "fair"), ("fcfs", "fcfs"), ("vtc", "vtc")])
 def test_a_server_shares_between_tenants_unless_a_policy_is_given(given: str | None, policy: str) -> None:
     assert server_config(EngineFlags(policy=given)).policy == policy
