@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import count, islice
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
@@ -19,8 +19,10 @@ from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AioEngineError
 from aioengine.request import for_choice
-from aioengine.runtime.output import RequestOutput
 from aioengine.tasks import end_tasks, together
+
+if TYPE_CHECKING:
+    from aioengine.runtime.output import RequestOutput
 
 
 async def run_batch(
