@@ -233,28 +233,20 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
     async def _read(
         self, name: str, path: str, progress: Progress, files: AdapterSource | None
     ) -> tuple[LoadedAdapter, AdapterImage]:
-        def read() -> AdapterImage:
+        def read() -> tuple[LoadedAdapter, AdapterImage]:
             try:
-                return self.store.read(name, path, progress, files)
+                draft = self.store.begin(name, path, progress, files)
+                image = self.store.finish(draft)
+                return draft.loaded, image
             finally:
                 progress.running = False
 
         try:
-            image = await self._threads.start(read)
+            return await self._threads.start(read)
         except (MemoryError, RuntimeError) as error:
             if (known := out_of_memory(error, name, path)) is None:
                 raise
             raise known from error
-        found = LoadedAdapter(
-            image.rank,
-            image.nbytes,
-            image.digest,
-            labels=image.labels,
-            slot_nbytes=image.data.nbytes,
-            invocation=image.invocation,
-            scalable=image.scalable,
-        )
-        return found, image
 
     def _keep(self, uid: int, content: AdapterImage) -> None:
         self.store.put(uid, content)

@@ -12,7 +12,7 @@ import torch
 from aioengine.adapters.peft.dora import BaseWeights, Draft, output_affine
 from aioengine.adapters.peft.folding.mix import add_up
 from aioengine.adapters.peft.pack import PackedAdapter
-from aioengine.adapters.peft.read import KnownContents, read_adapter
+from aioengine.adapters.peft.read import KnownPlans, read_adapter
 from aioengine.adapters.peft.values import is_finite
 from aioengine.adapters.read_threads import Progress
 from aioengine.model.buffer import Allocate, pageable
@@ -48,7 +48,7 @@ class AdapterStore:
         affine_dtype: torch.dtype | None = None,
         max_tokens: int = 0,
     ) -> None:
-        self._known = KnownContents()
+        self._known: KnownPlans = {}
         holds = elements_of(dtype, affine_dtype)
         self._allocate = allocate or pageable
         self._floats = SlotLayout(spec, max_rank, target_modules, shard, max_tokens=max_tokens)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.peft_files import CONFIG, PREFIX, WEIGHTS, edit_config, make, read
 
-from aioengine.adapters.peft.read import KnownContents
+from aioengine.adapters.peft.read import KnownPlans
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
 
 BIN = "adapter_model.bin"
@@ -139,21 +139,21 @@ def test_a_header_longer_than_any_adapters_is_not_read(adapter: Path) -> None:
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("change", [8 << 30, 3, 1])
 def test_more_data_than_the_header_says(adapter: Path, known: bool, change: int) -> None:
-    contents = KnownContents() if known else None
-    read(adapter, known=contents)
+    contents: dict[str, KnownPlans] = {"known": {}} if known else {}
+    read(adapter, **contents)
     os.truncate(adapter / WEIGHTS, (adapter / WEIGHTS).stat().st_size + change)
-    assert "malformed" in str(refusal(adapter, known=contents))
+    assert "malformed" in str(refusal(adapter, **contents))
 
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("left", [0.99, 0.5, 0.001])
 def test_less_data_than_the_header_says(adapter: Path, known: bool, left: float) -> None:
-    contents = KnownContents() if known else None
-    read(adapter, known=contents)
+    contents: dict[str, KnownPlans] = {"known": {}} if known else {}
+    read(adapter, **contents)
     file = adapter / WEIGHTS
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     os.truncate(file, header + int((file.stat().st_size - header) * left))
-    error = refusal(adapter, known=contents)
+    error = refusal(adapter, **contents)
     assert "truncated" in str(error) and not error.transient and isinstance(error, AdapterInvalid)
 
 
@@ -296,11 +296,11 @@ def test_any_header_is_refused(saved: Path, header: dict[str, Any], size: int, l
 @settings(max_examples=60, deadline=None)
 @given(cut=st.floats(0, 1), file=st.sampled_from([CONFIG, WEIGHTS]), known=st.booleans())
 def test_any_truncation_is_refused(saved: Path, cut: float, file: str, known: bool) -> None:
-    contents = KnownContents() if known else None
-    read(saved, known=contents)
+    contents: dict[str, KnownPlans] = {"known": {}} if known else {}
+    read(saved, **contents)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(shutil.copytree(saved, Path(name) / "sql"))
         size = (folder / file).stat().st_size
         os.truncate(folder / file, min(int(size * cut), size - 1))
         with pytest.raises(AdapterInvalid):
-            read(folder, known=contents)
+            read(folder, **contents)

@@ -19,7 +19,7 @@ from aioengine.adapters import loader as loaders
 from aioengine.adapters.loader import MAX_HANGING, AdapterLoader, Backoff, Patience
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
 from aioengine.lab.simulation.clock import VirtualTimeLoop
-from aioengine.step import ReadOrder
+from aioengine.step import LoadedAdapter, ReadOrder
 
 Read = Callable[[], Any]
 
@@ -90,17 +90,12 @@ class FakeStore:
         self.reads = reads
         self.kept: dict[int, Any] = {}
 
-    def read(self, name: str, path: str, progress: Any, files: Any) -> Any:
+    def begin(self, name: str, path: str, progress: Any, files: Any) -> Any:
         self.reads.get(name, lambda: None)()
-        return SimpleNamespace(
-            rank=4,
-            nbytes=10,
-            data=SimpleNamespace(nbytes=10),
-            digest=name,
-            labels=0,
-            invocation=(),
-            scalable=True,
-        )
+        return SimpleNamespace(loaded=LoadedAdapter(4, 10, name))
+
+    def finish(self, draft: Any) -> Any:
+        return draft
 
     def put(self, uid: int, packed: Any) -> None:
         self.kept[uid] = packed

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.peft_files import base_model, edit_config, make, read, refused
 
 from aioengine.adapters.peft.patterns import Pattern, PatternError
-from aioengine.adapters.peft.read import KnownContents
+from aioengine.adapters.peft.read import KnownPlans
 
 NAMES = [
     *(
@@ -130,7 +130,7 @@ def test_the_tensors_say_which_modules_where_an_expression_is_not_taken(
     tmp_path: Path, fields: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     make(tmp_path, **fields)
-    known = KnownContents()
+    known: KnownPlans = {}
     actual = [read(tmp_path, known=known) for _ in range(2)]
     config = peft.LoraConfig(**{"r": 4, **fields})
     model = peft.get_peft_model(base_model(), config)

@@ -17,7 +17,7 @@ from support.selection import mostly_slow
 from torch import Tensor
 
 from aioengine.adapters.peft.pack import PackedAdapter
-from aioengine.adapters.peft.read import KnownContents
+from aioengine.adapters.peft.read import KnownPlans
 from aioengine.errors import AdapterError, AdapterInvalid
 from aioengine.model.parallel.group import Shard, take
 from aioengine.model.slots.image import build_image
@@ -54,7 +54,8 @@ def test_a_share_is_the_part_of_the_whole_that_the_slot_holds(
     make(tmp_path, **CASES[case])
     whole = read(tmp_path, target_modules=TARGETABLE_MODULES)
     for rank in range(size):
-        slot, known = slot_of(rank, size, fully_sharded), KnownContents()
+        slot = slot_of(rank, size, fully_sharded)
+        known: KnownPlans = {}
         shares = [read_share(tmp_path, slot, known=known) for _ in range(2)]  # and with a known header
         for packed in shares:
             check_share(packed, whole, slot)

@@ -63,9 +63,9 @@ def test_a_configuration_arrives_whole() -> None:
     config = EngineConfig(
         model="/m", kv_cache_memory="1GiB", lora=LoRAConfig(target_modules=["q_proj"], max_loras=7)
     )
-    start = Request(0, Start(config, 1, 2, "/somewhere"))
+    start = Request(0, Start(config, "/somewhere"))
     assert wire.requests.decode(frame(start)[8:]) == start
-    bare = Request(0, Start(EngineConfig(model="/m", lora=None), 0, 1, ""))
+    bare = Request(0, Start(EngineConfig(model="/m", lora=None), ""))
     assert wire.requests.decode(frame(bare)[8:]) == bare
 
 

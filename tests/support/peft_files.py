@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from aioengine.adapters.peft.pack import PackedAdapter
-from aioengine.adapters.peft.read import KnownContents, read_adapter
+from aioengine.adapters.peft.read import read_adapter
 from aioengine.errors import AdapterError, AdapterInvalid
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
@@ -75,8 +75,7 @@ def read(folder: Path, spec: ModelSpec = SPEC, **options: Any) -> PackedAdapter:
     of the base model there is nothing to compare with unless ``base_weight`` is among them."""
     max_rank, modules = options.pop("max_rank", 16), options.pop("target_modules", LORA_MODULES)
     slot = options.pop("slot", None) or SlotLayout(spec, max_rank, modules)
-    known = options.pop("known", None) or KnownContents()
-    defaults = {"known": known, "base_weight": lambda _: torch.empty(0)}
+    defaults = {"known": {}, "base_weight": lambda _: torch.empty(0)}
     dtype, finite = options.pop("dtype", torch.float32), options.pop("finite", True)
     found = read_adapter("sql", folder, slot, dtype=dtype, **{**defaults, **options})
     if finite:

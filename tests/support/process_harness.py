@@ -78,9 +78,10 @@ async def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nothi
 def preloaded_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are forked with their imports, for tests that are not about their processes."""
 
-    async def start(connection: int) -> preloaded.Program:
+    async def start(rank: int, connection: int) -> preloaded.Program:
         return preloaded.start(
             spawn.WORKER_MODULE,
+            str(rank),
             preloaded.Inherited(connection),
             environment=spawn.worker_environment(),
             errors=2,

@@ -29,6 +29,7 @@ from aioengine.errors import AdapterInvalid
 from aioengine.model.linear import WeightRows
 from aioengine.model.slots.image import SERIAL_ELEMENTS, image_shape
 from aioengine.model.slots.layout import SlotLayout
+from aioengine.step import LoadedAdapter
 
 BaseWeights = Callable[[int, str], tuple[WeightRows, Tensor | None]]
 """``weights(layer, module)``: the base model's weight [out, in] and bias [out], or the rank's shares of
@@ -95,6 +96,20 @@ class Draft:
         tokens = None if packed.tokens is None else packed.tokens.tables
         self.slot_nbytes = image_shape(layout, ranks, affine, dtype, tokens).nbytes
         """Bytes that the adapter takes in a slot."""
+
+    @property
+    def loaded(self) -> LoadedAdapter:
+        """What the core learns of the adapter. Waits for its digest."""
+        packed, head = self.packed, self.packed.head
+        return LoadedAdapter(
+            packed.rank,
+            self.slot_nbytes + (0 if head is None else head.nbytes),
+            packed.digest,
+            labels=0 if head is None else len(head.weight),
+            slot_nbytes=self.slot_nbytes,
+            invocation=packed.invocation,
+            scalable=packed.scalable,
+        )
 
     @property
     def squares(self) -> bytes:

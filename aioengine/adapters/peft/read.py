@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ from aioengine.step import HeldFiles
 
 logger = logging.getLogger("aioengine")
 
+MAX_KNOWN = 8
 HASHED_BYTES = 2 << 20
 """Bytes that are hashed while the next are read."""
 MAX_ITEM_BYTES = 4
@@ -77,26 +77,9 @@ class _Digest:
         self._thread.shutdown(wait=False)
 
 
-class KnownContents:
-    """The plans for the latest few files. Adapters that were trained alike have the same configuration and
-    header, and for a model with many experts it takes long to derive from these what goes where. Used by
-    several threads."""
-
-    SIZE = 8
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[bytes, SafetensorsHeader], Plan] = {}
-        self._lock = Lock()
-
-    def get(self, config: bytes, header: SafetensorsHeader, find: Callable[[], Plan]) -> Plan:
-        found = self._known.get((config, header))
-        if found is None:
-            found = find()
-            with self._lock:
-                self._known[config, header] = found
-                while len(self._known) > self.SIZE:
-                    del self._known[next(iter(self._known))]
-        return found
+KnownPlans = dict[tuple[bytes, SafetensorsHeader], Plan]
+"""The latest few plans, by configuration and header. Adapters that were trained alike have the same, and for
+a model with many experts it takes long to derive from these what goes where. Several threads may share it."""
 
 
 def read_adapter(
@@ -106,7 +89,7 @@ def read_adapter(
     *,
     dtype: torch.dtype,
     base_weight: Callable[[str], Tensor],
-    known: KnownContents,
+    known: KnownPlans,
     progress: Progress | None = None,
     files: HeldFiles | None = None,
 ) -> PackedAdapter:
@@ -118,7 +101,7 @@ def read_adapter(
         base_weight: The base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
             saves that weight along with an adapter on it; the saved copy is compared with this one and left
             out.
-        known: What was derived before for the same ``slot``.
+        known: The plans that were made before for the same ``slot``.
         progress: Told of each call on the folder's files.
         files: Read these in place of a folder.
 
@@ -145,7 +128,7 @@ def read_adapter(
 
 
 def _read(
-    folder: AdapterFolder, slot: SlotLayout, known: KnownContents, adapter: str
+    folder: AdapterFolder, slot: SlotLayout, known: KnownPlans, adapter: str
 ) -> tuple[Plan, Buffer, bytes, Callable[[], str]]:
     """Read the files: what to do with the tensors' data, the data, pooling's configuration if there is one,
     and a function that waits for the digest, which only the first of several ranks computes."""
@@ -158,7 +141,10 @@ def _read(
         with folder.open(SAFETENSORS_FILE) as file:
             header = SafetensorsHeader.read(file)
             digest.update(header.raw)
-            plan = known.get(text, header, lambda: _plan(text, header, slot, adapter))
+            plan = known.get((text, header)) or _plan(text, header, slot, adapter)
+            known[text, header] = plan
+            for old in list(known)[:-MAX_KNOWN]:
+                known.pop(old, None)
             data = Buffer(max(1, header.data_bytes))
             for begin in range(0, header.data_bytes, HASHED_BYTES):
                 view = data.view[begin : min(begin + HASHED_BYTES, header.data_bytes)]

@@ -101,7 +101,7 @@ class ProcessDevice(Device):
             masks = await loop.run_in_executor(self._guides, _ask_constraints, rows, alone, self._vocab)
             found = {places[i]: mask for i, mask in masks.found.items()}
             failed = {places[i]: why for i, why in masks.failed.items()}
-            workers.tell(Masks(batch.step, found | dict.fromkeys(failed, b"")))
+            workers.tell(Masks(found | dict.fromkeys(failed, b"")))
             result = _of_all_ranks(await results)
         except Exception as error:
             result = error

@@ -78,7 +78,7 @@ async def spawn(
     process: WorkerProcess | None = None
     try:
         with theirs:
-            process = await start_process(theirs.fileno())
+            process = await start_process(rank, theirs.fileno())
         worker = WorkerConnection(rank, process, received, lost)
         await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=ours)
     except BaseException:
@@ -90,14 +90,15 @@ async def spawn(
     return worker
 
 
-async def start_process(connection: int) -> WorkerProcess:
-    """Start a worker that is given the descriptor of its stream. What it prints goes to the standard error of
-    this process."""
+async def start_process(rank: int, connection: int) -> WorkerProcess:
+    """Start the worker of a rank, which is given the descriptor of its stream. What it prints goes to the
+    standard error of this process."""
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",  # no file in the current folder may take the place of a module
         "-m",
         WORKER_MODULE,
+        str(rank),
         str(connection),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=2,  # as its standard error, which it inherits

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pickle
 import struct
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from aioengine.checks import plain
 from aioengine.config import EngineConfig
@@ -37,8 +37,6 @@ class Start(_Message, frozen=True):
     """Asks for the rank's MemoryPlan, once all ranks have found each other."""
 
     config: EngineConfig
-    rank: int
-    size: int
     rendezvous: str
     """A file or "tcp://host:port", where the ranks find each other; "" for one rank."""
 
@@ -50,43 +48,22 @@ class Build(_Message, frozen=True):
     num_blocks: int
 
 
-class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A ``SequenceWork`` without what the workers know of its request."""
-
-    request_id: str
-    slot: int
-    tokens: list[int]
-    start: int
-    blocks: list[int] | None
-    """Its block table; None: as it was."""
-    sample: bool
-    new: list[int]
-    """Tokens to append to its history."""
-    seed: int
-    prompt_len: int
-    score: int = 0
-    draft: list[int] = []
-    scale: float = 1.0
-    params: dict[str, Any] | None = None
-    """The sampling parameters that are not the defaults; with the request's first row, and never with the
-    constraint."""
-    constrained: bool = False
-
-
 class Step(_Message, frozen=True):
     """Asks for a step's StepResult. Only rank 0 has more than the seconds."""
 
     step: int
     ended: list[str]
     """Requests that have ended, and are forgotten before ``rows`` are read."""
-    rows: list[Row]
+    rows: list[Any]
+    """Each row as the list of a ``SequenceWork``'s fields, of which a worker gets only what it does not know:
+    ``history`` has the new tokens, ``block_table`` is None if it is as it was, and ``params``, which come
+    with a request's first row, are those that are not the defaults."""
     slot_ranks: list[int]
 
 
 class Masks(_Message, frozen=True):
     """Follows a step in which a sequence with a constraint is sampled."""
 
-    step: int
     found: dict[int, bytes]
     """Allowed tokens by index in ``rows``; late ones are left out."""
 
@@ -198,69 +175,34 @@ class StepEncoder:
     def encode(self, batch: StepBatch) -> Step:
         """Encode a step, which then counts as sent."""
         ended, self._ended = self._ended, []
-        return Step(batch.step, ended, list(map(self._row, batch.sequences)), list(batch.slot_ranks))
+        return Step(batch.step, ended, list(map(self._news, batch.sequences)), list(batch.slot_ranks))
 
-    def _row(self, work: SequenceWork) -> Row:
+    def _news(self, work: SequenceWork) -> SequenceWork:
         sent, params = self._sent.get(work.request_id), None
         if sent is None:
             sent, params = (0, []), pack_params(work.params)
+            if work.params.constraint is not None:
+                params["constraint"] = True
         known, table = sent
         blocks = None if table == work.block_table else list(work.block_table)
         self._sent[work.request_id] = len(work.history), table if blocks is None else blocks
-        return Row(
-            work.request_id,
-            work.slot,
-            list(work.tokens),
-            work.start,
-            blocks,
-            work.sample,
-            list(work.history[known:]),
-            work.seed,
-            work.prompt_len,
-            work.score,
-            list(work.draft),
-            work.scale,
-            params,
-            work.params.constraint is not None,
-        )
-
-
-class SentMasks:
-    """Masks of the running step. They arrive after the step itself."""
-
-    def __init__(self) -> None:
-        self.step = -1
-        """The running step."""
-        self._latest = Masks(-1, {})
-        self._came = threading.Condition()
-
-    def put(self, masks: Masks) -> None:
-        with self._came:
-            self._latest = masks
-            self._came.notify_all()
-
-    def get(self, index: int) -> bytes | None:
-        """Return the mask of this row of the step, None if it is late; waits for all of them."""
-        with self._came:
-            self._came.wait_for(lambda: self._latest.step == self.step)
-            return self._latest.found.get(index)
+        return replace(work, block_table=blocks, history=work.history[known:], params=params)
 
 
 class SentConstraint:
-    """Stand-in for a constraint that lives in the engine's process; its masks arrive by message."""
+    """Stand-in for a constraint that lives in the engine's process; its masks arrive after the step."""
 
     slow = False
-
-    def __init__(self, masks: SentMasks) -> None:
-        self._masks = masks
-        self.index = 0
-        """Its request's row in the running step."""
+    index: int
+    """Its request's row in the running step."""
+    masks: Future[Mapping[int, bytes]]
+    """Future of the masks of the running step, by row; late ones are left out."""
 
     def begin(self, output: Sequence[int]) -> None:
         """Do nothing, because the engine has already begun."""
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
-        return self._masks.get(self.index)
+        return self.masks.result().get(self.index)
 
     def allowed(self, output: Sequence[int]) -> bytes:
         return self.poll(output, 0) or b""
@@ -272,39 +214,25 @@ class StepDecoder:
     def __init__(self) -> None:
         self._known: dict[str, tuple[SamplingParams, list[int], list[int]]] = {}
         """The parameters, the history and the block table of each request."""
-        self.masks = SentMasks()
 
-    def decode(self, step: Step) -> StepBatch:
+    def decode(self, step: Step, masks: Future[Mapping[int, bytes]]) -> StepBatch:
+        """Decode a step. ``masks`` gets what the constraints of its rows allow."""
         for request_id in step.ended:
             del self._known[request_id]
-        self.masks.step = step.step
-        return StepBatch(step.step, list(map(self._work, count(), step.rows)), step.slot_ranks)
-
-    def _work(self, index: int, row: Row) -> SequenceWork:
-        if row.params is not None:
-            constraint = SentConstraint(self.masks) if row.constrained else None
-            self._known[row.request_id] = SamplingParams(**row.params, constraint=constraint), [], []
-        params, history, blocks = self._known[row.request_id]
-        if isinstance(params.constraint, SentConstraint):
-            params.constraint.index = index
-        history += row.new
-        if row.blocks is not None:
-            blocks[:] = row.blocks
-        return SequenceWork(
-            row.request_id,
-            row.slot,
-            row.tokens,
-            row.start,
-            blocks,
-            row.sample,
-            params,
-            row.seed,
-            history,
-            row.prompt_len,
-            row.score,
-            row.draft or (),
-            row.scale,
-        )
+        works = [SequenceWork(*row) for row in step.rows]
+        for index, work in enumerate(works):
+            packed: Any = work.params
+            if packed is not None:
+                constraint = SentConstraint() if packed.pop("constraint", False) else None
+                self._known[work.request_id] = SamplingParams(**packed, constraint=constraint), [], []
+            work.params, history, blocks = self._known[work.request_id]
+            if isinstance(work.params.constraint, SentConstraint):
+                work.params.constraint.index, work.params.constraint.masks = index, masks
+            history += work.history
+            if work.block_table is not None:
+                blocks[:] = work.block_table
+            work.history, work.block_table = history, blocks
+        return StepBatch(step.step, works, step.slot_ranks)
 
 
 # Errors and frames

@@ -1,8 +1,8 @@
 """A worker: one rank of the model in a separate process.
 
-Started as ``python -m aioengine.executors.process.worker FD``. It exits at once when the other end of its
-socket FD closes, and leaves nothing to clean up. The main thread receives requests. Steps run in one thread,
-copies in another, and each read in its own, as with the thread device.
+Started as ``python -m aioengine.executors.process.worker RANK FD``. It exits at once when the other end of
+its socket FD closes, and leaves nothing to clean up. The main thread receives requests. Steps run in one
+thread, copies in another, and each read in its own, as with the thread device.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,7 +32,7 @@ from aioengine.executors.process import wire
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.cuda.failures import device_error
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloGroup
-from aioengine.step import LoadedAdapter, StepResult
+from aioengine.step import StepResult
 
 if TYPE_CHECKING:
     from aioengine.adapters.peft.dora import Draft
@@ -46,13 +46,14 @@ REPORT_SECONDS = 0.05
 
 
 class Worker:
-    """A worker process. ``connection`` is the engine's socket. Its parts of the model exist after
+    """The worker process of a rank. ``connection`` is the engine's socket. Its parts of the model exist after
     ``_build``."""
 
     _runner: ModelRunner
     _store: AdapterStore
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, rank: int, connection: socket.socket) -> None:
+        self._rank = rank
         self._connection = connection
         self._sending = threading.Lock()
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
@@ -73,9 +74,10 @@ class Worker:
     def _dispatch(self, number: int, message: wire.Message) -> None:
         match message:
             case wire.Step():
-                self._between_steps(number, partial(self._step, message))
+                self._masks = Future[Mapping[int, bytes]]()
+                self._between_steps(number, partial(self._step, message, self._masks))
             case wire.Masks():
-                self._steps.masks.put(message)
+                self._masks.set_result(message.found)
             case wire.Read():
                 self._reads.read(number, message, self._store)
             case wire.Finish():
@@ -116,11 +118,12 @@ class Worker:
 
         from aioengine.model.parallel.group import rank_threads
 
-        torch.set_num_threads(rank_threads(start.size))
-        self._config = start.config
-        lora = start.config.lora
-        self._shard = Shard(start.rank, start.size, lora is not None and lora.fully_sharded_loras)
-        self._plan = plan_parts(start.config, self._shard)
+        config, lora = start.config, start.config.lora
+        size = config.tensor_parallel_size
+        torch.set_num_threads(rank_threads(size))
+        self._config = config
+        self._shard = Shard(self._rank, size, lora is not None and lora.fully_sharded_loras)
+        self._plan = plan_parts(config, self._shard)
         self._group = _join(self._shard, self._plan.memory.device, start.rendezvous)
         return self._plan.memory
 
@@ -131,8 +134,8 @@ class Worker:
         gc.freeze()  # a full collection would visit all of it, within a step
         return self._runner.kernels, self._runner.variance
 
-    def _step(self, step: wire.Step) -> StepResult:
-        result = self._runner.execute(self._steps.decode(step))
+    def _step(self, step: wire.Step, masks: Future[Mapping[int, bytes]]) -> StepResult:
+        result = self._runner.execute(self._steps.decode(step, masks))
         return result if self._shard.rank == 0 else StepResult((), (), result.seconds)
 
     def _send(self, report: wire.Report) -> None:
@@ -184,21 +187,12 @@ class _Reads:
 
         def work() -> wire.ReadDone:
             draft = store.begin(order.name, order.path, progress, order.files)
-            squares, found = draft.squares, draft.packed
+            squares = draft.squares
             if squares:
                 read.draft = draft
             else:
                 read.image = store.finish(draft)
-            share = LoadedAdapter(
-                found.rank,
-                draft.slot_nbytes + (0 if found.head is None else found.head.nbytes),
-                found.digest,
-                labels=0 if found.head is None else len(found.head.weight),
-                slot_nbytes=draft.slot_nbytes,
-                invocation=found.invocation,
-                scalable=found.scalable,
-            )
-            return wire.ReadDone(share, found.version, squares)
+            return wire.ReadDone(draft.loaded, draft.packed.version, squares)
 
         self._start(number, work, order.name, order.path)
 
@@ -286,11 +280,12 @@ def main() -> NoReturn:
     # Torch's warning; NumPy is not needed here.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     _leave_ending_to_the_engine()
-    connection = socket.socket(fileno=int(sys.argv[1]))
+    rank, descriptor = map(int, sys.argv[1:])
+    connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
     connection.setblocking(True)
     try:
-        Worker(connection).run()
+        Worker(rank, connection).run()
     except BaseException:
         traceback.print_exc()
         os._exit(1)

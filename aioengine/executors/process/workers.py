@@ -85,7 +85,8 @@ class Workers:
         folder = tempfile.TemporaryDirectory(prefix="aioengine-") if self.size > 1 else nullcontext("")
         with folder as path:  # of the file by which the ranks find each other
             try:
-                plans = await self._plan(await run_to_completion(self._spawn(path)))
+                rendezvous = await run_to_completion(self._spawn(path))
+                plans = await self.ask(wire.Start(self._config, rendezvous), MemoryPlan)
                 blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
                 [(self.kernels, self.variance), *_] = await self.ask(
                     wire.Build(blocks), tuple[str, str | None]
@@ -127,14 +128,6 @@ class Workers:
                 raise EngineDead(f"a worker process could not be started: {result}") from result
         return folder and os.path.join(folder, "ranks")
 
-    def _plan(self, rendezvous: str) -> asyncio.Future[list[MemoryPlan]]:
-        plans: asyncio.Future[list[MemoryPlan]] = asyncio.get_running_loop().create_future()
-        number = self._open(_Call(MemoryPlan, partial(_settle, plans)))
-        for worker in self._workers:
-            start = wire.Start(self._config, worker.rank, self.size, rendezvous)
-            worker.write(wire.frame(wire.Request(number, start)))
-        return plans
-
     # Asking
 
     def call(
@@ -147,7 +140,11 @@ class Workers:
         """Send a message to all workers, each of which answers with a ``kind``. ``answered`` is called with
         the answers by rank, or the first failure, when all have answered or are lost; ``moved`` when a worker
         reports that it goes on. Raises the error of their loss, if they were lost."""
-        self._send(wire.Request(self._open(_Call(kind, answered, moved)), message))
+        if self.dead is not None:
+            raise self.dead
+        number = next(self._numbers)
+        self._calls[number] = _Call(kind, answered, moved)
+        self._send(wire.Request(number, message))
 
     def ask(
         self, message: wire.Message, kind: Any, moved: Callable[[], None] | None = None
@@ -166,13 +163,6 @@ class Workers:
         data = wire.frame(request)
         for worker in self._workers:
             worker.write(data)
-
-    def _open(self, call: _Call) -> int:
-        if self.dead is not None:
-            raise self.dead
-        number = next(self._numbers)
-        self._calls[number] = call
-        return number
 
     # Listening
 

@@ -48,7 +48,7 @@ class RankActor:
         with socket.create_server((host, 0)) as other:
             return Place(host, self._server.getsockname()[1], other.getsockname()[1], os.getpid())
 
-    def run(self, secret: bytes) -> None:
+    def run(self, rank: int, secret: bytes) -> None:
         """Serve the engine, which says this secret first, until it is gone; then this process ends."""
         import ray
 
@@ -60,7 +60,7 @@ class RankActor:
         with self._server:
             self._server.settimeout(START_SECONDS)
             connection = _accept(self._server, secret)
-        Worker(connection).run()
+        Worker(rank, connection).run()
 
 
 def _accept(server: socket.socket, secret: bytes) -> socket.socket:
@@ -100,7 +100,7 @@ class RayWorkers(Workers):
             for rank, actor in enumerate(actors):
                 worker = WorkerConnection(rank, actor, self._received, self._ended)
                 secret = secrets.token_bytes(SECRET_BYTES)
-                actor.run(secret)
+                actor.run(rank, secret)
                 async with asyncio.timeout(START_SECONDS):
                     place = actor.place
                     # The lambda is called before the next rank's turn.
@@ -173,8 +173,8 @@ class _Actor:
         self.pid = place.pid
         self._ended: asyncio.Future[Any]
 
-    def run(self, secret: bytes) -> None:
-        self._ended = asyncio.wrap_future(self._handle.run.remote(secret).future())
+    def run(self, rank: int, secret: bytes) -> None:
+        self._ended = asyncio.wrap_future(self._handle.run.remote(rank, secret).future())
         self._ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def wait(self) -> str:

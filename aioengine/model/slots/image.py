@@ -84,11 +84,6 @@ class AdapterImage:
     invocation: tuple[int, ...] = ()
     """The tokens from which on it is applied, if it is an activated LoRA adapter; none: to all tokens."""
 
-    @property
-    def scalable(self) -> bool:
-        """Whether a step can multiply what it adds by a number: it has no gains and shifts."""
-        return not self.has_affine
-
     def matrices(self) -> dict[Key, tuple[Tensor, Tensor]] | None:
         """Return A and B of each place, as views; None if it is more than these, or int8."""
         layout = self.shape.layout
@@ -105,10 +100,6 @@ class AdapterImage:
                     self.data[b : b + n_out * rank].view(n_out, rank),
                 )
         return found
-
-    @property
-    def labels(self) -> int:
-        return 0 if self.head is None else len(self.head.weight)
 
     @property
     def nbytes(self) -> int:
