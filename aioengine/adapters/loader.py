@@ -10,7 +10,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.config import LoRAConfig
@@ -32,6 +32,10 @@ MAX_HANGING = 64
 MAX_HANGING_IN_FOLDER = 32
 """Maximum number of hanging reads of folders that are in one folder, as those of one mount often are."""
 GRACE_SECONDS = 0.5
+"""How long the next read waits for abandoned reads that are in its way. Those that do not hang end within
+this time."""
+BACKOFF_SECONDS = 0.1
+"""Wait before the first retry of a read that failed for a passing reason."""
 POLL_SECONDS = 0.005
 """Interval of polling, which is rare."""
 STOP_SECONDS = 1.0
@@ -48,14 +52,10 @@ class Backoff:
     Architecture Blog, 2015). ``retries`` is how often to try again. The same seed gives the same waits.
     """
 
-    def __init__(self, retries: int, base: float, *, seed: int = 0) -> None:
+    def __init__(self, retries: int, base: float = BACKOFF_SECONDS, *, seed: int = 0) -> None:
         self.retries = retries
         self._base = base
         self._rng = random.Random(seed)
-
-    def seconds(self, failed: int) -> float:
-        """Return how long to wait after ``failed`` attempts, 1 or more."""
-        return self._base * float(2 ** (failed - 1)) * self._rng.uniform(0.5, 1.0)
 
     async def run(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Call ``attempt`` until it succeeds, and return its result. Waits on the loop's clock, holds nothing
@@ -76,41 +76,19 @@ class Backoff:
                         path=error.path,
                         transient=True,
                     ) from error
-            await asyncio.sleep(self.seconds(failed))
+            await asyncio.sleep(self._base * 2 ** (failed - 1) * self._rng.uniform(0.5, 1.0))
         raise AssertionError("the loop does not end")
 
 
-class Patience(NamedTuple):
-    """How long a loader tries to read an adapter."""
-
-    retries: int = 0
-    """How often a read that failed for a passing reason is tried again, after ``backoff`` seconds, then twice
-    as long, and so on. No thread is held meanwhile."""
-    backoff: float = 0.1
-    timeout: float | None = None
-    """Seconds that a load may take, retries and all; None for ever. A read that does not return is abandoned:
-    it is not counted any more, and its result is dropped."""
-    seed: int = 0
-    """For the random part of the pauses between retries."""
-    grace: float = GRACE_SECONDS
-    """Seconds that the next read waits for abandoned reads that are in its way. Those that do not hang end
-    within this time."""
-
-    @classmethod
-    def of(cls, lora: LoRAConfig | None, seed: int) -> Patience:
-        """Return what an engine's configuration says."""
-        lora = LoRAConfig() if lora is None else lora
-        return cls(retries=lora.load_retries, timeout=lora.load_timeout, seed=seed)
-
-
 class BaseLoader(ABC, Generic[R]):
-    """Loads with retries and a time limit, wherever the reads are done. The caller bounds how many adapters
-    are loaded at once."""
+    """Loads with the retries and the time limit of ``lora``, wherever the reads are done. No thread is held
+    between retries. A read that does not return in time is abandoned: it is not counted any more, and its
+    result is dropped. The caller bounds how many adapters are loaded at once."""
 
-    def __init__(self, patience: Patience) -> None:
-        self._backoff = Backoff(patience.retries, patience.backoff, seed=patience.seed)
-        self._timeout = patience.timeout
-        self._grace = patience.grace
+    def __init__(self, lora: LoRAConfig | None = None, seed: int = 0) -> None:
+        lora = LoRAConfig() if lora is None else lora
+        self._backoff = Backoff(lora.load_retries, seed=seed)
+        self._timeout = lora.load_timeout
         self._open: list[Progress] = []
         """Reads that may still run."""
 
@@ -159,10 +137,10 @@ class BaseLoader(ABC, Generic[R]):
     # Reads that hang
 
     async def _until_unobstructed(self, name: str, path: str) -> None:
-        """Wait for abandoned reads. Raises AdapterLoadError if they still hang after ``grace``, or others
-        hang."""
+        """Wait for abandoned reads. Raises AdapterLoadError if they still hang after
+        ``GRACE_SECONDS``, or others hang."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + self._grace
+        end = loop.time() + GRACE_SECONDS
         while (reason := self._obstacle(path, abandoned=True)) is not None:
             if loop.time() >= end or self._obstacle(path) is not None:
                 raise AdapterLoadError(
@@ -225,8 +203,8 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
     """Reads run in threads of their own, so that a slow disk holds up neither the event loop nor a model
     step."""
 
-    def __init__(self, store: AdapterStore, patience: Patience) -> None:
-        super().__init__(patience)
+    def __init__(self, store: AdapterStore, lora: LoRAConfig | None = None, seed: int = 0) -> None:
+        super().__init__(lora, seed)
         self.store = store
         self._threads = ReadThreads("aioengine-load")
 

@@ -62,21 +62,14 @@ class AdapterStore:
         self._one_at_a_time: AbstractContextManager[object] = nullcontext() if stream is None else Lock()
         self._images: dict[int, AdapterImage] = {}
 
-    def read(
-        self, name: str, path: str, progress: Progress | None = None, files: AdapterSource | None = None
-    ) -> AdapterImage:
-        """Read and validate an adapter in a process that holds whole adapters. Blocks, so it is called in a
-        loader thread. Does not store the result.
-
-        Raises the adapter errors of :func:`aioengine.adapters.peft.read.read_adapter`.
-        """
-        return self.finish(self.begin(name, path, progress, files))
-
     def begin(
         self, name: str, path: str, progress: Progress | None = None, files: AdapterSource | None = None
     ) -> Draft:
-        """Read a rank's share of an adapter. The other ranks may have to add to it before it is finished.
-        Raises as :meth:`read`."""
+        """Read and validate an adapter, or a rank's share of it, to which the other ranks may have to add
+        before it is finished. Blocks, so it is called in a loader thread.
+
+        Raises the adapter errors of :func:`aioengine.adapters.peft.read.read_adapter`.
+        """
         with self._beside_steps():
             if isinstance(files, MixFiles):
                 parts = [(part, self._part(part, progress)) for part in files.parts]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from aioengine.adapters.loader import AdapterLoader, Patience
+from aioengine.adapters.loader import AdapterLoader
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
@@ -105,7 +105,7 @@ def _build_here(config: EngineConfig, progress: LoadProgress | None) -> Built:
     path, spec, plan = planned = plan_parts(config, progress=progress)
     with typed_failures():
         runner, store = build_parts(config, planned, progress=progress)
-    loader = AdapterLoader(store, Patience.of(config.lora, config.seed))
+    loader = AdapterLoader(store, config.lora, config.seed)
     return Built(spec, plan, None, ThreadDevice(runner, loader), None, path)
 
 

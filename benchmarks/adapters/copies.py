@@ -49,7 +49,7 @@ def reads(
                 time.sleep(rest)
                 began = time.perf_counter()
                 if into_cache:
-                    store.put(0, store.read(path.name, str(path)))
+                    store.put(0, store.finish(store.begin(path.name, str(path))))
                 else:
                     load_file(path / "adapter_model.safetensors")
                 seconds.append(time.perf_counter() - began)

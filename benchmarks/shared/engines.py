@@ -66,7 +66,7 @@ def fill_slots(runner: ModelRunner, path: Path, rank: int) -> None:
         runner.spec, max_rank=rank, target_modules=runner.spec.targets(None), dtype=slots.dtype,
         affine_dtype=runner.model.dtype, weights=runner.model.base_weight,
     )  # fmt: skip
-    image = store.read("adapter", str(path))
+    image = store.finish(store.begin("adapter", str(path)))
     for slot in range(slots.max_loras):
         slots.write(slot, image)
 

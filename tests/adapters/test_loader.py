@@ -16,7 +16,8 @@ import pytest
 from support.waiting import until
 
 from aioengine.adapters import loader as loaders
-from aioengine.adapters.loader import MAX_HANGING, AdapterLoader, Backoff, Patience
+from aioengine.adapters.loader import MAX_HANGING, AdapterLoader, Backoff
+from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.step import LoadedAdapter, ReadOrder
@@ -104,8 +105,9 @@ class FakeStore:
         self.kept.clear()
 
 
-def loader_of(store: FakeStore, **options: Any) -> AdapterLoader:
-    return AdapterLoader(store, Patience(**options))  # type: ignore[arg-type]
+def loader_of(store: FakeStore, retries: int = 0, timeout: float | None = None) -> AdapterLoader:
+    lora = LoRAConfig(load_retries=retries, load_timeout=timeout)
+    return AdapterLoader(store, lora)  # type: ignore[arg-type]
 
 
 async def load(loader: AdapterLoader, uid: int, name: str) -> Any:
@@ -136,7 +138,8 @@ async def test_when_many_reads_hang_no_more_are_started(
     hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loaders, "MAX_HANGING_IN_FOLDER", MAX_HANGING)
-    loader = loader_of(FakeStore(dead=hanging), timeout=0.5, grace=0.0)
+    monkeypatch.setattr(loaders, "GRACE_SECONDS", 0.0)
+    loader = loader_of(FakeStore(dead=hanging), timeout=0.5)
     await asyncio.gather(*(load(loader, i, "dead") for i in range(MAX_HANGING)), return_exceptions=True)
     threads = set(threading.enumerate())
     with pytest.raises(AdapterLoadError, match=rf"{MAX_HANGING} earlier reads hang.*/adapters/dead"):
@@ -147,8 +150,11 @@ async def test_when_many_reads_hang_no_more_are_started(
     assert (await load(loader, 99, "good")).digest == "good"
 
 
-async def test_reads_that_were_only_cancelled_are_waited_for(hanging: Hanging) -> None:
-    loader = loader_of(FakeStore(dead=hanging), grace=60.0)
+async def test_reads_that_were_only_cancelled_are_waited_for(
+    hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "GRACE_SECONDS", 60.0)
+    loader = loader_of(FakeStore(dead=hanging))
     tasks = [asyncio.create_task(load(loader, i, "dead")) for i in range(8)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -171,7 +177,7 @@ async def test_no_thread_is_held_while_a_retry_is_waited_for() -> None:
         loop.call_soon_threadsafe(failed.set)
         raise flaky()
 
-    loader = loader_of(FakeStore(x=fail), retries=1, backoff=1000.0)
+    loader = loader_of(FakeStore(x=fail), retries=20)
     threads = set(threading.enumerate())
     task = asyncio.create_task(loader.load(ReadOrder(0, "x", "/x", lambda: None)))
     await failed.wait()

@@ -106,7 +106,7 @@ def test_reading_starts_no_team_of_threads(tmp_path: Path) -> None:
         before = threads()
         for dtype in (torch.float32, torch.bfloat16):
             store = AdapterStore(spec, max_rank=16, target_modules=["q_proj"], dtype=dtype, weights=None)
-            store.read("a", sys.argv[1])
+            store.finish(store.begin("a", sys.argv[1]))
         deadline = time.monotonic() + 60
         while threads() != before:  # a thread that was joined is listed for a moment longer
             assert time.monotonic() < deadline, "reading"

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from support.steady_device import Steady
 
-from aioengine.adapters.loader import MAX_HANGING_IN_FOLDER, STALL_SECONDS, BaseLoader, Patience
+from aioengine.adapters.loader import MAX_HANGING_IN_FOLDER, STALL_SECONDS, BaseLoader
 from aioengine.adapters.read_threads import Progress
+from aioengine.config import LoRAConfig
 from aioengine.core import Core
 from aioengine.core.adapters.name import LONGEST_SECONDS, MAX_REMEMBERED
 from aioengine.errors import AdapterInvalid, AdapterLoadError
@@ -27,8 +28,8 @@ class Loader(BaseLoader[None]):
     """Reads are tasks that go on when nobody waits for them any more. ``seconds`` says for how long one waits
     in a single call, by the name's first letters; others take 0.05 seconds."""
 
-    def __init__(self, seconds: dict[str, float], *, pieces: int = 1, **options: Any) -> None:
-        super().__init__(Patience(**options))
+    def __init__(self, seconds: dict[str, float], *, pieces: int = 1, timeout: float | None = None) -> None:
+        super().__init__(LoRAConfig(load_retries=0, load_timeout=timeout))
         self.reads: list[str] = []
         self._seconds = seconds
         self._pieces = pieces

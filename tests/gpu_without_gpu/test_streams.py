@@ -138,7 +138,7 @@ def test_dora_computes_beside_the_steps_and_waits_once(tmp_path: Path) -> None:
         store = AdapterStore(
             spec, max_rank=16, target_modules=modules, dtype=torch.float32, weights=weights, stream=stream
         )
-        return store.read("a", str(built)).data
+        return store.finish(store.begin("a", str(built))).data
 
     def rows(layer: int, module: str) -> tuple[WeightRows, Tensor]:
         weight = there[layer, module]
@@ -173,6 +173,6 @@ def test_whole_embeddings_are_compared_beside_the_steps(tmp_path: Path) -> None:
             weights=lambda *_: (WeightRows.of(there), None), stream=torch.cuda.Stream(),
         )  # fmt: skip
         before = world.streams[0].clock["steps"]
-        tokens = store.read("a", str(built)).shape.tokens
+        tokens = store.finish(store.begin("a", str(built))).shape.tokens
         assert tokens is not None and tokens.head.ids == (3, 9)
         assert world.streams[0].clock["steps"] == before

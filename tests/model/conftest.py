@@ -74,7 +74,7 @@ class Driver:
             affine_dtype=self.runner.model.dtype,
             weights=self.runner.model.base_weight,
         )
-        image = store.read(folder.name, str(folder))
+        image = store.finish(store.begin(folder.name, str(folder)))
         slots.write(slot, image)
         self.ranks[slot] = image.rank
 

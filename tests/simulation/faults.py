@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from support.step_tokens import tokens_of
 
-from aioengine.adapters.loader import BaseLoader, Patience
+from aioengine.adapters.loader import BaseLoader
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterTooLarge, EngineDead
@@ -336,7 +336,7 @@ class FaultyLoader(BaseLoader[LoadedAdapter]):
         lora: LoRAConfig,
         seed: int,
     ) -> None:
-        super().__init__(Patience.of(lora, seed))
+        super().__init__(lora, seed)
         self._costs = costs
         self._memory = memory
         self._rates = rates

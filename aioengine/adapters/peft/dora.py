@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.pack import PackedAdapter
-from aioengine.adapters.peft.values import is_finite
+from aioengine.adapters.peft.values import Place, is_finite
 from aioengine.errors import AdapterInvalid
 from aioengine.model.linear import WeightRows
 from aioengine.model.slots.image import SERIAL_ELEMENTS, image_shape
@@ -34,9 +34,6 @@ from aioengine.step import LoadedAdapter
 BaseWeights = Callable[[int, str], tuple[WeightRows, Tensor | None]]
 """``weights(layer, module)``: the base model's weight [out, in] and bias [out], or the rank's shares of
 these."""
-
-Key = tuple[int, str]
-"""Layer and module."""
 
 _CUDA_ELEMENTS = 1 << 22
 """Of a tile on a GPU; counted in :mod:`aioengine.model.cuda.working_memory`."""
@@ -51,14 +48,14 @@ class Rows(NamedTuple):
     """The base model's bias [out], in float32."""
 
 
-def rows_of(adapter: PackedAdapter, weights: BaseWeights, keys: Iterable[Key]) -> dict[Key, Rows]:
+def rows_of(adapter: PackedAdapter, weights: BaseWeights, keys: Iterable[Place]) -> dict[Place, Rows]:
     """Compute the rows of each (layer, module), or the part of them that ``weights`` has.
 
     Piece by piece, since a quantized weight is expanded for it. Where the weights are on a GPU, the host
     waits once, for all results together.
     """
-    totals: dict[Key, Tensor] = {}
-    biases: dict[Key, Tensor] = {}
+    totals: dict[Place, Tensor] = {}
+    biases: dict[Place, Tensor] = {}
     for key in keys:
         weight, bias = weights(*key)
         totals[key] = squares(weight, *adapter.computed[key])
@@ -121,7 +118,7 @@ class Draft:
         """Add a rank's ``squares``. All ranks add in the same order, so their sums are equal bit for bit."""
         self._total += torch.frombuffer(bytearray(squares), dtype=torch.float32)
 
-    def rows(self) -> dict[Key, Rows]:
+    def rows(self) -> dict[Place, Rows]:
         """Return the complete rows, once every rank's part has been added."""
         totals = self._total.split_with_sizes(self._sizes)
         items = zip(self._parts.items(), totals, strict=True)
@@ -132,8 +129,8 @@ def output_affine(
     adapter: PackedAdapter,
     weights: BaseWeights,
     dtype: torch.dtype,
-    known: Mapping[Key, Rows] = MappingProxyType({}),
-) -> dict[Key, Tensor]:
+    known: Mapping[Place, Rows] = MappingProxyType({}),
+) -> dict[Place, Tensor]:
     """Compute gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
 
     ``known`` gives the rows that ``weights`` has only partly. Raises :class:`AdapterInvalid` if one is not

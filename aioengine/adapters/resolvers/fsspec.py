@@ -9,8 +9,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,8 +141,7 @@ class FsspecResolver(BlockingResolver):
     def _copy(self, folder: str, remote: Sequence[_Remote], copy: Path) -> None:
         """Fetch a copy. One process at a time does so for an adapter."""
         copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (copy.parent / ".lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, too
+        with _locked(copy.parent):
             if _use(copy, remote):  # another process has fetched it meanwhile
                 return
             shutil.rmtree(copy, ignore_errors=True)  # somebody has deleted a part of it
@@ -172,9 +171,18 @@ class FsspecResolver(BlockingResolver):
         for used, size, copy in sorted(copies):
             if left <= 0 or time.time() - used < KEEP_SECONDS:
                 return
-            if copy != keep:
-                shutil.rmtree(copy, ignore_errors=True)
-                left -= 0 if copy.exists() else size
+            with suppress(OSError), _locked(copy.parent, fcntl.LOCK_NB):  # else one of it is being fetched
+                if copy != keep and copy.stat().st_mtime == used:
+                    shutil.rmtree(copy, ignore_errors=True)
+                    left -= 0 if copy.exists() else size
+
+
+@contextmanager
+def _locked(folder: Path, more: int = 0) -> Iterator[None]:
+    """Hold the lock of an adapter's copies, which ends with the process, too."""
+    with (folder / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | more)
+        yield
 
 
 def _use(copy: Path, remote: Sequence[_Remote]) -> bool:

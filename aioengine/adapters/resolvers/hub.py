@@ -79,10 +79,8 @@ def _why(error: Exception) -> AdapterError:
 
 def _download(repo: HubId) -> Path:
     """Download the adapter's files. If the Hub cannot be asked for their sizes, only the cache is used."""
-    from huggingface_hub import HfApi, constants, errors  # optional
+    from huggingface_hub import HfApi, errors  # optional
 
-    if constants.HF_HUB_OFFLINE:
-        return download(repo, ADAPTER_FILES, local_files_only=True)
     try:
         info = HfApi().model_info(repo.repo, revision=repo.revision, files_metadata=True, timeout=HUB_SECONDS)
     except Exception as error:

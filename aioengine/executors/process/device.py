@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
-from aioengine.adapters.loader import BaseLoader, Patience
+from aioengine.adapters.loader import BaseLoader
 from aioengine.adapters.read_threads import Progress
-from aioengine.config import EngineConfig
+from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import AdapterLoadError, AioEngineError, EngineDead
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.process.wire import (
@@ -54,7 +54,7 @@ class ProcessDevice(Device):
         """The workers that run now; set from the first start on."""
         self._config = config
         self._vocab = vocab
-        self._loader = WorkerLoader(Patience.of(config.lora, config.seed))
+        self._loader = WorkerLoader(config.lora, config.seed)
         self._restarts: list[float] = []
         """Times of the last ones."""
         self._steps = StepEncoder()
@@ -178,8 +178,8 @@ class WorkerLoader(BaseLoader[int]):
 
     workers: Workers
 
-    def __init__(self, patience: Patience) -> None:
-        super().__init__(patience)
+    def __init__(self, lora: LoRAConfig | None, seed: int) -> None:
+        super().__init__(lora, seed)
         self._numbers = count()
 
     async def _read(
