@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import os
 import random
 import time
@@ -61,12 +60,14 @@ class Backoff:
         """Call ``attempt`` until it succeeds, and return its result. Waits on the loop's clock, holds nothing
         while it waits, and can be cancelled. Raises the AdapterError of a permanent failure, or of the last
         retry."""
-        for failed in itertools.count(1):
+        failed = 0
+        while True:
             try:
                 return await attempt()
             except AdapterError as error:
                 if not error.transient:
                     raise
+                failed += 1
                 if failed > self.retries:
                     if failed == 1 or not isinstance(error, AdapterLoadError):
                         raise
@@ -77,7 +78,6 @@ class Backoff:
                         transient=True,
                     ) from error
             await asyncio.sleep(self._base * 2 ** (failed - 1) * self._rng.uniform(0.5, 1.0))
-        raise AssertionError("the loop does not end")
 
 
 class BaseLoader(ABC, Generic[R]):
@@ -227,7 +227,7 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
             raise known from error
 
     def _keep(self, uid: int, content: AdapterImage) -> None:
-        self.store.put(uid, content)
+        self.store.images[uid] = content
 
     async def close(self) -> None:
         """Wait for the reads under way, but not long for those that hang, and free the cache. Cancel loads

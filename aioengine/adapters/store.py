@@ -60,7 +60,8 @@ class AdapterStore:
         self._weights = weights
         # What it takes of a GPU's memory is planned once, and all computes on the same stream.
         self._one_at_a_time: AbstractContextManager[object] = nullcontext() if stream is None else Lock()
-        self._images: dict[int, AdapterImage] = {}
+        self.images: dict[int, AdapterImage] = {}
+        """What is in the cache. A copy under way keeps alive what it reads."""
 
     def begin(
         self, name: str, path: str, progress: Progress | None = None, files: AdapterSource | None = None
@@ -70,7 +71,8 @@ class AdapterStore:
 
         Raises the adapter errors of :func:`aioengine.adapters.peft.read.read_adapter`.
         """
-        with self._beside_steps():
+        # Beside the steps, operations on the base model's weights included, quantized ones expanded.
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             if isinstance(files, MixFiles):
                 parts = [(part, self._part(part, progress)) for part in files.parts]
                 packed = add_up(name, path, self._floats, parts)
@@ -98,7 +100,7 @@ class AdapterStore:
     def _part(self, part: MixPart, progress: Progress | None) -> PackedAdapter:
         """Return a part of a mix: as it is in the CPU cache, if it is there and is A and B alone, or else
         from its files, as always with several ranks, so that all have the same content."""
-        image = self._images.get(part.uid)
+        image = self.images.get(part.uid)
         tensors = None if image is None or self._layout.shard.size > 1 else image.matrices()
         if image is None or tensors is None or part.digest not in ("", image.digest):
             return self._read(part.name, part.path, progress, part.files).scaled(self._dtype)
@@ -110,8 +112,7 @@ class AdapterStore:
     def finish(self, draft: Draft) -> AdapterImage:
         """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""
         packed, int8 = draft.packed, self._layout.holds.int8
-        with self._one_at_a_time, self._beside_steps():
-            affine = output_affine(packed, self._weights, self._dtype, draft.rows())
+        affine = output_affine(packed, draft.rows(), self._dtype)
         for (_, module), (_, shift) in affine.items():
             if self._layout.shard.rank > 0 and self._layout.partition.adds_up_adapted(module):
                 shift.zero_()  # or the sum over the ranks would have it several times
@@ -128,37 +129,15 @@ class AdapterStore:
             packed.check_finite(self._dtype, self._layout.spec)
         return replace(image, head=packed.head, pooling=packed.pooling, invocation=packed.invocation)
 
-    def _beside_steps(self) -> AbstractContextManager[object]:
-        """Return a context for operations on the base model's weights, quantized ones expanded included."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
     def _embedding(self, module: str) -> torch.Tensor:
         """Return the embedding [vocabulary, hidden], or the rank's rows of it."""
         weight = self._weights(NO_LAYER, module)[0].whole()
         return weight.T if module == "embed_tokens" else weight
 
-    def put(self, uid: int, image: AdapterImage) -> None:
-        """Keep an adapter that has been read."""
-        self._images[uid] = image
-
-    def get(self, uid: int) -> AdapterImage:
-        return self._images[uid]
-
-    def drop(self, uid: int) -> None:
-        """Free its memory. (A copy under way keeps what it reads alive.)"""
-        del self._images[uid]
-
     def clear(self) -> None:
         """Free everything, the base model's weights included; nothing can be read any more."""
-        self._images.clear()
+        self.images.clear()
         self._weights = _no_weights
-
-    @property
-    def nbytes(self) -> int:
-        return sum(image.nbytes for image in self._images.values())
-
-    def __len__(self) -> int:
-        return len(self._images)
 
 
 def _no_weights(layer: int, module: str) -> tuple[WeightRows, torch.Tensor | None]:

@@ -51,7 +51,7 @@ class ThreadDevice(Device):
         return await self._loader.load(order)
 
     async def place(self, uid: int, slot: int, offset: int) -> float:
-        image, loop = self.store.get(uid), asyncio.get_running_loop()
+        image, loop = self.store.images[uid], asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._copy_thread, write_slot, self.runner, image, slot, offset)
         except DeviceError as error:
@@ -60,7 +60,7 @@ class ThreadDevice(Device):
             raise
 
     def drop(self, uid: int) -> None:
-        self.store.drop(uid)
+        del self.store.images[uid]
 
     async def close(self) -> None:
         self._step_thread.shutdown(wait=True)

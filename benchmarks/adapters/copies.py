@@ -49,12 +49,12 @@ def reads(
                 time.sleep(rest)
                 began = time.perf_counter()
                 if into_cache:
-                    store.put(0, store.finish(store.begin(path.name, str(path))))
+                    store.images[0] = store.finish(store.begin(path.name, str(path)))
                 else:
                     load_file(path / "adapter_model.safetensors")
                 seconds.append(time.perf_counter() - began)
                 if into_cache:
-                    store.drop(0)
+                    del store.images[0]
             return {"GB/s": size / 1e3 / median(seconds), "ms each": 1e3 * median(seconds)}
 
         calls = {"load_file": partial(timed, False), "into the CPU cache": partial(timed, True)}

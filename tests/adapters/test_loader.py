@@ -89,7 +89,7 @@ class FakeStore:
 
     def __init__(self, **reads: Read) -> None:
         self.reads = reads
-        self.kept: dict[int, Any] = {}
+        self.images: dict[int, Any] = {}
 
     def begin(self, name: str, path: str, progress: Any, files: Any) -> Any:
         self.reads.get(name, lambda: None)()
@@ -98,11 +98,8 @@ class FakeStore:
     def finish(self, draft: Any) -> Any:
         return draft
 
-    def put(self, uid: int, packed: Any) -> None:
-        self.kept[uid] = packed
-
     def clear(self) -> None:
-        self.kept.clear()
+        self.images.clear()
 
 
 def loader_of(store: FakeStore, retries: int = 0, timeout: float | None = None) -> AdapterLoader:

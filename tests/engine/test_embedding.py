@@ -119,7 +119,7 @@ async def test_a_stopped_engine_holds_no_memory(tiny: Tiny, make_engine: MakeEng
         await engine.complete([5, 6, 7], greedy(2), adapter="a")
         built = engine._built
         runner, store = built.device.runner, built.device.store
-        held = [weakref.ref(runner.model), weakref.ref(next(iter(store._images.values())).data)]
+        held = [weakref.ref(runner.model), weakref.ref(next(iter(store.images.values())).data)]
         assert all(ref() is not None for ref in held)
         del built, runner, store
         gc.collect()

@@ -202,7 +202,7 @@ async def test_a_copy_that_fails_leaves_the_slot_free(
     broken = True
 
     async def place(device: ThreadDevice, uid: int, slot: int, offset: int) -> float:
-        if broken and device.store.get(uid).rank == 3:
+        if broken and device.store.images[uid].rank == 3:
             raise RuntimeError("CUDA error: out of memory")
         return await original(device, uid, slot, offset)
 

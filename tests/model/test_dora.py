@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.dora import output_affine, squares
+from aioengine.adapters.peft.dora import output_affine, rows_of, squares
 from aioengine.errors import AdapterInvalid
 from aioengine.kernels.weight import PlainWeight
 from aioengine.model.linear import WeightRows
@@ -45,7 +45,8 @@ def test_gain_and_shift_give_the_adapted_linear(base_bias: bool, dora: bool, lor
         name="a", path="/a", computed={KEY: (a, b)},
         magnitudes={KEY: magnitude} if dora else {}, biases={KEY: trained_bias} if lora_bias else {},
     )  # fmt: skip
-    found = output_affine(adapter, lambda *key: {KEY: (WeightRows.of(weight), bias)}[key], torch.float32)
+    rows = rows_of(adapter, lambda *key: {KEY: (WeightRows.of(weight), bias)}[key], adapter.magnitudes)
+    found = output_affine(adapter, rows, torch.float32)
     assert found.keys() == ({KEY} if dora or lora_bias else set())
     gain, shift = found.get(KEY, torch.zeros(2, 8))
 
@@ -67,7 +68,8 @@ def test_a_scale_close_to_one_survives_bfloat16() -> None:
         name="a", path="/a", computed={KEY: (torch.zeros(1, 16), torch.zeros(8, 1))},
         magnitudes={KEY: weight.norm(dim=1) * 1.0003}, biases={},
     )  # fmt: skip
-    found = output_affine(adapter, lambda *_: (WeightRows.of(weight), None), torch.bfloat16)
+    rows = rows_of(adapter, lambda *_: (WeightRows.of(weight), None), adapter.magnitudes)
+    found = output_affine(adapter, rows, torch.bfloat16)
     torch.testing.assert_close(found[KEY][0].float(), torch.full((8,), 3e-4), rtol=0.01, atol=0)
 
 
@@ -76,5 +78,6 @@ def test_what_is_not_finite_is_refused_by_name_and_place() -> None:
         name="sql", path="/adapters/sql", computed={KEY: (torch.zeros(1, 6), torch.zeros(8, 1))},
         magnitudes={KEY: torch.ones(8)}, biases={},
     )  # fmt: skip
+    rows = rows_of(adapter, lambda *_: (WeightRows.of(torch.zeros(8, 6)), None), adapter.magnitudes)
     with pytest.raises(AdapterInvalid, match=r"sql.*/adapters/sql.*q_proj of layer 0.*not finite"):
-        output_affine(adapter, lambda *_: (WeightRows.of(torch.zeros(8, 6)), None), torch.float32)
+        output_affine(adapter, rows, torch.float32)

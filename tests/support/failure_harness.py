@@ -62,8 +62,9 @@ async def assert_nothing_left(engine: AsyncEngine) -> None:
     engine.check_invariants()
     there = [a for a in engine.adapters() if a.location in ("cpu", "slot")]
     await until(lambda: engine.stats().cpu_adapters == len(there))  # a version given up goes with its read
-    assert len(engine._built.device.store) == len(there)
-    assert engine._built.device.store.nbytes == sum(a.bytes for a in there)
+    images = engine._built.device.store.images
+    assert len(images) == len(there)
+    assert sum(image.nbytes for image in images.values()) == sum(a.bytes for a in there)
 
 
 class Held:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -227,21 +227,21 @@ def _pattern(field: str, text: str, *, before: str = "", after: str = "", whole:
         raise PatternError(f"{field}: RE2 does not take the expression {short(text)} ({error})") from error
 
 
-def fields_of(text: bytes) -> dict[str, msgspec.Raw]:
+def fields_of(text: bytes) -> dict[str, Any]:
     """Return the fields of ``adapter_config.json``. Raises AdapterInvalid if it is no JSON object."""
     try:
-        return msgspec.json.decode(text.removeprefix(b"\xef\xbb\xbf"), type=dict[str, msgspec.Raw])
+        return msgspec.json.decode(text.removeprefix(b"\xef\xbb\xbf"), type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         invalid_config(f"not a JSON object: {error}")
 
 
-def parse_config(fields: Mapping[str, msgspec.Raw]) -> PeftLoraConfig:
+def parse_config(fields: Mapping[str, Any]) -> PeftLoraConfig:
     """Validate the fields of ``adapter_config.json``. Raises AdapterInvalid for anything malformed or not
     supported."""
     refuse_unsupported(fields, _FIELDS)
     known = {name: value for name, value in fields.items() if name in _FIELDS}
     try:
-        config = msgspec.json.decode(msgspec.json.encode(known), type=PeftLoraConfig)
+        config = msgspec.convert(known, PeftLoraConfig)
         _ = config.overrides
     except PatternError as error:
         invalid_config(f"{error}; name the modules instead")

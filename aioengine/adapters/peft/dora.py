@@ -17,7 +17,6 @@ added up later; there each rank applies the gain to its part, and one rank the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -84,8 +83,10 @@ class Draft:
         """``layout`` and ``dtype`` are the slots'."""
         self.packed = packed
         split, partition = layout.shard.size > 1, layout.partition
-        keys = sorted(key for key in packed.magnitudes if split and partition.splits_inputs(key[1]))
-        self._parts = rows_of(packed, weights, keys)
+        self._rows = rows_of(packed, weights, sorted(packed.magnitudes))
+        self._parts = {
+            key: rows for key, rows in self._rows.items() if split and partition.splits_inputs(key[1])
+        }
         self._sizes = [len(part.squares) for part in self._parts.values()]
         self._total = torch.zeros(sum(self._sizes))
         affine = packed.magnitudes.keys() | packed.biases.keys()
@@ -122,32 +123,27 @@ class Draft:
         """Return the complete rows, once every rank's part has been added."""
         totals = self._total.split_with_sizes(self._sizes)
         items = zip(self._parts.items(), totals, strict=True)
-        return {key: part._replace(squares=total) for (key, part), total in items}
+        return self._rows | {key: part._replace(squares=total) for (key, part), total in items}
 
 
 def output_affine(
-    adapter: PackedAdapter,
-    weights: BaseWeights,
-    dtype: torch.dtype,
-    known: Mapping[Place, Rows] = MappingProxyType({}),
+    adapter: PackedAdapter, rows: Mapping[Place, Rows], dtype: torch.dtype
 ) -> dict[Place, Tensor]:
-    """Compute gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA or a bias.
+    """Compute gain and shift [2, out] in ``dtype`` on the CPU, for each (layer, module) with DoRA, of which
+    ``rows`` has the adapted weight's, or with a bias.
 
-    ``known`` gives the rows that ``weights`` has only partly. Raises :class:`AdapterInvalid` if one is not
-    finite in ``dtype``.
+    Raises :class:`AdapterInvalid` if one is not finite in ``dtype``.
     """
-    rest = [key for key in sorted(adapter.magnitudes) if key not in known]
-    known = {**known, **rows_of(adapter, weights, rest)}
     result = {}
     for key in sorted({*adapter.magnitudes, *adapter.biases}):
         magnitude, bias = adapter.magnitudes.get(key), adapter.biases.get(key)
         gain, shift = torch.zeros(2, *next(x.shape for x in (magnitude, bias) if x is not None))
         if magnitude is not None:
-            rows = known[key]
+            squared, base_bias = rows[key]
             # Not sqrt: MKL does that with a team of threads.
-            gain = magnitude.float() * rows.squares.rsqrt() - 1
-            if rows.bias is not None:
-                shift -= gain * rows.bias
+            gain = magnitude.float() * squared.rsqrt() - 1
+            if base_bias is not None:
+                shift -= gain * base_bias
         if bias is not None:
             shift += bias.float()
         result[key] = torch.stack([gain, shift]).to(dtype)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.config import PeftLoraConfig
 from aioengine.adapters.peft.folder import SAFETENSORS_FILE, invalid_weights
 from aioengine.adapters.peft.targets import Layout
 from aioengine.adapters.peft.values import (
@@ -30,15 +28,6 @@ from aioengine.model.slots.image import SERIAL_ELEMENTS
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.tokens import TrainedTokens
 from aioengine.model.spec import NO_LAYER, ModelSpec
-
-
-class Contents(NamedTuple):
-    """What the tensors of a file, or what it is folded to, are."""
-
-    config: PeftLoraConfig
-    layout: Layout
-    parts: Mapping[str, Part]
-    """By key."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -108,7 +97,7 @@ class PackedAdapter:
 
 
 def pack(
-    contents: Contents,
+    layout: Layout,
     tensors: Mapping[str, Tensor],
     slot: SlotLayout,
     *,
@@ -117,8 +106,7 @@ def pack(
 ) -> PackedAdapter:
     """Pack what a ``slot`` holds of the ``tensors`` of a file by key, without the digest and what other files
     say. Raises AdapterInvalid."""
-    config, layout, parts = contents
-    read = {part: tensors[key] for key, part in parts.items()}
+    read = {part: tensors[key] for key, part in layout.parts.items()}
     alone = slot.shard.size == 1
 
     def of_kind(*kinds: str) -> dict[Part, Tensor]:
@@ -133,7 +121,7 @@ def pack(
         _check_base(ours, part.place[1], base_weight(part.place[1]))
     if layout.tied:
         _check_tied(read)
-    for key, part in parts.items():
+    for key, part in layout.parts.items():
         if part.kind in (*HEAD_KINDS, "magnitude", "bias") and not is_finite(tensors[key]):
             invalid_weights(f"{key}: the weights contain NaN or infinity")
     rows = {(part.place[1], part.kind): tensor for part, tensor in of_kind(*TOKEN_KINDS).items()}
@@ -159,7 +147,7 @@ def pack(
         computed=_computed(slot, pairs) if layout.dora else {},
         head=Head(head[weight], head.get(bias)) if weight in head else None,
         tokens=layout.embeddings.trained(rows, base_weight, dtype),
-        invocation=tuple(config.alora_invocation_tokens or ()),
+        invocation=tuple(layout.config.alora_invocation_tokens or ()),
     )
 
 

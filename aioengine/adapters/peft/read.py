@@ -28,7 +28,7 @@ from aioengine.adapters.peft.folder import (
 )
 from aioengine.adapters.peft.folding.fold import Folded, fold_method, method_of
 from aioengine.adapters.peft.folding.parameters import fold_parameters
-from aioengine.adapters.peft.pack import Contents, PackedAdapter, pack
+from aioengine.adapters.peft.pack import PackedAdapter, pack
 from aioengine.adapters.peft.targets import Layout, modules_of
 from aioengine.adapters.peft.weights_file import Entry, SafetensorsHeader, tensors_of
 from aioengine.adapters.read_threads import Progress
@@ -51,9 +51,9 @@ class Plan(NamedTuple):
 
     entries: Sequence[Entry]
     """The tensors, in the order of the file."""
-    contents: Contents | None
+    layout: Layout | None
     folded: Folded | None = None
-    """What the adapter is folded to; its contents follow from that."""
+    """What the adapter is folded to; its layout follows from that."""
 
 
 class _Digest:
@@ -115,9 +115,9 @@ def read_adapter(
         folder.check()
         try:
             plan, data, pooling, find_digest = _read(folder, slot, known, f"{name!r} ({path})")
-            contents, tensors = _unfolded(plan, tensors_of(data, plan.entries), slot)
-            packed = pack(contents, tensors, slot, dtype=dtype, base_weight=base_weight)
-            kind = _pooling_kind(pooling) if contents.config.feature_extraction else None
+            layout, tensors = _unfolded(plan, tensors_of(data, plan.entries), slot)
+            packed = pack(layout, tensors, slot, dtype=dtype, base_weight=base_weight)
+            kind = _pooling_kind(pooling) if layout.config.feature_extraction else None
         except AdapterInvalid:
             folder.check_unchanged()  # a file that was replaced during the read does not show a bad adapter
             raise
@@ -180,25 +180,23 @@ def _plan(text: bytes, header: SafetensorsHeader, slot: SlotLayout, adapter: str
             CONFIG_FILE,
             config.unmatched,
         )
-    return Plan(entries, _contents(config, shapes, slot))
+    return Plan(entries, _layout(config, shapes, slot))
 
 
 def _unfolded(
     plan: Plan, tensors: Mapping[str, Tensor], slot: SlotLayout
-) -> tuple[Contents, Mapping[str, Tensor]]:
-    """Return the contents of a plan, and their tensors; of an adapter that is folded, what is made of its."""
-    if plan.contents is not None:
-        return plan.contents, tensors
+) -> tuple[Layout, Mapping[str, Tensor]]:
+    """Return the layout of a plan, and its tensors; of an adapter that is folded, what is made of its."""
+    if plan.layout is not None:
+        return plan.layout, tensors
     assert plan.folded is not None
     made = plan.folded.tensors(tensors)
     shapes = {key: tuple(tensor.shape) for key, tensor in made.items()}
-    return _contents(plan.folded.config, shapes, slot), made
+    return _layout(plan.folded.config, shapes, slot), made
 
 
-def _contents(config: PeftLoraConfig, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Contents:
-    config = config.on(modules_of(shapes)) if config.unmatched else config
-    layout = Layout(config, slot)
-    return Contents(config, layout, layout.parts(shapes))
+def _layout(config: PeftLoraConfig, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Layout:
+    return Layout(config.on(modules_of(shapes)) if config.unmatched else config, slot, shapes)
 
 
 def _pooling_kind(text: bytes) -> Kind | None:

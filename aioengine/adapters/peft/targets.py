@@ -94,26 +94,22 @@ class Target(NamedTuple):
 
     def shape(self, kind: str) -> tuple[int, ...]:
         """Return the shape of a part; a base weight is [vocabulary, hidden] for both embeddings."""
-        match kind:
-            case "A":
-                return self.rank, self.linear.in_features
-            case "B":
-                return self.linear.out_features, self.rank
-            case "base":
-                vocabulary_first = self.linear if self.module == "embed_tokens" else self.linear[::-1]
-                return tuple(vocabulary_first)
-        return (self.linear.out_features,)
+        n_in, n_out = self.linear
+        base = (n_in, n_out) if self.module == "embed_tokens" else (n_out, n_in)
+        return {"A": (self.rank, n_in), "B": (n_out, self.rank), "base": base}.get(kind, (n_out,))
 
 
 class Layout:
-    """The modules that ``config`` puts an adapter on.
+    """The modules that ``config`` puts an adapter on, and what the tensors of its file are, or of what it is
+    folded to. ``shapes``: theirs, by key.
 
-    Raises AdapterInvalid, and AdapterTooLarge for a rank that ``slot`` has no room for.
+    Raises AdapterInvalid if keys, shapes, configuration and slots do not agree, and AdapterTooLarge for a
+    rank that ``slot`` has no room for.
     """
 
-    def __init__(self, config: PeftLoraConfig, slot: SlotLayout) -> None:
+    def __init__(self, config: PeftLoraConfig, slot: SlotLayout, shapes: Mapping[str, Sequence[int]]) -> None:
         spec = self._spec = slot.spec
-        self._config, self._modules = config, slot.modules
+        self.config, self._modules = config, slot.modules
         embedding = (NO_LAYER, "embed_tokens")
         self.tied = (
             bool(config.ensure_weight_tying)
@@ -147,9 +143,11 @@ class Layout:
                     f"{target.name} has rank {target.rank}, but max_lora_rank is {slot.max_rank}; raise "
                     "LoRAConfig.max_lora_rank or train the adapter with a smaller r"
                 )
+        self.parts = self._parts(shapes)
+        """By key."""
 
     def _add(self, layer: int, module: str) -> None:
-        config, name = self._config, self._spec.module_name(layer, module)
+        config, name = self.config, self._spec.module_name(layer, module)
         if config.feature_extraction:
             name = name.removeprefix(_INNER)
         if self._spec.is_bare(module):
@@ -160,11 +158,7 @@ class Layout:
             rank, linear = config.rank(name), self._spec.linear(module)
             self.targets[layer, module] = Target(name, module, rank, config.scaling(name, rank), linear)
 
-    def parts(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
-        """Check that keys, shapes, configuration and slots agree, and return each key's part.
-
-        Raises AdapterInvalid.
-        """
+    def _parts(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
         if not any(".experts." in key for key in shapes):
             # Names such as gate_proj mean experts' linears only to libraries in which these are modules.
             spec = self._spec
@@ -197,10 +191,10 @@ class Layout:
         if match is None or kind is None:
             self._refuse(key)
         module, end = match.groups()
-        if module in self._config.heads and kind in ("saved", "head_bias"):
+        if module in self.config.heads and kind in ("saved", "head_bias"):
             return Part((NO_LAYER, module), "head" if kind == "saved" else kind)
         place = self._spec.find_module(module)
-        if place is None and self._config.feature_extraction:
+        if place is None and self.config.feature_extraction:
             place = self._spec.find_module(_INNER + module)
         if place is None or kind == "head_bias":
             self._refuse(key)
@@ -230,7 +224,7 @@ class Layout:
         if part.place not in self.targets:
             name = self._spec.module_name(layer, module)
             invalid_weights(f"{key!r}: {CONFIG_FILE} does not target {name}")
-        if setting is not None and not getattr(self._config, setting):
+        if setting is not None and not getattr(self.config, setting):
             invalid_weights(f"{key!r}: is a {part.kind}, but {CONFIG_FILE} does not set {setting}")
 
     def _expected(self, part: Part, shape: Sequence[int]) -> tuple[tuple[int, ...], str]:
@@ -250,12 +244,12 @@ class Layout:
 
     def _check_head(self, shapes: Mapping[str, Sequence[int]], taken: Mapping[Part, str]) -> None:
         found = {part: shapes[key][0] for part, key in taken.items() if part.kind in HEAD_KINDS}
-        if not self._config.heads and not found:
+        if not self.config.heads and not found:
             return
         kinds = sorted(part.kind for part in found)
         if kinds not in (["head"], ["head", "head_bias"]) or len({part.place for part in found}) != 1:
             invalid_weights(
-                f"{CONFIG_FILE} has modules_to_save={sorted(self._config.heads)}, and the file must have the "
+                f"{CONFIG_FILE} has modules_to_save={sorted(self.config.heads)}, and the file must have the "
                 f"weight of one of them; it has {', '.join(taken[part] for part in found) or 'none'}"
             )
         if len(set(found.values())) != 1:
@@ -286,7 +280,7 @@ class Layout:
                     f"{CONFIG_FILE} has {part.place[1]} in {field}, but the file has no weights for it; save "
                     f"the adapter again with PEFT, or {MERGE}"
                 )
-        needed = ["A", "B", *(kind for kind, field in _SETTINGS.items() if getattr(self._config, field))]
+        needed = ["A", "B", *(kind for kind, field in _SETTINGS.items() if getattr(self.config, field))]
         for place, target in self.targets.items():
             missing = [kind for kind in needed if Part(place, kind) not in taken]
             found = next((key for part, key in taken.items() if missing and part.place == place), None)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-
-import msgspec
+from typing import Any
 
 from aioengine.adapters.peft.folder import invalid_config
 
@@ -46,10 +45,10 @@ _NEUTRAL = (
 _KNOWN = {*_NEUTRAL, *_UNSUPPORTED, "peft_type", "bias", "init_lora_weights"}
 
 
-def refuse_unsupported(fields: Mapping[str, msgspec.Raw], used: Collection[str]) -> None:
+def refuse_unsupported(fields: Mapping[str, Any], used: Collection[str]) -> None:
     """Raise AdapterInvalid for what would change the computation in a way that this engine does not perform.
     ``used`` are the names of the fields that are read elsewhere."""
-    peft_type = _text("peft_type", fields)
+    peft_type, bias, init = map(fields.get, ("peft_type", "bias", "init_lora_weights"))
     if not isinstance(peft_type, str):
         invalid_config(f"peft_type={short(peft_type)}: expected 'LORA'; save the adapter with PEFT again")
     if peft_type != "LORA":
@@ -58,14 +57,12 @@ def refuse_unsupported(fields: Mapping[str, msgspec.Raw], used: Collection[str])
             f"supported: {_CONVERT}"
         )
     for field, reason in _UNSUPPORTED.items():
-        if field in fields and _is_set(fields[field]):
+        if fields.get(field):
             invalid_config(f"{field}={short(fields[field])}: {reason}")
-    bias = _text("bias", fields)
     if bias not in (None, "none"):
         invalid_config(
             f"bias={short(bias)}: only 'none' is supported; trained biases cannot be swapped: {MERGE}"
         )
-    init = _text("init_lora_weights", fields)
     if init is not None and not isinstance(init, bool) and init not in _PLAIN_INITS:
         invalid_config(
             f"init_lora_weights={short(init)}: expected a bool or one of {list(_PLAIN_INITS)}; "
@@ -74,34 +71,14 @@ def refuse_unsupported(fields: Mapping[str, msgspec.Raw], used: Collection[str])
             "true if the served base model is the changed one (LoftQ: model.unload().save_pretrained)"
         )
     for field, value in fields.items():
-        if field not in _KNOWN and field not in used and _is_set(value):
+        if field not in _KNOWN and field not in used and value:  # null, false, 0 and empty ones do nothing
             invalid_config(
                 f"unknown field {field[:80]!r} = {short(value)} may change what the adapter "
                 "computes; remove it if it is only a note"
             )
 
 
-def _text(field: str, fields: Mapping[str, msgspec.Raw]) -> str | bool | msgspec.Raw | None:
-    """Return a field that is a text; what is neither that nor a bool as it stands."""
-    text = fields.get(field, msgspec.Raw(b"null"))
-    try:
-        return msgspec.json.decode(text, type=str | bool | None)
-    except (msgspec.MsgspecError, UnicodeError):
-        return text
-
-
-def _is_set(text: msgspec.Raw) -> bool:
-    """Whether a field has an effect: null, false, 0 and empty values have none."""
-    try:
-        return len(bytes(text)) > 32 or bool(msgspec.json.decode(text))
-    except (msgspec.MsgspecError, UnicodeError):
-        return True
-
-
 def short(value: object) -> str:
     """Return a value as JSON, cut to 80 characters, for messages."""
-    if isinstance(value, msgspec.Raw):
-        text = bytes(value)[:100].decode("utf-8", "replace")
-    else:
-        text = json.dumps(value)
+    text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -91,23 +91,20 @@ def source_below(root: str, name: str, path: str) -> str | None:
     return f"{root}/{below}"
 
 
-class AdapterSources:
-    """Fetches adapters by their sources, and keeps them in the caches of the Hub and of remote folders."""
-
-    def __init__(self) -> None:
-        self._lookups = SharedLookups()
-        """Each with the credentials and endpoints of the environment."""
+class AdapterSources(SharedLookups):
+    """Fetches adapters by their sources, with the credentials and endpoints of the environment, and keeps
+    them in the caches of the Hub and of remote folders."""
 
     async def resolve_path(self, name: str, source: str) -> Path:
         """Return a local folder with the content of ``source``, for the adapter ``name``.
 
         Raises AdapterNotFound, AdapterInvalid, AdapterLoadError; ConfigError if an extra is missing.
         """
-        return await self._lookups.run(name, source, lambda: _fetch(name, source))
+        return await self.run(name, source, lambda: _fetch(name, source))
 
 
 def _fetch(name: str, source: str) -> Path:
     if source.startswith(PREFIX):
-        return HubResolver().fetch(name, source)
+        return HubResolver().fetch(name, parse_hub_path(name, source))
     parent, _, last = source.rpartition("/")
     return FsspecResolver(parent).fetch(name, last)

@@ -85,9 +85,11 @@ class Worker:
             case wire.Settle():
                 self._reads.settle(message, self._store)
             case wire.Drop():
-                self._store.drop(message.uid)
+                del self._store.images[message.uid]
             case wire.Place():
-                image = self._store.get(message.uid)  # before the copy's turn: it may be dropped until then
+                image = self._store.images[
+                    message.uid
+                ]  # before the copy's turn: it may be dropped until then
                 copy = partial(write_slot, self._runner, image, message.slot, message.offset)
                 self._copy_thread.submit(self._answer, number, copy)
             case wire.Start():
@@ -211,7 +213,7 @@ class _Reads:
     def settle(self, order: wire.Settle, store: AdapterStore) -> None:
         read = self._reads.pop(order.read, None)
         if order.uid is not None and read is not None:
-            store.put(order.uid, read.image)
+            store.images[order.uid] = read.image
 
     def _start(self, number: int, work: Callable[[], object], name: str, path: str) -> None:
         def run() -> None:

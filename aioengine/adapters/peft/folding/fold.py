@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from msgspec.structs import replace
 from torch import Tensor
@@ -24,7 +23,7 @@ from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LinearShape, ModelSpec
 
 _NAME = re.compile(r"[\w.]{1,300}", re.ASCII)
-Fields = Mapping[str, msgspec.Raw]
+Fields = Mapping[str, Any]
 """Those of a configuration file."""
 Shapes = Mapping[str, tuple[int, ...]]
 """Of a file's tensors, by key."""
@@ -53,8 +52,7 @@ def parse_plain(fields: Fields, what: str) -> PeftLoraConfig:
 
 def method_of(fields: Fields) -> str | None:
     """Return which of ``METHODS`` an adapter is of."""
-    text = bytes(fields.get("peft_type", b"")).decode("utf-8", "replace")
-    return next((name for name in METHODS if text == f'"{name}"'), None)
+    return next((name for name in METHODS if name == fields.get("peft_type")), None)
 
 
 def fold_method(fields: Fields, shapes: Shapes, slot: SlotLayout) -> Folded | None:
@@ -118,8 +116,8 @@ def _as_lora(fields: Fields, peft_type: str, settings: Mapping[str, str | None])
     """Return the configuration as if it were that of a LoRA adapter."""
     as_lora = {field: value for field, value in fields.items() if field not in settings}
     as_lora |= {new: fields[old] for old, new in settings.items() if new is not None and old in fields}
-    as_lora["peft_type"] = msgspec.Raw(b'"LORA"')
-    as_lora.setdefault("lora_alpha", as_lora.get("r", msgspec.Raw(b"null")))
+    as_lora["peft_type"] = "LORA"
+    as_lora.setdefault("lora_alpha", as_lora.get("r"))
     config = parse_plain(as_lora, f"peft_type={peft_type!r}")
     if config.use_rslora:
         invalid_config(f"peft_type={peft_type!r} has no use_rslora; train it without")

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig
-
-_SERIAL_ELEMENTS = 32768 - 64  # torch goes parallel from 32768 elements
+from aioengine.model.slots.image import SERIAL_ELEMENTS
 
 Parts = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -176,6 +175,6 @@ def _row_products(one: Tensor, two: Tensor, product: Callable[[Tensor, Tensor], 
 
 def scaled(matrix: Tensor, factors: Tensor) -> Tensor:
     """Multiply each row by its factor."""
-    rows = max(1, _SERIAL_ELEMENTS // max(1, matrix.shape[1]))
+    rows = max(1, SERIAL_ELEMENTS // max(1, matrix.shape[1]))
     pieces = zip(torch.split(matrix, rows), torch.split(factors, rows), strict=True)
     return torch.cat([piece * factor[:, None] for piece, factor in pieces])

@@ -49,14 +49,14 @@ def fold_parameters(fields: Fields, shapes: Shapes, slot: SlotLayout) -> Folded 
     if _FIELD not in fields or next(slot.spec.bare_parameters(), None) is None:
         return None
     try:
-        wanted = msgspec.json.decode(fields[_FIELD], type=_Names | None)
-    except (msgspec.MsgspecError, UnicodeError):
+        wanted = msgspec.convert(fields[_FIELD], _Names | None)
+    except msgspec.ValidationError:
         invalid_config(f"{_FIELD}: expected a list of at most {MAX_PARAMETERS} strings")
     if not wanted:
         return None
     others = {name: value for name, value in fields.items() if name != _FIELD}
-    if bytes(others.get("target_modules", b"null")) == b"null":
-        others["target_modules"] = msgspec.Raw(b"[]")
+    if others.get("target_modules") is None:
+        others["target_modules"] = []
     config = parse_plain(others, _FIELD)
     config = config.on(modules_of(shapes)) if config.unmatched else config
     known = {WRAPPERS.sub("", key): key for key in shapes}
