@@ -70,7 +70,7 @@ def hold_tensors(
     """
     with naming(name, path):
         text, checked = _config_text(config), _checked(tensors)
-        header = _header(checked)
+        header = memoryview(_header(checked))
         nbytes = len(header) + sum(tensor.nbytes for _, tensor in checked)
         contents = chain((header,), (_bytes_of(tensor) for _, tensor in checked))
         return _held(name, path, text, nbytes, contents, room)
@@ -85,7 +85,7 @@ def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room
 
 
 def _held(
-    name: str, path: str, config: bytes, nbytes: int, parts: Iterable[bytes | memoryview], room: int
+    name: str, path: str, config: bytes, nbytes: int, parts: Iterable[memoryview], room: int
 ) -> HeldAdapter:
     """Write ``parts`` to an anonymous file, which cannot be changed afterwards."""
     if nbytes > room:
