@@ -65,3 +65,5 @@ def _compile(text: str) -> Any:
         reason = error.args[0] if error.args else ""
         words = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)
         raise PatternError(words[:200]) from None
+    except UnicodeEncodeError:
+        raise PatternError("it has half of a surrogate pair") from None
