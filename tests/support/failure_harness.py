@@ -102,16 +102,16 @@ class Reads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.before: dict[str, Callable[[], None]] = {}
         self.count: dict[str, int] = {}
-        original = AdapterStore.read
+        original = AdapterStore.begin
 
-        def read(
+        def begin(
             store: AdapterStore, name: str, path: str, progress: Progress, files: AdapterSource | None
         ) -> object:
             self.count[name] = self.count.get(name, 0) + 1
             self.before.get(name, lambda: None)()
             return original(store, name, path, progress, files)
 
-        monkeypatch.setattr(AdapterStore, "read", read)
+        monkeypatch.setattr(AdapterStore, "begin", begin)
 
     @contextmanager
     def hang(self, name: str) -> Iterator[Gate]:

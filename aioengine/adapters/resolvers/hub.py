@@ -43,11 +43,12 @@ class HubResolver(BlockingResolver):
             raise AdapterNotFound("not the name of a repository on the Hub (owner/name)", name=name)
         if self._owners is not None and hub_id.repo.split("/")[0] not in self._owners:
             raise AdapterNotFound("its owner is not among those whose repositories are served", name=name)
-        return self.fetch(name, hub_id)
+        return self.fetch(name, name)
 
-    def fetch(self, name: str, repo: HubId) -> Path:
-        """Return the local folder of a repository, for the adapter ``name``, whoever the owner is. Blocks.
-        Raises AdapterNotFound, AdapterLoadError."""
+    def fetch(self, name: str, path: str) -> Path:
+        """Return the local folder of "hf:owner/name[@revision]", for the adapter ``name``, whoever the owner
+        is. Blocks. Raises AdapterInvalid for another form, AdapterNotFound, AdapterLoadError."""
+        repo = parse_hub_path(name, path)
         path = f"hf:{repo.repo}" + (f"@{repo.revision}" if repo.revision else "")
         with naming(name, path):
             try:

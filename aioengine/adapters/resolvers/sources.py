@@ -105,6 +105,6 @@ class AdapterSources(SharedLookups):
 
 def _fetch(name: str, source: str) -> Path:
     if source.startswith(PREFIX):
-        return HubResolver().fetch(name, parse_hub_path(name, source))
+        return HubResolver().fetch(name, source)
     parent, _, last = source.rpartition("/")
     return FsspecResolver(parent).fetch(name, last)
