@@ -102,7 +102,7 @@ async def test_an_actor_that_ends_before_it_connects(
             self.server = socket.create_server(("127.0.0.1", 0))
             return Place("127.0.0.1", self.server.getsockname()[1], 1, os.getpid())
 
-        def run(self, secret: bytes) -> None:
+        def run(self, rank: int, secret: bytes) -> None:
             self.server.close()
             raise OSError("no route to host")
 
