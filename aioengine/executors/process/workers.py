@@ -86,7 +86,7 @@ class Workers:
         with folder as path:  # of the file by which the ranks find each other
             try:
                 rendezvous = await run_to_completion(self._spawn(path))
-                plans = await self.ask(wire.Start(self._config, rendezvous), MemoryPlan)
+                plans: list[MemoryPlan] = await self.ask(wire.Start(self._config, rendezvous), MemoryPlan)
                 blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
                 [(self.kernels, self.variance), *_] = await self.ask(
                     wire.Build(blocks), tuple[str, str | None]
