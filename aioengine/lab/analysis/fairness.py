@@ -139,4 +139,5 @@ def _backlogs(requests: pl.DataFrame) -> dict[str, list[tuple[float, float]]]:
 def _covered(times: Array, spans: Sequence[tuple[float, float]]) -> Array:
     """Return for each interval between two times (the first from 0) whether it lies within a span."""
     starts, ends = np.array([*spans, (np.inf, np.inf)]).T
-    return starts[np.searchsorted(ends, times)] <= np.array([0.0, *times[:-1]])
+    covered: Array = starts[np.searchsorted(ends, times)] <= np.array([0.0, *times[:-1]])
+    return covered
