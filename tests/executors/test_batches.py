@@ -15,14 +15,7 @@ from hypothesis import strategies as st
 from support.full_sim import FullSim
 
 from aioengine.errors import RequestInvalid
-from aioengine.executors.process.wire import (
-    Request,
-    Step,
-    StepDecoder,
-    StepEncoder,
-    frame,
-    requests,
-)
+from aioengine.executors.process.wire import Request, Step, StepDecoder, StepEncoder, frame, requests
 from aioengine.request import SamplingParams
 from aioengine.step import SequenceWork, StepBatch
 from aioengine.testing import LIMITS
