@@ -65,7 +65,7 @@ def test_a_rank_sees_the_gpu_that_ray_gave_it(monkeypatch: pytest.MonkeyPatch) -
     served: list[str] = []
 
     class Worker:
-        def __init__(self, connection: socket.socket) -> None:
+        def __init__(self, rank: int, connection: socket.socket) -> None:
             self.connection = connection
 
         def run(self) -> None:
@@ -84,6 +84,6 @@ def test_a_rank_sees_the_gpu_that_ray_gave_it(monkeypatch: pytest.MonkeyPatch) -
     ):
         stranger.sendall(b"hullo")
         engine.sendall(b"hello")
-        actor.run(b"hello")
+        actor.run(1, b"hello")
         assert stranger.recv(1) == b"", "who does not know the secret is turned away"
     assert served == ["2"]
