@@ -16,7 +16,7 @@ from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.server.answer import Reply
-from aioengine.server.openai.api import GenerationFields, StreamOptions
+from aioengine.server.openai.api import ChatRequest, GenerationFields, StreamOptions
 from aioengine.server.openai.replies import ChatReply, CompletionReply
 from aioengine.testing import Sim
 
@@ -76,8 +76,9 @@ class OfFleet:
 def replies() -> list[Reply]:
     usage = StreamOptions(include_usage=True, continuous_usage_stats=True)
     fields = GenerationFields(model="m", stream_options=usage, return_token_ids=True)
+    chat = ChatRequest(model="m", messages=[], stream_options=usage, return_token_ids=True, logprobs=True)
     return [
-        ChatReply("c", 0, fields, lambda _: b" 1", [None], with_logprobs=True),
+        ChatReply("c", 0, chat, lambda _: b" 1", [None]),
         CompletionReply("c", 0, fields, lambda _: b" 1", count=1, logprobs=1, echoed=None),
     ]
 

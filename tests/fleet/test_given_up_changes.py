@@ -44,22 +44,18 @@ class Engine:
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
-    @property
-    def versions(self) -> Any:
-        return self
-
-    async def prepare(self, name: str, path: str | None, *, read: bool) -> AdapterInfo:
+    async def prepare_adapter(self, name: str, path: str | None, *, read: bool) -> AdapterInfo:
         async with self._locks.hold(name):
             self.prepared.pop(name, None)
             await asyncio.sleep(self._seconds if read else 0.0)
             self.prepared[name] = path
         return adapter_info(name, digest=str(path))
 
-    def commit(self, name: str) -> AdapterInfo:
+    def commit_adapter(self, name: str) -> AdapterInfo:
         self.has[name] = self.prepared.pop(name)
         return adapter_info(name, digest=str(self.has[name]))
 
-    def discard(self, name: str) -> None:
+    def discard_adapter(self, name: str) -> None:
         self.prepared.pop(name, None)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from support.random_slots import fill_slot
@@ -102,7 +102,7 @@ def test_a_sequence_of_other_steps_is_not_continued() -> None:
         expected = anew.execute(plain)
         if step % 5 == 2:
             other = {"request_id": "other", "block_table": [0], "tokens": [9], "start": 0}
-            row = msgspec.structs.replace(plain.sequences[0], **other)
+            row = dataclasses.replace(plain.sequences[0], **other)
             kept.execute(StepBatch(0, [row], batch.slot_ranks))
         found = kept.execute(batch)
         assert found.tokens == expected.tokens

@@ -32,15 +32,11 @@ class Engine:
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
-    @property
-    def versions(self) -> Any:
-        return self
-
-    async def prepare(self, name: str, path: str | None = None, *, read: bool = True) -> AdapterInfo:
+    async def prepare_adapter(self, name: str, path: str | None = None, *, read: bool = True) -> AdapterInfo:
         self.prepared.add(name)
         return self._info(name)
 
-    def commit(self, name: str) -> AdapterInfo:
+    def commit_adapter(self, name: str) -> AdapterInfo:
         self.prepared.remove(name)
         self._count += 1
         self.has[name] = self._count
@@ -54,7 +50,7 @@ class Engine:
         self.pinned.discard(name)
         return self._info(name)
 
-    def discard(self, name: str) -> None:
+    def discard_adapter(self, name: str) -> None:
         self.prepared.discard(name)
 
     async def load_adapter(self, name: str, path: str | None = None) -> AdapterInfo:

@@ -49,7 +49,7 @@ def generate(
     """Complete a prompt, or JSON lines from standard input.
 
     Without PROMPT, each line of standard input is a request, {"prompt": ...} or {"messages": [...]}. Its
-    fields override the flags. Answers come in the same order. docs/configuration.md describes all fields.
+    fields (docs/configuration.md) override the flags. Answers come in the same order.
 
     Args:
         prompt: Text to complete.
