@@ -87,9 +87,8 @@ class Worker:
             case wire.Drop():
                 del self._store.images[message.uid]
             case wire.Place():
-                image = self._store.images[
-                    message.uid
-                ]  # before the copy's turn: it may be dropped until then
+                # Before the copy's turn: it may be dropped until then.
+                image = self._store.images[message.uid]
                 copy = partial(write_slot, self._runner, image, message.slot, message.offset)
                 self._copy_thread.submit(self._answer, number, copy)
             case wire.Start():
