@@ -194,7 +194,9 @@ class SlotPlan:
     def take(self, found: Sequence[HeldSlot], adapter: AdapterView, *, now: bool) -> None:
         """Place an adapter where those in ``found`` leave. Not ``now``, or if it is on disk: close these."""
         if adapter.location is DISK:
-            now, self.ask_again = False, None  # idle slots admit requests again once the read has begun
+            if found and found[0].kind < BUSY:
+                self.ask_again = None  # idle slots admit requests again once the read has begun
+            now = False
         else:
             self.free += len(found) - 1
             if self._free_bytes is not None:
