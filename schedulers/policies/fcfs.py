@@ -194,9 +194,8 @@ class SlotPlan:
     def take(self, found: Sequence[HeldSlot], adapter: AdapterView, *, now: bool) -> None:
         """Place an adapter where those in ``found`` leave. Not ``now``, or if it is on disk: close these."""
         if adapter.location is DISK:
-            if found and found[0].kind < BUSY:
-                self.ask_again = None  # idle slots admit requests again once the read has begun
-            now = False
+            now, idle = False, any(held.kind < BUSY for held in found)
+            self.ask_again = None if idle else self.ask_again  # idle slots admit again once the read begins
         else:
             self.free += len(found) - 1
             if self._free_bytes is not None:
