@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from aioengine.schedulers.checks import nearest
 from aioengine.schedulers.named import Supply, build, import_class, parse_named
@@ -148,8 +148,7 @@ def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) 
         return compose(**spec, supply=supply)
     named = [_named(what, token) for token in (spec.split("+") if isinstance(spec, str) else (spec,))]
     if len(named) == 1 and (policy := _classes(what, named[0][0], ("policy", *PARTS)).get("policy")):
-        built: SchedulerPolicy = build(what, policy, named[0][1], supply)
-        return built
+        return cast(SchedulerPolicy, build(what, policy, named[0][1], supply))
     parts: dict[str, Any] = {}
     max_wait = {}
     for name, options in named:
@@ -181,26 +180,22 @@ def compose(
     for kind, value in given.items():
         value = value or getattr(parts.get("order"), f"default_{kind}", DEFAULT_PARTS[kind])
         parts[kind] = value if isinstance(value, _base(kind)) else _load(kind, value, supply)
-    composed: Composed = build("policy", Composed, {**parts, "max_wait": max_wait}, supply)
-    return composed
+    return cast(Composed, build("policy", Composed, {**parts, "max_wait": max_wait}, supply))
 
 
 def load_router(spec: str) -> RouterPolicy:
     """Build the router that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
-    router: RouterPolicy = _load("router", spec)
-    return router
+    return cast(RouterPolicy, _load("router", spec))
 
 
 def load_placement(spec: str) -> PlacementPolicy:
     """Build the placement policy that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
-    placement: PlacementPolicy = _load("placement", spec)
-    return placement
+    return cast(PlacementPolicy, _load("placement", spec))
 
 
 def load_autoscaler(spec: str) -> WaitingWork:
     """Build the scaling policy that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
-    autoscaler: WaitingWork = _load("autoscaler", spec)
-    return autoscaler
+    return cast(WaitingWork, _load("autoscaler", spec))
 
 
 def _load(kind: str, spec: Any, supply: Supply | None = None) -> Any:
