@@ -148,7 +148,7 @@ def load_policy(spec: str | Mapping[str, Any], *, supply: Supply | None = None) 
         return compose(**spec, supply=supply)
     named = [_named(what, token) for token in (spec.split("+") if isinstance(spec, str) else (spec,))]
     if len(named) == 1 and (policy := _classes(what, named[0][0], ("policy", *PARTS)).get("policy")):
-        return cast(SchedulerPolicy, build(what, policy, named[0][1], supply))
+        return cast("SchedulerPolicy", build(what, policy, named[0][1], supply))
     parts: dict[str, Any] = {}
     max_wait = {}
     for name, options in named:
@@ -180,22 +180,22 @@ def compose(
     for kind, value in given.items():
         value = value or getattr(parts.get("order"), f"default_{kind}", DEFAULT_PARTS[kind])
         parts[kind] = value if isinstance(value, _base(kind)) else _load(kind, value, supply)
-    return cast(Composed, build("policy", Composed, {**parts, "max_wait": max_wait}, supply))
+    return cast("Composed", build("policy", Composed, {**parts, "max_wait": max_wait}, supply))
 
 
 def load_router(spec: str) -> RouterPolicy:
     """Build the router that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
-    return cast(RouterPolicy, _load("router", spec))
+    return cast("RouterPolicy", _load("router", spec))
 
 
 def load_placement(spec: str) -> PlacementPolicy:
     """Build the placement policy that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
-    return cast(PlacementPolicy, _load("placement", spec))
+    return cast("PlacementPolicy", _load("placement", spec))
 
 
 def load_autoscaler(spec: str) -> WaitingWork:
     """Build the scaling policy that ``spec`` names. Raises ValueError as :func:`load_policy` does."""
-    return cast(WaitingWork, _load("autoscaler", spec))
+    return cast("WaitingWork", _load("autoscaler", spec))
 
 
 def _load(kind: str, spec: Any, supply: Supply | None = None) -> Any:
