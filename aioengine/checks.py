@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit
@@ -54,7 +54,9 @@ def _refusal(field: str, value: Any, kind: Any, wrong: msgspec.ValidationError) 
     said, _, path = str(wrong).partition(" - at `$")
     for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
         if index:
-            field, value, kind = f"{field}[{index}]", list(value)[int(index)], None  # it may be a set
+            kinds = [part for part in (kind, *get_args(kind)) if get_origin(part) in _LISTS]
+            kind = get_args(kinds[0])[0] if kinds else None
+            field, value = f"{field}[{index}]", list(value)[int(index)]  # it may be a set
             continue
         field = f"{field}.{name}" if field else name
         value = value[name] if isinstance(value, Mapping) else getattr(value, name)
@@ -83,6 +85,7 @@ def _refusal(field: str, value: Any, kind: Any, wrong: msgspec.ValidationError) 
 _WORDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "True or False", "null": "None"}
 _WORDS |= {"array": "a list", "object": "a table"}
 """Types as msgspec and as people call them."""
+_LISTS = (list, tuple, set, frozenset, Sequence)
 
 
 class _Fields(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Protocol, TypedDict, runtime_checkab
 import msgspec
 from msgspec import Meta
 
-from aioengine.checks import AnySeconds, Count, Text, Whole, check_fields, check_value
+from aioengine.checks import AnySeconds, Count, Whole, check_fields, check_value
 from aioengine.errors import RequestInvalid
 
 Prompt = str | list[int] | list[dict[str, Any]]
@@ -63,6 +63,9 @@ Wanted = str | Mapping[str, float] | None
 
 LATEST = "@latest"  # in place of a version: the current one
 MAX_MIXED = 8  # adapters in one mix
+_Text = Annotated[
+    str, Meta(pattern=r"\A[^\ud800-\udfff]+\Z", extra={"is": "text, not empty and without lone surrogates"})
+]
 _Constraint = Annotated[TokenConstraint, Meta(extra={"is": "an object with a method allowed(output)"})]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 _Bias = Annotated[float, Meta(ge=-100, le=100)]
@@ -99,7 +102,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Added to the logits of these tokens, -100..100 each."""
     seed: Annotated[int, Meta(ge=-(2**63))] | None = None
     """The draws depend only on it and the position; None: one is drawn for each request."""
-    stop: Sequence[Text] | str = ()
+    stop: Sequence[_Text] | str = ()
     """Strings that end the output; the output is cut before the first one found."""
     include_stop_str_in_output: bool = False
     """Leave the stop string, or the text of the token, that ends the generation in the output's text."""
@@ -131,8 +134,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise RequestInvalid(f"min_tokens={self.min_tokens}: must be <= max_tokens={self.max_tokens}")
         if self.seed is not None and self.seed >= 2**64:
             raise RequestInvalid(f"seed={self.seed}: must be less than 2**64")
-        for text in self.stop:
-            check_text("stop", text)
         others = (self.prompt_logprobs, self.constraint) != (None, None) or self.max_tokens
         if self.pooling is not None and others:
             raise RequestInvalid("pooling needs max_tokens=0, no prompt_logprobs, no constraint")
@@ -171,19 +172,19 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Raises :class:`~aioengine.errors.RequestInvalid` on construction if a value is out of range.
     """
 
-    request_id: str | None = None
+    request_id: _Text | None = None
     """A name that no other open request has; None: one is made up."""
-    adapter: Wanted = None
+    adapter: _Text | Mapping[str, float] | None = None
     """An adapter, also as "name@version"; or several with weights: their weighted sum (docs/adapters.md)."""
     priority: int = 0
     """Higher is more urgent, for policies that look at it."""
     deadline: AnySeconds | None = None
     """Seconds from now within which the request must end, the look-up of its adapter included."""
-    tenant: str | None = None
+    tenant: _Text | None = None
     """Tenant that sends the request, for policies that are fair between tenants."""
     expected_tokens: Count | None = None
     """Expected length of the output, for policies that use it; None: ``max_tokens``."""
-    cache_salt: str | None = None
+    cache_salt: _Text | None = None
     """The prefix cache is shared with requests of the same salt only."""
     output: Sequence[Whole] = ()
     """Tokens that another engine has generated and delivered, with this seed; only new output is yielded."""
@@ -196,12 +197,9 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if isinstance(self.adapter, Mapping):
             mix = _checked_mix(self.adapter)
             set_(self, "adapter", next(iter(mix)) if [*mix.values()] == [1.0] else mix)
-        else:
-            check_text("adapter", self.adapter)
-            set_(self, "adapter", self.adapter and self.adapter.removesuffix(LATEST))
+        elif isinstance(self.adapter, str):
+            set_(self, "adapter", self.adapter.removesuffix(LATEST))
         check_fields(self, RequestInvalid)
-        for field in ("request_id", "tenant", "cache_salt"):
-            check_text(field, getattr(self, field))
 
     @property
     def mix(self) -> Mapping[str, float] | None:
@@ -218,7 +216,7 @@ def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
     if not 1 <= len(weights) <= MAX_MIXED:
         raise RequestInvalid(f"adapter: a mix of {len(weights)} adapters; it must have 1 to {MAX_MIXED}")
     for name, weight in weights.items():
-        check_text("adapter", name)
+        check_value("adapter", name, _Text, RequestInvalid)
         check_value(f"adapter[{name!r}]", weight, _Bias, RequestInvalid)
     mix: dict[str, float] = {}
     for name in sorted(weights, key=lambda name: (name.partition("@")[0], name)):  # as without versions
@@ -275,18 +273,6 @@ class Scores(msgspec.Struct, kw_only=True, frozen=True):
     scores: list[float]
     prompt_tokens: int
     adapter: str | None = None
-
-
-def check_text(field: str, value: object) -> None:
-    """Raise RequestInvalid unless ``value`` is None, or text that is not empty and that UTF-8 can encode."""
-    if value is None:
-        return
-    if not isinstance(value, str) or not value:
-        raise RequestInvalid(f"{field}={value!r}: must be a non-empty str, or None")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RequestInvalid(f"{field}={value!r}: contains a lone surrogate, which is no character") from None
 
 
 def _tuple(value: Any) -> Any:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -57,73 +58,59 @@ class Turns:
     def __init__(self, most: int, each: int) -> None:
         self._free = asyncio.Semaphore(most)
         self._each = each
-        self._own: dict[Hashable, asyncio.Semaphore] = {}
-        self._users: Counter[Hashable] = Counter()
+        self._own = WeakValueDictionary[Hashable, asyncio.Semaphore]()
+        """Those that somebody uses."""
 
     @asynccontextmanager
     async def turn(self, owner: Hashable) -> AsyncIterator[None]:
         """Context of a piece of work, which waits for its turn."""
-        self._users[owner] += 1
-        try:
-            async with self._own.setdefault(owner, asyncio.Semaphore(self._each)), self._free:
-                yield
-        finally:
-            self._users[owner] -= 1
-            if not self._users[owner]:
-                del self._users[owner], self._own[owner]
+        own = self._own.setdefault(owner, asyncio.Semaphore(self._each))
+        async with own, self._free:
+            yield
 
 
 class SharedWork(Generic[K, T]):
     """Work under keys, each done once for all that wait for it then, and cancelled when nobody does any more.
-    Results are not kept."""
+    Results are not kept. Made on the loop."""
 
     def __init__(self) -> None:
-        self.jobs: dict[K, _Job[T]] = {}
+        self.jobs: dict[K, asyncio.Task[T]] = {}
         """Those under way."""
-        self._closed: Exception | None = None
+        self._callers = Counter[asyncio.Task[T]]()
+        self._closed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
     async def result(self, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return the result of the work under way or, without any, of ``work()``. Raises what that raises,
         the same error for all, and the error of :meth:`close`."""
-        if self._closed is not None:
-            raise self._closed
-        job = self.jobs.get(key)
-        if job is None:
-            job = self.jobs[key] = _Job(asyncio.ensure_future(work()))
-        job.callers += 1
+        if self._closed.done():
+            raise self._closed.result()
+        task = self.jobs.get(key)
+        if task is None:
+            task = self.jobs[key] = asyncio.ensure_future(work())
+            task.add_done_callback(_look_at_error)
+        self._callers[task] += 1
         try:
-            await asyncio.wait([job.over])
+            await asyncio.wait([task, self._closed], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            job.callers -= 1
-            if self.jobs.get(key) is job and (job.over.done() or not job.callers):
+            self._callers -= Counter([task])
+            if self.jobs.get(key) is task and (task.done() or task not in self._callers):
                 del self.jobs[key]
-            if not job.callers:
-                job.task.cancel()
-        if self._closed is not None:
-            raise self._closed
-        return job.task.result()
+            if task not in self._callers:
+                task.cancel()
+        if self._closed.done():
+            raise self._closed.result()
+        return task.result()
 
     def close(self, error: Exception) -> list[asyncio.Task[T]]:
         """Cancel all work, which those who wait do not wait for. Returns its tasks."""
-        self._closed = error
-        tasks = []
-        for job in self.jobs.values():
-            job.end()
-            job.task.cancel()
-            tasks.append(job.task)
+        tasks = list(self.jobs.values())
+        self._closed.set_result(error)
+        for task in tasks:
+            task.cancel()
         return tasks
 
 
-class _Job(Generic[T]):
-    def __init__(self, task: asyncio.Task[T]) -> None:
-        self.task = task
-        self.callers = 0
-        self.over: asyncio.Future[None] = task.get_loop().create_future()
-        """Done when nobody has to wait any more."""
-        task.add_done_callback(self.end)
-
-    def end(self, task: asyncio.Task[T] | None = None) -> None:
-        if task is not None and not task.cancelled():
-            task.exception()  # nobody may be left to read it, and asyncio would log that
-        if not self.over.done():
-            self.over.set_result(None)
+def _look_at_error(task: asyncio.Task[Any]) -> None:
+    """Keep asyncio from logging an error that nobody is left to read."""
+    if not task.cancelled():
+        task.exception()
