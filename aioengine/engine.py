@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -19,7 +20,6 @@ from aioengine.core import Core
 from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
 from aioengine.info import EngineInfo, EngineState, EngineStats, LoadProgress
-from aioengine.memory_plan import MemoryPlan
 from aioengine.model.pooling import read_label_names
 from aioengine.request import (
     Classification,
@@ -27,7 +27,6 @@ from aioengine.request import (
     PoolingKind,
     Prompt,
     RequestKeywords,
-    RequestOptions,
     SamplingParams,
     Scores,
     Wanted,
@@ -37,11 +36,10 @@ from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output import RequestOutput, SoFar
-from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters
-from aioengine.runtime.submit import Submitter
+from aioengine.runtime.submit import Submitting
 from aioengine.runtime.text_work import TextWork
 from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
@@ -51,11 +49,9 @@ if TYPE_CHECKING:
     from aioengine.grammars.limits import GrammarLimits
     from aioengine.grammars.service import Grammars
     from aioengine.metrics import EngineMetrics
-    from aioengine.model.spec import ModelSpec
-    from aioengine.model.text.tokenizer import Tokenizer
 
 
-class AsyncEngine(AdapterOps):
+class AsyncEngine(AdapterOps, Submitting):
     """One base model with many adapters, on one event loop.
 
     >>> async with AsyncEngine(EngineConfig(model="smollm2-135m")) as engine:
@@ -71,19 +67,16 @@ class AsyncEngine(AdapterOps):
 
     metrics: EngineMetrics
     """Prometheus metrics of this engine, in a registry of its own (``engine.metrics.registry``)."""
-    plan: MemoryPlan
     info: EngineInfo
     build: dict[str, str]
     """Labels of the metric ``aioengine_build_info``, which say what runs here."""
-    tokenizer: Tokenizer | None
-    model_spec: ModelSpec
     model_path: Path | None
     """The folder or GGUF file that the model was read from; None if there is none."""
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> object:
-            if name in {**AsyncEngine.__annotations__, **AdapterOps.__annotations__}:
+            if any(name in getattr(kind, "__annotations__", ()) for kind in type(self).__mro__):
                 raise EngineStopped("the engine is not started: use 'async with AsyncEngine(...)'")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -107,6 +100,7 @@ class AsyncEngine(AdapterOps):
         self._state: EngineState = "new"
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
+        self._numbers = count()
         # Not read in the engine's own thread, which is waited for at the end: the disk may hang.
         self.label_names = SharedRead("aioengine-labels", lambda: read_label_names(self.model_path))
         self._closers: list[Callable[[], Awaitable[None]]] = []
@@ -162,9 +156,6 @@ class AsyncEngine(AdapterOps):
         lora = self.config.lora
         self._names = AdapterNames(self._loop, built.resolver, None if lora is None else lora.load_timeout)
         self._held = HeldAdapters(work, int(lora.max_held_lora_bytes) if lora else 0)
-        self._submitter = Submitter(
-            self._loop, self._names, built, text_work=self.text_work, check_running=self._check_running
-        )
         self.build = assemble.build_labels(self.info)
         self.metrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
@@ -211,7 +202,7 @@ class AsyncEngine(AdapterOps):
         await self.text_work.close()  # or else the next line would hold up the loop
         self._work.shutdown(wait=True)
         self._held.close()
-        del self._built, self._work, self._submitter
+        del self._built, self._work
         self._state = "stopped"
 
     async def drain(self) -> None:
@@ -272,12 +263,6 @@ class AsyncEngine(AdapterOps):
             return await stream.last()
         finally:
             self._loop.abort(stream.request)
-
-    async def _submit(
-        self, prompt: Prompt, params: SamplingParams | None, keywords: RequestKeywords
-    ) -> OutputStream:
-        self._check_running()
-        return await self._submitter.submit(prompt, params, RequestOptions(**keywords))
 
     async def embed(
         self,

@@ -90,10 +90,6 @@ class Guide:
         """Constrain the output to a context-free grammar in Lark's notation, from its rule ``start``."""
         return await self._constraint(grammar, self._from.grammar_from_lark, tenant)
 
-    async def another(self, constraint: TokenConstraint, *, tenant: str | None = None) -> TokenConstraint:
-        """Make a constraint for the same grammar as one that this guide has made, with less work."""
-        return await self._grammars.constraint(constraint.text, tenant)  # type: ignore[attr-defined] # they made it
-
     async def _constraint(
         self, text: str, grammar_from: Callable[[str], str], tenant: str | None
     ) -> TokenConstraint:

@@ -15,9 +15,6 @@ import msgspec
 
 from aioengine.request import SamplingParams, TokenLogprob
 
-SLOT_GRANULE = 256
-"""Alignment in bytes of adapters in a memory that slots share: rows of any dtype are whole vectors."""
-
 
 @dataclass(slots=True)
 class SequenceWork:
@@ -199,20 +196,16 @@ class LoadedAdapter(NamedTuple):
 
     rank: int
     nbytes: int
+    slot_nbytes: int
+    """Bytes in a slot, on the rank with the largest share."""
     digest: str
     seconds: float = 0.0
     """Wall time of the load, with its retries."""
     labels: int = 0
-    slot_nbytes: int | None = None
-    """Bytes in a slot, on the rank with the largest share; None: ``nbytes``."""
     invocation: Sequence[int] = ()
     """Tokens from which on an activated LoRA adapter is applied; (): to all."""
     scalable: bool = True
     """Whether a step can multiply what it adds by a number: without DoRA and biases."""
-
-    @property
-    def bytes_in_slot(self) -> int:
-        return self.nbytes if self.slot_nbytes is None else self.slot_nbytes
 
 
 Stalled = Callable[[], None]

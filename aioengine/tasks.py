@@ -104,7 +104,8 @@ class SharedWork(Generic[K, T]):
     def close(self, error: Exception) -> list[asyncio.Task[T]]:
         """Cancel all work, which those who wait do not wait for. Returns its tasks."""
         tasks = list(self.jobs.values())
-        self._closed.set_result(error)
+        if not self._closed.done():
+            self._closed.set_result(error)
         for task in tasks:
             task.cancel()
         return tasks

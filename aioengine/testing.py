@@ -156,7 +156,7 @@ class Sim:
         """Return what a read of an adapter finds."""
         name = entry.label
         rank, nbytes = self.ranks.get(name, 8), self.sizes.get(name, 1000)
-        return LoadedAdapter(rank, nbytes, f"{name}-{entry.version}", 0.1)
+        return LoadedAdapter(rank, nbytes, nbytes, f"{name}-{entry.version}", 0.1)
 
     def finish_load(self, index: int = 0, *, fail: bool = False) -> None:
         """End a read of those under way."""

@@ -4,54 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from itertools import count
-from typing import Annotated
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
+from aioengine.core import Core
 from aioengine.core.step_results import finish_reason
 from aioengine.core.waiting_room import Reservation
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
-from aioengine.request import Prompt, RequestOptions, SamplingParams
-from aioengine.runtime.assemble import Built
+from aioengine.memory_plan import MemoryPlan
+from aioengine.model.spec import ModelSpec
+from aioengine.request import Prompt, RequestKeywords, RequestOptions, SamplingParams
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.requests.continuation import Replayed
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.text_work import TextWork, tokenize
 
+if TYPE_CHECKING:
+    from aioengine.model.text.tokenizer import Tokenizer
 
-class Submitter:
-    """Accepts requests. ``check_running`` raises if the engine does not accept any."""
 
-    def __init__(
-        self,
-        loop: EngineLoop,
-        adapters: AdapterNames,
-        parts: Built,
-        *,
-        text_work: TextWork,
-        check_running: Callable[[], None],
-    ) -> None:
-        self._loop = loop
-        self._core = loop.core
-        self._adapters = adapters
-        self._tokenizer = parts.tokenizer
-        self._limit = parts.plan.max_model_len
-        self._vocab = parts.spec.vocab_size
-        self._token_type = list[Annotated[int, msgspec.Meta(ge=0, lt=self._vocab)]]
-        self._text_work = text_work
-        self._check_running = check_running
-        self._numbers = count()
+class Submitting(ABC):
+    """An engine's acceptance of requests."""
 
-    async def submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        options: RequestOptions,
+    _core: Core
+    _loop: EngineLoop
+    _names: AdapterNames
+    _numbers: Iterator[int]
+    """For the names of requests that have none."""
+    model_spec: ModelSpec
+    plan: MemoryPlan
+    text_work: TextWork
+    tokenizer: Tokenizer | None
+
+    @abstractmethod
+    def _check_running(self) -> None:
+        """Raise an error if the engine accepts no requests."""
+
+    @cached_property
+    def _token_type(self) -> Any:
+        return list[Annotated[int, msgspec.Meta(ge=0, lt=self.model_spec.vocab_size)]]
+
+    async def _submit(
+        self, prompt: Prompt, params: SamplingParams | None, keywords: RequestKeywords
     ) -> OutputStream:
         """Check a request and add it to the core; see ``AsyncEngine.generate`` for arguments and errors."""
+        self._check_running()
+        options = RequestOptions(**keywords)
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestInvalid(f"params must be SamplingParams, not {type(params).__name__}")
@@ -63,17 +66,17 @@ class Submitter:
         arrival, output = loop.time(), options.output
         due = None if options.deadline is None else arrival + options.deadline
         # Before the work of tokenizing.
-        named = None if adapter is None else self._adapters.check_wanted(adapter)
+        named = None if adapter is None else self._names.check_wanted(adapter)
         self._check_params(params)
         # A request that can never run must get this error, and not "try again later".
         tokens = self._token_ids(prompt, params)
         with self._publishing():
             size = None if tokens is None else len(tokens)
             reservation = self._core.reserve(options.tenant, named, arrival, size)
-        entry, scale = None if adapter is None else self._adapters.current(adapter), 1.0
+        entry, scale = None if adapter is None else self._names.current(adapter), 1.0
         text = None
-        if self._tokenizer is not None:
-            text = self._tokenizer.text_stream(
+        if self.tokenizer is not None:
+            text = self.tokenizer.text_stream(
                 params.skip_special_tokens, tuple(params.stop), params.include_stop_str_in_output
             )
         stream = OutputStream(params, text)
@@ -82,7 +85,7 @@ class Submitter:
         given = () if replay else output
 
         def where() -> str:
-            return "" if adapter is None else self._adapters.where(adapter)
+            return "" if adapter is None else self._names.where(adapter)
 
         at_once = tokens is not None and (adapter is None or entry is not None) and not output
         try:
@@ -90,19 +93,19 @@ class Submitter:
                 if tokens is None:
                     tokens = await tokenize(
                         prompt, reservation.tenant,
-                        limit=self._limit, tokenizer=self._tokenizer, work=self._text_work,
+                        limit=self.plan.max_model_len, tokenizer=self.tokenizer, work=self.text_work,
                     )  # fmt: skip
                     self._check_prompt(tokens, params)
                     with self._publishing():
                         self._core.weigh(reservation, len(tokens), loop.time())
                 if adapter is not None and entry is None:
-                    entry, scale = await self._adapters.acquire_wanted(adapter, reservation.tenant)
+                    entry, scale = await self._names.acquire_wanted(adapter, reservation.tenant)
                 self._check_output(output, len(tokens), params)
                 if given:
-                    await self._text_work.run(len(given), lambda: stream.add_given(given, ends))
+                    await self.text_work.run(len(given), lambda: stream.add_given(given, ends))
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
             if entry is not None:
-                self._adapters.check_lives(entry)
+                self._names.check_lives(entry)
             if request_id in self._core.requests:
                 raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
         except BaseException:
@@ -112,7 +115,7 @@ class Submitter:
             # So the sampler knows which tokens are not allowed yet.
             params = msgspec.structs.replace(params, stop_token_ids=ends)
         if replay:
-            constraint = Replayed(output, params.constraint, vocab=self._vocab)
+            constraint = Replayed(output, params.constraint, vocab=self.model_spec.vocab_size)
             params = msgspec.structs.replace(params, constraint=constraint)
         request = self._core.add_request(
             request_id, tokens, params, options, loop.time(),
@@ -141,8 +144,8 @@ class Submitter:
         """Copy and check a prompt of token ids; None for a text or chat messages."""
         if not isinstance(prompt, list):
             return None
-        if len(prompt) > self._limit and type(prompt[0]) is int:
-            raise PromptTooLong(len(prompt), self._limit)  # before they are looked at one by one
+        if len(prompt) > self.plan.max_model_len and type(prompt[0]) is int:
+            raise PromptTooLong(len(prompt), self.plan.max_model_len)  # before they are looked at one by one
         try:
             tokens = msgspec.convert(prompt, self._token_type)  # one pass, in a fifth of the time of several
             self._check_length(tokens, params)
@@ -160,18 +163,18 @@ class Submitter:
     def _check_length(self, tokens: list[int], params: SamplingParams) -> None:
         if not tokens:
             raise RequestInvalid("the prompt is empty: it must have at least one token")
-        if len(tokens) > self._limit - (params.max_tokens > 0):
-            raise PromptTooLong(len(tokens), self._limit)
+        if len(tokens) > self.plan.max_model_len - (params.max_tokens > 0):
+            raise PromptTooLong(len(tokens), self.plan.max_model_len)
 
     def _check_params(self, params: SamplingParams) -> None:
         """Check the parameters that depend on the model."""
         self._check_vocabulary("logit_bias:", params.logit_bias)
         self._check_vocabulary("stop_token_ids:", params.stop_token_ids)
-        if params.stop and self._tokenizer is None:
+        if params.stop and self.tokenizer is None:
             raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and the model has none")
 
     def _check_output(self, output: Sequence[int], prompt_len: int, params: SamplingParams) -> None:
-        made, limit = len(output), self._limit
+        made, limit = len(output), self.plan.max_model_len
         if made > params.max_tokens:
             raise RequestInvalid(f"output: has {made} tokens, more than max_tokens={params.max_tokens}")
         if prompt_len + made > limit:
@@ -181,9 +184,10 @@ class Submitter:
         self._check_vocabulary("output:", output)
 
     def _check_vocabulary(self, what: str, tokens: Collection[int]) -> None:
+        size = self.model_spec.vocab_size
         for token in tokens:
-            if not 0 <= token < self._vocab:
-                raise RequestInvalid(f"{what} token {token} is outside the vocabulary 0..{self._vocab - 1}")
+            if not 0 <= token < size:
+                raise RequestInvalid(f"{what} token {token} is outside the vocabulary 0..{size - 1}")
 
 
 @contextlib.asynccontextmanager

@@ -93,7 +93,7 @@ class FakeStore:
 
     def begin(self, name: str, path: str, progress: Any, files: Any) -> Any:
         self.reads.get(name, lambda: None)()
-        return SimpleNamespace(loaded=LoadedAdapter(4, 10, name))
+        return SimpleNamespace(loaded=LoadedAdapter(4, 10, 10, name))
 
     def finish(self, draft: Any) -> Any:
         return draft

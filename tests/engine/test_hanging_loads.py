@@ -41,7 +41,7 @@ class Loader(BaseLoader[None]):
         self.tasks.add(task)
         await asyncio.wait([task])
         task.result()
-        return LoadedAdapter(8, 100, "x"), None
+        return LoadedAdapter(8, 100, 100, "x"), None
 
     async def _thread(self, name: str, progress: Progress) -> None:
         seconds = next((s for start, s in self._seconds.items() if name.startswith(start)), 0.05)

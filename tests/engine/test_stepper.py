@@ -61,7 +61,7 @@ def test_a_policy_that_waits_is_asked_again_although_a_read_has_just_ended() -> 
     class Reads(Steady):
         async def load(self, order: ReadOrder) -> LoadedAdapter:
             await asyncio.sleep(0.2)
-            return LoadedAdapter(4, 100, "digest", 0.2)
+            return LoadedAdapter(4, 100, 100, "digest", 0.2)
 
         async def place(self, uid: int, slot: int, offset: int) -> float:
             return 0.0
@@ -90,7 +90,7 @@ def test_retries_wait_in_virtual_time() -> None:
             self.reads += 1
             if self.reads < 3:
                 raise AdapterLoadError("EIO", name="a", path="/a", transient=True)
-            return LoadedAdapter(4, 100, "digest", 1.0)
+            return LoadedAdapter(4, 100, 100, "digest", 1.0)
 
     seen: list[Event] = []
 

@@ -20,12 +20,13 @@ from support.tiny_models import build_model
 from support.triton_here import DEVICE, examples, needs_triton
 from torch import Tensor
 
+from aioengine.core.adapters.arena import GRANULE
 from aioengine.model.build import build_runner
 from aioengine.model.decode_graphs import DecodeLimits
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.slots.image import AdapterImage
 from aioengine.request import SamplingParams
-from aioengine.step import SLOT_GRANULE, Sampled, SequenceWork, StepBatch
+from aioengine.step import Sampled, SequenceWork, StepBatch
 
 pytest.importorskip("triton")
 pytestmark = needs_triton
@@ -78,7 +79,7 @@ def places(images: Sequence[AdapterImage], nbytes: int, rng: random.Random) -> l
     taken: list[tuple[int, int]] = []
     for image in images:
         while True:
-            begin = rng.randrange(0, nbytes - image.data.nbytes, SLOT_GRANULE)
+            begin = rng.randrange(0, nbytes - image.data.nbytes, GRANULE)
             end = begin + image.data.nbytes
             if not any(begin < last and first < end for first, last in taken):
                 break

@@ -38,7 +38,7 @@ class SizedSim(Sim):
         entry = self.loads.pop(index)
         self.on_cpu.add(entry.uid)
         seconds = self.read_seconds[entry.label]
-        found = LoadedAdapter(8, self.sizes[entry.label], entry.label, seconds, slot_nbytes=1)
+        found = LoadedAdapter(8, self.sizes[entry.label], 1, entry.label, seconds)
         self.core.adapter_loaded(entry, self.now, found)
 
     def finish_copy(self, index: int = 0, *, fail: bool = False) -> None:

@@ -399,7 +399,8 @@ class FaultyLoader(BaseLoader[LoadedAdapter]):
                     MemoryError(),
                 ]
             )
-        return LoadedAdapter(rank, self._costs.adapter_nbytes(rank), path)
+        nbytes = self._costs.adapter_nbytes(rank)
+        return LoadedAdapter(rank, nbytes, nbytes, path)
 
     def _keep(self, uid: int, content: LoadedAdapter) -> None:
         if uid in self._memory.cpu:

@@ -102,9 +102,9 @@ class Draft:
         return LoadedAdapter(
             packed.rank,
             self.slot_nbytes + (0 if head is None else head.nbytes),
+            self.slot_nbytes,
             packed.digest,
             labels=0 if head is None else len(head.weight),
-            slot_nbytes=self.slot_nbytes,
             invocation=packed.invocation,
             scalable=packed.scalable,
         )

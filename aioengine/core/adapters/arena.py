@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aioengine.step import SLOT_GRANULE
-
-GRANULE = SLOT_GRANULE
-"""Bytes of the smallest granule."""
+GRANULE = 256
+"""Bytes of the smallest granule: rows of any dtype are whole vectors."""
 
 
 class Arena:

@@ -166,7 +166,7 @@ class Residency:
         if entry.expected not in ("", found.digest):
             why = f"since it was loaded: their SHA-256 is {found.digest[:12]}..., and "
             return entry.changed(f"{why}{entry.expected[:12]}... is expected; load it again with replace")
-        arena, nbytes = self.slots.arena, found.bytes_in_slot
+        arena, nbytes = self.slots.arena, found.slot_nbytes
         if arena.rounded(nbytes) > arena.size:
             todo = "raise LoRAConfig.slot_memory or, without it, max_loras or max_lora_rank"
             why = f"{nbytes:,} bytes in the slots, which have {arena.size:,} in all; {todo}"
@@ -188,7 +188,7 @@ class Residency:
             self.load_room += 1
         entry.change("arrive")
         self.names.of(entry.label).succeed()
-        self.set_size(entry, found.nbytes, found.bytes_in_slot)
+        self.set_size(entry, found.nbytes, found.slot_nbytes)
         entry.take(found)
         entry.error, entry.last_used = None, now
         took = {"rank": found.rank, "nbytes": found.nbytes, "seconds": found.seconds}

@@ -207,7 +207,7 @@ class WorkerLoader(BaseLoader[int]):
             progress.running = not last.done()
         found = shares[0]._replace(
             nbytes=sum(share.nbytes for share in shares),
-            slot_nbytes=max(share.bytes_in_slot for share in shares),
+            slot_nbytes=max(share.slot_nbytes for share in shares),
             scalable=all(share.scalable for share in shares),
         )
         return found, number

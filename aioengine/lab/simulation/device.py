@@ -219,7 +219,7 @@ class SimulatedDevice(Device):
             )
         self._held[order.uid] = nbytes
         in_slot = self._bytes_of(shape.rank) if self._one_size else nbytes
-        return LoadedAdapter(shape.rank, nbytes, name, seconds, slot_nbytes=in_slot)
+        return LoadedAdapter(shape.rank, nbytes, in_slot, name, seconds)
 
     def _bytes_of(self, rank: int) -> int:
         if rank not in self._nbytes:

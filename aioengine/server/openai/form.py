@@ -58,10 +58,7 @@ class Form(NamedTuple):
         not enforced. Raises an ApiError that names the field."""
         try:
             wanted, not_enforced = await guide.in_thread(self.write, tenant)
-            made = [await self.compile(guide, wanted, tenant=tenant)]
-            while len(made) < count:
-                made.append(await guide.another(made[0], tenant=tenant))
-            return made, not_enforced
+            return [await self.compile(guide, wanted, tenant=tenant) for _ in range(count)], not_enforced
         except RequestInvalid as error:
             raise invalid(self.param, str(error)) from error
 
