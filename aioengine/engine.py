@@ -164,7 +164,7 @@ class AsyncEngine(AdapterOps, Submitting):
             engine=self.config.name,
             compat=self.config.metrics_compat,
             model_name=lambda: self.model_name,
-            state=lambda: "degraded" if self.degraded else self.state,
+            state=lambda: self.state,
             build=self.build,
         )
         self._loop.listeners.add(self._counters, *self._counters.COUNTED)
@@ -215,11 +215,6 @@ class AsyncEngine(AdapterOps, Submitting):
             if self._state == "draining":
                 self._state = "running"
             raise
-
-    def at_stop(self, close: Callable[[], Awaitable[None]]) -> None:
-        """Have ``close()`` awaited when the engine stops, after its last step. It must not fail."""
-        self._check_running()
-        self._closers.append(close)
 
     # Requests
 
@@ -350,20 +345,20 @@ class AsyncEngine(AdapterOps, Submitting):
 
     @property
     def state(self) -> EngineState:
-        """State of its life cycle; only a "running" engine accepts requests."""
-        if self._state == "running" and self._loop.dead is not None:
+        """State of its life cycle. It accepts requests while it is "running" or "degraded": the model's
+        processes were lost and are being restarted, and requests wait."""
+        if self._state != "running":
+            return self._state
+        if self._loop.dead is not None:
             return "dead"
-        return "draining" if self._state == "running" and self.leaving else self._state
-
-    @property
-    def degraded(self) -> bool:
-        """Whether the model's processes were lost and are being restarted; requests wait."""
-        return self.state == "running" and self._loop.recovering
+        if self.leaving:
+            return "draining"
+        return "degraded" if self._loop.recovering else "running"
 
     @property
     def failure(self) -> EngineDead | None:
         """Why it is dead or degraded; None if it is neither."""
-        return self._loop.dead or (self._loop.failure if self.degraded else None)
+        return self._loop.dead or (self._loop.failure if self.state == "degraded" else None)
 
     def step_age(self) -> float:
         """Return the seconds since the step that runs now began; 0 if none does."""
@@ -376,6 +371,7 @@ class AsyncEngine(AdapterOps, Submitting):
     def grammars(self, limits: GrammarLimits | None = None) -> Grammars:
         """Return a compiler of grammars for this model, which has a tokenizer, for
         :class:`~aioengine.guided.Guide`. It ends with the engine."""
+        self._check_running()
         from aioengine.grammars.service import Grammars
         from aioengine.grammars.worker_process import Tokens
 
@@ -386,7 +382,7 @@ class AsyncEngine(AdapterOps, Submitting):
 
         grammars = Grammars(tokens, limits=limits, told=self.metrics.grammar_compiled)
         self.metrics.grammars_kept.append(lambda: grammars.kept)
-        self.at_stop(grammars.close)
+        self._closers.append(grammars.close)
         return grammars
 
     def check_invariants(self) -> None:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from aioengine.errors import Bound
+from aioengine.info import AdapterLocation
 
 EndReason = Literal["stop", "length", "abort", "error"]
 LoadFailure = Literal["invalid", "too_large", "io", "internal"]
@@ -31,7 +32,7 @@ class RequestEvent(Event, frozen=True, kw_only=True, gc=False):
 class RequestAdded(RequestEvent, frozen=True, kw_only=True, gc=False):
     prompt_tokens: int
     tenant: str | None
-    location: Literal["disk", "loading", "cpu", "slot"] | None = None
+    location: AdapterLocation | None = None
     """Location of its adapter when the request arrived."""
     priority: int = 0
     deadline: float | None = None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from itertools import takewhile
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from aioengine.core.adapters.version import Version
 from aioengine.core.blocks import BlockManager
@@ -19,11 +19,9 @@ from aioengine.core.speculation import Drafting
 from aioengine.core.waiting_room import Reservation
 from aioengine.errors import AdapterChanged, AdapterTooLarge, EngineOverloaded
 from aioengine.events import EndReason
-from aioengine.info import mix_name, scaled_digest
+from aioengine.info import AdapterLocation, mix_name, scaled_digest
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.step import AdapterSource, LoadedAdapter, SequenceWork
-
-Where = Literal["disk", "loading", "cpu", "slot"]
 
 
 class Status(Enum):
@@ -186,9 +184,9 @@ class AdapterEntry(Version):
         return oldest if wanted is None else min(oldest, wanted)
 
     @property
-    def where(self) -> Where:
+    def where(self) -> AdapterLocation:
         """Its location in the words of the public API."""
-        return cast(Where, self.location.lower())
+        return cast(AdapterLocation, self.location.lower())
 
 
 class Sink(Protocol):

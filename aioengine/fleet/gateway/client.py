@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -91,9 +91,7 @@ class FleetClient:
         self._gateway = gateway
         self.members = Members(config, handle, gateway=gateway)
         self._dispatcher = Dispatcher(self.members)
-        self.metrics = FleetMetrics(
-            self.members, self._dispatcher, lambda: "degraded" if self.degraded else self.state
-        )
+        self.metrics = FleetMetrics(self.members, self._dispatcher, lambda: self.state)
         self._adapters = FleetAdapters(config, self.members)
         known = self._adapters.known
         self._dispatcher.digest_of = known.digest
@@ -107,7 +105,6 @@ class FleetClient:
         self._seeds = random.Random(config.engine.seed)
         self._ids: dict[str, Call] = {}
         self._state: EngineState = "new"
-        self._closers: list[Callable[[], Awaitable[None]]] = [self._uploads.stop]
         self._head: Head | None = None
 
     # Life cycle
@@ -136,13 +133,8 @@ class FleetClient:
         await self._limits.stop()
         await self._adapters.stop()
         await self.members.stop(stopped)
-        for close in self._closers:
-            await close()
+        await self._uploads.stop()
         await self.text_work.close()
-
-    def at_stop(self, close: Callable[[], Awaitable[None]]) -> None:
-        """Await ``close()`` when this client stops."""
-        self._closers.append(close)
 
     def watch_head(self, address: str) -> None:
         """Notice when nothing answers at the address of Ray's head any more; see :meth:`until_dead`."""
@@ -150,18 +142,16 @@ class FleetClient:
 
     @property
     def state(self) -> EngineState:
-        """State: "running" while a replica takes requests, or while no replica is needed."""
+        """State: "running" while a replica takes requests, or none is needed. "degraded" while one of them
+        is lost and has not come back yet: requests go to the others."""
         members = self.members
-        if self._state == "running" and (self.leaving or self.failure is not None):
+        if self._state != "running":
+            return self._state
+        if self.leaving or self.failure is not None:
             return "draining"
-        if self._state == "running" and not members.state.view.accepting and not members.asleep:
+        if not members.state.view.accepting and not members.asleep:
             return "starting"
-        return self._state
-
-    @property
-    def degraded(self) -> bool:
-        """Whether a replica is lost and has not come back yet. Requests go to the others."""
-        return self.state == "running" and self.members.missing > 0
+        return "degraded" if members.missing > 0 else "running"
 
     @property
     def failure(self) -> errors.EngineDead | None:
