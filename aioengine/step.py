@@ -49,16 +49,6 @@ class SequenceWork:
         return self.history[self.prompt_len :]
 
 
-class StepContents(NamedTuple):
-    """Numbers that describe a step; as in :class:`~aioengine.events.StepFinished`."""
-
-    sequences: int
-    adapters: int
-    prefill_tokens: int
-    decode_tokens: int
-    slots: tuple[int, ...]
-
-
 class StepBatch(NamedTuple):
     """One model step. ``sequences`` are sorted by slot, base rows (-1) first."""
 
@@ -73,20 +63,6 @@ class StepBatch(NamedTuple):
     gets a token that ends it. The block tables cover the first step."""
     until: float = inf
     """Time before which each of these steps after the first begins."""
-
-    def contents(self) -> StepContents:
-        """Count what is in each of the steps."""
-        rows = self.sequences
-        used = tuple(sorted({work.slot for work in rows} - {-1}))
-        others = [work for work in rows if work.start < work.prompt_len or len(work.tokens) > 1]
-        prefill, decode = 0, len(rows) - len(others)
-        for work in others:
-            count = len(work.tokens)
-            if work.start >= work.prompt_len and count == 1 + len(work.draft):
-                decode += count
-            else:
-                prefill += count
-        return StepContents(len(rows), len(used), prefill, decode, used)
 
 
 Fault = Literal["model", "request"]

@@ -106,7 +106,6 @@ class Sim:
     ) -> Request:
         """Add a request. ``options`` are fields of ``RequestOptions``: tenant, priority, ..."""
         prompt = prompt or [10 + (self.count + 1) % 7, 20, 30]
-        reservation = self.core.reserve(options.get("tenant"), adapter, self.now, len(prompt))
         self.count += 1
         return self.core.add_request(
             f"r{self.count}",
@@ -117,7 +116,6 @@ class Sim:
             adapter=None if adapter is None else self.core.residency.current[adapter],
             scale=scale,
             deadline=deadline,
-            reservation=reservation,
         )
 
     def schedule(self) -> StepBatch | None:

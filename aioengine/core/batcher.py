@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 from aioengine import events
 from aioengine.core.blocks import BlockManager
@@ -26,6 +27,29 @@ _row = attrgetter("row")
 _slot = attrgetter("row.slot")
 _remaining = attrgetter("remaining")
 _decodes = attrgetter("decodes")
+
+
+class StepContents(NamedTuple):
+    """Numbers that describe a step; as in :class:`~aioengine.events.StepFinished`."""
+
+    sequences: int = 0
+    adapters: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    slots: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Sequence[SequenceWork]) -> StepContents:
+        used = tuple(sorted({work.slot for work in rows} - {-1}))
+        others = [work for work in rows if work.start < work.prompt_len or len(work.tokens) > 1]
+        prefill, decode = 0, len(rows) - len(others)
+        for work in others:
+            count = len(work.tokens)
+            if work.start >= work.prompt_len and count == 1 + len(work.draft):
+                decode += count
+            else:
+                prefill += count
+        return cls(len(rows), len(used), prefill, decode, used)
 
 
 class Batcher:

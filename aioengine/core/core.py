@@ -19,7 +19,7 @@ from aioengine import events
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.batcher import Batcher
+from aioengine.core.batcher import Batcher, StepContents
 from aioengine.core.blocks import BlockManager
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
@@ -33,7 +33,7 @@ from aioengine.errors import AdapterError, DeadlineExceeded, EngineOverloaded, R
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import CostsView, Location, SchedulerPolicy
-from aioengine.step import LoadedAdapter, StepBatch, StepContents, StepResult
+from aioengine.step import LoadedAdapter, StepBatch, StepResult
 
 
 class Step(NamedTuple):
@@ -103,7 +103,7 @@ class Core:
         self._zombies: list[Request] = []
         """Requests that ended while in flight. Their blocks and slots are released when the step comes
         back."""
-        self.contents = StepContents(0, 0, 0, 0, ())
+        self.contents = StepContents()
         """Those of the last batch."""
 
     # Events in: requests
@@ -310,7 +310,7 @@ class Core:
         self._in_flight = self.batcher.formed
         batch = StepBatch(self.step, self.batcher.sequences, ranks, again)
         if not again:
-            self.contents = batch.contents()
+            self.contents = StepContents.of(batch.sequences)
         self._note_used(self.now)
         return batch
 
