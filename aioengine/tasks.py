@@ -89,8 +89,9 @@ class SharedWork(Generic[K, T]):
             task = self.jobs[key] = asyncio.ensure_future(work())
             task.add_done_callback(_look_at_error)
         self._callers[task] += 1
+        either: list[asyncio.Future[Any]] = [task, self._closed]
         try:
-            await asyncio.wait([task, self._closed], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._callers -= Counter([task])
             if self.jobs.get(key) is task and (task.done() or task not in self._callers):

@@ -7,7 +7,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -46,7 +46,7 @@ class Submitting(ABC):
         """Raise an error if the engine accepts no requests."""
 
     @cached_property
-    def _token_type(self) -> Any:
+    def _token_type(self) -> type[list[int]]:
         return list[Annotated[int, msgspec.Meta(ge=0, lt=self.model_spec.vocab_size)]]
 
     async def _submit(
