@@ -205,7 +205,7 @@ class GrammarConstraint:
         with self._lock:
             self._grammar = grammar
             self._row = row
-            self._known: Sequence[int] | None = ()
+            self._known: list[int] | None = []
             """The output that the parser has seen; None: the parser must begin again."""
             self._asked: _PendingMask | None = None
             self._seconds = 0.0
@@ -242,7 +242,7 @@ class GrammarConstraint:
         return True
 
     def _begin(self, output: Sequence[int]) -> None:
-        known, seen = self._known, tuple(output)
+        known, seen = self._known, list(output)
         if self._asked is not None and seen == known:
             return
         afresh = known is None or seen[: len(known)] != known

@@ -73,7 +73,7 @@ def collect(rows: Sequence[SequenceWork], *, alone: bool, vocab: int) -> Masks:
 
 
 def _ask(row: SequenceWork, constraint: TokenConstraint, until: float) -> bytes | None:
-    output = [*row.output, *row.draft]
+    output = [*row.output, *row.draft] if row.draft else row.output
     started = _started(row)
     if started is None:
         return _mask(constraint.allowed(output))
