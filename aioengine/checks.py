@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import msgspec
 from msgspec import Meta
@@ -150,15 +150,16 @@ def parse_bytes(value: int | str, *, field: str) -> int:
     return number
 
 
-def file_url_path(text: str) -> str | None:
-    """Return the path in a URL "file:///absolute/path", or None for other text. Raises ValueError if it names
-    another machine."""
-    if not text.lower().startswith("file://"):
+def file_url_path(text: str, *, field: str = "path") -> str | None:
+    """Return the path in a URL "file:///absolute/path", or None for other text. Raises ConfigError if it
+    names another machine."""
+    scheme, _, rest = text.partition("://")
+    if scheme.lower() != "file":
         return None
-    url = urlsplit(text)
-    if url.netloc not in ("", "localhost"):
-        raise ValueError(f"file://{url.netloc}: must be file:///absolute/path")
-    return unquote(url.path)
+    host, _, path = rest.partition("/")
+    if host not in ("", "localhost") or not path:
+        raise ConfigError(f"{field}={text!r}: must be file:///absolute/path")
+    return unquote(f"/{path}")
 
 
 def format_bytes(value: float) -> str:

@@ -126,12 +126,8 @@ class LoRAConfig(_Config, frozen=True):
             allowed = ", ".join(map(str, ALLOWED_RANKS))
             raise ConfigError(f"max_lora_rank={self.max_lora_rank!r}: allowed are {allowed}; choose one")
         checks.check_fields(self)
-        root = self.adapter_root
-        if root is not None:
-            try:
-                set_(self, "adapter_root", checks.file_url_path(root) or root)
-            except ValueError as error:
-                raise ConfigError(f"adapter_root={root!r}: {error}") from error
+        if (root := self.adapter_root) is not None:
+            set_(self, "adapter_root", checks.file_url_path(root, field="adapter_root") or root)
         if self.cpu_capacity < self.max_loras:
             raise ConfigError(
                 f"max_cpu_loras={self.max_cpu_loras}: must be >= max_loras={self.max_loras}, because "

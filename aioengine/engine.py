@@ -15,7 +15,7 @@ import msgspec
 from aioengine import __version__
 from aioengine.adapters.read_threads import SharedRead
 from aioengine.adapters.resolvers.base import AdapterResolver
-from aioengine.config import WAITING_BOUNDS, EngineConfig
+from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
@@ -320,8 +320,7 @@ class AsyncEngine(AdapterOps, Submitting):
         """Change bounds on waiting requests (``config.WAITING_BOUNDS``), for new ones. Raises ConfigError,
         and changes nothing, if one is not valid."""
         self.config = msgspec.structs.replace(self.config, **bounds)
-        now = {name: getattr(self.config, name) for name in WAITING_BOUNDS}
-        self._core.room.limits = self._core.room.limits._replace(**now)
+        self._core.room.limits = self._core.room.limits._replace(**bounds)
 
     def change_policy(self, policy: str) -> None:
         """Use another scheduling policy from the next step on. Raises PolicyError, and changes nothing, if
