@@ -23,14 +23,15 @@ class Counters:
     def __call__(self, event: events.Event) -> None:
         counts = self._counts
         match event:
-            case events.RequestAdded(adapter=str()):
-                counts["slot_hits" if event.location == "slot" else "slot_misses"] += 1
+            case events.RequestAdded():
+                counts["prompt_tokens"] += event.prompt_tokens
+                if event.adapter is not None:
+                    counts["slot_hits" if event.location == "slot" else "slot_misses"] += 1
             case events.RequestAdmitted(resumed=False):
                 counts["cached_tokens"] += event.cached_tokens
             case events.RequestEnded():
                 kind = {"abort": "aborted", "error": "failed"}.get(event.reason, "finished")
                 counts[f"requests_{kind}"] += 1
-                counts["prompt_tokens"] += event.prompt_tokens
                 counts["output_tokens"] += event.output_tokens
             case events.AdapterPlaced():
                 counts["slot_loads"] += 1
@@ -43,10 +44,12 @@ class Counters:
 
     def snapshot(self, core: Core, listener_failures: int) -> EngineStats:
         queues, room, blocks, arena = core.queues, core.room, core.blocks, core.slots.arena
-        live = core.requests.values()
+        # Those that have not run yet are too many to look at, and are counted in ``room``.
+        begun = [*core.running.values()]
+        if room.returned:
+            begun += [request for request in queues if request.reservation is None]
         counts = self._counts.copy()
-        counts["prompt_tokens"] += sum(request.prompt_len for request in live)
-        counts["output_tokens"] += sum(request.made_tokens for request in live)
+        counts["output_tokens"] += sum(request.made_tokens for request in begun)
         heads = [entry for entry in queues.heads.values() if entry is not None]
         cold = [entry for entry in heads if entry.location is not Location.SLOT]
         blocked = sum(len(entry.waiting) for entry in cold)
@@ -69,7 +72,7 @@ class Counters:
             kv_blocks=blocks.num_blocks,
             kv_blocks_free=blocks.num_free,
             block_size=blocks.block_size,
-            uncomputed_tokens=sum(max(request.prompt_len - request.computed, 0) for request in live),
+            uncomputed_tokens=room.tokens + sum(max(one.prompt_len - one.computed, 0) for one in begun),
             waiting_for={adapter or "": count for adapter, count in queues.by_adapter().items()},
             steps=core.step,
             preemptions=core.batcher.preemptions,
