@@ -193,29 +193,6 @@ async def test_an_error_that_nobody_thought_of(
         assert isinstance(error.__cause__, ZeroDivisionError)
 
 
-async def test_a_copy_that_fails_leaves_the_slot_free(
-    tiny: Tiny, make_engine: MakeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from aioengine.executors.thread import ThreadDevice
-
-    original = ThreadDevice.place
-    broken = True
-
-    async def place(device: ThreadDevice, uid: int, slot: int, offset: int) -> float:
-        if broken and device.store.images[uid].rank == 3:
-            raise RuntimeError("CUDA error: out of memory")
-        return await original(device, uid, slot, offset)
-
-    monkeypatch.setattr(ThreadDevice, "place", place)
-    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
-        engine.register_adapter("bad", folder)
-        await expect_error(engine, "bad", AdapterLoadError, "'bad'", str(folder), "slot", "out of memory")
-        assert "bad" not in [slot.adapter for slot in engine.stats().slots]
-        broken = False
-        out = await engine.complete([4, 5], greedy(8), adapter="bad")
-        assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
-
-
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.slow

@@ -112,21 +112,6 @@ async def test_a_new_version_and_an_unload(tiny: Tiny, make_engine: MakeEngine) 
         engine.check_invariants()
 
 
-async def test_of_adapters_from_memory(tiny: Tiny, make_engine: MakeEngine) -> None:
-    folder = tiny.adapters["rank-3"]
-    config, weights = (
-        (folder / f).read_bytes() for f in ("adapter_config.json", "adapter_model.safetensors")
-    )
-    async with make_engine(tiny) as engine:
-        await engine.load_adapter_files("m", config, weights)
-        await engine.load_adapter("q", tiny.adapters["qv-only"])
-        output = await engine.complete(PROMPT, greedy(8), adapter={"m": 0.7, "q": 0.4})
-        assert output.token_ids == expected(tiny, MIXES[0], 8)
-        await engine.unload_adapter("m")
-        again = await engine.complete(PROMPT, greedy(8), adapter="q")
-        assert again.token_ids == tiny.expected(PROMPT, 8, "qv-only")
-
-
 async def test_parts_that_are_read_for_several_callers(
     tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

@@ -6,14 +6,12 @@ import asyncio
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
 from support.tiny_models import ALL_MODULES, build_adapter, reference_logits
 
@@ -99,58 +97,6 @@ async def test_adapters_of_the_head_and_of_the_embedding(
             prompt = prompt_of(seed, length)
             check(await engine.complete(prompt, ONLY_PROMPT, adapter="outer"), tiny, prompt, "outer")
             check(await engine.complete(prompt, ONLY_PROMPT), tiny, prompt, None)
-
-
-@settings(max_examples=15, deadline=None)
-@given(data=st.data())
-@pytest.mark.slow
-def test_chunks_and_company_change_nothing(
-    data: st.DataObject, tiny: Tiny, make_chunked: Callable[[int], AsyncEngine]
-) -> None:
-    """Prompts with a common beginning, some of them scored, whatever comes with them into a step."""
-    chunk = data.draw(st.sampled_from([8, 11, 512]))
-    prompts = [prompt_of(0, n) for n in data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=6))]
-    scored = [data.draw(st.booleans()) for _ in prompts]
-
-    async def run() -> list[RequestOutput]:
-        async with make_chunked(chunk) as engine:
-            runs = [
-                engine.complete(prompt, ONLY_PROMPT if wanted else greedy(3))
-                for prompt, wanted in zip(prompts, scored, strict=True)
-            ]
-            outputs = await asyncio.gather(*runs)
-            engine.check_invariants()
-            return outputs
-
-    table = expected(tiny.model, tuple(prompt_of(0, 40)), None)
-    for output, prompt, wanted in zip(asyncio.run(run()), prompts, scored, strict=True):
-        if not wanted:
-            assert output.prompt_logprobs is None and output.token_ids == tiny.expected(prompt, 3)
-            continue
-        entries = output.prompt_logprobs
-        assert entries is not None and len(entries) == len(prompt) and output.token_ids == []
-        for row, token, entry in zip(table, prompt[1:], entries[1:], strict=False):
-            assert entry is not None and entry.logprob == pytest.approx(row[token].item(), abs=1e-4)
-
-
-@pytest.fixture(scope="module")
-def make_chunked(tiny: Tiny) -> Callable[[int], AsyncEngine]:
-    from aioengine import EngineConfig
-
-    def make(chunk: int) -> AsyncEngine:
-        return AsyncEngine(
-            EngineConfig(
-                model=str(tiny.model),
-                dtype="float32",
-                max_model_len=64,
-                max_num_seqs=8,
-                max_num_batched_tokens=chunk,
-                kv_cache_memory="256KiB",
-                block_size=4,
-            )
-        )
-
-    return make
 
 
 async def test_a_prompt_alone_may_fill_the_context(tiny: Tiny, make_engine: MakeEngine) -> None:

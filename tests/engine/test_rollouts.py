@@ -1,5 +1,5 @@
-"""What reinforcement learning needs of its completions: log-probabilities that are the trainer's, that do not
-depend on what ran beside them, and an adapter that is the trainer's after each of its steps."""
+"""What reinforcement learning needs of its completions: log-probabilities that do not depend on what ran
+beside them, and that scoring gives again."""
 
 from __future__ import annotations
 
@@ -39,24 +39,6 @@ def policy(tiny: Tiny) -> Any:
     return peft.get_peft_model(base, config)
 
 
-def trainer_values(model: Any, prompt: list[int], completion: list[int]) -> list[float]:
-    """The log-probabilities that a trainer computes of the same tokens, with gradients on."""
-    logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[0]
-    table = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-    found: list[float] = table.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
-    return found
-
-
-def step(model: Any, prompt: list[int], completion: list[int]) -> None:
-    """A step of a policy gradient."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[0]
-    table = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-    loss: Any = -table.gather(1, torch.tensor(completion)[:, None]).mean()
-    loss.backward()
-    optimizer.step()
-
-
 async def company(engine: AsyncEngine, seed: int) -> list[RequestOutput]:
     names = [None, "rank-3", "qv-only", None, "rank-3", "qv-only"]
     return await asyncio.gather(
@@ -65,29 +47,6 @@ async def company(engine: AsyncEngine, seed: int) -> list[RequestOutput]:
             for i in range(COMPANY)
         )
     )
-
-
-@pytest.mark.parametrize("block_size", [4, 16], ids=["torch", "compiled"])
-@pytest.mark.slow
-async def test_each_step_is_sampled_from_the_trained_adapter(
-    block_size: int, tiny: Tiny, make_engine: MakeEngine, policy: Any
-) -> None:
-    async with make_engine(tiny, block_size=block_size, max_loras=3, max_cpu_loras=4) as engine:
-        for name in ("rank-3", "qv-only"):
-            engine.register_adapter(name, tiny.adapters[name])
-        earlier: list[list[int]] = []
-        for turn in range(3):
-            await engine.load_adapter_state("policy", policy)
-            prompts = [prompt_of(i, 9 + 4 * i) for i in range(4)]
-            runs = [engine.complete(p, sampled(i), adapter="policy") for i, p in enumerate(prompts)]
-            outputs, _ = await asyncio.gather(asyncio.gather(*runs), company(engine, 40))
-            for prompt, output in zip(prompts, outputs, strict=True):
-                theirs = trainer_values(policy, prompt, list(output.token_ids))
-                assert values(output) == pytest.approx(theirs, abs=1e-4), turn
-            tokens = [token for output in outputs for token in output.token_ids]
-            assert tokens not in earlier, "the adapter has changed, and so do its completions"
-            earlier.append(tokens)
-            step(policy, prompts[0], list(outputs[0].token_ids))
 
 
 async def test_scoring_later_gives_the_same_bits(tiny: Tiny, make_engine: MakeEngine, policy: Any) -> None:

@@ -20,7 +20,6 @@ needs_compiler = pytest.mark.skipif(build.shutil.which("c++") is None, reason="n
 
 CACHE = {"none": "auto", "int8": "int8"}
 """kv_cache_dtype, by quantization."""
-BIAS = dict.fromkeys(range(66, 70), 8.0)
 
 
 class Alternating:
@@ -110,41 +109,6 @@ async def test_no_token_changes(quantization: str, tiny: Tiny, make_engine: Make
         assert stats.slot_loads > len(stats.slots), "adapters were swapped"
         assert stats.preemptions > 0 or "kv_cache_memory" not in more
         assert stats.kv_blocks_free == stats.kv_blocks
-
-
-@pytest.mark.usefixtures("preloaded_workers")
-@needs_compiler
-@pytest.mark.slow
-async def test_text_stops_and_guided_decoding(tiny_text: Tiny, make_engine: MakeEngine) -> None:
-    """A stop string in the middle of what was accepted; a grammar whose masks come from its process."""
-    pytest.importorskip("llguidance")
-    from aioengine.guided import Guide
-
-    async def answers(speculation: str, executor: str) -> tuple[list[object], int, int]:
-        fields = {**FIELDS, "speculation": speculation, "executor": executor}
-        async with make_engine(tiny_text, **fields) as engine:
-            seen = counted(engine)
-            engine.register_adapter("a", tiny_text.adapters["a"])
-            guide = Guide(engine)
-            schema = {"type": "array", "items": {"enum": ["left", "right"]}, "minItems": 6, "maxItems": 6}
-            found: list[object] = []
-            for adapter in (None, "a"):
-                regex = await guide.regex("(ab|cd){30}")
-                json = await guide.json_schema(schema)
-                for params in (
-                    SamplingParams(max_tokens=60, constraint=regex, logprobs=1),
-                    SamplingParams(max_tokens=80, constraint=json, temperature=0.7, seed=3),
-                    SamplingParams(max_tokens=60, ignore_eos=True, stop=["dcd", "bab"], logit_bias=BIAS),
-                ):
-                    out = await engine.complete("abcdabcd" * 3, params, adapter=adapter)
-                    found.append((out.text, out.token_ids, out.finish_reason, out.stop_reason, out.logprobs))
-            return found, engine.stats().steps, sum(e.accepted for e in seen)
-
-    expected, steps, _ = await answers("none", "thread")
-    for executor in ("thread", "process"):
-        found, fewer, accepted = await answers("ngram", executor)
-        assert found == expected
-        assert accepted > 0 and fewer < steps
 
 
 @pytest.mark.parametrize(

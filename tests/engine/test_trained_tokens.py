@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.mixed_adapters import generated, scaled_model
 from support.peft_files import edit_weights
@@ -159,39 +157,6 @@ async def test_int8_slots_keep_the_rows_exact(trained: Tiny, make_engine: MakeEn
     assert output.logprobs is not None
     for token, value in output.logprobs[0].top:
         assert value == pytest.approx(table[token].item(), abs=1e-4)
-
-
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    tied=st.booleans(),
-    embedded=st.lists(st.integers(0, 255), max_size=5, unique=True),
-    headed=st.lists(st.integers(0, 255), max_size=5, unique=True),
-    listed=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-async def test_any_tokens(
-    tmp_path_factory: pytest.TempPathFactory,
-    make_engine: MakeEngine,
-    *,
-    tied: bool,
-    embedded: list[int],
-    headed: list[int],
-    listed: bool,
-    seed: int,
-) -> None:
-    indices: Any = {"embed_tokens": embedded, "lm_head": headed}
-    indices = embedded if listed else {name: ids for name, ids in indices.items() if ids}
-    if not indices:
-        return
-    root = tmp_path_factory.mktemp("any")
-    model = build_model(root / "model", "llama", tie_word_embeddings=tied, num_hidden_layers=1)
-    options = {"trainable_token_indices": indices, "target_modules": ["v_proj"]}
-    tiny = Tiny(model, {"x": build_trained(model, root / "x", seed=seed, **options)})
-    prompt = [*embedded, *headed, *prompt_of(seed, 5)]
-    async with make_engine(tiny, block_size=16) as engine:
-        await engine.load_adapter("x", tiny.adapters["x"])
-        output = await engine.complete(prompt, greedy(6), adapter="x")
-    assert output.token_ids == tiny.expected(prompt, 6, "x")
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
@@ -14,10 +13,8 @@ from prometheus_client import generate_latest
 from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import FleetHere, fleet_here, small_engine
 from support.mixed_adapters import generated, scaled_model
-from support.waiting import until
 
-from aioengine.errors import AdapterChanged, AdapterError, AdapterNotFound, ConfigError
-from aioengine.fleet import uploads
+from aioengine.errors import AdapterChanged, AdapterNotFound, ConfigError
 from aioengine.fleet.config import FleetConfig
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
@@ -118,38 +115,6 @@ async def test_no_part_of_a_mix_has_changed_files(fleet: FleetHere, tmp_path: Pa
             await replica.engine.complete(PROMPT, greedy(1), adapter={"c": 0.5})
         found.append(held)
     assert not all(found)
-
-
-@pytest.mark.slow
-async def test_uploads(
-    fleet: FleetHere, tiny_text: Tiny, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client, root = fleet.client, tmp_path / "registry" / "uploads"
-    files = {
-        name: [
-            (adapters / name / file).read_bytes()
-            for file in ("adapter_config.json", "adapter_model.safetensors")
-        ]
-        for name in "ab"
-    }
-    digests = {name: hashlib.sha256(b"".join(parts)).hexdigest() for name, parts in files.items()}
-    for version, name in enumerate("ab", 1):
-        config, weights = files[name]
-        info = await client.load_adapter_files("sent", config, memoryview(weights), replace=version > 1)
-        assert (info.version, info.digest) == (version, digests[name])
-        assert await complete(fleet, "sent") == of_peft(tiny_text, adapters, {name: 1.0})
-        assert await complete(fleet, {"sent": 0.5}) == of_peft(tiny_text, adapters, {name: 0.5})
-    for replica in fleet.replicas.values():  # each of them can read it
-        output = await replica.engine.complete(PROMPT, greedy(6), adapter="sent")
-        assert output.token_ids == of_peft(tiny_text, adapters, {"b": 1.0})
-    assert set(os.listdir(root)) == set(digests.values())
-    with pytest.raises(AdapterError, match="already registered"):
-        await client.load_adapter_files("sent", *files["a"])
-    with pytest.raises(AdapterError):
-        await client.load_adapter_files("bad", b"{}", b"")
-    monkeypatch.setattr(uploads, "KEEP_SECONDS", -1.0)
-    await client.load_adapter_files("sent", *files["b"], replace=True)
-    await until(lambda: os.listdir(root) == [digests["b"]])  # what no adapter is loaded from is removed
 
 
 async def test_uploads_need_a_registry(tiny_text: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

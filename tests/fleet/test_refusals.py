@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import socket
@@ -19,7 +18,7 @@ from aioengine import EngineConfig
 from aioengine.cli.main import main
 from aioengine.errors import ConfigError
 from aioengine.fleet import FleetConfig, cluster, existing
-from aioengine.fleet.cluster import check_address, require_ray
+from aioengine.fleet.cluster import check_address
 from aioengine.fleet.config import CONFIG_VARIABLE
 from aioengine.fleet.deployment import replica_application
 from aioengine.server.settings import settings_from
@@ -188,19 +187,6 @@ def test_no_cluster_that_has_the_fleet(
     with pytest.raises(ConfigError, match=why):
         existing.existing_fleet("sql")
     assert not joined
-
-
-def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"Ray, which is not installed: pip install 'aioengine\[fleet\]'"):
-        require_ray()
-
-
-def test_another_version_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.3")
-    with pytest.raises(ConfigError, match=r"Ray 2\.9\.3 is installed, but a fleet needs 2\.60: pip install"):
-        require_ray()
 
 
 @pytest.mark.parametrize(

@@ -80,36 +80,6 @@ async def test_an_upload_in_use_is_kept(
         await until(lambda: {folder.name for folder in root.iterdir()} == kept)
 
 
-@given(st.lists(st.tuples(st.floats(0, 3 * KEEP_SECONDS), st.booleans()), min_size=1, max_size=8))
-@pytest.mark.slow
-def test_an_upload_is_kept_for_a_while_after_its_last_use(uploaded: list[tuple[float, bool]]) -> None:
-    """Each element is a later upload: seconds since the one before, and whether the first one is in use."""
-
-    async def main(place: str) -> None:
-        files = fsspec.filesystem("memory")
-        files.store.clear()
-        now = 0.0
-        patch.setattr(uploads, "time", SimpleNamespace(monotonic=lambda: now))
-        gateway = Gateway(place)
-        folder = await stored(gateway)
-        unused_since: float | None = None
-        for seconds, used in uploaded:
-            now += seconds
-            gateway.loaded = [folder] if used else []
-            await gateway.remove_unused()
-            if used:
-                unused_since = None
-                assert files.exists(folder)
-                continue
-            unused_since = now if unused_since is None else unused_since
-            assert files.exists(folder) == (now - unused_since <= KEEP_SECONDS)
-            if not files.exists(folder):
-                return
-
-    with pytest.MonkeyPatch.context() as patch:
-        asyncio.run(main("memory://fleet"))
-
-
 class Loaded(NamedTuple):
     """A change by one of two gateways: an upload, or a load from a folder that is there."""
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from support.adapter_infos import adapter_info
+from support.name_locks import NameLocks
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterNotFound
@@ -22,24 +23,33 @@ CONFIG = FleetConfig(engine=EngineConfig(model="tiny"))
 class Engine:
     """An engine's adapters: it has what it was told to have."""
 
+    seconds = 0.0
+    """How long it reads."""
+
     def __init__(self) -> None:
-        self.has: dict[str, int] = {}
-        """Version of each adapter, as the engine counts."""
-        self.prepared: set[str] = set()
+        self.has: dict[str, str] = {}
+        """Where each adapter was read."""
+        self.prepared: dict[str, str] = {}
+        """The same, of what is prepared."""
         self.pinned: set[str] = set()
+        self._versions: dict[str, int] = {}
         self._count = 0
+        self._locks = NameLocks()
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
     async def prepare_adapter(self, name: str, path: str | None = None, *, read: bool = True) -> AdapterInfo:
-        self.prepared.add(name)
+        async with self._locks.hold(name):
+            self.discard_adapter(name)
+            await asyncio.sleep(self.seconds if read else 0.0)
+            self.prepared[name] = path or name
         return self._info(name)
 
     def commit_adapter(self, name: str) -> AdapterInfo:
-        self.prepared.remove(name)
+        self.has[name] = self.prepared.pop(name)
         self._count += 1
-        self.has[name] = self._count
+        self._versions[name] = self._count
         return self._info(name)
 
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
@@ -51,7 +61,7 @@ class Engine:
         return self._info(name)
 
     def discard_adapter(self, name: str) -> None:
-        self.prepared.discard(name)
+        self.prepared.pop(name, None)
 
     async def load_adapter(self, name: str, path: str | None = None) -> AdapterInfo:
         return self._info(name)
@@ -64,7 +74,7 @@ class Engine:
         pass
 
     def _info(self, name: str) -> AdapterInfo:
-        return adapter_info(name, version=self.has.get(name, 0), digest=name, location="disk")
+        return adapter_info(name, version=self._versions.get(name, 0), digest=name, location="disk")
 
 
 class Replica(EngineReplica):
@@ -87,10 +97,14 @@ class Gateway:
     """A gateway to replicas. ``before``: awaited before a replica gets a call, with what it is to do."""
 
     def __init__(self, one: Any, before: Any = None, *others: Any) -> None:
-        async def remote(action: str, arguments: dict[str, Any], to: str) -> Any:
+        async def call(action: str, arguments: dict[str, Any], to: str) -> Any:
             if before is not None:
                 await before(action)
             return await (one, *others)[int(to[1:])].adapter(action, dict(arguments))
+
+        def remote(action: str, arguments: dict[str, Any], to: str) -> asyncio.Future[Any]:
+            # As with Ray it goes on when its caller does not wait for it any more.
+            return asyncio.shield(asyncio.ensure_future(call(action, arguments, to)))
 
         handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
         self.members = Members(CONFIG, handle, gateway=f"gateway-{id(self)}")
