@@ -7,7 +7,6 @@ import logging
 from typing import Any
 
 import pytest
-from support.engine_fixtures import Tiny
 from support.raw_http import answered
 from support.server_fixtures import MODEL, Serve, until
 
@@ -60,39 +59,6 @@ async def test_everything_else_is_kept_out(header: str | None, serve: Serve) -> 
             assert answer.headers["www-authenticate"].startswith("Bearer")
         for path in ("/health", "/ready"):
             assert (await served.http.get(path, headers=headers)).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("keys", "key", "status", "code"),
-    [
-        (KEYS, "sk-admin", 200, None),
-        (KEYS, "sk-one", 403, "admin_key_required"),
-        (KEYS, "sk-none", 401, "invalid_api_key"),
-        ({}, "sk-admin", 200, None),
-        ({}, "anything", 401, "invalid_api_key"),
-        ({"sk-admin": "ops"}, "sk-admin", 200, None),
-    ],
-)
-@pytest.mark.slow
-async def test_with_admin_keys_only_they_load_and_unload(
-    keys: dict[str, str],
-    key: str,
-    status: int,
-    code: str | None,
-    serve: Serve,
-    tiny_text: Tiny,
-) -> None:
-    settings = {"api_keys": keys, "admin_keys": ADMINS}
-    async with serve(settings=settings, key=key, adapter_root=str(tiny_text.adapters["a"].parent)) as served:
-        for path in ("/v1/load_lora_adapter", "/v1/load_lora_adapter/"):
-            answer = await served.http.post(path, json={"lora_name": f"n{len(path)}", "lora_path": "a"})
-            assert (answer.status_code, path) == (status, path)
-            assert code is None or answer.json()["error"]["code"] == code
-        unloaded = await served.http.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
-        assert unloaded.status_code == status
-        assert ("a" in [info.name for info in served.engine.adapters()]) is (status != 200)
-        answer = await served.http.post("/v1/completions", json=OK)
-        assert answer.status_code == (401 if keys and status == 401 else 200)
 
 
 def test_admin_keys_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,7 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy
 from support.server_fixtures import MODEL, Serve, served_by, until
 
 from aioengine.errors import AdapterLoadError, EngineOverloaded
-from aioengine.runtime.sources.mixes import MAX_MIXES
-from aioengine.schedulers import Decision, SchedulerView, load_policy
+from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.server import ServerSettings
 from aioengine.server.errors import to_api_error, without_places
@@ -125,23 +124,6 @@ async def test_a_long_name_is_not_sent_back(serve: Serve, caplog: pytest.LogCapt
         answer = await served.http.post("/v1/completions", json={**OK, "model": "m" * 100_000})
         assert (answer.status_code, len(answer.content) < 1000) == (404, True)
     assert all(len(record.getMessage()) < 1000 for record in caplog.records)
-
-
-@pytest.mark.slow
-async def test_what_is_overloaded_is_said(serve: Serve, tiny_text: Tiny) -> None:
-    """Where no bound on waiting requests is reached, but another."""
-    mixes = [{"a": 1.0, "b": index / 100} for index in range(MAX_MIXES + 20)]
-    async with serve(max_num_seqs=1, max_waiting=1000, policy=load_policy("fcfs"), **LONG) as served:
-        served.engine.register_adapter("b", tiny_text.adapters["a"])
-        running = served.engine.generate("busy", greedy(500))
-        await anext(running)
-        post = served.http.post
-        asks = [asyncio.create_task(post("/v1/completions", json={**OK, "adapters": mix})) for mix in mixes]
-        await until(lambda: any(ask.done() for ask in asks))
-        await running.aclose()
-        refused = [answer for answer in await asyncio.gather(*asks) if answer.status_code != 200]
-    assert refused
-    assert all(one.status_code == 429 and "mixes of adapters" in one.text for one in refused)
 
 
 async def test_a_body_must_be_json(serve: Serve) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
@@ -10,7 +11,7 @@ import re
 import pytest
 from support.raw_http import HEALTH as NEXT
 from support.raw_http import POST as HEAD
-from support.raw_http import answered
+from support.raw_http import answered, connected
 from support.server_fixtures import MODEL, Serve
 
 BODY = json.dumps({"model": MODEL, "prompt": "Hello", "max_tokens": 2}).encode()
@@ -109,14 +110,24 @@ async def test_a_chunk_without_a_certain_size_is_the_last(serve: Serve) -> None:
             assert found == [400], (size, found)
 
 
-@pytest.mark.parametrize("seed", range(4))
+OTHERS = [
+    (b"\r\nGET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n", 404),
+    (b"HEAD /health HTTP/1.1\r\nhost: x\r\n\r\n", 200),
+    (HEAD + b"content-length: 5000\r\n\r\n" + b" " * 5000, 413),
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.slow
 async def test_each_request_of_many_ends_where_it_says(seed: int, serve: Serve) -> None:
-    """With extensions of chunks, zeros before sizes, trailers, and bodies that look like requests."""
+    """With extensions of chunks, zeros before sizes, trailers, and bodies that look like requests; however
+    what is sent is cut."""
     draw = random.Random(seed)
     text = json.dumps({"model": MODEL, "prompt": NEXT.decode(), "max_tokens": 1}).encode() + NEXT
 
     def made() -> tuple[bytes, int]:
+        if draw.random() < 0.2:
+            return draw.choice(OTHERS)
         body, status = draw.choice([(BODY, 200), (text, 400)])
         if draw.random() < 0.3:
             return HEAD + b"content-length: %d\r\n\r\n" % len(body) + body, status
@@ -132,8 +143,17 @@ async def test_each_request_of_many_ends_where_it_says(seed: int, serve: Serve) 
 
     sent = [made() for _ in range(12)]
     last = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
-    async with serve() as served:
-        found = await statuses(served.url, b"".join(data for data, _ in sent) + last)
+    data = b"".join(request for request, _ in sent) + last
+    cuts = sorted(draw.sample(range(1, len(data)), seed * 30))
+    async with serve(settings={"max_body_bytes": 2000}) as served:
+        reader, writer = await connected(served.url)
+        for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
+            writer.write(data[start:end])
+            await writer.drain()
+            await asyncio.sleep(0)
+        answers = await asyncio.wait_for(reader.read(), 60)
+        writer.close()
+        found = [int(status) for status in STATUS.findall(answers)]
         assert found == [*(status for _, status in sent), 200]
         assert served.app.active == 0
 

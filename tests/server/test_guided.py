@@ -165,22 +165,6 @@ async def test_bad_formats_are_refused(fields: dict[str, Any], param: str | None
         assert caught.value.param == param
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "paint"}}])
-@pytest.mark.slow
-async def test_a_call_can_be_demanded(choice: Any, stream: bool, serve: Serve) -> None:
-    async with serve(max_model_len=400) as served:
-        arguments = chat(tools=TOOLS, tool_choice=choice, seed=5)
-        text, calls, reason = await answers(served, stream, **arguments)
-        assert calls and (text, reason) == ("", "tool_calls")
-        for call in calls:
-            value = json.loads(call.function.arguments or "")
-            if call.function.name == "paint":
-                assert value["color"] in ("red", "green")
-            else:
-                assert call.id and (call.function.name, isinstance(value, dict)) == ("stop", True)
-
-
 BOOLEAN = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
 
 
@@ -333,21 +317,6 @@ async def test_tagged_calls_are_taken_out_of_the_text(
         shown = await served.http.post("/tokenize", json={"messages": USER, "tools": TOOLS})
         back = await served.http.post("/detokenize", json={"tokens": shown.json()["tokens"]})
         assert back.json()["prompt"] == "paint;stop;user:Hi"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.slow
-async def test_a_single_tagged_call_ends_the_answer(
-    stream: bool, hermes: Tiny, make_engine: MakeEngine
-) -> None:
-    call = '<tool_call>{"name": "paint", "arguments": {"color": "red"}}</tool_call>'
-    wanted: Any = chat(
-        tools=TOOLS, extra_body={"structured_outputs": {"choice": [f"On it.{call}{call} Yes."]}}
-    )
-    async with make_engine(hermes, max_model_len=500) as engine, served_by(engine) as served:
-        for parallel, count, after in ((True, 2, " Yes."), (False, 1, "")):
-            text, calls, reason = await answers(served, stream, **wanted, parallel_tool_calls=parallel)
-            assert (text, len(calls), reason) == (f"On it.{after}", count, "tool_calls")
 
 
 async def test_history_as_clients_write_it(hermes: Tiny, make_engine: MakeEngine) -> None:

@@ -113,21 +113,6 @@ async def test_two_that_load_one_name_do_not_learn_each_others_path(
         assert "'new' has already been loaded" in answers[1].text and "root" not in answers[1].text
 
 
-@pytest.mark.slow
-async def test_a_search_for_a_folder_has_a_time_limit(
-    serve: Serve, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go = threading.Event()
-    monkeypatch.setattr(FilesystemResolver, "find", lambda self, name: go.wait(30) and self.root / name)
-    async with serve(adapter_root=str(root), load_timeout=0.5) as served:
-        load = {"lora_name": "new", "lora_path": "team/a"}
-        hung = await served.http.post("/v1/load_lora_adapter", json=load)
-        assert (hung.status_code, hung.headers["retry-after"]) == (503, "1")
-        assert "load_timeout=0.5" in hung.text
-        go.set()
-        assert (await served.http.post("/v1/load_lora_adapter", json=load)).status_code == 200
-
-
 async def test_names_have_a_bound(serve: Serve, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aioengine.server.openai.adapters.MAX_ADAPTERS", 3)
     async with serve(adapter_root=str(root)) as served:  # "a" is one of them

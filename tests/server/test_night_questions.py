@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import re
 import shutil
-import signal
 import struct
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,8 @@ from typing import Any
 import httpx
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny
-from support.process_harness import worker_pids
 from support.promql import asked
 from support.server_fixtures import MODEL, Serve, served_by
-from support.server_process import serving
 
 import aioengine
 
@@ -156,47 +152,6 @@ async def test_what_is_pinned_how_full_it_is_and_what_caches_and_batches_bring(s
         "aioengine_request_e2e_seconds_bucket",
     ):
         assert on_a_panel(metric), metric
-
-
-@pytest.mark.slow
-async def test_its_state_its_restarts_and_how_long_until_the_drain_is_over(tiny_text: Tiny) -> None:
-    flags = ["--executor", "process", "--restart", "on-failure", "--served-model-name", MODEL]
-    async with (
-        serving(tiny_text.model, *flags) as server,
-        httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=60) as http,
-        asyncio.timeout(300),  # the workers start twice
-    ):
-
-        async def state() -> str:
-            states = (await scraped(http))["aioengine_engine_state"]
-            [[shown, _]] = [item for item in states.items() if item[1] == 1]
-            return shown
-
-        assert await state() == 'state="ready"'
-        for pid in worker_pids(server.process.pid):
-            os.kill(pid, signal.SIGKILL)
-        while await state() != 'state="degraded"':
-            await asyncio.sleep(0.005)
-        assert (await http.get("/ready")).json() == {"status": "degraded", "cause": "EngineDead"}
-        assert (await http.get("/health")).status_code == 200
-        while await state() != 'state="ready"':
-            await asyncio.sleep(0.01)
-        assert (await http.get("/ready")).json() == {"status": "running"}
-        assert (await scraped(http))["aioengine_executor_restarts_total"][""] == 1
-        body = {"model": MODEL, "prompt": "x", "max_tokens": 490, "n": 8, "ignore_eos": True, "stream": True}
-        async with http.stream("POST", "/v1/completions", json=body) as stream:
-            lines = stream.aiter_lines()
-            await anext(lines)
-            server.process.send_signal(signal.SIGTERM)
-            while await state() != 'state="draining"':
-                await asyncio.sleep(0.005)
-            assert (await scraped(http))["aioengine_http_requests_active"][""] == 1
-        assert await server.end() == 0
-    said = [line["message"] for line in server.lines]
-    assert any(re.search(r"draining: 1 requests are left; they have \d+ s", text) for text in said), said
-    assert any("SIGKILL" in text for text in said) and any("the workers run again" in text for text in said)
-    assert on_a_panel("aioengine_engine_state", "aioengine_executor_restarts_total")
-    assert on_a_panel("aioengine_http_requests_active")
 
 
 def test_the_runbook_answers_all_of_them() -> None:

@@ -18,8 +18,6 @@ from support.server_fixtures import MODEL, Serve, Served
 from support.waiting import until
 
 from aioengine import SamplingParams
-from aioengine.errors import AdapterNotFound
-from aioengine.runtime.requests.vectors import pooling_params
 
 TEXTS = ["one", "two words", "a third text"]
 
@@ -144,26 +142,3 @@ async def test_a_replaced_version_has_its_own_labels(serve: Serve, heads: dict[i
         assert status == 400 and "its head has 2 labels" in body["error"]["message"]
         await running
         engine.check_invariants()
-
-
-async def test_labels_of_a_replaced_version_that_was_never_read(serve: Serve, heads: dict[int, Path]) -> None:
-    """There is room for one adapter, and it is in use."""
-    async with serve(max_loras=1, max_cpu_loras=1) as served:
-        engine, held = served.engine, HeldStep()
-        engine.register_adapter("h", heads[1])
-        params = SamplingParams(max_tokens=3, constraint=held)
-        works = [asyncio.create_task(engine.complete("x", params, adapter="a"))]
-        await until(held.begun.is_set)
-        works.append(asyncio.create_task(engine.complete("x", pooling_params("classify"), adapter="h")))
-        await until(lambda: engine.stats().waiting > 0)
-        await engine.prepare_adapter("h", heads[2], read=False)
-        engine.commit_adapter("h")
-        labels = asyncio.create_task(engine.head_labels("h@1"))
-        await asyncio.sleep(0)
-        assert not labels.done()
-        held.go_on.set()
-        assert await labels == 1
-        await asyncio.gather(*works)
-        assert await engine.head_labels("h") == 2
-        with pytest.raises(AdapterNotFound, match="gone"):
-            await engine.head_labels("h@1")
