@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 
 import pytest
-from support.bystander import bystander
-from support.engine_fixtures import Tiny
 from support.raw_http import POST as HEAD
 from support.raw_http import connected
 from support.server_fixtures import MODEL, Serve, until
-from support.server_process import serving
 
 from aioengine.server import routes
 from aioengine.server.bounds import Bound
 from aioengine.server.transport import body as module
-
-
-async def test_one_client_leaves_room_for_others(tiny_text: Tiny) -> None:
-    """Three addresses send as many bodies that stop short as they can; a fourth is served."""
-    flags = ["--served-model-name", "tiny", "--max-body-bytes", "1000000"]
-    async with serving(tiny_text.model, *flags) as server:
-        writers: list[asyncio.StreamWriter] = []
-
-        async def stop_short(address: str) -> bytes:
-            reader, writer = await asyncio.open_connection(*server.address, local_addr=(address, 0))
-            writers.append(writer)
-            writer.write(HEAD + b"content-length: 1000000\r\n\r\n{" + b" " * 990_000)
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
-                await asyncio.wait_for(writer.drain(), 20)
-                return (await asyncio.wait_for(reader.readuntil(b"\r\n"), 1))[9:12]
-            return b"held"
-
-        held = []
-        async with bystander(server.url) as seen:
-            for i in range(2, 5):
-                statuses = await asyncio.gather(*(stop_short(f"127.0.0.{i}") for _ in range(40)))
-                held.append(statuses.count(b"held"))
-            body = json.dumps(
-                {"model": "tiny", "prompt": "x", "max_tokens": 2, "user": "u" * 900_000}
-            ).encode()
-            reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
-            assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 20))[9:12] == b"200"
-        writers.append(writer)
-        for writer in writers:
-            writer.transport.abort()
-        assert 14 <= held[0] <= 20 and held[0] > held[1] > held[2] > 0
-    seen.check()
 
 
 async def test_the_budget_is_given_back_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

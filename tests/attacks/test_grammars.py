@@ -15,7 +15,6 @@ import psutil
 import pytest
 import pytest_asyncio
 from support import hostile_grammars as hostile
-from support.bystander import bystander
 from support.engine_fixtures import Tiny
 from support.server_process import Serving, serving
 
@@ -48,37 +47,6 @@ def grammar_processes(served: Serving) -> list[psutil.Process]:
             if "aioengine.grammars.worker" in process.cmdline():
                 found.append(process)
     return found
-
-
-COMPILES: dict[str, dict[str, Any]] = {
-    "deep references": {"json": json.loads(hostile.ref_chain(3_000))},
-    "deep properties": {"json": json.loads(hostile.property_chain(3_000))},
-    "deep rules": {"grammar": hostile.rule_chain(10_000)},
-    "a product of automata": {"json": json.loads(hostile.multiples(7919, 7907))},
-    "many properties": {"json": json.loads(hostile.properties(6_000))},
-}
-
-
-async def test_no_compile_is_noticed_by_others(served: Serving) -> None:
-    async with client(served) as http:
-        assert (await ask(http, {"regex": "warm"})).status_code == 200
-        before = len(grammar_processes(served))
-        async with bystander(served.url) as seen:
-            attacks = [asyncio.create_task(ask(http, wanted)) for wanted in COMPILES.values()]
-            began = time.monotonic()
-            assert (await http.get("/metrics")).status_code == 200
-            messages = [{"role": "user", "content": "Hi"}]
-            chat = {"model": "tiny", "messages": messages, "max_tokens": 2}
-            assert (await http.post("/v1/chat/completions", json=chat)).status_code == 200
-            assert time.monotonic() - began < 2
-            answers = await asyncio.gather(*attacks)
-            assert (await ask(http, {"regex": "ab|cd"})).status_code == 200
-        seen.check()
-        for name, answer in zip(COMPILES, answers, strict=True):
-            assert answer.status_code in (200, 400), (name, answer.text)
-        [product] = [a for n, a in zip(COMPILES, answers, strict=True) if n == "a product of automata"]
-        assert product.status_code == 400 and "to compile" in product.text
-        assert len(grammar_processes(served)) <= before + 8
 
 
 async def test_a_client_that_leaves_takes_its_compile_along(served: Serving) -> None:

@@ -45,26 +45,3 @@ async def test_large_answers_hold_up_nobody(tiny_text: Tiny) -> None:
         more = {**body, "prompt": [*body["prompt"], *body["prompt"]]}
         refused = await client.post("/v1/completions", json=more)
         assert refused.status_code == 400 and str(MAX_SCORES) in refused.json()["error"]["message"]
-
-
-async def test_many_numbers_in_answers_hold_up_nobody(tiny_text: Tiny) -> None:
-    """Of tokens, of all choices at once, and of vectors and their products."""
-    choices = {"n": 64, "max_tokens": 150, "ignore_eos": True, "logprobs": True, "top_logprobs": TOP}
-    messages = {"messages": [{"role": "user", "content": "Hi"}]}
-    texts = [f"{index}" for index in range(2048)]
-    asks: list[tuple[str, dict[str, object]]] = [
-        ("/v1/chat/completions", {**choices, **messages}),
-        ("/v1/completions", {**choices, "prompt": "Hi", "logprobs": TOP, "top_logprobs": None}),
-        ("/v1/embeddings", {"input": texts}),
-        ("/rerank", {"query": "0", "documents": texts}),
-    ]
-    async with (
-        serving(tiny_text.model, "--served-model-name", "tiny") as server,
-        httpx.AsyncClient(base_url=server.url, timeout=120, trust_env=False) as client,
-    ):
-        for path, body in asks:
-            sent = {"model": "tiny", **{key: value for key, value in body.items() if value is not None}}
-            async with bystander(server.url) as seen:
-                answer = await client.post(path, json=sent)
-            assert answer.status_code == 200, answer.text[:300]
-            seen.check()

@@ -9,11 +9,13 @@ import random
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from attacks.table.target import MODEL, Target, filled, key, statuses
 from support import hostile_grammars as hostile
 
+TESTS = Path(__file__).parents[2]
 QUADRATIC = """{% for m in messages %}{% for n in messages %}{% if n.role == m.content %}{% endif %}
 {% endfor %}{% endfor %}"""
 START = f'{{"model": "{MODEL}", "max_tokens": 2, "prompt": '
@@ -214,7 +216,9 @@ async def address_flood(target: Target) -> str:
 async def made_up(target: Target) -> str:
     """Send requests of all kinds for 5 seconds, from a process of its own."""
     words = ["-m", "support.made_up", target.served.url, MODEL, "--key", "key-of-a", "--seconds", "5"]
-    process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *words, stdout=asyncio.subprocess.PIPE, cwd=TESTS
+    )
     try:
         report = json.loads((await process.communicate())[0])
     finally:

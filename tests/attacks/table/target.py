@@ -6,9 +6,10 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import httpx
 from attacks.table import watched
@@ -18,6 +19,7 @@ from support.server_process import Serving, serving
 MODEL = "smollm2-135m"
 EXAMPLE = Path(__file__).parents[3] / "examples" / "adapters" / "sql"
 FLAGS = {
+    "--served-model-name": MODEL,
     "--max-model-len": "8192",
     "--kv-cache-memory": "1GiB",
     "--max-body-bytes": "8388608",  # so that bodies of all sizes get past that bound
@@ -37,15 +39,16 @@ def key(who: str) -> dict[str, str]:
     return {"authorization": f"Bearer key-of-{who}", **TYPE}
 
 
-class Target:
+class Target(NamedTuple):
     """A server under attack."""
 
-    def __init__(self, served: Serving, root: Path, http: httpx.AsyncClient, held: Held) -> None:
-        self.served = served
-        self.root = root
-        """Folder of its adapters."""
-        self.http = http
-        self.held = held
+    served: Serving
+    root: Path
+    """Folder of its adapters."""
+    example: Path
+    """An adapter of its model."""
+    http: httpx.AsyncClient
+    held: Held
 
     async def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps({"model": MODEL, **body})
@@ -60,24 +63,30 @@ class Target:
         return f"{answer.status_code}, {len(answer.content):,} bytes"
 
     def adapter(self, name: str, **config: Any) -> Path:
-        folder = Path(shutil.copytree(EXAMPLE, self.root / name))
+        folder = Path(shutil.copytree(self.example, self.root / name))
         settings = json.loads((folder / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps(settings | config))
         return folder
 
 
 @contextlib.asynccontextmanager
-async def attacked(*flags: str, template: str | None = None) -> AsyncIterator[Target]:
-    """Serve the model with ``flags`` added, a folder for adapters, thousands of names, and possibly another
-    chat template."""
-    words = [word for pair in FLAGS.items() for word in pair]
+async def attacked(
+    *flags: str,
+    template: str | None = None,
+    model: Path | str = MODEL,
+    example: Path = EXAMPLE,
+    changed: Mapping[str, str] = MappingProxyType({}),
+) -> AsyncIterator[Target]:
+    """Serve the model with ``flags`` added and some ``changed``, a folder for adapters, thousands of names,
+    and possibly another chat template."""
+    words = [word for pair in {**FLAGS, **changed}.items() for word in pair]
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.NamedTemporaryFile() as file,
         tempfile.NamedTemporaryFile("w", suffix=".toml") as config,
     ):
         root, held = Path(folder), Held(Path(file.name))
-        config.write("\n".join(["[adapters]", *(f'name-{i} = "{EXAMPLE}"' for i in range(NAMES))]))
+        config.write("\n".join(["[adapters]", *(f'name-{i} = "{example}"' for i in range(NAMES))]))
         config.flush()
         if template is not None:
             given = root / "template.jinja"
@@ -85,7 +94,7 @@ async def attacked(*flags: str, template: str | None = None) -> AsyncIterator[Ta
             flags = (*flags, "--chat-template", str(given))
         words += ["--adapter-root", folder, "--config", config.name, *flags]
         async with (
-            serving(MODEL, *words, module=watched.__name__, **{watched.FILE: file.name}) as served,
+            serving(model, *words, module=watched.__name__, **{watched.FILE: file.name}) as served,
             httpx.AsyncClient(
                 base_url=served.url,
                 headers=key("a"),
@@ -94,7 +103,7 @@ async def attacked(*flags: str, template: str | None = None) -> AsyncIterator[Ta
                 limits=httpx.Limits(max_connections=None),
             ) as http,
         ):
-            yield Target(served, root, http, held)
+            yield Target(served, root, example, http, held)
 
 
 def filled(before: str, part: str, after: str, size: int = 8_000_000) -> bytes:
