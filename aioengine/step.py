@@ -6,14 +6,61 @@ Nothing here refers to live objects, so that a step can cross a process boundary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import msgspec
 
 from aioengine.request import SamplingParams, TokenLogprob
+
+
+class OutputView(Sequence[int]):
+    """Read-only view of a request's output up to now, so that a constraint reads only what is new, however
+    long it is; a slice is a new list. ``history`` begins with ``begin`` tokens of the prompt; new tokens are
+    appended to it. ``draft`` are tokens after it, proposed but not chosen yet."""
+
+    __slots__ = ("_begin", "_draft", "_history", "_known")
+
+    def __init__(self, history: Sequence[int], begin: int = 0, draft: Sequence[int] = ()) -> None:
+        self._history = history
+        self._begin = begin
+        self._known = len(history) - begin
+        self._draft = draft
+
+    def __len__(self) -> int:
+        return self._known + len(self._draft)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        places, begin, known = range(len(self))[index], self._begin, self._known
+        if isinstance(places, int):
+            return self._history[begin + places] if places < known else self._draft[places - known]
+        if places.step != 1:
+            return [self[place] for place in places]
+        shown = self._history[begin + places.start : begin + min(places.stop, known)]
+        return [*shown, *self._draft[max(places.start - known, 0) : max(places.stop - known, 0)]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self[:])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (OutputView, list, tuple)) and self[:] == list(other)
+
+    __hash__ = None  # type: ignore[assignment] # so Python marks what has no hash
+
+    def common(self, other: OutputView) -> int:
+        """Return the number of tokens that both begin with; at once for another view of the same request."""
+        same = 0
+        if self._history is other._history and self._begin == other._begin:
+            same = min(self._known, other._known)
+        pairs = zip(self[same:], other[same:], strict=False)
+        differs = (place for place, (mine, theirs) in enumerate(pairs, same) if mine != theirs)
+        return next(differs, min(len(self), len(other)))
 
 
 @dataclass(slots=True)
@@ -44,9 +91,9 @@ class SequenceWork:
     """What the adapter in ``slot`` is multiplied by."""
 
     @property
-    def output(self) -> Sequence[int]:
-        """A copy of the output in ``history``."""
-        return self.history[self.prompt_len :]
+    def output(self) -> OutputView:
+        """The output in ``history``."""
+        return OutputView(self.history, self.prompt_len)
 
 
 class StepBatch(NamedTuple):

@@ -254,7 +254,7 @@ def test_every_room_is_installed() -> None:
 
 
 BUDGETS = {
-    "aioengine/*.py": 2_850,  # aim: 2_400
+    "aioengine/*.py": 2_900,  # aim: 2_400
     "aioengine/adapters": 3_800,
     "aioengine/cli": 4_100,  # aim: 3_200
     "aioengine/core": 4_450,

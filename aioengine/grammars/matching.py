@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from aioengine.grammars.wire import Ask, Forget, Inbox, Mask, frame
+from aioengine.step import OutputView
 
 SLOW_SECONDS = 0.005
 """Steps do not wait for a row whose last mask took longer than this."""
@@ -205,7 +206,7 @@ class GrammarConstraint:
         with self._lock:
             self._grammar = grammar
             self._row = row
-            self._known: list[int] | None = []
+            self._known: OutputView | None = OutputView(())
             """The output that the parser has seen; None: the parser must begin again."""
             self._asked: _PendingMask | None = None
             self._seconds = 0.0
@@ -242,11 +243,13 @@ class GrammarConstraint:
         return True
 
     def _begin(self, output: Sequence[int]) -> None:
-        known, seen = self._known, list(output)
-        if self._asked is not None and seen == known:
+        known = self._known
+        seen = output if isinstance(output, OutputView) else OutputView(list(output))
+        same = -1 if known is None else seen.common(known)
+        if self._asked is not None and known is not None and same == len(known) == len(seen):
             return
-        afresh = known is None or seen[: len(known)] != known
-        tokens = seen if known is None or afresh else seen[len(known) :]
+        afresh = known is None or same < len(known)
+        tokens = seen[:] if afresh else seen[same:]
         self._asked = self._grammar.masks.ask(self._grammar, self._row, tokens, afresh=afresh)
         self._known = seen
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import sampler_rows
 
 from aioengine.errors import RequestInvalid
 from aioengine.model.sampler import sample
 from aioengine.model.sampling import constraints
 from aioengine.request import SamplingParams
-from aioengine.step import Sampled
+from aioengine.step import OutputView, Sampled
 
 
 class Allow:
@@ -225,6 +227,49 @@ def test_a_constraint_has_a_method() -> None:
         SamplingParams(constraint={"regex": "a"})  # type: ignore[arg-type]
 
 
+PLACES = st.none() | st.integers(-12, 12)
+TOKENS = st.lists(st.integers(0, 3), max_size=6)
+
+
+@given(TOKENS, TOKENS, TOKENS, TOKENS, st.builds(slice, PLACES, PLACES, st.sampled_from([None, 1, 2, -1])))
+def test_a_view_reads_like_a_copy(
+    prompt: list[int], output: list[int], draft: list[int], other: list[int], part: slice
+) -> None:
+    history = [*prompt, *output]
+    copy = [*output, *draft]
+    view = OutputView(history, len(prompt), draft)
+    for _ in range(2):
+        assert (len(view), list(view), view[part]) == (len(copy), copy, copy[part])
+        assert view == copy == view and view == tuple(copy) and (view == other) == (copy == other)
+        for place in range(-len(copy), len(copy)):
+            assert view[place] == copy[place]
+        for place in (len(copy), -len(copy) - 1):
+            with pytest.raises(IndexError):
+                _ = view[place]
+        same = next((i for i, (a, b) in enumerate(zip(copy, other, strict=False)) if a != b), None)
+        same = min(len(copy), len(other)) if same is None else same
+        assert view.common(OutputView(other)) == same
+        history += [9, 9]  # what comes later
+    later = OutputView(history, len(prompt), draft)
+    expected = [*history[len(prompt) :], *draft]
+    assert later.common(view) == OutputView(expected).common(OutputView(copy))
+
+
+class Counted(list[int]):
+    """Tokens that count how many of them are read."""
+
+    read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.read += len(found) if isinstance(index, slice) else 1
+        return found
+
+    def __iter__(self) -> Any:
+        self.read += len(self)
+        return super().__iter__()
+
+
 class Incremental:
     """Follows the output by what is new, and ends it after the sum of its tokens."""
 
@@ -248,11 +293,15 @@ class IncrementalLater(Incremental):
 
 
 @pytest.mark.parametrize("constraint", [Incremental(), IncrementalLater()])
-def test_a_constraint_may_read_only_what_is_new(constraint: Incremental) -> None:
-    history = list(range(20))
+def test_a_token_costs_the_same_after_any_number_of_them(constraint: Incremental) -> None:
+    history = Counted(range(20))
     work = dataclasses.replace(row(SamplingParams(constraint=constraint)), history=history)
-    for token in range(100):
+    reads = []
+    for token in range(1000):
+        before = history.read
         constraints.begin([work])
         assert constraints.collect([work], alone=True, vocab=100).found
+        reads.append(history.read - before)
         history.append(token)
-    assert constraint.sum == sum(range(1, 20)) + sum(range(99))
+    assert reads[0] == 19 and set(reads[1:]) == {1}
+    assert constraint.sum == sum(range(1, 20)) + sum(range(999))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 from aioengine.checks import error_text
 from aioengine.request import StartedConstraint, TokenConstraint
-from aioengine.step import SequenceWork
+from aioengine.step import OutputView, SequenceWork
 
 PATIENCE_SECONDS = 0.02
 """Seconds that a step waits for all rows together, except rows with slow constraints."""
@@ -73,7 +73,7 @@ def collect(rows: Sequence[SequenceWork], *, alone: bool, vocab: int) -> Masks:
 
 
 def _ask(row: SequenceWork, constraint: TokenConstraint, until: float) -> bytes | None:
-    output = [*row.output, *row.draft] if row.draft else row.output
+    output = OutputView(row.history, row.prompt_len, row.draft)
     started = _started(row)
     if started is None:
         return _mask(constraint.allowed(output))
