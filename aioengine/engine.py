@@ -68,8 +68,6 @@ class AsyncEngine(AdapterOps, Submitting):
     metrics: EngineMetrics
     """Prometheus metrics of this engine, in a registry of its own (``engine.metrics.registry``)."""
     info: EngineInfo
-    build: dict[str, str]
-    """Labels of the metric ``aioengine_build_info``, which say what runs here."""
     model_path: Path | None
     """The folder or GGUF file that the model was read from; None if there is none."""
 
@@ -156,7 +154,6 @@ class AsyncEngine(AdapterOps, Submitting):
         lora = self.config.lora
         self._names = AdapterNames(self._loop, built.resolver, None if lora is None else lora.load_timeout)
         self._held = HeldAdapters(work, int(lora.max_held_lora_bytes) if lora else 0)
-        self.build = assemble.build_labels(self.info)
         self.metrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,
             snapshot=self.stats,
@@ -165,7 +162,7 @@ class AsyncEngine(AdapterOps, Submitting):
             compat=self.config.metrics_compat,
             model_name=lambda: self.model_name,
             state=lambda: self.state,
-            build=self.build,
+            build=assemble.build_labels(self.info),
         )
         self._loop.listeners.add(self._counters, *self._counters.COUNTED)
         if built.metrics:

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from aioengine.checks import format_bytes
 from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.config.checked import Checked, FleetFlags, ServerFlags, check_all, is_loopback
@@ -157,7 +159,7 @@ def _log_engine(engine: AsyncEngine) -> None:
     config, plan = engine.config, engine.plan
     fields: dict[str, object] = {
         "model": engine.model_name,
-        **engine.build,
+        **msgspec.structs.asdict(engine.info),
         "device": plan.device,
         "dtype": plan.dtype,
         "threads": threads,
