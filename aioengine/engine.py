@@ -39,7 +39,7 @@ from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters
-from aioengine.runtime.submit import Submitting
+from aioengine.runtime.submit import RequestOps
 from aioengine.runtime.text_work import TextWork
 from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from aioengine.metrics import EngineMetrics
 
 
-class AsyncEngine(AdapterOps, Submitting):
+class AsyncEngine(AdapterOps, RequestOps):
     """One base model with many adapters, on one event loop.
 
     >>> async with AsyncEngine(EngineConfig(model="smollm2-135m")) as engine:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
 
 
-class Submitting(ABC):
+class RequestOps(ABC):
     """An engine's acceptance of requests."""
 
     _core: Core
