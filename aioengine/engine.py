@@ -36,6 +36,7 @@ from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output import RequestOutput, SoFar
+from aioengine.runtime.replacing import ReplacingOps
 from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from aioengine.metrics import EngineMetrics
 
 
-class AsyncEngine(AdapterOps, RequestOps):
+class AsyncEngine(ReplacingOps, RequestOps):
     """One base model with many adapters, on one event loop.
 
     >>> async with AsyncEngine(EngineConfig(model="smollm2-135m")) as engine:

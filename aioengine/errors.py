@@ -5,8 +5,10 @@ A message says what was wrong, where, and what to do about it.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import copy
+from typing import Any, Literal, TypeVar
 
+E = TypeVar("E", bound=BaseException)
 Bound = Literal["server", "tenant", "pinned"]
 MAX_MESSAGE_BYTES = 2000
 """Maximum bytes of a message in UTF-8; longer ones are cut, because they may quote a client or a file."""
@@ -123,6 +125,23 @@ class DeviceOutOfMemory(DeviceError):
 
 class PolicyError(AioEngineError):
     """A scheduler policy could not be found or built, or broke its contract."""
+
+
+def frameless(error: E) -> E:
+    """Return a copy of an error that several are told of, or that is kept. The error itself would collect the
+    tracebacks and the contexts of all who raise it; and tracebacks, its causes' too, keep all that their
+    frames hold: the content of a file, the body of a request. One of another package stays as it is, because
+    it may refuse to be copied."""
+    found = copy.copy(error) if isinstance(error, AioEngineError) else error
+    found.__cause__ = error.__cause__
+    causes, seen = [error.__cause__], set[int]()
+    while causes:
+        cause = causes.pop()
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            cause.__traceback__ = None
+            causes += [cause.__cause__, cause.__context__]
+    return found
 
 
 def _bounded(text: str, limit: int) -> str:

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
+from aioengine.errors import frameless
+
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
@@ -81,9 +83,9 @@ class SharedWork(Generic[K, T]):
 
     async def result(self, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return the result of the work under way or, without any, of ``work()``. Raises what that raises,
-        the same error for all, and the error of :meth:`close`."""
+        and the error of :meth:`close`; each caller has its own copy of an error of this package."""
         if self._closed.done():
-            raise self._closed.result()
+            raise frameless(self._closed.result())
         task = self.jobs.get(key)
         if task is None:
             task = self.jobs[key] = asyncio.ensure_future(work())
@@ -98,8 +100,9 @@ class SharedWork(Generic[K, T]):
                 del self.jobs[key]
             if task not in self._callers:
                 task.cancel()
-        if self._closed.done():
-            raise self._closed.result()
+        error = self._closed.result() if self._closed.done() else task.exception()
+        if error is not None:
+            raise frameless(error)
         return task.result()
 
     def close(self, error: Exception) -> list[asyncio.Task[T]]:

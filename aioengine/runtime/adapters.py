@@ -1,9 +1,10 @@
-"""AdapterOps: the adapters' life cycle as callers see it: register, load, replace, pin, unload."""
+"""AdapterOps: the adapters' life cycle as callers see it: register, load, pin, unload."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING
 from aioengine.adapters.peft.held import HeldAdapter, hold_files, hold_tensors
 from aioengine.adapters.resolvers.sources import check_same_path, checked_path
 from aioengine.core import Core
-from aioengine.core.adapters.name import AdapterName, NameTable, frameless
+from aioengine.core.adapters.name import AdapterName, NameTable
 from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry, AdapterFiles
-from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound
+from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, frameless
 from aioengine.info import AdapterInfo
 from aioengine.model.files.sources import is_source
 from aioengine.runtime.held import HeldAdapters, state_of
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from aioengine.step import BytesLike
 
 
-class AdapterOps:
+class AdapterOps(ABC):
     """An engine's operations on adapters; those that wait can be cancelled at any point."""
 
     _core: Core
@@ -45,9 +46,9 @@ class AdapterOps:
     def _table(self) -> NameTable:
         return self._core.residency.names
 
+    @abstractmethod
     def _check_lora(self) -> None:
         """Raise an error if the engine does not run, or has no adapters."""
-        raise NotImplementedError
 
     # Registering and loading
 
@@ -231,7 +232,6 @@ class AdapterOps:
         if name is None:
             return 0
         self._check_lora()
-        self._names.check_known(name)
         await self._names.read(await self._names.acquire(name), now=False)
         entry = await self._names.acquire(name)  # it may have been replaced meanwhile
 
@@ -243,51 +243,6 @@ class AdapterOps:
 
         await self._loop.until(is_read, entry.label)  # a replaced version is read for the requests on it
         return entry.labels
-
-    # Replacing in two steps
-
-    async def prepare_adapter(
-        self, name: str, path: str | os.PathLike[str] | None = None, *, read: bool = True
-    ) -> AdapterInfo:
-        """Make the next version of an adapter ready for :meth:`commit_adapter`, which may be at the same time
-        as that of other engines. With ``read=False`` it is read when a request first needs it."""
-        self._check_lora()
-        source = None if path is None else checked_path(name, path)
-        async with self._loading(name) as known:
-            self.discard_adapter(name)
-            entry = await self._new_version(known, source)
-            entry.held = True
-            if read:
-                await self._read(entry, known, pin=False)
-            known.prepared = entry
-        return adapter_info(entry)
-
-    def commit_adapter(self, name: str) -> AdapterInfo:
-        """Let new requests use the prepared version. Raises AdapterNotFound if there is none."""
-        self._check_lora()
-        known = self._table.of(name)
-        entry = known.take_prepared()
-        if entry is None:
-            raise AdapterNotFound("no version of it was prepared; call prepare_adapter first", name=name)
-        known.replace(entry, self._loop.now())
-        self._loop.wake()
-        return self._info(name)
-
-    def discard_adapter(self, name: str) -> None:
-        """Drop the prepared version, if there is one."""
-        self._check_lora()
-        known = self._table.of(name)
-        entry = known.take_prepared()
-        if entry is not None:
-            known.retire(entry, self._loop.now())
-            self._loop.wake()
-
-    def expect_adapter(self, name: str, digest: str) -> None:
-        """Accept only this content (``AdapterInfo.digest``) under a known name, until it is replaced or
-        unloaded: if its files differ later, its requests fail with AdapterChanged. Raises AdapterNotFound."""
-        self._check_lora()
-        self._names.check_known(name)
-        self._table.of(name).expect(digest)
 
     # Unloading
 

@@ -23,7 +23,7 @@ from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, ClientDisconnected, invalid
 from aioengine.server.openai.api import GenerationFields, Usage
 from aioengine.server.openai.form import Form
-from aioengine.server.openai.replies import Reply
+from aioengine.server.openai.replies import Reply, StreamReply
 from aioengine.server.transport.body import BoundedBody
 from aioengine.server.transport.sender import Sender, unless
 from aioengine.tasks import end_tasks, together
@@ -278,7 +278,7 @@ class Answer:
             self._record.status = api_error.status
             if not isinstance(error, ClientDisconnected):
                 with contextlib.suppress(ClientDisconnected):
-                    await self._send(send, self.reply.failure(api_error), last=True)
+                    await self._send(send, self._streamed.failure(api_error), last=True)
         finally:
             work.close()  # nothing has begun if there are too many log-probabilities
             if departure is None:
@@ -290,7 +290,7 @@ class Answer:
         if self._is_stream:
             writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
             await together([self._stream(index, send, writing) for index in range(len(self))])
-            await self._send(send, self.reply.last_events(self.usage), last=True)
+            await self._send(send, self._streamed.last_events(self.usage), last=True)
             return
         outputs = await self.last_outputs()
         for output in outputs:
@@ -300,10 +300,15 @@ class Answer:
         whole = await self._formed(numbers, lambda: self.reply.whole(outputs, self.usage))
         await respond(send, 200, [(b"content-type", b"application/json")], whole)
 
+    @property
+    def _streamed(self) -> StreamReply:
+        assert isinstance(self.reply, StreamReply), "only some endpoints have streams"
+        return self.reply
+
     async def _stream(self, index: int, send: Sender, writing: asyncio.Lock) -> None:
         async with contextlib.aclosing(self.outputs(index)) as outputs:
             async for output, numbers in outputs:
-                events = await self._formed(numbers, partial(self.reply.events, index, output))
+                events = await self._formed(numbers, partial(self._streamed.events, index, output))
                 if events is not None:
                     async with writing:
                         await self._send(send, events)

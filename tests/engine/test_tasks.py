@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aioengine.errors import EngineOverloaded
 from aioengine.tasks import SharedWork, Turns, end_tasks, run_to_completion, together
 
 
@@ -121,3 +122,18 @@ async def test_what_ignores_its_cancellation_holds_up_nobody() -> None:
     assert [task.done() for task in tasks] == [False]
     go.set()
     await asyncio.wait(tasks)
+
+
+async def test_each_that_waits_raises_an_error_of_its_own() -> None:
+    shared = SharedWork[str, None]()
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise EngineOverloaded("later", waiting=3) from Failed()
+
+    first, second = await asyncio.gather(
+        *(shared.result("a", fails) for _ in range(2)), return_exceptions=True
+    )
+    assert isinstance(first, EngineOverloaded) and isinstance(second, EngineOverloaded)
+    assert first is not second and first.__traceback__ is not second.__traceback__
+    assert (str(first), first.waiting, type(first.__cause__)) == (str(second), second.waiting, Failed)

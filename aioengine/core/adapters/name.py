@@ -7,12 +7,10 @@ version any more. Pins belong to names: the next version of an adapter takes ove
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TypeVar
 
 from aioengine import events
 from aioengine.core.guard import PolicyGuard
@@ -21,7 +19,6 @@ from aioengine.core.state import AdapterEntry, AdapterFiles
 from aioengine.errors import AdapterError, AdapterNotFound, ConfigError
 from aioengine.schedulers.policy import Location
 
-E = TypeVar("E", bound=BaseException)
 FIRST_SECONDS = 0.5
 LONGEST_SECONDS = 30.0
 MAX_REMEMBERED = 4096
@@ -320,18 +317,3 @@ class NameTable:
         entry.wanted_since = None
         entry.pin_when_read = False
         self.wanted.pop(entry.uid, None)
-
-
-def frameless(error: E) -> E:
-    """Return a copy of an error that is kept, or is raised because it was kept. Tracebacks, and those of its
-    causes, would keep all that their frames hold: the content of a file, the body of a request."""
-    found = copy.copy(error)
-    found.__cause__ = error.__cause__
-    causes, seen = [error.__cause__], set[int]()
-    while causes:
-        cause = causes.pop()
-        if cause is not None and id(cause) not in seen:
-            seen.add(id(cause))
-            cause.__traceback__ = None
-            causes += [cause.__cause__, cause.__context__]
-    return found

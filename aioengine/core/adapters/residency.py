@@ -11,13 +11,13 @@ from collections.abc import Collection
 from aioengine import events
 from aioengine.core.adapters.cpu_cache import CpuCache, Order
 from aioengine.core.adapters.moves import DropMove, LoadMove, Move, ReleaseMove, StopMove
-from aioengine.core.adapters.name import NameTable, frameless
+from aioengine.core.adapters.name import NameTable
 from aioengine.core.adapters.slots import SlotTable
 from aioengine.core.adapters.version import Life, State
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
 from aioengine.core.state import AdapterEntry
-from aioengine.errors import AdapterError, AdapterTooLarge
+from aioengine.errors import AdapterError, AdapterTooLarge, frameless
 from aioengine.schedulers.policy import Location
 from aioengine.step import LoadedAdapter
 

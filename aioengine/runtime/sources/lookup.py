@@ -8,7 +8,6 @@ import os
 from aioengine import errors, events
 from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
 from aioengine.adapters.resolvers.sources import AdapterSources
-from aioengine.core.adapters.name import frameless
 from aioengine.core.state import AdapterEntry
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.transfers import log_failure, reason_of, unexpected
@@ -97,7 +96,7 @@ class Lookups:
         self._loop.report(events.ResolverFailed(time=now, adapter=name, reason=reason_of(error), error=error))
         if isinstance(error, (errors.AdapterInvalid, errors.AdapterLoadError)):
             known = self._names.of(name)
-            known.fail(frameless(error), now)
+            known.fail(errors.frameless(error), now)
             log_failure(known.failures, name, error)
 
     def close(self, error: errors.AioEngineError) -> None:

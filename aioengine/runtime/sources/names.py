@@ -7,9 +7,8 @@ from collections.abc import Mapping
 
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.sources import NAME_RULE
-from aioengine.core.adapters.name import frameless
 from aioengine.core.state import AdapterEntry, where_is
-from aioengine.errors import AdapterError, AdapterNotFound
+from aioengine.errors import AdapterError, AdapterNotFound, frameless
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.sources.lookup import Lookups
 from aioengine.runtime.sources.mixes import Mixes

@@ -3,6 +3,7 @@ response."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,12 @@ from aioengine.runtime.output import RequestOutput
 from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import ToolCall, Usage
-from aioengine.server.openai.replies import Reply, event, parse_output
+from aioengine.server.openai.replies import StreamReply, event, parse_output
 
 _encode = msgspec.json.Encoder().encode
 
 
-class ListReply(Reply):
+class ListReply(StreamReply):
     """The reply of an answer that is a list of items: reasoning, texts and calls. Each is begun, filled and
     ended before the next one. Methods that write return the events, which are empty unless it is a stream."""
 
@@ -74,28 +75,27 @@ class ListReply(Reply):
     def _event(self, kind: str, **fields: Any) -> bytes:
         return b"" if self._is_whole else event(_encode({"type": kind, **fields}), kind)
 
+    @abstractmethod
     def _begin(self, output: RequestOutput) -> bytes:
         """Begin the answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _start(self, kind: str) -> bytes:
         """Begin an item."""
-        raise NotImplementedError
 
-    def _delta(self, kind: str, text: str) -> bytes:
-        raise NotImplementedError
-
+    @abstractmethod
+    def _delta(self, kind: str, text: str) -> bytes: ...
+    @abstractmethod
     def _end(self, kind: str, text: str, last: RequestOutput | None) -> bytes:
         """End an item with its ``text``. ``last``: the answer ends with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _call(self, call: ToolCall) -> bytes:
         """Add a call, from its beginning to its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finished(self, output: RequestOutput, usage: Usage) -> dict[str, Any]:
         """Return the answer."""
-        raise NotImplementedError
 
 
 class MessagesReply(ListReply):

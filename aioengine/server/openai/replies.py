@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -159,30 +160,34 @@ class ChatCompletion(Head, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class Reply:
-    """The format of an answer at one endpoint: as JSON, or as server-sent events of JSON. It keeps nothing
-    large of the request but what ``Answer.kept`` counts."""
+class Reply(ABC):
+    """The format of an answer at one endpoint. It keeps nothing large of the request but what ``Answer.kept``
+    counts."""
+
+    @abstractmethod
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        """Format the answer in one piece. Each output is new as a whole: its deltas are all of it."""
+
+
+class StreamReply(Reply):
+    """The format of an answer that may also be sent part by part, as server-sent events of JSON."""
 
     _is_whole = False
 
+    @abstractmethod
     def events(self, index: int, output: RequestOutput) -> bytes | None:
         """Format a choice's next part; None if there is nothing to send. Called in order for each choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last_events(self, usage: Usage) -> bytes:
         """Format the end of the stream."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failure(self, error: ApiError) -> bytes:
         """Format the end of a stream that fails."""
-        raise NotImplementedError
-
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        """Format the answer in one piece. Each output is new as a whole: its deltas are all of it."""
-        raise NotImplementedError
 
 
-class _ChoicesReply(Reply):
+class _ChoicesReply(StreamReply):
     """What replies of completions and chats have in common."""
 
     def __init__(self, id_: str, seed: int | None, fields: GenerationFields, token_bytes: TokenBytes) -> None:
@@ -220,13 +225,13 @@ class _ChoicesReply(Reply):
         choices = [self._choice(i, output) for i, output in enumerate(outputs)]
         return _encode(self._part(choices, usage, outputs[0]))
 
+    @abstractmethod
     def _choice(self, index: int, output: RequestOutput) -> Choice | None:
         """Make a choice, or the next part of one; None if there is nothing to send."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _part(self, choices: list[Any], usage: Usage | None, first: RequestOutput | None) -> Head:
         """Make an answer, or a part of one. ``first`` is a choice's first output."""
-        raise NotImplementedError
 
 
 class CompletionReply(_ChoicesReply):
