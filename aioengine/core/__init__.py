@@ -5,7 +5,6 @@ from aioengine.core.adapters.moves import (
     DropMove,
     LoadMove,
     Move,
-    ReleaseMove,
     StopMove,
 )
 from aioengine.core.core import Core, Step
@@ -18,7 +17,6 @@ __all__ = [
     "DropMove",
     "LoadMove",
     "Move",
-    "ReleaseMove",
     "Step",
     "StopMove",
 ]

@@ -31,17 +31,10 @@ class Status(Enum):
 
 
 class AdapterFiles(Protocol):
-    """An adapter's files in memory."""
+    """An adapter's files in memory, which goes with the last reference to them."""
 
-    @property
-    def nbytes(self) -> int: ...
     @property
     def files(self) -> AdapterSource: ...
-    def share(self) -> AdapterFiles:
-        """Return the same files for another version; each is released separately."""
-
-    def release(self) -> None:
-        """Free the files. Nothing may read them afterwards."""
 
 
 class Owner(NamedTuple):

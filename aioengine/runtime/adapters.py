@@ -22,7 +22,7 @@ from aioengine.model.files.sources import is_source
 from aioengine.runtime.held import HeldAdapters, state_of
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.requests import vectors
-from aioengine.runtime.sources.mixes import is_mix, parts_of
+from aioengine.runtime.sources.mixes import held_of, is_mix, parts_of
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import adapter_info
 from aioengine.schedulers.policy import Location
@@ -208,8 +208,7 @@ class AdapterOps(ABC):
         source = known.source if source is None else source
         if source is None:
             current = known.resolve()
-            files = None if current.files is None else current.files.share()
-            return known.declare(current.path, files=files)
+            return known.declare(current.path, files=held_of(current))
         if source and not is_source(source):
             return known.declare(source)
         where = await self._names.lookups.locate(known.label, source)

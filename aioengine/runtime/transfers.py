@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from aioengine import errors, events
-from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, ReleaseMove, StopMove
+from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, StopMove
 from aioengine.core.state import AdapterEntry
 from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
@@ -36,8 +36,6 @@ class AdapterMoves:
                 self._device.drop(entry.uid)
             case LoadMove(entry):
                 self._reads[entry.uid] = self._spawn(self._load(entry), f"aioengine-load-{entry.label}")
-            case ReleaseMove(files):
-                files.release()
             case StopMove(entry):
                 self._reads.pop(entry.uid).cancel()
             case CopyMove(entry, slot, offset):

@@ -53,10 +53,9 @@ def test_mixed_dtypes_in_any_order(tmp_path: Path) -> None:
         assert torch.equal(b, mixed[f"{prefix}B.weight"].float() * 1.5)
 
 
-def test_nobody_can_change_it_and_each_owner_frees_it(tmp_path: Path) -> None:
+def test_nobody_can_change_it_and_it_goes_with_its_last_reference(tmp_path: Path) -> None:
     make(tmp_path, target_modules=["q_proj"])
-    first = held(tmp_path)
-    second = first.share()
+    first, second = held(tmp_path), held(tmp_path)
     first.release()
     first.release()
     assert not first.alive and not Path(first.files.weights).exists()

@@ -10,8 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
@@ -29,15 +28,11 @@ _ALIGN = 8
 
 
 class HeldAdapter:
-    """Owns the memory of an adapter's files until it is released or collected. ``path`` is its name in errors
-    and in ``AdapterInfo``; it is not a path of any file system."""
+    """The memory of an adapter's files, which goes with the last reference to this."""
 
-    def __init__(self, name: str, path: str, config: bytes, descriptor: int, nbytes: int) -> None:
-        self.name = name
-        self.path = path
+    def __init__(self, config: bytes, descriptor: int, nbytes: int) -> None:
         self.nbytes = nbytes
         self.files = HeldFiles(config, f"/proc/{os.getpid()}/fd/{descriptor}")
-        self._descriptor = descriptor
         self._close = weakref.finalize(self, os.close, descriptor)
 
     @property
@@ -45,13 +40,8 @@ class HeldAdapter:
         return self._close.alive
 
     def release(self) -> None:
-        """Free the memory; may be called again."""
+        """Free the memory at once, whoever refers to it; may be called again."""
         self._close()
-
-    def share(self) -> HeldAdapter:
-        """Return the same memory under another owner. Raises AdapterLoadError if too many files are open."""
-        with naming(self.name, self.path), _full():
-            return HeldAdapter(self.name, self.path, self.files.config, os.dup(self._descriptor), self.nbytes)
 
 
 def hold_tensors(
@@ -73,7 +63,7 @@ def hold_tensors(
         header = memoryview(_header(checked))
         nbytes = len(header) + sum(tensor.nbytes for _, tensor in checked)
         contents = chain((header,), (_bytes_of(tensor) for _, tensor in checked))
-        return _held(name, path, text, nbytes, contents, room)
+        return _held(text, nbytes, contents, room)
 
 
 def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room: int) -> HeldAdapter:
@@ -81,12 +71,10 @@ def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room
     :func:`hold_tensors`."""
     with naming(name, path):
         _check_length(CONFIG_FILE, config)
-        return _held(name, path, config, len(weights), (weights,), room)
+        return _held(config, len(weights), (weights,), room)
 
 
-def _held(
-    name: str, path: str, config: bytes, nbytes: int, parts: Iterable[memoryview], room: int
-) -> HeldAdapter:
+def _held(config: bytes, nbytes: int, parts: Iterable[memoryview], room: int) -> HeldAdapter:
     """Write ``parts`` to an anonymous file, which cannot be changed afterwards."""
     if nbytes > room:
         failed(
@@ -95,11 +83,13 @@ def _held(
         )
     if not hasattr(os, "memfd_create"):
         failed("adapters in memory need Linux: save the adapter with save_pretrained and load the folder")
-    with _full():
+    try:
         descriptor = os.memfd_create("aioengine-adapter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        held = HeldAdapter(name, path, config, descriptor, nbytes)
+        held = HeldAdapter(config, descriptor, nbytes)
         with open(descriptor, "wb", closefd=False) as file:
             file.writelines(parts)
+    except OSError as error:
+        failed(f"there is no memory, or no file descriptor, to hold it: {error.strerror}")
     seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     return held
@@ -161,14 +151,6 @@ def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
     )
     text += b" " * (-len(text) % _ALIGN)
     return len(text).to_bytes(8, "little") + text
-
-
-@contextmanager
-def _full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        failed(f"there is no memory, or no file descriptor, to hold it: {error.strerror}")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

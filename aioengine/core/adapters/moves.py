@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from aioengine.core.state import AdapterEntry, AdapterFiles
+from aioengine.core.state import AdapterEntry
 
 
 class LoadMove(NamedTuple):
@@ -34,10 +34,4 @@ class DropMove(NamedTuple):
     entry: AdapterEntry
 
 
-class ReleaseMove(NamedTuple):
-    """Free the files of a version that is gone and was given in memory."""
-
-    files: AdapterFiles
-
-
-Move = LoadMove | StopMove | CopyMove | DropMove | ReleaseMove
+Move = LoadMove | StopMove | CopyMove | DropMove

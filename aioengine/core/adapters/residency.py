@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from aioengine import events
 from aioengine.core.adapters.cpu_cache import CpuCache, Order
-from aioengine.core.adapters.moves import DropMove, LoadMove, Move, ReleaseMove, StopMove
+from aioengine.core.adapters.moves import DropMove, LoadMove, Move, StopMove
 from aioengine.core.adapters.name import NameTable
 from aioengine.core.adapters.slots import SlotTable
 from aioengine.core.adapters.version import Life, State
@@ -55,8 +55,7 @@ class Residency:
             entry.change("free")
             del self.names.retired[entry.uid], self.entries[entry.uid]
             self.slots.large.discard(entry.uid)
-            if entry.files is not None:
-                self._moves.append(ReleaseMove(entry.files))
+            entry.files = None
             if entry.published:
                 self.names.forget(entry)
             self._guard.say(events.AdapterUnloaded, entry, now)
@@ -245,7 +244,7 @@ class Residency:
         for entry in self.current.values():
             if entry.pinned and entry.wanted_since is None:
                 self.want(entry, now)
-        self._moves[:] = [move for move in self._moves if isinstance(move, ReleaseMove)]
+        self._moves.clear()
 
     def take_moves(self) -> list[Move]:
         moves = self._moves[:]

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from aioengine.adapters.peft.held import HeldAdapter
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.state import AdapterEntry, AdapterFiles, Owner
+from aioengine.core.state import AdapterEntry, Owner
 from aioengine.errors import AdapterInvalid, EngineOverloaded
 from aioengine.info import mix_name
-from aioengine.step import HeldFiles, MixFiles, MixPart
+from aioengine.step import MixFiles, MixPart
 
 MAX_MIXES = 64
 """Maximum number of mixes of one tenant that are known at a time."""
@@ -23,31 +24,29 @@ MAX_KEPT = 256
 
 
 class Mix:
-    """The files of a mix. Those of parts that were given in memory are shared until it is released."""
-
-    nbytes = 0
+    """The files of a mix. It keeps the memory of parts that were given in memory."""
 
     def __init__(self, name: str, parts: Sequence[tuple[AdapterEntry, float]]) -> None:
         self.name = name
         self.parts = parts
-        self._shared = {e.uid: e.files.share() for e, _ in parts if e.files is not None}
+        self._held = [held_of(entry) for entry, _ in parts]
 
     @property
     def files(self) -> MixFiles:
         parts = []
-        for entry, weight in self.parts:
-            held = self._shared[entry.uid].files if entry.uid in self._shared else None
-            held = held if isinstance(held, HeldFiles) else None
-            digest = entry.digest or entry.expected
-            parts.append(MixPart(entry.label, entry.path, weight, digest, held, entry.uid))
+        for (entry, weight), held in zip(self.parts, self._held, strict=True):
+            files, digest = None if held is None else held.files, entry.digest or entry.expected
+            parts.append(MixPart(entry.label, entry.path, weight, digest, files, entry.uid))
         return MixFiles(tuple(parts))
 
-    def share(self) -> AdapterFiles:
-        raise AdapterInvalid("a mix has no versions: load its parts", name=self.name)
 
-    def release(self) -> None:
-        for files in self._shared.values():
-            files.release()
+def held_of(entry: AdapterEntry) -> HeldAdapter | None:
+    """Return the memory that an adapter was given in; None if that is a folder. Raises AdapterInvalid for a
+    mix."""
+    if isinstance(entry.files, Mix):
+        raise AdapterInvalid("a mix has no versions: load its parts", name=entry.label)
+    assert entry.files is None or isinstance(entry.files, HeldAdapter)
+    return entry.files
 
 
 def is_mix(entry: AdapterEntry) -> bool:
