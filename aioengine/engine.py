@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -32,7 +31,6 @@ from aioengine.request import (
     Wanted,
 )
 from aioengine.runtime import assemble
-from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output import RequestOutput, SoFar
@@ -268,8 +266,6 @@ class AsyncEngine(ReplacingOps, RequestOps):
     ) -> Embedding:
         """Turn a prompt into one vector, its last hidden states, pooled. ``normalize`` brings it to length 1,
         ``dimensions`` keeps only so many of its first numbers. Otherwise like :meth:`generate`."""
-        if dimensions is not None:
-            vectors.check_dimensions(dimensions, self.model_spec.hidden_size)
         output = await self.complete(prompt, vectors.pooling_params(pooling), adapter=adapter, **keywords)
         return vectors.embedding_of(output, normalize=normalize, dimensions=dimensions)
 
@@ -291,13 +287,7 @@ class AsyncEngine(ReplacingOps, RequestOps):
         """Score how well each document fits the query, each as a request of its own. An adapter with a head
         of one label scores the pair (0 to 1); without a head, it is the cosine of two vectors (-1 to 1).
         Raises RequestInvalid for a head of several labels, and what :meth:`generate` raises."""
-        vectors.check_documents(query, documents)
-        labels = await self.head_labels(adapter)
-        complete = partial(self.complete, adapter=adapter, tenant=tenant, **keywords)
-        pair = partial(vectors.pair_tokens, self.tokenizer, limit=self.plan.max_model_len)
-        return await vectors.score(
-            complete, query, documents, labels=labels, pair=pair, work=self.text_work, tenant=tenant
-        )
+        return await vectors.score(self, query, documents, adapter, tenant, **keywords)
 
     async def abort(self, request_id: str) -> bool:
         """End a request; its reader gets a last output with ``finish_reason="abort"``. Returns False if no

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from operator import mul
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
@@ -14,17 +14,14 @@ from aioengine import request as requests
 from aioengine.checks import check_value
 from aioengine.errors import RequestInvalid
 from aioengine.runtime.output import RequestOutput
-from aioengine.runtime.text_work import SHORT, TextWork
+from aioengine.runtime.text_work import SHORT
 from aioengine.tasks import together
 
 if TYPE_CHECKING:
-    from aioengine.model.text.tokenizer import Tokenizer
+    from aioengine.runtime.client import EngineClient
 
 MAX_DOCUMENTS = 1024
 """Maximum documents of one call of ``score``."""
-
-Complete = Callable[[requests.Prompt, requests.SamplingParams], Awaitable[RequestOutput]]
-"""``AsyncEngine.complete`` for one caller."""
 
 
 def pooling_params(pooling: requests.PoolingKind | None) -> requests.SamplingParams:
@@ -34,19 +31,16 @@ def pooling_params(pooling: requests.PoolingKind | None) -> requests.SamplingPar
 
 def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | None) -> requests.Embedding:
     """Cut the vector to its first ``dimensions``, as models that are trained for it allow
-    (arXiv:2205.13147), and bring it to length 1."""
+    (arXiv:2205.13147), and bring it to length 1. Raises RequestInvalid if it has not as many."""
     vector = output.pooled or []
     if dimensions is not None:
-        check_dimensions(dimensions, len(vector))
+        most = Annotated[int, Meta(ge=1, le=len(vector))]
+        check_value("dimensions", dimensions, most, RequestInvalid)
         vector = vector[:dimensions]
     if normalize:
         norm = _norm(vector)
         vector = [number / norm for number in vector]
     return requests.Embedding(vector=vector, prompt_tokens=output.prompt_tokens, adapter=output.adapter)
-
-
-def check_dimensions(dimensions: int, hidden: int) -> None:
-    check_value("dimensions", dimensions, Annotated[int, Meta(ge=1, le=hidden)], RequestInvalid)
 
 
 def classification_of(output: RequestOutput, names: Sequence[str]) -> requests.Classification:
@@ -92,41 +86,6 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-async def score(
-    complete: Complete,
-    query: str | list[int],
-    documents: Sequence[str | list[int]],
-    *,
-    labels: int,
-    pair: Callable[[str | list[int], str | list[int]], list[int]],
-    work: TextWork,
-    tenant: str | None,
-) -> requests.Scores:
-    """Score documents against a query. With a head of one label, the head scores each pair (a cross-encoder),
-    whose tokens ``pair`` makes. Without a head, the score is the cosine of the two vectors. What takes long
-    is done in the threads of ``work``. Raises RequestInvalid if the head has several labels."""
-    if labels > 1:
-        raise RequestInvalid(
-            f"the adapter's head has {labels} labels, but a score needs a head of one label, or none; use "
-            "classify"
-        )
-    if labels == 1:
-        prompts = [
-            await work.run(len(query) + len(document), partial(pair, query, document), tenant)
-            for document in documents
-        ]
-        outputs = await together([complete(prompt, pooling_params("classify")) for prompt in prompts])
-        scores = [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
-    else:
-        outputs = await together([complete(text, pooling_params(None)) for text in (query, *documents)])
-        vectors = [output.pooled or [] for output in outputs]
-        pairs = [(0, index) for index in range(1, len(outputs))]
-        size = SHORT + sum(map(len, vectors))
-        scores = await work.run(size, lambda: cosines(vectors, pairs), tenant)
-    tokens = sum(output.prompt_tokens for output in outputs)
-    return requests.Scores(scores=scores, prompt_tokens=tokens, adapter=outputs[0].adapter)
-
-
 def scaled_adapter(wanted: requests.Wanted) -> str | None:
     """Return the only adapter that is asked for; None for the base model and for a mix of several, which has
     no head."""
@@ -134,7 +93,7 @@ def scaled_adapter(wanted: requests.Wanted) -> str | None:
     return names[0].removesuffix(requests.LATEST) if len(names) == 1 else None
 
 
-def check_documents(query: object, documents: object) -> None:
+def _check_documents(query: object, documents: object) -> None:
     """Raise RequestInvalid unless these are texts, or lists of token ids, of a valid number."""
     if not isinstance(documents, Sequence) or isinstance(documents, str) or not documents:
         raise RequestInvalid("documents: expected a list of at least one text, or list of token ids")
@@ -149,14 +108,48 @@ def check_documents(query: object, documents: object) -> None:
             )
 
 
-def pair_tokens(
-    tokenizer: Tokenizer | None, query: str | list[int], document: str | list[int], limit: int
-) -> list[int]:
+async def score(
+    engine: EngineClient,
+    query: str | list[int],
+    documents: Sequence[str | list[int]],
+    adapter: requests.Wanted,
+    tenant: str | None,
+    **keywords: Any,
+) -> requests.Scores:
+    """Score documents against a query; see ``AsyncEngine.score``. With a head of one label, the head scores
+    each pair (a cross-encoder). What takes long is done in the threads of the engine's ``text_work``."""
+    _check_documents(query, documents)
+    labels = await engine.head_labels(adapter)
+    if labels > 1:
+        raise RequestInvalid(
+            f"the adapter's head has {labels} labels, but a score needs a head of one label, or none; use "
+            "classify"
+        )
+    complete = partial(engine.complete, adapter=adapter, tenant=tenant, **keywords)
+    if labels == 1:
+        pair = partial(_pair_tokens, engine, query)
+        prompts = [
+            await engine.text_work.run(len(query) + len(document), partial(pair, document), tenant)
+            for document in documents
+        ]
+        outputs = await together([complete(prompt, pooling_params("classify")) for prompt in prompts])
+        scores = [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
+    else:
+        outputs = await together([complete(text, pooling_params(None)) for text in (query, *documents)])
+        vectors = [output.pooled or [] for output in outputs]
+        pairs = [(0, index) for index in range(1, len(outputs))]
+        size = SHORT + sum(map(len, vectors))
+        scores = await engine.text_work.run(size, lambda: cosines(vectors, pairs), tenant)
+    tokens = sum(output.prompt_tokens for output in outputs)
+    return requests.Scores(scores=scores, prompt_tokens=tokens, adapter=outputs[0].adapter)
+
+
+def _pair_tokens(engine: EngineClient, query: str | list[int], document: str | list[int]) -> list[int]:
     """Tokenize two texts together, or join two lists of tokens. Raises RequestInvalid."""
     if isinstance(query, list) and isinstance(document, list):
         return [*query, *document]
     if isinstance(query, list) or isinstance(document, list):
         raise RequestInvalid("query and documents: give only texts, or only lists of token ids")
-    if tokenizer is None:
+    if engine.tokenizer is None:
         raise RequestInvalid("the model has no tokenizer.json: give lists of token ids")
-    return tokenizer.encode_pairs([(query, document)], limit=limit)[0]
+    return engine.tokenizer.encode_pairs([(query, document)], limit=engine.plan.max_model_len)[0]
