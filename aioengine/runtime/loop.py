@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
+from weakref import WeakValueDictionary
 
 from aioengine import events
 from aioengine.core import Core, DropMove, StopMove
@@ -26,9 +27,7 @@ logger = logging.getLogger("aioengine")
 POLICY_RETRY_SECONDS = 0.05
 """Pause before a policy is asked again, if requests wait and nothing runs."""
 LAG_INTERVAL_SECONDS = 0.25
-_STOPPED = "the engine was stopped before the call was complete"
 
-Condition = Callable[[], bool]
 Listener = Callable[[events.Event], None]
 
 
@@ -56,8 +55,8 @@ class EngineLoop:
         self._timer = timer
         self._intervals = intervals
         self._moves = AdapterMoves(core, device, changed=self._moved)
-        self._waits: dict[str | None, dict[asyncio.Future[None], Condition]] = {}
-        """What callers wait for, by the adapter that it is about; None: an end of requests."""
+        self._changed = WeakValueDictionary[str | None, asyncio.Event]()
+        """What callers wait for: the next change of an adapter or, under None, the next end of a request."""
         self._virtual = virtual
         self._lag: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -105,7 +104,7 @@ class EngineLoop:
         if self.dead is not None:
             raise self.dead
         if self._stopping:
-            raise EngineStopped(_STOPPED)
+            raise EngineStopped("the engine was stopped before the call was complete")
 
     def step_age(self) -> float:
         """Return the seconds since the step that runs now began; 0 if none does."""
@@ -118,51 +117,29 @@ class EngineLoop:
         return self.dead
 
     async def until(self, happened: Callable[[], bool], adapter: str | None = None) -> None:
-        """Wait until ``happened()`` is true, which is called at once, and after each event of this adapter
+        """Wait until ``happened()`` is true, which is asked at once, and after each event of this adapter
         or, without an adapter, after the end of each request. Raises what it raises, and EngineStopped or
         EngineDead if the engine ends first."""
-        if happened():
-            return
-        self.check_goes_on()
-        waiting = self._waits.setdefault(adapter, {})
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting[done] = happened
-        try:
-            await done
-        finally:
-            del waiting[done]
-            if not waiting and self._waits.get(adapter) is waiting:
-                del self._waits[adapter]
-            del done  # its error has this frame: leave no cycle, which would keep all callers' frames
+        while not happened():
+            self.check_goes_on()
+            changed = self._changed.setdefault(adapter, asyncio.Event())
+            await changed.wait()
 
-    def ask_again(self, adapter: str | None) -> None:
-        """Check the callers that wait for something about this adapter; also after a change that is no
-        event."""
-        for done, happened in list(self._waits.get(adapter, {}).items()):
-            if done.done():
-                continue
-            try:
-                if happened():
-                    done.set_result(None)
-            except Exception as error:
-                done.set_exception(error.with_traceback(None))  # for it has this frame
+    def _ask_again(self, *adapters: str | None) -> None:
+        """Wake the callers that wait for something about these adapters."""
+        for adapter in adapters:
+            if (changed := self._changed.pop(adapter, None)) is not None:
+                changed.set()
 
     def _heard(self, event: events.Event) -> None:
-        """Check the callers that this event may concern."""
+        """Wake the callers that this event may concern."""
         if isinstance(event, events.AdapterPinned):  # a pin may shut out any other adapter
-            for adapter in list(self._waits):
-                self.ask_again(adapter)
+            self._ask_again(*self._changed)
         elif isinstance(event, events.AdapterEvent):
-            self.ask_again(event.adapter)
+            self._ask_again(event.adapter)
         elif isinstance(event, events.RequestEnded):
             self._device.forget(event.request_id)
-            self.ask_again(None)
-
-    def _fail_waits(self, error: EngineDead | EngineStopped) -> None:
-        for waiting in self._waits.values():
-            for done in waiting:
-                if not done.done():
-                    done.set_exception(error)
+            self._ask_again(None)
 
     async def stop(self) -> None:
         """End all requests with EngineStopped, and wait for work that cannot be interrupted."""
@@ -174,7 +151,7 @@ class EngineLoop:
         if self._lag is not None:
             self._lag.cancel()
         self._free_retired()
-        self._fail_waits(EngineStopped(_STOPPED))
+        self._ask_again(*self._changed)
         await asyncio.sleep(0)  # callers that waited may now give up versions
         self._free_retired()
 
@@ -327,7 +304,7 @@ class EngineLoop:
         self._end_all(self.dead)
         self.core.step_lost()
         self._free_retired()
-        self._fail_waits(self.dead)
+        self._ask_again(*self._changed)
 
     def _free_retired(self) -> None:
         """Free retired adapters, because callers wait for that and nothing will be scheduled any more."""
@@ -339,7 +316,7 @@ class EngineLoop:
 
     def _moved(self, adapter: str) -> None:
         self.wake()
-        self.ask_again(adapter)
+        self._ask_again(adapter)
 
     def _end_all(self, error: Exception) -> None:
         now = self.now()

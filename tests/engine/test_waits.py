@@ -22,7 +22,7 @@ def run(main: Callable[[EngineLoop], Awaitable[None]]) -> None:
         stepper.start()
         await main(stepper)
         await stepper.stop()
-        assert not len(stepper._waits)
+        assert not stepper._changed
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(whole())
