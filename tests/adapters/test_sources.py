@@ -17,7 +17,7 @@ from support.engine_fixtures import Tiny
 from support.s3_server import check_keys_after, put, s3, s3_server
 
 from aioengine import AsyncEngine, EngineConfig, FsspecResolver, LoRAConfig, SamplingParams
-from aioengine.adapters.resolvers.sources import AdapterSources, checked_path, source_below
+from aioengine.adapters.resolvers.sources import checked_path, fetch_source, source_below
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
 
 __all__ = ["s3", "s3_server"]
@@ -49,40 +49,39 @@ async def test_an_engine_serves_an_adapter_from_s3(s3: Any, tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
-async def test_gone_denied_and_unknown(s3: Any, s3_server: str) -> None:
-    sources = AdapterSources()
+def test_gone_denied_and_unknown(s3: Any, s3_server: str) -> None:
     put(s3, "b", FILES)
     with pytest.raises(AdapterNotFound, match=r"s3://lora/none.*there is no adapter_config\.json$"):
-        await sources.resolve_path("a", "s3://lora/none")
+        fetch_source("a", "s3://lora/none")
     with pytest.raises(AdapterNotFound, match=r"s3://elsewhere/a.*nothing else at s3://elsewhere: check the"):
-        await sources.resolve_path("a", "s3://elsewhere/a")
+        fetch_source("a", "s3://elsewhere/a")
     put(s3, "a", FILES)
-    assert (await sources.resolve_path("a", "s3://lora/a")).is_dir()
+    assert fetch_source("a", "s3://lora/a").is_dir()
     check_keys_after(s3_server, "0")
     try:
         with pytest.raises(
             AdapterLoadError, match=r"s3://lora/a.*access is denied.*check the credentials"
         ) as caught:
-            await sources.resolve_path("a", "s3://lora/a")
+            fetch_source("a", "s3://lora/a")
         assert not caught.value.transient
     finally:
         check_keys_after(s3_server, "inf")
 
 
-async def test_nothing_of_a_refused_source_is_left(s3: Any, s3_server: str, tmp_path: Path) -> None:
+def test_nothing_of_a_refused_source_is_left(s3: Any, s3_server: str, tmp_path: Path) -> None:
     """Refused in the middle of the fetch: no copy, and no part of one."""
     put(s3, "a", FILES)
     check_keys_after(s3_server, "2")
     try:
         with pytest.raises(AdapterLoadError, match=r"access is denied"):
-            await AdapterSources().resolve_path("a", "s3://lora/a")
+            fetch_source("a", "s3://lora/a")
     finally:
         check_keys_after(s3_server, "inf")
     assert not any(files for _, _, files in os.walk(tmp_path) if set(files) & set(FILES))
-    assert (await AdapterSources().resolve_path("a", "s3://lora/a")).is_dir()
+    assert fetch_source("a", "s3://lora/a").is_dir()
 
 
-async def test_without_credentials(s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_credentials(s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     put(s3, "a", FILES)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -90,7 +89,7 @@ async def test_without_credentials(s3: Any, monkeypatch: pytest.MonkeyPatch, tmp
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     with pytest.raises(AdapterLoadError, match=r"s3://lora/a.*no valid credentials.*environment") as caught:
-        await AdapterSources().resolve_path("a", "s3://lora/a")
+        fetch_source("a", "s3://lora/a")
     assert not caught.value.transient
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from aioengine.adapters.resolvers.base import SharedLookups, is_plain_path
+from aioengine.adapters.resolvers.base import is_plain_path
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
 from aioengine.adapters.resolvers.hub import HubResolver, parse_hub_path
 from aioengine.checks import file_url_path
@@ -22,8 +22,8 @@ NAME_RULE_TEXT = (
 
 
 def checked_path(name: str, path: str | os.PathLike[str]) -> str:
-    """Return the absolute path, or the source ("hf:owner/name", a URL) as it is. Raises AdapterInvalid;
-    ConfigError if what the source needs is not installed."""
+    """Return the absolute path, or the source in its usual form: "hf:owner/name", or a URL that is none of
+    this machine. Raises AdapterInvalid; ConfigError if a package that the source needs is not installed."""
     try:
         where = os.fspath(path)
     except TypeError:
@@ -31,11 +31,21 @@ def checked_path(name: str, path: str | os.PathLike[str]) -> str:
     if not isinstance(where, str) or not where or "\0" in where:
         raise AdapterInvalid(f"path={path!r}: must be a folder's path, as str or os.PathLike", name=str(name))
     check_name(name, where)
-    if is_source(where):
-        where = checked_source(name, where)
-        if is_source(where):
-            return where
-    return os.path.abspath(os.path.expanduser(where))
+    if where.startswith("hf://"):
+        where = PREFIX + where.removeprefix("hf://")
+    if where.startswith(PREFIX):
+        parse_hub_path(name, where)
+        if not has_hub():
+            raise ConfigError(f"adapter {name!r} ({where}): needs pip install 'aioengine[hub]'")
+        return where
+    try:
+        local = file_url_path(where)
+    except ValueError as error:
+        raise AdapterInvalid(str(error), name=name, path=where) from error
+    if local is None and is_source(where):
+        check_protocol(where)
+        return where.rstrip("/")
+    return os.path.abspath(os.path.expanduser(local or where))
 
 
 def check_name(name: str, path: str) -> None:
@@ -54,29 +64,6 @@ def check_same_path(name: str, registered: str, path: str) -> None:
         )
 
 
-def checked_source(name: str, path: str) -> str:
-    """Return the source in its usual form: a "file://" URL becomes a local path, and "hf://" becomes "hf:".
-
-    Raises AdapterInvalid for a source of another form, and ConfigError if a package that it needs is not
-    installed.
-    """
-    if path.startswith("hf://"):
-        path = PREFIX + path.removeprefix("hf://")
-    if path.startswith(PREFIX):
-        parse_hub_path(name, path)
-        if not has_hub():
-            raise ConfigError(f"adapter {name!r} ({path}): needs pip install 'aioengine[hub]'")
-        return path
-    try:
-        local = file_url_path(path)
-    except ValueError as error:
-        raise AdapterInvalid(str(error), name=name, path=path) from error
-    if local is None:
-        check_protocol(path)
-        return path.rstrip("/")
-    return local
-
-
 def source_below(root: str, name: str, path: str) -> str | None:
     """Return the URL of ``path`` below the URL ``root``, or None if ``root`` is a folder on this machine.
 
@@ -91,19 +78,12 @@ def source_below(root: str, name: str, path: str) -> str | None:
     return f"{root}/{below}"
 
 
-class AdapterSources(SharedLookups):
-    """Fetches adapters by their sources, with the credentials and endpoints of the environment, and keeps
-    them in the caches of the Hub and of remote folders."""
+def fetch_source(name: str, source: str) -> Path:
+    """Return a local folder with the content of ``source``, for the adapter ``name``. It is fetched with the
+    credentials and endpoints of the environment, and stays in the Hub's cache, or that of URLs. Blocks.
 
-    async def resolve_path(self, name: str, source: str) -> Path:
-        """Return a local folder with the content of ``source``, for the adapter ``name``.
-
-        Raises AdapterNotFound, AdapterInvalid, AdapterLoadError; ConfigError if an extra is missing.
-        """
-        return await self.run(name, source, lambda: _fetch(name, source))
-
-
-def _fetch(name: str, source: str) -> Path:
+    Raises AdapterNotFound, AdapterInvalid, AdapterLoadError; ConfigError if an extra is missing.
+    """
     if source.startswith(PREFIX):
         return HubResolver().fetch(name, source)
     parent, _, last = source.rpartition("/")

@@ -6,8 +6,8 @@ import asyncio
 import os
 
 from aioengine import errors, events
-from aioengine.adapters.resolvers.base import AdapterResolver, is_plain_name, within
-from aioengine.adapters.resolvers.sources import AdapterSources
+from aioengine.adapters.resolvers.base import AdapterResolver, SharedLookups, within
+from aioengine.adapters.resolvers.sources import fetch_source
 from aioengine.core.state import AdapterEntry
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.transfers import log_failure, reason_of, unexpected
@@ -27,18 +27,15 @@ class Lookups:
     ) -> None:
         self._loop = loop
         self._names = loop.core.residency.names
-        self._resolver = resolver
+        self.resolver = resolver
+        """It is asked for names that nobody has registered, if there is one."""
         self._timeout = timeout
-        self._sources = AdapterSources()
+        self._fetches = SharedLookups()
         self._turns = Turns(MAX_LOOKUPS, MAX_OF_A_TENANT)
         self._waiting = SharedWork[tuple[str | None, str], AdapterEntry]()
         """By tenant and name; those under way included."""
         self._under_way = SharedWork[tuple[str, str], str]()
         """By name and source. A new one begins only in a turn."""
-
-    def can_resolve(self, name: str) -> bool:
-        """Whether the resolver may be asked for this name."""
-        return self._resolver is not None and is_plain_name(name)
 
     async def find(self, name: str, tenant: str | None) -> AdapterEntry:
         """Return the current version of a name, which is registered when it has been found. Raises
@@ -75,9 +72,10 @@ class Lookups:
         """Ask, and tell of failures."""
         try:
             if source:
-                return str(await within(self._timeout, name, self._sources.resolve_path(name, source)))
-            assert self._resolver is not None
-            return _folder(name, await within(self._timeout, name, self._resolver.resolve(name)))
+                fetch = self._fetches.run(name, source, lambda: fetch_source(name, source))
+                return str(await within(self._timeout, name, fetch))
+            assert self.resolver is not None
+            return _folder(name, await within(self._timeout, name, self.resolver.resolve(name)))
         except errors.AdapterNotFound:
             raise
         except (errors.AdapterError, errors.ConfigError) as error:

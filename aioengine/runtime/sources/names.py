@@ -80,7 +80,7 @@ class AdapterNames:
                 self.check_known(label)
             return
         good = isinstance(name, str) and NAME_RULE.fullmatch(name) is not None
-        if not good or not self.lookups.can_resolve(name):
+        if not good or self.lookups.resolver is None:
             raise self.table.not_found(name)
 
     # Versions
