@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import random
 import time
@@ -19,7 +18,6 @@ from aioengine.step import LoadedAdapter, ReadOrder, Stalled
 if TYPE_CHECKING:
     from aioengine.adapters.store import AdapterStore  # these import torch
     from aioengine.model.slots.image import AdapterImage
-    from aioengine.step import AdapterSource
 
 STALL_SECONDS = 1.0
 """After a read has waited this long for one file operation, or for its next retry, another read may start in
@@ -101,11 +99,21 @@ class BaseLoader(ABC, Generic[R]):
         name, path = order.name, order.path
         start = time.perf_counter()
         progress = Progress(path)
+
+        async def attempt() -> tuple[LoadedAdapter, R]:
+            progress.running = progress.waiting = True
+            if progress not in self._open:
+                self._open.append(progress)
+            try:
+                return await self._read(order, progress)
+            except asyncio.CancelledError:
+                progress.abandoned = True
+                raise
+
         self._watch(progress, order.stalled)
         try:
             async with asyncio.timeout(self._timeout) as limit:
                 await self._until_unobstructed(name, path)
-                attempt = functools.partial(self._attempt, name, path, progress, order.files)
                 found, content = await self._backoff.run(attempt)
         except TimeoutError as error:
             if not limit.expired():
@@ -121,18 +129,6 @@ class BaseLoader(ABC, Generic[R]):
             progress.over = not progress.running
         self._keep(order.uid, content)
         return found._replace(seconds=time.perf_counter() - start)
-
-    async def _attempt(
-        self, name: str, path: str, progress: Progress, files: AdapterSource | None
-    ) -> tuple[LoadedAdapter, R]:
-        progress.running = progress.waiting = True
-        if progress not in self._open:
-            self._open.append(progress)
-        try:
-            return await self._read(name, path, progress, files)
-        except asyncio.CancelledError:
-            progress.abandoned = True
-            raise
 
     # Reads that hang
 
@@ -186,9 +182,7 @@ class BaseLoader(ABC, Generic[R]):
         loop.call_later(seconds, self._watch, progress, stalled, progress.calls, told)
 
     @abstractmethod
-    async def _read(
-        self, name: str, path: str, progress: Progress, files: AdapterSource | None
-    ) -> tuple[LoadedAdapter, R]:
+    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, R]:
         """Read once, and return what the core is told and what is kept.
 
         Record the end in ``progress``, even if the read was abandoned. After a cancellation, a late result
@@ -208,21 +202,19 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         self.store = store
         self._threads = ReadThreads("aioengine-load")
 
-    async def _read(
-        self, name: str, path: str, progress: Progress, files: AdapterSource | None
-    ) -> tuple[LoadedAdapter, AdapterImage]:
+    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, AdapterImage]:
         def read() -> tuple[LoadedAdapter, AdapterImage]:
             try:
-                draft = self.store.begin(name, path, progress, files)
+                draft = self.store.begin(order.name, order.path, progress, order.files)
                 image = self.store.finish(draft)
-                return draft.loaded, image
+                return draft.loaded, image  # the digest was computed beside that
             finally:
                 progress.running = False
 
         try:
             return await self._threads.start(read)
         except (MemoryError, RuntimeError) as error:
-            if (known := out_of_memory(error, name, path)) is None:
+            if (known := out_of_memory(error, order.name, order.path)) is None:
                 raise
             raise known from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
 from support.steady_device import Steady
@@ -35,9 +34,9 @@ class Loader(BaseLoader[None]):
         self._pieces = pieces
         self.tasks: set[asyncio.Task[None]] = set()
 
-    async def _read(self, name: str, path: str, progress: Progress, files: Any) -> tuple[LoadedAdapter, None]:
-        self.reads.append(name)
-        task = asyncio.get_running_loop().create_task(self._thread(name, progress))
+    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, None]:
+        self.reads.append(order.name)
+        task = asyncio.get_running_loop().create_task(self._thread(order.name, progress))
         self.tasks.add(task)
         await asyncio.wait([task])
         task.result()

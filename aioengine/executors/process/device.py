@@ -19,7 +19,6 @@ from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import AdapterLoadError, AioEngineError, EngineDead
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.process.wire import (
-    FILES_CHANGED,
     Drop,
     Finish,
     Masks,
@@ -32,7 +31,7 @@ from aioengine.executors.process.wire import (
 from aioengine.executors.process.workers import Workers
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.sampling import constraints
-from aioengine.step import AdapterSource, LoadedAdapter, ReadOrder, SequenceWork, StepBatch, StepResult
+from aioengine.step import LoadedAdapter, ReadOrder, SequenceWork, StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")
 
@@ -182,20 +181,20 @@ class WorkerLoader(BaseLoader[int]):
         super().__init__(lora, seed)
         self._numbers = count()
 
-    async def _read(
-        self, name: str, path: str, progress: Progress, files: AdapterSource | None
-    ) -> tuple[LoadedAdapter, int]:
+    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, int]:
         def ended(_: object) -> None:
             progress.running = False
 
         workers, number = self.workers, next(self._numbers)
-        reading = workers.ask(Read(number, name, path, files), ReadDone, progress.moved)
+        read = Read(number, order.name, order.path, order.files)
+        reading = workers.ask(read, ReadDone, progress.moved)
         last: asyncio.Future[Any] = reading
         try:
             answers = await asyncio.shield(reading)
             shares = [answer.adapter for answer in answers]
             if len({(answer.adapter.rank, answer.version) for answer in answers}) > 1:
-                raise AdapterLoadError(FILES_CHANGED, name=name, path=path, transient=True)
+                why = "its files changed while the ranks read them"
+                raise AdapterLoadError(why, name=order.name, path=order.path, transient=True)
             if answers[0].squares:
                 last = workers.ask(Finish(number, [answer.squares for answer in answers]), type(None))
                 await asyncio.shield(last)

@@ -23,7 +23,6 @@ from aioengine.errors import AioEngineError
 from aioengine.request import SamplingParams, pack_params
 from aioengine.step import AdapterSource, LoadedAdapter, SequenceWork, StepBatch
 
-FILES_CHANGED = "its files changed while the ranks read them"
 _LENGTH = struct.Struct("<Q")
 _FIELDS = [field.name for field in dataclasses.fields(SequenceWork)]
 _BLOCK_TABLE, _HISTORY, _PARAMS = map(_FIELDS.index, ("block_table", "history", "params"))
