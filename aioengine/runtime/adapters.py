@@ -146,7 +146,7 @@ class AdapterOps(ABC):
     ) -> AdapterInfo:
         """Load an adapter. ``held`` has its files in memory; ``path`` is then only a name for messages."""
         if pin and held is None and path is None:
-            self._names.check_known(name)  # or else its pin may be refused first
+            self._names.find(name)  # or else its pin may be refused first
         source = checked_path(name, path) if held is None and path is not None else None
         with ExitStack() as stack:
             if pin:

@@ -55,5 +55,5 @@ class ReplacingOps(AdapterOps):
         """Accept only this content (``AdapterInfo.digest``) under a known name, until it is replaced or
         unloaded: if its files differ later, its requests fail with AdapterChanged. Raises AdapterNotFound."""
         self._check_lora()
-        self._names.check_known(name)
+        self._names.find(name)
         self._table.of(name).expect(digest)

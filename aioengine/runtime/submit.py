@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -84,10 +84,8 @@ class RequestOps(ABC):
         replay = bool(output) and (options.replay or params.logprobs is not None)
         given = () if replay else output
 
-        def where() -> str:
-            return "" if adapter is None else self._names.where(adapter)
-
         at_once = tokens is not None and (adapter is None or entry is not None) and not output
+        where = partial(self._names.where, adapter)
         try:
             async with contextlib.nullcontext() if at_once else _holding(reservation, due, request_id, where):
                 if tokens is None:

@@ -45,8 +45,7 @@ class AdapterNames:
         failed more than once in a row, raises its last error again for a while."""
         names = [adapter] if isinstance(adapter, str) else list(adapter)
         for name in names:
-            self.check_known(name)
-            entry = self.table.current.get(name)
+            entry = self.find(name)
             if entry is None or entry.location is Location.DISK:
                 self.table.of(name).check_worth_a_try(self._loop.now())
         return names[0].partition("@")[0]
@@ -57,8 +56,10 @@ class AdapterNames:
             return await self.acquire(adapter, tenant), 1.0
         return await self.mixes.acquire(adapter, tenant, self._loop.now())
 
-    def where(self, adapter: Asked) -> str:
+    def where(self, adapter: Asked | None) -> str:
         """Name what a request asks for and where it is, for the message of an error."""
+        if adapter is None:
+            return ""
         entry = self.current(adapter)
         return f" for adapter {adapter!r} (not looked up yet)" if entry is None else where_is(entry)
 
@@ -67,36 +68,31 @@ class AdapterNames:
         if entry.uid not in self._residency.entries:
             raise AdapterNotFound("it was unloaded while the request was prepared", name=entry.label)
 
-    def check_known(self, name: str) -> None:
-        """Raise AdapterNotFound for a name that is neither registered nor resolvable."""
-        if self.table.of(name).is_known:
-            return
+    # Versions
+
+    def find(self, name: str) -> AdapterEntry | None:
+        """Return the version that a name stands for; None if it has to be looked up first. Raises
+        AdapterNotFound for a name that is neither registered nor resolvable."""
+        known = self.table.of(name)
+        if known.is_known:
+            return known.current
         if isinstance(name, str) and "@" in name:
             label, _, version = name.partition("@")
-            known = self.table.of(label)
-            if known.current is not None:
-                known.resolve(version)
-            else:
-                self.check_known(label)
-            return
+            return None if self.find(label) is None else self.table.of(label).resolve(version)
         good = isinstance(name, str) and NAME_RULE.fullmatch(name) is not None
         if not good or self.lookups.resolver is None:
             raise self.table.not_found(name)
-
-    # Versions
+        return None
 
     async def acquire(self, name: str, tenant: str | None = None) -> AdapterEntry:
         """Return the current version; if there is none, register what is found for ``tenant``. Raises as
         :meth:`Lookups.find`."""
-        known = self.table.of(name)
-        if known.current is not None:
-            return known.current
-        if "@" in name:
-            label, _, version = name.partition("@")
-            await self.acquire(label, tenant)
-            return self.table.of(label).resolve(version)
-        self.check_known(name)
-        return await self.lookups.find(name, tenant)
+        found = self.find(name)
+        if found is None:
+            label, at, version = name.partition("@")
+            found = await self.lookups.find(label, tenant)
+            found = self.table.of(label).resolve(version) if at else found
+        return found
 
     async def read(self, entry: AdapterEntry, *, now: bool, pin: bool = False) -> None:
         """Have a version read, and wait until it is in the CPU cache or, without ``now``, until it has ever
