@@ -1,11 +1,10 @@
-"""Asyncio tasks that nobody may leave behind, that several callers share, or that take turns."""
+"""Asyncio tasks that nobody may leave behind, and work that several callers share, in turns."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
@@ -51,24 +50,6 @@ async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class Turns:
-    """Turns of owners, one for each piece of work: at most ``most`` at a time, and ``each`` of one owner, so
-    that what one owner wants holds up no other."""
-
-    def __init__(self, most: int, each: int) -> None:
-        self._free = asyncio.Semaphore(most)
-        self._each = each
-        self._own = WeakValueDictionary[Hashable, asyncio.Semaphore]()
-        """Those that somebody uses."""
-
-    @asynccontextmanager
-    async def turn(self, owner: Hashable) -> AsyncIterator[None]:
-        """Context of a piece of work, which waits for its turn."""
-        own = self._own.setdefault(owner, asyncio.Semaphore(self._each))
-        async with own, self._free:
-            yield
 
 
 class SharedWork(Generic[K, T]):
@@ -119,3 +100,31 @@ def _look_at_error(task: asyncio.Task[Any]) -> None:
     """Keep asyncio from logging an error that nobody is left to read."""
     if not task.cancelled():
         task.exception()
+
+
+class WorkInTurns(Generic[K, T]):
+    """Work under keys that owners ask for: at most ``most`` at a time, and ``each`` of one owner, so that
+    what one owner wants holds up no other. It is shared as by :class:`SharedWork`: all callers of an owner
+    need one turn for a key, and owners whose turn has come share what is under way."""
+
+    def __init__(self, most: int, each: int) -> None:
+        self.wanted = SharedWork[tuple[str | None, K], T]()
+        """By owner and key; what is under way included."""
+        self._under_way = SharedWork[K, T]()
+        self._free = asyncio.Semaphore(most)
+        self._each = each
+        self._own = WeakValueDictionary[str | None, asyncio.Semaphore]()
+
+    async def result(self, owner: str | None, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what :meth:`SharedWork.result` does, after the owner's turn has come."""
+
+        async def in_turn() -> T:
+            own = self._own.setdefault(owner, asyncio.Semaphore(self._each))
+            async with own, self._free:
+                return await self._under_way.result(key, work)
+
+        return await self.wanted.result((owner, key), in_turn)
+
+    def close(self, error: Exception) -> list[asyncio.Task[T]]:
+        """Do what :meth:`SharedWork.close` does."""
+        return [*self.wanted.close(error), *self._under_way.close(error)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import logging
 import signal
 from collections import OrderedDict
@@ -16,7 +15,7 @@ from aioengine.grammars.limits import GrammarLimits, MiB, check_characters
 from aioengine.grammars.matching import Grammar, GrammarConstraint, largest_of_most
 from aioengine.grammars.wire import Compile
 from aioengine.grammars.worker_process import Tokens, WorkerProcess
-from aioengine.tasks import SharedWork, Turns, end_tasks
+from aioengine.tasks import WorkInTurns, end_tasks
 
 MEMORY_SECONDS = 0.5
 """Seconds between two looks at the memory of all grammars."""
@@ -73,8 +72,7 @@ class Grammars:
         self._numbers = count(1)
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         """Grammars by text, the least recently used first."""
-        self._compiles = SharedWork[tuple[Tenant, str], Grammar]()
-        self._turns = Turns(MAX_COMPILES, MAX_OF_A_TENANT)
+        self._compiles = WorkInTurns[str, Grammar](MAX_COMPILES, MAX_OF_A_TENANT)
         self._in_work: dict[int, str] = {}
         """Texts of the worker that are not kept yet, by number."""
         self._ends: OrderedDict[str, int] = OrderedDict()
@@ -91,7 +89,7 @@ class Grammars:
     @property
     def waiting(self) -> int:
         """Number of texts that are being compiled or wait for it."""
-        return len(self._compiles.jobs)
+        return len(self._compiles.wanted.jobs)
 
     def check_size(self, texts: Iterable[str]) -> None:
         """Raise RequestInvalid if the texts of a grammar have too many characters."""
@@ -139,13 +137,10 @@ class Grammars:
         """Return the text's grammar, compiled if need be."""
         if (kept := self._usable(text)) is not None:
             return kept
-        waiting = sum(owner == tenant for owner, _ in self._compiles.jobs)
-        if waiting >= self.limits.max_queued and (tenant, text) not in self._compiles.jobs:
+        waiting = sum(owner == tenant for owner, _ in self._compiles.wanted.jobs)
+        if waiting >= self.limits.max_queued and (tenant, text) not in self._compiles.wanted.jobs:
             raise EngineOverloaded(f"already {waiting} grammars wait to be compiled; try again later")
-        try:
-            return await self._compiles.result((tenant, text), lambda: self._in_turn(text, tenant))
-        except AioEngineError as error:
-            raise copy.copy(error) from None  # each of those who wait gets a separate one
+        return await self._compiles.result(tenant, text, lambda: self._in_turn(text))
 
     def _usable(self, text: str) -> Grammar | None:
         if self._is_closed:
@@ -158,27 +153,26 @@ class Grammars:
 
     # Compiling
 
-    async def _in_turn(self, text: str, tenant: Tenant) -> Grammar:
-        """Compile the text when it is the tenant's turn."""
-        async with self._turns.turn(tenant):
-            if (kept := self._usable(text)) is not None:  # for another tenant, meanwhile
-                return kept
-            clock = asyncio.get_running_loop().time
-            began = clock()
+    async def _in_turn(self, text: str) -> Grammar:
+        """Compile the text, in a tenant's turn."""
+        if (kept := self._usable(text)) is not None:  # for another tenant, meanwhile
+            return kept
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        try:
             try:
-                try:
-                    grammar = await self._compile(text)
-                except WorkerLost:
-                    grammar = await self._compile(text)
-            except Exception as error:
-                if not isinstance(error, AioEngineError):
-                    logger.exception("a grammar could not be compiled")
-                kinds = {TooMuch: "limit", RequestInvalid: "invalid", EngineOverloaded: "overloaded"}
-                outcomes = (name for kind, name in kinds.items() if isinstance(error, kind))
-                self._told(next(outcomes, "failed"), clock() - began)
-                raise
-            self._told("compiled", clock() - began)
-            return grammar
+                grammar = await self._compile(text)
+            except WorkerLost:
+                grammar = await self._compile(text)
+        except Exception as error:
+            if not isinstance(error, AioEngineError):
+                logger.exception("a grammar could not be compiled")
+            kinds = {TooMuch: "limit", RequestInvalid: "invalid", EngineOverloaded: "overloaded"}
+            outcomes = (name for kind, name in kinds.items() if isinstance(error, kind))
+            self._told(next(outcomes, "failed"), clock() - began)
+            raise
+        self._told("compiled", clock() - began)
+        return grammar
 
     async def _compile(self, text: str) -> Grammar:
         """Compile one text. Raises EngineOverloaded, RequestInvalid, ConfigError, WorkerLost."""

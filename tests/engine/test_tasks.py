@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import EngineOverloaded
-from aioengine.tasks import SharedWork, Turns, end_tasks, run_to_completion, together
+from aioengine.tasks import SharedWork, WorkInTurns, end_tasks, run_to_completion, together
 
 
 class Failed(Exception):
@@ -90,17 +91,17 @@ async def test_the_end_of_tasks_is_awaited_and_their_errors_are_dropped(
 
 
 async def test_owners_take_turns() -> None:
-    turns = Turns(3, 2)
+    turns = WorkInTurns[int, None](3, 2)
     order: list[str] = []
 
     async def take(owner: str) -> None:
-        async with turns.turn(owner):
-            order.append(owner)
-            await asyncio.sleep(0)
+        order.append(owner)
+        await asyncio.sleep(0)
 
-    await asyncio.gather(*(take(owner) for owner in "aaaaaaaabbc"))
+    owners = enumerate("aaaaaaaabbc")
+    await asyncio.gather(*(turns.result(owner, n, partial(take, owner)) for n, owner in owners))
     assert set(order[:4]) == {"a", "b"} and order.index("c") <= 6
-    assert len(order) == 11 and not turns._own
+    assert len(order) == 11 and not turns.wanted.jobs
 
 
 async def test_what_ignores_its_cancellation_holds_up_nobody() -> None:

@@ -11,7 +11,7 @@ from aioengine.adapters.resolvers.sources import fetch_source
 from aioengine.core.state import AdapterEntry
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.transfers import log_failure, reason_of, unexpected
-from aioengine.tasks import SharedWork, Turns
+from aioengine.tasks import WorkInTurns
 
 MAX_LOOKUPS = 128
 MAX_OF_A_TENANT = 32
@@ -31,42 +31,30 @@ class Lookups:
         """It is asked for names that nobody has registered, if there is one."""
         self._timeout = timeout
         self._fetches = SharedLookups()
-        self._turns = Turns(MAX_LOOKUPS, MAX_OF_A_TENANT)
-        self._waiting = SharedWork[tuple[str | None, str], AdapterEntry]()
-        """By tenant and name; those under way included."""
-        self._under_way = SharedWork[tuple[str, str], str]()
-        """By name and source. A new one begins only in a turn."""
+        self._work = WorkInTurns[tuple[str, str], str](MAX_LOOKUPS, MAX_OF_A_TENANT)
+        """By name and source."""
 
     async def find(self, name: str, tenant: str | None) -> AdapterEntry:
-        """Return the current version of a name, which is registered when it has been found. Raises
-        AdapterNotFound, AdapterLoadError, or another adapter error of the resolver's; any unexpected
-        exception becomes an AdapterLoadError. ConfigError if an extra that is needed is not installed.
-        """
-        return await self._waiting.result((tenant, name), lambda: self._register(name, tenant))
+        """Return the current version of a name, which is registered when it has been found. Raises as
+        :meth:`locate`."""
+        known = self._names.of(name)
+        source = known.source or ""
+        where = await self.locate(name, source, tenant)
+        known = self._names.of(name)
+        if known.current is not None:  # another caller was first
+            return known.current
+        if source and known.source != source:  # unloaded meanwhile
+            raise self._names.not_found(name)
+        entry = known.register(where, self._loop.now(), source=source)
+        self._loop.wake()
+        return entry
 
-    async def _register(self, name: str, tenant: str | None) -> AdapterEntry:
-        async with self._turns.turn(tenant):
-            known = self._names.of(name)
-            source = known.source or ""
-            if known.current is None:
-                where = await self._locate(name, source)
-                known = self._names.of(name)
-            if known.current is not None:  # found for another tenant
-                return known.current
-            if source and known.source != source:  # unloaded meanwhile
-                raise self._names.not_found(name)
-            entry = known.register(where, self._loop.now(), source=source)
-            self._loop.wake()
-            return entry
-
-    async def locate(self, name: str, source: str) -> str:
+    async def locate(self, name: str, source: str, tenant: str | None = None) -> str:
         """Find the absolute path of the adapter's folder: the local copy of ``source`` ("hf:owner/name", or a
-        URL) or, for "", the resolver's answer. Raises as :meth:`find`."""
-        async with self._turns.turn(None):
-            return await self._locate(name, source)
-
-    async def _locate(self, name: str, source: str) -> str:
-        return await self._under_way.result((name, source), lambda: self._ask(name, source))
+        URL) or, for "", the resolver's answer. Raises AdapterNotFound, AdapterLoadError, or another adapter
+        error of the resolver's; any unexpected exception becomes an AdapterLoadError. ConfigError if an extra
+        that is needed is not installed."""
+        return await self._work.result(tenant, (name, source), lambda: self._ask(name, source))
 
     async def _ask(self, name: str, source: str) -> str:
         """Ask, and tell of failures."""
@@ -99,8 +87,7 @@ class Lookups:
 
     def close(self, error: errors.AioEngineError) -> None:
         """Fail all current and later callers with ``error``."""
-        self._waiting.close(error)
-        self._under_way.close(error)
+        self._work.close(error)
 
 
 def _folder(name: str, found: object) -> str:
