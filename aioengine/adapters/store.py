@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import Lock
@@ -17,45 +16,39 @@ from aioengine.adapters.peft.values import is_finite
 from aioengine.adapters.read_threads import Progress
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.linear import WeightRows
-from aioengine.model.parallel.group import SOLO, Shard
-from aioengine.model.slots.image import AdapterImage, build_image, elements_of
+from aioengine.model.slots.image import AdapterImage, build_image
 from aioengine.model.slots.layout import SlotLayout
-from aioengine.model.spec import NO_LAYER, ModelSpec
+from aioengine.model.spec import NO_LAYER
 from aioengine.step import AdapterSource, HeldFiles, MixFiles, MixPart
 
 
 class AdapterStore:
-    """The adapters in the CPU cache. ``weights`` gives the base model's linears, which DoRA needs; ``dtype``
-    is the slots' dtype. If it is int8, ``affine_dtype`` is the dtype of gains and shifts; adapters are read
-    and checked in it, and quantized once. ``allocate`` gives the memory of adapters; on ``stream`` a GPU
-    does what reading an adapter takes of the base model's weights, so that it does not wait for steps.
-
-    With a ``shard`` of several ranks, it keeps only its rank's share of each adapter.
-    ``max_tokens`` is the number of trained tokens that every slot has room for.
+    """The adapters in the CPU cache, as slots of this ``layout`` and ``dtype`` hold them: of several ranks,
+    the rank's share of each. ``weights`` gives the base model's linears, which DoRA needs. If ``dtype`` is
+    int8, ``affine_dtype`` is the dtype of gains and shifts; adapters are read and checked in it, and
+    quantized once. ``allocate`` gives the memory of adapters; on ``stream`` a GPU does what reading an
+    adapter takes of the base model's weights, so that it does not wait for steps.
     """
 
     def __init__(
         self,
-        spec: ModelSpec,
+        layout: SlotLayout,
         *,
-        max_rank: int,
-        target_modules: Sequence[str],
         dtype: torch.dtype,
         weights: BaseWeights,
-        allocate: Allocate | None = None,
+        allocate: Allocate = pageable,
         stream: torch.cuda.Stream | None = None,
-        shard: Shard = SOLO,
         affine_dtype: torch.dtype | None = None,
-        max_tokens: int = 0,
     ) -> None:
         self._known: KnownPlans = {}
-        holds = elements_of(dtype, affine_dtype)
-        self._allocate = allocate or pageable
-        self._floats = SlotLayout(spec, max_rank, target_modules, shard, max_tokens=max_tokens)
-        """The layout before adapters are quantized."""
-        self._layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
-        self._slot_dtype = dtype
-        self._dtype = affine_dtype if holds.int8 and affine_dtype is not None else dtype
+        self._allocate = allocate
+        self._layout = self._floats = layout
+        self._slot_dtype = self._dtype = dtype
+        if layout.holds.int8 and affine_dtype is not None:  # what it has before adapters are quantized
+            self._floats = SlotLayout(
+                layout.spec, layout.max_rank, layout.modules, layout.shard, max_tokens=layout.max_tokens
+            )
+            self._dtype = affine_dtype
         self._stream = stream
         self._weights = weights
         # What it takes of a GPU's memory is planned once, and all computes on the same stream.

@@ -84,6 +84,7 @@ def build_parts(
     from aioengine.model.build import build_runner
     from aioengine.model.cuda.working_memory import mixed_sizes
     from aioengine.model.decode_graphs import DecodeLimits
+    from aioengine.model.slots.layout import SlotLayout
 
     plan = planned.memory
     group = SoloGroup() if group is None else group
@@ -96,23 +97,20 @@ def build_parts(
             sizes = mixed_sizes(config.max_num_batched_tokens)
             graphs = DecodeLimits(config.max_num_seqs, plan.max_model_len, sizes)
     lora = config.lora
-    lora_dtype = getattr(torch, plan.lora_dtype)
-    modules: tuple[str, ...] = () if lora is None else planned.spec.targets(lora.target_modules)
-    max_rank = 1 if lora is None else lora.max_lora_rank
-    max_tokens = 0 if lora is None else lora.max_trained_tokens
+    dtype, lora_dtype = getattr(torch, plan.dtype), getattr(torch, plan.lora_dtype)
     runner = build_runner(
         planned.spec,
         planned.path,
-        dtype=getattr(torch, plan.dtype),
+        dtype=dtype,
         device=device,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         max_loras=plan.num_slots,
-        max_lora_rank=max_rank,
-        max_trained_tokens=max_tokens,
+        max_lora_rank=1 if lora is None else lora.max_lora_rank,
+        max_trained_tokens=0 if lora is None else lora.max_trained_tokens,
         slot_memory=plan.slot_memory,
         lora_dtype=lora_dtype,
-        target_modules=modules,
+        target_modules=None if lora is None else planned.spec.targets(lora.target_modules),
         max_model_len=plan.max_model_len,
         quantization=config.quantization,
         kv_cache_dtype=config.kv_cache_dtype,
@@ -126,17 +124,14 @@ def build_parts(
     if plan.device == "cuda":
         allocate = page_locked(runner.model.device)
         stream = torch.cuda.Stream(runner.model.device)  # type: ignore[no-untyped-call] # torch has no types for it
+    slots = runner.lora_slots
     store = AdapterStore(
-        planned.spec,
-        max_rank=max_rank,
-        target_modules=modules,
+        SlotLayout(planned.spec, 1, ()) if slots is None else slots.layout,
         dtype=lora_dtype,
         weights=runner.model.base_weight,
         allocate=allocate,
         stream=stream,
-        shard=group.shard,
-        affine_dtype=getattr(torch, plan.dtype),
-        max_tokens=max_tokens,
+        affine_dtype=dtype,
     )
     return Parts(runner, store)
 

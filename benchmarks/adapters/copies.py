@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from aioengine.adapters.store import AdapterStore
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import LORA_MODULES, ModelSpec
 from benchmarks.report import median
@@ -25,9 +26,8 @@ def _store(spec: ModelSpec, max_rank: int) -> AdapterStore:
     def no_weights(layer: int, module: str) -> tuple[torch.Tensor, None]:
         raise AssertionError("these adapters need none of the base model's weights")
 
-    return AdapterStore(
-        spec, max_rank=max_rank, target_modules=LORA_MODULES, dtype=torch.bfloat16, weights=no_weights
-    )
+    layout = SlotLayout(spec, max_rank, LORA_MODULES)
+    return AdapterStore(layout, dtype=torch.bfloat16, weights=no_weights)
 
 
 def reads(

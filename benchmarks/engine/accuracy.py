@@ -93,7 +93,7 @@ def logits_of(
         kernels="torch" if variant.cache == "fp8" else None,  # a CPU's have none, and a GPU's are compared
     )
     if adapter is not None:
-        fill_slots(runner, adapter, rank)
+        fill_slots(runner, adapter)
     found = []
     for text in texts:
         runner.execute(prefixes(text, rank if adapter else None))

@@ -40,7 +40,7 @@ class Steps:
             memory.fill_(1)  # memory that was never written would be read from one page
         if slots:
             with random_adapters(model, 1, rank) as paths:
-                fill_slots(self.runner, *paths.values(), rank)
+                fill_slots(self.runner, *paths.values())
 
     def step(self, sequences: int, tokens: int, start: int, adapters: int = 0) -> Callable[[], object]:
         """Build a step of ``sequences`` that compute ``tokens`` each from position ``start`` on; sequence i

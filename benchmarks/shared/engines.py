@@ -58,14 +58,16 @@ def write_adapters(folder: Path, spec: ModelSpec, count: int, rank: int = 16) ->
     return {f"random-{i}": write_random_adapter(folder / str(i), spec, rank, seed=i) for i in range(count)}
 
 
-def fill_slots(runner: ModelRunner, path: Path, rank: int) -> None:
+def fill_slots(runner: ModelRunner, path: Path) -> None:
     """Write an adapter into every slot of a model that no engine runs."""
     slots = runner.lora_slots
     assert slots is not None
     store = AdapterStore(
-        runner.spec, max_rank=rank, target_modules=runner.spec.targets(None), dtype=slots.dtype,
-        affine_dtype=runner.model.dtype, weights=runner.model.base_weight,
-    )  # fmt: skip
+        slots.layout,
+        dtype=slots.dtype,
+        affine_dtype=runner.model.dtype,
+        weights=runner.model.base_weight,
+    )
     image = store.finish(store.begin("adapter", str(path)))
     for slot in range(slots.max_loras):
         slots.write(slot, image)

@@ -98,6 +98,7 @@ def test_reading_starts_no_team_of_threads(tmp_path: Path) -> None:
     script = """if True:
         import msgspec, os, sys, time, torch
         from aioengine.adapters.store import AdapterStore
+        from aioengine.model.slots.layout import SlotLayout
         from aioengine.model.spec import ModelSpec
         def threads():
             return len(os.listdir("/proc/self/task"))
@@ -105,7 +106,7 @@ def test_reading_starts_no_team_of_threads(tmp_path: Path) -> None:
         torch.set_num_threads(4)
         before = threads()
         for dtype in (torch.float32, torch.bfloat16):
-            store = AdapterStore(spec, max_rank=16, target_modules=["q_proj"], dtype=dtype, weights=None)
+            store = AdapterStore(SlotLayout(spec, 16, ["q_proj"]), dtype=dtype, weights=None)
             store.finish(store.begin("a", sys.argv[1]))
         deadline = time.monotonic() + 60
         while threads() != before:  # a thread that was joined is listed for a moment longer

@@ -26,6 +26,7 @@ from aioengine.model.files.hf_config import read_spec
 from aioengine.model.linear import WeightRows
 from aioengine.model.pooling import Head
 from aioengine.model.slots.copy import Copy, StreamCopier
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 from aioengine.model.spec import LORA_MODULES
@@ -135,9 +136,8 @@ def test_dora_computes_beside_the_steps_and_waits_once(tmp_path: Path) -> None:
     there = {(layer, module): quantized(module) for layer in range(2) for module in modules}
 
     def read(weights: BaseWeights, stream: torch.cuda.Stream | None) -> Tensor:
-        store = AdapterStore(
-            spec, max_rank=16, target_modules=modules, dtype=torch.float32, weights=weights, stream=stream
-        )
+        layout = SlotLayout(spec, 16, modules)
+        store = AdapterStore(layout, dtype=torch.float32, weights=weights, stream=stream)
         return store.finish(store.begin("a", str(built))).data
 
     def rows(layer: int, module: str) -> tuple[WeightRows, Tensor]:
@@ -169,7 +169,7 @@ def test_whole_embeddings_are_compared_beside_the_steps(tmp_path: Path) -> None:
     with FakeCuda() as world:
         there = base.to("cuda")
         store = AdapterStore(
-            spec, max_rank=16, target_modules=["q_proj"], dtype=torch.float32, max_tokens=4,
+            SlotLayout(spec, 16, ["q_proj"], max_tokens=4), dtype=torch.float32,
             weights=lambda *_: (WeightRows.of(there), None), stream=torch.cuda.Stream(),
         )  # fmt: skip
         before = world.streams[0].clock["steps"]

@@ -67,9 +67,7 @@ class Driver:
         slots = self.runner.lora_slots
         assert slots is not None
         store = AdapterStore(
-            self.runner.spec,
-            max_rank=slots.layout.max_rank,
-            target_modules=slots.layout.modules,
+            slots.layout,
             dtype=self.lora_dtype,
             affine_dtype=self.runner.model.dtype,
             weights=self.runner.model.base_weight,

@@ -305,16 +305,9 @@ class Stage:
             quantization=script.quantization,
             group=group,
         )
-        assert self.runner.lora_slots is not None
-        self.store = AdapterStore(
-            self.runner.spec,
-            max_rank=script.max_rank,
-            target_modules=script.target_modules,
-            dtype=self.runner.lora_slots.memory.memory.dtype,
-            affine_dtype=script.dtype,
-            weights=self.runner.model.base_weight,
-            shard=group.shard,
-        )
+        slots, weights = self.runner.lora_slots, self.runner.model.base_weight
+        assert slots is not None
+        self.store = AdapterStore(slots.layout, dtype=slots.dtype, affine_dtype=script.dtype, weights=weights)
         self._group = group
         self._ranks = [0] * script.max_loras
         self._next_block = 0
