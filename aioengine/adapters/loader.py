@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from aioengine.adapters.read_threads import Progress, ReadThreads
@@ -205,18 +206,14 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
     async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, AdapterImage]:
         def read() -> tuple[LoadedAdapter, AdapterImage]:
             try:
-                draft = self.store.begin(order.name, order.path, progress, order.files)
-                image = self.store.finish(draft)
-                return draft.loaded, image  # the digest was computed beside that
+                with enough_memory(order.name, order.path):
+                    draft = self.store.begin(order.name, order.path, progress, order.files)
+                    image = self.store.finish(draft)
+                    return draft.loaded, image  # the digest was computed beside that
             finally:
                 progress.running = False
 
-        try:
-            return await self._threads.start(read)
-        except (MemoryError, RuntimeError) as error:
-            if (known := out_of_memory(error, order.name, order.path)) is None:
-                raise
-            raise known from error
+        return await self._threads.start(read)
 
     def _keep(self, uid: int, content: AdapterImage) -> None:
         self.store.images[uid] = content
@@ -228,17 +225,18 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         self.store.clear()
 
 
-def out_of_memory(error: BaseException, name: str, path: str) -> AdapterLoadError | None:
-    """Convert an out-of-memory error into an AdapterLoadError; None for any other error. Torch raises
-    RuntimeError for the CPU, and a class of its own for CUDA."""
-    text = str(error).lower()
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not known and not any(part in text for part in words):
-        return None
-    return AdapterLoadError(
-        "there is not enough memory to hold it; lower LoRAConfig.max_cpu_loras or set "
-        f"LoRAConfig.max_cpu_lora_bytes ({type(error).__name__}: {str(error)[:200]})",
-        name=name,
-        path=path,
-    )
+@contextlib.contextmanager
+def enough_memory(name: str, path: str) -> Iterator[None]:
+    """Raise AdapterLoadError if memory runs out within. Torch raises RuntimeError then for the CPU, and a
+    class of its own for CUDA."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text, kind = str(error), type(error).__name__
+        words = ("can't allocate memory", "not enough memory", "out of memory")
+        known = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
+        if not known and not any(part in text.lower() for part in words):
+            raise
+        why = "there is not enough memory to hold it; lower LoRAConfig.max_cpu_loras or set "
+        why += f"LoRAConfig.max_cpu_lora_bytes ({kind}: {text[:200]})"
+        raise AdapterLoadError(why, name=name, path=path) from error

@@ -7,6 +7,7 @@ thread only; model steps, reads and copies run elsewhere and are awaited.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -251,11 +252,9 @@ class EngineLoop:
 
     async def _woken(self, due: float | None) -> None:
         """Wait for ``wake``, at most until this time."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(due):
                 await self._wake.wait()
-        except TimeoutError:
-            pass
 
     # Loss and end of the device
 

@@ -68,7 +68,7 @@ class AdapterMoves:
 
     async def _load(self, entry: AdapterEntry) -> None:
         core, loop, task = self._core, asyncio.get_running_loop(), asyncio.current_task()
-        failure: errors.AdapterError | None
+        failure: errors.AdapterError | None = None
 
         def stalled() -> None:
             if self._reads.get(entry.uid) is task:  # else it was given up, but has not been cancelled yet
@@ -84,9 +84,8 @@ class AdapterMoves:
             failure = error
             core.adapter_load_failed(entry, loop.time(), error, reason_of(error))
         except Exception as error:
-            failure = None
-            found_error = unexpected(error, "unexpected ", entry.label, entry.path)
-            core.adapter_load_failed(entry, loop.time(), found_error, "internal")
+            logged = unexpected(error, "unexpected ", entry.label, entry.path)
+            core.adapter_load_failed(entry, loop.time(), logged, "internal")
         else:
             failure = core.adapter_loaded(entry, loop.time(), found)
         if failure is not None:

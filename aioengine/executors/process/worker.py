@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from aioengine.adapters.loader import out_of_memory
+from aioengine.adapters.loader import enough_memory
 from aioengine.adapters.read_threads import Progress
 from aioengine.errors import DeviceError
 from aioengine.executors.parts import build_parts, plan_parts, write_slot
@@ -217,10 +217,9 @@ class _Reads:
     def _start(self, number: int, work: Callable[[], object], name: str, path: str) -> None:
         def run() -> None:
             try:
-                report: wire.Report = wire.answer(number, work())
+                with enough_memory(name, path):
+                    report: wire.Report = wire.answer(number, work())
             except BaseException as error:
-                if isinstance(error, (MemoryError, RuntimeError)):
-                    error = out_of_memory(error, name, path) or error
                 report = wire.Failed(number, wire.pack_error(error))
             self._send(report)
 

@@ -36,13 +36,11 @@ A = TypeVar("A")
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """A question to all workers, each of which answers with a ``kind``."""
+    """An open question of :meth:`Workers.call`."""
 
     kind: Any
     answered: Callable[[Any], None]
-    """Called with the answers by rank, or the first failure, when all have answered or are lost."""
-    moved: Callable[[], None] | None = None
-    """Called when a worker reports that it goes on."""
+    moved: Callable[[], None] | None
     found: dict[int, Any] = field(default_factory=dict)
     error: Exception | None = None
 
