@@ -15,7 +15,7 @@ from aioengine.adapters.resolvers.sources import check_same_path, checked_path
 from aioengine.core import Core
 from aioengine.core.adapters.name import AdapterName, NameTable
 from aioengine.core.adapters.version import Life
-from aioengine.core.state import AdapterEntry, AdapterFiles
+from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, frameless
 from aioengine.info import AdapterInfo
 from aioengine.model.files.sources import is_source
@@ -94,7 +94,8 @@ class AdapterOps(ABC):
         """
         self._check_lora()
         if tensors is None and config is None:
-            return await self._load(name, path, pin=pin, replace=replace)
+            source = None if path is None else checked_path(name, path)
+            return await self._load(name, source, pin=pin, replace=replace)
         if tensors is None or config is None or path is not None:
             raise AdapterInvalid("give either a path, or tensors and their config", name=str(name))
         hold = partial(hold_tensors, tensors=tensors, config=config)
@@ -126,9 +127,9 @@ class AdapterOps(ABC):
         self, name: str, hold: Callable[..., HeldAdapter], *, pin: bool, replace: bool
     ) -> AdapterInfo:
         """Copy an adapter that is given in memory, and load the copy."""
-        path, held = await self._held.copy(name, hold)
+        held = await self._held.copy(name, hold)
         try:
-            return await self._load(name, path, held=held, pin=pin, replace=replace)
+            return await self._load(name, held, pin=pin, replace=replace)
         except BaseException:
             if all(entry.files is not held for entry in self._core.residency.entries.values()):
                 held.release()  # at once, and not when the last reference to the error goes
@@ -137,30 +138,25 @@ class AdapterOps(ABC):
     async def _load(
         self,
         name: str,
-        path: str | os.PathLike[str] | None,
+        source: str | HeldAdapter | None,
         *,
-        held: AdapterFiles | None = None,
         pin: bool = False,
         replace: bool = False,
         force_pin: bool = False,
     ) -> AdapterInfo:
-        """Load an adapter. ``held`` has its files in memory; ``path`` is then only a name for messages."""
-        if pin and held is None and path is None:
+        """Load an adapter from a checked path, or from memory; None: from where it is registered."""
+        if pin and source is None:
             self._names.find(name)  # or else its pin may be refused first
-        source = checked_path(name, path) if held is None and path is not None else None
         with ExitStack() as stack:
             if pin:
                 stack.callback(self._loop.wake)  # it may be unpinned again
                 stack.enter_context(self._table.of(name).claim(force=force_pin, clock=self._loop.now))
             async with self._loading(name) as known:
                 registered = _registered_path(known)
-                given = source if held is None else str(path)
-                if given is not None and registered is not None and not replace:
-                    check_same_path(name, registered, given)
+                if source is not None and registered is not None and not replace:
+                    check_same_path(name, registered, source if isinstance(source, str) else source.path)
                     source = None  # it is the registered path
-                if held is not None:
-                    entry = known.declare(str(path), files=held)
-                elif source is None and not (replace and known.current):
+                if source is None and not (replace and known.current):
                     entry = await self._names.acquire(name)
                 else:
                     entry = await self._new_version(known, source)
@@ -202,9 +198,11 @@ class AdapterOps(ABC):
             finally:
                 known.stop_load = None
 
-    async def _new_version(self, known: AdapterName, source: str | None) -> AdapterEntry:
+    async def _new_version(self, known: AdapterName, source: str | HeldAdapter | None) -> AdapterEntry:
         """Declare a version without publishing it. With ``source`` None it comes from the registered path,
         looked up again if necessary."""
+        if isinstance(source, HeldAdapter):
+            return known.declare(source.path, files=source)
         source = known.source if source is None else source
         if source is None:
             current = known.resolve()

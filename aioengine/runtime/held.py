@@ -31,9 +31,8 @@ class HeldAdapters:
         self._copying = asyncio.Lock()
         self._closed = False
 
-    async def copy(self, name: str, hold: Callable[..., HeldAdapter]) -> tuple[str, HeldAdapter]:
-        """Copy an adapter with ``hold(name, path, room=...)``. Returns the path that stands for it in
-        messages, and the copy."""
+    async def copy(self, name: str, hold: Callable[..., HeldAdapter]) -> HeldAdapter:
+        """Copy an adapter with ``hold(name, path, room=...)``."""
         path = f"memory:{next(self._numbers)}"
         check_name(name, path)
         async with self._copying:
@@ -51,7 +50,7 @@ class HeldAdapters:
             work = partial(hold, name, path, room=self._most - sum(living))
             held = await asyncio.get_running_loop().run_in_executor(self._work, work)
             self._living.add(held)
-        return path, held
+        return held
 
     def close(self) -> None:
         """Free all copies, because the engine has stopped."""

@@ -28,9 +28,11 @@ _ALIGN = 8
 
 
 class HeldAdapter:
-    """The memory of an adapter's files, which goes with the last reference to this."""
+    """The memory of an adapter's files, which goes with the last reference to this. ``path`` is its name in
+    errors and in ``AdapterInfo``; it is not a path of any file system."""
 
-    def __init__(self, config: bytes, descriptor: int, nbytes: int) -> None:
+    def __init__(self, path: str, config: bytes, descriptor: int, nbytes: int) -> None:
+        self.path = path
         self.nbytes = nbytes
         self.files = HeldFiles(config, f"/proc/{os.getpid()}/fd/{descriptor}")
         self._close = weakref.finalize(self, os.close, descriptor)
@@ -63,7 +65,7 @@ def hold_tensors(
         header = memoryview(_header(checked))
         nbytes = len(header) + sum(tensor.nbytes for _, tensor in checked)
         contents = chain((header,), (_bytes_of(tensor) for _, tensor in checked))
-        return _held(text, nbytes, contents, room)
+        return _held(path, text, nbytes, contents, room)
 
 
 def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room: int) -> HeldAdapter:
@@ -71,10 +73,10 @@ def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room
     :func:`hold_tensors`."""
     with naming(name, path):
         _check_length(CONFIG_FILE, config)
-        return _held(config, len(weights), (weights,), room)
+        return _held(path, config, len(weights), (weights,), room)
 
 
-def _held(config: bytes, nbytes: int, parts: Iterable[memoryview], room: int) -> HeldAdapter:
+def _held(path: str, config: bytes, nbytes: int, parts: Iterable[memoryview], room: int) -> HeldAdapter:
     """Write ``parts`` to an anonymous file, which cannot be changed afterwards."""
     if nbytes > room:
         failed(
@@ -85,7 +87,7 @@ def _held(config: bytes, nbytes: int, parts: Iterable[memoryview], room: int) ->
         failed("adapters in memory need Linux: save the adapter with save_pretrained and load the folder")
     try:
         descriptor = os.memfd_create("aioengine-adapter", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        held = HeldAdapter(config, descriptor, nbytes)
+        held = HeldAdapter(path, config, descriptor, nbytes)
         with open(descriptor, "wb", closefd=False) as file:
             file.writelines(parts)
     except OSError as error:
