@@ -105,11 +105,7 @@ class BaseLoader(ABC, Generic[R]):
             progress.running = progress.waiting = True
             if progress not in self._open:
                 self._open.append(progress)
-            try:
-                return await self._read(order, progress)
-            except asyncio.CancelledError:
-                progress.abandoned = True
-                raise
+            return await self._read(order, progress)
 
         self._watch(progress, order.stalled)
         try:
@@ -127,7 +123,7 @@ class BaseLoader(ABC, Generic[R]):
                 path=path,
             ) from error
         finally:
-            progress.over = not progress.running
+            progress.over = True
         self._keep(order.uid, content)
         return found._replace(seconds=time.perf_counter() - start)
 
@@ -150,10 +146,10 @@ class BaseLoader(ABC, Generic[R]):
             await asyncio.sleep(POLL_SECONDS)
 
     def _obstacle(self, path: str, *, abandoned: bool = False) -> str | None:
-        """Return why no read of this folder may start while others hang or, on demand, are only
-        ``abandoned``; None if it may."""
+        """Return why no read of this folder may start while others hang or, on demand, only run on although
+        they were ``abandoned``; None if it may."""
         self._open = [read for read in self._open if read.running]
-        hanging = [read.path for read in self._open if read.stuck or (abandoned and read.abandoned)]
+        hanging = [read.path for read in self._open if read.stuck or (abandoned and read.over)]
         if path in hanging:
             return "an earlier read of this folder hangs"
         if len(hanging) >= MAX_HANGING:
@@ -170,11 +166,11 @@ class BaseLoader(ABC, Generic[R]):
         abandoned read is watched until it ends. ``calls`` were there at the last look."""
         hangs = progress.running and progress.waiting and progress.calls == calls
         progress.stuck = progress.stuck or hangs
-        if calls >= 0 and not (told or progress.abandoned or progress.over):
+        if calls >= 0 and not (told or progress.over):
             told = hangs or not progress.running
             if told:
                 stalled()
-        if hangs or progress.over or (progress.abandoned and not progress.running):
+        if hangs or (progress.over and not progress.running):
             return
         impatient = any(read.stuck and read.running for read in self._open)
         seconds = IMPATIENT_SECONDS if impatient else STALL_SECONDS

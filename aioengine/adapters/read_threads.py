@@ -31,10 +31,8 @@ class Progress:
     """Whether an attempt is under way."""
     stuck = False
     """Whether it was found to make no progress."""
-    abandoned = False
-    """Whether nobody waits for it any more."""
     over = False
-    """Whether all attempts have ended."""
+    """Whether nobody waits for it any more; one that still runs was abandoned."""
 
     def __init__(self, path: str = "") -> None:
         self.path = path
