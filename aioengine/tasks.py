@@ -104,27 +104,21 @@ def _look_at_error(task: asyncio.Task[Any]) -> None:
 
 class WorkInTurns(Generic[K, T]):
     """Work under keys that owners ask for: at most ``most`` at a time, and ``each`` of one owner, so that
-    what one owner wants holds up no other. It is shared as by :class:`SharedWork`: all callers of an owner
-    need one turn for a key, and owners whose turn has come share what is under way."""
+    what one owner wants holds up no other. All callers of an owner share it, as by :class:`SharedWork`."""
 
     def __init__(self, most: int, each: int) -> None:
-        self.wanted = SharedWork[tuple[str | None, K], T]()
-        """By owner and key; what is under way included."""
-        self._under_way = SharedWork[K, T]()
+        self.shared = SharedWork[tuple[str | None, K], T]()
+        """By owner and key; what waits for its turn included."""
         self._free = asyncio.Semaphore(most)
         self._each = each
         self._own = WeakValueDictionary[str | None, asyncio.Semaphore]()
 
-    async def result(self, owner: str | None, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what :meth:`SharedWork.result` does, after the owner's turn has come."""
+    async def result(self, owner: str | None, key: K, work: Callable[[], Awaitable[T]]) -> T:
+        """Return what :meth:`SharedWork.result` does; ``work()`` begins when the owner's turn has come."""
 
         async def in_turn() -> T:
             own = self._own.setdefault(owner, asyncio.Semaphore(self._each))
             async with own, self._free:
-                return await self._under_way.result(key, work)
+                return await work()
 
-        return await self.wanted.result((owner, key), in_turn)
-
-    def close(self, error: Exception) -> list[asyncio.Task[T]]:
-        """Do what :meth:`SharedWork.close` does."""
-        return [*self.wanted.close(error), *self._under_way.close(error)]
+        return await self.shared.result((owner, key), in_turn)

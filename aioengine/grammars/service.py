@@ -89,7 +89,7 @@ class Grammars:
     @property
     def waiting(self) -> int:
         """Number of texts that are being compiled or wait for it."""
-        return len(self._compiles.wanted.jobs)
+        return len(self._compiles.shared.jobs)
 
     def check_size(self, texts: Iterable[str]) -> None:
         """Raise RequestInvalid if the texts of a grammar have too many characters."""
@@ -137,8 +137,8 @@ class Grammars:
         """Return the text's grammar, compiled if need be."""
         if (kept := self._usable(text)) is not None:
             return kept
-        waiting = sum(owner == tenant for owner, _ in self._compiles.wanted.jobs)
-        if waiting >= self.limits.max_queued and (tenant, text) not in self._compiles.wanted.jobs:
+        waiting = sum(owner == tenant for owner, _ in self._compiles.shared.jobs)
+        if waiting >= self.limits.max_queued and (tenant, text) not in self._compiles.shared.jobs:
             raise EngineOverloaded(f"already {waiting} grammars wait to be compiled; try again later")
         return await self._compiles.result(tenant, text, lambda: self._in_turn(text))
 
@@ -270,7 +270,7 @@ class Grammars:
     async def close(self) -> None:
         """End the worker and wait for its end. Callers that wait for a compile get EngineStopped."""
         self._is_closed = True
-        await end_tasks(self._compiles.close(EngineStopped(_STOPPED)))
+        await end_tasks(self._compiles.shared.close(EngineStopped(_STOPPED)))
         if self._watch is not None:
             self._watch.cancel()
         for grammar in self._kept.values():

@@ -101,7 +101,7 @@ async def test_owners_take_turns() -> None:
     owners = enumerate("aaaaaaaabbc")
     await asyncio.gather(*(turns.result(owner, n, partial(take, owner)) for n, owner in owners))
     assert set(order[:4]) == {"a", "b"} and order.index("c") <= 6
-    assert len(order) == 11 and not turns.wanted.jobs
+    assert len(order) == 11 and not turns.shared.jobs
 
 
 async def test_what_ignores_its_cancellation_holds_up_nobody() -> None:

@@ -11,7 +11,7 @@ from aioengine.adapters.resolvers.sources import fetch_source
 from aioengine.core.state import AdapterEntry
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.transfers import log_failure, reason_of, unexpected
-from aioengine.tasks import WorkInTurns
+from aioengine.tasks import SharedWork, WorkInTurns
 
 MAX_LOOKUPS = 128
 MAX_OF_A_TENANT = 32
@@ -20,7 +20,7 @@ MAX_OF_A_TENANT = 32
 
 class Lookups:
     """Shared look-ups, each of which may take ``timeout`` seconds once it has begun. One that no caller waits
-    for any more is cancelled; results are not cached. Tenants take turns."""
+    for any more is cancelled; results are not cached. Tenants take turns; a new version of a name needs none."""
 
     def __init__(
         self, loop: EngineLoop, resolver: AdapterResolver | None, timeout: float | None = None
@@ -31,17 +31,22 @@ class Lookups:
         """It is asked for names that nobody has registered, if there is one."""
         self._timeout = timeout
         self._fetches = SharedLookups()
-        self._work = WorkInTurns[tuple[str, str], str](MAX_LOOKUPS, MAX_OF_A_TENANT)
+        self._finds = WorkInTurns[str, AdapterEntry](MAX_LOOKUPS, MAX_OF_A_TENANT)
+        self._asks = SharedWork[tuple[str, str], str]()
         """By name and source."""
 
     async def find(self, name: str, tenant: str | None) -> AdapterEntry:
         """Return the current version of a name, which is registered when it has been found. Raises as
         :meth:`locate`."""
+        return await self._finds.result(tenant, name, lambda: self._register(name))
+
+    async def _register(self, name: str) -> AdapterEntry:
         known = self._names.of(name)
         source = known.source or ""
-        where = await self.locate(name, source, tenant)
-        known = self._names.of(name)
-        if known.current is not None:  # another caller was first
+        if known.current is None:
+            where = await self.locate(name, source)
+            known = self._names.of(name)
+        if known.current is not None:  # found for another tenant
             return known.current
         if source and known.source != source:  # unloaded meanwhile
             raise self._names.not_found(name)
@@ -49,12 +54,12 @@ class Lookups:
         self._loop.wake()
         return entry
 
-    async def locate(self, name: str, source: str, tenant: str | None = None) -> str:
+    async def locate(self, name: str, source: str) -> str:
         """Find the absolute path of the adapter's folder: the local copy of ``source`` ("hf:owner/name", or a
         URL) or, for "", the resolver's answer. Raises AdapterNotFound, AdapterLoadError, or another adapter
         error of the resolver's; any unexpected exception becomes an AdapterLoadError. ConfigError if an extra
         that is needed is not installed."""
-        return await self._work.result(tenant, (name, source), lambda: self._ask(name, source))
+        return await self._asks.result((name, source), lambda: self._ask(name, source))
 
     async def _ask(self, name: str, source: str) -> str:
         """Ask, and tell of failures."""
@@ -87,7 +92,8 @@ class Lookups:
 
     def close(self, error: errors.AioEngineError) -> None:
         """Fail all current and later callers with ``error``."""
-        self._work.close(error)
+        self._finds.shared.close(error)
+        self._asks.close(error)
 
 
 def _folder(name: str, found: object) -> str:
