@@ -20,7 +20,7 @@ MAX_OF_A_TENANT = 32
 
 class Lookups:
     """Shared look-ups, each of which may take ``timeout`` seconds once it has begun. One that no caller waits
-    for any more is cancelled; results are not cached. Tenants take turns; a new version of a name needs none."""
+    for any more is cancelled; results are not cached. Tenants take turns, but not for new versions."""
 
     def __init__(
         self, loop: EngineLoop, resolver: AdapterResolver | None, timeout: float | None = None
