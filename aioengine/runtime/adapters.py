@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from aioengine.adapters.peft.held import HeldAdapter, hold_files, hold_tensors
 from aioengine.adapters.resolvers.sources import check_same_path, checked_path
@@ -41,6 +42,8 @@ class AdapterOps(ABC):
     _loop: EngineLoop
     _names: AdapterNames
     _held: HeldAdapters
+    _locks: WeakValueDictionary[str, asyncio.Lock]
+    """Those of names that are being changed."""
 
     @property
     def _table(self) -> NameTable:
@@ -166,30 +169,18 @@ class AdapterOps(ABC):
         return self._info(name)
 
     @asynccontextmanager
-    async def _alone(self, name: str) -> AsyncIterator[AdapterName]:
-        """Take the name's lock."""
-        known = self._table.of(name)
-        known.lock = known.lock or asyncio.Lock()
-        known.users += 1
-        self._table.keep(known)
-        try:
-            async with known.lock:
-                yield known
-        finally:
-            known.users -= 1
-            self._table.keep(known)
-
-    @asynccontextmanager
     async def _loading(self, name: str) -> AsyncIterator[AdapterName]:
         """Take the name's lock to look up or read a version. An unload does not wait for that, which may
         hang: it ends it, with AdapterLoadError, also for those who wait for the lock."""
         unloaded = AdapterLoadError("it was unloaded while it was being loaded", name=name)
-        async with self._alone(name) as known:
+        async with self._lock(name):
+            known = self._table.of(name)
             if known.unloads:
                 raise unloaded
             try:
                 async with asyncio.timeout(None) as limit:
                     known.stop_load = lambda: None if limit.expired() else limit.reschedule(0.0)
+                    self._table.keep(known)
                     yield known
             except TimeoutError:
                 if not limit.expired():
@@ -197,6 +188,10 @@ class AdapterOps(ABC):
                 raise unloaded from None
             finally:
                 known.stop_load = None
+                self._table.keep(known)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
 
     async def _new_version(self, known: AdapterName, source: str | HeldAdapter | None) -> AdapterEntry:
         """Declare a version without publishing it. With ``source`` None it comes from the registered path,
@@ -255,7 +250,7 @@ class AdapterOps(ABC):
         if known.stop_load is not None:
             known.stop_load()
         try:
-            async with self._alone(name):
+            async with self._lock(name):
                 entry, was_fetched = known.current, bool(known.source)
                 if entry is not None:
                     self._loop.check_goes_on()

@@ -208,7 +208,7 @@ class Checker:
         assert all(slot.entry is None for slot in core.slots.slots), "slots are taken"
         assert not len(stepper._changed) and not stepper._moves._tasks
         for name in core.residency.names.in_use.values():
-            assert not (name.stop_load or name.unloads or name.users or name.claims)
+            assert not (name.stop_load or name.unloads or name.claims)
 
     def check_tasks(self) -> None:
         names = {task.get_name() for task in asyncio.all_tasks()} - {"main", "scenario"}

@@ -8,7 +8,7 @@ version any more. Pins belong to names: the next version of an adapter takes ove
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -48,10 +48,6 @@ class AdapterName:
     """Ends the look-up or read for a caller that is under way; None: there is none."""
     unloads: int = 0
     """Callers that unload it."""
-    lock: AbstractAsyncContextManager[object] | None = None
-    """Lock of those who change it; made by the first."""
-    users: int = 0
-    """Callers who hold the lock or wait for it."""
     claims: int = 0
     """Callers who are pinning it."""
     pin_settled: bool = False
@@ -69,7 +65,7 @@ class AdapterName:
 
     @property
     def in_use(self) -> bool:
-        works = self.prepared or self.users or self.unloads or self.claims
+        works = self.prepared or self.stop_load or self.unloads or self.claims
         return bool(self.is_known or self.expected or works)
 
     @property
