@@ -36,7 +36,7 @@ class WorkerConnection(asyncio.Protocol):
         lost: Called when the stream has ended.
     """
 
-    _transport: asyncio.Transport
+    transport: asyncio.Transport
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class WorkerConnection(asyncio.Protocol):
         self._frames = Frames()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         for message in self._frames.feed(data):
@@ -60,12 +60,6 @@ class WorkerConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost(self)
-
-    def write(self, data: bytes) -> None:
-        self._transport.write(data)
-
-    def close(self) -> None:
-        self._transport.close()
 
 
 async def spawn(

@@ -103,7 +103,7 @@ class Workers:
     async def _close(self) -> None:
         self._closing = True
         for worker in self._workers:
-            worker.close()  # each ends with its connection
+            worker.transport.close()  # each ends with its connection
         ends = [asyncio.ensure_future(worker.process.wait()) for worker in self._workers]
         if ends:
             _, late = await asyncio.wait(ends, timeout=CLOSE_SECONDS)
@@ -160,7 +160,7 @@ class Workers:
     def _send(self, request: wire.Request) -> None:
         data = wire.frame(request)
         for worker in self._workers:
-            worker.write(data)
+            worker.transport.write(data)
 
     # Listening
 

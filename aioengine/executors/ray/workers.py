@@ -105,7 +105,7 @@ class RayWorkers(Workers):
                     place = actor.place
                     # The lambda is called before the next rank's turn.
                     await loop.create_connection(lambda: worker, place.host, place.port)  # noqa: B023
-                worker.write(secret)
+                worker.transport.write(secret)
                 self._workers.append(worker)
         except OSError as error:  # a TimeoutError, too
             raise EngineDead(
