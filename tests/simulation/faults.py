@@ -18,7 +18,6 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.step import (
-    AdapterSource,
     Fault,
     LoadedAdapter,
     ReadOrder,
@@ -352,11 +351,9 @@ class FaultyLoader(BaseLoader[LoadedAdapter]):
         done = await super().load(order)
         return done._replace(seconds=loop.time() - start)  # the real one looks at the real clock
 
-    async def _read(
-        self, name: str, path: str, progress: Progress, files: AdapterSource | None
-    ) -> tuple[LoadedAdapter, LoadedAdapter]:
-        losses = self._memory.generation()
-        reading = asyncio.get_running_loop().create_task(self._thread(name, path), name=f"read {path}")
+    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, LoadedAdapter]:
+        losses, path = self._memory.generation(), order.path
+        reading = asyncio.get_running_loop().create_task(self._thread(order.name, path), name=f"read {path}")
         reading.add_done_callback(lambda _: setattr(progress, "running", False))
         try:
             await asyncio.wait([reading])
