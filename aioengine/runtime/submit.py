@@ -66,15 +66,14 @@ class RequestOps(ABC):
         arrival, output = loop.time(), options.output
         due = None if options.deadline is None else arrival + options.deadline
         # Before the work of tokenizing.
-        named = None if adapter is None else self._names.check_wanted(adapter)
+        named, entry = self._names.check_wanted(adapter)
         self._check_params(params)
         # A request that can never run must get this error, and not "try again later".
         tokens = self._token_ids(prompt, params)
         with self._publishing():
             size = None if tokens is None else len(tokens)
             reservation = self._core.reserve(options.tenant, named, arrival, size)
-        entry, scale = None if adapter is None else self._names.current(adapter), 1.0
-        text = None
+        scale, text = 1.0, None
         if self.tokenizer is not None:
             text = self.tokenizer.text_stream(
                 params.skip_special_tokens, tuple(params.stop), params.include_stop_str_in_output

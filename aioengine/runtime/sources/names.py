@@ -32,23 +32,22 @@ class AdapterNames:
         """Number of callers that wait for a version to be read, by uid."""
         self.mixes = Mixes(self._residency, self.acquire, self._read_part)
 
-    def current(self, adapter: Asked) -> AdapterEntry | None:
-        """Return the current version of a registered name; None for anything else."""
-        return self.table.current.get(adapter) if isinstance(adapter, str) else None
-
     # What a request asks for
 
-    def check_wanted(self, adapter: Asked) -> str:
-        """Check what a request asks for before any work is done for it. Returns the (first) adapter's name.
+    def check_wanted(self, adapter: Asked | None) -> tuple[str | None, AdapterEntry | None]:
+        """Check what a request asks for before any work is done for it. Returns the (first) adapter's name,
+        and the version if nothing has to be looked up or mixed.
 
         Raises AdapterNotFound for a name that is neither registered nor resolvable. For an adapter that has
         failed more than once in a row, raises its last error again for a while."""
-        names = [adapter] if isinstance(adapter, str) else list(adapter)
+        entry: AdapterEntry | None = None
+        names = [adapter] if isinstance(adapter, str) else list(adapter or ())
         for name in names:
             entry = self.find(name)
             if entry is None or entry.location is Location.DISK:
                 self.table.of(name).check_worth_a_try(self._loop.now())
-        return names[0].partition("@")[0]
+        label = names[0].partition("@")[0] if names else None
+        return label, entry if isinstance(adapter, str) else None
 
     async def acquire_wanted(self, adapter: Asked, tenant: str | None) -> tuple[AdapterEntry, float]:
         """Return the version, or the mix, that a request asks for, and what it is multiplied by."""
@@ -60,7 +59,7 @@ class AdapterNames:
         """Name what a request asks for and where it is, for the message of an error."""
         if adapter is None:
             return ""
-        entry = self.current(adapter)
+        entry = self.table.current.get(adapter) if isinstance(adapter, str) else None
         return f" for adapter {adapter!r} (not looked up yet)" if entry is None else where_is(entry)
 
     def check_lives(self, entry: AdapterEntry) -> None:
