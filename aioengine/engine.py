@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
-from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -99,7 +98,6 @@ class AsyncEngine(ReplacingOps, RequestOps):
         self._shutdown_task: asyncio.Task[None] | None = None
         self._counters = Counters()
         self._numbers = count()
-        self._locks = WeakValueDictionary()
         # Not read in the engine's own thread, which is waited for at the end: the disk may hang.
         self.label_names = SharedRead("aioengine-labels", lambda: read_label_names(self.model_path))
         self._closers: list[Callable[[], Awaitable[None]]] = []

@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -42,8 +42,11 @@ class AdapterOps(ABC):
     _loop: EngineLoop
     _names: AdapterNames
     _held: HeldAdapters
-    _locks: WeakValueDictionary[str, asyncio.Lock]
-    """Those of names that are being changed."""
+
+    @cached_property
+    def _locks(self) -> WeakValueDictionary[str, asyncio.Lock]:
+        """Those of names that are being changed."""
+        return WeakValueDictionary()
 
     @property
     def _table(self) -> NameTable:
