@@ -161,7 +161,7 @@ class AsyncEngine(ReplacingOps, RequestOps):
             compat=self.config.metrics_compat,
             model_name=lambda: self.model_name,
             state=lambda: self.state,
-            build=assemble.build_labels(self.info),
+            build=self.info,
         )
         self._loop.listeners.add(self._counters, *self._counters.COUNTED)
         if built.metrics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from aioengine import events
-from aioengine.info import AdapterInfo, EngineStats
+from aioengine.info import AdapterInfo, EngineInfo, EngineStats
 from aioengine.metrics.collect.compat import vllm_families
 from aioengine.metrics.collect.http import HttpMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
@@ -57,7 +57,7 @@ class EngineMetrics(Collector):
         compat: "vllm" adds the series that request routers read.
         model_name: Returns the base model's name in requests, which routers read.
         state: Returns the engine's state; None: it is not exported.
-        build: The labels of ``aioengine_build_info``; None: it is not exported.
+        build: What ``aioengine_build_info`` says; None: it is not exported.
         clock: Unix time, for exemplars and for metrics whose value is the time.
     """
 
@@ -71,7 +71,7 @@ class EngineMetrics(Collector):
         compat: Literal["none", "vllm"] = "none",
         model_name: Callable[[], str] = lambda: "",
         state: Callable[[], str] | None = None,
-        build: Mapping[str, str] | None = None,
+        build: EngineInfo | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.engine = engine
@@ -80,7 +80,8 @@ class EngineMetrics(Collector):
         self._compat = compat
         self._model_name = model_name
         self._state = state
-        self._build = build
+        labels = OWN["build_info"].labels
+        self._build = [tuple(str(getattr(build, label)).lower() for label in labels)] if build else []
         self._clock = clock
         self._on_loop = OnLoop()
         self._pending: deque[events.Event] = deque()
@@ -180,10 +181,9 @@ class EngineMetrics(Collector):
         engine, stats, adapters = self.engine, self._snapshot(), self._adapters()
         self._store.count("log_dropped", self.dropped_log_lines())
         self._store.count("listener_failures", stats.listener_failures)
-        build = [tuple(self._build[label] for label in OWN["build_info"].labels)] if self._build else []
         values = engine_gauges(stats, adapters, self._tracker.rank)
         values["grammars_kept"] = sum(kept() for kept in self.grammars_kept)
-        values["build_info"] = dict.fromkeys(build, 1.0)
+        values["build_info"] = dict.fromkeys(self._build, 1.0)
         found = [gauge(engine, name, value) for name, value in values.items()]
         found.append(
             engine_state(engine, self._state()) if self._state else gauge(engine, "engine_state", {})

@@ -150,11 +150,6 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
     )
 
 
-def build_labels(info: EngineInfo) -> dict[str, str]:
-    """Return the labels of the metric ``aioengine_build_info``."""
-    return {**msgspec.structs.asdict(info), "batch_invariant": str(info.batch_invariant).lower()}
-
-
 def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
     lora, plan, spec = config.lora, parts.plan, parts.spec
     max_step_seconds = config.max_step_seconds
