@@ -53,14 +53,12 @@ class OutputView(Sequence[int]):
 
     __hash__ = None  # type: ignore[assignment] # so Python marks what has no hash
 
-    def common(self, other: OutputView) -> int:
-        """Return the number of tokens that both begin with; at once for another view of the same request."""
+    def begins_with(self, other: OutputView) -> bool:
+        """Whether it begins with all tokens of ``other``; at once for another view of the same request."""
         same = 0
         if self._history is other._history and self._begin == other._begin:
             same = min(self._known, other._known)
-        pairs = zip(self[same:], other[same:], strict=False)
-        differs = (place for place, (mine, theirs) in enumerate(pairs, same) if mine != theirs)
-        return next(differs, min(len(self), len(other)))
+        return self[same : len(other)] == other[same:]
 
 
 @dataclass(slots=True)

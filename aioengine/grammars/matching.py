@@ -245,12 +245,10 @@ class GrammarConstraint:
     def _begin(self, output: Sequence[int]) -> None:
         known = self._known
         seen = output if isinstance(output, OutputView) else OutputView(list(output))
-        same = -1 if known is None else seen.common(known)
-        if self._asked is not None and known is not None and same == len(known) == len(seen):
+        same = len(known) if known is not None and seen.begins_with(known) else None
+        if self._asked is not None and same == len(seen):
             return
-        afresh = known is None or same < len(known)
-        tokens = seen[:] if afresh else seen[same:]
-        self._asked = self._grammar.masks.ask(self._grammar, self._row, tokens, afresh=afresh)
+        self._asked = self._grammar.masks.ask(self._grammar, self._row, seen[same:], afresh=same is None)
         self._known = seen
 
     def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
