@@ -73,7 +73,8 @@ class RequestOps(ABC):
         with self._publishing():
             size = None if tokens is None else len(tokens)
             reservation = self._core.reserve(options.tenant, named, arrival, size)
-        scale, text = 1.0, None
+        scale = 1.0
+        text = None
         if self.tokenizer is not None:
             text = self.tokenizer.text_stream(
                 params.skip_special_tokens, tuple(params.stop), params.include_stop_str_in_output
