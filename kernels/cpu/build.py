@@ -60,7 +60,7 @@ _LEVELS = (
     (
         TILES,
         (*_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"),
-        (*_AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        (*_AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mprfchw"),
     ),
     ("avx512_bf16", _AVX512_BF16, _AVX512_BF16_FLAGS),
     (

@@ -194,6 +194,15 @@ struct Bf16 {
 #pragma GCC unroll 4
     for (int i = 0; i < LANES; i += WIDTH) store_register(p + i, aio::load_register<rf>((const float*)&v + i));
   }
+  // 32 of them, by one store: two would have a cache line of another core's come twice.
+  static inline void store32(elem* p, vf first, vf second) {
+#if defined(__AVX512BF16__)
+    const __m512bh h = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    std::memcpy(p, &h, sizeof h);
+#else
+    store16(p, first), store16(p + LANES, second);
+#endif
+  }
   // As if stored and loaded.
   static inline vf round16(vf v) {
     elem stored[LANES];

@@ -119,7 +119,7 @@ void expand_turned(const uint32_t* h, long h_stride, const B<T>& b, long panels,
 // The same in tile registers, for up to 16 rows and P panels of B, turned, of so many lanes: a whole number of halves.
 template <int P>
 void expand_registers(const uint32_t* h, long h_stride, const uint32_t* b, long lanes, long rows, uint16_t* y, long y_stride) {
-  static_assert(P <= SUMS_BESIDE_HALVES);
+  static_assert(P <= SUMS);
   alignas(64) vf sums[P][TILE_ROWS];
   for (int p = 0; p < P; p++)
     for (long r = 0; r < rows; r++) sums[p][r] = Bf16::load16(y + r * y_stride + p * LANES);
@@ -135,7 +135,7 @@ void expand_registers(const uint32_t* h, long h_stride, const uint32_t* b, long 
 
 void expand_in_tiles(const uint32_t* h, long h_stride, const B<Bf16>& b, long rows, long panels, uint16_t* y, long y_stride,
                      Tiles& tiles) {
-  constexpr int SOME = SUMS_BESIDE_HALVES;
+  constexpr int SOME = SUMS;
   const auto* const lanes = (const uint32_t*)b.at;
   for (long r = 0; r < rows; r += TILE_ROWS, h += TILE_ROWS * h_stride, y += TILE_ROWS * y_stride) {
     const long count = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;

@@ -45,15 +45,15 @@ class Fetcher {
 
   // A block of so many steps begins. Call want() afterwards.
   void begin() {
-    count_ = 0, next_ = 0, at_ = 0, total_ = 0;
+    count_ = 0, next_ = 0, total_ = 0;
   }
 
   void want(const void* from, long bytes) {
     if (bytes <= 0) return;
     if (count_ == ranges_.size()) ranges_.resize(2 * count_ + 16);
-    Fetch& range = ranges_[count_++];  // written by parts: push_back stored and reloaded it, which stalls
-    range.begin = from, range.bytes = bytes;
-    total_ += (bytes + 63) / 64;
+    Lines& range = ranges_[count_++];  // written by parts: push_back stored and reloaded it, which stalls
+    range.begin = (const char*)from, range.count = (bytes + 63) / 64;
+    total_ += range.count;
   }
 
   // All is wanted; the block has so many steps.
@@ -79,14 +79,11 @@ class Fetcher {
   inline __attribute__((always_inline)) const char* take(long count, long& taken) {
     taken = 0;
     if (next_ == count_) return nullptr;
-    const Fetch& range = ranges_[next_];
-    const char* from = (const char*)range.begin + at_ * 64;
-    taken = lines(range) - at_;
-    if (taken <= count) {
-      next_++, at_ = 0;
-    } else {
-      taken = count, at_ += count;
-    }
+    Lines& range = ranges_[next_];
+    const char* const from = range.begin;
+    taken = range.count < count ? range.count : count;
+    range.begin += taken * 64, range.count -= taken;
+    if (range.count == 0) next_++;
     return from;
   }
 
@@ -103,11 +100,16 @@ class Fetcher {
 
   static long lines(const Fetch& r) { return (r.bytes + 63) / 64; }
 
+  struct Lines {
+    const char* begin;
+    long count;
+  };
+
   const Fetch* later_;
   long line_, left_, blocks_, half_;
-  std::vector<Fetch> ranges_;
+  std::vector<Lines> ranges_;
   size_t count_ = 0, next_ = 0;  // ranges that are wanted, and the one that is given out
-  long at_ = 0, total_ = 0, rate_ = 1;
+  long total_ = 0, rate_ = 1;
 };
 
 }  // namespace aio

@@ -42,16 +42,21 @@ struct Panel {
 static inline vf to_float(vf v) { return v; }
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
-template <class V, int R, int P>
-inline void store_scaled(const Linear& l, const V (&sums)[R][P], long row, long column) {
-  for (int p = 0; p < P; p++) {
-    const vf scale = l.column_scale != nullptr ? loadf(l.column_scale + column + p * LANES) : vf{};
-    for (int r = 0; r < R; r++) {
-      vf y = to_float(sums[r][p]);
-      if (l.column_scale != nullptr) y *= scale * (l.row_scale != nullptr ? l.row_scale[row + r] : 1.0f);
-      const long at = (row + r) * l.y_stride + column + p * LANES;
-      l.bf16 ? Bf16::store16((uint16_t*)l.y + at, y) : F32::store16((float*)l.y + at, y);
+// `rows` may be a constant; sums(r, p) gives sums of a row and panel.
+template <int P, class Rows, class Sums>
+inline void store_scaled(const Linear& l, Rows rows, long row, long column, const Sums& sums) {
+  vf scale[P];
+  for (int p = 0; p < P; p++) scale[p] = l.column_scale != nullptr ? loadf(l.column_scale + column + p * LANES) : vf{};
+  for (int r = 0; r < rows; r++) {
+    const long at = (row + r) * l.y_stride + column;
+    vf y[P];
+    for (int p = 0; p < P; p++) {
+      y[p] = to_float(sums(r, p));
+      if (l.column_scale != nullptr) y[p] *= scale[p] * (l.row_scale != nullptr ? l.row_scale[row + r] : 1.0f);
+      if (!l.bf16) F32::store16((float*)l.y + at + p * LANES, y[p]);
+      if (l.bf16 && P != 2) Bf16::store16((uint16_t*)l.y + at + p * LANES, y[p]);
     }
+    if (l.bf16 && P == 2) Bf16::store32((uint16_t*)l.y + at, y[0], y[P - 1]);
   }
 }
 
@@ -95,7 +100,8 @@ void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, lo
       for (int c = 0; c < SOME; c++)
         std::memcpy((char*)&all[r] + (first + c) * sizeof(Register), &acc[r][c], sizeof(Register));
   }
-  if (sums == nullptr) return store_scaled(l, all, row, column);
+  if (sums == nullptr)
+    return store_scaled<P>(l, std::integral_constant<int, R>{}, row, column, [&](int r, int p) { return all[r][p]; });
   for (int p = 0; p < P; p++)
     for (int r = 0; r < R; r++) sums[p][r] = (vf)all[r][p];
 }
@@ -115,19 +121,26 @@ void some_products(const Linear& l, const uint32_t* w, Tools& tools, long row, l
 template <class T>
 constexpr bool WHOLE = std::is_same_v<typename T::acc, vi>;
 
+template <class T, int... P>
+constexpr Multiply multiply_panels(std::integer_sequence<int, P...>) {
+  return {T::PER_LANE, 1, WHOLE<T>, {MOST<T, P + 1>...}, {some_products<T, P + 1>...}};
+}
 template <class T>
-constexpr Multiply MULTIPLY{T::PER_LANE,
-                            false,
-                            WHOLE<T>,
-                            {MOST<T, 1>, MOST<T, 2>, MOST<T, 3>},
-                            {some_products<T, 1>, some_products<T, 2>, some_products<T, 3>}};
+constexpr Multiply MULTIPLY = multiply_panels<T>(std::make_integer_sequence<int, PANELS>{});
 
 #if defined(AIO_TILES)
+// Fetches lines into the first cache.
+template <int COUNT>
+inline __attribute__((always_inline)) void fetch_near(const void* from, long stride) {
+  asm volatile("" : "+r"(from));  // or each line's address is kept where registers are short
+  for (int i = 0; i < COUNT; i++) __builtin_prefetch((const char*)from + i * stride, 0, 3);
+}
+
 // The same in tile registers, for H of these in height and P panels.
 template <class T, int H, int P>
 void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column,
                            vf (*sums)[MOST_ROWS]) {
-  static_assert(H * P <= SUMS);
+  constexpr long AHEAD = 4 * LANES;  // weights that are fetched are used so many lanes later, which may be the next panels'
   const long lanes = l.k / T::PER_LANE, panel = lanes * LANES;
   const long stride = l.x_stride / T::PER_LANE * long(sizeof(uint32_t)), rate = fetcher.rate();
   const uint32_t* const x = (const uint32_t*)((const char*)l.x + row * stride);
@@ -140,18 +153,23 @@ void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher,
   // Operands come into the first cache between the products of those before: loads of whole registers would wait for them.
   const uint32_t* const next_rows = (const uint32_t*)((const char*)x + H * TILE_ROWS * stride);
   const uint32_t* const next_weights = row + H * TILE_ROWS < l.rows ? w : w + P * panel;
+  // Nor may stores wait for lines of y, which other threads have read.
+  const long y_bytes = l.y_stride * (l.bf16 ? 2 : 4), each = (H * TILE_ROWS * LANES + lanes - 1) / lanes;
+  const char* y = (const char*)l.y + row * y_bytes + column * (l.bf16 ? 2 : 4);
+  const char* const y_end = y + H * TILE_ROWS * y_bytes;
   for (long k = 0; k < lanes; k += LANES) {
-    fetcher.fetch(rate * LANES);
-    const bool last = k + LANES == lanes;
-    const uint32_t *const left = last ? next_rows : x + k + LANES, *const right = last ? next_weights : w + (k + LANES) * LANES;
-    add_tile_products<T, H, P, LEFT, RIGHT>(
-        [&](auto h) { load_tile<LEFT>((const char*)(x + k) + h * TILE_ROWS * stride, stride); },
-        [&](auto p) { load_tile<RIGHT>(w + p * panel + k * LANES, TILE_BYTES); },
-        [&](auto h, auto p) {
-          for (int i = h * LANES / H; i < (h + 1) * LANES / H; i++) __builtin_prefetch(right + p * panel + i * LANES, 0, 3);
-          for (int i = p * LANES / P; i < (p + 1) * LANES / P; i++)
-            __builtin_prefetch((const char*)left + (h * TILE_ROWS + i) * stride, 0, 3);
-        });
+    fetcher.fetch(rate);
+    for (long i = 0; i < each && y < y_end; i++, y += y_bytes) __builtin_prefetch(y, 1, 3);
+    const uint32_t* const left = k + LANES == lanes ? next_rows : x + k + LANES;
+    const uint32_t* const right = (k + AHEAD < lanes ? w : next_weights - lanes * LANES) + (k + AHEAD) * LANES;
+    unrolled<H>([&](auto h) { load_tile<LEFT + h>((const char*)(x + k) + h * TILE_ROWS * stride, stride); });
+    unrolled<P>([&](auto p) { load_tile<RIGHT + p>(w + p * panel + k * LANES, TILE_BYTES); });
+    unrolled<H * P>([&](auto i) {
+      constexpr int h = i / P, p = i % P;
+      multiply_tiles<T, i, LEFT + h, RIGHT + p>();
+      fetch_near<LANES / H>(right + p * panel + h * LANES / H * LANES, TILE_BYTES);
+      fetch_near<LANES / P>((const char*)left + (h * TILE_ROWS + p * LANES / P) * stride, stride);
+    });
   }
   unrolled<H * P>([&](auto i) { store_tile<i>(&sums[i % P][i / P * TILE_ROWS], TILE_BYTES); });
 }
@@ -159,11 +177,12 @@ void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher,
 template <class T, int P>
 void products_of_tiles(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column,
                        vf (*sums)[MOST_ROWS]) {
+  alignas(64) vf own[P][MOST_ROWS];
+  vf(*const found)[MOST_ROWS] = sums != nullptr ? sums : own;
   tools.tiles.use(int(rows < TILE_ROWS ? rows : TILE_ROWS));
-  if (rows > TILE_ROWS)
-    products_of_registers<T, 2, P>(l, w, tools.fetcher, row, column, sums);
-  else
-    products_of_registers<T, 1, P>(l, w, tools.fetcher, row, column, sums);
+  (rows > TILE_ROWS ? products_of_registers<T, 2, P> : products_of_registers<T, 1, P>)(l, w, tools.fetcher, row, column, found);
+  if (sums == nullptr)
+    store_scaled<P>(l, rows, row, column, [&](int r, int p) { return (typename T::acc)found[p][r]; });
 }
 
 // Whether as many inputs are whole registers.
@@ -173,11 +192,8 @@ constexpr bool fills_tiles(long k) {
 }
 
 template <class T>
-constexpr Multiply MULTIPLY_TILES{T::PER_LANE,
-                                  true,
-                                  WHOLE<T>,
-                                  {MOST_ROWS, MOST_ROWS, MOST_ROWS},
-                                  {products_of_tiles<T, 1>, products_of_tiles<T, 2>, products_of_tiles<T, 3>}};
+constexpr Multiply MULTIPLY_TILES{
+    T::PER_LANE, LANES, WHOLE<T>, {MOST_ROWS, MOST_ROWS}, {products_of_tiles<T, 1>, products_of_tiles<T, 2>}};
 #endif
 
 }  // namespace aio

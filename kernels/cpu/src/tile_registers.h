@@ -4,8 +4,8 @@
 // columns, which is how weights are packed (tiles.h), and sums are [row][column] of 32 bits. The stand-in, for tests, rounds
 // as the instructions do (Intel 64 and IA-32 Architectures Software Developer's Manual, TDPBF16PS): bit for bit.
 //
-// Registers 0 to 5 are sums, SUMS of them; LEFT and RIGHT are operands. Where operands have half as many lanes, HALF_LEFT and
-// HALF_RIGHT are, too, and there are fewer sums.
+// The first registers are sums, then come two left operands and two right ones. Where there are operands of half as many lanes,
+// HALF_LEFT and HALF_RIGHT are these.
 #pragma once
 
 #include <type_traits>
@@ -24,8 +24,7 @@ namespace aio {
 #if defined(AIO_TILES)
 
 constexpr int TILE_ROWS = 16, TILE_BYTES = 64;
-constexpr int SUMS = 6, LEFT = 6, RIGHT = 7;
-constexpr int SUMS_BESIDE_HALVES = 4, HALF_LEFT = 4, HALF_RIGHT = 5;
+constexpr int SUMS = 4, LEFT = 4, HALF_LEFT = 5, RIGHT = 6, HALF_RIGHT = 7;
 
 // What LDTILECFG reads.
 struct TileShapes {
@@ -35,7 +34,7 @@ struct TileShapes {
 
   // Sums and their left operands have so many rows.
   TileShapes(int count, bool halves) {
-    for (int i = 0; i <= RIGHT; i++) row_bytes[i] = TILE_BYTES, rows[i] = uint8_t(i == RIGHT ? TILE_ROWS : count);
+    for (int i = 0; i <= HALF_RIGHT; i++) row_bytes[i] = TILE_BYTES, rows[i] = uint8_t(i >= RIGHT ? TILE_ROWS : count);
     if (halves) row_bytes[HALF_LEFT] = TILE_BYTES / 2, rows[HALF_RIGHT] = TILE_ROWS / 2;
   }
 };
@@ -144,20 +143,15 @@ inline __attribute__((always_inline)) void unrolled(const Work& work) {
   unrolled(std::make_integer_sequence<int, COUNT>{}, work);
 }
 
-constexpr auto NOTHING_ELSE = [](int, int) {};
-
-// Adds products of H registers of rows and P of columns to the sums h * P + p: left(h) loads A, right(p) loads B, and
-// meanwhile(h, p) is called after each product.
-template <class T, int H, int P, int A, int B, class Left, class Right, class Meanwhile = decltype(NOTHING_ELSE)>
-inline __attribute__((always_inline)) void add_tile_products(const Left& left, const Right& right,
-                                                             const Meanwhile& meanwhile = NOTHING_ELSE) {
+// Adds products of H registers of rows and P of columns to the sums h * P + p: left(h) loads A, right(p) loads B.
+template <class T, int H, int P, int A, int B, class Left, class Right>
+inline __attribute__((always_inline)) void add_tile_products(const Left& left, const Right& right) {
   unrolled<H>([&](auto h) {
     left(h);
     unrolled<P>([&](auto i) {
       constexpr int p = h % 2 == 0 ? i : P - 1 - i;  // there and back: the last one is not loaded again
       if (h == 0 || i > 0) right(std::integral_constant<int, p>{});
       multiply_tiles<T, h * P + p, A, B>();
-      meanwhile(h, std::integral_constant<int, p>{});
     });
   });
 }

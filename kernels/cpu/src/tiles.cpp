@@ -153,10 +153,11 @@ class Blocks {
     const long lanes = l_.k / multiply_.per_lane, column = first * LANES;
     tools_.fetcher.begin();
     if (adapters_ != nullptr) find_segments(begin, end), want_adapters(column, panels);
-    if (!multiply_.tiles) tools_.fetcher.want(next.begin, next.bytes);  // products of tiles fetch what follows
+    const long most = multiply_.most[PANELS - 1], tiles = (end - begin + most - 1) / most;
+    // The hardware is quicker where tile registers take all rows at once.
+    if (multiply_.together == 1 || tiles > 1) tools_.fetcher.want(next.begin, next.bytes);
     if (--left_ == 0) want_next_linear();
-    const long most = multiply_.most[PANELS - 1];
-    tools_.fetcher.ready((end - begin + most - 1) / most * lanes);
+    tools_.fetcher.ready(tiles * lanes / multiply_.together);
     rows(w, begin, end, column, panels);
     if (adapters_ == nullptr) return;
     waiting_ += panels;
@@ -170,7 +171,7 @@ class Blocks {
 
   // Tiles are as high as without adapters, wherever segments begin: a tile of a few rows takes longer for each of them.
   void rows(const uint32_t* w, long begin, long end, long column, long panels) {
-    const bool plain = !multiply_.tiles && l_.bias == nullptr && column + panels * LANES <= l_.n;
+    const bool plain = l_.bias == nullptr && column + panels * LANES <= l_.n;
     auto next = long_.cbegin();  // the segment that is not passed yet
     Delta delta;                 // its own, once its rows have begun
     for (long row = begin, after; row < end; row = after) {

@@ -5,8 +5,9 @@
 // loaded is used for every row. (Tiling as in Goto and van de Geijn, "Anatomy of High-Performance Matrix
 // Multiplication", 2008.) Other machines have room for fewer rows, and for a part of the panels at a time (registers.h).
 //
-// Where a CPU has tile registers (tile_registers.h), a tile is up to 32 rows by 3 panels, as two by three of these, whose right
-// operands are 16 lanes of a panel as they lie.
+// Where a CPU has tile registers (tile_registers.h), a tile is up to 32 rows by 2 panels, as two by two of these, whose right
+// operands are 16 lanes of a panel as they lie. Two by three would leave one register for each side, which are then loaded seven
+// times for six products: where a core's other thread works too, no load runs beside a product.
 //
 // A tile's products, which depend on the type of the weights, are in products.h. What becomes of them, which depends on
 // the type of the outputs, is in tiles.cpp: so neither is compiled for each pair of types.
@@ -19,12 +20,12 @@
 
 namespace aio {
 
-constexpr int ROWS = most_rows(), PANELS = 3;
+constexpr int ROWS = most_rows();
 constexpr int FEW_ROWS = ROWS < 4 ? ROWS : 4;  // of a tile of fewer panels
 #if defined(AIO_TILES)
-constexpr int MOST_ROWS = 2 * TILE_ROWS;  // in tile registers
+constexpr int MOST_ROWS = 2 * TILE_ROWS, PANELS = 2;  // in tile registers
 #else
-constexpr int MOST_ROWS = ROWS;
+constexpr int MOST_ROWS = ROWS, PANELS = 3;
 #endif
 
 // What there is to compute: y = x W^T, times a scale of each row and column if there are such, plus a bias if there
@@ -55,7 +56,7 @@ using Products = void (*)(const Linear& l, const uint32_t* w, Tools& tools, long
 // How weights of a type are multiplied.
 struct Multiply {
   long per_lane;           // elements
-  bool tiles;              // in tile registers: then sums do not become y at once
+  long together;           // lanes: more than one in tile registers
   bool whole;              // sums are whole numbers
   long most[PANELS];       // rows of a tile, by the number of panels
   Products tile[PANELS];
