@@ -188,7 +188,7 @@ void scores_of_tiles(const uint32_t* q, const Chunk& at, long lanes, const Chunk
     unrolled<2 * H>([](auto i) { zero_tile<i>(); });
     for (long k = 0; k < lanes; k += LANES) {
       for (int p = first; next != nullptr && p < first + 2; p++)
-        for (long i = k; i < k + LANES; i++) __builtin_prefetch(next->keys[p] + i * LANES, 0, 2);
+        for (long i = k; i < k + LANES; i++) __builtin_prefetch(next->keys[p] + i * LANES, 0, H == 1 ? 3 : 2);
       add_tile_products<Bf16, H, 2, LEFT, RIGHT>(
           [&](auto h) { load_tile<LEFT>(q + h * TILE_ROWS * lanes + k, lanes * long(sizeof(uint32_t))); },
           [&](auto p) { load_tile<RIGHT>(at.keys[first + p] + k * LANES, TILE_BYTES); });
@@ -208,7 +208,7 @@ void accumulate_of_tiles(const uint32_t* weights, const Chunk& at, int panels, l
     unrolled<2 * H>([&](auto i) { load_tile<i>(sums(i), row_bytes); });
     for (int p = 0; p < panels; p++) {
       for (long k = 0; next != nullptr && k < LANES / 2; k++)
-        for (int i = 0; i < 2; i++) __builtin_prefetch(next->values[p] + k * head_dim + d + i * LANES, 0, 2);
+        for (int i = 0; i < 2; i++) __builtin_prefetch(next->values[p] + k * head_dim + d + i * LANES, 0, H == 1 ? 3 : 2);
       add_tile_products<Bf16, H, 2, HALF_LEFT, HALF_RIGHT>(
           [&](auto h) {
             load_tile<HALF_LEFT>(weights + h * TILE_ROWS * (KEYS / 2) + p * (LANES / 2), KEYS * long(sizeof(uint16_t)));
@@ -387,7 +387,7 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
           factor[r] = quantize_weights<PANELS>(weight, here.value_scales, (int16_t*)p);
         });
       else if (tiled)
-        for (int i = 0; i < PANELS; i++) T::store16((elem*)weights_of(r) + i * LANES, weight[i]);
+        for (int i = 0; i < PANELS; i += 2) Bf16::store32((uint16_t*)weights_of(r) + i * LANES, weight[i], weight[i + 1]);
       else
         write_laid_out<T>(weights_of(r), KEYS / T::PER_LANE, [&](uint32_t* p) {
           for (int i = 0; i < PANELS; i++) T::store16((elem*)p + i * LANES, weight[i]);

@@ -223,6 +223,7 @@ struct F32 {
   static inline void store_register(elem* p, rf v) { aio::store_register(p, v); }
   static inline vf load16(const elem* p) { return loadf(p); }
   static inline void store16(elem* p, vf v) { storef(p, v); }
+  static inline void store32(elem* p, vf first, vf second) { storef(p, first), storef(p + LANES, second); }
   static inline vf round16(vf v) { return v; }
 };
 

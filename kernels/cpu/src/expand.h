@@ -109,14 +109,4 @@ template <class T>
 void expand_panels(const uint32_t* h, long h_stride, const B<T>& b, long rows, long panels, typename T::elem* y,
                    long y_stride, uint32_t* room, Tiles& tiles);
 
-// Whether matrices of these slots are multiplied in tile registers where they have whole ones.
-template <class T>
-bool expands_in_tiles(const Slots& slots) {
-#if defined(AIO_TILES)
-  return T::PER_LANE == 2 && !slots.int8 && slots.turned;
-#else
-  return (void)slots, false;
-#endif
-}
-
 }  // namespace aio

@@ -50,7 +50,7 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
     const Given h_of = given<T>(e.h, e.slices, e.width, *e.slots, segments, count);
     const long panel = e.width / T::PER_LANE * LANES;
     std::vector<uint32_t> b(2 * panel);
-    [[maybe_unused]] Tiles tiles;
+    Tiles tiles;
     const Range mine = me.share(long(tasks.size()));
     for (const Segment* g = segments; g < segments + count; g++)
       for (long i = mine.begin; i < mine.end; i++) {
@@ -61,7 +61,7 @@ void expand(const Expand& e, const Segment* segments, long count, int threads) {
         const B<T> from = B<T>(e.slots->at(where.b, sizeof(elem)), where.b_rank, *e.slots).from(column);
         const uint32_t* turned[2];
         fetch(from.from(AHEAD).at, 2 * LANES * from.row_bytes());
-        if (expands_in_tiles<T>(*e.slots) && columns >= 2 * LANES) {
+        if (from.turned && columns >= 2 * LANES) {
           elem* y = (elem*)e.y + g->begin * e.y_stride + slice.offset + column;
           expand_panels<T>(h_of.at(g->begin, tasks[i].slice), h_of.stride(), from, g->end - g->begin, 2, y, e.y_stride, b.data(),
                            tiles);

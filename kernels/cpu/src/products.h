@@ -43,26 +43,39 @@ static inline vf to_float(vf v) { return v; }
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
 // `rows` may be a constant; sums(r, p) gives sums of a row and panel.
-template <int P, class Rows, class Sums>
+template <class Out, int P, class Rows, class Sums>
 inline void store_scaled(const Linear& l, Rows rows, long row, long column, const Sums& sums) {
-  vf scale[P];
-  for (int p = 0; p < P; p++) scale[p] = l.column_scale != nullptr ? loadf(l.column_scale + column + p * LANES) : vf{};
+  using elem = typename Out::elem;
+  const auto left = [&](int p) { return l.n - column - p * LANES; };
+  vf scale[P], bias[P];
+  for (int p = 0; p < P; p++) {
+    scale[p] = l.column_scale != nullptr ? loadf(l.column_scale + column + p * LANES) : vf{};
+    bias[p] = l.bias != nullptr ? load_some<Out>((const elem*)l.bias + column + p * LANES, left(p)) : vf{};
+  }
   for (int r = 0; r < rows; r++) {
-    const long at = (row + r) * l.y_stride + column;
+    elem* const to = (elem*)l.y + (row + r) * l.y_stride + column;
     vf y[P];
     for (int p = 0; p < P; p++) {
       y[p] = to_float(sums(r, p));
       if (l.column_scale != nullptr) y[p] *= scale[p] * (l.row_scale != nullptr ? l.row_scale[row + r] : 1.0f);
-      if (!l.bf16) F32::store16((float*)l.y + at + p * LANES, y[p]);
-      if (l.bf16 && P != 2) Bf16::store16((uint16_t*)l.y + at + p * LANES, y[p]);
+      if (l.bias != nullptr) y[p] += bias[p];
     }
-    if (l.bf16 && P == 2) Bf16::store32((uint16_t*)l.y + at, y[0], y[P - 1]);
+    if (P == 2 && left(1) >= LANES) {
+      Out::store32(to, y[0], y[P - 1]);
+    } else {
+      for (int p = 0; p < P; p++) store_some<Out>(to + p * LANES, y[p], left(p));
+    }
   }
+}
+
+template <int P, class Rows, class Sums>
+inline void store_scaled(const Linear& l, Rows rows, long row, long column, const Sums& sums) {
+  l.bf16 ? store_scaled<Bf16, P>(l, rows, row, column, sums) : store_scaled<F32, P>(l, rows, row, column, sums);
 }
 
 // Products for R rows and P panels.
 template <class T, int R, int P>
-void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column, vf (*sums)[MOST_ROWS]) {
+void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column) {
   constexpr int COLUMNS = P * PER_VECTOR, SOME = at_once(R, COLUMNS);
   using Register = typename Panel<T>::Sums;
   const long lanes = l.k / T::PER_LANE, panel = Panel<T>::words(l.k);
@@ -100,10 +113,7 @@ void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, lo
       for (int c = 0; c < SOME; c++)
         std::memcpy((char*)&all[r] + (first + c) * sizeof(Register), &acc[r][c], sizeof(Register));
   }
-  if (sums == nullptr)
-    return store_scaled<P>(l, std::integral_constant<int, R>{}, row, column, [&](int r, int p) { return all[r][p]; });
-  for (int p = 0; p < P; p++)
-    for (int r = 0; r < R; r++) sums[p][r] = (vf)all[r][p];
+  store_scaled<P>(l, std::integral_constant<int, R>{}, row, column, [&](int r, int p) { return all[r][p]; });
 }
 
 // Fewer panels than usual are rare: not worth as many kinds of tiles.
@@ -111,19 +121,15 @@ template <class T, int P>
 constexpr int MOST = P == PANELS ? ROWS : FEW_ROWS;
 
 template <class T, int P>
-void some_products(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column,
-                   vf (*sums)[MOST_ROWS]) {
-#define CALL(R) products<T, R <= MOST<T, P> ? R : 1, P>(l, w, tools.fetcher, row, column, sums)
+void some_products(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column) {
+#define CALL(R) products<T, R <= MOST<T, P> ? R : 1, P>(l, w, tools.fetcher, row, column)
   AIO_SWITCH_ROWS(rows, CALL)
 #undef CALL
 }
 
-template <class T>
-constexpr bool WHOLE = std::is_same_v<typename T::acc, vi>;
-
 template <class T, int... P>
 constexpr Multiply multiply_panels(std::integer_sequence<int, P...>) {
-  return {T::PER_LANE, 1, WHOLE<T>, {MOST<T, P + 1>...}, {some_products<T, P + 1>...}};
+  return {T::PER_LANE, 1, {MOST<T, P + 1>...}, {some_products<T, P + 1>...}};
 }
 template <class T>
 constexpr Multiply MULTIPLY = multiply_panels<T>(std::make_integer_sequence<int, PANELS>{});
@@ -139,7 +145,7 @@ inline __attribute__((always_inline)) void fetch_near(const void* from, long str
 // The same in tile registers, for H of these in height and P panels.
 template <class T, int H, int P>
 void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, long column,
-                           vf (*sums)[MOST_ROWS]) {
+                           typename T::acc (*sums)[MOST_ROWS]) {
   constexpr long AHEAD = 4 * LANES;  // weights that are fetched are used so many lanes later, which may be the next panels'
   const long lanes = l.k / T::PER_LANE, panel = lanes * LANES;
   const long stride = l.x_stride / T::PER_LANE * long(sizeof(uint32_t)), rate = fetcher.rate();
@@ -175,14 +181,11 @@ void products_of_registers(const Linear& l, const uint32_t* w, Fetcher& fetcher,
 }
 
 template <class T, int P>
-void products_of_tiles(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column,
-                       vf (*sums)[MOST_ROWS]) {
-  alignas(64) vf own[P][MOST_ROWS];
-  vf(*const found)[MOST_ROWS] = sums != nullptr ? sums : own;
+void products_of_tiles(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column) {
+  alignas(64) typename T::acc sums[P][MOST_ROWS];
   tools.tiles.use(int(rows < TILE_ROWS ? rows : TILE_ROWS));
-  (rows > TILE_ROWS ? products_of_registers<T, 2, P> : products_of_registers<T, 1, P>)(l, w, tools.fetcher, row, column, found);
-  if (sums == nullptr)
-    store_scaled<P>(l, rows, row, column, [&](int r, int p) { return (typename T::acc)found[p][r]; });
+  (rows > TILE_ROWS ? products_of_registers<T, 2, P> : products_of_registers<T, 1, P>)(l, w, tools.fetcher, row, column, sums);
+  store_scaled<P>(l, rows, row, column, [&](int r, int p) { return sums[p][r]; });
 }
 
 // Whether as many inputs are whole registers.
@@ -193,7 +196,7 @@ constexpr bool fills_tiles(long k) {
 
 template <class T>
 constexpr Multiply MULTIPLY_TILES{
-    T::PER_LANE, LANES, WHOLE<T>, {MOST_ROWS, MOST_ROWS}, {products_of_tiles<T, 1>, products_of_tiles<T, 2>}};
+    T::PER_LANE, LANES, {MOST_ROWS, MOST_ROWS}, {products_of_tiles<T, 1>, products_of_tiles<T, 2>}};
 #endif
 
 }  // namespace aio

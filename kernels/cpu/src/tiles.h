@@ -9,8 +9,7 @@
 // operands are 16 lanes of a panel as they lie. Two by three would leave one register for each side, which are then loaded seven
 // times for six products: where a core's other thread works too, no load runs beside a product.
 //
-// A tile's products, which depend on the type of the weights, are in products.h. What becomes of them, which depends on
-// the type of the outputs, is in tiles.cpp: so neither is compiled for each pair of types.
+// A tile's products are in products.h; which thread computes what, and what the adapters add, is in tiles.cpp.
 #pragma once
 
 #include "fetcher.h"
@@ -48,16 +47,13 @@ struct Tools {
   Tiles tiles;
 };
 
-// Computes a tile's sums, [panel][row], from `row` of x and `column` on, as floats or whole numbers; `w` are the panels'
-// weights. Without `sums` they are scaled and become y: then nothing may have to be added to them, and all columns must exist.
-using Products = void (*)(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column,
-                          vf (*sums)[MOST_ROWS]);
+// Computes a tile of y, from `row` and `column` on; `w` are the panels' weights.
+using Products = void (*)(const Linear& l, const uint32_t* w, Tools& tools, long row, long rows, long column);
 
 // How weights of a type are multiplied.
 struct Multiply {
   long per_lane;           // elements
   long together;           // lanes: more than one in tile registers
-  bool whole;              // sums are whole numbers
   long most[PANELS];       // rows of a tile, by the number of panels
   Products tile[PANELS];
 
