@@ -132,10 +132,12 @@ async def score(
             await engine.text_work.run(len(query) + len(document), partial(pair, document), tenant)
             for document in documents
         ]
-        outputs = await together([complete(prompt, pooling_params("classify")) for prompt in prompts])
+        outputs = await together([complete(prompt, params=pooling_params("classify")) for prompt in prompts])
         scores = [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
     else:
-        outputs = await together([complete(text, pooling_params(None)) for text in (query, *documents)])
+        outputs = await together(
+            [complete(text, params=pooling_params(None)) for text in (query, *documents)]
+        )
         vectors = [output.pooled or [] for output in outputs]
         pairs = [(0, index) for index in range(1, len(outputs))]
         size = SHORT + sum(map(len, vectors))
