@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from operator import mul
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,19 +125,20 @@ async def score(
             f"the adapter's head has {labels} labels, but a score needs a head of one label, or none; use "
             "classify"
         )
-    complete = partial(engine.complete, adapter=adapter, tenant=tenant, **keywords)
+
+    def complete(prompt: requests.Prompt, pooling: requests.PoolingKind | None) -> Awaitable[RequestOutput]:
+        return engine.complete(prompt, pooling_params(pooling), adapter=adapter, tenant=tenant, **keywords)
+
     if labels == 1:
         pair = partial(_pair_tokens, engine, query)
         prompts = [
             await engine.text_work.run(len(query) + len(document), partial(pair, document), tenant)
             for document in documents
         ]
-        outputs = await together([complete(prompt, params=pooling_params("classify")) for prompt in prompts])
+        outputs = await together([complete(prompt, "classify") for prompt in prompts])
         scores = [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
     else:
-        outputs = await together(
-            [complete(text, params=pooling_params(None)) for text in (query, *documents)]
-        )
+        outputs = await together([complete(text, None) for text in (query, *documents)])
         vectors = [output.pooled or [] for output in outputs]
         pairs = [(0, index) for index in range(1, len(outputs))]
         size = SHORT + sum(map(len, vectors))
