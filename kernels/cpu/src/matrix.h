@@ -39,7 +39,7 @@ void multiply_int4(const Matrix& w, const Product& p);    // int4.cpp
 void multiply_parts(const Matrix& w, const Product& p);   // blocks.cpp
 
 // y [rows, n] = x [rows, k] W^T + bias, with what is done beside it: memory that is needed next is fetched, because with few
-// rows the arithmetic leaves the memory idle, and adapters are added while the results are in registers. With experts, whose
+// rows the arithmetic leaves the memory idle, and adapters are added while the results are in the cache. With experts, whose
 // matrices are one below the other, each row takes one expert's outputs.
 void product(int bf16, const Matrix& w, const void* x, void* y, long rows, const Beside& beside, const Experts& experts,
              int threads);
