@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from support.byte_tokenizer import byte_tokenizer
 from support.engine_fixtures import MakeEngine, Tiny, greedy
 from support.tiny_models import build_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from aioengine import SamplingParams
 from aioengine.errors import ConfigError
@@ -53,13 +53,7 @@ async def test_each_request_has_its_own_format(tiny_text: Tiny, make_engine: Mak
 def tiny_marks(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """A tiny llama whose tokenizer has added tokens beside one for each byte."""
     model = build_model(tmp_path_factory.mktemp("marks"), "llama", vocab_size=260, eos_token_id=259)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (THINK, "</think>")])
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in (TURN, "<|end|>")])
-    tokenizer.save(str(model / "tokenizer.json"))
+    byte_tokenizer([THINK, "</think>"], [TURN, "<|end|>"]).save(str(model / "tokenizer.json"))
     return Tiny(model, {})
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-import tokenizers
 from llguidance import LLMatcher, LLTokenizer
 from support import hostile_grammars as hostile
+from support.byte_tokenizer import byte_tokenizer
 from support.cancel_at import Moment, cancel_everywhere
 from support.waiting import SECONDS, until
 
@@ -41,18 +41,7 @@ from_lark = LLMatcher.grammar_from_lark
 from_regex = LLMatcher.grammar_from_regex
 
 
-def tokenizer_json() -> str:
-    """One token for each of the 256 bytes."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    return tokenizer.to_str()
-
-
-JSON = tokenizer_json()
+JSON = byte_tokenizer().to_str()
 TOKENIZER = LLTokenizer(JSON, n_vocab=256, eos_token=[EOS])
 
 

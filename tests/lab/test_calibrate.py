@@ -12,7 +12,7 @@ import pytest
 import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
-from support.made_costs import costs_of
+from support.lab_sim import costs as costs_of
 from support.tiny_models import build_model
 
 from aioengine import events
@@ -176,7 +176,7 @@ def experiment_of(costs: Path) -> Experiment:
 
 def test_validation_is_refused_what_cannot_be_compared(model: Path, calibrated: Path) -> None:
     costs_of(name="other", device_memory=2**36).write(calibrated.with_name("other.json"))
-    with pytest.raises(ConfigError, match=r"'other' is of a model with 3 layers .* bfloat16, .* float32"):
+    with pytest.raises(ConfigError, match=r"'other' is of a model with 2 layers .* bfloat16, .* float32"):
         validate(experiment_of(calibrated.with_name("other.json")), str(model), loads=(), repeats=1)
     with pytest.raises(ConfigError, match=r"loads=0\.5, 0: each must be more than 0"):
         validate(experiment_of(calibrated), str(model), loads=(0.5, 0.0))

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.made_costs import costs_of
+from support.lab_sim import costs as costs_of
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError

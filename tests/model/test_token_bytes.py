@@ -5,24 +5,17 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from support.byte_tokenizer import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from aioengine.model.text.detokenizer import TokenBytes
 
 
-def byte_level(*, in_sequence: bool) -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    decoder = decoders.ByteLevel()
-    tokenizer.decoder = decoders.Sequence([decoder]) if in_sequence else decoder  # type: ignore[assignment]
-    tokenizer.add_special_tokens([AddedToken("<é>", special=True)])
-    return tokenizer
-
-
 @pytest.mark.parametrize("in_sequence", [False, True])
 def test_byte_level(in_sequence: bool) -> None:
-    tokenizer = byte_level(in_sequence=in_sequence)
+    tokenizer = byte_tokenizer(special=["<é>"])
+    if in_sequence:
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel()])  # type: ignore[assignment]
     token_bytes = TokenBytes(tokenizer)
     assert sorted(token_bytes(i) for i in range(256)) == [bytes([i]) for i in range(256)]
     assert token_bytes(256) == "<é>".encode()
@@ -32,7 +25,7 @@ def test_byte_level(in_sequence: bool) -> None:
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(st.text())
 def test_byte_level_adds_up(text: str) -> None:
-    tokenizer = byte_level(in_sequence=False)
+    tokenizer = byte_tokenizer()
     token_bytes = TokenBytes(tokenizer)
     assert b"".join(map(token_bytes, tokenizer.encode(text).ids)) == text.encode()
 

@@ -80,10 +80,3 @@ def test_what_computes_too_long_is_replaced(between: int, waited: float) -> None
         if number < MOST:
             assert asked(overruns, between)
     assert overruns.complaint == f"took more than 1 ms {MOST} times"
-
-
-def test_a_few_among_many_are_forgiven() -> None:
-    overruns = Asked(BUDGET, MOST)
-    for _ in range(3 * MOST):
-        assert overruns.ask(2 * BUDGET)
-        assert asked(overruns, FORGIVEN_AFTER)

@@ -60,15 +60,6 @@ def test_idleness_is_not_saved_up() -> None:
     assert late[:12].count("y") <= 7
 
 
-def test_who_comes_to_an_empty_queue_is_lifted_to_the_last_who_left() -> None:
-    order = VTC()
-    sim = serial_sim(order)
-    add(sim, "x")
-    sim.run()
-    add(sim, "y")
-    assert order.counter("y") == order.counter("x") > 0
-
-
 def test_without_a_tenant_the_adapter_is_the_client_then_the_base_model() -> None:
     order = VTC()
     sim = serial_sim(order)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from support.byte_tokenizer import byte_tokenizer
 from support.engine_fixtures import MakeEngine, Tiny
 from support.server_fixtures import MODEL, Served, served_by
 from support.tiny_models import build_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 pytest.importorskip("llguidance")
 
@@ -93,15 +93,7 @@ def build_family(folder: Path, family: Family) -> Path:
     """A tiny llama with a token for each byte, and the family's others."""
     others = [*family.added, *family.special]
     build_model(folder, "llama", vocab_size=256 + len(others), eos_token_id=255 + len(others))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in family.added])
-    tokenizer.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in family.special]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    byte_tokenizer(family.added, family.special).save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(family.template)
     return folder
 

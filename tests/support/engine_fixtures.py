@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tokenizers
+from support.byte_tokenizer import byte_tokenizer
 from support.tiny_models import ALL_MODULES, build_adapter, build_model, reference_generate
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
@@ -79,13 +79,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @functools.cache
 def _tiny_text(base: Path) -> Tiny:
     model = build_model(base / "tiny-text" / "model", "llama", eos_token_id=255)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[])
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(model / "tokenizer.json"))
+    byte_tokenizer().save(str(model / "tokenizer.json"))
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from support.byte_tokenizer import byte_tokenizer
 from support.tiny_models import build_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
@@ -17,12 +17,7 @@ CHAT_TEMPLATE = (
 def build_chat_model(out_dir: Path) -> Path:
     """Saves a llama whose 256 tokens are the bytes, and returns ``out_dir``."""
     build_model(out_dir, "llama", max_position_embeddings=512)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.save(str(out_dir / "tokenizer.json"))
+    byte_tokenizer().save(str(out_dir / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
     (out_dir / "tokenizer_config.json").write_text(json.dumps(settings))
     return out_dir
