@@ -160,7 +160,7 @@ class AsyncEngine(ReplacingOps, RequestOps):
             engine=self.config.name,
             compat=self.config.metrics_compat,
             model_name=lambda: self.model_name,
-            state=lambda: self.state,
+            state=lambda: "degraded" if self.degraded else self.state,
             build=self.info,
         )
         self._loop.listeners.add(self._counters, *self._counters.COUNTED)
@@ -332,20 +332,20 @@ class AsyncEngine(ReplacingOps, RequestOps):
 
     @property
     def state(self) -> EngineState:
-        """State of its life cycle. It accepts requests while it is "running" or "degraded": the model's
-        processes were lost and are being restarted, and requests wait."""
-        if self._state != "running":
-            return self._state
-        if self._loop.dead is not None:
+        """State of its life cycle; only a "running" engine accepts requests."""
+        if self._state == "running" and self._loop.dead is not None:
             return "dead"
-        if self.leaving:
-            return "draining"
-        return "degraded" if self._loop.recovering else "running"
+        return "draining" if self._state == "running" and self.leaving else self._state
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the model's processes were lost and are being restarted; requests wait."""
+        return self.state == "running" and self._loop.recovering
 
     @property
     def failure(self) -> EngineDead | None:
         """Why it is dead or degraded; None if it is neither."""
-        return self._loop.dead or (self._loop.failure if self.state == "degraded" else None)
+        return self._loop.dead or (self._loop.failure if self.degraded else None)
 
     def step_age(self) -> float:
         """Return the seconds since the step that runs now began; 0 if none does."""

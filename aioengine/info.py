@@ -13,7 +13,7 @@ LoadProgress = Callable[[str, int, int], None]
 """``progress(stage, done, total)``: reports how many bytes of a model are loaded. It is called often, in the
 loading thread."""
 
-EngineState = Literal["new", "starting", "running", "degraded", "draining", "stopping", "stopped", "dead"]
+EngineState = Literal["new", "starting", "running", "draining", "stopping", "stopped", "dead"]
 
 AdapterLocation = Literal["disk", "loading", "cpu", "slot"]
 SlotStateName = Literal["FREE", "LOADING", "READY", "DRAINING"]

@@ -110,7 +110,7 @@ class Context:
     def stuck(self) -> bool:
         """Whether a step has run for longer than ``stuck_step_seconds``."""
         engine = self.engine
-        runs = engine.state in ("running", "degraded", "draining")
+        runs = engine.state in ("running", "draining")
         return runs and engine.step_age() > self.settings.stuck_step_seconds
 
     @property

@@ -36,7 +36,7 @@ async def health(call: Call) -> Annotated[Sent, Health]:
 async def ready(call: Call) -> Annotated[Sent, Health]:
     """200 while requests are accepted, 503 otherwise."""
     engine = call.context.engine
-    return _state(call, engine.state, is_good=engine.state in ("running", "degraded"))
+    return _state(call, "degraded" if engine.degraded else engine.state, is_good=engine.state == "running")
 
 
 def _state(call: Call, state: str, *, is_good: bool) -> Sent:
@@ -150,7 +150,7 @@ async def debug_requests(call: Call) -> Annotated[Sent, Now]:
     now = Now(
         time=time.time(),
         uptime=time.monotonic() - context.made,
-        state=engine.state,
+        state="degraded" if engine.degraded else engine.state,
         model=context.model_names[0],
         step_age=engine.step_age(),
         stats=engine.stats(),

@@ -222,7 +222,7 @@ async def test_in_a_process_that_is_started_again(
         info = await load(engine, "x", tiny.adapters["all-modules"])
         assert await tokens(engine, "x") == tiny.expected(PROMPT, 8, "all-modules")
         os.kill(min(worker_pids()), signal.SIGKILL)
-        await until(lambda: engine.state == "degraded")
+        await until(lambda: engine.degraded)
         assert await tokens(engine, "x") == tiny.expected(PROMPT, 8, "all-modules")
         assert engine.adapters()[0].digest == info.digest
     await nothing_left.check()

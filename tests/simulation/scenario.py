@@ -441,7 +441,7 @@ class Scenario:
     async def _again(self) -> None:
         """An id that is in use is refused."""
         taken = next(iter(self.engine._core.requests), None)
-        if taken is not None and self.engine.state in ("running", "degraded"):
+        if taken is not None and self.engine.state == "running":
             try:
                 await self.engine.complete([1], request_id=taken)
             except RequestInvalid:
@@ -467,11 +467,9 @@ class Scenario:
                 await engine.drain()
         if self.tasks:
             await asyncio.wait(self.tasks)
-        while (
-            engine.state in ("running", "degraded") and engine._core._zombies
-        ):  # a step in flight has their blocks
+        while engine.state == "running" and engine._core._zombies:  # a step in flight has their blocks
             await asyncio.sleep(0.01)
-        if engine.state in ("running", "degraded"):
+        if engine.state == "running":
             checker.check_rest(len(self.calls))
             await self._unload_all()
         checker.stopped = True

@@ -91,7 +91,9 @@ class FleetClient:
         self._gateway = gateway
         self.members = Members(config, handle, gateway=gateway)
         self._dispatcher = Dispatcher(self.members)
-        self.metrics = FleetMetrics(self.members, self._dispatcher, lambda: self.state)
+        self.metrics = FleetMetrics(
+            self.members, self._dispatcher, lambda: "degraded" if self.degraded else self.state
+        )
         self._adapters = FleetAdapters(config, self.members)
         known = self._adapters.known
         self._dispatcher.digest_of = known.digest
@@ -142,16 +144,18 @@ class FleetClient:
 
     @property
     def state(self) -> EngineState:
-        """State: "running" while a replica takes requests, or none is needed. "degraded" while one of them
-        is lost and has not come back yet: requests go to the others."""
+        """State: "running" while a replica takes requests, or while no replica is needed."""
         members = self.members
-        if self._state != "running":
-            return self._state
-        if self.leaving or self.failure is not None:
+        if self._state == "running" and (self.leaving or self.failure is not None):
             return "draining"
-        if not members.state.view.accepting and not members.asleep:
+        if self._state == "running" and not members.state.view.accepting and not members.asleep:
             return "starting"
-        return "degraded" if members.missing > 0 else "running"
+        return self._state
+
+    @property
+    def degraded(self) -> bool:
+        """Whether a replica is lost and has not come back yet. Requests go to the others."""
+        return self.state == "running" and self.members.missing > 0
 
     @property
     def failure(self) -> errors.EngineDead | None:

@@ -37,7 +37,7 @@ _BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2)
 
 class FleetMetrics:
     """Metrics of a fleet, with the interface that a server needs. Any thread except the loop's may scrape
-    it. ``state`` returns the gateway's state."""
+    it. ``state`` returns the gateway's state, or "degraded"."""
 
     def __init__(self, members: Members, dispatcher: Dispatcher, state: Callable[[], str]) -> None:
         self.registry = CollectorRegistry()
