@@ -105,11 +105,10 @@ class Sim:
         **options: Any,
     ) -> Request:
         """Add a request. ``options`` are fields of ``RequestOptions``: tenant, priority, ..."""
-        prompt = prompt or [10 + (self.count + 1) % 7, 20, 30]
-        self.count += 1
-        return self.core.add_request(
-            f"r{self.count}",
-            prompt,
+        number = self.count + 1
+        request = self.core.add_request(
+            f"r{number}",
+            prompt or [10 + number % 7, 20, 30],
             params or SamplingParams(max_tokens=max_tokens),
             RequestOptions(**options),
             self.now,
@@ -117,6 +116,8 @@ class Sim:
             scale=scale,
             deadline=deadline,
         )
+        self.count = number
+        return request
 
     def schedule(self) -> StepBatch | None:
         """Ask the core for the next step, which :meth:`finish_step` ends, and begin its moves."""
