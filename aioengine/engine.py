@@ -360,14 +360,15 @@ class AsyncEngine(ReplacingOps, RequestOps):
         :class:`~aioengine.guided.Guide`. It ends with the engine."""
         self._check_running()
         from aioengine.grammars.service import Grammars
-        from aioengine.grammars.worker_process import Tokens
 
-        def tokens() -> Tokens:
-            assert self.tokenizer is not None
-            spec = self.model_spec
-            return Tokens(self.tokenizer.to_json(), spec.vocab_size, list(spec.eos_token_ids))
-
-        grammars = Grammars(tokens, limits=limits, told=self.metrics.grammar_compiled)
+        assert self.tokenizer is not None
+        grammars = Grammars(
+            self.tokenizer.to_json,
+            self.model_spec.vocab_size,
+            self.model_spec.eos_token_ids,
+            limits=limits,
+            told=self.metrics.grammar_compiled,
+        )
         self.metrics.grammars_kept.append(lambda: grammars.kept)
         self._closers.append(grammars.close)
         return grammars

@@ -83,7 +83,7 @@ class Guide:
         """Constrain the output to one of these texts."""
         if not options:
             raise RequestInvalid("choice=[]: must have at least one text")
-        self._grammars.check_size(options)
+        self._grammars.limits.check_characters(options)
         return await self.lark(f"start: {' | '.join(map(json.dumps, options))}", tenant=tenant)
 
     async def lark(self, grammar: str, *, tenant: str | None = None) -> TokenConstraint:
@@ -93,7 +93,7 @@ class Guide:
     async def _constraint(
         self, text: str, grammar_from: Callable[[str], str], tenant: str | None
     ) -> TokenConstraint:
-        self._grammars.check_size((text,))  # before any work on it
+        self._grammars.limits.check_characters((text,))  # before any work on it
         try:
             grammar = grammar_from(text)
         except (ValueError, TypeError, RecursionError) as error:

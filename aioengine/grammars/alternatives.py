@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, NamedTuple
 
-from aioengine.grammars.limits import check_properties
+from aioengine.grammars.budget import check_properties
 
 _MAX_COMPARED = 64
 """Bound on the values of an ``enum``, and on the required properties, that are looked at."""

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import msgspec
 
-from aioengine.checks import check_items
 from aioengine.errors import RequestInvalid
 
 MiB = 2**20
-
-MAX_DEPTH = 64
-"""Maximum nesting of a JSON schema. References do not count, because each target is written once, at the
-top."""
-MAX_SCHEMAS = 20_000
-"""Bound on the schemas within a schema, those behind references included."""
-MAX_CHARACTERS = 2**21
-"""Bound on the characters that are written for the schemas of one request, references included."""
-MAX_ITEMS = 2**19
-"""Bound on the items of all lists in a schema. Writing them as JSON cannot be interrupted."""
-MAX_PROPERTIES = 2_000
-"""Bound on the properties of one object. The compiler's time grows with the square of their number, because
-any other property may follow an optional one: 2,000 take 0.3 s, 5,000 take two to seven."""
-MAX_COMPARED = 5_000
-"""Bound on the pairs of alternatives of ``oneOf`` that are compared; beyond it they count as overlapping."""
 
 
 class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,63 +35,10 @@ class GrammarLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_queued: int = 32
     """Maximum grammars of one tenant that wait to be compiled."""
 
-
-def check_characters(texts: Iterable[str], most: int) -> None:
-    """Raise RequestInvalid if the texts of a grammar have more than ``most`` characters."""
-    size = sum(map(len, texts))
-    if size > most:
-        raise RequestInvalid(f"the grammar has {size} characters, and at most {most} are allowed")
-
-
-def check_lists(schema: Any) -> None:
-    """Raise RequestInvalid if a schema's lists have too many items."""
-    if isinstance(schema, dict):
-        check_items("the schema", schema, MAX_ITEMS)
-
-
-def check_properties(names: Collection[str]) -> None:
-    """Raise RequestInvalid if one object has too many properties."""
-    if len(names) > MAX_PROPERTIES:
-        raise RequestInvalid(
-            f"the schema has an object with {len(names)} properties, and at most {MAX_PROPERTIES} are "
-            "compiled"
-        )
-
-
-def json_of(value: Any) -> str:
-    """Write a value as JSON. Raises RequestInvalid if it cannot be written."""
-    try:
-        return json.dumps(value)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestInvalid(f"the schema cannot be written as JSON: {error}") from error
-
-
-class SchemaBudget:
-    """Counts the work of reading the JSON schemas of one request, and what is written for the compiler. A
-    short schema can become a long one, because what is behind references may be written once for each."""
-
-    def __init__(self) -> None:
-        self._schemas = self._characters = self._pairs = 0
-
-    def take_schema(self) -> None:
-        """Count one schema. Raises RequestInvalid if there are too many."""
-        self._schemas += 1
-        if self._schemas > MAX_SCHEMAS:
-            raise RequestInvalid(f"the schema has more than {MAX_SCHEMAS} schemas within it")
-
-    def take_names(self, *names: Iterable[str]) -> None:
-        """Count names of properties. Raises RequestInvalid if all that is written is too long."""
-        self.take_characters(sum(len(name) + 1 for some in names for name in some))
-
-    def take_characters(self, count: int) -> None:
-        """Count characters. Raises RequestInvalid if all that is written is too long."""
-        self._characters += count
-        if self._characters > MAX_CHARACTERS:
+    def check_characters(self, texts: Iterable[str]) -> None:
+        """Raise RequestInvalid if the texts of a grammar have too many characters."""
+        size = sum(map(len, texts))
+        if size > self.max_characters:
             raise RequestInvalid(
-                f"the schema has more than {MAX_CHARACTERS} characters once references are followed"
+                f"the grammar has {size} characters, and at most {self.max_characters} are allowed"
             )
-
-    def take_pairs(self, alternatives: int) -> bool:
-        """Count the pairs of so many alternatives; returns whether they may be compared."""
-        self._pairs += alternatives * (alternatives - 1) // 2
-        return self._pairs <= MAX_COMPARED

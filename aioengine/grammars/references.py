@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.limits import MAX_DEPTH
+from aioengine.grammars.budget import MAX_DEPTH
 
 
 class References:

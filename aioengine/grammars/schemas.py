@@ -23,7 +23,7 @@ import msgspec
 
 from aioengine.errors import RequestInvalid
 from aioengine.grammars.alternatives import Traits, required_names, types
-from aioengine.grammars.limits import MAX_DEPTH, SchemaBudget, check_lists, check_properties, json_of
+from aioengine.grammars.budget import MAX_DEPTH, SchemaBudget, check_lists, check_properties, json_of
 from aioengine.grammars.references import References
 
 FORMATS = frozenset(

@@ -1,54 +1,52 @@
-"""Messages between the engine and its worker for grammars: a length, and a struct as MessagePack."""
+"""Messages between the engine and its worker for grammars: each frame of their connection is a list of them,
+as MessagePack."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Literal
 
 import msgspec
 
-LENGTH = NUMBER = struct.Struct("=I")
-NOTES = 16
-"""Texts that the worker can note that it is busy with."""
+from aioengine.grammars.limits import GrammarLimits
+
+TEXT = struct.Struct("=I")
+"""Number of the text whose masks the worker computes now, in the file that it shares with the engine; else
+0."""
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
-    pass
+    number: int
+    """Of a question and its answer; that of a :class:`Compile` identifies the text from then on."""
 
 
 class Hello(Message, tag=0):
-    """The model's tokens, and bounds."""
+    """The model's tokens, and bounds. Answered as a :class:`Compile` is."""
 
     tokenizer: str
     """The content of a ``tokenizer.json``."""
     vocab: int
     eos: list[int]
-    compile_seconds: float
-    memory: int
-    """Maximum bytes of one text."""
-    total_memory: int
-    mask_seconds: float
+    limits: GrammarLimits
 
 
 class Compile(Message, tag=1):
-    number: int
-    """Identifies the text from now on."""
     text: str
 
 
 class Drop(Message, tag=2):
     """Ends a compile, or forgets a text."""
 
-    number: int
+
+Outcome = Literal["compiled", "limit", "invalid", "failed"]
 
 
 class Compiled(Message, tag=3):
-    number: int
-    status: int = 0
-    """Exit status of the child that tried the text."""
+    outcome: Outcome
     why: str = ""
-    """Why the worker or the grammar is no good; empty if it is good."""
+    """What is wrong, if it is not compiled."""
     memory: int = 0
     """Bytes."""
 
@@ -58,7 +56,6 @@ class Ask(Message, tag=4):
 
     text: int
     row: int
-    number: int
     owner: str | None
     """Owners take turns."""
     tokens: list[int]
@@ -66,12 +63,12 @@ class Ask(Message, tag=4):
 
 
 class Forget(Message, tag=5):
-    text: int
+    """Forgets a row of a text, whose number it has."""
+
     row: int
 
 
 class Mask(Message, tag=6):
-    number: int
     mask: bytes
     forced: list[int]
     """Tokens that must follow the only one that the mask allows."""
@@ -83,29 +80,25 @@ class Mask(Message, tag=6):
     """What is wrong, if there is no mask."""
 
 
+Question = Hello | Compile | Ask
+Order = Question | Drop | Forget
+Answer = Compiled | Mask
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Hello | Compile | Drop | Compiled | Ask | Forget | Mask).decode
+_orders = msgspec.msgpack.Decoder(list[Order])
+_answers = msgspec.msgpack.Decoder(list[Answer])
 
 
-def frame(message: Message) -> bytes:
-    data = _encode(message)
-    return LENGTH.pack(len(data)) + data
+def send(connection: Connection, messages: Sequence[Message]) -> None:
+    """Send messages in one frame. Raises OSError if the other end is gone."""
+    connection.send_bytes(_encode(messages))
 
 
-class Inbox:
-    """Messages from the bytes that come."""
+def receive_orders(connection: Connection) -> list[Order]:
+    """Receive a frame, in the worker. Raises EOFError or OSError if the engine is gone."""
+    return _orders.decode(connection.recv_bytes())
 
-    def __init__(self) -> None:
-        self._data = bytearray()
 
-    def add(self, data: bytes) -> Iterator[Any]:
-        """Return the messages that ``data`` completes."""
-        self._data += data
-        begin = 0
-        while len(self._data) - begin >= LENGTH.size:
-            end = begin + LENGTH.size + LENGTH.unpack_from(self._data, begin)[0]
-            if len(self._data) < end:
-                break
-            yield _decode(memoryview(self._data)[begin + LENGTH.size : end].tobytes())
-            begin = end
-        del self._data[:begin]
+def receive_answers(connection: Connection) -> list[Answer]:
+    """Receive a frame, in the engine. Raises EOFError or OSError if the worker is gone."""
+    return _answers.decode(connection.recv_bytes())

@@ -1,6 +1,5 @@
-"""The worker: ``python -m aioengine.grammars.worker CONTROL MASKS DOING``, two sockets and a file.
-
-It ends with the engine, which then finds the texts that it was busy with in the file.
+"""The worker: ``python -m aioengine.grammars.worker CONNECTION DOING``, a socket and a file. It ends with the
+engine.
 
 A text is first tried in a child, which the system ends at any bound. What has passed is compiled here in a
 thread, where llguidance lets go of the interpreter; the main loop computes masks, for each owner in turn.
@@ -14,34 +13,26 @@ import os
 import resource
 import selectors
 import signal
-import socket
 import sys
 import threading
 import time
 from collections import OrderedDict, deque
 from contextlib import suppress
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import NoReturn
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
-from aioengine.grammars.wire import (
-    NOTES,
-    NUMBER,
-    Ask,
-    Compile,
-    Compiled,
-    Drop,
-    Forget,
-    Hello,
-    Inbox,
-    Mask,
-    Message,
-    frame,
-)
+from aioengine.grammars import wire
+from aioengine.grammars.limits import GrammarLimits, MiB
+from aioengine.grammars.wire import Ask, Compile, Compiled, Drop, Forget, Hello, Mask, Outcome
 
-STACK = 64 * 2**20
+STACK = 64 * MiB
 """Stack size in bytes. The compiler is recursive; a thousand levels of a JSON schema take about 8 MiB."""
-OVERHEAD = STACK + 64 * 2**20
+OVERHEAD = STACK + 64 * MiB
 """Bytes of address space that any thread takes: its stack and its malloc arena."""
 SLOW_SECONDS = 0.005
 SLOW_MASKS = 4
@@ -60,7 +51,7 @@ NICE = 5
 LONG_NICE = 10
 """Nice values of compiles, so that the model's threads go first."""
 LONG_SECONDS = 0.5
-"""Seconds after which a trial has the second one."""
+"""Seconds after which a compile has the second one."""
 # Measured with ambiguous grammars; the properties of an object need items of a row.
 LIMITS = LLParserLimits(
     step_max_items=5_000, step_lexer_fuel=50_000, max_lexer_states=100_000, verbose_errors=False
@@ -75,27 +66,26 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     os.setpgid(0, 0)
     _end_with_parent()
-    control, masks = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:3])
     threading.stack_size(STACK)
-    thread = threading.Thread(target=_serve, args=(control, masks, int(sys.argv[3])))
+    thread = threading.Thread(target=_serve, args=(Connection(int(sys.argv[1])), int(sys.argv[2])))
     thread.start()
     thread.join()
     os._exit(0)
 
 
-def _serve(control: socket.socket, masks: socket.socket, doing: int) -> None:
-    inbox = Inbox()
+def _serve(connection: Connection, doing: int) -> None:
     with suppress(OSError, EOFError):
-        while not (found := list(inbox.add(_received(control)))):
-            pass
-        [hello] = found
+        [hello] = wire.receive_orders(connection)
+        assert isinstance(hello, Hello)
         try:
             tokenizer = _load_vocabulary(hello)
         except Exception as error:
-            control.sendall(frame(Compiled(0, why=f"{type(error).__name__}: {error}"[:MAX_REASON])))
+            why = f"{type(error).__name__}: {error}"[:MAX_REASON]
+            wire.send(connection, [Compiled(hello.number, "failed", why)])
             return
-        control.sendall(frame(Compiled(0)))
-        _Worker(control, masks, doing, tokenizer, hello).run(inbox)
+        _silence()
+        wire.send(connection, [Compiled(hello.number, "compiled")])
+        _Worker(connection, doing, tokenizer, hello.limits).run()
 
 
 class _Text:
@@ -116,185 +106,159 @@ class _Text:
 
 class _Worker:
     def __init__(
-        self, control: socket.socket, masks: socket.socket, doing: int, tokenizer: LLTokenizer, hello: Hello
+        self, connection: Connection, doing: int, tokenizer: LLTokenizer, limits: GrammarLimits
     ) -> None:
-        self._control = control
-        self._masks = masks
+        self._connection = connection
         self._doing = doing
         self._tokenizer = tokenizer
-        self._hello = hello
+        self._limits = limits
         self._texts: dict[int, _Text | None] = {}
         """By number; None while it compiles."""
         self._trials: dict[int, int] = {}
         """Process ids of the children that try texts, by the texts' numbers."""
-        self._quick: deque[tuple[float, int]] = deque()
-        """Trials that have not taken long yet, and until when."""
-        self._long: set[int] = set()
-        """Texts whose trials have taken long, until they are compiled."""
         self._asked: tuple[OrderedDict[str | None, deque[Ask]], ...] = (OrderedDict(), OrderedDict())
         """Masks to compute, by owner; those of slow texts are apart, and give way to the others."""
-        self._answers = bytearray()
-        """What is still to be sent."""
-        self._is_full = False
-        """Whether the engine must read some first."""
-        self._resident = _resident()
-        self._telling = threading.Lock()
+        self._memory = _memory()
+        self._sending = threading.Lock()
         self._watch = selectors.DefaultSelector()
-        masks.setblocking(False)
-        _limit_memory(hello.total_memory + 8 * OVERHEAD)
+        _limit_memory(limits.total_memory + 8 * OVERHEAD)
 
-    def run(self, inbox: Inbox) -> None:
-        """Serve until the engine is gone."""
-        self._watch.register(self._control, selectors.EVENT_READ, inbox)
-        self._watch.register(self._masks, selectors.EVENT_READ, Inbox())
-        try:
-            while True:
-                idle = LONG_SECONDS if self._quick else None
-                for key, ready in self._watch.select(0 if any(self._asked) else idle):
-                    if isinstance(key.data, Compile):
-                        self._tried(key.data, key.fd)
-                    elif ready & selectors.EVENT_READ:
-                        assert isinstance(key.fileobj, socket.socket)
-                        for message in key.data.add(_received(key.fileobj)):
-                            self._take(message)
-                until = time.monotonic() + TOGETHER_SECONDS
-                while any(self._asked) and time.monotonic() < until:
-                    queue = self._asked[0] or self._asked[1]
-                    owner, asks = queue.popitem(last=False)
-                    self._answer(asks.popleft())
-                    if asks:
-                        queue[owner] = asks
-                self._send()
-                self._slow_down()
-        finally:
-            for pid in self._trials.values():
-                os.kill(pid, signal.SIGKILL)
+    def run(self) -> NoReturn:
+        """Serve until the engine is gone, which raises EOFError or OSError."""
+        self._watch.register(self._connection, selectors.EVENT_READ, self._receive)
+        while True:
+            for key, _ in self._watch.select(0 if any(self._asked) else None):
+                key.data()
+            answers = []
+            until = time.monotonic() + TOGETHER_SECONDS
+            while any(self._asked) and time.monotonic() < until:
+                queue = self._asked[0] or self._asked[1]
+                owner, asks = queue.popitem(last=False)
+                answers.append(self._answer(asks.popleft()))
+                if asks:
+                    queue[owner] = asks
+            if answers:
+                self._tell(*answers)
 
-    def _take(self, message: Message) -> None:
-        if isinstance(message, Ask):
-            text = self._texts.get(message.text)
-            is_slow = text is not None and text.is_slow
-            self._asked[is_slow].setdefault(message.owner, deque()).append(message)
-        elif isinstance(message, Forget):
-            if text := self._texts.get(message.text):
-                text.rows.pop(message.row, None)
-        elif isinstance(message, Compile):
-            self._texts[message.number] = None
-            self._try(message)
-        elif isinstance(message, Drop):
-            self._texts.pop(message.number, None)
-            if (pid := self._trials.get(message.number)) is not None:
-                os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the id is still its own
+    def _receive(self) -> None:
+        for order in wire.receive_orders(self._connection):
+            text = self._texts.get(order.text if isinstance(order, Ask) else order.number)
+            if isinstance(order, Ask):
+                is_slow = text is not None and text.is_slow
+                self._asked[is_slow].setdefault(order.owner, deque()).append(order)
+            elif isinstance(order, Forget) and text is not None:
+                text.rows.pop(order.row, None)
+            elif isinstance(order, Compile):
+                self._texts[order.number] = None
+                self._try(order)
+            elif isinstance(order, Drop):
+                self._texts.pop(order.number, None)
+                if (pid := self._trials.get(order.number)) is not None:
+                    os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the id is still its own
 
-    def _send(self) -> None:
-        """Send as many answers as the engine has room for, and the rest when it has read those."""
-        with suppress(BlockingIOError):
-            while self._answers:
-                del self._answers[: self._masks.send(self._answers)]
-        if self._is_full != bool(self._answers):
-            self._is_full = bool(self._answers)
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._is_full else 0)
-            self._watch.modify(self._masks, wanted, self._watch.get_key(self._masks).data)
+    def _tell(self, *answers: wire.Answer) -> None:
+        with self._sending:
+            wire.send(self._connection, answers)
 
     # Compiling
 
     def _try(self, order: Compile) -> None:
         """Compile the text in a child, which any bound may end."""
-        reading, writing = os.pipe()
-        try:
-            pid = os.fork()
-        except OSError as error:
-            os.close(reading)
-            os.close(writing)
-            self._tell(Compiled(order.number, why=f"no process could be started: {error}"))
-            return
-        if pid == 0:
-            with suppress(BaseException):
-                for other in (self._control, self._masks):
-                    other.close()  # the engine sees at once when this process has ended
-                _end_with_parent()
-                _silence()
-                _limit_memory(self._hello.memory + OVERHEAD)
-                before = _own_memory()
-                signal.signal(signal.SIGPROF, signal.SIG_DFL)
-                signal.setitimer(signal.ITIMER_PROF, self._hello.compile_seconds)
-                os.nice(NICE)
-                why = _reason(LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS))
-                os.write(writing, f"{_own_memory() - before} {why}".encode())
-            os._exit(0)
-        os.close(writing)
+        reading, writing = Pipe(duplex=False)
+        with writing:
+            try:
+                pid = os.fork()
+            except OSError as error:
+                self._tell(Compiled(order.number, "failed", f"no process could be started: {error}"))
+                return
+            if pid == 0:
+                with suppress(BaseException):
+                    self._connection.close()  # the engine sees at once when this process has ended
+                    wire.send(writing, [self._trial(order)])
+                os._exit(0)
         self._trials[order.number] = pid
-        self._quick.append((time.monotonic() + LONG_SECONDS, order.number))
-        self._watch.register(reading, selectors.EVENT_READ, order)
+        self._watch.register(
+            reading, selectors.EVENT_READ, partial(self._tried, order, reading, time.monotonic())
+        )
 
-    def _slow_down(self) -> None:
-        """Let trials that take long give way to shorter ones."""
-        while self._quick and self._quick[0][0] < time.monotonic():
-            _, number = self._quick.popleft()
-            if (pid := self._trials.get(number)) is not None:
-                os.setpriority(os.PRIO_PROCESS, pid, LONG_NICE)
-                self._long.add(number)
+    def _trial(self, order: Compile) -> Compiled:
+        _end_with_parent()
+        _limit_memory(self._limits.memory + OVERHEAD)
+        before = _memory()
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, self._limits.compile_seconds)
+        os.nice(NICE)
+        threading.stack_size(2**18)
+        nicer = (os.PRIO_PROCESS, os.getpid(), LONG_NICE)
+        threading.Timer(LONG_SECONDS, os.setpriority, nicer).start()
+        why = _reason(LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS))
+        grown = max(0, _memory() - before)
+        return Compiled(order.number, "invalid" if why else "compiled", why, grown)
 
-    def _tried(self, order: Compile, reading: int) -> None:
-        said = os.read(reading, 4 * MAX_REASON).decode(errors="replace")
+    def _tried(self, order: Compile, reading: Connection, began: float) -> None:
         self._watch.unregister(reading)
-        os.close(reading)
+        with reading:
+            try:
+                [said] = wire.receive_answers(reading)
+            except EOFError:
+                said = None
         _, status = os.waitpid(self._trials.pop(order.number), 0)
-        memory, _, why = said.partition(" ")
-        if said and not why and order.number in self._texts:
-            threading.Thread(target=self._compile, args=(order, int(memory)), daemon=True).start()
+        if said is None:
+            outcome, why = self._ended_by(os.waitstatus_to_exitcode(status))
+            said = Compiled(order.number, outcome, why)
+        assert isinstance(said, Compiled)
+        if said.outcome == "compiled" and order.number in self._texts:
+            is_long = time.monotonic() - began > LONG_SECONDS
+            threading.Thread(target=self._compile, args=(order, said, is_long), daemon=True).start()
         else:
             self._texts.pop(order.number, None)
-            self._long.discard(order.number)
-            code = os.waitstatus_to_exitcode(status)
-            self._tell(Compiled(order.number, code if code or said else -signal.SIGABRT, why))
+            self._tell(said)
 
-    def _compile(self, order: Compile, memory: int) -> None:
+    def _ended_by(self, status: int) -> tuple[Outcome, str]:
+        """Explain the end of a child that has said nothing."""
+        limits = self._limits
+        if status in (-signal.SIGPROF, -signal.SIGXCPU):
+            return "limit", f"takes more than {limits.compile_seconds:g} s of processor time to compile"
+        if status in (0, -signal.SIGABRT):
+            return "limit", f"takes more than {limits.memory // MiB} MiB to compile"
+        if status in (-signal.SIGSEGV, -signal.SIGBUS):
+            return "limit", "is nested too deeply to be compiled: its compiler's stack is full"
+        return "failed", f"the process that compiled the grammar was lost (status {status})"
+
+    def _compile(self, order: Compile, tried: Compiled, is_long: bool) -> None:
         """Compile a text that has passed its trial; in a thread."""
         # A short one is no nicer: for moments it holds the interpreter, for which masks would wait.
-        if sys.platform == "linux" and order.number in self._long:
+        if sys.platform == "linux" and is_long:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LONG_NICE)
-        place = 1 + order.number % (NOTES - 1)
-        self._note(place, order.number)
         matcher = LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)
-        self._note(place, 0)
-        self._long.discard(order.number)
         if order.number in self._texts:
-            self._texts[order.number] = _Text(matcher, memory)
-        self._tell(Compiled(order.number, why=_reason(matcher), memory=memory))
-
-    def _tell(self, message: Compiled) -> None:
-        with self._telling:
-            self._control.sendall(frame(message))
-
-    def _note(self, place: int, number: int) -> None:
-        """Note which text may end this process now. The first place is for masks."""
-        os.pwrite(self._doing, NUMBER.pack(number), place * NUMBER.size)
+            self._texts[order.number] = _Text(matcher, tried.memory)
+        why = _reason(matcher)
+        self._tell(Compiled(order.number, "invalid", why) if why else tried)
 
     # Masks
 
-    def _answer(self, ask: Ask) -> None:
+    def _answer(self, ask: Ask) -> Mask:
         text = self._texts.get(ask.text)
         if text is None:
-            self._answers += frame(Mask(ask.number, b"", [], 0.0, 0, "the grammar was dropped"))
-            return
-        self._note(0, ask.text)
+            return Mask(ask.number, b"", [], 0.0, 0, "the grammar was dropped")
+        os.pwrite(self._doing, wire.TEXT.pack(ask.text), 0)
         began = time.thread_time()
         mask, why = self._mask(text, ask)
         waiting = sum(map(len, self._asked[0].values()))
         forced = _forced(text.rows[ask.row], mask, FORCING_SECONDS / (1 + waiting)) if mask else []
         seconds = time.thread_time() - began
-        self._note(0, 0)
+        os.pwrite(self._doing, wire.TEXT.pack(0), 0)
         text.count += 1
         text.spent += seconds
         text.is_slow = text.is_slow or text.spent > max(text.count, SLOW_MASKS) * SLOW_SECONDS
         if seconds > GROWS_SECONDS:
-            before, self._resident = self._resident, _resident()
-            text.memory += max(0, self._resident - before)
-        if seconds > self._hello.mask_seconds:
+            before, self._memory = self._memory, _memory()
+            text.memory += max(0, self._memory - before)
+        if seconds > self._limits.mask_seconds:
             mask = b""
-            why = f"the grammar takes more than {self._hello.mask_seconds:g} s of processor time for a token"
-        self._answers += frame(Mask(ask.number, mask, forced, seconds, text.memory, why))
+            why = f"the grammar takes more than {self._limits.mask_seconds:g} s of processor time for a token"
+        return Mask(ask.number, mask, forced, seconds, text.memory, why)
 
     def _mask(self, text: _Text, ask: Ask) -> tuple[bytes, str]:
         """Return the mask, and what is wrong."""
@@ -388,14 +352,6 @@ class _Literal:
 # The process
 
 
-def _received(connection: socket.socket) -> bytes:
-    """Receive some bytes. Raises EOFError if the engine is gone."""
-    data = connection.recv(2**18)
-    if not data:
-        raise EOFError
-    return data
-
-
 def _end_with_parent() -> None:
     """Let the kernel end this process with its parent, where the system supports it. Elsewhere the worker
     notices the closed connection, and a child ends at its bounds."""
@@ -416,25 +372,17 @@ def _limit_memory(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _resident() -> int:
-    """Return the bytes of memory that the process takes; 0 where that is not known cheaply."""
+def _memory() -> int:
+    """Return the bytes that the process takes, without those of files where the system tells them apart."""
     if sys.platform != "linux":
-        return 0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE
-
-
-def _own_memory() -> int:
-    """Return the bytes that a child does not share with its parent."""
-    if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # with shared memory
-    with open("/proc/self/smaps_rollup") as file:
-        return 1024 * sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
+        _, resident, of_files = map(int, file.read().split()[:3])
+    return (resident - of_files) * mmap.PAGESIZE
 
 
 def _silence() -> None:
-    """Silence the library's output before an abort. The client caused it, so it does not belong in the
-    server's log."""
+    """Silence the library's output. Clients cause it, so it does not belong in the server's log."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for known in (0, 1, 2):
         os.dup2(nowhere, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Unpack
 
@@ -28,7 +28,6 @@ class GrammarCompiler(Protocol):
 
     limits: GrammarLimits
 
-    def check_size(self, texts: Iterable[str]) -> None: ...
     async def constraint(self, text: str, tenant: str | None) -> TokenConstraint: ...
 
 

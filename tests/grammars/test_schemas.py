@@ -17,7 +17,7 @@ from support.byte_tokens import TOKENS, llguidance
 from support.machine import slowness
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.limits import MAX_CHARACTERS, MAX_DEPTH, MAX_ITEMS, MAX_SCHEMAS
+from aioengine.grammars.budget import MAX_CHARACTERS, MAX_DEPTH, MAX_ITEMS, MAX_SCHEMAS
 from aioengine.grammars.schemas import FORMATS, SchemaOptions, arguments_schema, prepare_schema
 
 STRICT = SchemaOptions(lenient=False)

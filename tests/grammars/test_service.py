@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -23,8 +24,7 @@ from support.waiting import SECONDS, until
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
 from aioengine.grammars.limits import GrammarLimits, MiB
 from aioengine.grammars.service import MAX_ENDS, Grammars
-from aioengine.grammars.wire import NUMBER
-from aioengine.grammars.worker_process import Tokens
+from aioengine.grammars.wire import TEXT
 from aioengine.step import OutputView
 
 EOS = 255
@@ -48,7 +48,7 @@ TOKENIZER = LLTokenizer(JSON, n_vocab=256, eos_token=[EOS])
 @contextlib.asynccontextmanager
 async def grammars(limits: GrammarLimits = FAST) -> AsyncIterator[Grammars]:
     before = descendants()
-    service = Grammars(lambda: Tokens(JSON, 256, [EOS]), limits=limits)
+    service = Grammars(lambda: JSON, 256, [EOS], limits=limits)
     try:
         yield service
     finally:
@@ -417,6 +417,8 @@ async def test_a_killed_worker_is_replaced_and_all_rows_go_on() -> None:
         for _ in range(4):
             worker().kill()
             await until(lambda: service.kept == 0)
+            await until(lambda: service.kept == 2)
+            assert await mask(first, tokens("")) != expected
             assert await mask(first, tokens("a")) == expected
             assert await mask(second)
         assert (await service.constraint(from_regex("ab"), None)).allowed([])
@@ -439,14 +441,15 @@ async def test_a_text_that_ends_the_worker_again_and_again_is_refused() -> None:
         text = from_lark(hostile.AMBIGUOUS)
         row = await service.constraint(text, "a")
         for _ in range(MAX_ENDS):
+            await until(lambda: service.kept == 2)
             assert await mask(row)
-            number = service._kept[text].number
+            place = service._kept[text].place
+            os.kill(worker().pid, signal.SIGSTOP)
+            os.pwrite(place.worker._doing.fileno(), TEXT.pack(place.number), 0)  # it is busy with the text
             worker().kill()
-            assert service._worker is not None
-            os.pwrite(service._worker.result()._doing, NUMBER.pack(number), 0)  # it was busy with the text
             await until(lambda: service.kept == 0)
         with pytest.raises(ValueError, match="ended the process"):
-            await mask(row)
+            await mask(row, tokens("a"))
         assert await mask(honest)
         with pytest.raises(RequestInvalid, match="ended the process"):
             await service.constraint(text, "c")
@@ -483,7 +486,7 @@ from grammars.test_service import *
 
 async def main():
     limits = bounds(compile_seconds=600)
-    service = Grammars(lambda: Tokens(JSON, 256, [EOS]), limits=limits)
+    service = Grammars(lambda: JSON, 256, [EOS], limits=limits)
     kept = await service.constraint(from_regex("ab"), None)
     long = asyncio.create_task(service.constraint(from_json(hostile.multiples(7919, 7907)), None))
     await until(lambda: len(trials()) == 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from aioengine.grammars.matching import largest_of_most
+from aioengine.grammars.service import largest_of_most
 
 
 def grammar(memory: int, *users: str | None) -> Any:

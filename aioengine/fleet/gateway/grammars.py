@@ -3,10 +3,10 @@ there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.limits import GrammarLimits, check_characters
+from aioengine.grammars.limits import GrammarLimits
 
 
 class SentGrammar:
@@ -25,12 +25,8 @@ class FleetGrammars:
     def __init__(self, limits: GrammarLimits | None) -> None:
         self.limits = GrammarLimits() if limits is None else limits
 
-    def check_size(self, texts: Iterable[str]) -> None:
-        """Raise RequestInvalid if the texts of a grammar have too many characters."""
-        check_characters(texts, self.limits.max_characters)
-
     async def constraint(self, text: str, tenant: str | None) -> SentGrammar:
         """Make a constraint that the replica compiles. An error in the grammar becomes the request's
         error."""
-        self.check_size((text,))
+        self.limits.check_characters((text,))
         return SentGrammar(text)

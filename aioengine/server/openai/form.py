@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.limits import SchemaBudget
+from aioengine.grammars.budget import SchemaBudget
 from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, arguments_schema, prepare_schema
 from aioengine.guided import Guide
 from aioengine.request import SamplingParams, TokenConstraint
