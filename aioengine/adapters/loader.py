@@ -9,7 +9,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from aioengine.adapters.read_threads import Progress, ReadThreads
 from aioengine.config import LoRAConfig
@@ -40,7 +40,6 @@ STOP_SECONDS = 1.0
 """How long ``close`` waits for reads; they take milliseconds."""
 
 
-R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -79,7 +78,7 @@ class Backoff:
             await asyncio.sleep(self._base * 2 ** (failed - 1) * self._rng.uniform(0.5, 1.0))
 
 
-class BaseLoader(ABC, Generic[R]):
+class BaseLoader(ABC):
     """Loads with the retries and the time limit of ``lora``, wherever the reads are done. No thread is held
     between retries. A read that does not return in time is abandoned: it is not counted any more, and its
     result is dropped. The caller bounds how many adapters are loaded at once."""
@@ -101,7 +100,7 @@ class BaseLoader(ABC, Generic[R]):
         start = time.perf_counter()
         progress = Progress(path)
 
-        async def attempt() -> tuple[LoadedAdapter, R]:
+        async def attempt() -> LoadedAdapter:
             progress.running = progress.waiting = True
             if progress not in self._open:
                 self._open.append(progress)
@@ -111,7 +110,7 @@ class BaseLoader(ABC, Generic[R]):
         try:
             async with asyncio.timeout(self._timeout) as limit:
                 await self._until_unobstructed(name, path)
-                found, content = await self._backoff.run(attempt)
+                found = await self._backoff.run(attempt)
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -124,7 +123,6 @@ class BaseLoader(ABC, Generic[R]):
             ) from error
         finally:
             progress.over = True
-        self._keep(order.uid, content)
         return found._replace(seconds=time.perf_counter() - start)
 
     # Reads that hang
@@ -179,18 +177,14 @@ class BaseLoader(ABC, Generic[R]):
         loop.call_later(seconds, self._watch, progress, stalled, progress.calls, told)
 
     @abstractmethod
-    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, R]:
-        """Read once, and return what the core is told and what is kept.
+    async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
+        """Read once into the CPU cache.
 
         Record the end in ``progress``, even if the read was abandoned. After a cancellation, a late result
         must be dropped."""
 
-    @abstractmethod
-    def _keep(self, uid: int, content: R) -> None:
-        """Put what was read into the CPU cache."""
 
-
-class AdapterLoader(BaseLoader["AdapterImage"]):
+class AdapterLoader(BaseLoader):
     """Reads run in threads of their own, so that a slow disk holds up neither the event loop nor a model
     step."""
 
@@ -199,7 +193,7 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
         self.store = store
         self._threads = ReadThreads("aioengine-load")
 
-    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, AdapterImage]:
+    async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
         def read() -> tuple[LoadedAdapter, AdapterImage]:
             try:
                 with enough_memory(order.name, order.path):
@@ -209,10 +203,8 @@ class AdapterLoader(BaseLoader["AdapterImage"]):
             finally:
                 progress.running = False
 
-        return await self._threads.start(read)
-
-    def _keep(self, uid: int, content: AdapterImage) -> None:
-        self.store.images[uid] = content
+        loaded, self.store.images[order.uid] = await self._threads.start(read)
+        return loaded
 
     async def close(self) -> None:
         """Wait for the reads under way, but not long for those that hang, and free the cache. Cancel loads

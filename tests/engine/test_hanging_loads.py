@@ -23,7 +23,7 @@ from aioengine.step import LoadedAdapter, ReadOrder
 from aioengine.testing import LIMITS, Sim
 
 
-class Loader(BaseLoader[None]):
+class Loader(BaseLoader):
     """Reads are tasks that go on when nobody waits for them any more. ``seconds`` says for how long one waits
     in a single call, by the name's first letters; others take 0.05 seconds."""
 
@@ -34,13 +34,13 @@ class Loader(BaseLoader[None]):
         self._pieces = pieces
         self.tasks: set[asyncio.Task[None]] = set()
 
-    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, None]:
+    async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
         self.reads.append(order.name)
         task = asyncio.get_running_loop().create_task(self._thread(order.name, progress))
         self.tasks.add(task)
         await asyncio.wait([task])
         task.result()
-        return LoadedAdapter(8, 100, 100, "x"), None
+        return LoadedAdapter(8, 100, 100, "x")
 
     async def _thread(self, name: str, progress: Progress) -> None:
         seconds = next((s for start, s in self._seconds.items() if name.startswith(start)), 0.05)
@@ -48,8 +48,6 @@ class Loader(BaseLoader[None]):
             with progress:
                 await asyncio.sleep(seconds / self._pieces)
         progress.running = False
-
-    def _keep(self, uid: int, content: None) -> None: ...
 
 
 class Reading(Steady):

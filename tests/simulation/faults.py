@@ -321,7 +321,7 @@ def token_at(request_id: str, index: int) -> int:
     return (int(request_id[1:]) * 131 + index * 7) % VOCABULARY
 
 
-class FaultyLoader(BaseLoader[LoadedAdapter]):
+class FaultyLoader(BaseLoader):
     """Retries, time limits and giving up are the real loader's; only the reads are made up, in tasks of their
     own that go on when nobody waits for them any more, as a thread does."""
 
@@ -351,7 +351,7 @@ class FaultyLoader(BaseLoader[LoadedAdapter]):
         done = await super().load(order)
         return done._replace(seconds=loop.time() - start)  # the real one looks at the real clock
 
-    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, LoadedAdapter]:
+    async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
         losses, path = self._memory.generation(), order.path
         reading = asyncio.get_running_loop().create_task(self._thread(order.name, path), name=f"read {path}")
         reading.add_done_callback(lambda _: setattr(progress, "running", False))
@@ -364,7 +364,11 @@ class FaultyLoader(BaseLoader[LoadedAdapter]):
         found = reading.result()
         if self._memory.generation() != losses:
             raise EngineDead("planned: the device was lost")
-        return found, found
+        if order.uid in self._memory.cpu:
+            self._memory.problem(f"version {order.uid} was read twice")
+        self._memory.cpu[order.uid] = found.digest
+        self._memory.sizes[order.uid] = found.nbytes
+        return found
 
     def _forget(self, reading: asyncio.Task[LoadedAdapter]) -> None:
         del self._left_behind[reading]
@@ -398,12 +402,6 @@ class FaultyLoader(BaseLoader[LoadedAdapter]):
             )
         nbytes = self._costs.adapter_nbytes(rank)
         return LoadedAdapter(rank, nbytes, nbytes, path)
-
-    def _keep(self, uid: int, content: LoadedAdapter) -> None:
-        if uid in self._memory.cpu:
-            self._memory.problem(f"version {uid} was read twice")
-        self._memory.cpu[uid] = content.digest
-        self._memory.sizes[uid] = content.nbytes
 
     async def close(self) -> None:
         left = list(self._left_behind)

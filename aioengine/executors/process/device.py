@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from typing import Any
 
 from aioengine.adapters.loader import BaseLoader
@@ -25,7 +24,6 @@ from aioengine.executors.process.wire import (
     Place,
     Read,
     ReadDone,
-    Settle,
     StepEncoder,
 )
 from aioengine.executors.process.workers import Workers
@@ -171,22 +169,18 @@ def _ask_constraints(rows: Sequence[SequenceWork], alone: bool, vocab: int) -> c
     return constraints.collect(rows, alone=alone, vocab=vocab)
 
 
-class WorkerLoader(BaseLoader[int]):
-    """Loads adapters through ``workers``, which read them beside the steps, each under a number. Each rank
-    reads and holds its share; either all ranks hold an adapter, or none does."""
+class WorkerLoader(BaseLoader):
+    """Loads adapters through ``workers``, which read them beside the steps. Each rank reads and holds its
+    share; either all ranks hold an adapter, or none does."""
 
     workers: Workers
 
-    def __init__(self, lora: LoRAConfig | None, seed: int) -> None:
-        super().__init__(lora, seed)
-        self._numbers = count()
-
-    async def _read(self, order: ReadOrder, progress: Progress) -> tuple[LoadedAdapter, int]:
+    async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
         def ended(_: object) -> None:
             progress.running = False
 
-        workers, number = self.workers, next(self._numbers)
-        read = Read(number, order.name, order.path, order.files)
+        workers = self.workers
+        read = Read(order.uid, order.name, order.path, order.files)
         reading = workers.ask(read, ReadDone, progress.moved)
         last: asyncio.Future[Any] = reading
         try:
@@ -196,20 +190,16 @@ class WorkerLoader(BaseLoader[int]):
                 why = "its files changed while the ranks read them"
                 raise AdapterLoadError(why, name=order.name, path=order.path, transient=True)
             if answers[0].squares:
-                last = workers.ask(Finish(number, [answer.squares for answer in answers]), type(None))
+                last = workers.ask(Finish(order.uid, [answer.squares for answer in answers]), type(None))
                 await asyncio.shield(last)
         except BaseException:
-            workers.tell(Settle(number))
+            workers.tell(Drop(order.uid))
             raise
         finally:
             last.add_done_callback(ended)  # one that was given up goes on in a worker
             progress.running = not last.done()
-        found = shares[0]._replace(
+        return shares[0]._replace(
             nbytes=sum(share.nbytes for share in shares),
             slot_nbytes=max(share.slot_nbytes for share in shares),
             scalable=all(share.scalable for share in shares),
         )
-        return found, number
-
-    def _keep(self, uid: int, content: int) -> None:
-        self.workers.tell(Settle(content, uid))

@@ -72,10 +72,10 @@ class Masks(_Message, frozen=True):
 
 
 class Read(_Message, frozen=True):
-    """Asks for the read of an adapter, even if it was discarded meanwhile; answered with ReadDone."""
+    """Asks for the read of an adapter into the CPU cache, under its uid; answered with ReadDone, even if the
+    adapter was dropped meanwhile."""
 
-    read: int
-    """Number of the read."""
+    uid: int
     name: str
     path: str
     files: AdapterSource | None = None
@@ -85,19 +85,12 @@ class Read(_Message, frozen=True):
 class Finish(_Message, frozen=True):
     """Finishes a read with the sums of all ranks, in the order of the ranks; answered with None."""
 
-    read: int
+    uid: int
     squares: list[bytes]
 
 
-class Settle(_Message, frozen=True):
-    """Puts the result of a read into the CPU cache; without ``uid``, forgets it."""
-
-    read: int
-    uid: int | None = None
-
-
 class Drop(_Message, frozen=True):
-    """Frees an adapter's CPU memory."""
+    """Frees an adapter's CPU memory, also of one whose read has failed or still runs."""
 
     uid: int
 
@@ -111,7 +104,7 @@ class Place(_Message, frozen=True):
     offset: int
 
 
-Message = Start | Build | Step | Masks | Read | Finish | Settle | Drop | Place
+Message = Start | Build | Step | Masks | Read | Finish | Drop | Place
 
 
 class Request(msgspec.Struct, array_like=True, frozen=True):

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from aioengine.adapters.peft.dora import Draft
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.runner import ModelRunner
-    from aioengine.model.slots.image import AdapterImage
 
 RECEIVE_BYTES = 1 << 20
 REPORT_SECONDS = 0.05
@@ -82,10 +81,8 @@ class Worker:
                 self._reads.read(number, message, self._store)
             case wire.Finish():
                 self._reads.finish(number, message, self._store)
-            case wire.Settle():
-                self._reads.settle(message, self._store)
             case wire.Drop():
-                del self._store.images[message.uid]
+                self._reads.drop(message.uid, self._store)
             case wire.Place():
                 # Before the copy's turn: it may be dropped until then.
                 image = self._store.images[message.uid]
@@ -163,27 +160,26 @@ class _Reported(Progress):
 
 
 class _Read:
-    """A read; first it has a draft, and when that is finished an image."""
+    """A read of an adapter that is not in the CPU cache yet."""
 
     draft: Draft
-    image: AdapterImage
 
 
 class _Reads:
     """Reads of adapters from disk to the CPU cache, each in a thread of its own. The main thread calls its
     methods; any thread calls ``send``.
 
-    A read is here, by its number, until it is settled. Of one that is forgotten while its thread runs,
-    nothing is left when the thread has ended.
+    Of an adapter that is dropped while its thread runs, nothing is left when the thread has ended.
     """
 
     def __init__(self, send: Callable[[wire.Report], None]) -> None:
         self._send = send
         self._reads: dict[int, _Read] = {}
+        """By uid, until the adapter is in the cache or dropped."""
 
     def read(self, number: int, order: wire.Read, store: AdapterStore) -> None:
         """Read this rank's share."""
-        read = self._reads[order.read] = _Read()
+        read = self._reads[order.uid] = _Read()
         progress = _Reported(lambda: self._send(wire.Reading(number)))
 
         def work() -> wire.ReadDone:
@@ -192,27 +188,29 @@ class _Reads:
             if squares:
                 read.draft = draft
             else:
-                read.image = store.finish(draft)
+                self._finish(order.uid, draft, store)
             return wire.ReadDone(draft.loaded, draft.packed.version, squares)
 
         self._start(number, work, order.name, order.path)
 
     def finish(self, number: int, order: wire.Finish, store: AdapterStore) -> None:
-        read = self._reads[order.read]
-        draft = read.draft
-        del read.draft
+        draft = self._reads[order.uid].draft
 
         def work() -> None:
             for squares in order.squares:
                 draft.add(squares)
-            read.image = store.finish(draft)
+            self._finish(order.uid, draft, store)
 
         self._start(number, work, draft.packed.name, draft.packed.path)
 
-    def settle(self, order: wire.Settle, store: AdapterStore) -> None:
-        read = self._reads.pop(order.read, None)
-        if order.uid is not None and read is not None:
-            store.images[order.uid] = read.image
+    def drop(self, uid: int, store: AdapterStore) -> None:
+        self._reads.pop(uid, None)
+        store.images.pop(uid, None)
+
+    def _finish(self, uid: int, draft: Draft, store: AdapterStore) -> None:
+        store.images[uid] = store.finish(draft)
+        if self._reads.pop(uid, None) is None:  # dropped meanwhile, perhaps before it was in the cache
+            store.images.pop(uid, None)
 
     def _start(self, number: int, work: Callable[[], object], name: str, path: str) -> None:
         def run() -> None:
