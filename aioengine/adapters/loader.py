@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from aioengine.adapters.read_threads import Progress, ReadThreads
+from aioengine.adapters.read_threads import POLL_SECONDS, Progress, ReadThreads
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterError, AdapterLoadError
 from aioengine.step import LoadedAdapter, ReadOrder, Stalled
@@ -34,8 +34,6 @@ GRACE_SECONDS = 0.5
 this time."""
 BACKOFF_SECONDS = 0.1
 """Wait before the first retry of a read that failed for a passing reason."""
-POLL_SECONDS = 0.005
-"""Interval of polling, which is rare."""
 STOP_SECONDS = 1.0
 """How long ``close`` waits for reads; they take milliseconds."""
 

@@ -10,13 +10,16 @@ waits for it any more, its result is dropped, and it ends when the read returns.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+POLL_SECONDS = 0.005
+"""Interval of polling, which is rare."""
 
 
 class Progress:
@@ -56,47 +59,33 @@ class ReadThreads:
     def __init__(self, name: str) -> None:
         self._name = name
         self._number = itertools.count()
-        self._running: set[asyncio.Future[None]] = set()
+        self._threads: list[Thread] = []
 
     def start(self, read: Callable[[], T]) -> asyncio.Future[T]:
         """Start ``read()`` and return a future of its result. Cancelling the future abandons the thread."""
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[T] = loop.create_future()
-        ended: asyncio.Future[None] = loop.create_future()
-
-        def deliver(value: T | None, error: Exception | None) -> None:
-            nonlocal result
-            thread.join()  # it ends at once; so it is gone when the caller sees the result
-            self._running.discard(ended)
-            ended.set_result(None)
-            if result.done():  # cancelled
-                return
-            if error is None:
-                result.set_result(value)  # type: ignore[arg-type] # a T, for there is no error
-            else:
-                result.set_exception(error)
-                del result  # it has the error, whose frames refer to this function: leave no cycle
-
-        def body() -> None:
-            value: T | None = None
-            error: Exception | None = None
-            try:
-                value = read()
-            except BaseException as caught:
-                error = for_the_loop(caught, "the read")
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
-                loop.call_soon_threadsafe(deliver, value, error)
-            value = error = None  # an error refers to this frame: leave no cycle
-
-        thread = threading.Thread(target=body, name=f"{self._name}-{next(self._number)}", daemon=True)
+        found: Future[T] = Future()
+        found.set_running_or_notify_cancel()  # from now on it is not cancelled together with the other
+        name = f"{self._name}-{next(self._number)}"
+        thread = Thread(target=_run, args=(read, found), name=name, daemon=True)
         thread.start()
-        self._running.add(ended)
-        return result
+        self._threads = [*filter(Thread.is_alive, self._threads), thread]
+        return asyncio.wrap_future(found)
 
     async def wait(self, seconds: float) -> None:
         """Wait up to ``seconds`` until every thread has ended."""
-        if self._running:
-            await asyncio.wait(self._running, timeout=seconds)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while any(map(Thread.is_alive, self._threads)) and loop.time() < end:
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def _run(read: Callable[[], T], found: Future[T]) -> None:
+    """Run ``read()`` for its future."""
+    try:
+        found.set_result(read())
+    except BaseException as error:
+        found.set_exception(for_the_loop(error, "the read"))
+        del read, found  # the error's frames refer to them: leave no cycle
 
 
 def for_the_loop(error: BaseException, what: str) -> Exception:

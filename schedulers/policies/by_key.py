@@ -7,22 +7,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from heapq import merge
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
-from sortedcontainers import SortedList
+from sortedcontainers import SortedKeyList
 
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.parts.base import Ordering, Preemption
 from aioengine.schedulers.policy import PolicyEvent, RequestView, SchedulerView, SlotState
-
-
-class _Entry(NamedTuple):
-    """A waiting request; ``number`` is unique, so that requests are never compared."""
-
-    key: Any
-    arrival: float
-    number: int
-    request: RequestView
 
 
 class SortedRequests:
@@ -33,11 +24,10 @@ class SortedRequests:
     """
 
     def __init__(self, key: Callable[[RequestView], Any]) -> None:
-        self._key = key
-        self._count = 0
-        self._queues: dict[str | None, SortedList[_Entry]] = {}
-        self._firsts: SortedList[_Entry] = SortedList()  # of each queue
-        self._entries: dict[str, _Entry] = {}
+        self._order = lambda request: (key(request), request.arrival)
+        self._queues: dict[str | None, SortedKeyList[RequestView]] = {}
+        self._firsts: SortedKeyList[RequestView] = SortedKeyList(key=self._order)  # of each queue
+        self._waiting = 0
 
     def on_event(self, event: PolicyEvent) -> None:
         request = event.request
@@ -46,47 +36,40 @@ class SortedRequests:
                 self._queues[event.adapter] = self._queues.pop(event.was)
         elif event.kind in ("request_added", "request_preempted"):
             self._add(request)
-        elif (entry := self._entries.pop(request.request_id, None)) is not None:
-            queue = self._queues[request.adapter]
-            first = queue[0]
-            queue.remove(entry)
-            self._replace_first(first, queue)
+        elif request in (queue := self._queues.get(request.adapter, ())):
+            queue.remove(request)
+            self._waiting -= 1
+            if request in self._firsts:
+                self._firsts.remove(request)
+                self._firsts.update(queue[:1])
             if not queue:
                 del self._queues[request.adapter]
 
     def sync(self, view: SchedulerView) -> None:
         """Read all requests again if events were missed, so that the numbers differ."""
-        if len(self._entries) != len(view.waiting):
+        if self._waiting != len(view.waiting):
             self._queues.clear()
             self._firsts.clear()
-            self._entries.clear()
+            self._waiting = 0
             for request in view.waiting:
                 self._add(request)
 
     def waiting_for(self, names: Collection[str | None]) -> Iterator[RequestView]:
         """Yield the requests for these adapters (None: the base model)."""
-        return (entry.request for entry in merge(*(self._queues.get(name, ()) for name in names)))
+        return merge(*(self._queues.get(name, ()) for name in names), key=self._order)
 
     def adapters(self) -> Iterator[str | None]:
         """Yield the adapters in the order of their first requests."""
-        return (entry.request.adapter for entry in self._firsts)
+        return (request.adapter for request in self._firsts)
 
     def _add(self, request: RequestView) -> None:
-        self._count += 1
-        entry = _Entry(self._key(request), request.arrival, self._count, request)
-        self._entries[request.request_id] = entry
-        queue = self._queues.setdefault(request.adapter, SortedList())
-        first = queue[0] if queue else None
-        queue.add(entry)
-        self._replace_first(first, queue)
-
-    def _replace_first(self, was: _Entry | None, queue: SortedList[_Entry]) -> None:
-        first = queue[0] if queue else None
-        if first is not was:
-            if was is not None:
-                self._firsts.remove(was)
-            if first is not None:
-                self._firsts.add(first)
+        queue = self._queues.setdefault(request.adapter, SortedKeyList(key=self._order))
+        queue.add(request)
+        self._waiting += 1
+        if queue[0] is request:
+            self._firsts.add(request)
+            for second in queue[1:2]:
+                self._firsts.remove(second)
 
 
 class FixedKeyOrdering(Ordering):
