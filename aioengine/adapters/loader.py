@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+from aioengine.adapters.peft.folder import failed, naming
 from aioengine.adapters.read_threads import POLL_SECONDS, Progress, ReadThreads
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterError, AdapterLoadError
@@ -94,9 +95,8 @@ class BaseLoader(ABC):
         Raises the adapter errors of the format's reader; AdapterLoadError also if it takes too long, if an
         earlier read of this folder or too many others hang, or if there is no memory for it.
         """
-        name, path = order.name, order.path
         start = time.perf_counter()
-        progress = Progress(path)
+        progress = Progress(order.path)
 
         async def attempt() -> LoadedAdapter:
             progress.running = progress.waiting = True
@@ -105,38 +105,35 @@ class BaseLoader(ABC):
             return await self._read(order, progress)
 
         self._watch(progress, order.stalled)
-        try:
-            async with asyncio.timeout(self._timeout) as limit:
-                await self._until_unobstructed(name, path)
-                found = await self._backoff.run(attempt)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            progress.stuck = True
-            raise AdapterLoadError(
-                f"was not read within load_timeout={self._timeout:g} seconds: the disk or the network mount "
-                "hangs or is too slow; repair it, or raise LoRAConfig.load_timeout",
-                name=name,
-                path=path,
-            ) from error
-        finally:
-            progress.over = True
+        with naming(order.name, order.path):
+            try:
+                async with asyncio.timeout(self._timeout) as limit:
+                    await self._until_unobstructed(order.path)
+                    found = await self._backoff.run(attempt)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                progress.stuck = True
+                failed(
+                    f"was not read within load_timeout={self._timeout:g} seconds: the disk or the network "
+                    "mount hangs or is too slow; repair it, or raise LoRAConfig.load_timeout"
+                )
+            finally:
+                progress.over = True
         return found._replace(seconds=time.perf_counter() - start)
 
     # Reads that hang
 
-    async def _until_unobstructed(self, name: str, path: str) -> None:
+    async def _until_unobstructed(self, path: str) -> None:
         """Wait for abandoned reads. Raises AdapterLoadError if they still hang after
         ``GRACE_SECONDS``, or others hang."""
         loop = asyncio.get_running_loop()
         end = loop.time() + GRACE_SECONDS
         while (reason := self._obstacle(path, abandoned=True)) is not None:
             if loop.time() >= end or self._obstacle(path) is not None:
-                raise AdapterLoadError(
+                failed(
                     f"not read, because {reason}; it is read again when that has ended: check the disk or "
                     "the network mount",
-                    name=name,
-                    path=path,
                     transient=True,
                 )
             await asyncio.sleep(POLL_SECONDS)
@@ -176,7 +173,7 @@ class BaseLoader(ABC):
 
     @abstractmethod
     async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
-        """Read once into the CPU cache.
+        """Read once into the CPU cache. Errors need not name the adapter.
 
         Record the end in ``progress``, even if the read was abandoned. After a cancellation, a late result
         must be dropped."""
@@ -194,7 +191,7 @@ class AdapterLoader(BaseLoader):
     async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
         def read() -> tuple[LoadedAdapter, AdapterImage]:
             try:
-                with enough_memory(order.name, order.path):
+                with enough_memory():
                     draft = self.store.begin(order.name, order.path, progress, order.files)
                     image = self.store.finish(draft)
                     return draft.loaded, image  # the digest was computed beside that
@@ -212,7 +209,7 @@ class AdapterLoader(BaseLoader):
 
 
 @contextlib.contextmanager
-def enough_memory(name: str, path: str) -> Iterator[None]:
+def enough_memory() -> Iterator[None]:
     """Raise AdapterLoadError if memory runs out within. Torch raises RuntimeError then for the CPU, and a
     class of its own for CUDA."""
     try:
@@ -225,4 +222,4 @@ def enough_memory(name: str, path: str) -> Iterator[None]:
             raise
         why = "there is not enough memory to hold it; lower LoRAConfig.max_cpu_loras or set "
         why += f"LoRAConfig.max_cpu_lora_bytes ({kind}: {text[:200]})"
-        raise AdapterLoadError(why, name=name, path=path) from error
+        raise AdapterLoadError(why, name="") from error

@@ -75,7 +75,9 @@ class ReadThreads:
         """Wait up to ``seconds`` until every thread has ended."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
-        while any(map(Thread.is_alive, self._threads)) and loop.time() < end:
+        while any(map(Thread.is_alive, self._threads)):
+            if loop.time() >= end:
+                return
             await asyncio.sleep(POLL_SECONDS)
 
 

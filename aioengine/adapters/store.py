@@ -68,7 +68,7 @@ class AdapterStore:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             if isinstance(files, MixFiles):
                 parts = [(part, self._part(part, progress)) for part in files.parts]
-                packed = add_up(name, path, self._floats, parts)
+                packed = add_up(self._floats, parts)
             else:
                 packed = self._read(name, path, progress, files)
             if packed.magnitudes:  # what is computed of A and B says less of them
@@ -98,9 +98,7 @@ class AdapterStore:
         if image is None or tensors is None or part.digest not in ("", image.digest):
             return self._read(part.name, part.path, progress, part.files).scaled(self._dtype)
         digest = image.digest
-        return PackedAdapter(
-            name=part.name, path=part.path, rank=image.rank, find_digest=lambda: digest, tensors=tensors
-        )
+        return PackedAdapter(rank=image.rank, find_digest=lambda: digest, tensors=tensors)
 
     def finish(self, draft: Draft) -> AdapterImage:
         """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""

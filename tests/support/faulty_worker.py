@@ -27,6 +27,7 @@ class Store:
     def __init__(self, store: Any, rank: int) -> None:
         self._store = store
         self._rank = rank
+        self._names: dict[Any, tuple[str, str]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -38,14 +39,16 @@ class Store:
             raise AdapterLoadError("a rank's disk is broken", name=name, path=path)
         if name == f"memory-{self._rank}":
             raise MemoryError
-        return self._store.begin(name, path, progress, files)
+        draft = self._store.begin(name, path, progress, files)
+        self._names[draft] = name, path
+        return draft
 
     def finish(self, draft: Any) -> Any:
-        name = draft.packed.name
+        name, path = self._names.pop(draft)
         if name == f"hang-end-{self._rank}":
             time.sleep(60)
         if name == f"fail-end-{self._rank}":
-            raise AdapterLoadError("a rank's norms are broken", name=name, path=draft.packed.path)
+            raise AdapterLoadError("a rank's norms are broken", name=name, path=path)
         image = self._store.finish(draft)
         if name == f"place-{self._rank}":
             image = dataclasses.replace(image, shape=dataclasses.replace(image.shape, layout=None))

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from aioengine.adapters.peft.folder import naming
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.read import read_adapter
 from aioengine.errors import AdapterError, AdapterInvalid
@@ -77,9 +78,10 @@ def read(folder: Path, spec: ModelSpec = SPEC, **options: Any) -> PackedAdapter:
     slot = options.pop("slot", None) or SlotLayout(spec, max_rank, modules)
     defaults = {"known": {}, "base_weight": lambda _: torch.empty(0)}
     dtype, finite = options.pop("dtype", torch.float32), options.pop("finite", True)
-    found = read_adapter("sql", folder, slot, dtype=dtype, **{**defaults, **options})
-    if finite:
-        found.check_finite(dtype, slot.spec)
+    with naming("sql", str(folder)):
+        found = read_adapter("sql", folder, slot, dtype=dtype, **{**defaults, **options})
+        if finite:
+            found.check_finite(dtype, slot.spec)
     return found.scaled(dtype)
 
 

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aioengine.adapters.peft.folder import invalid
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.values import Place, is_finite
-from aioengine.errors import AdapterInvalid
 from aioengine.model.linear import WeightRows
 from aioengine.model.slots.image import SERIAL_ELEMENTS, image_shape
 from aioengine.model.slots.layout import SlotLayout
@@ -150,11 +150,9 @@ def output_affine(
         if not is_finite(result[key]):
             layer, module = key
             where = module if layer < 0 else f"{module} of layer {layer}"
-            raise AdapterInvalid(
+            invalid(
                 f"the DoRA scale or the bias of {where} is not finite in {dtype}: a row of the adapted "
-                "weight is zero (was it trained on another base model?), or lora_dtype must be float32",
-                name=adapter.name,
-                path=adapter.path,
+                "weight is zero (was it trained on another base model?), or lora_dtype must be float32"
             )
     return result
 

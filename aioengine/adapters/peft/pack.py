@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.folder import SAFETENSORS_FILE, invalid_weights
+from aioengine.adapters.peft.folder import invalid_weights
 from aioengine.adapters.peft.targets import Layout
 from aioengine.adapters.peft.values import (
     HEAD_KINDS,
@@ -21,7 +21,6 @@ from aioengine.adapters.peft.values import (
     pieces_of,
     scaled,
 )
-from aioengine.errors import AdapterInvalid
 from aioengine.model.parallel.group import take
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.image import SERIAL_ELEMENTS
@@ -34,8 +33,6 @@ from aioengine.model.spec import NO_LAYER, ModelSpec
 class PackedAdapter:
     """A LoRA adapter in CPU memory, ready to be put into an image of a slot; or a rank's share of one."""
 
-    name: str = ""
-    path: str = ""
     rank: int
     """The largest effective rank of its modules."""
     find_digest: Callable[[], str] = str
@@ -82,18 +79,16 @@ class PackedAdapter:
 
     def check_finite(self, dtype: torch.dtype, spec: ModelSpec) -> None:
         """Raise AdapterInvalid if A or B has NaN or infinity, or becomes too large in ``dtype``."""
-        rounded, reason = self.scaled(dtype).tensors, None
+        rounded = self.scaled(dtype).tensors
         for (layer, module), pair in self.tensors.items():
             name = spec.module_name(layer, module)
             for side, given, becomes in zip("AB", pair, rounded[layer, module], strict=True):
                 if not is_finite(given):
-                    reason = f"{name}.lora_{side}: the weights contain NaN or infinity"
-                elif not is_finite(becomes):
-                    reason = (
+                    invalid_weights(f"{name}.lora_{side}: the weights contain NaN or infinity")
+                if not is_finite(becomes):
+                    invalid_weights(
                         f"{name}: the scaled weights overflow {dtype}; set lora_dtype to bfloat16 or float32"
                     )
-                if reason is not None:
-                    raise AdapterInvalid(f"{SAFETENSORS_FILE}: {reason}", name=self.name, path=self.path)
 
 
 def pack(

@@ -122,9 +122,7 @@ def read_adapter(
             folder.check_unchanged()  # a file that was replaced during the read does not show a bad adapter
             raise
         folder.check_unchanged()
-    return replace(
-        packed, name=name, path=str(path), find_digest=find_digest, pooling=kind, version=folder.version
-    )
+    return replace(packed, find_digest=find_digest, pooling=kind, version=folder.version)
 
 
 def _read(

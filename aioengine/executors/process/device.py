@@ -14,7 +14,7 @@ from typing import Any
 
 from aioengine.adapters.loader import BaseLoader
 from aioengine.adapters.read_threads import Progress
-from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.config import EngineConfig
 from aioengine.errors import AdapterLoadError, AioEngineError, EngineDead
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.process.wire import (

@@ -191,7 +191,7 @@ class _Reads:
                 self._finish(order.uid, draft, store)
             return wire.ReadDone(draft.loaded, draft.packed.version, squares)
 
-        self._start(number, work, order.name, order.path)
+        self._start(number, work)
 
     def finish(self, number: int, order: wire.Finish, store: AdapterStore) -> None:
         draft = self._reads[order.uid].draft
@@ -201,7 +201,7 @@ class _Reads:
                 draft.add(squares)
             self._finish(order.uid, draft, store)
 
-        self._start(number, work, draft.packed.name, draft.packed.path)
+        self._start(number, work)
 
     def drop(self, uid: int, store: AdapterStore) -> None:
         self._reads.pop(uid, None)
@@ -212,10 +212,10 @@ class _Reads:
         if self._reads.pop(uid, None) is None:  # dropped meanwhile, perhaps before it was in the cache
             store.images.pop(uid, None)
 
-    def _start(self, number: int, work: Callable[[], object], name: str, path: str) -> None:
+    def _start(self, number: int, work: Callable[[], object]) -> None:
         def run() -> None:
             try:
-                with enough_memory(name, path):
+                with enough_memory():
                     report: wire.Report = wire.answer(number, work())
             except BaseException as error:
                 report = wire.Failed(number, wire.pack_error(error))

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from aioengine.adapters.peft.folder import invalid
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.values import Matrices, Place
-from aioengine.errors import AdapterChanged, AdapterInvalid, AdapterTooLarge
+from aioengine.errors import AdapterChanged, AdapterTooLarge
 from aioengine.model.slots.layout import MAX_RANK, SlotLayout
 from aioengine.step import MixPart
 
 
-def add_up(
-    name: str, path: str, slot: SlotLayout, parts: Sequence[tuple[MixPart, PackedAdapter]]
-) -> PackedAdapter:
+def add_up(slot: SlotLayout, parts: Sequence[tuple[MixPart, PackedAdapter]]) -> PackedAdapter:
     """Add up adapters that were read for ``slot`` and have their scalings in B, or scale the only one.
 
     Raises:
@@ -46,8 +45,6 @@ def add_up(
     (first, only), *others = parts
     mix = replace(
         only,
-        name=name,
-        path=path,
         find_digest=lambda: digest,
         version=";".join(packed.version for packed in found),
         tensors=_scaled(only.tensors, first.weight),
@@ -57,7 +54,7 @@ def add_up(
     if not others:
         return mix
     for part, packed in parts:
-        _check(name, path, part, packed)
+        _check(part, packed)
     scaled = [mix.tensors, *(_scaled(packed.tensors, part.weight) for part, packed in others)]
     tensors: dict[Place, tuple[Tensor, Tensor]] = {}
     for place in dict.fromkeys(place for pairs in scaled for place in pairs):
@@ -66,7 +63,7 @@ def add_up(
         if b.shape[1] > MAX_RANK:
             ranks = " + ".join(str(b.shape[1]) for _, b in pairs)
             why = f"{place[1]} of layer {place[0]} has rank {ranks}, more than {MAX_RANK}: mix fewer"
-            raise AdapterTooLarge(why, name=name, path=path)
+            raise AdapterTooLarge(why, name="")
         tensors[place] = torch.cat([a for a, _ in pairs]), b
     return replace(mix, tensors=tensors, rank=max(b.shape[1] for _, b in tensors.values()), pooling=None)
 
@@ -83,7 +80,7 @@ def _filled(layout: SlotLayout, module: str, a: Tensor, b: Tensor) -> tuple[Tens
     return pad(a, (0, 0, 0, rank // ways - len(a))), pad(b, (0, rank - b.shape[1]))
 
 
-def _check(name: str, path: str, part: MixPart, packed: PackedAdapter) -> None:
+def _check(part: MixPart, packed: PackedAdapter) -> None:
     kinds = (
         ("DoRA's magnitudes, which are of the weights with this adapter alone", packed.magnitudes),
         ("invocation tokens", packed.invocation),
@@ -91,11 +88,9 @@ def _check(name: str, path: str, part: MixPart, packed: PackedAdapter) -> None:
         ("trained tokens", packed.tokens is not None),
     )
     if more := [what for what, has in kinds if has]:
-        raise AdapterInvalid(
+        invalid(
             f"{part.name!r} has {' and '.join(more)}, and so it can be scaled but not mixed with others: ask "
-            "for it alone",
-            name=name,
-            path=path,
+            "for it alone"
         )
 
 
