@@ -9,17 +9,13 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from aioengine.adapters.peft.folder import failed, naming
-from aioengine.adapters.read_threads import POLL_SECONDS, Progress, ReadThreads
+from aioengine.adapters.read_threads import POLL_SECONDS, Progress
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterError, AdapterLoadError
 from aioengine.step import LoadedAdapter, ReadOrder, Stalled
-
-if TYPE_CHECKING:
-    from aioengine.adapters.store import AdapterStore  # these import torch
-    from aioengine.model.slots.image import AdapterImage
 
 STALL_SECONDS = 1.0
 """After a read has waited this long for one file operation, or for its next retry, another read may start in
@@ -35,8 +31,6 @@ GRACE_SECONDS = 0.5
 this time."""
 BACKOFF_SECONDS = 0.1
 """Wait before the first retry of a read that failed for a passing reason."""
-STOP_SECONDS = 1.0
-"""How long ``close`` waits for reads; they take milliseconds."""
 
 
 T = TypeVar("T")
@@ -177,35 +171,6 @@ class BaseLoader(ABC):
 
         Record the end in ``progress``, even if the read was abandoned. After a cancellation, a late result
         must be dropped."""
-
-
-class AdapterLoader(BaseLoader):
-    """Reads run in threads of their own, so that a slow disk holds up neither the event loop nor a model
-    step."""
-
-    def __init__(self, store: AdapterStore, lora: LoRAConfig | None = None, seed: int = 0) -> None:
-        super().__init__(lora, seed)
-        self.store = store
-        self._threads = ReadThreads("aioengine-load")
-
-    async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
-        def read() -> tuple[LoadedAdapter, AdapterImage]:
-            try:
-                with enough_memory():
-                    draft = self.store.begin(order.name, order.path, progress, order.files)
-                    image = self.store.finish(draft)
-                    return draft.loaded, image  # the digest was computed beside that
-            finally:
-                progress.running = False
-
-        loaded, self.store.images[order.uid] = await self._threads.start(read)
-        return loaded
-
-    async def close(self) -> None:
-        """Wait for the reads under way, but not long for those that hang, and free the cache. Cancel loads
-        before."""
-        await self._threads.wait(STOP_SECONDS)
-        self.store.clear()
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from aioengine.adapters.loader import AdapterLoader
-from aioengine.adapters.read_threads import for_the_loop
+from aioengine.adapters.loader import BaseLoader, enough_memory
+from aioengine.adapters.read_threads import Progress, ReadThreads, for_the_loop
+from aioengine.config import LoRAConfig
 from aioengine.errors import DeviceError
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.parts import write_slot
@@ -19,17 +20,25 @@ from aioengine.model.cuda.failures import typed_failures
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
+    from aioengine.adapters.store import AdapterStore
     from aioengine.model.runner import ModelRunner
+    from aioengine.model.slots.image import AdapterImage
+
+STOP_SECONDS = 1.0
+"""How long ``close`` waits for reads; they take milliseconds."""
 
 
-class ThreadDevice(Device):
-    """Steps in one thread, copies into slots in another, and each read of ``loader`` in its own."""
+class ThreadDevice(BaseLoader, Device):
+    """Steps in one thread, copies into slots in another, and each read in its own, so that a slow disk holds
+    up neither the event loop nor a step. ``store`` is the CPU cache."""
 
-    def __init__(self, runner: ModelRunner, loader: AdapterLoader) -> None:
+    def __init__(
+        self, runner: ModelRunner, store: AdapterStore, lora: LoRAConfig | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(lora, seed)
         self.runner = runner
-        self.store = loader.store
-        """The CPU cache."""
-        self._loader = loader
+        self.store = store
+        self._reads = ReadThreads("aioengine-load")
         self.kernels, self.variance = runner.kernels, runner.variance
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
@@ -47,8 +56,18 @@ class ThreadDevice(Device):
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(ended, result)
 
-    async def load(self, order: ReadOrder) -> LoadedAdapter:
-        return await self._loader.load(order)
+    async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
+        def read() -> tuple[LoadedAdapter, AdapterImage]:
+            try:
+                with enough_memory():
+                    draft = self.store.begin(order.name, order.path, progress, order.files)
+                    image = self.store.finish(draft)
+                    return draft.loaded, image  # the digest was computed beside that
+            finally:
+                progress.running = False
+
+        loaded, self.store.images[order.uid] = await self._reads.start(read)
+        return loaded
 
     async def place(self, uid: int, slot: int, offset: int) -> float:
         image, loop = self.store.images[uid], asyncio.get_running_loop()
@@ -67,4 +86,5 @@ class ThreadDevice(Device):
         self._copy_thread.shutdown(wait=True)
         with contextlib.suppress(AttributeError):  # closed twice
             del self.runner
-        await self._loader.close()
+        await self._reads.wait(STOP_SECONDS)
+        self.store.clear()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from aioengine.adapters.loader import AdapterLoader
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
 from aioengine.adapters.resolvers.fsspec import FsspecResolver
@@ -105,8 +104,8 @@ def _build_here(config: EngineConfig, progress: LoadProgress | None) -> Built:
     path, spec, plan = planned = plan_parts(config, progress=progress)
     with typed_failures():
         runner, store = build_parts(config, planned, progress=progress)
-    loader = AdapterLoader(store, config.lora, config.seed)
-    return Built(spec, plan, None, ThreadDevice(runner, loader), None, path)
+    device = ThreadDevice(runner, store, config.lora, config.seed)
+    return Built(spec, plan, None, device, None, path)
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:

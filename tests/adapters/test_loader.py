@@ -16,9 +16,10 @@ import pytest
 from support.waiting import until
 
 from aioengine.adapters import loader as loaders
-from aioengine.adapters.loader import MAX_HANGING, AdapterLoader, Backoff
+from aioengine.adapters.loader import MAX_HANGING, Backoff
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
+from aioengine.executors.thread import ThreadDevice
 from aioengine.lab.simulation.clock import VirtualTimeLoop
 from aioengine.step import LoadedAdapter, ReadOrder
 
@@ -102,12 +103,12 @@ class FakeStore:
         self.images.clear()
 
 
-def loader_of(store: FakeStore, retries: int = 0, timeout: float | None = None) -> AdapterLoader:
-    lora = LoRAConfig(load_retries=retries, load_timeout=timeout)
-    return AdapterLoader(store, lora)  # type: ignore[arg-type]
+def loader_of(store: Any, retries: int = 0, timeout: float | None = None) -> ThreadDevice:
+    runner: Any = SimpleNamespace(kernels="", variance=None)
+    return ThreadDevice(runner, store, LoRAConfig(load_retries=retries, load_timeout=timeout))
 
 
-async def load(loader: AdapterLoader, uid: int, name: str) -> Any:
+async def load(loader: ThreadDevice, uid: int, name: str) -> Any:
     return await loader.load(ReadOrder(uid, name, f"/adapters/{name}", lambda: None))
 
 

@@ -40,18 +40,18 @@ waits."""
 FIRST_WAIT_SECONDS = 0.5
 
 
-class ProcessDevice(Device):
+class ProcessDevice(BaseLoader, Device):
     """Steps, reads and copies in worker processes. ``config.model`` is a path; ``kind`` says how the workers
     are started. ``vocab``: number of the model's logits."""
 
     def __init__(self, config: EngineConfig, kind: type[Workers] = Workers, *, vocab: int) -> None:
+        super().__init__(config.lora, config.seed)
         self._kind = kind
         self.can_restart = config.restart == "on-failure"
         self.workers: Workers
         """The workers that run now; set from the first start on."""
         self._config = config
         self._vocab = vocab
-        self._loader = WorkerLoader(config.lora, config.seed)
         self._restarts: list[float] = []
         """Times of the last ones."""
         self._steps = StepEncoder()
@@ -65,7 +65,7 @@ class ProcessDevice(Device):
 
         Raises ConfigError if the model is not available or does not fit, and EngineDead if a worker ends.
         """
-        self._renew_workers()
+        self.workers = self._kind(self._config, self._report)
         plan = await self.workers.start()
         self._num_blocks = plan.num_blocks
         self.kernels, self.variance = self.workers.kernels, self.workers.variance
@@ -108,74 +108,9 @@ class ProcessDevice(Device):
             result = result._replace(errors=errors, forced=forced)
         ended(result)
 
-    async def load(self, order: ReadOrder) -> LoadedAdapter:
-        return await self._loader.load(order)
-
-    async def place(self, uid: int, slot: int, offset: int) -> float:
-        """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""
-        seconds: list[float] = await self.workers.ask(Place(uid, slot, offset), float)
-        return max(seconds)
-
-    def drop(self, uid: int) -> None:
-        self.workers.tell(Drop(uid))
-
-    async def restart(self) -> None:
-        """Start the workers again with only the model. Raises EngineDead if that fails too often."""
-        cause: AioEngineError | None = self.workers.dead
-        while True:
-            await self.workers.close()
-            now = asyncio.get_running_loop().time()
-            self._restarts = [time for time in self._restarts if time > now - WINDOW_SECONDS]
-            wait = FIRST_WAIT_SECONDS * (2 ** len(self._restarts) - 1)
-            if len(self._restarts) >= MAX_RESTARTS:
-                raise EngineDead(
-                    f"the workers were lost more than {MAX_RESTARTS} times within "
-                    f"{WINDOW_SECONDS:g} seconds, the last time because {cause}"
-                ) from cause
-            self._restarts.append(now)
-            logger.warning("%s; the workers are started again in %.1f s", cause, wait)
-            await asyncio.sleep(wait)
-            self._steps = StepEncoder()
-            self._renew_workers()
-            try:
-                await self.workers.start(self._num_blocks)
-            except AioEngineError as error:
-                cause = error
-            else:
-                return
-
-    async def close(self) -> None:
-        await self.workers.close()
-        self._guides.shutdown(wait=True)
-
-    def _renew_workers(self) -> None:
-        self.workers = self._kind(self._config, self._report)
-        self._loader.workers = self.workers
-
-    def _report(self, error: EngineDead) -> None:
-        if self.on_loss is not None:
-            self.on_loss(error)
-
-
-def _of_all_ranks(results: list[StepResult] | Exception) -> StepResult | Exception:
-    """Return what rank 0 has sampled, with the time that the slowest rank took."""
-    if isinstance(results, Exception) or len(results) == 1:
-        return results if isinstance(results, Exception) else results[0]
-    return results[0]._replace(seconds=(max(result.seconds[0] for result in results),))
-
-
-def _ask_constraints(rows: Sequence[SequenceWork], alone: bool, vocab: int) -> constraints.Masks:
-    constraints.begin(rows)
-    return constraints.collect(rows, alone=alone, vocab=vocab)
-
-
-class WorkerLoader(BaseLoader):
-    """Loads adapters through ``workers``, which read them beside the steps. Each rank reads and holds its
-    share; either all ranks hold an adapter, or none does."""
-
-    workers: Workers
-
     async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
+        """Let each rank read its share; either all ranks hold an adapter, or none does."""
+
         def ended(_: object) -> None:
             progress.running = False
 
@@ -203,3 +138,56 @@ class WorkerLoader(BaseLoader):
             slot_nbytes=max(share.slot_nbytes for share in shares),
             scalable=all(share.scalable for share in shares),
         )
+
+    async def place(self, uid: int, slot: int, offset: int) -> float:
+        """Copy an adapter into a slot of every rank; returns the seconds that the slowest copy took."""
+        seconds: list[float] = await self.workers.ask(Place(uid, slot, offset), float)
+        return max(seconds)
+
+    def drop(self, uid: int) -> None:
+        self.workers.tell(Drop(uid))
+
+    async def restart(self) -> None:
+        """Start the workers again with only the model. Raises EngineDead if that fails too often."""
+        cause: AioEngineError | None = self.workers.dead
+        while True:
+            await self.workers.close()
+            now = asyncio.get_running_loop().time()
+            self._restarts = [time for time in self._restarts if time > now - WINDOW_SECONDS]
+            wait = FIRST_WAIT_SECONDS * (2 ** len(self._restarts) - 1)
+            if len(self._restarts) >= MAX_RESTARTS:
+                raise EngineDead(
+                    f"the workers were lost more than {MAX_RESTARTS} times within "
+                    f"{WINDOW_SECONDS:g} seconds, the last time because {cause}"
+                ) from cause
+            self._restarts.append(now)
+            logger.warning("%s; the workers are started again in %.1f s", cause, wait)
+            await asyncio.sleep(wait)
+            self._steps = StepEncoder()
+            self.workers = self._kind(self._config, self._report)
+            try:
+                await self.workers.start(self._num_blocks)
+            except AioEngineError as error:
+                cause = error
+            else:
+                return
+
+    async def close(self) -> None:
+        await self.workers.close()
+        self._guides.shutdown(wait=True)
+
+    def _report(self, error: EngineDead) -> None:
+        if self.on_loss is not None:
+            self.on_loss(error)
+
+
+def _of_all_ranks(results: list[StepResult] | Exception) -> StepResult | Exception:
+    """Return what rank 0 has sampled, with the time that the slowest rank took."""
+    if isinstance(results, Exception) or len(results) == 1:
+        return results if isinstance(results, Exception) else results[0]
+    return results[0]._replace(seconds=(max(result.seconds[0] for result in results),))
+
+
+def _ask_constraints(rows: Sequence[SequenceWork], alone: bool, vocab: int) -> constraints.Masks:
+    constraints.begin(rows)
+    return constraints.collect(rows, alone=alone, vocab=vocab)
