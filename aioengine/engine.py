@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -31,10 +32,10 @@ from aioengine.request import (
     Wanted,
 )
 from aioengine.runtime import assemble
+from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output import RequestOutput, SoFar
-from aioengine.runtime.replacing import ReplacingOps
 from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from aioengine.metrics import EngineMetrics
 
 
-class AsyncEngine(ReplacingOps, RequestOps):
+class AsyncEngine(AdapterOps, RequestOps):
     """One base model with many adapters, on one event loop.
 
     >>> async with AsyncEngine(EngineConfig(model="smollm2-135m")) as engine:
@@ -137,18 +138,19 @@ class AsyncEngine(ReplacingOps, RequestOps):
         self.plan, self.tokenizer = built.plan, built.tokenizer
         self.model_spec, self.model_path = built.spec, built.model_path
         self.info = assemble.engine_info(__version__, built)
+        timer = asyncio.get_running_loop().time if built.virtual else time.perf_counter
         self._core = Core(
             assemble.core_limits(self.config, built),
             self._policy,
-            timer=built.timer,
-            processor=built.processor,
+            timer=timer,
+            processor=None if built.virtual else time.thread_time,
             costs=built.costs,
             repeats=built.device.repeats,
         )
         for batch, seconds in built.first_steps:
             self._core.learn(batch, seconds)
         self._loop = EngineLoop(
-            self._core, built.device, timer=built.timer, virtual=built.virtual, intervals=built.metrics
+            self._core, built.device, timer=timer, virtual=built.virtual, intervals=built.metrics
         )
         lora = self.config.lora
         self._names = AdapterNames(self._loop, built.resolver, None if lora is None else lora.load_timeout)
@@ -340,12 +342,12 @@ class AsyncEngine(ReplacingOps, RequestOps):
     @property
     def degraded(self) -> bool:
         """Whether the model's processes were lost and are being restarted; requests wait."""
-        return self.state == "running" and self._loop.recovering
+        return self.state == "running" and self._loop.restarting is not None
 
     @property
     def failure(self) -> EngineDead | None:
         """Why it is dead or degraded; None if it is neither."""
-        return self._loop.dead or (self._loop.failure if self.degraded else None)
+        return self._loop.dead or (self._loop.restarting if self.degraded else None)
 
     def step_age(self) -> float:
         """Return the seconds since the step that runs now began; 0 if none does."""

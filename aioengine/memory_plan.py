@@ -16,7 +16,7 @@ from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.coverage import check_int8_adapters, check_kv_cache
-from aioengine.model.cuda.working_memory import WorkingMemory, working_memory
+from aioengine.model.cuda.working_memory import working_memory
 from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
@@ -55,97 +55,36 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     lora_dtype: str
     quantization: Quantization = "none"
-    stored: tuple[str, ...] = ()
-    """The checkpoint's formats of quantized weights, which are kept."""
-    kv_cache_dtype: str = "auto"
-    """"auto": ``dtype``."""
     max_model_len: int
-    weights_bytes: int
-    num_slots: int = 0
-    slot_parts: dict[str, int] = {}
-    """Bytes of one slot by targeted module, over all layers, then for "DoRA and biases" and for the rows of
-    ``max_trained_tokens``, "trained tokens"."""
     num_blocks: int
     block_size: int
     block_bytes: int
     """One KV block over all layers."""
-    request_blocks: int
-    """The most KV blocks that a request holds at a time."""
+    num_slots: int = 0
+    slot_bytes: int = 0
+    """A slot for the largest rank in all targeted modules."""
+    slot_memory: int | None = None
+    """Bytes that the slots share; None: slots of one size."""
     cpu_capacity: int = 0
     cpu_max_bytes: int | None = None
     """The CPU cache's bound in bytes, if it has one: a rank's part."""
     available_bytes: int
     num_ranks: int = 1
-    slot_memory: int | None = None
-    """Bytes that the slots share; None: slots of one size."""
-    working: WorkingMemory | None = None
-    """Memory that steps take on a GPU beside all that."""
+    parts: tuple[Part, ...] = ()
+    """What takes the memory; the parts of a slot come after the slot pool."""
 
-    @property
-    def slot_bytes(self) -> int:
-        return sum(self.slot_parts.values())
-
-    @property
-    def slot_pool_bytes(self) -> int:
-        return self.num_slots * self.slot_bytes if self.slot_memory is None else self.slot_memory
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.num_blocks * self.block_bytes
-
-    @property
-    def cpu_cache_bytes(self) -> int:
-        largest = self.cpu_capacity * self.slot_bytes
-        return largest if self.cpu_max_bytes is None else min(largest, self.cpu_max_bytes)
+    def bytes_of(self, *names: str) -> int:
+        """Return what the parts of these names take together."""
+        return sum(part.nbytes for part in self.parts if part.name in names)
 
     @property
     def total_bytes(self) -> int:
         """Bytes that are taken from the device's memory (on a CPU the adapter cache included)."""
-        return sum(part.nbytes for part in self.parts() if part.counts)
-
-    def parts(self) -> list[Part]:
-        """Return the parts of the memory, and those of a slot after the slot pool."""
-        weights = self.dtype if self.quantization == "none" else self.quantization
-        if self.stored:
-            weights = f"{', '.join(self.stored)} as stored, the rest {self.dtype}"
-        slot = format_bytes(self.slot_bytes)
-        pool = f"{self.num_slots} slots x {slot}, {self.lora_dtype}"
-        less = f"lower lora.max_loras (each slot takes {slot}) or lora.max_lora_rank"
-        of_slot = self.slot_parts
-        if self.slot_memory is not None:
-            pool = f"shared by at most {self.num_slots} adapters, {self.lora_dtype}"
-            less, of_slot = "lower lora.slot_memory", {}
-        shares = [
-            Part(f"slot pool: {name}", f"x {format_bytes(size)}", self.num_slots * size, counts=False)
-            for name, size in of_slot.items()
-            if self.num_slots * size
-        ]
-        token = format_bytes(self.block_bytes // self.block_size)
-        dtype = "" if self.kv_cache_dtype == "auto" else f", {self.kv_cache_dtype}"
-        blocks = f"{self.num_blocks} blocks x {self.block_size} tokens x {token}{dtype}"
-        blocks += f"; a request holds at most {self.request_blocks}"
-        # Without kv_cache_memory there are no more blocks than one request needs, where all do not fit.
-        fewer = "lower kv_cache_memory" if self.num_blocks > self.request_blocks else "lower max_model_len"
-        here = self.device == "cpu"
-        bound = "" if self.cpu_max_bytes is None else f", bound to {format_bytes(self.cpu_max_bytes)}"
-        cache = f"{self.cpu_capacity} adapters x {slot} at most{bound}{'' if here else ' (host memory)'}"
-        steps = [] if self.working is None else self.working.rows()
-        return [
-            Part("base weights", weights, self.weights_bytes),
-            Part("slot pool", pool, self.slot_pool_bytes, less),
-            *shares,
-            Part("KV blocks", blocks, self.kv_bytes, fewer),
-            Part(
-                *("CPU adapter cache", cache, self.cpu_cache_bytes),
-                change=f"lower lora.max_cpu_loras ({slot} each)",
-                counts=here,
-            ),
-            *(Part(*row, "lower max_num_batched_tokens or max_num_seqs") for row in steps),
-        ]
+        return sum(part.nbytes for part in self.parts if part.counts)
 
     def rows(self) -> list[tuple[str, str, int]]:
         """Return (part, how it is computed, bytes), for a table; the last row is the total."""
-        rows = [part[:3] for part in self.parts()]
+        rows = [part[:3] for part in self.parts]
         return [*rows, ("total", f"of {self._available} available", self.total_bytes)]
 
     @property
@@ -158,7 +97,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         total = self.total_bytes
         if total <= self.available_bytes:
             return
-        parts = [part for part in self.parts() if part.counts]
+        parts = [part for part in self.parts if part.counts]
         changes = (part.change for part in sorted(parts, key=lambda part: -part.nbytes) if part.nbytes)
         sizes = ", ".join(f"{part.name} {format_bytes(part.nbytes)}" for part in parts)
         raise ConfigError(
@@ -195,30 +134,33 @@ def plan_memory(
             f"max_model_len={max_model_len}: the model's positions end at {spec.max_position}; "
             "lower max_model_len, or scale the model's RoPE in its config.json"
         )
+    weights = dtype if config.quantization == "none" else config.quantization
+    if local.packed and config.quantization == "none":
+        formats = sorted({packing.format for packing in local.packed.values()})
+        weights = f"{', '.join(formats)} as stored, the rest {dtype}"
     kv_bytes = 1 if config.kv_cache_dtype == "fp8" else dtype_bytes
-    packed = local.packed if config.quantization == "none" else {}
+    token_bytes = local.kv_bytes_per_token(kv_bytes, int8=config.kv_cache_dtype == "int8")
     plan = MemoryPlan(
         device=device,
         dtype=dtype,
         lora_dtype=dtype,
         quantization=config.quantization,
-        stored=tuple(sorted({packing.format for packing in packed.values()})),
-        kv_cache_dtype=config.kv_cache_dtype,
         max_model_len=max_model_len,
-        weights_bytes=local.weights_bytes(dtype_bytes, config.quantization),
         num_blocks=0,
         block_size=config.block_size,
-        block_bytes=config.block_size
-        * local.kv_bytes_per_token(kv_bytes, int8=config.kv_cache_dtype == "int8"),
-        request_blocks=-(-max_model_len // config.block_size),
+        block_bytes=config.block_size * token_bytes,
         available_bytes=available_bytes,
         num_ranks=size,
-        working=None
-        if device == "cpu"
-        else working_memory(spec, local, config, dtype_bytes=dtype_bytes, max_model_len=max_model_len),
+        parts=(Part("base weights", weights, local.weights_bytes(dtype_bytes, config.quantization)),),
     )
-    plan = plan if lora is None else _with_slots(plan, spec, lora, shard)
-    plan = msgspec.structs.replace(plan, num_blocks=_num_blocks(plan, config))
+    if lora is not None:
+        plan = _with_slots(plan, spec, lora, shard)
+    if device != "cpu":
+        working = working_memory(spec, local, config, dtype_bytes=dtype_bytes, max_model_len=max_model_len)
+        less = "lower max_num_batched_tokens or max_num_seqs"
+        parts = (Part(*row, less) for row in working.rows())
+        plan = msgspec.structs.replace(plan, parts=(*plan.parts, *parts))
+    plan = _with_blocks(plan, config)
     plan.check_it_fits()
     return plan
 
@@ -231,20 +173,76 @@ def _with_slots(plan: MemoryPlan, spec: ModelSpec, lora: LoRAConfig, shard: Shar
         check_int8_adapters(plan.dtype)
     holds = Elements(int8, DTYPE_BYTES[plan.dtype] if int8 else 1)
     targets = spec.targets(lora.target_modules)
-    slot = SlotLayout(spec, lora.max_lora_rank, targets, shard, holds, lora.max_trained_tokens)
-    elements = {**slot.matrix_elements_by_module, "DoRA and biases": slot.affine_elements}
-    elements["trained tokens"] = slot.token_elements
+    layout = SlotLayout(spec, lora.max_lora_rank, targets, shard, holds, lora.max_trained_tokens)
+    elements = {**layout.matrix_elements_by_module, "DoRA and biases": layout.affine_elements}
+    elements["trained tokens"] = layout.token_elements
     each = 1 if int8 else DTYPE_BYTES[lora_dtype]
-    plan = msgspec.structs.replace(
+    slot_bytes = sum(elements.values()) * each
+    slot, slots = format_bytes(slot_bytes), lora.max_loras
+    if isinstance(lora.slot_memory, int):
+        how, nbytes, less = f"shared by at most {slots} adapters", lora.slot_memory, "lower lora.slot_memory"
+        elements = {}
+    else:
+        how, nbytes = f"{slots} slots x {slot}", slots * slot_bytes
+        less = f"lower lora.max_loras (each slot takes {slot}) or lora.max_lora_rank"
+    bound = cpu_bound(lora, slot_bytes, plan.num_ranks)
+    cache, cached = f"{lora.cpu_capacity} adapters x {slot} at most", lora.cpu_capacity * slot_bytes
+    if bound is not None:
+        cache, cached = f"{cache}, bound to {format_bytes(bound)}", min(cached, bound)
+    here = plan.device == "cpu"
+    parts = [
+        Part("slot pool", f"{how}, {lora_dtype}", nbytes, less),
+        *(
+            Part(f"slot pool: {name}", f"x {format_bytes(count * each)}", slots * count * each, counts=False)
+            for name, count in elements.items()
+            if count
+        ),
+        Part(
+            *("CPU adapter cache", f"{cache}{'' if here else ' (host memory)'}", cached),
+            change=f"lower lora.max_cpu_loras ({slot} each)",
+            counts=here,
+        ),
+    ]
+    return msgspec.structs.replace(
         plan,
         lora_dtype=lora_dtype,
-        num_slots=lora.max_loras,
-        slot_parts={part: count * each for part, count in elements.items()},
-        cpu_capacity=lora.cpu_capacity,
+        num_slots=slots,
+        slot_bytes=slot_bytes,
         slot_memory=lora.slot_memory if isinstance(lora.slot_memory, int) else None,
+        cpu_capacity=lora.cpu_capacity,
+        cpu_max_bytes=bound,
+        parts=(*plan.parts, *parts),
     )
-    bound = cpu_bound(lora, plan.slot_bytes, plan.num_ranks)
-    return msgspec.structs.replace(plan, cpu_max_bytes=bound)
+
+
+def _with_blocks(plan: MemoryPlan, config: EngineConfig) -> MemoryPlan:
+    """Add the KV blocks, enough for one request of the full length. Raises ConfigError if ``kv_cache_memory``
+    is less than that."""
+    each, given = -(-plan.max_model_len // plan.block_size), config.kv_cache_memory
+    smallest = each * plan.block_bytes
+    if isinstance(given, int):
+        if given < smallest:
+            raise ConfigError(
+                f"kv_cache_memory={format_bytes(given)} is less than one request of "
+                f"max_model_len={plan.max_model_len} tokens needs ({format_bytes(smallest)}); raise "
+                f"kv_cache_memory by {format_bytes(smallest - given)} or lower max_model_len"
+            )
+        count = given // plan.block_bytes
+    else:
+        left = plan.available_bytes - plan.total_bytes
+        usual, bound = each, int(left * AUTO_KV_ON_CUDA)
+        if plan.device == "cpu":
+            usual = min(each, -(-AUTO_TOKENS_ON_CPU // plan.block_size))
+            bound = min(left // 2, MAX_AUTO_KV_ON_CPU)
+        wanted = config.max_num_seqs * usual * plan.block_bytes
+        count = max(min(wanted, bound), smallest) // plan.block_bytes
+    dtype = "" if config.kv_cache_dtype == "auto" else f", {config.kv_cache_dtype}"
+    token = format_bytes(plan.block_bytes // plan.block_size)
+    how = f"{count} blocks x {plan.block_size} tokens x {token}{dtype}; a request holds at most {each}"
+    # Without kv_cache_memory there are no more blocks than one request needs, where all do not fit.
+    less = "lower kv_cache_memory" if count > each else "lower max_model_len"
+    blocks = Part("KV blocks", how, count * plan.block_bytes, less)
+    return msgspec.structs.replace(plan, num_blocks=count, parts=(*plan.parts, blocks))
 
 
 def spec_of_a_rank(spec: ModelSpec, size: int) -> ModelSpec:
@@ -286,27 +284,6 @@ def _may_have_gpu() -> bool:
     of CUDA (also on Jetson and in WSL) or ROCm."""
     places = ("proc/driver/nvidia", "dev/nvidiactl", "dev/nvmap", "dev/nvhost-ctrl-gpu", "dev/dxg", "dev/kfd")
     return sys.platform != "linux" or any(Path("/", place).exists() for place in places)
-
-
-def _num_blocks(plan: MemoryPlan, config: EngineConfig) -> int:
-    """Return the number of KV blocks, enough for one request of the full length. Raises ConfigError if
-    ``kv_cache_memory`` is less than that."""
-    smallest, given = plan.request_blocks * plan.block_bytes, config.kv_cache_memory
-    if isinstance(given, int):
-        if given < smallest:
-            raise ConfigError(
-                f"kv_cache_memory={format_bytes(given)} is less than one request of "
-                f"max_model_len={plan.max_model_len} tokens needs ({format_bytes(smallest)}); raise "
-                f"kv_cache_memory by {format_bytes(smallest - given)} or lower max_model_len"
-            )
-        return given // plan.block_bytes
-    left = plan.available_bytes - plan.total_bytes
-    each, bound = plan.request_blocks, int(left * AUTO_KV_ON_CUDA)
-    if plan.device == "cpu":
-        each = min(each, -(-AUTO_TOKENS_ON_CPU // plan.block_size))
-        bound = min(left // 2, MAX_AUTO_KV_ON_CPU)
-    wanted = config.max_num_seqs * each * plan.block_bytes
-    return max(min(wanted, bound), smallest) // plan.block_bytes
 
 
 def available_memory(device: str) -> int:

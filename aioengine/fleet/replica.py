@@ -148,7 +148,7 @@ class EngineReplica:
             if self._draining:
                 raise EngineStopped("the replica is draining")
             params = await self._params(order)
-            known, scored, told = len(options.output), False, False  # what the gateway has already
+            scored = told = False  # what the gateway has already
             contents = order.contents or [""] * len(names)
             owns = [self._adapters.holding(*wanted) for wanted in zip(names, contents, strict=True)]
             asked = dict(zip(owns, names, strict=True))
@@ -174,8 +174,7 @@ class EngineReplica:
                         delta.content, told = output.adapter_digest, True
                     delta.finish, delta.stop = output.finish_reason, output.stop_reason
                     delta.cached_tokens = output.cached_tokens
-                    delta.logprobs = list(output.logprobs_delta[known:])
-                    known = max(0, known - len(output.logprobs_delta))
+                    delta.logprobs = list(output.logprobs_delta)
                     if output.prompt_logprobs is not None and not scored:
                         delta.prompt_logprobs, scored = output.prompt_logprobs, True
                     delta.pooled = output.pooled

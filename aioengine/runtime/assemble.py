@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -55,10 +54,6 @@ class Built(NamedTuple):
     resolver: AdapterResolver | None
     model_path: Path | None = None
     """The model's folder or file; None if there is no model."""
-    timer: Callable[[], float] = time.perf_counter
-    """Clock that measures decisions and the event loop's lag."""
-    processor: Callable[[], float] = time.thread_time
-    """Clock of this thread's processor time."""
     first_steps: Sequence[tuple[StepBatch, float]] = ()
     """Warm-up steps taken at start, and their seconds."""
     metrics: bool = True
@@ -66,7 +61,7 @@ class Built(NamedTuple):
     costs: CostsView | None = None
     """Times of steps and moves, for policies; None: they are measured."""
     virtual: bool = False
-    """Whether the loop's clock stands still while the loop is busy."""
+    """Whether the loop's clock stands still while the loop is busy, and measures decisions, too."""
 
 
 async def build(

@@ -48,14 +48,12 @@ class EngineLoop:
         self.core = core
         self.listeners = Listeners()
         self.dead: EngineDead | None = None
-        self.recovering = False
-        """Whether the device is being restarted."""
-        self.failure: EngineDead | None = None
-        """Why the device was restarted last, or is being restarted."""
+        self.restarting: EngineDead | None = None
+        """Why the device is being restarted; None: it is not."""
         self._device = device
         self._timer = timer
         self._intervals = intervals
-        self._moves = AdapterMoves(core, device, changed=self._moved)
+        self._moves = AdapterMoves(core, device, changed=self.wake)
         self._changed = WeakValueDictionary[str | None, asyncio.Event]()
         """What callers wait for: the next change of an adapter or, under None, the next end of a request."""
         self._virtual = virtual
@@ -267,12 +265,12 @@ class EngineLoop:
         be aborted, or reach their deadlines. Raises EngineDead if the device cannot be started."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        self._lost, self.failure = None, error
+        self._lost = None
         self.core.device_lost(began, error)
         self._moves.device_lost()
         if not self._device.can_restart:
             raise error
-        self.recovering = True
+        self.restarting = error
         self.publish()
         restart = loop.create_task(self._device.restart(), name="aioengine-restart")
         restart.add_done_callback(lambda _: self._wake.set())
@@ -285,7 +283,7 @@ class EngineLoop:
         finally:
             restart.cancel()  # does nothing if it is done
             await asyncio.wait([restart])
-            self.recovering = False
+            self.restarting = None
         if restart.cancelled():
             return
         restart.result()
@@ -312,10 +310,6 @@ class EngineLoop:
             if isinstance(move, (DropMove, StopMove)):
                 self._moves.start(move)
         self.publish()
-
-    def _moved(self, adapter: str) -> None:
-        self.wake()
-        self._ask_again(adapter)
 
     def _end_all(self, error: Exception) -> None:
         now = self.now()

@@ -42,6 +42,7 @@ class OutputStream:
         self._stop_token: int | None = None
         self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._replayed = 0
+        """Number of tokens in the text that are still to be decoded again."""
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
         self._read_at_end = False
@@ -51,22 +52,22 @@ class OutputStream:
         self._ready = asyncio.Event()
 
     def add_given(self, tokens: Sequence[int], ends: Collection[int]) -> None:
-        """Add the output that the request comes with, up to a stop string."""
+        """Add the output that the request comes with, which was delivered before, up to a stop string."""
         for token in tokens:
             if self._add(token, is_stop=token in ends):
                 break
         self._decode()
 
-    def attach(self, request: Request, *, replayed: int) -> None:
-        """Begin to take the output of ``request``, of which the first ``replayed`` tokens were delivered
-        before and are not passed on, like those that were given."""
+    def attach(self, request: Request) -> None:
+        """Begin to take the output of ``request``. It decodes tokens that were added before again if it has
+        not been given them; they are not passed on."""
         self.request = request
-        answer = self._answer
+        answer, added = self._answer, request.given or self._decoded
         answer.prompt = answer.tokens = request.tokens
         answer.begin = request.prompt_len
-        answer.tokens_seen = request.prompt_len + request.given
+        answer.tokens_seen = request.prompt_len + added
         answer.pieces_seen = len(answer.pieces)
-        self._replayed = replayed
+        answer.logprobs_seen = self._replayed = added - request.given
 
     @property
     def found_stop(self) -> bool:
@@ -76,18 +77,15 @@ class OutputStream:
     # From the engine loop: see aioengine.core.state.Sink
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], *, is_stop: bool) -> int | None:
-        if len(tokens) > self._replayed and not self._read_at_end:
+        again = min(self._replayed, len(tokens))
+        self._replayed -= again
+        stopped = again if again and self.found_stop and not self._replayed else None
+        new = tokens[again:] if again else tokens
+        if new and not self._read_at_end:
             self._ready.set()
-        stopped: int | None = None
-        if is_stop or self._replayed or self._decoder is not None:
-            for count, token in enumerate(tokens, 1):
-                stops = self._add(token, is_stop=is_stop and count == len(tokens))
-                if self._replayed:
-                    self._decode()
-                    self._replayed -= 1
-                    self._answer.tokens_seen += 1
-                    self._answer.pieces_seen = len(self._answer.pieces)
-                if stops:
+        if stopped is None and (is_stop or self._decoder is not None):
+            for count, token in enumerate(new, again + 1):
+                if self._add(token, is_stop=is_stop and count == len(tokens)):
                     stopped = count
                     break
         if self._answer.logprobs is not None:

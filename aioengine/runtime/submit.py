@@ -83,7 +83,6 @@ class RequestOps(ABC):
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self._core.limits.eos_token_ids))
         replay = bool(output) and (options.replay or params.logprobs is not None)
         given = () if replay else output
-
         at_once = tokens is not None and (adapter is None or entry is not None) and not output
         where = partial(self._names.where, adapter)
         try:
@@ -93,14 +92,15 @@ class RequestOps(ABC):
                         prompt, reservation.tenant,
                         limit=self.plan.max_model_len, tokenizer=self.tokenizer, work=self.text_work,
                     )  # fmt: skip
-                    self._check_prompt(tokens, params)
+                    self._check_length(tokens, params)
+                    self._check_vocabulary("prompt", (min(tokens), max(tokens)))
                     with self._publishing():
                         self._core.weigh(reservation, len(tokens), loop.time())
                 if adapter is not None and entry is None:
                     entry, scale = await self._names.acquire_wanted(adapter, reservation.tenant)
                 self._check_output(output, len(tokens), params)
-                if given:
-                    await self.text_work.run(len(given), lambda: stream.add_given(given, ends))
+                if output:
+                    await self.text_work.run(len(output), lambda: stream.add_given(output, ends))
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
             if entry is not None:
                 self._names.check_lives(entry)
@@ -120,7 +120,7 @@ class RequestOps(ABC):
             adapter=entry, scale=scale, deadline=due, reservation=reservation, given=given,
         )  # fmt: skip
         request.sink = stream
-        stream.attach(request, replayed=len(output) if replay else 0)
+        stream.attach(request)
         if given:
             finish = "stop" if stream.found_stop else finish_reason(request, request.tokens[-1])
             if finish is not None:  # it is complete already
@@ -146,17 +146,12 @@ class RequestOps(ABC):
             raise PromptTooLong(len(prompt), self.plan.max_model_len)  # before they are looked at one by one
         try:
             tokens = msgspec.convert(prompt, self._token_type)  # one pass, in a fifth of the time of several
-            self._check_length(tokens, params)
         except msgspec.ValidationError:
-            if not set(map(type, prompt)) <= {int}:
-                return None
-            tokens = list(prompt)
-            self._check_prompt(tokens, params)
-        return tokens
-
-    def _check_prompt(self, tokens: list[int], params: SamplingParams) -> None:
+            if set(map(type, prompt)) <= {int}:
+                self._check_vocabulary("prompt", prompt)
+            return None
         self._check_length(tokens, params)
-        self._check_vocabulary("prompt", (min(tokens), max(tokens)))
+        return tokens
 
     def _check_length(self, tokens: list[int], params: SamplingParams) -> None:
         if not tokens:

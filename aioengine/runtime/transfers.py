@@ -18,10 +18,9 @@ logger = logging.getLogger("aioengine")
 
 
 class AdapterMoves:
-    """Carries out the core's moves. ``changed`` is called, with the adapter's name, after every report
-    to the core."""
+    """Carries out the core's moves. ``changed`` is called after every report to the core."""
 
-    def __init__(self, core: Core, device: Device, changed: Callable[[str], None]) -> None:
+    def __init__(self, core: Core, device: Device, changed: Callable[[], None]) -> None:
         self._core = core
         self._device = device
         self._changed = changed
@@ -73,7 +72,7 @@ class AdapterMoves:
         def stalled() -> None:
             if self._reads.get(entry.uid) is task:  # else it was given up, but has not been cancelled yet
                 core.residency.load_stalled(entry)
-                self._changed(entry.label)
+                self._changed()
 
         files = None if entry.files is None else entry.files.files
         try:
@@ -91,7 +90,7 @@ class AdapterMoves:
         if failure is not None:
             log_failure(core.residency.names.of(entry.label).failures, entry.label, failure)
         self._reads.pop(entry.uid, None)
-        self._changed(entry.label)
+        self._changed()
 
     async def _copy(self, entry: AdapterEntry, slot: int, offset: int) -> None:
         loop = asyncio.get_running_loop()
@@ -105,7 +104,7 @@ class AdapterMoves:
             self._core.adapter_place_failed(entry, loop.time(), failure)
         else:
             self._core.slots.placed(entry, loop.time(), seconds)
-        self._changed(entry.label)
+        self._changed()
 
 
 def unexpected(

@@ -37,11 +37,12 @@ def slot_memory(
     for policy in policies:
         for count in slots:
             plan = costs.plan(merged(common, {"slots": count}, 0).engine_config())
+            memory = plan.bytes_of("slot pool")
             systems = {
                 "of one size": {"policy": policy, "slots": count},
-                "by bytes": {"policy": policy, "slots": most, "slot_memory": plan.slot_pool_bytes},
+                "by bytes": {"policy": policy, "slots": most, "slot_memory": memory},
             }
-            title = f"{policy}, {count} slots, {plan.slot_pool_bytes / 2**30:.2f} GiB"
+            title = f"{policy}, {count} slots, {memory / 2**30:.2f} GiB"
             yield compared(title, systems, figures, common=common, seeds=seeds, jobs=jobs)
 
 

@@ -54,35 +54,37 @@ def test_the_plan_is_what_is_allocated(
     tables = (slots.memory.table, slots.memory.device_table)
     tensors = [t for t in _tensors(slots) if not any(t is table for table in tables)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    assert sum(storages.values()) == plan.slot_pool_bytes == slots.nbytes
-    assert parts.runner.model.nbytes == plan.weights_bytes
-    assert parts.runner.kv_cache.nbytes == plan.kv_bytes <= 2**20
+    assert sum(storages.values()) == plan.bytes_of("slot pool") == slots.nbytes
+    assert parts.runner.model.nbytes == plan.bytes_of("base weights")
+    assert parts.runner.kv_cache.nbytes == plan.bytes_of("KV blocks") <= 2**20
 
     tokens = config.lora.max_trained_tokens * planned.spec.hidden_size  # type: ignore[union-attr]
-    assert plan.slot_parts["trained tokens"] == tokens * 4
+    assert plan.bytes_of("slot pool: trained tokens") == tokens * 4 * plan.num_slots
     if plan.lora_dtype == "int8":
         return  # sizes: tests/model/test_int8_adapters.py
     spec = planned.spec
     size = 2 if plan.lora_dtype == "bfloat16" else 4
     affine = 0
-    *modules, affine_bytes, _ = plan.slot_parts.items()
-    for module, found in modules:
+    rows = {label: nbytes for label, _, nbytes in plan.rows()}
+    shares = {label[11:]: nbytes for label, nbytes in rows.items() if label.startswith("slot pool: ")}
+    assert sum(shares.values()) == rows["slot pool"] == plan.bytes_of("slot pool")
+    affine_bytes = shares.pop("DoRA and biases")
+    shares.pop("trained tokens", None)
+    for module, found in shares.items():
         n_in, n_out = spec.linear(module)
         layers = 1 if module in ("embed_tokens", "lm_head") else spec.num_layers
-        assert found == layers * config.lora.max_lora_rank * (n_in + n_out) * size  # type: ignore[union-attr]
+        each = layers * config.lora.max_lora_rank * (n_in + n_out) * size  # type: ignore[union-attr]
+        assert found == each * plan.num_slots
         affine += layers * 2 * n_out * size
-    assert affine_bytes == ("DoRA and biases", affine)
-    rows = {label: nbytes for label, _, nbytes in plan.rows()}
-    shares = [nbytes for label, nbytes in rows.items() if label.startswith("slot pool: ")]
-    assert sum(shares) == rows["slot pool"] == plan.slot_pool_bytes
+    assert affine_bytes == affine * plan.num_slots
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 def test_quantized_weights_are_planned_to_the_byte(quantization: str, tiny: Tiny) -> None:
     config = EngineConfig(model=str(tiny.model), max_model_len=64, quantization=quantization)  # type: ignore[arg-type]
     planned = plan_parts(config)
-    assert build_parts(config, planned).runner.model.nbytes == planned.memory.weights_bytes
-    assert (quantization, planned.memory.weights_bytes) == planned.memory.rows()[0][1:]
+    assert build_parts(config, planned).runner.model.nbytes == planned.memory.bytes_of("base weights")
+    assert (quantization, planned.memory.bytes_of("base weights")) == planned.memory.rows()[0][1:]
 
 
 def _tensors(holder: object, depth: int = 5) -> list[torch.Tensor]:
@@ -148,7 +150,7 @@ async def test_slots_by_bytes_take_what_is_planned(tiny: Tiny, make_engine: Make
     fields = {"slot_memory": "256KiB", "max_loras": 8, "max_cpu_loras": 8}
     async with make_engine(tiny, **fields) as engine:
         plan = engine.plan
-        assert plan.slot_pool_bytes == 2**18 and plan.cpu_cache_bytes == 2**18
+        assert plan.bytes_of("slot pool") == 2**18 and plan.bytes_of("CPU adapter cache") == 2**18
         await asyncio.gather(
             *(engine.load_adapter(name, tiny.adapters[name]) for name in ("rank-3", "qv-only", "regex"))
         )

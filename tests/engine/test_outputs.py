@@ -50,7 +50,7 @@ class OfEngine:
         self.request: Request = sim.add(prompt=[5, 6, 7])
         object.__setattr__(self.request, "params", PARAMS)
         self.stream = OutputStream(PARAMS, Words())  # type: ignore[arg-type]
-        self.stream.attach(self.request, replayed=0)
+        self.stream.attach(self.request)
 
     def add(self, token: int) -> None:
         self.request.tokens.append(token)
@@ -152,7 +152,7 @@ async def test_tokens_may_come_in_rows(count: int) -> None:
     """All of their text is there, however many come at a time and whenever it is looked at."""
     request: Request = Sim().add(prompt=[5, 6, 7])
     stream = OutputStream(SamplingParams(max_tokens=2000), Words())  # type: ignore[arg-type]
-    stream.attach(request, replayed=0)
+    stream.attach(request)
     last = asyncio.ensure_future(stream.last())
     await asyncio.sleep(0)
     assert not stream.waits_for_end, "its text is made as the tokens come"

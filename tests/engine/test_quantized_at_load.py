@@ -111,7 +111,7 @@ def test_on_cuda_every_form_has_its_planned_bytes(
         planned = plan_parts(config)
         runner = build_parts(config, planned).runner
     assert planned.memory.device == "cuda"
-    assert runner.model.nbytes == planned.memory.weights_bytes
+    assert runner.model.nbytes == planned.memory.bytes_of("base weights")
     assert planned.memory.rows()[0][1] == form
     weights = runner.model.block_weights()
     assert {weight.format for weight in weights.values()} == {form}
@@ -123,7 +123,7 @@ def test_a_plan_for_cuda_counts_them(form: Quantization, tmp_path: Path) -> None
     model = build_model(tmp_path / "model", "llama", hidden_size=256, intermediate_size=512)
     config = EngineConfig(model=str(model), device="cuda", dtype="bfloat16", quantization=form)
     spec = read_spec(model)
-    found = plan_memory(spec, config, device="cuda", available_bytes=2**33).weights_bytes
+    found = plan_memory(spec, config, device="cuda", available_bytes=2**33).bytes_of("base weights")
     elements = sum(n * k for k, n in (spec.stored_shape(module) for _, module in spec.quantized_modules()))
     bits = 8 * (found - 2 * (spec.num_parameters() - elements)) / elements
     expected = {"none": 16, "int8": 8 + 32 / 256, "fp8": 8 + 32 / 256, "int4": 4.75}[form]

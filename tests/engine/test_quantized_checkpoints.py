@@ -149,11 +149,11 @@ def test_weights_are_not_expanded_in_memory_and_the_plan_is_exact(
     planned = plan_parts(config)
     runner = build_parts(config, planned).runner
     assert runner.model.compiled, "the compiled step runs it"
-    assert runner.model.nbytes == planned.memory.weights_bytes
+    assert runner.model.nbytes == planned.memory.bytes_of("base weights")
     stored = sum(packing.nbytes(n, k) for (k, n), packing in planned.spec.packed_weights())
     elements = sum(n * k for (k, n), _ in planned.spec.packed_weights())
     rest = planned.spec.num_parameters() - elements
-    assert planned.memory.weights_bytes == stored + 2 * rest
+    assert planned.memory.bytes_of("base weights") == stored + 2 * rest
     assert stored < 1.35 * elements
     assert "as stored" in planned.memory.rows()[0][1]
 

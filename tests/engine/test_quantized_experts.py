@@ -112,9 +112,9 @@ def test_the_plan_is_to_the_byte(case: str, tmp_path: Path) -> None:
         kv_cache_memory="1MiB",
     )  # fmt: skip
     planned = plan_parts(config)
-    assert build_parts(config, planned).runner.model.nbytes == planned.memory.weights_bytes
+    assert build_parts(config, planned).runner.model.nbytes == planned.memory.bytes_of("base weights")
     expanded = plan_parts(EngineConfig(model=str(tmp_path / "model"), device="cpu", dtype="float32"))
-    assert planned.memory.weights_bytes < 0.5 * expanded.memory.weights_bytes
+    assert planned.memory.bytes_of("base weights") < 0.5 * expanded.memory.bytes_of("base weights")
 
 
 def test_methods_that_a_family_does_not_have(tmp_path: Path) -> None:

@@ -287,12 +287,10 @@ def _first_steps(slots: int, rank: int) -> list[list[Row]]:
         dtype="bfloat16",
         lora_dtype="bfloat16",
         max_model_len=MAX_MODEL_LEN,
-        weights_bytes=0,
         num_slots=slots,
         num_blocks=512,
         block_size=BLOCK,
         block_bytes=0,
-        request_blocks=MAX_MODEL_LEN // BLOCK,
         cpu_capacity=slots,
         available_bytes=0,
     )

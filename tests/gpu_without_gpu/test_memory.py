@@ -23,7 +23,7 @@ from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.kernels.weight import PlainWeight, Weight
 from aioengine.memory_plan import available_memory, plan_memory
-from aioengine.model.cuda.working_memory import WORKSPACE_BYTES, working_memory
+from aioengine.model.cuda.working_memory import WORKSPACE_BYTES, WorkingMemory, working_memory
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.linear import WeightRows
 from aioengine.model.penalties import Penalties
@@ -32,6 +32,8 @@ from aioengine.model.spec import ModelSpec
 from aioengine.request import SamplingParams
 from aioengine.runtime.warm_up import first_requests, kernel_shapes, largest_step
 from aioengine.step import SequenceWork
+
+STEPS = WorkingMemory.__struct_fields__
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +156,12 @@ def test_the_kv_cache_leaves_them_their_room(available: int, seqs: int, tokens: 
     try:
         plan = plan_memory(_llama(), config, device="cuda", available_bytes=available)
     except ConfigError:
-        with pytest.raises(ConfigError, match=r"KV blocks .*, activations .*; lower "):
+        with pytest.raises(ConfigError, match=r"activations .*, KV blocks .*; lower "):
             plan_memory(_llama(), config, device="cuda", available_bytes=available)
         return
-    assert plan.working is not None
-    parts = plan.weights_bytes + plan.slot_pool_bytes + plan.kv_bytes
-    assert plan.total_bytes == parts + plan.working.nbytes <= available
-    assert sum(size for label, _, size in plan.rows() if label in msgspec.structs.asdict(plan.working)) == (
-        plan.working.nbytes
-    )
+    parts = plan.bytes_of("base weights", "slot pool", "KV blocks", *STEPS)
+    assert plan.total_bytes == parts <= available
+    assert plan.bytes_of(*STEPS) == _planned(_llama(), config).nbytes
 
 
 @pytest.mark.parametrize("slot_memory", [None, "1MiB"])
@@ -178,8 +177,7 @@ def test_the_first_steps_stay_within_the_plan(
     with FakeCuda() as world:
         plan = plan_memory(spec, config, device="cuda")
         runner = build_parts(config, PartsPlan(model, spec, plan)).runner
-        assert plan.working is not None
-        exact = plan.total_bytes - plan.working.nbytes
+        exact = plan.total_bytes - plan.bytes_of(*STEPS)
         assert exact <= world.live.now < exact + 2**20  # beside weights, slots and cache there is little
         for batch in (*first_requests(plan), *kernel_shapes(plan, config), largest_step(plan, config)):
             runner.execute(batch)

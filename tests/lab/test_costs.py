@@ -21,7 +21,7 @@ def test_an_adapter_is_as_large_as_the_matrices_in_its_slot(rank: int) -> None:
         model="any", kv_cache_memory="64MiB", lora=LoRAConfig(max_loras=1, max_lora_rank=rank)
     )
     plan = costs.plan(config)
-    matrices = [size for part, size in plan.slot_parts.items() if part.endswith("_proj")]
+    matrices = [part.nbytes for part in plan.parts if part.name.endswith("_proj")]
     assert costs.adapter_nbytes(rank) == sum(matrices)
 
 

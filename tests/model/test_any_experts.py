@@ -114,9 +114,9 @@ def test_the_plan_is_exact(modules: list[str] | None, tmp_path: Path) -> None:
         max_loras=2, max_lora_rank=4, target_modules=targets,
     )  # fmt: skip
     assert runner.lora_slots is not None
-    assert plan.slot_pool_bytes == runner.lora_slots.nbytes
-    assert plan.weights_bytes == runner.model.nbytes
-    assert plan.kv_bytes == runner.kv_cache.nbytes
+    assert plan.bytes_of("slot pool") == runner.lora_slots.nbytes
+    assert plan.bytes_of("base weights") == runner.model.nbytes
+    assert plan.bytes_of("KV blocks") == runner.kv_cache.nbytes
     assert len(list(plan.rows())) < 30, "experts are counted together"
 
 

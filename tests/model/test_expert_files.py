@@ -33,8 +33,8 @@ def test_the_plan_is_exact(modules: list[str] | None, tmp_path: Path) -> None:
         max_loras=2, max_lora_rank=4, target_modules=spec.targets(modules),
     )  # fmt: skip
     assert runner.lora_slots is not None
-    assert plan.weights_bytes == runner.model.nbytes == spec.num_parameters() * 4
-    assert plan.slot_pool_bytes == runner.lora_slots.nbytes
+    assert plan.bytes_of("base weights") == runner.model.nbytes == spec.num_parameters() * 4
+    assert plan.bytes_of("slot pool") == runner.lora_slots.nbytes
     rows = [what for what, _, _ in plan.rows()]
     assert len(rows) < 25, "experts are counted together"
 

@@ -153,7 +153,7 @@ def test_the_plan_is_to_the_byte(case: str, quantization: Any, tmp_path: Path) -
         kv_cache_memory="1MiB", quantization=quantization,
     )  # fmt: skip
     planned = plan_parts(config)
-    assert build_parts(config, planned).runner.model.nbytes == planned.memory.weights_bytes
+    assert build_parts(config, planned).runner.model.nbytes == planned.memory.bytes_of("base weights")
 
 
 async def test_adapters_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

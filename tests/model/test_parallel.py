@@ -307,8 +307,8 @@ def test_the_plan_is_what_each_rank_allocates(
         script = script._replace(kernels="cpu", quantization=quantization)
     adapter = adapter_of(root, model, "rank-16")
     for share in two.run(hold, script, adapter, fully_sharded=fully_sharded):
-        assert share.weight_bytes == plan.weights_bytes
-        assert share.slot_bytes == plan.slot_pool_bytes
+        assert share.weight_bytes == plan.bytes_of("base weights")
+        assert share.slot_bytes == plan.bytes_of("slot pool")
         assert share.kv_bytes == plan.block_bytes * 128
         assert share.image_bytes <= plan.slot_bytes
 

@@ -127,10 +127,10 @@ def test_experts_stay_as_stored_and_the_plan_is_to_the_byte(tmp_path: Path) -> N
     spec = planned.spec
     assert isinstance(spec, MixtureSpec) and set(spec.packed.values()) == {MXFP4}
     assert len(spec.packed) == 3 * spec.experts * spec.num_layers
-    assert build_parts(config, planned).runner.model.nbytes == planned.memory.weights_bytes
+    assert build_parts(config, planned).runner.model.nbytes == planned.memory.bytes_of("base weights")
     each = 17 / 32  # a byte for two codes, and one for 32
     experts = 3 * spec.experts * spec.num_layers * spec.hidden_size * spec.expert_size
-    assert planned.memory.weights_bytes == 4 * (spec.num_parameters() - experts) + each * experts
+    assert planned.memory.bytes_of("base weights") == 4 * (spec.num_parameters() - experts) + each * experts
 
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])

@@ -69,8 +69,6 @@ class SimulatedEngine(AsyncEngine):
             tokenizer=None,
             device=self._device,
             resolver=None,
-            timer=asyncio.get_running_loop().time,
-            processor=asyncio.get_running_loop().time,
             metrics=self._with_metrics,
             costs=ModelledCosts(self.costs, self._device.shapes, self.config.max_num_batched_tokens),
             virtual=True,
