@@ -11,7 +11,7 @@ import torch
 from aioengine.adapters.peft.dora import BaseWeights, Draft, output_affine
 from aioengine.adapters.peft.folding.mix import add_up
 from aioengine.adapters.peft.pack import PackedAdapter
-from aioengine.adapters.peft.read import KnownPlans, read_adapter
+from aioengine.adapters.peft.read import AdapterReader
 from aioengine.adapters.peft.values import is_finite
 from aioengine.adapters.read_threads import Progress
 from aioengine.model.buffer import Allocate, pageable
@@ -19,7 +19,7 @@ from aioengine.model.linear import WeightRows
 from aioengine.model.slots.image import AdapterImage, build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
-from aioengine.step import AdapterSource, HeldFiles, MixFiles, MixPart
+from aioengine.step import AdapterSource, MixFiles, MixPart
 
 
 class AdapterStore:
@@ -40,17 +40,17 @@ class AdapterStore:
         stream: torch.cuda.Stream | None = None,
         affine_dtype: torch.dtype | None = None,
     ) -> None:
-        self._known: KnownPlans = {}
         self._allocate = allocate
-        self._layout = self._floats = layout
+        self._layout = floats = layout
         self._slot_dtype = self._dtype = dtype
         if layout.holds.int8 and affine_dtype is not None:  # what it has before adapters are quantized
-            self._floats = SlotLayout(
+            floats = SlotLayout(
                 layout.spec, layout.max_rank, layout.modules, layout.shard, max_tokens=layout.max_tokens
             )
             self._dtype = affine_dtype
         self._stream = stream
         self._weights = weights
+        self._reader = AdapterReader(floats, self._dtype, self._embedding)
         # What it takes of a GPU's memory is planned once, and all computes on the same stream.
         self._one_at_a_time: AbstractContextManager[object] = nullcontext() if stream is None else Lock()
         self.images: dict[int, AdapterImage] = {}
@@ -62,33 +62,19 @@ class AdapterStore:
         """Read and validate an adapter, or a rank's share of it, to which the other ranks may have to add
         before it is finished. Blocks, so it is called in a loader thread.
 
-        Raises the adapter errors of :func:`aioengine.adapters.peft.read.read_adapter`.
+        Raises the adapter errors of :class:`aioengine.adapters.peft.read.AdapterReader`.
         """
         # Beside the steps, operations on the base model's weights included, quantized ones expanded.
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             if isinstance(files, MixFiles):
                 parts = [(part, self._part(part, progress)) for part in files.parts]
-                packed = add_up(self._floats, parts)
+                packed = add_up(self._reader.slot, parts)
             else:
-                packed = self._read(name, path, progress, files)
+                packed = self._reader.read(name, path, progress, files)
             if packed.magnitudes:  # what is computed of A and B says less of them
                 packed.check_finite(self._dtype, self._layout.spec)
             with self._one_at_a_time:
                 return Draft(packed, self._layout, self._weights, self._slot_dtype)
-
-    def _read(
-        self, name: str, path: str, progress: Progress | None, files: HeldFiles | None
-    ) -> PackedAdapter:
-        return read_adapter(
-            name,
-            path,
-            self._floats,
-            dtype=self._dtype,
-            base_weight=self._embedding,
-            known=self._known,
-            progress=progress,
-            files=files,
-        )
 
     def _part(self, part: MixPart, progress: Progress | None) -> PackedAdapter:
         """Return a part of a mix: as it is in the CPU cache, if it is there and is A and B alone, or else
@@ -96,7 +82,8 @@ class AdapterStore:
         image = self.images.get(part.uid)
         tensors = None if image is None or self._layout.shard.size > 1 else image.matrices()
         if image is None or tensors is None or part.digest not in ("", image.digest):
-            return self._read(part.name, part.path, progress, part.files).scaled(self._dtype)
+            read = self._reader.read(part.name, part.path, progress, part.files)
+            return read.scaled(self._dtype)
         digest = image.digest
         return PackedAdapter(rank=image.rank, find_digest=lambda: digest, tensors=tensors)
 

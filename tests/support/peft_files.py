@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from aioengine.adapters.peft.folder import naming
 from aioengine.adapters.peft.pack import PackedAdapter
-from aioengine.adapters.peft.read import read_adapter
+from aioengine.adapters.peft.read import AdapterReader
 from aioengine.errors import AdapterError, AdapterInvalid
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LORA_MODULES, ModelSpec, RopeSpec
@@ -76,10 +76,11 @@ def read(folder: Path, spec: ModelSpec = SPEC, **options: Any) -> PackedAdapter:
     of the base model there is nothing to compare with unless ``base_weight`` is among them."""
     max_rank, modules = options.pop("max_rank", 16), options.pop("target_modules", LORA_MODULES)
     slot = options.pop("slot", None) or SlotLayout(spec, max_rank, modules)
-    defaults = {"known": {}, "base_weight": lambda _: torch.empty(0)}
+    base_weight, known = options.pop("base_weight", lambda _: torch.empty(0)), options.pop("known", {})
     dtype, finite = options.pop("dtype", torch.float32), options.pop("finite", True)
     with naming("sql", str(folder)):
-        found = read_adapter("sql", folder, slot, dtype=dtype, **{**defaults, **options})
+        reader = AdapterReader(slot, dtype, base_weight, known)
+        found = reader.read("sql", str(folder), **options)
         if finite:
             found.check_finite(dtype, slot.spec)
     return found.scaled(dtype)

@@ -9,8 +9,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -82,119 +81,112 @@ KnownPlans = dict[tuple[bytes, SafetensorsHeader], Plan]
 a model with many experts it takes long to derive from these what goes where. Several threads may share it."""
 
 
-def read_adapter(
-    name: str,
-    path: str | Path,
-    slot: SlotLayout,
-    *,
-    dtype: torch.dtype,
-    base_weight: Callable[[str], Tensor],
-    known: KnownPlans,
-    progress: Progress | None = None,
-    files: HeldFiles | None = None,
-) -> PackedAdapter:
-    """Read the PEFT directory ``path`` and check that it fits the base model and the slot pool.
+@dataclass(frozen=True)
+class AdapterReader:
+    """Reads PEFT directories, checks that they fit the base model and the slot pool, and packs them.
 
     Args:
-        slot: The slots' layout. If they hold a rank's share, only the share is returned.
+        slot: The slots' layout. If they hold a rank's share, only the share is read.
         dtype: The dtype that the weights will have.
         base_weight: The base model's weight [vocabulary, hidden] of ``embed_tokens`` or ``lm_head``. PEFT
             saves that weight along with an adapter on it; the saved copy is compared with this one and left
             out.
-        known: The plans that were made before for the same ``slot``.
-        progress: Told of each call on the folder's files.
-        files: Read these in place of a folder.
-
-    Raises:
-        AdapterLoadError: a file is missing, cannot be read, or changed while it was read.
-        AdapterInvalid: malformed, unsupported, or made for another base model.
-        AdapterTooLarge: a module's rank exceeds that of the slots.
     """
-    with naming(name, str(path)):
-        folder = AdapterFolder(str(path), progress, files)
-        folder.check()
+
+    slot: SlotLayout
+    dtype: torch.dtype
+    base_weight: Callable[[str], Tensor]
+    known: KnownPlans = field(default_factory=dict)
+
+    def read(
+        self, name: str, path: str, progress: Progress | None = None, files: HeldFiles | None = None
+    ) -> PackedAdapter:
+        """Read the directory ``path``, or ``files`` in its place. ``progress`` is told of each call on files.
+
+        Raises:
+            AdapterLoadError: a file is missing, cannot be read, or changed while it was read.
+            AdapterInvalid: malformed, unsupported, or made for another base model.
+            AdapterTooLarge: a module's rank exceeds that of the slots.
+        """
+        with naming(name, path):
+            folder = AdapterFolder(path, progress, files)
+            folder.check()
+            try:
+                plan, data, pooling, find_digest = self._read(folder, f"{name!r} ({path})")
+                layout, tensors = self._unfolded(plan, tensors_of(data, plan.entries))
+                packed = pack(layout, tensors, self.slot, dtype=self.dtype, base_weight=self.base_weight)
+                kind = _pooling_kind(pooling) if layout.config.feature_extraction else None
+            except AdapterInvalid:
+                folder.check_unchanged()  # a file that was replaced during the read shows no bad adapter
+                raise
+            folder.check_unchanged()
+        return replace(packed, find_digest=find_digest, pooling=kind, version=folder.version)
+
+    def _read(self, folder: AdapterFolder, adapter: str) -> tuple[Plan, Buffer, bytes, Callable[[], str]]:
+        """Read the files: what to do with the tensors' data, the data, pooling's configuration if there is
+        one, and a function that waits for the digest, which only the first of several ranks computes."""
+        digest = _Digest(wanted=self.slot.shard.rank == 0)
         try:
-            plan, data, pooling, find_digest = _read(folder, slot, known, f"{name!r} ({path})")
-            layout, tensors = _unfolded(plan, tensors_of(data, plan.entries), slot)
-            packed = pack(layout, tensors, slot, dtype=dtype, base_weight=base_weight)
-            kind = _pooling_kind(pooling) if layout.config.feature_extraction else None
-        except AdapterInvalid:
-            folder.check_unchanged()  # a file that was replaced during the read does not show a bad adapter
-            raise
-        folder.check_unchanged()
-    return replace(packed, find_digest=find_digest, pooling=kind, version=folder.version)
+            text = folder.content(CONFIG_FILE, MAX_CONFIG_BYTES)
+            digest.update(text)
+            if not folder.has(SAFETENSORS_FILE):  # what is wrong with the configuration is said first
+                self._check_plain(text)
+            with folder.open(SAFETENSORS_FILE) as file:
+                header = SafetensorsHeader.read(file)
+                digest.update(header.raw)
+                plan = self.known.get((text, header)) or self._plan(text, header, adapter)
+                self.known[text, header] = plan
+                for old in list(self.known)[:-MAX_KNOWN]:
+                    self.known.pop(old, None)
+                data = Buffer(max(1, header.data_bytes))
+                for begin in range(0, header.data_bytes, HASHED_BYTES):
+                    view = data.view[begin : min(begin + HASHED_BYTES, header.data_bytes)]
+                    file.read_into(view)
+                    digest.update(view)
+            pooling = folder.content(POOLING_FILE, MAX_POOLING_BYTES) if folder.has(POOLING_FILE) else b""
+            digest.update(pooling)
+            return plan, data, pooling, digest.result()
+        finally:
+            digest.close()
 
+    def _check_plain(self, text: bytes) -> None:
+        """Raise AdapterInvalid for a configuration that no file could go with."""
+        fields = fields_of(text)
+        if method_of(fields) is None and next(self.slot.spec.bare_parameters(), None) is None:
+            parse_config(fields)
 
-def _read(
-    folder: AdapterFolder, slot: SlotLayout, known: KnownPlans, adapter: str
-) -> tuple[Plan, Buffer, bytes, Callable[[], str]]:
-    """Read the files: what to do with the tensors' data, the data, pooling's configuration if there is one,
-    and a function that waits for the digest, which only the first of several ranks computes."""
-    digest = _Digest(wanted=slot.shard.rank == 0)
-    try:
-        text = folder.content(CONFIG_FILE, MAX_CONFIG_BYTES)
-        digest.update(text)
-        if not folder.has(SAFETENSORS_FILE):  # what is wrong with the configuration is said first
-            _check_plain(text, slot)
-        with folder.open(SAFETENSORS_FILE) as file:
-            header = SafetensorsHeader.read(file)
-            digest.update(header.raw)
-            plan = known.get((text, header)) or _plan(text, header, slot, adapter)
-            known[text, header] = plan
-            for old in list(known)[:-MAX_KNOWN]:
-                known.pop(old, None)
-            data = Buffer(max(1, header.data_bytes))
-            for begin in range(0, header.data_bytes, HASHED_BYTES):
-                view = data.view[begin : min(begin + HASHED_BYTES, header.data_bytes)]
-                file.read_into(view)
-                digest.update(view)
-        pooling = folder.content(POOLING_FILE, MAX_POOLING_BYTES) if folder.has(POOLING_FILE) else b""
-        digest.update(pooling)
-        return plan, data, pooling, digest.result()
-    finally:
-        digest.close()
+    def _plan(self, text: bytes, header: SafetensorsHeader, adapter: str) -> Plan:
+        fields, entries, slot = fields_of(text), header.entries(), self.slot
+        shapes = {entry.key: entry.shape for entry in entries}
+        folded = fold_parameters(fields, shapes, slot) or fold_method(fields, shapes, slot)
+        if folded is not None:
+            if header.data_bytes > MAX_ITEM_BYTES * slot.elements * slot.shard.size:
+                invalid_weights(
+                    f"has {header.data_bytes} bytes of data, more than an adapter that fits can have"
+                )
+            return Plan(entries, None, folded)
+        config = parse_config(fields)
+        if config.unmatched:
+            logger.warning(
+                "adapter %s: %s: %s; the names of the file's tensors say which modules it is on",
+                adapter,
+                CONFIG_FILE,
+                config.unmatched,
+            )
+        return Plan(entries, self._layout(config, shapes))
 
+    def _unfolded(self, plan: Plan, tensors: Mapping[str, Tensor]) -> tuple[Layout, Mapping[str, Tensor]]:
+        """Return the layout of a plan, and its tensors; of an adapter that is folded, what is made of its."""
+        if plan.layout is not None:
+            return plan.layout, tensors
+        assert plan.folded is not None
+        made = plan.folded.tensors(tensors)
+        shapes = {key: tuple(tensor.shape) for key, tensor in made.items()}
+        return self._layout(plan.folded.config, shapes), made
 
-def _check_plain(text: bytes, slot: SlotLayout) -> None:
-    """Raise AdapterInvalid for a configuration that no file could go with."""
-    fields = fields_of(text)
-    if method_of(fields) is None and next(slot.spec.bare_parameters(), None) is None:
-        parse_config(fields)
-
-
-def _plan(text: bytes, header: SafetensorsHeader, slot: SlotLayout, adapter: str) -> Plan:
-    fields, entries = fields_of(text), header.entries()
-    shapes = {entry.key: entry.shape for entry in entries}
-    folded = fold_parameters(fields, shapes, slot) or fold_method(fields, shapes, slot)
-    if folded is not None:
-        if header.data_bytes > MAX_ITEM_BYTES * slot.elements * slot.shard.size:
-            invalid_weights(f"has {header.data_bytes} bytes of data, more than an adapter that fits can have")
-        return Plan(entries, None, folded)
-    config = parse_config(fields)
-    if config.unmatched:
-        logger.warning(
-            "adapter %s: %s: %s; the names of the file's tensors say which modules it is on",
-            adapter,
-            CONFIG_FILE,
-            config.unmatched,
-        )
-    return Plan(entries, _layout(config, shapes, slot))
-
-
-def _unfolded(
-    plan: Plan, tensors: Mapping[str, Tensor], slot: SlotLayout
-) -> tuple[Layout, Mapping[str, Tensor]]:
-    """Return the layout of a plan, and its tensors; of an adapter that is folded, what is made of its."""
-    if plan.layout is not None:
-        return plan.layout, tensors
-    assert plan.folded is not None
-    made = plan.folded.tensors(tensors)
-    shapes = {key: tuple(tensor.shape) for key, tensor in made.items()}
-    return _layout(plan.folded.config, shapes, slot), made
-
-
-def _layout(config: PeftLoraConfig, shapes: Mapping[str, tuple[int, ...]], slot: SlotLayout) -> Layout:
-    return Layout(config.on(modules_of(shapes)) if config.unmatched else config, slot, shapes)
+    def _layout(self, config: PeftLoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+        named = config.on(modules_of(shapes)) if config.unmatched else config
+        return Layout(named, self.slot, shapes)
 
 
 def _pooling_kind(text: bytes) -> Kind | None:
