@@ -8,8 +8,7 @@ import os
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 from aioengine.adapters.peft.folder import failed, naming
 from aioengine.adapters.read_threads import POLL_SECONDS, Progress
@@ -33,44 +32,6 @@ BACKOFF_SECONDS = 0.1
 """Wait before the first retry of a read that failed for a passing reason."""
 
 
-T = TypeVar("T")
-
-
-class Backoff:
-    """Waits of ``base``, 2 ``base``, 4 ``base``, ... seconds, each times a random 0.5 to 1, so that readers
-    of one disk do not come back all at once ("equal jitter": Brooker, "Exponential Backoff And Jitter", AWS
-    Architecture Blog, 2015). ``retries`` is how often to try again. The same seed gives the same waits.
-    """
-
-    def __init__(self, retries: int, base: float = BACKOFF_SECONDS, *, seed: int = 0) -> None:
-        self.retries = retries
-        self._base = base
-        self._rng = random.Random(seed)
-
-    async def run(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Call ``attempt`` until it succeeds, and return its result. Waits on the loop's clock, holds nothing
-        while it waits, and can be cancelled. Raises the AdapterError of a permanent failure, or of the last
-        retry."""
-        failed = 0
-        while True:
-            try:
-                return await attempt()
-            except AdapterError as error:
-                if not error.transient:
-                    raise
-                failed += 1
-                if failed > self.retries:
-                    if failed == 1 or not isinstance(error, AdapterLoadError):
-                        raise
-                    raise AdapterLoadError(
-                        f"{error.reason} ({failed} attempts, the last just now)",
-                        name=error.name,
-                        path=error.path,
-                        transient=True,
-                    ) from error
-            await asyncio.sleep(self._base * 2 ** (failed - 1) * self._rng.uniform(0.5, 1.0))
-
-
 class BaseLoader(ABC):
     """Loads with the retries and the time limit of ``lora``, wherever the reads are done. No thread is held
     between retries. A read that does not return in time is abandoned: it is not counted any more, and its
@@ -78,8 +39,8 @@ class BaseLoader(ABC):
 
     def __init__(self, lora: LoRAConfig | None = None, seed: int = 0) -> None:
         lora = LoRAConfig() if lora is None else lora
-        self._backoff = Backoff(lora.load_retries, seed=seed)
-        self._timeout = lora.load_timeout
+        self._retries, self._timeout = lora.load_retries, lora.load_timeout
+        self._rng = random.Random(seed)
         self._open: list[Progress] = []
         """Reads that may still run."""
 
@@ -91,19 +52,12 @@ class BaseLoader(ABC):
         """
         start = time.perf_counter()
         progress = Progress(order.path)
-
-        async def attempt() -> LoadedAdapter:
-            progress.running = progress.waiting = True
-            if progress not in self._open:
-                self._open.append(progress)
-            return await self._read(order, progress)
-
         self._watch(progress, order.stalled)
         with naming(order.name, order.path):
             try:
                 async with asyncio.timeout(self._timeout) as limit:
                     await self._until_unobstructed(order.path)
-                    found = await self._backoff.run(attempt)
+                    found = await self._attempts(order, progress)
             except TimeoutError:
                 if not limit.expired():
                     raise
@@ -115,6 +69,28 @@ class BaseLoader(ABC):
             finally:
                 progress.over = True
         return found._replace(seconds=time.perf_counter() - start)
+
+    async def _attempts(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
+        """Read until it succeeds. Raises the AdapterError of a permanent failure, or of the last retry.
+
+        The waits double, each times a random 0.5 to 1, so that readers of one disk do not come back all at
+        once ("equal jitter": Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015). The
+        same seed gives the same waits."""
+        attempts = 0
+        while True:
+            progress.running = progress.waiting = True
+            if progress not in self._open:
+                self._open.append(progress)
+            try:
+                return await self._read(order, progress)
+            except AdapterError as error:
+                attempts += 1
+                if not error.transient or not self._retries:
+                    raise
+                if attempts > self._retries:
+                    why = f"{error.reason} ({attempts} attempts, the last just now)"
+                    raise type(error)(why, name=error.name, path=error.path, transient=True) from error
+            await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempts - 1) * self._rng.uniform(0.5, 1.0))
 
     # Reads that hang
 

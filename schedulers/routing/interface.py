@@ -184,7 +184,8 @@ class FleetView(Protocol):
 
 
 class RouterPolicy(ABC):
-    """Base of all routers. ``route`` must be fast and synchronous, and must not change the view."""
+    """Base of all routers. ``route`` must be fast and synchronous, and must not change the view. It is asked
+    only if there is a replica that accepts requests and has not failed this one."""
 
     source: str = ""
     """The paper or project that it is from, in one line."""

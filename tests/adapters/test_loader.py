@@ -16,7 +16,8 @@ import pytest
 from support.waiting import until
 
 from aioengine.adapters import loader as loaders
-from aioengine.adapters.loader import MAX_HANGING, Backoff
+from aioengine.adapters.loader import MAX_HANGING, BaseLoader
+from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
 from aioengine.executors.thread import ThreadDevice
@@ -30,58 +31,57 @@ def flaky(*, transient: bool = True) -> AdapterLoadError:
     return AdapterLoadError("cannot read x: EIO", name="x", path="/x", transient=transient)
 
 
-class Attempts:
+class Attempts(BaseLoader):
     """Fails with each of ``errors`` in turn, then succeeds."""
 
-    def __init__(self, *errors: Exception) -> None:
+    def __init__(self, *errors: Exception, retries: int, seed: int = 0) -> None:
+        super().__init__(LoRAConfig(load_retries=retries), seed)
         self.errors = list(errors)
         self.times: list[float] = []
 
-    async def __call__(self) -> str:
+    async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
+        progress.running = False
         self.times.append(asyncio.get_running_loop().time())
         if self.errors:
             raise self.errors.pop(0)
-        return "read"
+        return LoadedAdapter(4, 10, 10, "read")
 
+    def run(self) -> tuple[Any, list[float]]:
+        """Return the digest or error, and the waits between the attempts."""
 
-def run_backoff(attempts: Attempts, retries: int, seed: int = 0) -> tuple[Any, list[float]]:
-    """Return the result or error, and the waits between the attempts."""
+        async def main() -> Any:
+            try:
+                return (await self.load(ReadOrder(0, "x", "/x", lambda: None))).digest
+            except AioEngineError as error:
+                return error
 
-    async def main() -> Any:
-        backoff = Backoff(retries, 0.1, seed=seed)
-        try:
-            return await backoff.run(attempts)
-        except AioEngineError as error:
-            return error
-
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(main()), [after - before for before, after in pairwise(attempts.times)]
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            return runner.run(main()), [after - before for before, after in pairwise(self.times)]
 
 
 def test_a_passing_error_is_tried_again_after_growing_waits() -> None:
-    attempts = Attempts(flaky(), flaky(), flaky())
-    result, waits = run_backoff(attempts, retries=3)
+    result, waits = Attempts(flaky(), flaky(), flaky(), retries=3).run()
     assert result == "read"
     for wait, longest in zip(waits, (0.1, 0.2, 0.4), strict=True):
         assert longest / 2 <= wait <= longest + 1e-6
-    again, other = (run_backoff(Attempts(flaky(), flaky(), flaky()), 3, seed)[1] for seed in (0, 1))
+    again, other = (Attempts(flaky(), flaky(), flaky(), retries=3, seed=seed).run()[1] for seed in (0, 1))
     assert again == waits != other, "the same for a seed"
 
 
 @pytest.mark.parametrize("error", [flaky(transient=False), AdapterInvalid("bad", name="x")])
 def test_an_error_for_good_is_not_tried_again(error: Exception) -> None:
-    attempts = Attempts(error)
-    assert run_backoff(attempts, retries=3) == (error, [])
+    attempts = Attempts(error, retries=3)
+    assert attempts.run() == (error, [])
     assert len(attempts.times) == 1
 
 
 def test_after_the_last_attempt_the_error_says_how_many_there_were() -> None:
-    attempts = Attempts(flaky(), flaky(), flaky())
-    error, _ = run_backoff(attempts, retries=2)
+    attempts = Attempts(flaky(), flaky(), flaky(), retries=2)
+    error, _ = attempts.run()
     assert isinstance(error, AdapterLoadError)
     assert len(attempts.times) == 3
     assert "EIO (3 attempts" in str(error)
-    once, _ = run_backoff(Attempts(flaky()), retries=0)
+    once, _ = Attempts(flaky(), retries=0).run()
     assert "attempts" not in str(once)
 
 

@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 from support.steady_device import Steady
 
+from aioengine.adapters.loader import BaseLoader
+from aioengine.adapters.read_threads import Progress
+from aioengine.config import LoRAConfig
 from aioengine.core import Core
 from aioengine.errors import AdapterLoadError
 from aioengine.events import Event, RequestEnded, StepFinished
@@ -77,16 +81,14 @@ def test_a_policy_that_waits_is_asked_again_although_a_read_has_just_ended() -> 
     run(HoldsBack(), main, Reads())
 
 
-def test_retries_wait_in_virtual_time() -> None:
-    from aioengine.adapters.loader import Backoff
+def test_retries_wait_in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioengine.adapters.loader.BACKOFF_SECONDS", 100.0)
 
-    class Flaky(Steady):
+    class Flaky(BaseLoader, Steady):
         reads = 0
 
-        async def load(self, order: ReadOrder) -> LoadedAdapter:
-            return await Backoff(3, 100.0).run(self.read)
-
-        async def read(self) -> LoadedAdapter:
+        async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
+            progress.running = False
             self.reads += 1
             if self.reads < 3:
                 raise AdapterLoadError("EIO", name="a", path="/a", transient=True)
@@ -100,7 +102,7 @@ def test_retries_wait_in_virtual_time() -> None:
         add(stepper, "r", "a")
         await asyncio.sleep(100 + 200 + 1)
 
-    run(FCFS(), main, Flaky())
+    run(FCFS(), main, Flaky(LoRAConfig(load_retries=3, load_timeout=None)))
     (end,) = seen
     assert isinstance(end, RequestEnded) and end.reason == "length" and end.time > 150
 

@@ -72,8 +72,6 @@ class Affinity(RouterPolicy):
 
     def route(self, request: RouteRequest, view: FleetView) -> Route:
         found = candidates(request, view)
-        if not found:
-            return Route()
         if found is not self._found:  # a view has another sequence whenever it has other replicas
             self._found, self._index = found, {replica.replica_id: replica for replica in found}
         index, name = self._index, request.adapter

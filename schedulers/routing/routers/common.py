@@ -3,8 +3,8 @@ hash."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 from aioengine.schedulers.routing.interface import FleetView, ReplicaView, RouteRequest
@@ -48,20 +48,17 @@ class RendezvousOrder:
     def __init__(self) -> None:
         self._seen: Sequence[ReplicaView] | None = None
         self._weights: dict[str, int] = {}
-        self._orders: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self._kept = lru_cache(_KEYS)(self._order)
 
     def of(self, key: str, view: FleetView) -> tuple[str, ...]:
         """Return the ids of all known replicas, accepting or not."""
         self._see(view)
-        found = self._orders.pop(key, None)
-        if found is None:
-            seed = _digest(key)
-            scores = {name: _score(seed, weight) for name, weight in self._weights.items()}
-            found = tuple(sorted(scores, key=scores.__getitem__, reverse=True))
-        self._orders[key] = found  # the latest is the last
-        if len(self._orders) > _KEYS:
-            self._orders.popitem(last=False)
-        return found
+        return self._kept(key)
+
+    def _order(self, key: str) -> tuple[str, ...]:
+        seed = _digest(key)
+        scores = {name: _score(seed, weight) for name, weight in self._weights.items()}
+        return tuple(sorted(scores, key=scores.__getitem__, reverse=True))
 
     def first(self, key: str, view: FleetView, among: Collection[str]) -> str:
         """Return the one of some known replicas that comes first in the order of all."""
@@ -74,7 +71,7 @@ class RendezvousOrder:
             self._seen = view.accepting
             if self._weights.keys() != view.replicas.keys():
                 self._weights = {name: _digest(name) for name in view.replicas}
-                self._orders.clear()
+                self._kept.cache_clear()
 
 
 def _score(seed: int, weight: int) -> int:

@@ -25,10 +25,7 @@ class Simple(RouterPolicy):
     """Orders the replicas that accept requests and have not failed this one."""
 
     def route(self, request: RouteRequest, view: FleetView) -> Route:
-        found = candidates(request, view)
-        if not found:
-            return Route()
-        best, reason = self.order(request, found, view)
+        best, reason = self.order(request, candidates(request, view), view)
         return Route([replica.replica_id for replica in best[:MAX_NAMED]], reason=reason)
 
     @abstractmethod
