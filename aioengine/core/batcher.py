@@ -26,7 +26,6 @@ WORTH_WAITING = 64
 _row = attrgetter("row")
 _slot = attrgetter("row.slot")
 _remaining = attrgetter("remaining")
-_decodes = attrgetter("decodes")
 
 
 class StepContents(NamedTuple):
@@ -39,9 +38,9 @@ class StepContents(NamedTuple):
     slots: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, rows: Sequence[SequenceWork]) -> StepContents:
+    def of(cls, rows: Sequence[SequenceWork], others: Sequence[SequenceWork]) -> StepContents:
+        """Describe ``rows``, of which all but ``others`` are plain decodes."""
         used = tuple(sorted({work.slot for work in rows} - {-1}))
-        others = [work for work in rows if work.start < work.prompt_len or len(work.tokens) > 1]
         prefill, decode = 0, len(rows) - len(others)
         for work in others:
             count = len(work.tokens)
@@ -76,6 +75,8 @@ class Batcher:
         """The requests of the batch that was formed last, in the order of their sequences."""
         self.sequences: list[SequenceWork] = []
         """Their shares of it."""
+        self.contents = StepContents()
+        """What is in it."""
         self._decodes: list[Request] = []
         """Its requests in order of admission, if these are all running ones, and each step gives each of them
         one token, and only that; else none."""
@@ -103,7 +104,7 @@ class Batcher:
         self._now, before = now, self.preemptions
         running, size = self.running.values(), self.blocks.block_size
         decodes = [request for request in running if request.decodes or not request.has_prompt_left]
-        growing = [request for request in decodes if len(request.tokens) > len(request.blocks) * size]
+        growing = [r for r in decodes if r.computed % size == 0 or not r.decodes]  # others need no block
         prefills = deque[Request]()
         if len(decodes) < len(running):
             prefills += [request for request in running if not request.decodes and request.has_prompt_left]
@@ -126,8 +127,10 @@ class Batcher:
             work = [request for request in work if request.status is Status.RUNNING]
         work.sort(key=_slot)
         self.formed, self.sequences = work, list(map(_row, work))
+        mixed = [request.row for request in work if request.row and not request.decodes]
+        self.contents = StepContents.of(self.sequences, mixed)
         # A request that resumes with one token is no decode of the list yet.
-        whole = len(work) == len(decodes) == len(running) and all(map(_decodes, work))
+        whole = not mixed and len(work) == len(decodes) == len(running)
         self._decodes = decodes if whole else []
         self._work = None
         return False
@@ -178,8 +181,10 @@ class Batcher:
         return work
 
     def _repeats(self, growing: Sequence[Request], slot_ranks: Sequence[int]) -> bool:
-        """Whether the requests of the batch before can run again, a token later. Then those that are
-        ``growing`` have got a block."""
+        """Whether the requests of the batch before can run again, a token later. Then those of ``growing``
+        that need a block have got it."""
+        size = self.blocks.block_size
+        growing = [request for request in growing if request.computed == len(request.blocks) * size]
         if self.speculates or not self._decodes or not self.blocks.can_allocate(len(growing)):
             return False
         if self.pacer is not None:

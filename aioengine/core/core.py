@@ -19,7 +19,7 @@ from aioengine import events
 from aioengine.core.adapters.moves import Move
 from aioengine.core.adapters.placing import Placing
 from aioengine.core.adapters.residency import Residency
-from aioengine.core.batcher import Batcher, StepContents
+from aioengine.core.batcher import Batcher
 from aioengine.core.blocks import BlockManager
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
@@ -103,8 +103,6 @@ class Core:
         self._zombies: list[Request] = []
         """Requests that ended while in flight. Their blocks and slots are released when the step comes
         back."""
-        self.contents = StepContents()
-        """Those of the last batch."""
 
     # Events in: requests
 
@@ -309,15 +307,13 @@ class Core:
         self.step += 1
         self._in_flight = self.batcher.formed
         batch = StepBatch(self.step, self.batcher.sequences, ranks, again)
-        if not again:
-            self.contents = StepContents.of(batch.sequences)
         self._note_used(self.now)
         return batch
 
     def _note_used(self, now: float) -> None:
         """Note that a step begins, and uses its slots."""
         slots = self.slots.slots
-        for index in self.contents.slots:
+        for index in self.batcher.contents.slots:
             if (entry := slots[index].entry) is not None:
                 slots[index].last_used = entry.last_used = now
 

@@ -55,7 +55,9 @@ class StepResults:
         for index, (request, work, count) in enumerate(rows):
             first, until = until, until + count
             known, last, new = request.tokens, request.last_token, tokens[first:until]
-            computed, got, finish, error, logprobs = count, count, None, None, ()
+            computed = got = count
+            finish = error = None
+            logprobs = ()
             if not (
                 request.decodes
                 and plain

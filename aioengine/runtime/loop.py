@@ -243,7 +243,7 @@ class EngineLoop:
                 schedule_seconds=self._decided[0],
                 policy_seconds=self._decided[1],
                 intervals=tuple(chain.from_iterable(intervals)),
-                **self.core.contents._asdict(),
+                **self.core.batcher.contents._asdict(),
             )
             self.core.outbox.append(event)
         self.publish()

@@ -83,8 +83,6 @@ class SimulatedDevice(Device):
         self._pace = 1.0
         self._flight: _Flight | None = None
         """The steps under way."""
-        self._horizon = MOST_STEPS
-        """Steps that the next flight has at most, by how many of the last one took place."""
         self._disk = SharedStage(costs.disk)
         self._slot = SharedStage(costs.slot)
         self._max_rank = max_rank
@@ -100,7 +98,7 @@ class SimulatedDevice(Device):
         looks (:meth:`settle`) or something has happened (:meth:`interrupt`)."""
         loop = asyncio.get_running_loop()
         together = self.repeats and isinstance(loop, VirtualTimeLoop)
-        most, ending = self._until_an_end(batch, min(batch.steps, self._horizon) if together else 1)
+        most, ending = self._until_an_end(batch, min(batch.steps, MOST_STEPS) if together else 1)
         begin, pace, ends = loop.time(), self._pace, list[float]()
         for work in islice(self._work(batch), most):
             if ends and begin >= batch.until:
@@ -120,7 +118,6 @@ class SimulatedDevice(Device):
         ended."""
         flight.timer.cancel()
         self._flight = None
-        self._horizon = min(2 * count + 2, MOST_STEPS)
         loop, ends = flight.loop, flight.ends[:count]
         result = self._result(flight, ends)
         if isinstance(loop, VirtualTimeLoop):
@@ -132,7 +129,7 @@ class SimulatedDevice(Device):
     def settle(self) -> None:
         """Hand over the steps that have ended; those after them go on."""
         flight = self._flight
-        if flight is not None:
+        if flight is not None and len(flight.ends) > 1:
             now = flight.loop.time()
             count = bisect_right(flight.ends, now - resolution(now))
             if 0 < count < len(flight.ends):
@@ -183,10 +180,11 @@ class SimulatedDevice(Device):
     def _until_an_end(self, batch: StepBatch, most: int) -> tuple[int, list[int]]:
         """Return how many steps there are until a sequence ends, at most ``most``, and the indices of the
         sequences that end then."""
-        length, rows = self.lengths.get, batch.sequences
-        left = [length(r.request_id, ENDLESS) + r.prompt_len - r.start - len(r.tokens) for r in rows]
-        most = min([tokens for tokens in left if 0 < tokens < most], default=most)
-        return most, [index for index, tokens in enumerate(left) if tokens == most]
+        length = self.lengths.get
+        left = [length(r.request_id, ENDLESS) + r.prompt_len - len(r.history) for r in batch.sequences]
+        if most > 1:
+            most = min([tokens for tokens in left if 0 < tokens < most], default=most)
+        return most, [index for index, tokens in enumerate(left) if tokens == most] if most in left else []
 
     def _result(self, flight: _Flight, ends: Sequence[float]) -> StepResult:
         begins, overhead = (flight.begin, *ends[:-1]), self._costs.step_overhead
