@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from aioengine.errors import EngineDead
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
@@ -29,8 +30,9 @@ class Device(ABC):
     """Reason why a token's bits depend on its batch; None if they do not."""
     repeats: bool = False
     """Whether it may take several steps of a batch at once: ``StepBatch.steps``."""
-    can_restart: bool = False
-    """Whether ``restart`` may bring it back."""
+    restart: Callable[[], Coroutine[Any, Any, None]] | None = None
+    """Starts it again with only the model, after a loss; None: that is not possible. Raises EngineDead if it
+    fails for good. If it is cancelled, nothing runs."""
     on_loss: Callable[[EngineDead], None] | None = None
     """Called on the loop when it is lost, whether a step is in flight or not; set by who runs it."""
 
@@ -63,13 +65,6 @@ class Device(ABC):
 
     def forget(self, request_id: str) -> None:  # noqa: B027 # a device without a memory of requests
         """Note that a request has ended. It is in no further batch, and its id may be used again."""
-
-    async def restart(self) -> None:
-        """Start again with only the model. Only where ``can_restart``, and after a loss.
-
-        Raises EngineDead if that fails for good. If it is cancelled, nothing runs.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     async def close(self) -> None:

@@ -268,7 +268,7 @@ class EngineLoop:
         self._lost = None
         self.core.device_lost(began, error)
         self._moves.device_lost()
-        if not self._device.can_restart:
+        if self._device.restart is None:
             raise error
         self.restarting = error
         self.publish()

@@ -142,7 +142,7 @@ class FaultyDevice(SimulatedDevice):
         super().__init__(costs, token=0, end_token=end_token, max_rank=MAX_RANK)
         self.loader = FaultyLoader(costs, memory, rates=rates, rng=rng, lora=lora, seed=seed)
         self.memory = memory
-        self.can_restart = restarts
+        self.restart = self._restart if restarts else None
         self.failed_rows: dict[str, str] = {}
         """By request: what its error comes from."""
         self.killed = False
@@ -155,12 +155,12 @@ class FaultyDevice(SimulatedDevice):
     def lose(self) -> None:
         """The device is gone, with all that it holds."""
         if not self.memory.lost:
-            self.killed = self.killed or not self.can_restart
+            self.killed = self.killed or self.restart is None
             self.memory.lose()
             assert self.on_loss is not None
             self.on_loss(self._lost())
 
-    async def restart(self) -> None:
+    async def _restart(self) -> None:
         await asyncio.sleep(self._rng.uniform(0.0, 2.0))
         if self._rng.random() < 0.1:
             self.killed = True

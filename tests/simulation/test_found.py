@@ -232,8 +232,7 @@ def test_a_load_that_is_given_up_leaves_a_pinned_adapter_to_be_read_again() -> N
             async def restart() -> None:
                 await asyncio.sleep(5.0)
 
-            engine._device.can_restart = True
-            engine._device.restart = restart  # type: ignore[method-assign]
+            engine._device.restart = restart
             engine._loop._device_lost(EngineDead("planned: the device was lost"))
             await asyncio.sleep(1.0)
             load = asyncio.create_task(engine.load_adapter("a"))

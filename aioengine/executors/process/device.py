@@ -47,7 +47,7 @@ class ProcessDevice(BaseLoader, Device):
     def __init__(self, config: EngineConfig, kind: type[Workers] = Workers, *, vocab: int) -> None:
         super().__init__(config.lora, config.seed)
         self._kind = kind
-        self.can_restart = config.restart == "on-failure"
+        self.restart = self._restart if config.restart == "on-failure" else None
         self.workers: Workers
         """The workers that run now; set from the first start on."""
         self._config = config
@@ -75,36 +75,31 @@ class ProcessDevice(BaseLoader, Device):
         self._steps.forget(request_id)
 
     def begin(self, batch: StepBatch, ended: Ended) -> None:
-        rows = enumerate(batch.sequences)
-        guided = [i for i, row in rows if row.sample and row.params.constraint is not None]
         loop = asyncio.get_running_loop()
         try:
-            if guided:
-                self._guided = loop.create_task(self._run_guided(batch, guided, ended), name="aioengine-step")
+            if any(row.sample and row.params.constraint is not None for row in batch.sequences):
+                self._guided = loop.create_task(self._run_guided(batch, ended), name="aioengine-step")
             else:
                 step = self._steps.encode(batch)
                 self.workers.call(step, StepResult, lambda results: ended(_of_all_ranks(results)))
         except Exception as error:
             loop.call_soon(ended, error)
 
-    async def _run_guided(self, batch: StepBatch, places: Sequence[int], ended: Ended) -> None:
-        """Run a batch in which the sequences at ``places`` have constraints. These are objects of this
-        process, so one of its threads asks them while the workers compute."""
-        loop, rows = asyncio.get_running_loop(), [batch.sequences[i] for i in places]
-        alone = len(rows) == len(batch.sequences)
+    async def _run_guided(self, batch: StepBatch, ended: Ended) -> None:
+        """Run a batch in which some sequences have constraints. These are objects of this process, so one of
+        its threads asks them while the workers compute."""
+        loop, rows = asyncio.get_running_loop(), batch.sequences
         try:
             workers = self.workers
             results = workers.ask(self._steps.encode(batch), StepResult)
-            masks = await loop.run_in_executor(self._guides, _ask_constraints, rows, alone, self._vocab)
-            found = {places[i]: mask for i, mask in masks.found.items()}
-            failed = {places[i]: why for i, why in masks.failed.items()}
-            workers.tell(Masks(found | dict.fromkeys(failed, b"")))
+            masks = await loop.run_in_executor(self._guides, _ask_constraints, rows, self._vocab)
+            workers.tell(Masks(masks.found | dict.fromkeys(masks.failed, b"")))
             result = _of_all_ranks(await results)
         except Exception as error:
             result = error
         if isinstance(result, StepResult):
-            errors = {**result.errors, **{index: (why, "request") for index, why in failed.items()}}
-            forced = {places[i]: after for i, after in masks.forced.items() if places[i] not in errors}
+            errors = {**result.errors, **{index: (why, "request") for index, why in masks.failed.items()}}
+            forced = {index: after for index, after in masks.forced.items() if index not in errors}
             result = result._replace(errors=errors, forced=forced)
         ended(result)
 
@@ -147,7 +142,7 @@ class ProcessDevice(BaseLoader, Device):
     def drop(self, uid: int) -> None:
         self.workers.tell(Drop(uid))
 
-    async def restart(self) -> None:
+    async def _restart(self) -> None:
         """Start the workers again with only the model. Raises EngineDead if that fails too often."""
         cause: AioEngineError | None = self.workers.dead
         while True:
@@ -188,6 +183,6 @@ def _of_all_ranks(results: list[StepResult] | Exception) -> StepResult | Excepti
     return results[0]._replace(seconds=(max(result.seconds[0] for result in results),))
 
 
-def _ask_constraints(rows: Sequence[SequenceWork], alone: bool, vocab: int) -> constraints.Masks:
+def _ask_constraints(rows: Sequence[SequenceWork], vocab: int) -> constraints.Masks:
     constraints.begin(rows)
-    return constraints.collect(rows, alone=alone, vocab=vocab)
+    return constraints.collect(rows, alone=True, vocab=vocab)

@@ -45,13 +45,13 @@ def begin(rows: Iterable[SequenceWork]) -> None:
 
 
 def collect(rows: Sequence[SequenceWork], *, alone: bool, vocab: int) -> Masks:
-    """Collect the masks of ``rows``, all of which will be sampled. ``alone``: the step has no other rows.
+    """Collect the masks of those of ``rows`` that will be sampled. ``alone``: the step has no other rows.
     ``vocab``: number of logits; forced tokens must be below it."""
     masks = Masks({}, set(), {}, {})
     until = time.monotonic() + PATIENCE_SECONDS
     for index, row in enumerate(rows):
         constraint = row.params.constraint
-        if constraint is None:
+        if constraint is None or not row.sample:
             continue
         try:
             mask = _ask(row, constraint, until)
