@@ -57,12 +57,12 @@ class ThreadDevice(BaseLoader, Device):
             loop.call_soon_threadsafe(ended, result)
 
     async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
+        @enough_memory()
         def read() -> tuple[LoadedAdapter, AdapterImage]:
             try:
-                with enough_memory():
-                    draft = self.store.begin(order.name, order.path, progress, order.files)
-                    image = self.store.finish(draft)
-                    return draft.loaded, image  # the digest was computed beside that
+                draft = self.store.begin(order.name, order.path, progress, order.files)
+                image = self.store.finish(draft)
+                return draft.loaded, image  # the digest was computed beside that
             finally:
                 progress.running = False
 

@@ -58,7 +58,8 @@ class Worker:
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
         self._steps = wire.StepDecoder()
-        self._reads = _Reads(self._send)
+        self._reads: dict[int, list[Draft]] = {}
+        """Drafts of the adapters that are read, by uid, until these are in the cache or dropped."""
 
     def run(self) -> NoReturn:
         """Serve requests until the engine is gone."""
@@ -78,11 +79,11 @@ class Worker:
             case wire.Masks():
                 self._masks.set_result(message.found)
             case wire.Read():
-                self._reads.read(number, message, self._store)
+                self._read(number, message)
             case wire.Finish():
-                self._reads.finish(number, message, self._store)
+                self._finish(number, message)
             case wire.Drop():
-                self._reads.drop(message.uid, self._store)
+                self._drop(message.uid)
             case wire.Place():
                 # Before the copy's turn: it may be dropped until then.
                 image = self._store.images[message.uid]
@@ -136,6 +137,53 @@ class Worker:
         result = self._runner.execute(self._steps.decode(step, masks))
         return result if self._shard.rank == 0 else StepResult((), (), result.seconds)
 
+    # Reads, each in a thread of its own
+
+    def _read(self, number: int, order: wire.Read) -> None:
+        """Read this rank's share. Of an adapter that is dropped meanwhile, nothing is left when the thread
+        has ended."""
+        drafts: list[Draft] = []
+        self._reads[order.uid] = drafts
+        progress = _Reported(lambda: self._send(wire.Reading(number)))
+
+        @enough_memory()
+        def read() -> wire.ReadDone:
+            draft = self._store.begin(order.name, order.path, progress, order.files)
+            squares = draft.squares
+            if squares:
+                drafts.append(draft)
+            else:
+                self._keep(order.uid, draft)
+            return wire.ReadDone(draft.loaded, draft.packed.version, squares)
+
+        self._start_thread(number, read)
+
+    def _finish(self, number: int, order: wire.Finish) -> None:
+        [draft] = self._reads[order.uid]
+
+        @enough_memory()
+        def finish() -> None:
+            for squares in order.squares:
+                draft.add(squares)
+            self._keep(order.uid, draft)
+
+        self._start_thread(number, finish)
+
+    def _start_thread(self, number: int, work: Callable[[], object]) -> None:
+        name = f"aioengine-load-{number}"
+        threading.Thread(target=self._answer, args=(number, work), name=name, daemon=True).start()
+
+    def _keep(self, uid: int, draft: Draft) -> None:
+        self._store.images[uid] = self._store.finish(draft)
+        if self._reads.pop(uid, None) is None:  # dropped meanwhile, perhaps before it was in the cache
+            self._store.images.pop(uid, None)
+
+    def _drop(self, uid: int) -> None:
+        self._reads.pop(uid, None)
+        self._store.images.pop(uid, None)
+
+    # Answers
+
     def _send(self, report: wire.Report) -> None:
         data = wire.frame(report)
         try:
@@ -157,71 +205,6 @@ class _Reported(Progress):
         if time.monotonic() - self._last >= REPORT_SECONDS:
             self._last = time.monotonic()
             self._report()
-
-
-class _Read:
-    """A read of an adapter that is not in the CPU cache yet."""
-
-    draft: Draft
-
-
-class _Reads:
-    """Reads of adapters from disk to the CPU cache, each in a thread of its own. The main thread calls its
-    methods; any thread calls ``send``.
-
-    Of an adapter that is dropped while its thread runs, nothing is left when the thread has ended.
-    """
-
-    def __init__(self, send: Callable[[wire.Report], None]) -> None:
-        self._send = send
-        self._reads: dict[int, _Read] = {}
-        """By uid, until the adapter is in the cache or dropped."""
-
-    def read(self, number: int, order: wire.Read, store: AdapterStore) -> None:
-        """Read this rank's share."""
-        read = self._reads[order.uid] = _Read()
-        progress = _Reported(lambda: self._send(wire.Reading(number)))
-
-        def work() -> wire.ReadDone:
-            draft = store.begin(order.name, order.path, progress, order.files)
-            squares = draft.squares
-            if squares:
-                read.draft = draft
-            else:
-                self._finish(order.uid, draft, store)
-            return wire.ReadDone(draft.loaded, draft.packed.version, squares)
-
-        self._start(number, work)
-
-    def finish(self, number: int, order: wire.Finish, store: AdapterStore) -> None:
-        draft = self._reads[order.uid].draft
-
-        def work() -> None:
-            for squares in order.squares:
-                draft.add(squares)
-            self._finish(order.uid, draft, store)
-
-        self._start(number, work)
-
-    def drop(self, uid: int, store: AdapterStore) -> None:
-        self._reads.pop(uid, None)
-        store.images.pop(uid, None)
-
-    def _finish(self, uid: int, draft: Draft, store: AdapterStore) -> None:
-        store.images[uid] = store.finish(draft)
-        if self._reads.pop(uid, None) is None:  # dropped meanwhile, perhaps before it was in the cache
-            store.images.pop(uid, None)
-
-    def _start(self, number: int, work: Callable[[], object]) -> None:
-        def run() -> None:
-            try:
-                with enough_memory():
-                    report: wire.Report = wire.answer(number, work())
-            except BaseException as error:
-                report = wire.Failed(number, wire.pack_error(error))
-            self._send(report)
-
-        threading.Thread(target=run, name=f"aioengine-load-{number}", daemon=True).start()
 
 
 def _join(shard: Shard, device: str, rendezvous: str) -> Group:
