@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from aioengine.adapters.peft.folder import failed, naming
-from aioengine.adapters.read_threads import POLL_SECONDS, Progress
+from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterError, AdapterLoadError
 from aioengine.step import LoadedAdapter, ReadOrder, Stalled
@@ -30,6 +30,8 @@ GRACE_SECONDS = 0.5
 this time."""
 BACKOFF_SECONDS = 0.1
 """Wait before the first retry of a read that failed for a passing reason."""
+POLL_SECONDS = 0.005
+"""Interval of polling, which is rare."""
 
 
 class BaseLoader(ABC):
@@ -106,6 +108,15 @@ class BaseLoader(ABC):
                     "the network mount",
                     transient=True,
                 )
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _end_of_reads(self, seconds: float) -> None:
+        """Wait up to ``seconds`` until no read runs."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while any(read.running for read in self._open):
+            if loop.time() >= end:
+                return
             await asyncio.sleep(POLL_SECONDS)
 
     def _obstacle(self, path: str, *, abandoned: bool = False) -> str | None:

@@ -10,16 +10,12 @@ waits for it any more, its result is dropped, and it ends when the read returns.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-
-POLL_SECONDS = 0.005
-"""Interval of polling, which is rare."""
 
 
 class Progress:
@@ -52,33 +48,13 @@ class Progress:
         self.calls += 1
 
 
-class ReadThreads:
-    """Threads for blocking reads. All methods are called on one event loop; the caller bounds how many reads
-    run at once."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._number = itertools.count()
-        self._threads: list[Thread] = []
-
-    def start(self, read: Callable[[], T]) -> asyncio.Future[T]:
-        """Start ``read()`` and return a future of its result. Cancelling the future abandons the thread."""
-        found: Future[T] = Future()
-        found.set_running_or_notify_cancel()  # from now on it is not cancelled together with the other
-        name = f"{self._name}-{next(self._number)}"
-        thread = Thread(target=_run, args=(read, found), name=name, daemon=True)
-        thread.start()
-        self._threads = [*filter(Thread.is_alive, self._threads), thread]
-        return asyncio.wrap_future(found)
-
-    async def wait(self, seconds: float) -> None:
-        """Wait up to ``seconds`` until every thread has ended."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
-        while any(map(Thread.is_alive, self._threads)):
-            if loop.time() >= end:
-                return
-            await asyncio.sleep(POLL_SECONDS)
+def start_read(name: str, read: Callable[[], T]) -> asyncio.Future[T]:
+    """Start ``read()`` in a thread of this name and return a future of its result. Cancelling the future
+    abandons the thread."""
+    found: Future[T] = Future()
+    found.set_running_or_notify_cancel()  # from now on it is not cancelled together with the other
+    Thread(target=_run, args=(read, found), name=name, daemon=True).start()
+    return asyncio.wrap_future(found)
 
 
 def _run(read: Callable[[], T], found: Future[T]) -> None:
@@ -111,5 +87,5 @@ class SharedRead(Generic[T]):
     async def result(self) -> T:
         reading = self._reading
         if reading is None or (reading.done() and reading.exception()):
-            reading = self._reading = ReadThreads(self._name).start(self._read)
+            reading = self._reading = start_read(self._name, self._read)
         return await asyncio.shield(reading)

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aioengine import __version__
-from aioengine.adapters.read_threads import ReadThreads
+from aioengine.adapters.read_threads import start_read
 from aioengine.cli.board import NARROW, board, cut_table, slots_table
 from aioengine.cli.flags import Switch
 from aioengine.cli.loop import run
@@ -65,8 +65,7 @@ def top(
 async def _watch(console: Console, see: Callable[[], dict[str, Any]], every: float) -> None:
     """Show what ``see`` returns until cancelled. A server that goes away may come back, as in a restart."""
     # Ctrl-C ends this at once, although a server that stands still keeps a thread waiting.
-    threads = ReadThreads("aioengine-top")
-    before, now = None, await threads.start(see)
+    before, now = None, await start_read("aioengine-top", see)
     seen, error = time.monotonic(), None
     with board(console, screen=True) as show:
         while True:
@@ -80,7 +79,7 @@ async def _watch(console: Console, see: Callable[[], dict[str, Any]], every: flo
                 show(picture)
             await asyncio.sleep(every)
             try:
-                before, now, error = now, await threads.start(see), None
+                before, now, error = now, await start_read("aioengine-top", see), None
                 seen = time.monotonic()
             except ConfigError as found:
                 before, error = None, found

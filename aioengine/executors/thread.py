@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from aioengine.adapters.loader import BaseLoader, enough_memory
-from aioengine.adapters.read_threads import Progress, ReadThreads, for_the_loop
+from aioengine.adapters.read_threads import Progress, for_the_loop, start_read
 from aioengine.config import LoRAConfig
 from aioengine.errors import DeviceError
 from aioengine.executors.base import Device, Ended
@@ -38,7 +38,6 @@ class ThreadDevice(BaseLoader, Device):
         super().__init__(lora, seed)
         self.runner = runner
         self.store = store
-        self._reads = ReadThreads("aioengine-load")
         self.kernels, self.variance = runner.kernels, runner.variance
         self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-step")
         self._copy_thread = ThreadPoolExecutor(1, thread_name_prefix="aioengine-copy")
@@ -66,7 +65,7 @@ class ThreadDevice(BaseLoader, Device):
             finally:
                 progress.running = False
 
-        loaded, self.store.images[order.uid] = await self._reads.start(read)
+        loaded, self.store.images[order.uid] = await start_read("aioengine-load", read)
         return loaded
 
     async def place(self, uid: int, slot: int, offset: int) -> float:
@@ -86,5 +85,5 @@ class ThreadDevice(BaseLoader, Device):
         self._copy_thread.shutdown(wait=True)
         with contextlib.suppress(AttributeError):  # closed twice
             del self.runner
-        await self._reads.wait(STOP_SECONDS)
+        await self._end_of_reads(STOP_SECONDS)
         self.store.clear()

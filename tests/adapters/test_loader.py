@@ -215,14 +215,14 @@ async def test_a_read_that_raises_what_would_disturb_the_loop(error: BaseExcepti
 def test_a_read_that_hangs_does_not_keep_the_process_from_ending() -> None:
     code = """
         import asyncio, threading
-        from aioengine.adapters.read_threads import ReadThreads
+        from aioengine.adapters.read_threads import start_read
 
         async def main():
             entered = threading.Event()
             def read():
                 entered.set()
                 threading.Event().wait()
-            task = ReadThreads("load").start(read)
+            task = start_read("load", read)
             await asyncio.sleep(0)
             await asyncio.to_thread(entered.wait)
             task.cancel()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES, SAFETENSORS_FILE, invalid
-from aioengine.adapters.read_threads import ReadThreads
+from aioengine.adapters.read_threads import start_read
 from aioengine.checks import format_bytes
 from aioengine.errors import AdapterLoadError, AdapterNotFound, ConfigError
 
@@ -53,7 +53,6 @@ class SharedLookups:
     wait for it. If they give up, the look-up goes on, and a later request for the same gets its result."""
 
     def __init__(self) -> None:
-        self._threads = ReadThreads("aioengine-resolve")
         self._under_way: dict[str, asyncio.Future[Path]] = {}
 
     async def run(self, name: str, what: str, find: Callable[[], Path]) -> Path:
@@ -67,7 +66,7 @@ class SharedLookups:
                     name=name,
                     transient=True,
                 )
-            found = self._under_way[what] = self._threads.start(find)
+            found = self._under_way[what] = start_read("aioengine-resolve", find)
             found.add_done_callback(lambda _: self._under_way.pop(what, None))
         return await asyncio.shield(found)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from aioengine.adapters.read_threads import ReadThreads
+from aioengine.adapters.read_threads import start_read
 from aioengine.config import WAITING_BOUNDS
 from aioengine.errors import AioEngineError, ConfigError
 
@@ -124,7 +124,7 @@ class Reloader:
 
 async def _read_in_time(read: Callable[[], T]) -> T:
     """Return ``read()``, from a thread that can be abandoned. Raises ConfigError if it takes too long."""
-    reading = ReadThreads("aioengine-reload").start(read)
+    reading = start_read("aioengine-reload", read)
     await asyncio.wait({reading}, timeout=READ_SECONDS)
     if not reading.done():
         reading.cancel()

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aioengine.adapters.loader import BaseLoader
+from aioengine.adapters.peft.folder import failed
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import EngineConfig
-from aioengine.errors import AdapterLoadError, AioEngineError, EngineDead
+from aioengine.errors import AioEngineError, EngineDead
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.process.wire import (
     Drop,
@@ -66,9 +67,8 @@ class ProcessDevice(BaseLoader, Device):
         Raises ConfigError if the model is not available or does not fit, and EngineDead if a worker ends.
         """
         self.workers = self._kind(self._config, self._report)
-        plan = await self.workers.start()
+        plan, self.kernels, self.variance = await self.workers.start()
         self._num_blocks = plan.num_blocks
-        self.kernels, self.variance = self.workers.kernels, self.workers.variance
         return plan
 
     def forget(self, request_id: str) -> None:
@@ -117,8 +117,7 @@ class ProcessDevice(BaseLoader, Device):
             answers = await asyncio.shield(reading)
             shares = [answer.adapter for answer in answers]
             if len({(answer.adapter.rank, answer.version) for answer in answers}) > 1:
-                why = "its files changed while the ranks read them"
-                raise AdapterLoadError(why, name=order.name, path=order.path, transient=True)
+                failed("its files changed while the ranks read them", transient=True)
             if answers[0].squares:
                 last = workers.ask(Finish(order.uid, [answer.squares for answer in answers]), type(None))
                 await asyncio.shield(last)

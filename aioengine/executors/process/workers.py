@@ -57,9 +57,6 @@ class Workers:
     def __init__(self, config: EngineConfig, lost: Callable[[EngineDead], None]) -> None:
         self.size = config.tensor_parallel_size
         self.dead: AioEngineError | None = None
-        self.kernels = ""
-        self.variance: str | None = None
-        """Those of :class:`~aioengine.executors.base.Device`, known when the workers have started."""
         self.started = False
         """Whether they have their model and its KV cache, and take requests."""
         self._config = config
@@ -73,9 +70,10 @@ class Workers:
 
     # Life
 
-    async def start(self, num_blocks: int | None = None) -> MemoryPlan:
+    async def start(self, num_blocks: int | None = None) -> tuple[MemoryPlan, str, str | None]:
         """Start the workers. Returns rank 0's memory plan with the number of KV blocks of all ranks:
-        ``num_blocks`` or, if that is None, as many as all have room for.
+        ``num_blocks`` or, if that is None, as many as all have room for; and ``kernels`` and ``variance`` of
+        a :class:`~aioengine.executors.base.Device`.
 
         Raises ConfigError if the model is not available or does not fit, and EngineDead if a worker ends. If
         it fails or is cancelled, no process is left.
@@ -86,15 +84,13 @@ class Workers:
                 rendezvous = await run_to_completion(self._spawn(path))
                 plans: list[MemoryPlan] = await self.ask(wire.Start(self._config, rendezvous), MemoryPlan)
                 blocks = min(plan.num_blocks for plan in plans) if num_blocks is None else num_blocks
-                [(self.kernels, self.variance), *_] = await self.ask(
-                    wire.Build(blocks), tuple[str, str | None]
-                )
+                [(kernels, variance), *_] = await self.ask(wire.Build(blocks), tuple[str, str | None])
             except BaseException:
                 self._kill()
                 await self.close()
                 raise
         self.started = True
-        return msgspec.structs.replace(plans[0], num_blocks=blocks)
+        return msgspec.structs.replace(plans[0], num_blocks=blocks), kernels, variance
 
     async def close(self) -> None:
         """End all workers, and wait until they have ended. Safe to call twice."""

@@ -20,7 +20,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from aioengine.adapters.read_threads import ReadThreads
+from aioengine.adapters.read_threads import start_read
 from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 
@@ -165,11 +165,10 @@ class KeysWatch:
     async def run(self) -> None:
         """Check until cancelled, in a thread that can be abandoned, because the file's disk may hang. There
         is one such thread at a time."""
-        threads = ReadThreads("aioengine-keys")
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
-                reading = threads.start(self._read)
+                reading = start_read("aioengine-keys", self._read)
                 if not (await asyncio.wait({reading}, timeout=SLOW_SECONDS))[0]:
                     self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
                 content, found = await reading

@@ -17,7 +17,7 @@ from msgspec import Meta
 from multipart import MultipartParser, parse_options_header
 from starlette.datastructures import QueryParams
 
-from aioengine.adapters.read_threads import ReadThreads
+from aioengine.adapters.read_threads import start_read
 from aioengine.adapters.resolvers.base import within
 from aioengine.adapters.resolvers.sources import NAME_RULE, NAME_RULE_TEXT, source_below
 from aioengine.errors import AdapterConflict, AdapterError, AdapterNotFound
@@ -105,7 +105,7 @@ async def upload(call: Call) -> Uploaded:
     assert isinstance(call.receive, BoundedBody)
     body = await call.receive.whole()
     kind = dict(call.scope["headers"]).get(b"content-type", b"").decode("latin-1")
-    files = await ReadThreads("aioengine-upload").start(lambda: read_form(body, kind))
+    files = await start_read("aioengine-upload", lambda: read_form(body, kind))
     try:
         info = await call.context.engine.load_adapter_files(name, *files, replace=replace)
     except AdapterError as error:
