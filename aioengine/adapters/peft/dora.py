@@ -16,7 +16,7 @@ added up later; there each rank applies the gain to its part, and one rank the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from aioengine.adapters.peft.folder import invalid
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.values import Place, is_finite
 from aioengine.model.linear import WeightRows
-from aioengine.model.slots.image import SERIAL_ELEMENTS, image_shape
+from aioengine.model.slots.image import SERIAL_ELEMENTS, image_shape, tiles
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.step import LoadedAdapter
 
@@ -172,7 +172,8 @@ def squares(weight: WeightRows, a: Tensor, b: Tensor) -> Tensor:
         height, width = piece.shape
         row, column = (0, first) if weight.turned else (first, 0)
         inputs, own, rest = a[:, column : column + width], b[row : row + height], total[row : row + height]
-        for rows, columns in _tiles(piece):
+        elements = _CUDA_ELEMENTS if piece.is_cuda else SERIAL_ELEMENTS
+        for rows, columns in tiles(piece, elements):
             tile = piece[rows, columns].float()
             rest[rows] += 2 * (_products(tile, inputs[:, columns]) * own[rows]).sum(1) + tile.square().sum(1)
     return total.clamp_(min=0)
@@ -187,18 +188,3 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
     if x.is_cuda:
         return x @ y.T
     return torch.stack([torch.mv(x, row) for row in y], dim=1)
-
-
-def _tiles(weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield tiles that cover a matrix in the order of its memory (an embedding comes transposed)."""
-    n_out, n_in = weight.shape
-    size = _CUDA_ELEMENTS if weight.is_cuda else SERIAL_ELEMENTS
-    if weight.stride(1) == 1:
-        width = min(n_in, size)
-        height = max(1, size // width)
-    else:
-        height = min(n_out, size)
-        width = max(1, size // height)
-    for row in range(0, n_out, height):
-        for column in range(0, n_in, width):
-            yield slice(row, row + height), slice(column, column + width)

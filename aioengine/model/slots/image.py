@@ -236,12 +236,23 @@ def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]
     if values.is_contiguous() and to.is_contiguous():
         yield from zip(serial_pieces(to.view(-1)), serial_pieces(values.view(-1)), strict=True)
         return
-    rows, width = values.shape
-    step = max(1, SERIAL_ELEMENTS // width)
-    for row in range(0, rows, step):
-        for column in range(0, width, SERIAL_ELEMENTS):
-            piece = slice(row, row + step), slice(column, column + SERIAL_ELEMENTS)
-            yield to[piece], values[piece]
+    for tile in tiles(values):
+        yield to[tile], values[tile]
+
+
+def tiles(matrix: Tensor, elements: int = SERIAL_ELEMENTS) -> Iterator[tuple[slice, slice]]:
+    """Yield tiles of up to so many ``elements``, by default so few that torch works on them in the calling
+    thread. They cover a matrix in the order of its memory (an embedding comes transposed)."""
+    rows, columns = matrix.shape
+    if matrix.stride(1) == 1:
+        width = min(columns, elements)
+        height = max(1, elements // max(1, width))
+    else:
+        height = min(rows, elements)
+        width = max(1, elements // max(1, height))
+    for row in range(0, rows, height):
+        for column in range(0, columns, width):
+            yield slice(row, row + height), slice(column, column + width)
 
 
 def multiply(values: Tensor, number: Tensor, to: Tensor) -> None:
@@ -293,23 +304,13 @@ def _quantize(values: Tensor, out: Tensor, *, over: int) -> Tensor:
     """Write the nearest whole numbers of ``values`` [n, m] times their scales to ``out``, int8, and return
     the scales: one for all that have the same index in the other dimension than ``over``."""
     largest = torch.zeros(values.shape[1 - over])
-    for rows, columns in _pieces(values):
+    for rows, columns in tiles(values):
         kept = largest[rows if over else columns]
         torch.maximum(kept, values[rows, columns].float().abs().amax(over), out=kept)
     scale = largest.div_(_LARGEST)
     scale[~scale.isfinite()] = torch.nan
     by = scale.where(scale > 0, 1).unsqueeze(over)
-    for rows, columns in _pieces(values):
+    for rows, columns in tiles(values):
         whole = values[rows, columns].float().div(by[rows] if over else by[:, columns]).round_()
         out[rows, columns] = whole.nan_to_num_(0.0)
     return scale
-
-
-def _pieces(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Pieces so small that torch works on them in the calling thread."""
-    height, width = matrix.shape
-    columns = min(width, SERIAL_ELEMENTS)
-    rows = max(1, SERIAL_ELEMENTS // max(1, columns))
-    for row in range(0, height, rows):
-        for column in range(0, width, columns):
-            yield slice(row, row + rows), slice(column, column + columns)
