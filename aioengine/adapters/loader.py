@@ -85,9 +85,10 @@ class BaseLoader(ABC):
                 self._open.append(progress)
             try:
                 return await self._read(order, progress)
-            except AdapterError as error:
+            except Exception as error:
+                progress.running = False
                 attempts += 1
-                if not error.transient or not self._retries:
+                if not isinstance(error, AdapterError) or not error.transient or not self._retries:
                     raise
                 if attempts > self._retries:
                     why = f"{error.reason} ({attempts} attempts, the last just now)"

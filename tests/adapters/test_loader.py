@@ -85,6 +85,20 @@ def test_after_the_last_attempt_the_error_says_how_many_there_were() -> None:
     assert "attempts" not in str(once)
 
 
+def test_a_read_that_could_not_begin_is_in_nobodys_way() -> None:
+    class NoThread(Attempts):
+        async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
+            try:
+                return await super()._read(order, progress)
+            finally:
+                progress.running = True  # nobody has noted the end
+
+    attempts = NoThread(RuntimeError("can't start new thread"), retries=0)
+    with pytest.raises(RuntimeError, match="new thread"):
+        attempts.run()
+    assert attempts.run()[0] == "read"
+
+
 class FakeStore:
     """``reads[name]`` is what a read of it does, in its thread."""
 

@@ -25,6 +25,7 @@ from aioengine.executors.process.wire import (
     Place,
     Read,
     ReadDone,
+    Step,
     StepEncoder,
 )
 from aioengine.executors.process.workers import Workers
@@ -77,21 +78,21 @@ class ProcessDevice(BaseLoader, Device):
     def begin(self, batch: StepBatch, ended: Ended) -> None:
         loop = asyncio.get_running_loop()
         try:
+            step = self._steps.encode(batch)  # before one of its requests may be forgotten
             if any(row.sample and row.params.constraint is not None for row in batch.sequences):
-                self._guided = loop.create_task(self._run_guided(batch, ended), name="aioengine-step")
+                self._guided = loop.create_task(self._run_guided(batch, step, ended), name="aioengine-step")
             else:
-                step = self._steps.encode(batch)
                 self.workers.call(step, StepResult, lambda results: ended(_of_all_ranks(results)))
         except Exception as error:
             loop.call_soon(ended, error)
 
-    async def _run_guided(self, batch: StepBatch, ended: Ended) -> None:
+    async def _run_guided(self, batch: StepBatch, step: Step, ended: Ended) -> None:
         """Run a batch in which some sequences have constraints. These are objects of this process, so one of
         its threads asks them while the workers compute."""
         loop, rows = asyncio.get_running_loop(), batch.sequences
         try:
             workers = self.workers
-            results = workers.ask(self._steps.encode(batch), StepResult)
+            results = workers.ask(step, StepResult)
             masks = await loop.run_in_executor(self._guides, _ask_constraints, rows, self._vocab)
             workers.tell(Masks(masks.found | dict.fromkeys(masks.failed, b"")))
             result = _of_all_ranks(await results)

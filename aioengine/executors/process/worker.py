@@ -112,6 +112,14 @@ class Worker:
             report = wire.Failed(None if broken else number, wire.pack_error(found or error))
         self._send(report)
 
+    def _send(self, report: wire.Report) -> None:
+        data = wire.frame(report)
+        try:
+            with self._sending:
+                self._connection.sendall(data)
+        except OSError:  # the engine is gone
+            _exit()
+
     def _start(self, start: wire.Start) -> MemoryPlan:
         import torch  # takes a second, in which the main thread already watches the engine
 
@@ -181,16 +189,6 @@ class Worker:
     def _drop(self, uid: int) -> None:
         self._reads.pop(uid, None)
         self._store.images.pop(uid, None)
-
-    # Answers
-
-    def _send(self, report: wire.Report) -> None:
-        data = wire.frame(report)
-        try:
-            with self._sending:
-                self._connection.sendall(data)
-        except OSError:  # the engine is gone
-            _exit()
 
 
 class _Reported(Progress):
