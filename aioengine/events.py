@@ -22,14 +22,14 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     time: float
 
 
-class RequestEvent(Event, frozen=True, kw_only=True, gc=False):
+class RequestEvent(Event, frozen=True, kw_only=True):
     """Base of the events of accepted requests."""
 
     request_id: str
     adapter: str | None
 
 
-class RequestAdded(RequestEvent, frozen=True, kw_only=True, gc=False):
+class RequestAdded(RequestEvent, frozen=True, kw_only=True):
     prompt_tokens: int
     tenant: str | None
     location: AdapterLocation | None = None
@@ -39,7 +39,7 @@ class RequestAdded(RequestEvent, frozen=True, kw_only=True, gc=False):
     """The time by which it must have ended."""
 
 
-class RequestRefused(Event, frozen=True, kw_only=True, gc=False):
+class RequestRefused(Event, frozen=True, kw_only=True):
     """A request was refused because a bound on waiting requests was reached."""
 
     adapter: str | None
@@ -47,7 +47,7 @@ class RequestRefused(Event, frozen=True, kw_only=True, gc=False):
     bound: Bound
 
 
-class RequestAdmitted(RequestEvent, frozen=True, kw_only=True, gc=False):
+class RequestAdmitted(RequestEvent, frozen=True, kw_only=True):
     slot: int | None
     cached_tokens: int
     queue_seconds: float
@@ -56,16 +56,16 @@ class RequestAdmitted(RequestEvent, frozen=True, kw_only=True, gc=False):
     """Whether it had been preempted before."""
 
 
-class RequestPreempted(RequestEvent, frozen=True, kw_only=True, gc=False):
+class RequestPreempted(RequestEvent, frozen=True, kw_only=True):
     """Removal of a request from the batch; it waits again."""
 
 
-class FirstToken(RequestEvent, frozen=True, kw_only=True, gc=False):
+class FirstToken(RequestEvent, frozen=True, kw_only=True):
     seconds: float
     """Time to first token, from arrival."""
 
 
-class RequestEnded(RequestEvent, frozen=True, kw_only=True, gc=False):
+class RequestEnded(RequestEvent, frozen=True, kw_only=True):
     """End of a request; there is exactly one for each accepted request."""
 
     reason: EndReason
@@ -79,24 +79,24 @@ class RequestEnded(RequestEvent, frozen=True, kw_only=True, gc=False):
     """The longest time between two of its tokens; None if it had less than two."""
 
 
-class AdapterEvent(Event, frozen=True, kw_only=True, gc=False):
+class AdapterEvent(Event, frozen=True, kw_only=True):
     """Base of the adapter events."""
 
     adapter: str
     version: int
 
 
-class AdapterRegistered(AdapterEvent, frozen=True, kw_only=True, gc=False):
+class AdapterRegistered(AdapterEvent, frozen=True, kw_only=True):
     path: str
     replaces: int | None
     """The version that it supersedes."""
 
 
-class AdapterLoading(AdapterEvent, frozen=True, kw_only=True, gc=False):
+class AdapterLoading(AdapterEvent, frozen=True, kw_only=True):
     """Start of an adapter's read from disk to the CPU cache."""
 
 
-class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
+class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True):
     """Arrival of an adapter in the CPU cache."""
 
     rank: int
@@ -104,20 +104,20 @@ class AdapterLoaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
     seconds: float
 
 
-class AdapterPlacing(AdapterEvent, frozen=True, kw_only=True, gc=False):
+class AdapterPlacing(AdapterEvent, frozen=True, kw_only=True):
     """Start of an adapter's copy from the CPU cache into a slot."""
 
     slot: int
 
 
-class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True, gc=False):
+class AdapterPlaced(AdapterEvent, frozen=True, kw_only=True):
     slot: int
     rank: int
     nbytes: int
     seconds: float
 
 
-class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):
+class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True):
     """Removal of an adapter from a slot, or from the CPU cache."""
 
     level: Literal["slot", "cpu"]
@@ -126,12 +126,12 @@ class AdapterEvicted(AdapterEvent, frozen=True, kw_only=True, gc=False):
     """Bytes on the CPU."""
 
 
-class AdapterFailed(AdapterEvent, frozen=True, kw_only=True, gc=False):
+class AdapterFailed(AdapterEvent, frozen=True, kw_only=True):
     reason: LoadFailure
     error: Exception
 
 
-class ResolverFailed(Event, frozen=True, kw_only=True, gc=False):
+class ResolverFailed(Event, frozen=True, kw_only=True):
     """The resolver failed to look up an adapter; an unknown name is not a failure."""
 
     adapter: str
@@ -139,24 +139,24 @@ class ResolverFailed(Event, frozen=True, kw_only=True, gc=False):
     error: Exception
 
 
-class AdapterPinned(AdapterEvent, frozen=True, kw_only=True, gc=False):
+class AdapterPinned(AdapterEvent, frozen=True, kw_only=True):
     """Pin of an adapter: it goes to a slot and stays there. Or the end of a pin."""
 
     pinned: bool = True
 
 
-class AdapterUnloaded(AdapterEvent, frozen=True, kw_only=True, gc=False):
+class AdapterUnloaded(AdapterEvent, frozen=True, kw_only=True):
     """This version was freed completely."""
 
 
-class PolicyRefused(Event, frozen=True, kw_only=True, gc=False):
+class PolicyRefused(Event, frozen=True, kw_only=True):
     """The core refused one item of a policy's decision."""
 
     reason: str
     item: str
 
 
-class PolicyFailed(Event, frozen=True, kw_only=True, gc=False):
+class PolicyFailed(Event, frozen=True, kw_only=True):
     """The policy raised an exception or returned no Decision; the built-in safe policy decided."""
 
     error: str
@@ -165,20 +165,20 @@ class PolicyFailed(Event, frozen=True, kw_only=True, gc=False):
     """Traceback of this policy's first failure; None for later ones."""
 
 
-class PolicyOverran(Event, frozen=True, kw_only=True, gc=False):
+class PolicyOverran(Event, frozen=True, kw_only=True):
     """A decision took more processor time than ``policy_time_budget``."""
 
     seconds: float
     budget: float
 
 
-class PolicyReplaced(Event, frozen=True, kw_only=True, gc=False):
+class PolicyReplaced(Event, frozen=True, kw_only=True):
     """The policy overran too often and was replaced by the built-in safe policy."""
 
     reason: str
 
 
-class TokensProposed(Event, frozen=True, kw_only=True, gc=False):
+class TokensProposed(Event, frozen=True, kw_only=True):
     """Proposal of tokens to a request in a step (``EngineConfig.speculation``)."""
 
     adapter: str | None
@@ -195,7 +195,7 @@ class TokenInterval(NamedTuple):
     tokens: int
 
 
-class StepFinished(Event, frozen=True, kw_only=True, gc=False):
+class StepFinished(Event, frozen=True, kw_only=True):
     """End of a step, or of several with the same contents that a simulated device has taken at once."""
 
     step: int
@@ -218,7 +218,7 @@ class StepFinished(Event, frozen=True, kw_only=True, gc=False):
     """Times between its tokens and the previous ones; first tokens are left out."""
 
 
-class EngineRestarted(Event, frozen=True, kw_only=True, gc=False):
+class EngineRestarted(Event, frozen=True, kw_only=True):
     """The model's processes were lost and restarted; the running requests have failed."""
 
     seconds: float
@@ -227,7 +227,7 @@ class EngineRestarted(Event, frozen=True, kw_only=True, gc=False):
     """The cause of the loss."""
 
 
-class LoopLag(Event, frozen=True, kw_only=True, gc=False):
+class LoopLag(Event, frozen=True, kw_only=True):
     """The event loop ran a timer ``seconds`` late; measured regularly while the engine runs."""
 
     seconds: float

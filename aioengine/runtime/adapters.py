@@ -7,9 +7,8 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
 
 from aioengine.adapters.peft.held import HeldAdapter, hold_files, hold_tensors
 from aioengine.adapters.resolvers.sources import check_same_path, checked_path
@@ -18,12 +17,12 @@ from aioengine.core.adapters.name import AdapterName, NameTable
 from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, frameless
-from aioengine.info import AdapterInfo
+from aioengine.info import AdapterInfo, is_mix
 from aioengine.model.files.sources import is_source
 from aioengine.runtime.held import HeldAdapters, state_of
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.requests import vectors
-from aioengine.runtime.sources.mixes import held_of, is_mix, parts_of
+from aioengine.runtime.sources.mixes import held_of, parts_of
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import adapter_info
 from aioengine.schedulers.policy import Location
@@ -42,11 +41,6 @@ class AdapterOps(ABC):
     _loop: EngineLoop
     _names: AdapterNames
     _held: HeldAdapters
-
-    @cached_property
-    def _locks(self) -> WeakValueDictionary[str, asyncio.Lock]:
-        """Those of names that are being changed."""
-        return WeakValueDictionary()
 
     @property
     def _table(self) -> NameTable:
@@ -176,7 +170,7 @@ class AdapterOps(ABC):
         """Take the name's lock to look up or read a version. An unload does not wait for that, which may
         hang: it ends it, with AdapterLoadError, also for those who wait for the lock."""
         unloaded = AdapterLoadError("it was unloaded while it was being loaded", name=name)
-        async with self._lock(name):
+        async with self._names.lock(name):
             known = self._table.of(name)
             if known.unloads:
                 raise unloaded
@@ -192,9 +186,6 @@ class AdapterOps(ABC):
             finally:
                 known.stop_load = None
                 self._table.keep(known)
-
-    def _lock(self, name: str) -> asyncio.Lock:
-        return self._locks.setdefault(name, asyncio.Lock())
 
     async def _new_version(self, known: AdapterName, source: str | HeldAdapter | None) -> AdapterEntry:
         """Declare a version without publishing it. With ``source`` None it comes from the registered path,
@@ -298,7 +289,7 @@ class AdapterOps(ABC):
         if known.stop_load is not None:
             known.stop_load()
         try:
-            async with self._lock(name):
+            async with self._names.lock(name):
                 entry, was_fetched = known.current, bool(known.source)
                 if entry is not None:
                     self._loop.check_goes_on()
@@ -358,7 +349,7 @@ class AdapterOps(ABC):
 
     def _describe(self, known: AdapterName) -> AdapterInfo | None:
         if known.current is not None:
-            return None if is_mix(known.current) else adapter_info(known.current)
+            return None if is_mix(known.label) else adapter_info(known.current)
         return AdapterInfo(name=known.label, path=known.source) if known.source else None
 
     def count_adapters(self) -> int:
@@ -369,7 +360,7 @@ class AdapterOps(ABC):
         """Return the registered adapters that hold memory, will soon, or have requests that wait."""
         waited_for = [entry for entry in self._core.queues.heads.values() if entry is not None]
         entries = dict.fromkeys([*self._core.cpu.entries.values(), *waited_for])
-        return [adapter_info(e) for e in entries if e.life is Life.CURRENT and not is_mix(e)]
+        return [adapter_info(e) for e in entries if e.life is Life.CURRENT and not is_mix(e.label)]
 
     def resident(self) -> list[AdapterInfo]:
         """Return the versions in slots, in the CPU cache, and on their way to it, mixes included."""
@@ -377,7 +368,7 @@ class AdapterOps(ABC):
 
     def replaced(self) -> list[AdapterInfo]:
         """Return the replaced versions that requests still wait for or run on, wherever they are."""
-        return [adapter_info(entry) for entry in self._core.residency.replaced() if not is_mix(entry)]
+        return [adapter_info(entry) for entry in self._core.residency.replaced() if not is_mix(entry.label)]
 
     def find_adapter(self, name: str) -> AdapterInfo | None:
         """Return the state of one adapter; None if it is not registered."""

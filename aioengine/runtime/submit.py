@@ -70,9 +70,11 @@ class RequestOps(ABC):
         self._check_params(params)
         # A request that can never run must get this error, and not "try again later".
         tokens = self._token_ids(prompt, params)
-        with self._publishing():
-            size = None if tokens is None else len(tokens)
+        size = None if tokens is None else len(tokens)
+        try:
             reservation = self._core.reserve(options.tenant, named, arrival, size)
+        finally:
+            self._loop.publish()  # this request was refused, or another one has lost its place
         scale = 1.0
         text = None
         if self.tokenizer is not None:
@@ -94,10 +96,13 @@ class RequestOps(ABC):
                     )  # fmt: skip
                     self._check_length(tokens, params)
                     self._check_vocabulary("prompt", (min(tokens), max(tokens)))
-                    with self._publishing():
-                        self._core.weigh(reservation, len(tokens), loop.time())
-                if adapter is not None and entry is None:
-                    entry, scale = await self._names.acquire_wanted(adapter, reservation.tenant)
+                    self._core.weigh(reservation, len(tokens), loop.time())
+                    self._loop.publish()
+                if isinstance(adapter, str) and entry is None:
+                    entry = await self._names.acquire(adapter, reservation.tenant)
+                elif adapter is not None and entry is None:
+                    mixes = self._names.mixes
+                    entry, scale = await mixes.acquire(adapter, reservation.tenant, loop.time())
                 self._check_output(output, len(tokens), params)
                 if output:
                     await self.text_work.run(len(output), lambda: stream.add_given(output, ends))
@@ -108,6 +113,7 @@ class RequestOps(ABC):
                 raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
         except BaseException:
             reservation.leave()
+            self._loop.publish()
             raise
         if params.min_tokens and not params.ignore_eos:
             # So the sampler knows which tokens are not allowed yet.
@@ -127,14 +133,6 @@ class RequestOps(ABC):
                 self._core.end(request, finish, loop.time())
         self._loop.wake()
         return stream
-
-    @contextlib.contextmanager
-    def _publishing(self) -> Iterator[None]:
-        """Publish what has happened within: this request was refused, or another one has lost its place."""
-        try:
-            yield
-        finally:
-            self._loop.publish()
 
     # Checks
 

@@ -49,10 +49,6 @@ def held_of(entry: AdapterEntry) -> HeldAdapter | None:
     return entry.files
 
 
-def is_mix(entry: AdapterEntry) -> bool:
-    return isinstance(entry.files, Mix)
-
-
 def parts_of(entry: AdapterEntry) -> list[AdapterEntry]:
     """Return the parts of a mix; of any other adapter itself."""
     return [part for part, _ in entry.files.parts] if isinstance(entry.files, Mix) else [entry]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from weakref import WeakValueDictionary
 
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.sources import NAME_RULE
 from aioengine.core.state import AdapterEntry, where_is
 from aioengine.errors import AdapterError, AdapterNotFound, frameless
+from aioengine.request import Wanted
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.sources.lookup import Lookups
 from aioengine.runtime.sources.mixes import Mixes
 from aioengine.schedulers.policy import Location
-
-Asked = str | Mapping[str, float]
-"""An adapter's name, or names with weights."""
 
 
 class AdapterNames:
@@ -30,11 +29,13 @@ class AdapterNames:
         self.table = loop.core.residency.names
         self._readers: Counter[int] = Counter()
         """Number of callers that wait for a version to be read, by uid."""
+        self._locks = WeakValueDictionary[str, asyncio.Lock]()
+        """Those of names that are being changed."""
         self.mixes = Mixes(self._residency, self.acquire, self._read_part)
 
     # What a request asks for
 
-    def check_wanted(self, adapter: Asked | None) -> tuple[str | None, AdapterEntry | None]:
+    def check_wanted(self, adapter: Wanted) -> tuple[str | None, AdapterEntry | None]:
         """Check what a request asks for before any work is done for it. Returns the (first) adapter's name,
         and the version if nothing has to be looked up or mixed.
 
@@ -49,13 +50,7 @@ class AdapterNames:
         label = names[0].partition("@")[0] if names else None
         return label, entry if isinstance(adapter, str) else None
 
-    async def acquire_wanted(self, adapter: Asked, tenant: str | None) -> tuple[AdapterEntry, float]:
-        """Return the version, or the mix, that a request asks for, and what it is multiplied by."""
-        if isinstance(adapter, str):
-            return await self.acquire(adapter, tenant), 1.0
-        return await self.mixes.acquire(adapter, tenant, self._loop.now())
-
-    def where(self, adapter: Asked | None) -> str:
+    def where(self, adapter: Wanted) -> str:
         """Name what a request asks for and where it is, for the message of an error."""
         if adapter is None:
             return ""
@@ -82,6 +77,10 @@ class AdapterNames:
         if not good or self.lookups.resolver is None:
             raise self.table.not_found(name)
         return None
+
+    def lock(self, name: str) -> asyncio.Lock:
+        """Return the lock under which versions of a name are looked up or read."""
+        return self._locks.setdefault(name, asyncio.Lock())
 
     async def acquire(self, name: str, tenant: str | None = None) -> AdapterEntry:
         """Return the current version; if there is none, register what is found for ``tenant``. Raises as
