@@ -218,16 +218,10 @@ class AdapterOps(ABC):
         if name is None:
             return 0
         self._check_lora()
-        await self._names.read(await self._names.acquire(name), now=False)
-        entry = await self._names.acquire(name)  # it may have been replaced meanwhile
-
-        def is_read() -> bool:
-            self._names.check_lives(entry)
-            if entry.error is not None and not entry.digest:
-                raise frameless(entry.error)
-            return bool(entry.digest)
-
-        await self._loop.until(is_read, entry.label)  # a replaced version is read for the requests on it
+        entry = await self._names.acquire(name)
+        while not entry.digest:
+            await self._names.read(entry, now=False)
+            entry = await self._names.acquire(name)  # it may have been replaced meanwhile
         return entry.labels
 
     # Replacing in two steps, for those who change several engines, or several adapters, all or none

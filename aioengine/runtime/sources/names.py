@@ -94,23 +94,24 @@ class AdapterNames:
 
     async def read(self, entry: AdapterEntry, *, now: bool, pin: bool = False) -> None:
         """Have a version read, and wait until it is in the CPU cache or, without ``now``, until it has ever
-        been read, or was replaced.
+        been read. One that was replaced is read for its requests alone; without any it goes, unread.
 
         When the last caller leaves, whether it was read or they gave up, nobody wants it any more.
         """
 
         def is_read() -> bool:
-            if entry.location in (Location.CPU, Location.SLOT) if now else (entry.digest or entry.retired):
+            lives = entry.uid in self._residency.entries
+            if entry.location in (Location.CPU, Location.SLOT) if now else (entry.digest or not lives):
                 return True
             if entry.error is not None:
                 raise frameless(entry.error)
             return False
 
-        if not now and (entry.digest or entry.retired):
+        if not now and entry.digest:
             return
         self._readers[entry.uid] += 1
         try:
-            if now or entry.wanted_since is None:
+            if now or (entry.wanted_since is None and not entry.retired):
                 self._residency.want(entry, self._loop.now(), pin=pin)
                 self._loop.wake()
             await self._loop.until(is_read, entry.label)
