@@ -256,8 +256,8 @@ class Request:
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when it was first admitted."""
     admitted: float | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
-    """Log-probabilities of the second prompt token, the third, ..., as far as they have been computed."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """None for the first prompt token, then log-probabilities of the others, as far as they are computed."""
     pooled: list[float] | None = None
     """The vector that ``pooling`` asks for, as far as it has been computed."""
     first_token: float | None = None
@@ -270,7 +270,7 @@ class Request:
     def __post_init__(self) -> None:
         self.view, self.given = CoreRequestView(self), len(self.tokens) - self.prompt_len
         if self.params.prompt_logprobs is not None:
-            self.prompt_logprobs = []
+            self.prompt_logprobs = [None]
 
     @property
     def output_tokens(self) -> int:
@@ -329,7 +329,7 @@ class Request:
     def unscored(self) -> int:
         """Number of prompt tokens whose log-probability is requested and not known yet."""
         known = self.prompt_logprobs
-        return 0 if known is None else self.prompt_len - 1 - len(known)
+        return 0 if known is None else self.prompt_len - len(known)
 
     @property
     def adapter_name(self) -> str | None:
@@ -378,7 +378,7 @@ class Request:
         unread = self.adapter is not None and not self.adapter.digest
         if not self.caches or not self.cache.prefix_caching or unread:
             return []
-        needless = len(self.prompt_logprobs or ()) if self.unscored else len(self.tokens) - 1
+        needless = (self.prompt_len - self.unscored if self.unscored else len(self.tokens)) - 1
         return self.cache.match(self.hash_blocks(self.cache), needless)
 
     @property

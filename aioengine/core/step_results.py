@@ -139,7 +139,7 @@ class StepResults:
         because they are not numbers."""
         nan: str | None = None
         if work.score and request.prompt_logprobs is not None:
-            known = len(request.prompt_logprobs) - work.start  # more than 0 after a preemption
+            known = len(request.prompt_logprobs) - 1 - work.start  # more than 0 after a preemption
             new = result.scored.get(index, ())[known:]
             if any(isnan(entry.logprob) for entry in new):
                 nan = "the log-probability of a prompt token is not a number"

@@ -40,7 +40,6 @@ class OutputStream:
         self._decoded = 0
         """Number of tokens that were given to the text, those above included."""
         self._stop_token: int | None = None
-        self._prompt_logprobs: list[TokenLogprob | None] | None = None
         self._replayed = 0
         """Number of tokens in the text that are still to be decoded again."""
         self._finish: FinishReason | None = None
@@ -133,7 +132,7 @@ class OutputStream:
             finish_reason=self._finish,
             stop_reason=self._stop_token if stop is None else stop,
             prompt_tokens=request.prompt_len,
-            prompt_logprobs=self._prompt(),
+            prompt_logprobs=None if request.unscored else request.prompt_logprobs,
             pooled=request.pooled if self._finish == "length" else None,
             cached_tokens=request.cached_tokens,
             adapter_digest=request.content,
@@ -142,14 +141,6 @@ class OutputStream:
             last_token=request.last_token,
             answer=self._answer,
         )
-
-    def _prompt(self) -> list[TokenLogprob | None] | None:
-        """Return the prompt's log-probabilities once all are known. They are built once, because prompts may
-        be long."""
-        known = self.request.prompt_logprobs
-        if self._prompt_logprobs is None and known is not None and not self.request.unscored:
-            self._prompt_logprobs = [None, *known]
-        return self._prompt_logprobs
 
     # Text
 
