@@ -116,7 +116,7 @@ class ProcessDevice(BaseLoader, Device):
         last: asyncio.Future[Any] = reading
         try:
             answers = await asyncio.shield(reading)
-            shares = [answer.adapter for answer in answers]
+            shares: list[LoadedAdapter] = [answer.adapter for answer in answers]
             if len({(answer.adapter.rank, answer.version) for answer in answers}) > 1:
                 failed("its files changed while the ranks read them", transient=True)
             if answers[0].squares:
