@@ -11,7 +11,6 @@ import fcntl
 import os
 import weakref
 from collections.abc import Iterable, Mapping
-from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 MAX_HELD = 256
 """Maximum number of such adapters in an engine; each keeps a file descriptor open."""
-_ALIGN = 8
 
 
 class HeldAdapter:
@@ -60,12 +58,11 @@ def hold_tensors(
         AdapterInvalid: the tensors or the configuration have another form.
         AdapterLoadError: there is no room for them.
     """
+    from aioengine.adapters.peft.weights_file import file_of  # imports torch
+
     with naming(name, path):
-        text, checked = _config_text(config), _checked(tensors)
-        header = memoryview(_header(checked))
-        nbytes = len(header) + sum(tensor.nbytes for _, tensor in checked)
-        contents = chain((header,), (_bytes_of(tensor) for _, tensor in checked))
-        return _held(path, text, nbytes, contents, room)
+        text = _config_text(config)
+        return _held(path, text, *file_of(tensors), room)
 
 
 def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room: int) -> HeldAdapter:
@@ -114,49 +111,3 @@ def _config_text(config: object) -> bytes:
 def _check_length(what: str, config: bytes) -> None:
     if len(config) > MAX_CONFIG_BYTES:
         invalid(f"{what}: has {len(config)} bytes, more than {MAX_CONFIG_BYTES}")
-
-
-def _checked(tensors: object) -> list[tuple[str, Tensor]]:
-    """Return the tensors with the widest dtype first, so that each is aligned."""
-    import torch
-
-    from aioengine.adapters.peft.weights_file import DTYPES
-
-    if not isinstance(tensors, Mapping) or not tensors:
-        invalid(
-            "tensors: expected a dict of PEFT's names to tensors, as get_peft_model_state_dict returns it"
-        )
-    for key, tensor in tensors.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            invalid(
-                f"tensors[{str(key)[:200]!r}]: expected a torch.Tensor under a str, found "
-                f"{type(tensor).__name__} under {type(key).__name__}"
-            )
-        if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
-            invalid(
-                f"tensors[{key[:200]!r}]: {tensor.dtype} on {tensor.device} ({tensor.layout}) is not "
-                f"supported; expected a dense tensor of {', '.join(map(str, DTYPES.values()))}"
-            )
-    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-
-
-def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
-    from aioengine.adapters.peft.weights_file import DTYPES
-
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    ends = list(accumulate((tensor.nbytes for _, tensor in tensors), initial=0))
-    text = msgspec.json.encode(
-        {
-            key: {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-            for (key, tensor), offsets in zip(tensors, pairwise(ends), strict=True)
-        }
-    )
-    text += b" " * (-len(text) % _ALIGN)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return a tensor's bytes in the order of a file, without a copy if it is contiguous on the CPU."""
-    import torch
-
-    return tensor.detach().to("cpu").reshape(-1).view(torch.uint8).numpy().data

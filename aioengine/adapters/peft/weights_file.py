@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file: what its header says, and views of its data.
+"""The tensors of a safetensors file: what its header says, views of its data, and how it is written.
 
 A file's data is read into one buffer, and its tensors are views of it: no copy, no mapping.
 """
@@ -6,14 +6,15 @@ A file's data is read into one buffer, and its tensors are views of it: no copy,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, chain, pairwise
 from typing import Annotated, NamedTuple
 
 import msgspec
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.folder import OpenFile, invalid_weights
+from aioengine.adapters.peft.folder import OpenFile, invalid, invalid_weights
 from aioengine.model.buffer import Buffer
 
 _MAX_HEADER_BYTES = 1 << 20
@@ -21,6 +22,7 @@ _MAX_TENSORS = 1 << 13
 _MAX_COLONS = 8 * _MAX_TENSORS
 """A tensor's entry has four colons. Decoding holds the GIL for about a microsecond for each."""
 _MAX_DIMS = 8
+_ALIGN = 8
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes by their names in a header."""
 
@@ -133,3 +135,40 @@ def tensors_of(buffer: Buffer, entries: Iterable[Entry]) -> dict[str, Tensor]:
         return flat[entry.dtype].as_strided(entry.shape, entry.strides, begin)
 
     return {entry.key: tensor(entry) for entry in entries}
+
+
+def file_of(tensors: object) -> tuple[int, Iterator[memoryview]]:
+    """Return the size and the content, in pieces, of a file of ``tensors``, a dict of PEFT's names to them.
+    Raises AdapterInvalid if it is anything else."""
+    if not isinstance(tensors, Mapping) or not tensors:
+        invalid(
+            "tensors: expected a dict of PEFT's names to tensors, as get_peft_model_state_dict returns it"
+        )
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            invalid(
+                f"tensors[{str(key)[:200]!r}]: expected a torch.Tensor under a str, found "
+                f"{type(tensor).__name__} under {type(key).__name__}"
+            )
+        if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.is_meta:
+            invalid(
+                f"tensors[{key[:200]!r}]: {tensor.dtype} on {tensor.device} ({tensor.layout}) is not "
+                f"supported; expected a dense tensor of {', '.join(map(str, DTYPES.values()))}"
+            )
+    # The widest dtype first, so that each is aligned.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    ends = list(accumulate((tensor.nbytes for tensor in ordered.values()), initial=0))
+    described = {
+        key: _Described(names[tensor.dtype], tuple(tensor.shape), offsets)
+        for (key, tensor), offsets in zip(ordered.items(), pairwise(ends), strict=True)
+    }
+    text = msgspec.json.encode(described)
+    text += b" " * (-len(text) % _ALIGN)
+    header = len(text).to_bytes(8, "little") + text
+    return len(header) + ends[-1], chain((memoryview(header),), map(_bytes_of, ordered.values()))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes in the order of a file, without a copy if it is contiguous on the CPU."""
+    return tensor.detach().to("cpu").reshape(-1).view(torch.uint8).numpy().data
