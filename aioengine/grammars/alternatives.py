@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any, NamedTuple
 
-from aioengine.grammars.budget import check_properties
+from aioengine.grammars.budget import required_names
 
 _MAX_COMPARED = 64
 """Bound on the values of an ``enum``, and on the required properties, that are looked at."""
@@ -43,17 +43,8 @@ class Traits(NamedTuple):
         common = self.types & other.types
         if common != {"object"}:
             return not common
-        both = (name for name in self.tags if name in other.tags)
-        return any(not self.tags[name] & other.tags[name] for name in islice(both, _MAX_NAMES))
-
-
-def required_names(schema: dict[str, Any]) -> list[str]:
-    """Return the names of required properties. Raises RequestInvalid if there are too many."""
-    required = schema.get("required")
-    if not isinstance(required, list):
-        return []
-    check_properties(required)  # each once, so there are no more of them
-    return [name for name in required if isinstance(name, str)]
+        both = islice((name for name in self.tags if name in other.tags), _MAX_NAMES)
+        return any(not self.tags[name] & other.tags[name] for name in both)
 
 
 def _constants(schema: Any) -> Constants | None:

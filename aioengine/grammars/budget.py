@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from aioengine.checks import check_items
 from aioengine.errors import RequestInvalid
 
 MAX_DEPTH = 64
@@ -25,10 +23,13 @@ MAX_COMPARED = 5_000
 """Bound on the pairs of alternatives of ``oneOf`` that are compared; beyond it they count as overlapping."""
 
 
-def check_lists(schema: Any) -> None:
-    """Raise RequestInvalid if a schema's lists have too many items."""
-    if isinstance(schema, dict):
-        check_items("the schema", schema, MAX_ITEMS)
+def required_names(schema: dict[str, Any]) -> list[str]:
+    """Return the names of required properties. Raises RequestInvalid if there are too many."""
+    required = schema.get("required")
+    if not isinstance(required, list):
+        return []
+    check_properties(required)  # each once, so there are no more of them
+    return [name for name in required if isinstance(name, str)]
 
 
 def check_properties(names: Collection[str]) -> None:
@@ -38,14 +39,6 @@ def check_properties(names: Collection[str]) -> None:
             f"the schema has an object with {len(names)} properties, and at most {MAX_PROPERTIES} are "
             "compiled"
         )
-
-
-def json_of(value: Any) -> str:
-    """Write a value as JSON. Raises RequestInvalid if it cannot be written."""
-    try:
-        return json.dumps(value)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestInvalid(f"the schema cannot be written as JSON: {error}") from error
 
 
 class SchemaBudget:
@@ -61,13 +54,9 @@ class SchemaBudget:
         if self._schemas > MAX_SCHEMAS:
             raise RequestInvalid(f"the schema has more than {MAX_SCHEMAS} schemas within it")
 
-    def take_names(self, *names: Iterable[str]) -> None:
-        """Count names of properties. Raises RequestInvalid if all that is written is too long."""
-        self.take_characters(sum(len(name) + 1 for some in names for name in some))
-
-    def take_characters(self, count: int) -> None:
-        """Count characters. Raises RequestInvalid if all that is written is too long."""
-        self._characters += count
+    def take(self, *written: Iterable[str]) -> None:
+        """Count texts that are written. Raises RequestInvalid if all that is written is too long."""
+        self._characters += sum(len(text) + 1 for texts in written for text in texts)
         if self._characters > MAX_CHARACTERS:
             raise RequestInvalid(
                 f"the schema has more than {MAX_CHARACTERS} characters once references are followed"

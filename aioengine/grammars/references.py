@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from typing import Any
 from urllib.parse import unquote
 
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.budget import MAX_DEPTH
 
 
 class References:
@@ -26,7 +24,9 @@ class References:
         if not isinstance(reference, str):
             raise RequestInvalid("the schema has a $ref that is no text")
         if reference not in self._targets:
-            self._targets[reference] = self._find(reference.removeprefix(self._id))
+            place = reference.removeprefix(self._id)
+            is_pointer = place in ("", "#") or place.startswith("#/")
+            self._targets[reference] = self._pointed_at(place) if is_pointer else self._anchored(place)
         if not isinstance(self._targets[reference], (dict, bool)):
             raise RequestInvalid(
                 f"the schema's reference {reference[:200]!r} leads to no schema within it; "
@@ -34,34 +34,24 @@ class References:
             )
         return self._targets[reference]
 
-    def behind(self, schema: Any, beside: AbstractSet[str]) -> Any:
-        """Follow a schema that is only a reference, with keywords ``beside`` it."""
-        for _ in range(MAX_DEPTH):
-            if not isinstance(schema, dict) or "$ref" not in schema:
-                break
-            if any(key != "$ref" and key not in beside for key in schema):  # stops at the first
-                break
-            schema = self.target(schema["$ref"])
-        return schema
+    def _pointed_at(self, pointer: str) -> Any:
+        found = self._root
+        for part in pointer.split("/")[1:]:
+            key: Any = unquote(part).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list):
+                key = int(key) if key.isdecimal() and len(key) < 6 else len(found)
+                found = dict(enumerate(found))
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
 
-    def _find(self, pointer: str) -> Any:
-        if pointer in ("", "#") or pointer.startswith("#/"):
-            found = self._root
-            for part in pointer.split("/")[1:]:
-                key = unquote(part).replace("~1", "/").replace("~0", "~")
-                if isinstance(found, list):
-                    at = int(key) if key.isdecimal() and len(key) < 6 else len(found)
-                    found = found[at] if at < len(found) else None
-                else:
-                    found = found.get(key) if isinstance(found, dict) else None
-            return found
+    def _anchored(self, anchor: str) -> Any:
         if self._anchors is None:
             self._anchors = {}
-            todo: list[Any] = [self._root]
-            for value in todo:
+            found = [self._root]
+            for value in found:
                 if isinstance(value, dict):
                     self._anchors[f"#{value.get('$anchor')}"] = value
-                    todo.extend(value.values())
+                    found.extend(value.values())
                 elif isinstance(value, list):
-                    todo.extend(value)
-        return self._anchors.get(pointer)
+                    found.extend(value)
+        return self._anchors.get(anchor)

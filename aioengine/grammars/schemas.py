@@ -15,15 +15,17 @@ stay allowed. The rules keep two promises (tests/grammars/test_schemas.py checks
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
+from aioengine.checks import check_items
 from aioengine.errors import RequestInvalid
-from aioengine.grammars.alternatives import Traits, required_names, types
-from aioengine.grammars.budget import MAX_DEPTH, SchemaBudget, check_lists, check_properties, json_of
+from aioengine.grammars.alternatives import Traits, types
+from aioengine.grammars.budget import MAX_DEPTH, MAX_ITEMS, SchemaBudget, check_properties, required_names
 from aioengine.grammars.references import References
 
 FORMATS = frozenset(
@@ -36,10 +38,11 @@ _ANNOTATIONS = frozenset(
     | {"$comment", "$schema", "$id", "$anchor", "$defs", "definitions", "discriminator", "x-guidance"}
 )
 """Keywords that do not affect validity. References are resolved here."""
+_REFERENCE = _ANNOTATIONS | {"$ref"}
 _ALTERNATIVES = ("anyOf", "oneOf")
 _IN_PLACE = ("$ref", "allOf", *_ALTERNATIVES)
 """Keywords whose schemas apply to the same value as the schema that contains them."""
-_OF_ITEMS = ("items", "prefixItems", "additionalItems")
+_OF_ITEMS = frozenset({"items", "prefixItems", "additionalItems"})
 _LAST = ("properties", "$ref", "$ref")
 """Keywords that are written last where several schemas apply to a value; the second after the first."""
 _OVERLAP = (
@@ -55,6 +58,15 @@ _MANY_FOR_ONE = frozenset(("patternProperties", "contains"))
 """Keywords that can describe a value that another keyword describes as well."""
 
 Schema = dict[str, Any]
+
+
+class _All:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+# What a schema alone describes of a value that others may describe, too: names of properties, and the items.
+_ALL, _NOTHING, _ITEMS = _All(), frozenset[object](), object()
 
 
 class SchemaOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,9 +116,10 @@ def prepare_schema(
             schema = msgspec.json.decode(schema)
         except (msgspec.DecodeError, RecursionError) as error:
             raise RequestInvalid(f"the schema is not JSON: {error}") from error
-    check_lists(schema)
+    if isinstance(schema, dict):
+        check_items("the schema", schema, MAX_ITEMS)
     writer = _Writer(schema, options, budget or SchemaBudget())
-    text = json_of({**writer.write(), "x-guidance": options.guidance})
+    text = _json({**writer.write(), "x-guidance": options.guidance})
     return PreparedSchema(text, tuple(writer.not_enforced))
 
 
@@ -124,32 +137,14 @@ def arguments_schema(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return schema
 
 
-class _Part(NamedTuple):
-    """What a schema alone describes of a value that other schemas may describe as well."""
-
-    names: frozenset[str] = frozenset()
-    """Properties."""
-    items: bool = False
-    """The items."""
-    is_member: bool = False
-    """Whether it is one of several that apply to the value together."""
-
-    def of_property(self, name: str, nested: _Part) -> _Part:
-        """Return what the schema of a property describes of its value."""
-        return (_ALL if name in self.names else _NOTHING) if self.is_member else nested
-
-
-_ALL, _NOTHING = _Part(items=True), _Part()
-
-
-def _part_of(members: Sequence[Schema]) -> _Part:
-    """Return what each of the schemas that apply to a value together describes alone. A value that two of
-    them describe must satisfy both: closing one could forbid names of the other."""
+def _described_once(members: Sequence[Schema]) -> Container[object]:
+    """Return what only one of the schemas that apply to a value together describes. A value that two of them
+    describe must satisfy both: closing one could forbid names of the other."""
     if any(m.keys() & _MANY_FOR_ONE or isinstance(m.get("additionalProperties"), dict) for m in members):
-        return _Part(is_member=True)
-    declared = Counter(itertools.chain.from_iterable(_dict(member, "properties") for member in members))
-    once = frozenset(name for name, count in declared.items() if count == 1)
-    return _Part(once, sum(bool(member.keys() & set(_OF_ITEMS)) for member in members) == 1, is_member=True)
+        return _NOTHING
+    described = Counter[object](itertools.chain.from_iterable(_dict(each, "properties") for each in members))
+    described[_ITEMS] = sum(bool(each.keys() & _OF_ITEMS) for each in members)
+    return frozenset(name for name, count in described.items() if count == 1)
 
 
 class _Writer:
@@ -161,10 +156,10 @@ class _Writer:
         self._options = options
         self._definitions: dict[tuple[str, bool], str] = {}
         """(Reference, closed?) -> its name in the result."""
-        self._pending: list[tuple[str, bool]] = []
-        """Definitions that are still to be written."""
+        self._found: list[tuple[str, bool]] = []
+        """The same, in order."""
         self._references = References(root)
-        self._told: dict[int, Traits] = {}
+        self._traits: dict[int, Traits] = {}
         """What tells alternatives apart, by identity: many ``oneOf`` may refer to them."""
         self.not_enforced: dict[str, None] = {}
 
@@ -175,59 +170,57 @@ class _Writer:
         if not isinstance(written, dict):
             raise RequestInvalid("the schema must be a JSON object")
         definitions: dict[str, Any] = {}
-        while self._pending:
-            reference, closed = self._pending.pop()
+        for reference, closed in self._found:  # more are found meanwhile
             target = self._write(self._references.target(reference), 0, _ALL if closed else _NOTHING)
             definitions[self._definitions[reference, closed]] = target
         return {**written, "$defs": definitions} if definitions else written
 
-    def _write(self, schema: Any, depth: int, part: _Part) -> Any:
-        """Write a schema and those within it; it describes ``part`` of a value alone. Objects that it alone
-        describes are closed. Requirements that cannot be enforced are left out."""
+    def _write(self, schema: Any, depth: int, own: Container[object]) -> Any:
+        """Write a schema and those within it; it alone describes ``own`` of a value, and objects that a
+        schema alone describes are closed. Requirements that cannot be enforced are left out."""
         if not self._begin(schema, depth):
             return schema
-        part = _NOTHING if self._options.open_objects else part
-        in_place = [keyword for keyword in _IN_PLACE if keyword in schema]
-        others = schema.keys() - _ANNOTATIONS - {"type", "nullable"}
-        members: list[Schema] = []
-        several = len(in_place) > 1 or (in_place and len(others) > 1)
-        if part is _ALL and (several or ("allOf" in schema and len(_list(schema, "allOf")) > 1)):
-            members = list(self._members(schema, depth, ()))
-            part = _part_of(members)
-        nested = _ALL if part.items and not schema.keys() & _MANY_FOR_ONE else _NOTHING
+        own = _NOTHING if self._options.open_objects else own
+        members: list[Schema] = [schema]
+        is_closed = own is _ALL and "properties" in schema
+        keywords = schema.keys() - _ANNOTATIONS - {"type", "nullable"}
+        are_several = len(keywords) > 1 or ("allOf" in keywords and len(_list(schema, "allOf")) > 1)
+        if own is _ALL and are_several and not keywords.isdisjoint(_IN_PLACE):
+            members = []
+            is_closed = self._gather(schema, depth, (), members)
+            own = _described_once(members)
         written: Schema = {}
+        is_whole = own is _ALL or own == _NOTHING
+        inner_own = _NOTHING if schema.keys() & _MANY_FOR_ONE else own
 
-        def write(inner: Any, of: _Part = nested) -> Any:
-            return self._write(inner, depth + 1, of)
+        def write(inner: Any, name: object) -> Any:
+            return self._write(inner, depth + 1, _ALL if name in inner_own else _NOTHING)
 
-        for key in sorted(schema, key=_LAST.count) if part.is_member else schema:
+        for key in schema if is_whole else sorted(schema, key=_LAST.count):
             value = schema[key]
             if key in _ANNOTATIONS:
                 continue
             elif key == "$ref":
-                if part.is_member:
-                    target = write(self._references.target(value), part)
-                    written["allOf"] = [target, *written.get("allOf", ())]
+                if is_whole:
+                    written[key] = self._definition(value, closed=own is _ALL)
                 else:
-                    written[key] = self._definition(value, closed=part is _ALL)
+                    target = self._write(self._references.target(value), depth + 1, own)
+                    written["allOf"] = [target, *written.get("allOf", ())]
             elif key in ("properties", "patternProperties"):
                 inner_of = _dict(schema, key)
-                self._budget.take_names(inner_of)
-                written[key] = {
-                    name: write(inner, part.of_property(name, nested) if key == "properties" else nested)
-                    for name, inner in inner_of.items()
-                }
+                self._budget.take(inner_of)
+                written[key] = {name: write(inner, name) for name, inner in inner_of.items()}
             elif key == "prefixItems" or (key == "items" and isinstance(value, list)):  # until 2019-09
-                written["prefixItems"] = list(map(write, _list(schema, key)))
+                written["prefixItems"] = [write(inner, _ITEMS) for inner in _list(schema, key)]
             elif key == "additionalItems":
                 if isinstance(schema.get("items"), list):
-                    written["items"] = write(value)
+                    written["items"] = write(value, _ITEMS)
             elif key in ("additionalProperties", "items"):
-                written[key] = write(value)
+                written[key] = write(value, _ITEMS)
             elif key in ("allOf", *_ALTERNATIVES):
                 if key == "oneOf" and not self._told_apart(_list(schema, key)):
                     self._leave_out("oneOf", _OVERLAP)
-                inners = [write(inner, part) for inner in _list(schema, key)]
+                inners = [self._write(inner, depth + 1, own) for inner in _list(schema, key)]
                 if key == "allOf":
                     written[key] = [*written.get(key, ()), *inners]
                 elif "anyOf" in written:  # both anyOf and oneOf
@@ -241,73 +234,52 @@ class _Writer:
                 if schema.get("type", "string") == "string":  # for numbers, a format only names their size
                     self._leave_out(f"format {value[:40]!r}")
             else:
-                self._budget.take_characters(len(json_of({key: value})))
+                self._budget.take((_json({key: value}),))
                 written[key] = value
-        if members and (closing := self._closing(schema, members)):
-            written["allOf"] = [*written.get("allOf", ()), closing]
-        elif part is _ALL and not in_place and "properties" in schema:
-            self._close(written, schema)
+        if is_closed and "additionalProperties" not in schema:
+            self._close(written, members)
         return written
 
-    def _close(self, written: Schema, schema: Schema) -> None:
-        """Allow only the names that the schema declares."""
-        if "additionalProperties" not in schema and _may_close(schema, names := _names(schema)):
-            new = [name for name in names if name not in written["properties"]]
-            self._budget.take_names(new)
-            written["properties"].update(dict.fromkeys(new, True))
+    def _close(self, written: Schema, members: Sequence[Schema]) -> None:
+        """Allow only the names that any of the schemas declares that apply to the value together, if each of
+        them can be closed."""
+        names = dict.fromkeys(itertools.chain.from_iterable(map(_names, members)), True)
+        patterns = itertools.chain.from_iterable(_dict(each, "patternProperties") for each in members)
+        if all(_may_close(each, names) for each in members):
+            self._budget.take(names)
+            properties = written.setdefault("properties", {})
+            properties.update((name, True) for name in names if name not in properties)
+            if allowed := dict.fromkeys(patterns, True):
+                written["patternProperties"] = allowed | written.get("patternProperties", {})
             written["additionalProperties"] = False
 
-    def _closing(self, schema: Schema, members: list[Schema]) -> Schema | None:
-        """Return a schema that allows only the names which any of the schemas declares that apply to the
-        value together; None if the object must stay open."""
-        names = dict.fromkeys(itertools.chain.from_iterable(map(_names, members)), True)
-        if not self._declares(schema) or not all(
-            member.get("additionalProperties", False) is False and _may_close(member, names)
-            for member in members
-        ):
-            return None
-        self._budget.take_names(names)
-        patterns = itertools.chain.from_iterable(_dict(member, "patternProperties") for member in members)
-        closing: Schema = {"properties": names, "additionalProperties": False}
-        if allowed := dict.fromkeys(patterns, True):
-            closing["patternProperties"] = allowed
-        return closing
-
-    def _members(self, schema: Any, depth: int, path: tuple[str, ...]) -> Iterator[Schema]:
-        """Return all schemas that apply to the same value: this one, and those within it that apply in
-        place."""
+    def _gather(self, schema: Any, depth: int, path: tuple[str, ...], members: list[Schema]) -> bool:
+        """Add all schemas to ``members`` that apply to the same value: this one, and those within it that
+        apply in place. Returns whether each object that satisfies it has only declared properties, whichever
+        alternatives it satisfies."""
         if not self._begin(schema, depth):
-            return
-        yield schema
+            return False
+        members.append(schema)
         names = _dict(schema, "properties"), required_names(schema), _dict(schema, "patternProperties")
-        self._budget.take_names(*names)
+        self._budget.take(*names)
+        declares = "properties" in schema or "object" not in types(schema)
         for key in ("allOf", *_ALTERNATIVES):
-            for inner in _list(schema, key) if key in schema else ():
-                yield from self._members(inner, depth + 1, path)
+            if key in schema:
+                found = [self._gather(inner, depth + 1, path, members) for inner in _list(schema, key)]
+                declares |= any(found) if key == "allOf" else all(found)
         if "$ref" in schema:
             reference = schema["$ref"]
             if reference in path:
                 raise RequestInvalid(f"the schema's reference {reference!r} leads back to itself")
-            yield from self._members(self._references.target(reference), depth + 1, (*path, reference))
-
-    def _declares(self, schema: Any) -> bool:
-        """Whether every object that satisfies the schema has only declared properties, for all alternatives.
-        References must not be circular."""
-        if not isinstance(schema, dict):
-            return False
-        return (
-            "properties" in schema
-            or "object" not in types(schema)
-            or any(self._declares(inner) for inner in schema.get("allOf", ()))
-            or any(all(map(self._declares, schema[key])) for key in _ALTERNATIVES if key in schema)
-            or ("$ref" in schema and self._declares(self._references.target(schema["$ref"])))
-        )
+            target = self._references.target(reference)
+            declares |= self._gather(target, depth + 1, (*path, reference), members)
+        return declares
 
     def _definition(self, reference: str, *, closed: bool) -> str:
         self._references.target(reference)
         if (reference, closed) not in self._definitions:
-            self._definitions[reference, closed] = str(len(self._definitions))
-            self._pending.append((reference, closed))
+            self._definitions[reference, closed] = str(len(self._found))
+            self._found.append((reference, closed))
         return f"#/$defs/{self._definitions[reference, closed]}"
 
     def _told_apart(self, alternatives: Sequence[Any]) -> bool:
@@ -315,13 +287,16 @@ class _Writer:
         written as ``anyOf``."""
         if not self._budget.take_pairs(len(alternatives)):
             return False
-        told = []
+        traits = []
         for schema in alternatives:
-            behind = self._references.behind(schema, _ANNOTATIONS)
-            if id(behind) not in self._told:
-                self._told[id(behind)] = Traits.by(behind)
-            told.append(self._told[id(behind)])
-        return all(one.excludes(other) for one, other in itertools.combinations(told, 2))
+            for _ in range(MAX_DEPTH):  # what is behind mere references; any() stops at the first other key
+                if not isinstance(schema, dict) or any(key not in _REFERENCE for key in schema):
+                    break
+                schema = self._references.target(schema["$ref"]) if "$ref" in schema else True
+            if id(schema) not in self._traits:
+                self._traits[id(schema)] = Traits.by(schema)
+            traits.append(self._traits[id(schema)])
+        return all(one.excludes(other) for one, other in itertools.combinations(traits, 2))
 
     def _begin(self, schema: Any, depth: int) -> bool:
         """Count a schema; returns whether it has content. Raises RequestInvalid."""
@@ -341,7 +316,12 @@ class _Writer:
 
 def _may_close(schema: Schema, declared: Collection[str]) -> bool:
     least = schema.get("minProperties", 0)
-    return not schema.keys() & _KEEP_OPEN and isinstance(least, int) and least <= len(declared)
+    return (
+        not schema.keys() & _KEEP_OPEN
+        and schema.get("additionalProperties", False) is False
+        and isinstance(least, int)
+        and least <= len(declared)
+    )
 
 
 def _names(schema: Schema) -> dict[str, None]:
@@ -364,3 +344,10 @@ def _list(schema: Schema, key: str) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise RequestInvalid(f"the schema's {key} must be a list of at least one schema")
     return value
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestInvalid(f"the schema cannot be written as JSON: {error}") from error

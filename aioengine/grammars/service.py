@@ -265,11 +265,12 @@ class Grammars:
 def largest_of_most(grammars: Collection[Any]) -> Any:
     """Return the largest grammar of the tenant whose grammars take the most memory. A grammar's is divided
     among the tenants that use it."""
-    taken: Counter[Tenant] = Counter()
+    taken = Counter[Tenant]()
     for grammar in grammars:
         users = set(grammar.rows.values())
-        for tenant in users:
-            taken[tenant] += grammar.memory // len(users)
-    most = max(taken, key=lambda tenant: taken[tenant], default=None)
-    of_most = [grammar for grammar in grammars if most in grammar.rows.values()]
-    return max(of_most or grammars, key=lambda grammar: grammar.memory)
+        taken.update({tenant: grammar.memory // len(users) for tenant in users})
+
+    def size(grammar: Any) -> tuple[int, int]:
+        return max((taken[tenant] for tenant in grammar.rows.values()), default=0), grammar.memory
+
+    return max(grammars, key=size)
