@@ -175,9 +175,7 @@ class SlotPlan:
         memory, or one on disk can be read. None if they are too few."""
         on_disk = adapter.location is DISK
         if not on_disk and self._free_bytes is None:  # each adapter takes one slot
-            if self.free > 0:
-                return ()
-            return None if (first := next(candidates, None)) is None else (first,)
+            return () if self.free > 0 else tuple(islice(candidates, 1)) or None
         found, memory = list[HeldSlot](), self._view.memory
         slots, nbytes, more, lack = 1, 0, 0, self.lack(adapter) if on_disk else 0
         if not on_disk:
@@ -196,7 +194,7 @@ class SlotPlan:
     def take(self, found: Sequence[HeldSlot], adapter: AdapterView, *, now: bool) -> None:
         """Place an adapter where those in ``found`` leave. Not ``now``, or if it is on disk: close these."""
         if adapter.location is DISK:
-            now, idle = False, found[:1] and found[0].kind < BUSY
+            now, idle = False, any(held.kind < BUSY for held in found[:1])
             self.ask_again = None if idle else self.ask_again  # idle slots admit again once the read begins
         else:
             self.free += len(found) - 1
@@ -209,8 +207,7 @@ class SlotPlan:
             self.place.append(Place(adapter.name))
             self.evict += [held.name for held in found]
         else:
-            for held in found:
-                self.closed[held.name] = None
+            self.closed |= {held.name: None for held in found}
 
     def fill(self, limit: int) -> list[RequestView]:
         """Return requests for closed slots that end before the longest one that runs there."""
