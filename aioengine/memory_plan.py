@@ -252,18 +252,9 @@ def spec_of_a_rank(spec: ModelSpec, size: int) -> ModelSpec:
 
 
 def spec_from_config(config: EngineConfig, progress: LoadProgress | None = None) -> ModelSpec:
-    """Read the model's description, not its weights; see :func:`plan_from_config`."""
+    """Read the model's description, not its weights. ``progress`` is called if the model must be converted
+    first. Raises ConfigError if it is not available, or not supported."""
     return read_spec(resolve_model(config.model, progress), config.model_impl, config.quantization)
-
-
-def plan_from_config(
-    config: EngineConfig, *, available_bytes: int | None = None, progress: LoadProgress | None = None
-) -> MemoryPlan:
-    """Make the plan for a configuration, from the model's description. ``progress`` is called if the model
-    must be converted first. Raises ConfigError if it is not available, not supported, or does not fit."""
-    spec = spec_from_config(config, progress)
-    device = resolve_device(config.device)
-    return plan_memory(spec, config, device=device, available_bytes=available_bytes)
 
 
 def resolve_device(device: str) -> str:

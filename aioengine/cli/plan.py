@@ -7,7 +7,7 @@ from aioengine.cli.flags import EngineFlags
 from aioengine.cli.policies import check_named
 from aioengine.cli.progress import load_progress
 from aioengine.cli.tables import new_table, output_console
-from aioengine.memory_plan import MemoryPlan, plan_from_config
+from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device, spec_from_config
 
 
 def plan(*, engine: EngineFlags = EngineFlags()) -> int:
@@ -16,13 +16,12 @@ def plan(*, engine: EngineFlags = EngineFlags()) -> int:
     Exits with 2 and names the setting to change if it does not fit, or --batch-invariant is not possible.
     """
     from aioengine.model.coverage import planned_cpu_level, planned_variance
-    from aioengine.model.files.resolve import read_spec, resolve_model
 
     config = engine.engine_config()
     check_named(config.policy)
     with load_progress() as progress:
-        found = plan_from_config(config, progress=progress)
-        spec = read_spec(resolve_model(config.model), config.model_impl, config.quantization)
+        spec = spec_from_config(config, progress)
+        found = plan_memory(spec, config, device=resolve_device(config.device))
         variance = planned_variance(
             config, spec, device=found.device, dtype=found.dtype, lora_dtype=found.lora_dtype
         )

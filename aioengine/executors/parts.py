@@ -43,8 +43,13 @@ def _index_of_device(config: EngineConfig, shard: Shard) -> int:
     return 0 if config.executor == "ray" else shard.rank
 
 
-def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress | None = None) -> PartsPlan:
-    """Plan what one rank's process allocates.
+def plan_parts(
+    config: EngineConfig,
+    shard: Shard = SOLO,
+    progress: LoadProgress | None = None,
+    available_bytes: int | None = None,
+) -> PartsPlan:
+    """Plan what one rank's process allocates, for a device with so many free bytes; None: those it has.
 
     Raises ConfigError if the model is not available, is not supported, or this rank's share does not fit, or
     if there are fewer devices than ranks.
@@ -63,7 +68,7 @@ def plan_parts(config: EngineConfig, shard: Shard = SOLO, progress: LoadProgress
     path = resolve_model(config.model, progress)
     spec = read_spec(path, config.model_impl, config.quantization)
     spec = with_quantization(spec, config.quantization, device, config.tensor_parallel_size)
-    return PartsPlan(path, spec, plan_memory(spec, config, device=device))
+    return PartsPlan(path, spec, plan_memory(spec, config, device=device, available_bytes=available_bytes))
 
 
 def build_parts(

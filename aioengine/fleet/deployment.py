@@ -12,10 +12,11 @@ import msgspec
 
 from aioengine.checks import format_bytes
 from aioengine.errors import ConfigError
+from aioengine.executors.parts import plan_parts
 from aioengine.fleet.cluster import TRANSPORT, require_ray
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.replica import EngineReplica
-from aioengine.memory_plan import MemoryPlan, available_memory, plan_from_config, resolve_device
+from aioengine.memory_plan import MemoryPlan, available_memory, resolve_device
 from aioengine.metrics.otlp import end_tracing, otlp_provider
 
 if TYPE_CHECKING:
@@ -117,15 +118,15 @@ def plan_replica(config: FleetConfig, *, share: int | None = None) -> tuple[Flee
     device = resolve_device(config.engine.device)
     free = available_memory(device)
     if share is not None and share > 1 and device == "cpu":
-        plan_from_config(config.engine, available_bytes=sys.maxsize)  # finds any other error
+        plan_parts(config.engine, available_bytes=sys.maxsize)  # finds any other error
         try:
-            plan = plan_from_config(config.engine, available_bytes=free // share)
+            plan = plan_parts(config.engine, available_bytes=free // share).memory
         except ConfigError as error:
             raise ConfigError(
                 f"{share} replicas do not fit into the {format_bytes(free)} that are free; for one: {error}"
             ) from error
     else:
-        plan = plan_from_config(config.engine)
+        plan = plan_parts(config.engine).memory
     kv_bytes = plan.num_blocks * plan.block_bytes
     engine = msgspec.structs.replace(config.engine, kv_cache_memory=kv_bytes)
     return msgspec.structs.replace(config, engine=engine), plan

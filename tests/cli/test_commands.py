@@ -110,7 +110,7 @@ def test_an_error_that_is_not_ours_is_one_line_too(
     def broken(*_: object, **__: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("aioengine.cli.plan.plan_from_config", broken)
+    monkeypatch.setattr("aioengine.cli.plan.plan_memory", broken)
     assert main(["plan"]) == 1
     assert capsys.readouterr().err == "aioengine: unexpected MemoryError: no room (--debug shows where)\n"
 

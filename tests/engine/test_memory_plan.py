@@ -18,7 +18,7 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.executors.parts import build_parts, plan_parts
-from aioengine.memory_plan import plan_from_config, plan_memory, rooms_in_groups
+from aioengine.memory_plan import plan_memory, rooms_in_groups
 from aioengine.model.files.resolve import read_spec
 
 
@@ -49,7 +49,7 @@ def test_the_plan_is_what_is_allocated(
     parts = build_parts(config, planned)
     plan, slots = planned.memory, parts.runner.lora_slots
     assert slots is not None
-    assert plan == plan_from_config(config, available_bytes=plan.available_bytes)
+    assert plan == plan_parts(config, available_bytes=plan.available_bytes).memory
 
     tables = (slots.memory.table, slots.memory.device_table)
     tensors = [t for t in _tensors(slots) if not any(t is table for table in tables)]
@@ -65,18 +65,14 @@ def test_the_plan_is_what_is_allocated(
     spec = planned.spec
     size = 2 if plan.lora_dtype == "bfloat16" else 4
     affine = 0
-    rows = {label: nbytes for label, _, nbytes in plan.rows()}
-    shares = {label[11:]: nbytes for label, nbytes in rows.items() if label.startswith("slot pool: ")}
-    assert sum(shares.values()) == rows["slot pool"] == plan.bytes_of("slot pool")
-    affine_bytes = shares.pop("DoRA and biases")
-    shares.pop("trained tokens", None)
-    for module, found in shares.items():
+    assert sum(part.nbytes for part in plan.parts if not part.counts) == plan.bytes_of("slot pool")
+    for module in spec.targets(lora.get("target_modules")):
         n_in, n_out = spec.linear(module)
         layers = 1 if module in ("embed_tokens", "lm_head") else spec.num_layers
         each = layers * config.lora.max_lora_rank * (n_in + n_out) * size  # type: ignore[union-attr]
-        assert found == each * plan.num_slots
+        assert plan.bytes_of(f"slot pool: {module}") == each * plan.num_slots
         affine += layers * 2 * n_out * size
-    assert affine_bytes == affine * plan.num_slots
+    assert plan.bytes_of("slot pool: DoRA and biases") == affine * plan.num_slots
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
@@ -178,7 +174,7 @@ async def test_slots_by_bytes_take_what_is_planned(tiny: Tiny, make_engine: Make
 )
 def test_slot_memory_that_cannot_be(tiny: Tiny, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan_from_config(EngineConfig(model=str(tiny.model), lora=LoRAConfig(**fields)))
+        plan_parts(EngineConfig(model=str(tiny.model), lora=LoRAConfig(**fields)))
 
 
 class Group(NamedTuple):

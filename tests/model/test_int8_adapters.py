@@ -17,9 +17,9 @@ from torch import Tensor
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
+from aioengine.executors.parts import plan_parts
 from aioengine.kernels import available_backends
 from aioengine.kernels.cpu.lora import turn
-from aioengine.memory_plan import plan_from_config
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.slots.image import build_image
 from aioengine.model.slots.layout import SlotLayout
@@ -166,7 +166,7 @@ def test_what_int8_adapters_cannot_do_is_refused(root: Path, fields: dict[str, A
     lora = LoRAConfig(lora_dtype="int8", fully_sharded_loras="executor" in fields)
     small: dict[str, Any] = {"max_model_len": 64, "kv_cache_memory": "1MiB", "lora": lora}
     with pytest.raises(ConfigError, match=message):
-        plan_from_config(EngineConfig(model=str(root / "model"), **small, **fields))
+        plan_parts(EngineConfig(model=str(root / "model"), **small, **fields))
 
 
 def test_slots_of_another_kind_refuse_an_image(spec: ModelSpec) -> None:

@@ -30,7 +30,7 @@ from support.tiny_models import ALL_MODULES, build_adapter, build_model
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.memory_plan import plan_from_config
+from aioengine.executors.parts import plan_parts
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import Shard, SoloGroup
 from aioengine.model.parallel.partition import Partition
@@ -299,7 +299,7 @@ def test_the_plan_is_what_each_rank_allocates(
         model=str(model_of(root, model)), executor="process", tensor_parallel_size=2, lora=lora,
         dtype="float32", device="cpu", max_model_len=64, kv_cache_memory="1MiB", quantization=quantization,
     )  # fmt: skip
-    plan = plan_from_config(config, available_bytes=10**9)
+    plan = plan_parts(config, available_bytes=10**9).memory
     assert plan.available_bytes == 10**9 // 2
     assert any("each of 2 ranks" in detail for _, detail, _ in plan.rows())
     script = Script(model_of(root, model), [], max_loras=3, max_rank=16, target_modules=modules)

@@ -17,8 +17,8 @@ from support.served_models import engine_of, prompt
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import ConfigError
+from aioengine.executors.parts import plan_parts
 from aioengine.kernels import available_backends
-from aioengine.memory_plan import plan_from_config
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import Shard, SoloGroup
 from aioengine.model.parallel.partition import Partition
@@ -144,7 +144,7 @@ def test_the_plan_is_what_each_rank_allocates(two: Ranks, root: Path, case: str,
         model=str(model.folder), executor="process", tensor_parallel_size=2, lora=lora, dtype="float32",
         device="cpu", max_model_len=64, kv_cache_memory="1MiB",
     )  # fmt: skip
-    plan = plan_from_config(config, available_bytes=10**9)
+    plan = plan_parts(config, available_bytes=10**9).memory
     script = script_of(model, "torch")
     for share in two.run(hold, script, model.adapters["dora"], fully_sharded=fully_sharded):
         assert share.weight_bytes == plan.bytes_of("base weights")
