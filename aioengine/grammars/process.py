@@ -36,9 +36,9 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self.alive = True
-        self.on_loss: Callable[[int], None] = lambda doing: None
-        """Called on the receiving thread when the worker has ended, with the number of the text whose masks
-        it computed then, or 0."""
+        self.on_loss: Callable[[int], object] = lambda doing: None
+        """Called on a thread when the worker has ended, with the number of the text whose masks it computed
+        then, or 0."""
         self.numbers = count(1)
         """For questions. No two texts have the same."""
         self._asked: dict[int, Future[Any]] = {}
@@ -115,12 +115,12 @@ class WorkerProcess:
                     return
                 orders.append(more)
             with suppress(OSError):  # it has ended, which the other thread notes
-                wire.send(self._connection, orders)
+                self._connection.send_bytes(wire.encode(orders))
 
     def _receive(self) -> None:
         try:
             while True:
-                for answer in wire.receive_answers(self._connection):
+                for answer in wire.answers.decode(self._connection.recv_bytes()):
                     asked = self._asked.pop(answer.number)
                     if asked.set_running_or_notify_cancel():
                         asked.set_result(answer)
@@ -135,7 +135,8 @@ class WorkerProcess:
             self._orders.put(None)
             doing = os.pread(self._doing.fileno(), wire.TEXT.size, 0)
             self._doing.close()
-            self.on_loss(*wire.TEXT.unpack(doing) if doing else (0,))
+            with suppress(RuntimeError):  # the loop is closed, and the engine gone
+                self.on_loss(*wire.TEXT.unpack(doing) if doing else (0,))
 
     def _lose(self, number: int) -> None:
         asked = self._asked.pop(number, None)

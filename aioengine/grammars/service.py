@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
@@ -63,8 +63,9 @@ class Grammars:
         self._tokenizer = tokenizer
         self._tokens = vocab, list(eos)
         self._told = told
-        self._start: asyncio.Task[WorkerProcess] | None = None
-        """Start of the worker, on first use and after a loss."""
+        self._worker: WorkerProcess | None = None
+        """The last one."""
+        self._starting = asyncio.Lock()
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         """Grammars by text, the least recently used first."""
         self._compiles = WorkInTurns[str, Grammar](MAX_COMPILES, MAX_OF_A_TENANT)
@@ -102,6 +103,8 @@ class Grammars:
             if waiting >= self.limits.max_queued and (tenant, text) not in jobs:
                 raise EngineOverloaded(f"already {waiting} grammars wait to be compiled; try again later")
             grammar = await self._compiled(text, tenant)
+            if not grammar.place.worker.alive:  # it may have no rows yet, and then it is not compiled again
+                raise WorkerLost
         return GrammarConstraint(grammar, tenant)
 
     async def _compiled(self, text: str, tenant: Tenant) -> Grammar:
@@ -169,22 +172,12 @@ class Grammars:
         return grammar
 
     async def _live_worker(self) -> WorkerProcess:
-        start = self._start
-        if start is None or (start.done() and (start.exception() is not None or not start.result().alive)):
-            start = self._start = asyncio.create_task(self._start_worker(), name="aioengine-grammars")
-        return await asyncio.shield(start)
-
-    async def _start_worker(self) -> WorkerProcess:
-        loop = asyncio.get_running_loop()
-        tokenizer = await asyncio.to_thread(self._tokenizer)
-        worker = await WorkerProcess.start(Hello(0, tokenizer, *self._tokens, self.limits))
-
-        def lost(doing: int) -> None:
-            with suppress(RuntimeError):  # the loop is closed, and the engine gone
-                loop.call_soon_threadsafe(self._lost, doing)
-
-        worker.on_loss = lost
-        return worker
+        async with self._starting:
+            if self._worker is None or not self._worker.alive:
+                tokenizer = await asyncio.to_thread(self._tokenizer)
+                self._worker = await WorkerProcess.start(Hello(0, tokenizer, *self._tokens, self.limits))
+                self._worker.on_loss = partial(asyncio.get_running_loop().call_soon_threadsafe, self._lost)
+            return self._worker
 
     def _lost(self, doing: int) -> None:
         """Compile the texts of the lost worker again that are in use. Requests go on: their outputs are
@@ -242,9 +235,8 @@ class Grammars:
                 break
         if self._watch is not None:
             self._watch.cancel()
-        self._watch = None
-        if kept:
-            self._watch = asyncio.get_running_loop().call_later(MEMORY_SECONDS, self._make_room)
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(MEMORY_SECONDS, self._make_room) if kept else None
 
     async def close(self) -> None:
         """End the worker and wait for its end. Callers that wait for a compile get EngineStopped."""
@@ -254,12 +246,8 @@ class Grammars:
             self._watch.cancel()
         for grammar in self._kept.values():
             grammar.fail(_STOPPED)
-        start = self._start
-        if start is not None:
-            start.cancel()
-            await asyncio.wait([start])
-            if not start.cancelled() and start.exception() is None:
-                await start.result().close()
+        if self._worker is not None:
+            await self._worker.close()
 
 
 def largest_of_most(grammars: Collection[Any]) -> Any:

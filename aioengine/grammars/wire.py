@@ -4,8 +4,6 @@ as MessagePack."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from typing import Literal
 
 import msgspec
@@ -84,21 +82,6 @@ Question = Hello | Compile | Ask
 Order = Question | Drop | Forget
 Answer = Compiled | Mask
 
-_encode = msgspec.msgpack.Encoder().encode
-_orders = msgspec.msgpack.Decoder(list[Order])
-_answers = msgspec.msgpack.Decoder(list[Answer])
-
-
-def send(connection: Connection, messages: Sequence[Message]) -> None:
-    """Send messages in one frame. Raises OSError if the other end is gone."""
-    connection.send_bytes(_encode(messages))
-
-
-def receive_orders(connection: Connection) -> list[Order]:
-    """Receive a frame, in the worker. Raises EOFError or OSError if the engine is gone."""
-    return _orders.decode(connection.recv_bytes())
-
-
-def receive_answers(connection: Connection) -> list[Answer]:
-    """Receive a frame, in the engine. Raises EOFError or OSError if the worker is gone."""
-    return _answers.decode(connection.recv_bytes())
+encode = msgspec.msgpack.Encoder().encode
+orders = msgspec.msgpack.Decoder(list[Order])
+answers = msgspec.msgpack.Decoder(list[Answer])

@@ -75,16 +75,16 @@ def main() -> None:
 
 def _serve(connection: Connection, doing: int) -> None:
     with suppress(OSError, EOFError):
-        [hello] = wire.receive_orders(connection)
+        [hello] = wire.orders.decode(connection.recv_bytes())
         assert isinstance(hello, Hello)
         try:
             tokenizer = _load_vocabulary(hello)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"[:MAX_REASON]
-            wire.send(connection, [Compiled(hello.number, "failed", why)])
+            connection.send_bytes(wire.encode([Compiled(hello.number, "failed", why)]))
             return
         _silence()
-        wire.send(connection, [Compiled(hello.number, "compiled")])
+        connection.send_bytes(wire.encode([Compiled(hello.number, "compiled")]))
         _Worker(connection, doing, tokenizer, hello.limits).run()
 
 
@@ -141,7 +141,7 @@ class _Worker:
                 self._tell(*answers)
 
     def _receive(self) -> None:
-        for order in wire.receive_orders(self._connection):
+        for order in wire.orders.decode(self._connection.recv_bytes()):
             text = self._texts.get(order.text if isinstance(order, Ask) else order.number)
             if isinstance(order, Ask):
                 is_slow = text is not None and text.is_slow
@@ -158,7 +158,7 @@ class _Worker:
 
     def _tell(self, *answers: wire.Answer) -> None:
         with self._sending:
-            wire.send(self._connection, answers)
+            self._connection.send_bytes(wire.encode(answers))
 
     # Compiling
 
@@ -174,7 +174,7 @@ class _Worker:
             if pid == 0:
                 with suppress(BaseException):
                     self._connection.close()  # the engine sees at once when this process has ended
-                    wire.send(writing, [self._trial(order)])
+                    writing.send_bytes(wire.encode([self._trial(order)]))
                 os._exit(0)
         self._trials[order.number] = pid
         self._watch.register(
@@ -199,7 +199,7 @@ class _Worker:
         self._watch.unregister(reading)
         with reading:
             try:
-                [said] = wire.receive_answers(reading)
+                [said] = wire.answers.decode(reading.recv_bytes())
             except EOFError:
                 said = None
         _, status = os.waitpid(self._trials.pop(order.number), 0)
