@@ -20,7 +20,7 @@ from aioengine.metrics.collect.on_loop import OnLoop
 from aioengine.metrics.collect.residency import AdapterTracker
 from aioengine.metrics.collect.snapshot import ProcessMetrics, engine_gauges, engine_state
 from aioengine.metrics.families.definitions import OWN, PROCESS, VLLM
-from aioengine.metrics.families.exposition import OPENMETRICS, TEXT, TextWriter, to_metric
+from aioengine.metrics.families.exposition import TextWriter, to_metric
 from aioengine.metrics.families.storage import BoundedLabels, Family, Store, gauge
 
 _STEPS_TOGETHER = 64
@@ -172,9 +172,7 @@ class EngineMetrics(Collector):
         """Return the exposition and its content type: OpenMetrics, which has the exemplars, if the ``Accept``
         header asks for it. The text is the same as ``prometheus_client`` writes for ``registry``, but is made
         faster."""
-        openmetrics = "application/openmetrics-text" in accept
-        text = self._writer.write(self.families(), openmetrics=openmetrics)
-        return text, OPENMETRICS if openmetrics else TEXT
+        return self._writer.answer(self.families(), accept)
 
     def _families(self) -> list[Family]:
         self._apply()

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from aioengine.metrics.collectors import EngineMetrics
 from aioengine.metrics.families.exposition import to_metric
-from aioengine.metrics.families.storage import Family
+from aioengine.metrics.families.storage import merged
 
 
 class HasMetrics(Protocol):
@@ -29,19 +29,11 @@ class _Combined(Collector):
         return iter({metric.name: metric for s in self._sources for metric in s.describe()}.values())
 
     def collect(self) -> Iterator[Metric]:
-        merged: dict[str, Family] = {}
-        for source in self._sources:
-            for family in source.families():
-                known = merged.setdefault(family.definition.name, Family(family.definition, []))
-                known.points.extend(family.points)
-        return map(to_metric, merged.values())
+        return map(to_metric, merged(family for source in self._sources for family in source.families()))
 
 
 def combined_registry(*engines: HasMetrics) -> CollectorRegistry:
     """Make a registry of the metrics of several engines, which differ by the label ``engine``.
-
-    The exposition format requires each metric's series in one group, so the engines' registries cannot simply
-    be concatenated.
 
     Raises ValueError if two engines have the same ``EngineConfig.name``.
     """

@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.fleet_metrics import gateway_families
-
 from aioengine.cli.config.checked import ServerFlags
 from aioengine.cli.main import COMMANDS, GROUPS
 from aioengine.config import EngineConfig, LoRAConfig
@@ -24,9 +22,6 @@ SNAPSHOT = Path(__file__).with_name("names.txt")
 def names() -> Iterator[str]:
     for definition in definitions.ALL.values():
         yield f"metric {definition.exposed} {definition.kind} {','.join(definition.labels)}".rstrip()
-    for family in gateway_families():  # without labels: those of counters that are 0 yet are not seen
-        suffix = "_total" if family.type == "counter" else ""
-        yield f"metric {family.name}{suffix} {family.type}"
     yield from (f"command {command}" for command in COMMANDS if command not in GROUPS)
     yield from (f"field {name}" for name in EngineConfig.__struct_fields__)
     yield from (f"field lora.{name}" for name in LoRAConfig.__struct_fields__)

@@ -255,11 +255,10 @@ class EngineReplica:
 
     # Watching
 
-    async def scrape(self, accept: str, to: str | None = None) -> str:
-        """Return the engine's metrics as text."""
+    async def scrape(self, to: str | None = None) -> bytes:
+        """Return the engine's metrics: encoded families."""
         _check_own(to)
-        text, _ = await asyncio.to_thread(self.engine.metrics.expose, accept)
-        return text.decode()
+        return await asyncio.to_thread(msgspec.msgpack.encode, self.engine.metrics.families())
 
     async def describe(self, to: str | None = None) -> dict[str, Any]:
         """Describe the replica's state, for people."""

@@ -30,6 +30,7 @@ _BUCKETS = {
     "decision": (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25),
     "counts": _COUNTS,
     "few": (0.0, *_COUNTS[:8]),
+    "route": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2),
 }
 
 _OWN = """
@@ -167,6 +168,25 @@ vllm:lora_adapter_load_seconds{model_name,transition} histogram swap: Transition
 """
 """Under the names that routers read (``metrics_compat="vllm"``)."""
 
+_FLEET = """
+fleet_route_seconds histogram route: Time that a routing decision took.
+fleet_decisions{reason} counter: Routing decisions by reason.
+fleet_router_failures{kind=raised|nonsense|slow|replaced} counter: What the router got wrong.
+fleet_migrations{cause=lost|silent|hung|dead|refused} counter: Requests that went on at another replica, by
+    what became of theirs.
+fleet_losses{cause=lost|silent|hung|dead} counter: Replicas that were lost.
+fleet_misroutes counter: Requests that went to a replica for an adapter in its memory, which was not there any
+    more.
+fleet_adapter_conflicts counter: Adapters that were found with different content on two replicas.
+fleet_replicas_wanted gauge: Replicas that the fleet should have.
+fleet_replica_up gauge: 1 if it takes requests.
+fleet_knowledge_age_seconds gauge: Age of its last report.
+fleet_replica_requests gauge: Its requests of this gateway.
+fleet_adapter_copies{adapter} gauge: Replicas that hold it.
+fleet_adapter_copies_wanted{adapter} gauge: Replicas that should, by the plan.
+"""
+"""Of a fleet's gateway. There all series, also those of replicas, have the label ``replica`` too."""
+
 
 class Definition(NamedTuple):
     """One metric."""
@@ -218,6 +238,6 @@ def _read(table: str) -> Iterator[tuple[str, Definition]]:
             )
 
 
-OWN, PROCESS, VLLM = (dict(_read(table)) for table in (_OWN, _PROCESS, _VLLM))
-ALL = {**OWN, **PROCESS, **VLLM}
+OWN, PROCESS, VLLM, FLEET = (dict(_read(table)) for table in (_OWN, _PROCESS, _VLLM, _FLEET))
+ALL = {**OWN, **PROCESS, **VLLM, **FLEET}
 """Metrics by their names in the table."""

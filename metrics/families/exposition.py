@@ -51,6 +51,12 @@ class TextWriter:
     def __init__(self) -> None:
         self._starts: dict[tuple[str, Labels], list[str]] = {}
 
+    def answer(self, families: Iterable[Family], accept: str) -> tuple[bytes, str]:
+        """Return the text for an ``Accept`` header, and its content type: OpenMetrics, which has the
+        exemplars, if the header asks for it."""
+        openmetrics = "application/openmetrics-text" in accept
+        return self.write(families, openmetrics=openmetrics), OPENMETRICS if openmetrics else TEXT
+
     def write(self, families: Iterable[Family], *, openmetrics: bool) -> bytes:
         lines: list[str] = []
         starts: dict[tuple[str, Labels], list[str]] = {}

@@ -51,6 +51,15 @@ def gauge(engine: str, name: str, value: Value) -> Family:
     return Family(ALL[name], [((engine, *labels), float(number)) for labels, number in series.items()])
 
 
+def merged(families: Iterable[Family]) -> list[Family]:
+    """Merge families of the same name, because the exposition format requires each metric's series in one
+    group."""
+    found: dict[str, Family] = {}
+    for definition, points in families:
+        found.setdefault(definition.name, Family(definition, [])).points.extend(points)
+    return list(found.values())
+
+
 class Series:
     """One series of a histogram."""
 

@@ -28,10 +28,8 @@ MAX_REASONS = 100
 MAX_MOVES = 1000
 """Maximum number of moves of one plan that are carried out."""
 
-FAILURES = ("raised", "nonsense", "slow", "replaced")
-"""Kinds of failures."""
 Failed = Callable[[str, str], None]
-"""Callback for a failure: its kind, one of ``FAILURES``, and a description."""
+"""Callback for a failure: its kind ("raised", "nonsense", "slow" or "replaced"), and a description."""
 
 
 class Guard:
@@ -42,7 +40,7 @@ class Guard:
     ) -> None:
         self.name = type(policy).__name__
         self.failures: Counter[str] = Counter()
-        """Failures by kind, one of ``FAILURES``."""
+        """Failures by kind, as ``Failed`` gets them."""
         self._report = failed
 
     def _fail(self, kind: str, text: str) -> None:

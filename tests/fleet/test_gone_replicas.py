@@ -39,7 +39,7 @@ async def test_a_channel_for_another_ends_no_requests(
     [
         ("adapter", ("load", {"name": "sql", "path": "a"})),
         ("submit", ("gateway", b"")),
-        ("scrape", ("",)),
+        ("scrape", ()),
         ("describe", ()),
         ("drain", (True,)),
     ],

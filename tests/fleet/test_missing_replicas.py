@@ -21,7 +21,7 @@ async def said(fleet: FleetHere) -> tuple[str, int, int]:
     states = [s for s in families["aioengine_engine_state"] if s.labels["replica"] == "door"]
     [state] = [sample.labels["state"] for sample in states if sample.value]
     [wanted] = families["aioengine_fleet_replicas_wanted"]
-    return state, int(wanted.value), sum(int(s.value) for s in families["aioengine_fleet_replica_up"])
+    return state, int(wanted.value), sum(int(s.value) for s in families.get("aioengine_fleet_replica_up", ()))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from prometheus_client import generate_latest
 from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import FleetHere, fleet_here, small_engine
 from support.mixed_adapters import generated, scaled_model
@@ -63,7 +62,7 @@ async def test_mixes_and_scales(fleet: FleetHere, tiny_text: Tiny, adapters: Pat
     assert await complete(fleet, {"a": 0.5, "b@1": 0.25}) == of_peft(
         tiny_text, adapters, {"a": 0.5, "b": 0.25}
     )
-    scraped = generate_latest(fleet.client.metrics.own).decode()
+    scraped = fleet.client.metrics.expose("", "door")[0].decode()
     assert 'adapter="b"' in scraped and "*" not in scraped, "clients make up the names of mixes"
     with pytest.raises(AdapterNotFound, match="nobody"):
         await complete(fleet, {"a": 0.5, "nobody": 0.5})

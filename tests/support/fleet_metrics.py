@@ -10,7 +10,8 @@ from aioengine import EngineConfig
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.members import Members
-from aioengine.fleet.gateway.metrics import FleetMetrics
+from aioengine.fleet.gateway.metrics import GATEWAY, FleetMetrics
+from aioengine.metrics.families.exposition import to_metric
 from aioengine.schedulers.routing import ReplicaLimits, Report, Tiers
 
 
@@ -30,6 +31,6 @@ def gateway_families() -> list[Metric]:
     """What a gateway exports of its own."""
 
     async def collect() -> list[Metric]:
-        return list(gateway("one", adapters=("sql",)).own.collect())
+        return [to_metric(family) for family in gateway("one", adapters=("sql",)).families(GATEWAY)]
 
     return asyncio.run(collect())

@@ -19,8 +19,6 @@ from aioengine.schedulers.routing import FleetState, ReplicaLimits
 
 logger = logging.getLogger("aioengine.fleet")
 
-CAUSES = ("lost", "silent", "hung", "dead")
-"""Ways in which a replica is lost."""
 WATCH_SECONDS = 0.25
 """Shortest time between two looks for replicas that do not report."""
 MOST_PAUSE = 64.0
@@ -66,7 +64,7 @@ class Members:
         self.state = FleetState(clock, silent_after=config.silent_seconds)
         self.members: dict[str, Member] = {}
         self.losses: Counter[str] = Counter()
-        """Number of lost replicas, by one of ``CAUSES``."""
+        """Number of lost replicas, by how they were lost: "lost", "silent", "hung" or "dead"."""
         self.conflicts = 0
         """Number of adapters that were found with different content on two replicas."""
         self.on_join: list[Callable[[Member], None]] = []
