@@ -29,16 +29,16 @@ def test_a_cancelled_change_is_made_everywhere_or_nowhere(what: str, moment: Mom
             await asyncio.sleep(0.01)
 
         gateway = Gateway(ones[0], before, ones[1])
-        await gateway.adapters.start(actor)
+        await gateway.adapters.start_adapters(actor)
         for index, member in enumerate(gateway.members.members.values()):  # both have it in memory
             held = adapter_info("sql", version=index + 1, digest="sql")
             member.residency = Residency([], [held])
 
         async def work() -> None:
             if what == "unload":
-                await gateway.adapters.unload("sql", force=False)
+                await gateway.adapters.unload_adapter("sql", force=False)
             elif what == "pin":
-                await gateway.adapters.pin("sql", force=False)
+                await gateway.adapters.pin_adapter("sql", force=False)
             else:
                 await gateway.load("sql", replace=what == "replace")
 
@@ -55,13 +55,13 @@ def test_a_cancelled_change_is_made_everywhere_or_nowhere(what: str, moment: Mom
             if what != "load" or "sql" not in found:
                 await asyncio.wait_for(gateway.load("sql"), 1.0)  # no change blocks the next one
             if what == "load":
-                await gateway.adapters.unload("sql", force=False)
+                await gateway.adapters.unload_adapter("sql", force=False)
             elif pinned:
-                await gateway.adapters.unpin("sql")
+                await gateway.adapters.unpin_adapter("sql")
 
         if what != "load":
             await gateway.load("sql")
         assert await cancel_everywhere(work, moment, after) > 3
-        await gateway.adapters.stop()
+        await gateway.adapters.stop_adapters()
 
     run_in_virtual_time(main())

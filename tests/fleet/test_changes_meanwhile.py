@@ -59,7 +59,7 @@ def test_whatever_gateways_do_at_once_a_replica_has_what_the_registry_has(
                     if what == "joins":
                         await gateway.joins()
                     elif what == "unload":
-                        await gateway.adapters.unload(name, force=False)
+                        await gateway.adapters.unload_adapter(name, force=False)
                     else:
                         await gateway.load(name, replace=what == "replace")
                 except AdapterError:
@@ -67,13 +67,13 @@ def test_whatever_gateways_do_at_once_a_replica_has_what_the_registry_has(
 
         gateways = [Gateway(one, before), Gateway(one, before)]
         for gateway in gateways:
-            await gateway.adapters.start(SlowRegistry(actor, registry_seconds))
+            await gateway.adapters.start_adapters(SlowRegistry(actor, registry_seconds))
         await asyncio.gather(*map(does, gateways, works))
         found = {entry.name: entry.version for entry in await actor.entries.remote()}
         assert one.engine.has.keys() == found.keys()
         assert one._adapters._told == found
         for gateway in gateways:
-            await gateway.adapters.stop()
+            await gateway.adapters.stop_adapters()
 
     run_in_virtual_time(main())
 
@@ -107,7 +107,7 @@ def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second
     async def main() -> None:
         one = await replica()
         gateway = Gateway(one)
-        await gateway.adapters.start(registry := SlowRegistry(RegistryActor(), 0.0))
+        await gateway.adapters.start_adapters(registry := SlowRegistry(RegistryActor(), 0.0))
         await gateway.load("sql")
         registry.seconds = seconds
         registry.asked.clear()
@@ -128,7 +128,7 @@ def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second
         gaps = [later - earlier for earlier, later in zip(registry.asked, registry.asked[1:], strict=False)]
         assert min(gaps) > entries.LOOK_SECONDS - 1e-6
         assert loop.time() - begin < 10.0 + 2 * entries.REFRESH_SECONDS + 2 * entries.LOOK_SECONDS
-        await gateway.adapters.stop()
+        await gateway.adapters.stop_adapters()
 
     run_in_virtual_time(main())
 
@@ -137,8 +137,8 @@ def test_a_version_that_another_gateway_has_just_loaded_is_found_while_others_as
     async def main() -> None:
         actor, one = RegistryActor(), await replica()
         gateway, other = Gateway(one), Gateway(one)
-        await gateway.adapters.start(SlowRegistry(actor, 0.2))
-        await other.adapters.start(actor)
+        await gateway.adapters.start_adapters(SlowRegistry(actor, 0.2))
+        await other.adapters.start_adapters(actor)
         loop = asyncio.get_running_loop()
         asks: list[asyncio.Task[str]] = []
 
@@ -157,6 +157,6 @@ def test_a_version_that_another_gateway_has_just_loaded_is_found_while_others_as
         flooding.cancel()
         assert {type(end) for end in await asyncio.gather(*asks, return_exceptions=True)} == {AdapterNotFound}
         for each in (gateway, other):
-            await each.adapters.stop()
+            await each.adapters.stop_adapters()
 
     run_in_virtual_time(main())

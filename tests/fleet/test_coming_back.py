@@ -53,5 +53,5 @@ async def test_a_replica_that_knows_the_adapters_gets_requests_at_once(
         member.ready = False
         members._report(member, member.status, None)
         assert [view.replica_id for view in members.state.view.accepting] == ["r1"]
-        await client._adapters._sync(member)
+        await client._sync(member)
         assert {view.replica_id for view in members.state.view.accepting} == {"r0", "r1"}

@@ -89,7 +89,7 @@ def contents(*disks: str, held: tuple[str, ...], change: Change = _nothing) -> t
             FleetConfig(engine=EngineConfig(model="tiny"), replicas=2), handle, gateway="gateway"
         )
         adapters = FleetAdapters(members.config, members)
-        await adapters.start(RegistryActor())
+        await adapters.start_adapters(RegistryActor())
         for index, (disk, before) in enumerate(zip(disks, held, strict=True)):
             replica = replicas[f"r{index}"] = Replica(f"r{index}", members, before)
             if before:
@@ -98,7 +98,7 @@ def contents(*disks: str, held: tuple[str, ...], change: Change = _nothing) -> t
         await change(adapters, members)
         await asyncio.sleep(5)
         assert all(replica.prepared is None for replica in replicas.values())
-        await adapters.stop()
+        await adapters.stop_adapters()
         return [replica.content for replica in replicas.values()], members.conflicts
 
     return run_in_virtual_time(main())
@@ -124,7 +124,7 @@ def test_all_or_none(disks: tuple[str, str], why: str, caplog: pytest.LogCapture
 
 
 async def _replaced(adapters: FleetAdapters, members: Members) -> None:
-    await adapters.load("sql", "sql", pin=False, replace=True)
+    await adapters.load_adapter("sql", "sql", pin=False, replace=True)
 
 
 async def _replaced_in_vain(adapters: FleetAdapters, members: Members) -> None:
@@ -143,7 +143,7 @@ def test_a_first_load_has_those_agree_that_have_it_already() -> None:
     """They found it by its name, before anybody loaded it."""
 
     async def loaded(adapters: FleetAdapters, members: Members) -> None:
-        info = await adapters.load("sql", "sql", pin=False, replace=False)
+        info = await adapters.load_adapter("sql", "sql", pin=False, replace=False)
         assert info.digest == "new"
 
     found, _ = contents("new", "new", held=("new", "old"), change=loaded)

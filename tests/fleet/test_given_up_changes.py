@@ -43,7 +43,7 @@ async def gateway_to(ones: list[Any], registry: Any, before: Any = None) -> Gate
     made = Gateway(ones[0], before, ones[1])
     for member in made.members.members.values():
         member.residency = Residency([], [adapter_info("sql")])
-    await made.adapters.start(registry)
+    await made.adapters.start_adapters(registry)
     return made
 
 
@@ -61,16 +61,16 @@ def test_who_loses_the_right_leaves_what_another_gateway_prepares(reads: tuple[f
     async def main() -> None:
         registry, ones = RegistryActor(), await replicas_that_read(*reads)
         cut, other = await gateway_to(ones, Cut(registry)), await gateway_to(ones, registry)
-        losing = asyncio.ensure_future(cut.adapters.load("sql", "old", pin=False, replace=True))
+        losing = asyncio.ensure_future(cut.adapters.load_adapter("sql", "old", pin=False, replace=True))
         await asyncio.sleep(1.0)
-        changing = asyncio.ensure_future(other.adapters.load("sql", "new", pin=False, replace=True))
+        changing = asyncio.ensure_future(other.adapters.load_adapter("sql", "new", pin=False, replace=True))
         with pytest.raises(AdapterLoadError, match="did not reach the registry"):
             await losing
         await changing
         await asyncio.sleep(200.0)
         assert [(one.engine.has, one.engine.prepared) for one in ones] == [({"sql": "new"}, {})] * 2
         for gateway in (cut, other):
-            await gateway.adapters.stop()
+            await gateway.adapters.stop_adapters()
 
     run_in_virtual_time(main())
 
@@ -84,9 +84,9 @@ def test_who_loses_the_right_before_the_registry_knows_tells_replicas_nothing_mo
 
         cut = await gateway_to(await replicas_that_read(1.0, 1.0), Cut(RegistryActor(), "put"), note)
         with pytest.raises(AdapterLoadError, match="did not reach the registry"):
-            await cut.adapters.load("sql", "old", pin=False, replace=True)
+            await cut.adapters.load_adapter("sql", "old", pin=False, replace=True)
         assert asyncio.get_running_loop().time() < 2 * LEASE_SECONDS
         assert "sync" not in asked[asked.index("commit") :]
-        await cut.adapters.stop()
+        await cut.adapters.stop_adapters()
 
     run_in_virtual_time(main())

@@ -83,16 +83,16 @@ class Gateway:
         return SimpleNamespace(remote=remote)
 
     async def change(self) -> None:
-        await self._adapters.start(self)
+        await self._adapters.start_adapters(self)
         try:
             await self.load()
             self.ended = asyncio.get_running_loop().time()
         finally:
             with suppress(ConnectionError):
-                await self._adapters.stop()
+                await self._adapters.stop_adapters()
 
     async def load(self) -> None:
-        await self._adapters.load("sql", "sql", pin=False, replace=True)
+        await self._adapters.load_adapter("sql", "sql", pin=False, replace=True)
 
     def cut(self, how: str) -> None:
         """From now on the registry does not hear what it says: calls fail at once, or (``how`` is "hangs")

@@ -105,12 +105,12 @@ class Gateway:
         return adapter_info(arguments["name"]) if action in ("load", "commit", "unload", "prepare") else None
 
     async def load(self, name: str, **flags: Any) -> None:
-        await self.adapters.load(name, name, **{"pin": False, "replace": False, **flags})
+        await self.adapters.load_adapter(name, name, **{"pin": False, "replace": False, **flags})
 
     @property
     def names(self) -> list[str]:
-        assert {*self.members.state.snapshot().adapters} == {info.name for info in self.adapters.all()}
-        return sorted(info.name for info in self.adapters.all())
+        assert {*self.members.state.snapshot().adapters} == {info.name for info in self.adapters.adapters()}
+        return sorted(info.name for info in self.adapters.adapters())
 
     async def joins(self) -> list[Entry]:
         """A replica joins; returns what it is told of."""
@@ -132,7 +132,7 @@ async def test_a_change_that_cannot_be_saved(
     """A new version is refused before anybody has it. What else cannot be saved is told to who asks for it;
     the replicas have it, and the next change saves both."""
     gateway = Gateway()
-    await gateway.adapters.start(actor)
+    await gateway.adapters.start_adapters(actor)
 
     def denied(*arguments: Any, **options: Any) -> None:
         raise PermissionError("not yours")
@@ -151,21 +151,21 @@ async def test_a_change_that_cannot_be_saved(
     with monkeypatch.context() as patch:
         patch.setattr(type(store), "pipe_file", denied)
         with pytest.raises(AdapterLoadError, match="have made the change"):
-            await gateway.adapters.unload("a", force=False)
-    await gateway.adapters.unload("b", force=False)
+            await gateway.adapters.unload_adapter("a", force=False)
+    await gateway.adapters.unload_adapter("b", force=False)
     assert await restored("memory://fleet") == []
-    await gateway.adapters.stop()
+    await gateway.adapters.stop_adapters()
 
 
 async def test_a_gateway_hears_of_what_others_have_changed_and_of_nothing_else(
     store: Any, actor: RegistryActor
 ) -> None:
     one, other = Gateway(), Gateway()
-    await one.adapters.start(actor)
-    await other.adapters.start(actor)
+    await one.adapters.start_adapters(actor)
+    await other.adapters.start_adapters(actor)
     for name in "abc":
         await one.load(name)
-    await one.adapters.unload("b", force=False)
+    await one.adapters.unload_adapter("b", force=False)
     assert other.names == ["fixed"]
     assert [entry.name for entry in await other.joins()] == ["c", "a"]
     assert other.names == one.names == ["a", "c", "fixed"]
@@ -174,7 +174,7 @@ async def test_a_gateway_hears_of_what_others_have_changed_and_of_nothing_else(
     assert {(entry.name, entry.version) for entry in await other.joins()} == {("a", 2), ("c", 1)}
     (changes,) = actor.answers
     assert [entry.name for entry in changes.entries] == ["a"], "not what it knows already"
-    await one.adapters.unload("c", force=False)
+    await one.adapters.unload_adapter("c", force=False)
     actor.restart()
     assert [entry.name for entry in await other.joins()] == ["a"], "all of it, from the checkpoint"
     assert other.names == ["a", "fixed"]
@@ -251,7 +251,7 @@ async def test_who_reads_does_not_wait_for_a_write(
     store: Any, actor: RegistryActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = Gateway()
-    await gateway.adapters.start(actor)
+    await gateway.adapters.start_adapters(actor)
     hanging = Hanging(store, monkeypatch)
     writing = asyncio.ensure_future(actor.put.remote(Entry("a", "a", 1)))
     try:
@@ -272,7 +272,7 @@ async def test_a_replica_gets_what_the_gateway_knows_if_the_registry_is_silent(
             return SimpleNamespace(remote=lambda *_: asyncio.Event().wait())
 
     gateway = Gateway()
-    await gateway.adapters.start(actor)
+    await gateway.adapters.start_adapters(actor)
     await gateway.load("a")
     monkeypatch.setattr(entries, "REFRESH_SECONDS", 0.01)
     gateway.adapters.registry = Silent()

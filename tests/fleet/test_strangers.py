@@ -60,11 +60,11 @@ async def test_no_plan_has_them_loaded() -> None:
     config = config_of(placement="hrw", placement_seconds=0.01)
     members = with_replica(Members(config, handle, gateway="gateway"))
     adapters = FleetAdapters(config, members)
-    await adapters.start(RegistryActor())
+    await adapters.start_adapters(RegistryActor())
     for name in (*NAMES, "real"):
         members.state.sent(request(name, name), "r0")
     await until(lambda: bool(asked))
-    await adapters.stop()
+    await adapters.stop_adapters()
     assert set(asked) == {"real"}
     assert not any(members.state.view.adapters[name].target_holders for name in NAMES)
 

@@ -22,7 +22,6 @@ from aioengine.errors import (
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.adapters import FleetAdapters
 from aioengine.fleet.gateway.call import Call
-from aioengine.fleet.gateway.client import FleetClient
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.entries import listed
 from aioengine.fleet.gateway.members import Member, Members
@@ -141,29 +140,32 @@ def test_a_replaced_version_is_not_described_as_the_current_one(newer: AdapterLo
     [("sql", 2), ("sql@2", 2), ("sql@1", 1), ({"sql@1": 0.5}, 1), ({"sql": 1.0, "a": 1.0}, 0), (None, 0)],
 )
 async def test_labels_are_those_of_the_version(wanted: Wanted, labels: int) -> None:
-    client = gateway_of(2, r0=[info(1), info(2)], r1=[info(1)])
-    assert await client.head_labels(wanted) == labels
+    gateway, _ = gateway_of(2, r0=[info(1), info(2)], r1=[info(1)])
+    assert await gateway.head_labels(wanted) == labels
 
 
 async def test_what_no_replica_has_read_is_read_for_its_labels() -> None:
-    client = gateway_of(2, r0=[], r1=[])
-    assert await client.head_labels("sql") == 7
-    assert client.asked == [("r0", "sql")]  # type: ignore[attr-defined]
+    gateway, asked = gateway_of(2, r0=[], r1=[])
+    assert await gateway.head_labels("sql") == 7
+    assert asked == [("r0", "sql")]
     with pytest.raises(AdapterNotFound, match="gone"):
-        await client.head_labels("sql@1")
+        await gateway.head_labels("sql@1")
 
 
 async def test_labels_are_read_by_another_replica_if_one_is_lost() -> None:
-    client = gateway_of(2, {"r0"}, r0=[], r1=[])
-    assert await client.head_labels("sql") == 7
-    assert client.asked == [("r1", "sql")]  # type: ignore[attr-defined]
+    gateway, asked = gateway_of(2, {"r0"}, r0=[], r1=[])
+    assert await gateway.head_labels("sql") == 7
+    assert asked == [("r1", "sql")]
+    gateway, _ = gateway_of(2, {"r0"}, r0=[])
     with pytest.raises(EngineStopped):
-        await gateway_of(2, {"r0"}, r0=[]).head_labels("sql")
+        await gateway.head_labels("sql")
 
 
-def gateway_of(version: int, lost: Collection[str] = (), **held: list[AdapterInfo]) -> FleetClient:
+def gateway_of(
+    version: int, lost: Collection[str] = (), **held: list[AdapterInfo]
+) -> tuple[FleetAdapters, list[tuple[str, str]]]:
     """A gateway whose fleet has this version of "sql", to replicas that have others, too; some are lost.
-    Asked for an adapter's labels, the others say 7."""
+    Asked for an adapter's labels, the others say 7; also returns who was asked for which."""
     members, _ = members_of(**held)
     asked: list[tuple[str, str]] = []
 
@@ -177,10 +179,7 @@ def gateway_of(version: int, lost: Collection[str] = (), **held: list[AdapterInf
     members.handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
     adapters = FleetAdapters(members.config, members)
     adapters.known.put(Entry("sql", f"sql/{version}", version, f"digest-{version}", earlier={1: "digest-1"}))
-    client = FleetClient.__new__(FleetClient)
-    client._adapters, client._check_lora = adapters, lambda: None  # type: ignore[method-assign]
-    client.asked = asked  # type: ignore[attr-defined]
-    return client
+    return adapters, asked
 
 
 # Calls that lose their replica

@@ -60,7 +60,7 @@ class Gateway:
             await asyncio.sleep(0)
 
     async def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
-        return await self.adapters.load(name, path, pin=False, replace=replace)
+        return await self.adapters.load_adapter(name, path, pin=False, replace=replace)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ async def test_replicas_that_have_counted_differently_agree(
     one, two = str(adapters / "a"), str(adapters / "b")
     files = Tiny(tiny_text.model, {"a": adapters / "a", "b": adapters / "b"})
     gateway = Gateway(first=first)
-    await gateway.adapters.start(RegistryActor())
+    await gateway.adapters.start_adapters(RegistryActor())
 
     async def tokens(replica: Any, adapter: str) -> list[int]:
         own = replica._adapters.holding(adapter, await gateway.adapters.content(adapter))
@@ -102,7 +102,7 @@ async def test_replicas_that_have_counted_differently_agree(
     of_one, of_two = files.expected([5, 6, 7], 6, "a"), files.expected([5, 6, 7], 6, "b")
     assert await tokens(first, "sql@3") == await tokens(second, "sql@3") == of_one
     away = gateway.members.members.pop("second")
-    await gateway.adapters.unload("sql", force=False)
+    await gateway.adapters.unload_adapter("sql", force=False)
     assert (await gateway.load("sql", two, replace=False)).version == 4
     gateway.members.members["second"] = away
     await gateway.joins("second")
@@ -110,14 +110,14 @@ async def test_replicas_that_have_counted_differently_agree(
     for gone in ("sql@0", "sql@1", "sql@2", "sql@3"):
         with pytest.raises(AdapterNotFound, match="gone: the current one is 4"):
             await gateway.adapters.content(gone)
-    assert [info.version for info in gateway.adapters.all() if info.name == "sql"] == [4]
+    assert [info.version for info in gateway.adapters.adapters() if info.name == "sql"] == [4]
     gateway.members.members.pop("second")
-    await gateway.adapters.unload("sql", force=False)
+    await gateway.adapters.unload_adapter("sql", force=False)
     gateway.members.members["second"] = away
     await gateway.joins("second")
     with pytest.raises(AdapterNotFound):
         await second.engine.complete([5], greedy(1), adapter="sql")
-    await gateway.adapters.stop()
+    await gateway.adapters.stop_adapters()
 
 
 @pytest.mark.parametrize("named", ["sql@7", {"sql@7": 0.5}])
@@ -164,7 +164,7 @@ async def test_what_has_begun_elsewhere_is_compared_before_it_runs(
 
 async def test_an_adapter_that_nobody_has_loaded_has_no_numbers() -> None:
     gateway = Gateway(r0=Replica())
-    await gateway.adapters.start(RegistryActor())
+    await gateway.adapters.start_adapters(RegistryActor())
     with pytest.raises(AdapterNotFound, match="nobody has loaded 'sql' through the fleet"):
         await gateway.adapters.content("sql@1")
     assert await gateway.adapters.content("fixed@1") == "", "nobody has read it"
@@ -244,22 +244,22 @@ def test_a_number_never_names_two_contents(changes: list[tuple[str, int, str]], 
         made = {"r0": Replica(), "r1": Replica()}
         gateways = [Gateway(**made), Gateway(**made)]
         for gateway in gateways:
-            await gateway.adapters.start(actor)
+            await gateway.adapters.start_adapters(actor)
         for number, (what, which, name) in enumerate(changes):
             gateway = gateways[which]
             try:
                 if what in ("load", "replace"):
                     await gateway.load(name, f"{name}/{number}", replace=what == "replace")
                 elif what == "unload":
-                    await gateway.adapters.unload(name, force=False)
+                    await gateway.adapters.unload_adapter(name, force=False)
             except AdapterError:
                 pass
             if what == "registry":
                 actor.restart()
             elif what == "new gateway":
-                await gateway.adapters.stop()
+                await gateway.adapters.stop_adapters()
                 gateways[which] = Gateway(**made)
-                await gateways[which].adapters.start(actor)
+                await gateways[which].adapters.start_adapters(actor)
             elif what == "away":
                 for each in gateways:
                     members = each.members.members
@@ -270,7 +270,7 @@ def test_a_number_never_names_two_contents(changes: list[tuple[str, int, str]], 
                     else:
                         del members[f"r{which}"]
         for gateway in gateways:
-            await gateway.adapters.stop()
+            await gateway.adapters.stop_adapters()
         contents: dict[tuple[str, int], set[str]] = {}
         for replica in made.values():
             for name, version, path in replica.named:

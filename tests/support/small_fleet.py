@@ -115,7 +115,7 @@ class Gateway:
         self.member = self.members.members["r0"]
 
     async def load(self, name: str, *, replace: bool = False) -> AdapterInfo:
-        return await self.adapters.load(name, name, pin=False, replace=replace)
+        return await self.adapters.load_adapter(name, name, pin=False, replace=replace)
 
     async def joins(self) -> None:
         """The replica is back: as after the loss of this gateway's channel to it."""

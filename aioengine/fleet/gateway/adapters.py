@@ -25,10 +25,14 @@ from aioengine.fleet.gateway.entries import KnownEntries, listed, numbered, sour
 from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.gateway.replicas import Change, Replicas, by_load, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of, lease
+from aioengine.fleet.uploads import Uploads
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Residency
 from aioengine.info import AdapterInfo, is_mix
+from aioengine.request import Wanted
+from aioengine.runtime.requests.vectors import scaled_adapter
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
+from aioengine.step import BytesLike
 from aioengine.tasks import end_tasks, run_to_completion
 
 logger = logging.getLogger("aioengine.fleet")
@@ -50,14 +54,17 @@ SETTLE_SECONDS = 1.0
 
 
 class FleetAdapters:
-    """The fleet's adapters as one gateway changes them: on all replicas, and in the registry."""
+    """Operations on a fleet's adapters, as one gateway makes them: on all replicas, and in the registry. They
+    are those of ``AsyncEngine``, for the whole fleet."""
 
     def __init__(self, config: FleetConfig, members: Members) -> None:
-        self._config = config
-        self._members = members
+        self.fleet_config = config
+        self.members = members
         self._replicas = Replicas(members)
         self.known = KnownEntries(config.adapters, members.state)
         self.registry: Any = None
+        self._uploads = Uploads(config.registry, self.changing, self._sources)
+        self.known.in_use = self._uploads.in_use
         self._mended: dict[str, float] = {}
         """When replicas were last made to agree on an adapter that one of them had found changed."""
         self._owners = count()
@@ -68,39 +75,46 @@ class FleetAdapters:
             failed=lambda kind, text: logger.warning("placement: %s", text),
         )
 
-    async def start(self, registry: Any) -> None:
+    async def start_adapters(self, registry: Any) -> None:
         """``registry``: handle of its actor. Raises ConfigError if its checkpoint cannot be read."""
         self.registry = registry
         await self.known.refresh(self.registry)
-        self._members.on_join.append(self._joined)
-        self._members.on_residency.append(self._compare)
-        self._members.on_changed = self._changed
-        for member in list(self._members.members.values()):
+        self.members.on_join.append(self._joined)
+        self.members.on_residency.append(self._compare)
+        self.members.on_changed = self._changed
+        for member in list(self.members.members.values()):
             await self._sync(member)
-        if self._config.placement != "none":
+        if self.fleet_config.placement != "none":
             self._spawn(self._plan())
 
-    async def stop(self) -> None:
+    async def stop_adapters(self) -> None:
         await end_tasks(self._tasks)
+        await self._uploads.stop()
 
-    def all(self) -> list[AdapterInfo]:
-        """Return each adapter once, with the fastest place that holds it."""
-        held = (info for member in self._members.members.values() for info in member.residency.adapters)
+    def _check_lora(self) -> None:
+        """Raise an error if the fleet has no adapters."""
+        if self.fleet_config.engine.lora is None:
+            raise ConfigError("lora=None: this fleet was configured without adapters")
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Return every registered adapter, with the fastest place that holds it."""
+        held = (info for member in self.members.members.values() for info in member.residency.adapters)
         return listed(self.known.by_name.values(), held, self.known.described)
 
-    def find(self, name: str) -> AdapterInfo | None:
-        """Return one as :meth:`all` does; None if there is none of that name."""
-        known, members = self.known.by_name.get(name), self._members.members.values()
+    def find_adapter(self, name: str) -> AdapterInfo | None:
+        """Return one registered adapter; None if there is none of that name."""
+        known, members = self.known.by_name.get(name), self.members.members.values()
         held = (info for member in members for info in member.residency.adapters if info.name == name)
         return next(iter(listed([] if known is None else [known], held)), None)
 
-    def count(self) -> int:
+    def count_adapters(self) -> int:
+        """Return the number of adapters that the fleet knows."""
         return len(self.known.by_name)
 
-    def sources(self) -> set[str]:
+    def _sources(self) -> set[str]:
         """Return the folders and URLs that replicas load adapters from, also those of replaced versions. A
         replica only knows its local copy of a URL, so the entries count, whatever it holds."""
-        members = self._members.members.values()
+        members = self.members.members.values()
         held = {info.path for member in members for info in member.residency.versions}
         return held | {entry.path for entry in self.known.by_name.values()}
 
@@ -108,27 +122,30 @@ class FleetAdapters:
         """See :meth:`KnownEntries.content`."""
         return await self.known.content(adapter, self.registry)
 
-    async def labels(self, adapter: str) -> int:
-        """Return how many labels the head of an adapter, or of a version ("sql@2"), has. One replica reads it
-        if none has. Raises AdapterNotFound, or what reading it raises."""
-        name, _, number = adapter.partition("@")
-        current = self.known.digest(name)
-        content = await self.content(adapter) if number else current
-        members = list(self._members.members.values())
-        if content != current:
-            there = self._members.with_content(name, content)
+    async def head_labels(self, adapter: Wanted) -> int:
+        """Return how many labels the head of an adapter, or of a version ("sql@2"), has; 0 without one, as
+        for a mix. One replica reads it if none has. Raises AdapterNotFound, or what reading it raises."""
+        wanted = scaled_adapter(adapter)
+        if wanted is None:
+            return 0
+        self._check_lora()
+        name, _, number = wanted.partition("@")
+        content = await self.content(wanted) if number else self.known.digest(name)
+        members = list(self.members.members.values())
+        if content != self.known.digest(name):
+            there = self.members.with_content(name, content)
             members = [member for member in members if member.channel.replica in there]
             if not members:
-                raise gone(adapter)
+                raise gone(wanted)
         return await self._replicas.labels(name, content, members)
 
-    async def load(
+    async def load_adapter(
         self,
         name: str,
-        path: str | os.PathLike[str] | None,
+        path: str | os.PathLike[str] | None = None,
         *,
-        pin: bool,
-        replace: bool,
+        pin: bool = False,
+        replace: bool = False,
     ) -> AdapterInfo:
         """Have every replica know it. One reads and validates it now, all that hold it if it is replaced.
 
@@ -136,6 +153,23 @@ class FleetAdapters:
         and only when each has the same content do new requests get it; when this returns, no replica admits
         the old one. If one fails, or reads something else, the old one stays everywhere, and an error is
         raised. A replica that reads it later accepts no other content."""
+        self._check_lora()
+        async with self._uploads.held(path, name):
+            return await self._load(name, path, pin=pin, replace=replace)
+
+    async def load_adapter_files(
+        self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
+    ) -> AdapterInfo:
+        """Write an adapter's files below the registry's folder, where every replica can read them, and load
+        it from there. Raises ConfigError if the fleet has no registry, and what :meth:`load_adapter`
+        raises."""
+        self._check_lora()
+        async with self._uploads.stored(name, config, weights) as folder:
+            return await self._load(name, folder, pin=pin, replace=replace)
+
+    async def _load(
+        self, name: str, path: str | os.PathLike[str] | None, *, pin: bool, replace: bool
+    ) -> AdapterInfo:
         where = None if path is None else os.fspath(path)
         if where is not None and not is_utf8(where):
             raise AdapterInvalid("its path is no UTF-8; rename the folder", name=name, path=ascii(where))
@@ -154,9 +188,10 @@ class FleetAdapters:
                 info = await self._note(info, change, where, pinned=True)
             return info
 
-    async def unload(self, name: str, *, force: bool) -> None:
+    async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Unload it from every replica, once the requests on it have ended; new ones are refused at once. If
-        the call is cancelled, that goes on."""
+        the call is cancelled, that goes on. Raises AdapterNotFound if no replica knows it."""
+        self._check_lora()
         async with self.changing(name) as change:
             was_known, ended = name in self.known.by_name, False
             try:
@@ -173,13 +208,16 @@ class FleetAdapters:
             if errors and len(errors) == len(answers) and not was_known:
                 raise errors[0]
 
-    async def pin(self, name: str, *, force: bool) -> AdapterInfo:
+    async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
+        """Pin an adapter on every replica, or on none."""
+        self._check_lora()
         async with self.changing(name) as change:
             version = await self._version(name)
             info = numbered(await self._replicas.pin(name, change.members, force), version)
             return await self._note(info, change, pinned=True)
 
-    async def unpin(self, name: str) -> AdapterInfo:
+    async def unpin_adapter(self, name: str) -> AdapterInfo:
+        self._check_lora()
         async with self.changing(name) as change:
             version = await self._version(name)
             answers = await self._replicas.ask_all(change.members, "unpin", name=name)
@@ -255,7 +293,7 @@ class FleetAdapters:
         """Return the digests of the versions before the one that ``info`` describes."""
         if known is None or info.version == version_of(known):
             return {} if known is None else known.earlier
-        there = (i for m in self._members.members.values() for i in m.residency.versions)
+        there = (i for m in self.members.members.values() for i in m.residency.versions)
         read = (i.digest for i in there if i.name == info.name and i.digest not in ("", info.digest))
         was = known.digest or next(read, "")  # "": nobody has read it
         earlier = {**known.earlier, version_of(known): was} if was else known.earlier
@@ -267,7 +305,7 @@ class FleetAdapters:
             await self._registry(entry.name, self.registry.put.remote(entry), _UNSAVED)
         finally:
             # One may have come meanwhile. What another gateway may have changed is left to that one.
-            for member in [] if change.lost() else list(self._members.members.values()):
+            for member in [] if change.lost() else list(self.members.members.values()):
                 await self._replicas.ask(member, "sync", entries=[entry])
 
     async def _registry(self, name: str, call: Awaitable[T], otherwise: str) -> T:
@@ -282,10 +320,10 @@ class FleetAdapters:
     async def changing(self, name: str) -> AsyncIterator[Change]:
         """Let one change of an adapter be made at a time, whichever gateway asks for it. Raises EngineStopped
         if there is no replica."""
-        owner = f"{self._members.gateway}-{next(self._owners)}"
+        owner = f"{self.members.gateway}-{next(self._owners)}"
         async with lease(self.registry, name, owner) as lost:
             await self._registry(name, self.known.refresh(self.registry), _FAILS)
-            members = by_load(self._members.members.values())
+            members = by_load(self.members.members.values())
             if not members:
                 raise EngineStopped("the fleet has no replica now; try again later")
             yield Change(members, owner, lost)
@@ -305,7 +343,7 @@ class FleetAdapters:
         if late:
             logger.warning("replica %s has not taken all adapters within %g s", replica, SYNC_SECONDS)
         member.ready = True
-        self._members.settle(member)
+        self.members.settle(member)
 
     async def _tell(self, member: Member, entries: list[Entry], whole: bool) -> None:
         steps = [self._replicas.ask(member, "sync", entries=entries)]
@@ -326,9 +364,9 @@ class FleetAdapters:
 
     async def _plan(self) -> None:
         loop = asyncio.get_running_loop()
-        state = self._members.state
+        state = self.members.state
         while True:
-            await asyncio.sleep(self._config.placement_seconds)
+            await asyncio.sleep(self.fleet_config.placement_seconds)
             view = state.snapshot()
             moves = await loop.run_in_executor(None, self._placement.plan, view)
             if moves is None:
@@ -340,12 +378,12 @@ class FleetAdapters:
 
     def _exists(self, name: str) -> bool:
         """Whether a plan may have an adapter loaded: clients make up any name, and requests make mixes."""
-        held = any(holds(name, member) for member in self._members.members.values())
+        held = any(holds(name, member) for member in self.members.members.values())
         return name in self.known.by_name or (held and not is_mix(name))
 
     async def _move(self, move: Move) -> None:
         """ "unload" is left to the CPU cache, which lets go of what is used least."""
-        member = self._members.members.get(move.replica)
+        member = self.members.members.get(move.replica)
         if member is None or move.kind == "unload":
             return
         answer = await self._replicas.ask(member, move.kind, name=move.adapter)
@@ -366,7 +404,7 @@ class FleetAdapters:
     def _contents(self, name: str) -> set[str]:
         """Return the digests of an adapter, over the replicas that have read it; without those of replaced
         versions, and of mixes, whose parts are compared."""
-        known, members = self.known.by_name.get(name), self._members.members.values()
+        known, members = self.known.by_name.get(name), self.members.members.values()
         infos = (info for member in members for info in member.residency.adapters if info.name == name)
         found = {info.digest for info in infos if info.digest and not is_mix(name)}
         return {digest for digest in found if known is None or not known.was(digest)}
@@ -387,7 +425,7 @@ class FleetAdapters:
                     await asyncio.sleep(SETTLE_SECONDS)  # it may have been the middle of a replacement
                     if len(self._contents(name)) < 2:
                         return
-                self._members.conflicts += 1
+                self.members.conflicts += 1
                 known = self.known.by_name.get(name)
                 if known is None:  # found by its name; nobody else has to know it
                     some = [m for m in change.members if holds(name, m) or m.channel.replica == refused]

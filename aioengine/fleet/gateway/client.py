@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -28,8 +27,7 @@ from aioengine.fleet.gateway.limits import SharedLimits
 from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.gateway.metrics import FleetMetrics, fleet_stats
 from aioengine.fleet.registry import registry_actor
-from aioengine.fleet.uploads import Uploads
-from aioengine.info import AdapterInfo, EngineState, EngineStats
+from aioengine.info import EngineState, EngineStats
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.pooling import read_label_names
 from aioengine.request import (
@@ -37,12 +35,9 @@ from aioengine.request import (
     RequestKeywords,
     RequestOptions,
     SamplingParams,
-    Wanted,
 )
 from aioengine.runtime.output import RequestOutput, SoFar
-from aioengine.runtime.requests.vectors import scaled_adapter
 from aioengine.runtime.text_work import TextWork
-from aioengine.step import BytesLike
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -54,7 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("aioengine.fleet")
 
 
-class FleetClient:
+class FleetClient(FleetAdapters):
     """Sends requests to the replicas of ``handle``: an :class:`~aioengine.runtime.client.EngineClient`.
 
     Args:
@@ -77,7 +72,8 @@ class FleetClient:
         *,
         gateway: str | None = None,
     ) -> None:
-        self.fleet_config = config
+        gateway = uuid.uuid4().hex if gateway is None else gateway
+        super().__init__(config, Members(config, handle, gateway=gateway))
         self.config = config.engine
         self.model_name = config.engine.model_name
         self.text_work = TextWork()
@@ -87,18 +83,11 @@ class FleetClient:
         self.model_path = model_path
         self.label_names = SharedRead("aioengine-labels", lambda: read_label_names(model_path))
         self.tokenizer = tokenizer
-        gateway = uuid.uuid4().hex if gateway is None else gateway
-        self._gateway = gateway
-        self.members = Members(config, handle, gateway=gateway)
         self._dispatcher = Dispatcher(self.members)
         self.metrics = FleetMetrics(
             self.members, self._dispatcher, lambda: "degraded" if self.degraded else self.state
         )
-        self._adapters = FleetAdapters(config, self.members)
-        known = self._adapters.known
-        self._dispatcher.digest_of = known.digest
-        self._uploads = Uploads(config.registry, self._adapters.changing, self._adapters.sources)
-        known.in_use = self._uploads.in_use
+        self._dispatcher.digest_of = self.known.digest
         # Keys, of which [server] may have some, are not stored with the registry.
         shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))
         self._limits = SharedLimits(gateway, shared)
@@ -120,7 +109,7 @@ class FleetClient:
         registry = registry_actor(self.fleet_config.name, self.fleet_config.registry)
         self._limits.start(registry)  # so that this gateway does not count as gone while replicas start
         await self.members.complete(within)
-        await self._adapters.start(registry)
+        await self.start_adapters(registry)
         self._state = "running"
 
     async def stop(self) -> None:
@@ -133,9 +122,8 @@ class FleetClient:
             if not call.ended:  # also one that runs nowhere now
                 call.fail(stopped)
         await self._limits.stop()
-        await self._adapters.stop()
+        await self.stop_adapters()
         await self.members.stop(stopped)
-        await self._uploads.stop()
         await self.text_work.close()
 
     def watch_head(self, address: str) -> None:
@@ -253,13 +241,13 @@ class FleetClient:
             )
         now, key = asyncio.get_running_loop().time(), next(self._keys)
         # Another gateway may send the same replica its own first request.
-        request_id = options.request_id or f"request-{self._gateway[:8]}-{key}"
+        request_id = options.request_id or f"request-{self.members.gateway[:8]}-{key}"
         if request_id in self._ids:
             raise _in_use(request_id)
         if params.seed is None:  # drawn now, so that any replica that continues draws the same tokens
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         versions = [name for name in options.named if "@" in name]
-        contents = {version: await self._adapters.content(version) for version in versions}
+        contents = {version: await self.content(version) for version in versions}
         tokens = await tokens_of(
             prompt,
             options.tenant,
@@ -290,66 +278,6 @@ class FleetClient:
         """Compiler that only checks grammars' sizes; the replica that runs the request compiles them."""
         return FleetGrammars(limits)
 
-    # Adapters
-
-    async def head_labels(self, adapter: Wanted) -> int:
-        """Return how many labels an adapter's head has, as ``AsyncEngine.head_labels`` does."""
-        name = scaled_adapter(adapter)
-        if name is None:
-            return 0
-        self._check_lora()
-        return await self._adapters.labels(name)
-
-    async def load_adapter(
-        self,
-        name: str,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        pin: bool = False,
-        replace: bool = False,
-    ) -> AdapterInfo:
-        """Load an adapter as ``AsyncEngine.load_adapter`` does, for the whole fleet; see
-        :meth:`aioengine.fleet.gateway.adapters.FleetAdapters.load`."""
-        self._check_lora()
-        async with self._uploads.held(path, name):
-            return await self._adapters.load(name, path, pin=pin, replace=replace)
-
-    async def load_adapter_files(
-        self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
-    ) -> AdapterInfo:
-        """Write an adapter's files below the registry's folder, where every replica can read them, and load
-        it from there. Raises ConfigError if the fleet has no registry, and what :meth:`load_adapter`
-        raises."""
-        self._check_lora()
-        async with self._uploads.stored(name, config, weights) as folder:
-            return await self._adapters.load(name, folder, pin=pin, replace=replace)
-
-    async def unload_adapter(self, name: str, *, force: bool = False) -> None:
-        """Unload an adapter from every replica. Raises AdapterNotFound if no replica knows it."""
-        self._check_lora()
-        await self._adapters.unload(name, force=force)
-
-    async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
-        """Pin an adapter on every replica, or on none."""
-        self._check_lora()
-        return await self._adapters.pin(name, force=force)
-
-    async def unpin_adapter(self, name: str) -> AdapterInfo:
-        self._check_lora()
-        return await self._adapters.unpin(name)
-
-    def adapters(self) -> list[AdapterInfo]:
-        """Return every registered adapter, with the fastest place that holds it."""
-        return self._adapters.all()
-
-    def find_adapter(self, name: str) -> AdapterInfo | None:
-        """Return one registered adapter; None if there is none of that name."""
-        return self._adapters.find(name)
-
-    def count_adapters(self) -> int:
-        """Return the number of adapters that the fleet knows."""
-        return self._adapters.count()
-
     # Watching
 
     def stats(self) -> EngineStats:
@@ -369,8 +297,7 @@ class FleetClient:
 
     def _check_lora(self) -> None:
         self._check_running()
-        if self.config.lora is None:
-            raise errors.ConfigError("lora=None: this fleet was configured without adapters")
+        super()._check_lora()
 
 
 def _in_use(request_id: str) -> errors.RequestInvalid:
