@@ -11,9 +11,8 @@ from aioengine.cli.process import process
 def run() -> NoReturn:
     """Run the command line of this process, and end it."""
     process.install()  # before the slow imports, so that Ctrl-C is always answered
-    warnings.filterwarnings(
-        "ignore", "Failed to initialize NumPy"
-    )  # torch's warning; NumPy is not needed here
+    # Torch's warning; NumPy is not needed here.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     from aioengine.cli.main import main
 
     process.exit(main())

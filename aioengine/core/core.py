@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import NamedTuple
 
 from sortedcontainers import SortedDict
@@ -346,17 +347,14 @@ class Core:
 
     def next_due(self) -> float | None:
         """Return the time when ``schedule`` must be called even if nothing else happens."""
-        times = self.next_deadline(), self.placing.next_retry(self.now)
+        deadline = self._deadlines.peekitem(0)[0][0] if self._deadlines else None
+        times = deadline, self.placing.next_retry(self.now)
         return min((at for at in times if at is not None), default=None)
-
-    def next_deadline(self) -> float | None:
-        """Return the earliest deadline of a request."""
-        return self._deadlines.peekitem(0)[0][0] if self._deadlines else None
 
     def expire(self, now: float) -> None:
         """End the requests whose deadline has passed; ``schedule`` does it too."""
-        while (due := self.next_deadline()) is not None and due <= now:
-            request = self._deadlines.peekitem(0)[1]
+        while self._deadlines and (first := self._deadlines.peekitem(0))[0] <= (now, inf):
+            (due, _), request = first
             late = f"request {request.id!r}{where_is(request.adapter)}: its deadline passed "
             late += f"{now - due:.3f} s ago with "
             late += f"{request.output_tokens} of {request.params.max_tokens} tokens generated"

@@ -60,11 +60,6 @@ class Resolved(NamedTuple):
     discard: list[AdapterEntry]
 
     @property
-    def moves(self) -> bool:
-        """Whether it says anything about where adapters are to be."""
-        return bool(self.place or self.prefetch or self.evict or self.discard)
-
-    @property
     def is_whole(self) -> bool:
         """Whether all of it has been carried out: requests run, reads and copies have begun."""
         return (

@@ -98,6 +98,7 @@ class CoreView:
     memory = property(attrgetter("_memory"))
     waiting_adapters = property(attrgetter("_waiting_adapters"))
     block_size = property(attrgetter("_batcher.blocks.block_size"))
+    free_blocks = property(attrgetter("_batcher.blocks.num_free"))
     cpu_room = property(attrgetter("_residency.cpu.room"))
     cpu_bytes_room = property(attrgetter("_residency.cpu.bytes_room"))
     load_room = property(attrgetter("_residency.load_room"))
@@ -126,10 +127,6 @@ class CoreView:
             if tokens > left.get(request.adapter, -1):
                 left[request.adapter] = tokens
         return {None if entry is None else entry.name: tokens for entry, tokens in left.items()}
-
-    @property
-    def free_blocks(self) -> int:
-        return self._batcher.blocks.num_free
 
     @property
     def free_seqs(self) -> int:

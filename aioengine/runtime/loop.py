@@ -279,7 +279,7 @@ class EngineLoop:
                 self._wake.clear()
                 self.core.expire(loop.time())
                 self.publish()
-                await self._woken(self.core.next_deadline())
+                await self._woken(self.core.next_due())
         finally:
             restart.cancel()  # does nothing if it is done
             await asyncio.wait([restart])

@@ -120,7 +120,7 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
     sim.register("a")
     waiting = sim.add("a", deadline=1.0)
     running = sim.add(max_tokens=40, deadline=1.5)
-    assert sim.core.next_deadline() == 1.0
+    assert sim.core.next_due() == 1.0
     sim.schedule()
     sim.now = 1.2
     sim.finish_step()
@@ -132,7 +132,7 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
     assert sim.ended == {waiting.id: "error", running.id: "error"}
     errors = [e.error for e in sim.of(events.RequestEnded)]  # type: ignore[attr-defined]
     assert all(isinstance(error, DeadlineExceeded) for error in errors)
-    assert sim.core.next_deadline() is None
+    assert sim.core.next_due() is None
     assert "for adapter 'a' (location: loading)" in str(errors[0])
     assert "adapter" not in str(errors[1])
 

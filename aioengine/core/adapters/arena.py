@@ -12,7 +12,7 @@ Knuth, The Art of Computer Programming, volume 1, 2.5 (best fit).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 GRANULE = 256
 """Bytes of the smallest granule: rows of any dtype are whole vectors."""
@@ -53,10 +53,10 @@ class Arena:
         """Return the bytes that a region for ``nbytes`` takes."""
         return -(-max(nbytes, 1) // self.granule) * self.granule
 
-    def copy(self) -> Arena:
-        """Return a copy, for a trial."""
+    def of(self, offsets: Iterable[int | None]) -> Arena:
+        """Return a copy, for a trial, with only those of its regions that begin at these ``offsets``."""
         other = Arena(self.size, self.granule)
-        other.regions = dict(self.regions)
+        other.regions = {offset: self.regions[offset] for offset in offsets if offset is not None}
         return other
 
     def fits(self, nbytes: int) -> bool:

@@ -99,7 +99,7 @@ class Placing:
     def apply(self, decision: Resolved, now: float) -> None:
         """Start what can be started of ``place`` and ``prefetch``, in order, but nothing in the places of
         adapters that the same decision admits requests to; and empty the slots of those in ``discard``."""
-        if not self._residency.wanted and not decision.moves:
+        if not (self._residency.wanted or decision.place or decision.prefetch or decision.discard):
             return  # as in most steps
         admitting = {request.adapter.uid for request in decision.admit if request.adapter is not None}
         self._residency.start_wanted(now, admitting, waited=WANT_PATIENCE_SECONDS)
@@ -176,8 +176,7 @@ class Placing:
             return "place_no_slot"
         arena = self._slots.arena
         if slot is not None and slot.offset is not None:
-            arena = arena.copy()
-            arena.release(slot.offset)
+            arena = arena.of(offset for offset in arena.regions if offset != slot.offset)
         by_offset = {other.offset: other for other in order if other is not slot and other.offset is not None}
         offsets = find_room(arena, entry.slot_nbytes, list(by_offset))
         if offsets is None:

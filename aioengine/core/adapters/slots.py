@@ -159,12 +159,8 @@ class SlotTable:
     def room_beside_pinned(self) -> int:
         """Return the bytes of the largest adapter that may still get a slot while pinned adapters stay; 0 if
         these hold every slot."""
-        held = [slot.offset for slot in self.slots if slot.shown.pinned and slot.offset is not None]
-        if len(self.slots) == len(held):
-            return 0
-        beside = Arena(self.arena.size, self.arena.granule)
-        beside.regions = {offset: self.arena.regions[offset] for offset in held}
-        return beside.largest_hole
+        held = [slot.offset for slot in self.slots if slot.shown.pinned]
+        return 0 if len(self.slots) == len(held) else self.arena.of(held).largest_hole
 
     def ranks(self) -> Sequence[int]:
         """Return the rank in each usable slot, 0 elsewhere."""
