@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Any
 
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
@@ -172,11 +171,12 @@ class Grammars:
         return grammar
 
     async def _live_worker(self) -> WorkerProcess:
+        loop = asyncio.get_running_loop()
         async with self._starting:
             if self._worker is None or not self._worker.alive:
                 tokenizer = await asyncio.to_thread(self._tokenizer)
                 self._worker = await WorkerProcess.start(Hello(0, tokenizer, *self._tokens, self.limits))
-                self._worker.on_loss = partial(asyncio.get_running_loop().call_soon_threadsafe, self._lost)
+                self._worker.on_loss = lambda doing: loop.call_soon_threadsafe(self._lost, doing)
             return self._worker
 
     def _lost(self, doing: int) -> None:

@@ -197,11 +197,9 @@ class _Worker:
 
     def _tried(self, order: Compile, reading: Connection, began: float) -> None:
         self._watch.unregister(reading)
-        with reading:
-            try:
-                [said] = wire.answers.decode(reading.recv_bytes())
-            except EOFError:
-                said = None
+        said: wire.Answer | None = None
+        with reading, suppress(EOFError):
+            [said] = wire.answers.decode(reading.recv_bytes())
         _, status = os.waitpid(self._trials.pop(order.number), 0)
         if said is None:
             outcome, why = self._ended_by(os.waitstatus_to_exitcode(status))
