@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,7 +79,7 @@ def replica_application(config: FleetConfig, *, inherit: bool = False) -> Any:
         request_router_config=RequestRouterConfig(request_router_class=ROUTER_PATH),
         logging_config=_quiet(),
     )
-    return deployment.bind(config, hashlib.sha256(msgspec.json.encode(config)).hexdigest())
+    return deployment.bind(config)
 
 
 def _autoscaling(config: FleetConfig) -> Any:

@@ -80,13 +80,13 @@ class Outboxes:
         self._by_gateway: dict[str, Outbox] = {}
 
     @asynccontextmanager
-    async def opened(self, channel: str) -> AsyncIterator[Outbox]:
+    async def opened(self, channel: ChannelName) -> AsyncIterator[Outbox]:
         """Give an outbox for a channel that begins, as soon as the requests of the gateway's earlier one have
         ended. Raises LookupError if the gateway has a later one."""
-        gateway, number = ChannelName.of(channel)
+        gateway, number = channel
         before = self._by_gateway.get(gateway)
         if before is not None and before.number > number:
-            raise LookupError(f"channel {channel}: the gateway has a later one")
+            raise LookupError(f"{channel}: the gateway has a later one")
         box = self._by_gateway[gateway] = Outbox(number)
         try:
             if before is not None:
@@ -98,12 +98,12 @@ class Outboxes:
                 del self._by_gateway[gateway]
             await box.close()
 
-    def of(self, channel: str) -> Outbox:
+    def of(self, channel: ChannelName) -> Outbox:
         """Return the outbox of a channel. Raises LookupError if it is not the gateway's latest one."""
-        gateway, number = ChannelName.of(channel)
+        gateway, number = channel
         box = self._by_gateway.get(gateway)
         if box is None or box.number != number:
-            raise LookupError(f"channel {channel}: the gateway has not opened it, or has a later one")
+            raise LookupError(f"{channel}: the gateway has not opened it, or has a later one")
         return box
 
     def wake(self) -> None:

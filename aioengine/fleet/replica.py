@@ -22,6 +22,7 @@ from aioengine.fleet.speeds import Speeds
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import (
     Abort,
+    ChannelName,
     Delta,
     Frame,
     Hello,
@@ -59,14 +60,13 @@ class EngineReplica:
     which names the replica that must answer: the request router sends the call there. If that replica is
     gone, Serve sends it to another, which raises LookupError: it must not answer in its place."""
 
-    async def __init__(self, config: FleetConfig, digest: str) -> None:  # type: ignore[misc] # Serve awaits it
-        await self.begin(config, digest, _own_id())
+    async def __init__(self, config: FleetConfig) -> None:  # type: ignore[misc] # Serve awaits it
+        await self.begin(config, _own_id())
 
-    async def begin(self, config: FleetConfig, digest: str, name: str) -> None:
+    async def begin(self, config: FleetConfig, name: str) -> None:
         """Start the engine. ``name``: the replica's id among the fleet's."""
         self._name = name
         self._config = config
-        self._digest = digest
         self._draining = False
         self._boxes = Outboxes()
         self._grammars: Grammars | None = None
@@ -97,9 +97,9 @@ class EngineReplica:
 
     # Channels
 
-    async def channel(self, channel: str, to: str | None = None) -> AsyncIterator[bytes]:
+    async def channel(self, channel: ChannelName, to: str | None = None) -> AsyncIterator[bytes]:
         """Yield a gateway's messages, as encoded frames, until the gateway stops listening or opens another
-        channel. Then its requests end. ``channel``: a ChannelName as text."""
+        channel. Then its requests end."""
         _check_own(to)
         loop = asyncio.get_running_loop()
         residency, due = -1, 0.0
@@ -119,7 +119,7 @@ class EngineReplica:
     def _moved(self, event: events.Event) -> None:
         self._moves += 1
 
-    async def submit(self, channel: str, orders: bytes, to: str | None = None) -> None:
+    async def submit(self, channel: ChannelName, orders: bytes, to: str | None = None) -> None:
         """Carry out a gateway's orders. Raises LookupError if this is not the gateway's latest channel."""
         _check_own(to)
         box = self._boxes.of(channel)
@@ -205,7 +205,6 @@ class EngineReplica:
             cpu_loras=0 if lora is None else lora.cpu_capacity,
             max_running=self._config.engine.max_num_seqs,
             kv_tokens=stats.kv_blocks * stats.block_size,
-            digest=self._digest,
         )
 
     def _actor(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -25,15 +25,6 @@ class ChannelName(NamedTuple):
 
     gateway: str
     number: int
-
-    def __str__(self) -> str:
-        return f"{self.gateway}#{self.number}"
-
-    @classmethod
-    def of(cls, text: str) -> Self:
-        """Parse a name. A gateway alone is its channel 0."""
-        gateway, _, number = text.partition("#")
-        return cls(gateway, int(number or 0))
 
 
 class Submit(msgspec.Struct, tag="submit", array_like=True):
@@ -133,8 +124,6 @@ class Hello(msgspec.Struct, array_like=True):
     cpu_loras: int
     max_running: int
     kv_tokens: int
-    digest: str
-    """Digest of the configuration."""
 
 
 class Frame(msgspec.Struct, array_like=True, omit_defaults=True):

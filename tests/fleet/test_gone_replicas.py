@@ -10,6 +10,7 @@ from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import fleet_here, small_engine
 
 from aioengine.fleet.config import FleetConfig
+from aioengine.fleet.wire import ChannelName
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
@@ -27,7 +28,7 @@ async def test_a_channel_for_another_ends_no_requests(
         async for output in fleet.client.generate(PROMPT, greedy(20)):
             if not tokens:
                 with pytest.raises(LookupError, match="replica gone is gone"):
-                    await anext(replica.channel(gateway, to="gone"))
+                    await anext(replica.channel(ChannelName(gateway, 1), to="gone"))
             tokens += output.token_ids_delta
         assert tokens == whole
         assert (await fleet.client.complete(PROMPT, greedy(20))).token_ids == whole
@@ -38,7 +39,7 @@ async def test_a_channel_for_another_ends_no_requests(
     ("method", "arguments"),
     [
         ("adapter", ("load", {"name": "sql", "path": "a"})),
-        ("submit", ("gateway", b"")),
+        ("submit", (ChannelName("gateway", 1), b"")),
         ("scrape", ()),
         ("describe", ()),
         ("drain", (True,)),

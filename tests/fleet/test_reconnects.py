@@ -21,7 +21,7 @@ from aioengine.fleet.gateway.call import Call, tokens_of
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.outbox import Outbox, Outboxes
-from aioengine.fleet.wire import Delta, Frame, Hello, Status, Submit, decode_orders, encode_frame
+from aioengine.fleet.wire import ChannelName, Delta, Frame, Hello, Status, Submit, decode_orders, encode_frame
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions
 from aioengine.runtime.text_work import TextWork
@@ -52,7 +52,7 @@ class Replicas:
     async def _any(self) -> None:
         pass
 
-    def _channel(self, name: str, to: str) -> Any:
+    def _channel(self, name: ChannelName, to: str) -> Any:
         frames: asyncio.Queue[bytes] = asyncio.Queue()
         return Stream(self._read(frames, self._spawn(self._run(name, to, frames))))
 
@@ -75,8 +75,8 @@ class Replicas:
         finally:
             loop.call_later(self._lag, writer.cancel)
 
-    async def _run(self, name: str, replica: str, frames: asyncio.Queue[bytes]) -> None:
-        hello: Hello | None = Hello(replica, 1, "node", "actor", 1, 1, 8, 1, "")
+    async def _run(self, name: ChannelName, replica: str, frames: asyncio.Queue[bytes]) -> None:
+        hello: Hello | None = Hello(replica, 1, "node", "actor", 1, 1, 8, 1)
         async with self._boxes.setdefault(replica, Outboxes()).opened(name) as box:
             while not box.replaced:
                 now = asyncio.get_running_loop().time()
@@ -84,10 +84,10 @@ class Replicas:
                 hello = None
                 await box.filled(0.5)
 
-    async def _submit(self, name: str, orders: bytes, to: str) -> None:
+    async def _submit(self, name: ChannelName, orders: bytes, to: str) -> None:
         await asyncio.shield(self._spawn(self._arrive(name, orders, to, next(self._delays))))
 
-    async def _arrive(self, name: str, orders: bytes, to: str, delay: float) -> None:
+    async def _arrive(self, name: ChannelName, orders: bytes, to: str, delay: float) -> None:
         await asyncio.sleep(delay)
         try:
             box = self._boxes[to].of(name)
@@ -234,7 +234,7 @@ def test_only_the_latest_channel_of_a_gateway_takes_orders(steps: list[tuple[boo
         boxes, latest, running = Outboxes(), 0, set[asyncio.Task[None]]()
 
         async def channel(number: int) -> None:
-            async with boxes.opened(f"gateway#{number}"):
+            async with boxes.opened(ChannelName("gateway", number)):
                 await asyncio.Event().wait()
 
         async def request(number: int) -> None:
@@ -248,14 +248,14 @@ def test_only_the_latest_channel_of_a_gateway_takes_orders(steps: list[tuple[boo
         for opens, number in steps:
             if number < latest or (not opens and number != latest):
                 with pytest.raises(LookupError):
-                    await channel(number) if opens else boxes.of(f"gateway#{number}")
+                    await channel(number) if opens else boxes.of(ChannelName("gateway", number))
             elif opens:
                 latest = number
                 tasks.append(asyncio.create_task(channel(number)))
                 await asyncio.sleep(0.01)
                 assert not running, "the requests of the earlier one have ended"
             else:
-                boxes.of(f"gateway#{number}").begin(number, request(number))
+                boxes.of(ChannelName("gateway", number)).begin(number, request(number))
                 await asyncio.sleep(0)
                 assert running
         for task in tasks:
@@ -263,6 +263,6 @@ def test_only_the_latest_channel_of_a_gateway_takes_orders(steps: list[tuple[boo
         await asyncio.gather(*tasks, return_exceptions=True)
         assert not running
         with pytest.raises(LookupError):
-            boxes.of(f"gateway#{latest}")
+            boxes.of(ChannelName("gateway", latest))
 
     run_in_virtual_time(main())

@@ -86,7 +86,7 @@ async def test_all_that_hang_are_killed_once_and_none_that_is_back(monkeypatch: 
     hung = HungReplicas()
     names = [f"r{number}" for number in range(8)]
     for name in names:
-        hung.add(name, Hello(name, 1, "node", "actor", 1, 1, 1, 1, ""))
+        hung.add(name, Hello(name, 1, "node", "actor", 1, 1, 1, 1))
     several = [asyncio.create_task(hung.end_all_but({"r0"})) for _ in range(3)]
     await asyncio.sleep(0)
     back = next(name for name in reversed(names) if name in hung._lost and name != "r0")

@@ -25,6 +25,7 @@ from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.fleet.versions import SpentVersions
 from aioengine.fleet.wire import (
+    ChannelName,
     Delta,
     Submit,
     decode_frame,
@@ -70,7 +71,7 @@ async def real(tiny_text: Tiny) -> Any:
     made = []
     for _ in range(2):
         replica = ReplicaHere.__new__(ReplicaHere)
-        await replica.__init__(FleetConfig(engine=engine), "")  # type: ignore[misc] # Serve does it so
+        await replica.__init__(FleetConfig(engine=engine))  # type: ignore[misc] # Serve does it so
         made.append(replica)
     yield made
     for replica in made:
@@ -125,11 +126,11 @@ async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, name
     """Not the number that the replica's engine has given to it."""
     replica = real[0]
     await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / "b"), 8)]})
-    frames = replica.channel("gateway")
+    frames = replica.channel(ChannelName("gateway", 0))
     await anext(frames)
     options = RequestOptions(adapter=named)
     order = Submit(1, "r", [5], pack_params(greedy(1)), options, contents=["0" * 64], content="0" * 64)
-    await replica.submit("gateway", encode_orders([order]))
+    await replica.submit(ChannelName("gateway", 0), encode_orders([order]))
     found: list[Delta] = []
     while not found:
         found = decode_frame(await anext(frames)).deltas
@@ -145,11 +146,11 @@ async def test_what_has_begun_elsewhere_is_compared_before_it_runs(
     replica = real[0]
     await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / "a"), 4)]})
     info = await replica.engine.load_adapter("sql")
-    frames = replica.channel("gateway")
+    frames = replica.channel(ChannelName("gateway", 0))
     await anext(frames)
     options, content = RequestOptions(adapter="sql@3", output=(7,)), info.digest if same else "0" * 64
     order = Submit(1, "r", [5, 6], pack_params(greedy(3)), options, contents=[content], content=content)
-    await replica.submit("gateway", encode_orders([order]))
+    await replica.submit(ChannelName("gateway", 0), encode_orders([order]))
     found: list[Delta] = []
     while not found:
         found = decode_frame(await anext(frames)).deltas

@@ -106,7 +106,7 @@ async def fleet_here(config: FleetConfig, patch: pytest.MonkeyPatch) -> AsyncIte
     try:
         for name in sorted(names):
             replica = made[name] = ReplicaHere.__new__(ReplicaHere)
-            await replica.__init__(config, "")  # type: ignore[misc] # Serve does it so
+            await replica.__init__(config)  # type: ignore[misc] # Serve does it so
             replica.name = name
         plan: Any = SimpleNamespace(max_model_len=config.engine.max_model_len)
         client = FleetClient(config, _Handle(made), plan, None, None)

@@ -14,7 +14,7 @@ from support.fleet_here import Stream, serve_names
 from aioengine import EngineConfig
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.members import Members
-from aioengine.fleet.wire import Frame, Hello, Status, decode_orders, encode_frame
+from aioengine.fleet.wire import ChannelName, Frame, Hello, Status, decode_orders, encode_frame
 from aioengine.schedulers.routing import Report
 
 CONFIG = FleetConfig(engine=EngineConfig(model="tiny"), replicas=3)
@@ -50,18 +50,18 @@ class Replicas:
     async def _any(self, *_: Any, **__: Any) -> None:
         pass
 
-    def _channel(self, _gateway: str, to: str) -> Any:
+    def _channel(self, _name: ChannelName, to: str) -> Any:
         self.opened.append(to)
         return Stream(self._frames(to))
 
-    async def _submit(self, _gateway: str, orders: bytes, to: str) -> None:
+    async def _submit(self, _name: ChannelName, orders: bytes, to: str) -> None:
         await asyncio.sleep(self._on_the_way if to == self._far else 0.0)
         self._received[to] += len(decode_orders(orders))
 
     async def _frames(self, replica: str) -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
         self._received[replica] = 0
-        hello: Hello | None = Hello(replica, 1, "node", "actor", 1, 1, 1, 1, "")
+        hello: Hello | None = Hello(replica, 1, "node", "actor", 1, 1, 1, 1)
         sent, dies = loop.time(), self._dies.get(replica, EVER)
         while sent < min(self._silent.get(replica, EVER), dies):
             await asyncio.sleep(sent - loop.time())  # what was sent while the gateway stood still is there

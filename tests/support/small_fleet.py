@@ -89,7 +89,7 @@ class Replica(EngineReplica):
 
 async def replica() -> Any:
     made = Replica.__new__(Replica)
-    await made.__init__(CONFIG, "")  # type: ignore[misc] # Serve does it so
+    await made.__init__(CONFIG)  # type: ignore[misc] # Serve does it so
     return made
 
 

@@ -49,7 +49,7 @@ class Channel:
         """Whether Serve has removed the replica. Then it gets no new calls, and is closed when its calls have
         ended."""
         self._handle = handle
-        self._name = str(ChannelName(gateway, next(_numbers)))
+        self._name = ChannelName(gateway, next(_numbers))
         self._frame = frame
         self._lost = lost
         self._orders: list[msgspec.Raw] = []

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -126,18 +126,17 @@ class Dispatcher:
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
         self._max_waiting = dict(max_waiting)
-        self._share_limits(self._members.members.values())
+        self._share_limits()
 
     def _joined(self, member: Member) -> None:
         if self._max_waiting:
-            fixed = self._config.autoscale is None
-            self._share_limits([member] if fixed else self._members.members.values())
+            self._share_limits()
 
-    def _share_limits(self, members: Iterable[Member]) -> None:
+    def _share_limits(self) -> None:
         """Send each replica its share of the bounds, rounded up."""
-        share = self._config.replicas if self._config.autoscale is None else len(self._members.members)
-        limits = {tenant: -(-limit // max(share, 1)) for tenant, limit in self._max_waiting.items()}
-        for member in members:
+        share = max(self._members.wanted, 1)
+        limits = {tenant: -(-limit // share) for tenant, limit in self._max_waiting.items()}
+        for member in self._members.members.values():
             member.channel.send(LimitWaiting(limits))
 
     def _route_request(self, call: Call, unlike: frozenset[str]) -> RouteRequest:

@@ -14,7 +14,7 @@ from aioengine.errors import AioEngineError
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox
 from aioengine.fleet.replica import EngineReplica
-from aioengine.fleet.wire import Frame, Status, decode_frame, encode_frame
+from aioengine.fleet.wire import ChannelName, Frame, Status, decode_frame, encode_frame
 from aioengine.lab.fleet.conditions import Conditions
 from aioengine.lab.simulation.engine import SimulatedEngine
 
@@ -34,7 +34,7 @@ class SimulatedReplica(EngineReplica):
         self._skew = conditions.skew.get(index, 0.0)
 
     async def start(self, config: FleetConfig) -> None:
-        await self.begin(config, "", self.name)
+        await self.begin(config, self.name)
 
     async def start_engine(self) -> AsyncEngine:
         engine = self._make_engine()
@@ -96,10 +96,10 @@ class Link:
             raise ConnectionError("the replica is dead")
         return await getattr(self._replica, method)(*arguments)
 
-    def stream(self, channel: str) -> Stream:
+    def stream(self, channel: ChannelName) -> Stream:
         return Stream(self, channel)
 
-    async def frames(self, channel: str, arrive: Callable[[bytes | None], None]) -> None:
+    async def frames(self, channel: ChannelName, arrive: Callable[[bytes | None], None]) -> None:
         """Have the replica's frames arrive, each after its time on the way, and None when it is found to be
         dead."""
         loop, delay = asyncio.get_running_loop(), self._conditions.delay
@@ -132,7 +132,7 @@ class Link:
 class Stream:
     """What Serve gives for a method that yields: frames, until the replica is dead."""
 
-    def __init__(self, link: Link, channel: str) -> None:
+    def __init__(self, link: Link, channel: ChannelName) -> None:
         self._link = link
         self._arrived: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._task = asyncio.get_running_loop().create_task(link.frames(channel, self._arrived.put_nowait))
