@@ -172,11 +172,15 @@ class Grammars:
 
     async def _live_worker(self) -> WorkerProcess:
         loop = asyncio.get_running_loop()
+
+        def lost(doing: int) -> None:
+            loop.call_soon_threadsafe(self._lost, doing)
+
         async with self._starting:
             if self._worker is None or not self._worker.alive:
                 tokenizer = await asyncio.to_thread(self._tokenizer)
                 self._worker = await WorkerProcess.start(Hello(0, tokenizer, *self._tokens, self.limits))
-                self._worker.on_loss = lambda doing: loop.call_soon_threadsafe(self._lost, doing)
+                self._worker.on_loss = lost
             return self._worker
 
     def _lost(self, doing: int) -> None:

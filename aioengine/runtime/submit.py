@@ -98,8 +98,8 @@ class RequestOps(ABC):
                     self._check_vocabulary("prompt", (min(tokens), max(tokens)))
                     self._core.weigh(reservation, len(tokens), loop.time())
                     self._loop.publish()
-                if isinstance(adapter, str) and entry is None:
-                    entry = await self._names.acquire(adapter, reservation.tenant)
+                if isinstance(adapter, str):
+                    entry = entry or await self._names.acquire(adapter, reservation.tenant)
                 elif adapter is not None and entry is None:
                     mixes = self._names.mixes
                     entry, scale = await mixes.acquire(adapter, reservation.tenant, loop.time())
