@@ -20,10 +20,12 @@ class ReplicaAdapters:
 
     def __init__(self, engine: AsyncEngine, configured: Iterable[str]) -> None:
         self._engine = engine
-        self.prepared = PreparedVersions(engine)
         self._configured = frozenset(configured)
         self._told = dict.fromkeys(self._configured, 1)
         """The fleet's version of each adapter that this replica was told of. Its engine counts its own."""
+        self._changes: dict[str, str] = {}
+        """By adapter: the change that prepares a version, or has prepared it, by its name among those of all
+        gateways. The last one that has begun is the one that may go on."""
         self._unloads: set[asyncio.Task[None]] = set()
 
     async def call(self, action: str, arguments: dict[str, Any]) -> Any:
@@ -33,9 +35,9 @@ class ReplicaAdapters:
             "unload": self._unload,
             "pin": self._engine.pin_adapter,
             "unpin": self._engine.unpin_adapter,
-            "prepare": self.prepared.prepare,
+            "prepare": self._prepare,
             "commit": self._commit,
-            "discard": self.prepared.discard,
+            "discard": self._discard,
             "sync": self._sync,
             "others": self._others,
             "forget": self._forget,
@@ -60,12 +62,46 @@ class ReplicaAdapters:
     async def _labels(self, name: str, content: str) -> int:
         return await self._engine.head_labels(self.holding(name, content))
 
+    # Preparing: each prepared version belongs to one gateway's change, and no other one uses or drops it
+
+    async def _prepare(
+        self, name: str, change: str, path: str | None = None, read: bool = True
+    ) -> AdapterInfo:
+        """Prepare a version. Nothing of it stays if the change ends meanwhile."""
+        self._changes[name] = change
+        try:
+            info = await self._engine.prepare_adapter(name, path, read=read)
+            if self._changes.get(name) != change:
+                self._engine.discard_adapter(name)
+                raise _ended(name)
+            return info
+        except BaseException:
+            self._end(name, change)
+            raise
+
     async def _commit(self, name: str, change: str, digest: str, version: int | None) -> AdapterInfo:
-        info = await self.prepared.commit(name, change)
+        """Let new requests use what the change has prepared."""
+        if not self._end(name, change):
+            raise _ended(name)
+        info = self._engine.commit_adapter(name)
         self._engine.expect_adapter(name, digest)
         if version is not None:
             self._told[name] = version
         return info
+
+    async def _discard(self, name: str, change: str) -> None:
+        """End the change: drop what it has prepared, or prepares."""
+        if self._end(name, change):
+            self._engine.discard_adapter(name)
+
+    def _end(self, name: str, change: str) -> bool:
+        """Return whether the change had not ended."""
+        if self._changes.get(name) != change:
+            return False
+        del self._changes[name]
+        return True
+
+    # Telling
 
     async def _unload(self, name: str, force: bool) -> None:
         await self._engine.unload_adapter(name, force=force)
@@ -109,50 +145,6 @@ class ReplicaAdapters:
 
     async def stop(self) -> None:
         await end_tasks(self._unloads)
-
-
-class PreparedVersions:
-    """Versions that the engine has prepared, at most one for each adapter. Each belongs to one gateway's
-    change, and no other change uses or drops it. ``change`` is a change's name among those of all gateways;
-    the last one that has begun is the one that may go on."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-        self._changes: dict[str, str] = {}
-        """By adapter: the change that prepares a version, or has prepared it."""
-
-    async def prepare(
-        self, name: str, change: str, path: str | None = None, read: bool = True
-    ) -> AdapterInfo:
-        """Prepare a version. Nothing of it stays if the change ends meanwhile."""
-        self._changes[name] = change
-        try:
-            info = await self._engine.prepare_adapter(name, path, read=read)
-            if self._changes.get(name) != change:
-                self._engine.discard_adapter(name)
-                raise _ended(name)
-            return info
-        except BaseException:
-            self._end(name, change)
-            raise
-
-    async def commit(self, name: str, change: str) -> AdapterInfo:
-        """Let new requests use what the change has prepared."""
-        if not self._end(name, change):
-            raise _ended(name)
-        return self._engine.commit_adapter(name)
-
-    async def discard(self, name: str, change: str) -> None:
-        """End the change: drop what it has prepared, or prepares."""
-        if self._end(name, change):
-            self._engine.discard_adapter(name)
-
-    def _end(self, name: str, change: str) -> bool:
-        """Return whether the change had not ended."""
-        if self._changes.get(name) != change:
-            return False
-        del self._changes[name]
-        return True
 
 
 def _ended(name: str) -> AdapterLoadError:

@@ -254,8 +254,11 @@ class FleetAdapters:
         """Have those that hold it, and ``also``, read it, compare what they have read, and flip, all of them
         even if the call is cancelled meanwhile. ``new``: it gets the next version of the fleet."""
         version = await self._next_version(name) if new else None
-        digest = await self._replicas.prepare(name, where, change, also)
-        return await run_to_completion(self._flip(name, where, change, digest, version), unless=change.lost)
+        # What they have prepared, and what they go on preparing, is dropped if this fails or is cancelled.
+        async with self._replicas.or_undone(change.members, "discard", name=name, change=change.name):
+            digest = await self._replicas.prepare(name, where, change, also)
+            flip = self._flip(name, where, change, digest, version)
+            return await run_to_completion(flip, unless=change.lost)
 
     async def _flip(
         self, name: str, where: str | None, change: Change, digest: str, version: int | None

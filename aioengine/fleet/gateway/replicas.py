@@ -69,30 +69,25 @@ class Replicas:
         raise EngineStopped("no replica of the fleet answers now; try again later")
 
     @asynccontextmanager
-    async def _or_discarded(self, name: str, change: Change) -> AsyncIterator[None]:
-        """Have all replicas drop what they have prepared, and what they go on preparing, if the block
-        fails."""
-        try:
-            yield
-        except BaseException:
-            await self._undo(change.members, "discard", name=name, change=change.name)
-            raise
+    async def or_undone(
+        self, members: Sequence[Member], action: str, **arguments: Any
+    ) -> AsyncIterator[None]:
+        """If the block fails, have these replicas do ``action``, which undoes it."""
 
-    async def _undo(self, members: Sequence[Member], action: str, **arguments: Any) -> None:
         async def undo() -> None:
             asks = [self.ask(member, action, **arguments) for member in members]
             await asyncio.gather(*asks, return_exceptions=True)
 
-        await asyncio.wait([self._members.spawn(undo())], timeout=UNDO_SECONDS)
+        try:
+            yield
+        except BaseException:
+            await asyncio.wait([self._members.spawn(undo())], timeout=UNDO_SECONDS)
+            raise
 
     async def prepare(self, name: str, where: str | None, change: Change, also: str | None = None) -> str:
         """Have those that hold the adapter, and ``also``, read it, and the others know where it is. Returns
-        the digest of its content. If one fails, or has read something else than the others, or the call is
-        cancelled, it is prepared on none."""
-        async with self._or_discarded(name, change):
-            return await self._prepare(name, where, change, also)
-
-    async def _prepare(self, name: str, where: str | None, change: Change, also: str | None) -> str:
+        the digest of its content. Raises an error if one fails, or has read something else than the
+        others."""
         members, what = change.members, {"name": name, "change": change.name, "path": where}
         holders = [m for m in members if holds(name, m) or m.channel.replica == also] or members[:1]
         others = [member for member in members if member not in holders]
@@ -118,8 +113,7 @@ class Replicas:
     async def commit(self, name: str, change: Change, digest: str, version: int | None) -> AdapterInfo:
         """Let new requests use what was prepared, which is the fleet's ``version``."""
         what = {"name": name, "change": change.name, "version": version, "digest": digest}
-        async with self._or_discarded(name, change):
-            answers = await self.ask_all(change.members, "commit", **what)
+        answers = await self.ask_all(change.members, "commit", **what)
         found = first_of(answers)  # who has not read it does not know what it is like
         found = next((a for a in answers if isinstance(a, AdapterInfo) and a.digest == digest), found)
         return msgspec.structs.replace(found, digest=digest)
@@ -132,15 +126,8 @@ class Replicas:
             if any(info.name == name and info.pinned for info in member.residency.adapters)
         }
         fresh = [member for member in members if member.channel.replica not in before]
-        pinned = False
-        try:
-            answers = await self.ask_all(members, "pin", name=name, force=force)
-            _raise_first(answers)
-            pinned = True
-        finally:
-            if not pinned:
-                await self._undo(fresh, "unpin", name=name)
-        return first_of(answers)
+        async with self.or_undone(fresh, "unpin", name=name):
+            return first_of(await self.ask_all(members, "pin", name=name, force=force))
 
 
 def by_load(members: Iterable[Member]) -> list[Member]:
