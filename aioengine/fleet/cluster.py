@@ -18,7 +18,6 @@ from aioengine.executors.ray.address import CONNECT_SECONDS, INSTALL, check_inst
 from aioengine.executors.ray.address import address as address
 from aioengine.executors.ray.address import check_address as check_address
 from aioengine.executors.ray.address import first_line as first_line
-from aioengine.executors.ray.address import tls_context as tls_context
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.registry import NAMESPACE, config_error_in, registry_actor
 

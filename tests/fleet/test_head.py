@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,41 +18,43 @@ from aioengine.fleet import FleetConfig, cluster
 from aioengine.fleet.gateway import hangs
 from aioengine.fleet.gateway.client import FleetClient
 
-pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system or Python")
+grpc: Any = pytest.importorskip("grpc", reason="Ray has no wheel for this system or Python")
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hangs, "WATCH_SECONDS", 0.02)
-    monkeypatch.setattr(hangs, "LOST_SECONDS", 0.1)
+    monkeypatch.setattr(hangs, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(hangs, "LOST_SECONDS", 0.5)
 
 
 class Listener:
-    """Takes the place of Ray's head. While it ``hangs``, the system accepts connections, and nobody
-    answers."""
+    """Takes the place of Ray's head. While it ``hangs``, nobody answers."""
 
     def __init__(self) -> None:
         self.hangs = False
 
-    async def open(self, port: int = 0) -> str:
-        self._server = await asyncio.start_server(self._answer, "127.0.0.1", port)
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+    def open(self, port: int = 0) -> str:
+        methods = {"GetClusterId": grpc.unary_unary_rpc_method_handler(self._answer)}
+        self._server = grpc.server(ThreadPoolExecutor(4))
+        handler = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", methods)
+        self._server.add_generic_rpc_handlers((handler,))
+        address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
+        self._server.start()
+        return address
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if await reader.readexactly(len(hangs.PREFACE)) == hangs.PREFACE and not self.hangs:
-            writer.write(b"\0")
-        await reader.read()
-        writer.close()
+    def _answer(self, _request: bytes, context: Any) -> bytes:
+        while self.hangs and context.is_active():
+            time.sleep(0.01)
+        return b""
 
     async def close(self) -> None:
-        self._server.close()
-        await self._server.wait_closed()
+        await asyncio.to_thread(self._server.stop(None).wait)
 
 
 @pytest.mark.usefixtures("quick")
 async def test_the_gateway_ends_when_its_requests_have() -> None:
     listener = Listener()
-    address = await listener.open()
+    address = listener.open()
     plan: Any = None
     client = FleetClient(FleetConfig(engine=EngineConfig(model="tiny")), None, plan, None, None)
     client._state = "running"
@@ -63,7 +67,7 @@ async def test_the_gateway_ends_when_its_requests_have() -> None:
     assert client.state == "draining" and not dead.done()
     with pytest.raises(EngineStopped, match=f"Ray's head at {address} does not answer"):
         await client.complete([1])
-    await listener.open(int(address.rpartition(":")[2]))  # it was started again, in time
+    listener.open(int(address.rpartition(":")[2]))  # it was started again, in time
     await until(lambda: client.failure is None)
     assert client.state != "draining" and not dead.done()
     await listener.close()
@@ -76,12 +80,12 @@ async def test_the_gateway_ends_when_its_requests_have() -> None:
 
 async def test_a_head_that_hangs_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
-    watched = hangs.Head(await listener.open())
+    watched = hangs.Head(listener.open())
     assert await watched.answers()
     listener.hangs = True
     with monkeypatch.context() as patch:
-        patch.setattr(hangs, "WATCH_SECONDS", 0.02)
-        patch.setattr(hangs, "LOST_SECONDS", 0.1)
+        patch.setattr(hangs, "WATCH_SECONDS", 0.1)
+        patch.setattr(hangs, "LOST_SECONDS", 0.5)
         assert "does not answer" in str(await watched.until_lost())
     listener.hangs = False
     assert await watched.is_back(lambda: True) and watched.failure is None
@@ -105,7 +109,7 @@ def test_a_head_that_hangs_does_not_keep_ray_from_its_end(monkeypatch: pytest.Mo
 async def test_requests_that_take_too_long_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hangs, "FINISH_SECONDS", 0.1)
     listener = Listener()
-    address = await listener.open()
+    address = listener.open()
     await listener.close()
     plan: Any = None
     client = FleetClient(FleetConfig(engine=EngineConfig(model="tiny")), None, plan, None, None)

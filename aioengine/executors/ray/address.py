@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import ssl
 from pathlib import Path
 
 from aioengine.errors import ConfigError
@@ -45,15 +44,14 @@ def check_address(where: str) -> None:
     host, _, port = where.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"RAY_ADDRESS={where}: must be HOST:PORT, as `ray start --head` prints it, or auto")
-    token = _token()
-    why = _refusal(where, token)
+    why = refusal(where, CONNECT_SECONDS)
     if why is not None:
         raise ConfigError(
             f"RAY_ADDRESS={where}: no head of Ray answers there that takes this process ({why}); give the "
             "address that `ray start --head` has printed, with the cluster's own token (RAY_AUTH_TOKEN, or "
             "~/.ray/auth_token), RAY_USE_TLS and certificates, or unset RAY_ADDRESS to start Ray here"
         )
-    if token:
+    if _token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
@@ -73,38 +71,26 @@ def _certificates() -> list[str] | None:
     return [os.environ[f"RAY_TLS_{name}"] for name in _CERTIFICATES]
 
 
-def tls_context() -> ssl.SSLContext | None:
-    """Return how to speak TLS to a process of the cluster; None if the cluster does not."""
-    files = _certificates()
-    if files is None:
-        return None
-    authority, key, cert = files
-    context = ssl.create_default_context(cafile=authority)
-    context.check_hostname = False  # Ray checks the names
-    context.set_alpn_protocols(["h2"])
-    context.load_cert_chain(cert, key)
-    return context
-
-
-def _refusal(where: str, token: str) -> str | None:
-    """Ask the head for its cluster's id, as Ray does. Returns why there is no answer, or None. Raises
-    ConfigError if a certificate cannot be read."""
+def refusal(where: str, seconds: float) -> str | None:
+    """Ask the head for its cluster's id, as Ray does. Returns why there is no answer, or None. Blocks."""
     import grpc
 
+    token = _token()
     try:
         files = _certificates()
         contents = None if files is None else [Path(file).read_bytes() for file in files]
     except (KeyError, OSError) as error:
-        raise ConfigError(f"RAY_USE_TLS is set, and a certificate cannot be read: {error}") from error
+        return f"RAY_USE_TLS is set, and a certificate cannot be read: {error}"
+    direct = [("grpc.enable_http_proxy", 0)]  # as Ray's own
     if contents is None:
-        channel = grpc.insecure_channel(where)
+        channel = grpc.insecure_channel(where, direct)
     else:
-        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(*contents))
+        channel = grpc.secure_channel(where, grpc.ssl_channel_credentials(*contents), direct)
     shows = bool(token) and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
     metadata = [("authorization", f"Bearer {token}")] if shows else []
     with channel:
         try:
-            channel.unary_unary(_QUESTION)(b"", timeout=CONNECT_SECONDS, metadata=metadata)
+            channel.unary_unary(_QUESTION)(b"", timeout=seconds, metadata=metadata)
         except grpc.RpcError as error:
             return f"{error.code().name}: {error.details()}"[:300]
     return None

@@ -16,7 +16,6 @@ import msgspec
 from aioengine import errors
 from aioengine.adapters.read_threads import SharedRead
 from aioengine.events import Event
-from aioengine.fleet.cluster import tls_context
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.adapters import FleetAdapters
 from aioengine.fleet.gateway.call import Call, tokens_of
@@ -128,7 +127,7 @@ class FleetClient(FleetAdapters):
 
     def watch_head(self, address: str) -> None:
         """Notice when nothing answers at the address of Ray's head any more; see :meth:`until_dead`."""
-        self._head = Head(address, tls_context())
+        self._head = Head(address)
 
     @property
     def state(self) -> EngineState:

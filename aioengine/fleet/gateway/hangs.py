@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections.abc import Callable, Set
 from contextlib import suppress
 
 from aioengine.errors import EngineDead
+from aioengine.executors.ray.address import refusal
 from aioengine.fleet.wire import Hello
 
 logger = logging.getLogger("aioengine.fleet")
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-"""What a client of HTTP/2 says first, and an empty SETTINGS frame (RFC 9113, section 3.4). A server of gRPC
-answers it; the system alone, which accepts connections for a process that stands still, does not."""
+_SILENCE = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""gRPC's words where nothing answers. A head that refuses, such as a token that was changed, lives."""
 WATCH_SECONDS = 2.0
 LOST_SECONDS = 15.0
 """How long nothing has to answer at the head's address until new requests are refused. After 60 s Ray ends
@@ -26,11 +25,10 @@ FINISH_SECONDS = 25.0
 
 
 class Head:
-    """Ray's head at ``address`` ("host:port"). ``tls``: how to speak to it; None: without TLS."""
+    """Ray's head at ``address`` ("host:port")."""
 
-    def __init__(self, address: str, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, address: str) -> None:
         self._address = address
-        self._tls = tls
         self.failure: EngineDead | None = None
         """Set while it does not answer."""
 
@@ -62,19 +60,9 @@ class Head:
 
     async def answers(self) -> bool:
         """Return whether a server answers at its address; then there is no :attr:`failure` any more."""
-        host, _, port = self._address.rpartition(":")
-        writer: asyncio.StreamWriter | None = None
-        try:
-            async with asyncio.timeout(WATCH_SECONDS):
-                reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=self._tls)
-                writer.write(PREFACE)
-                if not await reader.read(1):
-                    return False
-        except OSError:  # TimeoutError is one
+        why = await asyncio.to_thread(refusal, self._address, WATCH_SECONDS)
+        if why is not None and why.startswith(_SILENCE):
             return False
-        finally:
-            if writer is not None:
-                writer.transport.abort()
         self.failure = None
         return True
 
