@@ -99,6 +99,8 @@ def test_each_replica_can_be_scraped_by_itself(fleet: FleetServer) -> None:
             own = {name} if name != "door" else {"door", *names}
             assert found == own, "the gateway also knows of its replicas"
         assert client.get("/metrics", params={"replica": "gone"}).status_code == 404
+        text = client.get("/metrics", params={"name[]": "aioengine_requests_running"}).text
+        assert len(re.findall(r'^aioengine_requests_running\{.*[{,]replica="', text, re.MULTILINE)) == 2
 
 
 def test_a_replica_that_has_evicted_says_so(fleet: FleetServer) -> None:

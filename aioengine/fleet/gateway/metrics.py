@@ -19,7 +19,7 @@ from aioengine.info import EngineStats, is_mix
 from aioengine.metrics.collect.http import HttpMetrics
 from aioengine.metrics.collect.on_loop import OnLoop
 from aioengine.metrics.collect.snapshot import ProcessMetrics, engine_state
-from aioengine.metrics.families.definitions import ALL, FLEET
+from aioengine.metrics.families.definitions import ALL, FLEET, Labels
 from aioengine.metrics.families.exposition import TextWriter, to_metric
 from aioengine.metrics.families.storage import Family, Store, Value, gauge, merged
 
@@ -114,8 +114,10 @@ class FleetMetrics(Collector):
         }
         for name, counted in by_label.items():
             # Prometheus sees no increase in a series that begins with its first event.
-            first = dict.fromkeys(FLEET[name].initial, 0)
-            values[name] = {**first, **{(label,): number for label, number in counted.items()}}
+            series: dict[Labels, float] = dict.fromkeys(FLEET[name].initial, 0.0)
+            for label, number in counted.items():
+                series[(label,)] = number
+            values[name] = series
         found = [gauge(engine, name, value) for name, value in values.items()]
         found += [*self._store.families(engine), *self.http.families(engine)]
         found.append(engine_state(engine, self._state()))
