@@ -66,7 +66,7 @@ class RequestOps(ABC):
         arrival, output = loop.time(), options.output
         due = None if options.deadline is None else arrival + options.deadline
         # Before the work of tokenizing.
-        named, entry = self._names.check_wanted(adapter)
+        named, entry = (None, None) if adapter is None else self._names.check_wanted(adapter)
         self._check_params(params)
         # A request that can never run must get this error, and not "try again later".
         tokens = self._token_ids(prompt, params)
