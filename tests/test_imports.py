@@ -131,7 +131,7 @@ INNER_ROOMS: dict[str, set[str]] = {
     },
     "schedulers": {"parts", "policies", "routing", "routing.routers"},
     "runtime": {"requests", "sources"},
-    "server": {"access", "formats", "messages", "openai", "responses", "transport"},
+    "server": {"access", "formats", "openai", "transport"},
 }
 """Room -> the folders in it."""
 

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -97,7 +98,7 @@ async def _serve(checked: Checked, record: Path | None, log: BackgroundFile, rel
         if traces is not None:
             logger.info("requests are traced, and their spans are sent by OTLP over HTTP")
             after_engine.push_async_callback(end_tracing, traces)
-        ending.enter_context(signals.reload_handled())
+        ending.enter_context(signals.handled(signal.SIGHUP))
         if process.hung_up:
             signals.reload.set()
         url = await ending.enter_async_context(listening(entrance, checked.listen))
@@ -117,7 +118,7 @@ async def _serve(checked: Checked, record: Path | None, log: BackgroundFile, rel
                 client.metrics.http.certificate = checked.listen.tls
             client.metrics.http.loaded["config"] = lambda: reloader.good
             app = create_app(client, checked.settings, tracer_provider=traces)
-            await app.context.defaults()
+            await app.context.defaults.result()
             entrance.open(app)
             gc.collect()
             gc.freeze()  # a full collection would visit all of it, in 130 ms in which nobody is answered
@@ -125,7 +126,7 @@ async def _serve(checked: Checked, record: Path | None, log: BackgroundFile, rel
                 _log_start(url, checked)
                 if isinstance(client, AsyncEngine):
                     _log_engine(client)
-                with signals.handled():
+                with signals.handled(signal.SIGTERM, signal.SIGINT):
                     finished = await serve_to_the_end(client, app, signals, flags, reloader)
                 dead = client.state == "dead"
                 if not finished:  # so that each stream that is cut off ends with an error event

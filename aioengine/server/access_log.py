@@ -9,9 +9,9 @@ from operator import attrgetter
 
 import msgspec
 
+from aioengine.errors import AioEngineError
 from aioengine.server.access.clients import Admission, Identity
 from aioengine.server.errors import ApiError, to_api_error
-from aioengine.server.settings import ServerSettings
 
 logger = logging.getLogger("aioengine.server.access")
 _LONGEST_LIST = 500
@@ -63,10 +63,13 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     counted: bool = False
     """Whether it was refused for its key: such requests are counted and logged together."""
 
-    def refused_by(self, error: BaseException, settings: ServerSettings) -> ApiError:
-        """Note and return the client's error that an exception becomes."""
-        found = to_api_error(error, settings, self.named_in, may_load=self.identity.may("adapters"))
+    def refused_by(self, error: BaseException, reword: Callable[[str], str] | None) -> ApiError:
+        """Note and return the client's error that an exception becomes; ``reword`` rewrites the engine's
+        messages."""
+        found = to_api_error(error, self.named_in, may_load=self.identity.may("adapters"))
         detail = found.detail
+        if reword is not None and isinstance(error, AioEngineError):
+            detail.message = reword(detail.message)
         self.error = detail.code or detail.type
         self.param = None if detail.param is None else detail.param[:100]
         self.reason = detail.message[:200]

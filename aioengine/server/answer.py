@@ -7,14 +7,14 @@ import contextlib
 import math
 import time
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
 from aioengine.errors import ConfigError, DeadlineExceeded, RequestInvalid
-from aioengine.metrics.page.plumbing import Scope, departure_of, disconnected, respond
+from aioengine.metrics.page.plumbing import Scope, Send, departure_of, disconnected, respond
 from aioengine.request import RequestKeywords, SamplingParams, for_choice
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.text_work import SHORT
@@ -25,7 +25,6 @@ from aioengine.server.openai.api import GenerationFields, Usage
 from aioengine.server.openai.form import Form
 from aioengine.server.openai.replies import Reply, StreamReply
 from aioengine.server.transport.body import BoundedBody
-from aioengine.server.transport.sender import Sender, unless
 from aioengine.tasks import end_tasks, together
 
 T = TypeVar("T")
@@ -61,7 +60,6 @@ class Answer:
         params: Those of the first choice; without a seed it gets one.
         form: What the choices must conform to.
         prefix: Beginning of the answer's id.
-        clock: Returns the time in seconds. The deadline counts from now on.
     """
 
     reply: Reply
@@ -77,13 +75,11 @@ class Answer:
         form: Form | None = None,
         *,
         prefix: str,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         context, record = call.context, call.record
         self.prompts = prompts
         self._engine, self._context, self._record = context.engine, context, record
         self._form = form
-        self._clock, self._began = clock, clock()
         self._is_stream, self._with_ids = bool(fields.stream), bool(fields.return_token_ids)
         self.seed = next(context.seeds) if params.seed is None else params.seed
         """Seed of the first choice; those of the others follow from it."""
@@ -91,10 +87,9 @@ class Answer:
         choices = range(fields.n or 1)
         self._params = [for_choice(params, choice) for _ in prompts for choice in choices]
         self._prompts = [prompt for prompt in prompts for _ in choices]
-        id_ = f"{prefix}{context.new_id()}"
-        self._ids = [id_] if len(self) == 1 else [f"{id_}-{index}" for index in range(len(self))]
+        self._id = f"{prefix}{context.new_id()}"
         # The engine's is its own, even where another request has chosen the same id.
-        self.id = id_ if fields.request_id is None else f"{prefix}{fields.request_id}"
+        self.id = self._id if fields.request_id is None else f"{prefix}{fields.request_id}"
         self._tenant, self._deadline = _of_shares(record, len(self)), context.settings.request_timeout
         self._options: RequestKeywords = {
             "adapter": call.wanted_adapter(fields),
@@ -102,11 +97,8 @@ class Answer:
             "tenant": self._tenant,
             "cache_salt": context.cache_salt(record.tenant, fields.cache_salt),
         }
-        self._last: list[RequestOutput | None] = [None] * len(self)
-        self._so_far: dict[int, SoFar] = {}
-        """Functions that return the outputs so far of choices whose ends are waited for."""
-        self._has_waited = form is not None or len(self) > 1
-        """Whether a choice does not begin at once."""
+        self._so_far: list[SoFar] = [lambda: None] * len(self)
+        """Return what there is of each choice so far."""
         self._room = asyncio.Semaphore(self._at_once()) if len(self) > 1 else None
         self._beginning = asyncio.Lock()
         self._held = 0
@@ -155,6 +147,8 @@ class Answer:
         """Yield the outputs of one choice, and how many log-probabilities and other numbers are new in each.
         Closing it aborts the engine's request. Raises what the engine raises."""
         numbers, params = self._prompt_scores(index) + self._written_ids(index), self._params[index]
+        newest: RequestOutput | None = None
+        self._so_far[index] = lambda: newest
         async with self._begun(index) as keywords:
             stream = self._engine.generate(self._prompts[index], params, **keywords)
             async with contextlib.aclosing(stream) as outputs:
@@ -165,7 +159,7 @@ class Answer:
                         # A list takes four times as much.
                         output.pooled = cast("list[float]", array("d", output.pooled))
                     self._hold(more)
-                    self._last[index] = output
+                    newest = output
                     yield output, numbers + more
                     numbers = 0
 
@@ -179,43 +173,32 @@ class Answer:
             async for output, _ in self.outputs(index):
                 found = output
             return found
-        so_far = self._so_far
 
-        def follow(output: SoFar) -> None:
-            so_far[index] = output
+        def follow(so_far: SoFar) -> None:
+            self._so_far[index] = so_far
 
         async with self._begun(index) as keywords:
-            try:
-                found = self._last[index] = await self._engine.complete(
-                    self._prompts[index], params, follow=follow, **keywords
-                )
-                return found
-            except BaseException:
-                if index in so_far:
-                    self._last[index] = so_far[index]()
-                raise
-            finally:
-                so_far.pop(index, None)
+            return await self._engine.complete(self._prompts[index], params, follow=follow, **keywords)
 
     @contextlib.asynccontextmanager
     async def _begun(self, index: int) -> AsyncIterator[RequestKeywords]:
-        """Context of a choice, from its turn to its end. Yields its keywords: the engine counts a deadline
-        from now on, so the time that the choice has waited is taken off."""
+        """Context of a choice, from its turn to its end. Yields its keywords."""
         async with contextlib.nullcontext() if self._room is None else self._room:
             if self._room is not None:
                 async with self._beginning:
                     await asyncio.sleep(0)  # one begins in each pass of the loop: there may be hundreds
-            deadline = self._time_left() if self._has_waited else self._deadline
+            id_ = self._id if len(self) == 1 else f"{self._id}-{index}"
             try:
-                yield {**self._options, "deadline": deadline, "request_id": self._ids[index]}
+                yield {**self._options, "deadline": self._time_left(), "request_id": id_}
             finally:
-                self._note_end(self._last[index])
+                self._note_end(self._so_far[index]())
 
     def _time_left(self) -> float | None:
-        """Return the seconds until the deadline; a moment once it has passed, so that the engine says it."""
+        """Return the seconds until the deadline, which counts from the request's arrival; a moment once it
+        has passed, so that the engine says it."""
         if self._deadline is None:
             return None
-        return max(0.001, self._began + self._deadline - self._clock())
+        return max(0.001, self._record.started + self._deadline - time.perf_counter())
 
     # Log-probabilities and vectors
 
@@ -240,8 +223,7 @@ class Answer:
     def _hold(self, more: int) -> None:
         if more and not self._context.numbers.take(self._tenant, more):
             text = "too many log-probabilities or vectors are being computed; try again later"
-            later = self._context.settings.retry_after
-            raise ApiError(429, text, code="engine_overloaded", retry_after=later)
+            raise ApiError(429, text, code="engine_overloaded")
         self._held += more
 
     def _prompt_scores(self, index: int) -> int:
@@ -263,28 +245,26 @@ class Answer:
 
     # What is sent
 
-    async def __call__(self, scope: Scope, body: BoundedBody, send: Sender) -> None:
+    async def __call__(self, scope: Scope, body: BoundedBody, send: Send) -> None:
         """Answer as an ASGI application. Raises what fails before anything is sent."""
-        work = self._answer(body, send)
         departure = departure_of(scope)
         gone = departure or asyncio.ensure_future(disconnected(body))
         try:
             with self._numbers_held():
-                await unless(work, gone)
+                await _unless(self._answer(body, send), gone)
         except Exception as error:
-            if not send.started:
+            if not self._record.status:  # nothing has been sent
                 raise
-            api_error = self._record.refused_by(error, self._context.settings)
+            api_error = self._record.refused_by(error, self._context.settings.reword)
             self._record.status = api_error.status
             if not isinstance(error, ClientDisconnected):
                 with contextlib.suppress(ClientDisconnected):
                     await self._send(send, self._streamed.failure(api_error), last=True)
         finally:
-            work.close()  # nothing has begun if there are too many log-probabilities
             if departure is None:
                 await end_tasks([gone])
 
-    async def _answer(self, body: BoundedBody, send: Sender) -> None:
+    async def _answer(self, body: BoundedBody, send: Send) -> None:
         await self.prepare()
         body.release(self.kept)  # it has become tokens
         if self._is_stream:
@@ -305,7 +285,7 @@ class Answer:
         assert isinstance(self.reply, StreamReply), "only some endpoints have streams"
         return self.reply
 
-    async def _stream(self, index: int, send: Sender, writing: asyncio.Lock) -> None:
+    async def _stream(self, index: int, send: Send, writing: asyncio.Lock) -> None:
         async with contextlib.aclosing(self.outputs(index)) as outputs:
             async for output, numbers in outputs:
                 events = await self._formed(numbers, partial(self._streamed.events, index, output))
@@ -313,8 +293,8 @@ class Answer:
                     async with writing:
                         await self._send(send, events)
 
-    async def _send(self, send: Sender, body: bytes, *, last: bool = False) -> None:
-        if not send.started:
+    async def _send(self, send: Send, body: bytes, *, last: bool = False) -> None:
+        if not self._record.status:
             await send({"type": "http.response.start", "status": 200, "headers": _EVENT_HEADERS})
         await send({"type": "http.response.body", "body": body, "more_body": not last})
 
@@ -323,15 +303,13 @@ class Answer:
     @property
     def usage(self) -> Usage:
         """Sum the usage. A prompt counts once, however many choices it has."""
-        prompt = sum(map(len, self.prompts))
-        completion = sum(output.output_tokens for output in self._last if output is not None)
-        firsts = self._last[:: len(self) // len(self.prompts)]
+        found = [so_far() for so_far in self._so_far]
+        firsts = found[:: len(self) // len(self.prompts)]
         cached = sum(output.cached_tokens for output in firsts if output is not None)
-        return Usage.of(prompt, completion, cached)
+        return Usage.of(sum(map(len, self.prompts)), _tokens_of(found), cached)
 
     def _output_tokens(self) -> int:
-        now = (output() for output in list(self._so_far.values()))  # another thread may ask
-        return sum(output.output_tokens for output in (*self._last, *now) if output is not None)
+        return _tokens_of([so_far() for so_far in self._so_far])
 
     def _note_end(self, output: RequestOutput | None) -> None:
         """Note a choice's end. It costs the same however many choices there are."""
@@ -346,6 +324,10 @@ class Answer:
             record.finish_reason = ",".join(sorted(reasons))
 
 
+def _tokens_of(outputs: Iterable[RequestOutput | None]) -> int:
+    return sum(output.output_tokens for output in outputs if output is not None)
+
+
 def _of_shares(record: RequestRecord, choices: int) -> str | None:
     """Return the owner whose shares a request's choices count on.
 
@@ -353,3 +335,24 @@ def _of_shares(record: RequestRecord, choices: int) -> str | None:
     separate owner, so that a single request does not wait for hundreds of choices.
     """
     return f"{record.owner}, several choices" if record.tenant is None and choices > 1 else record.owner
+
+
+async def _unless(work: Coroutine[Any, Any, T], gone: asyncio.Future[None]) -> T:
+    """Return the result of ``work``, unless the client is ``gone`` first: then ``work`` is cancelled, and
+    ClientDisconnected is raised."""
+    limit = asyncio.timeout(None)  # so that the work needs no task of its own
+
+    def end(_: asyncio.Future[None]) -> None:
+        with contextlib.suppress(RuntimeError):  # it has ended in the same pass of the loop
+            limit.reschedule(0)
+
+    gone.add_done_callback(end)
+    try:
+        async with limit:
+            return await work
+    except TimeoutError:
+        if limit.expired():
+            raise ClientDisconnected from None
+        raise
+    finally:
+        gone.remove_done_callback(end)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -17,7 +18,17 @@ from starlette.types import ASGIApp
 from aioengine.adapters.read_threads import SharedRead
 from aioengine.errors import EngineStopped
 from aioengine.metrics.asgi import metrics_app
-from aioengine.metrics.page.plumbing import Receive, Scope, Send, answer_no_http, below_mount, respond
+from aioengine.metrics.page.plumbing import (
+    PART_BYTES,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    answer_no_http,
+    below_mount,
+    in_parts,
+    respond,
+)
 from aioengine.metrics.starting import starting_metrics
 from aioengine.runtime.client import EngineClient
 from aioengine.server.access.gate import Gate
@@ -27,7 +38,6 @@ from aioengine.server.context import Context
 from aioengine.server.errors import ApiError, ClientDisconnected
 from aioengine.server.routes import METRICS, OPEN, ROUTES, Endpoint, make_document
 from aioengine.server.settings import ServerSettings
-from aioengine.server.transport.sender import Sender
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -73,8 +83,6 @@ class ServerApp:
             from aioengine.metrics.remote_spans import HttpSpans
 
             self._spans = HttpSpans(tracer_provider)
-        self._tells_active = False
-        """Whether the metrics know where to ask for ``active``."""
 
     @property
     def active(self) -> int:
@@ -99,15 +107,12 @@ class ServerApp:
 
     def open(self) -> None:
         """Start to watch the keys file; the first request does so too. Needs a running loop."""
-        self._gate.watch()
-        if self._tells_active:
-            return
         with contextlib.suppress(EngineStopped):  # not started yet: the next request does it
             http = self.context.engine.metrics.http
             http.active = lambda: self.active
+            self._gate.watch()
             if (keys := self._gate.keys_file) is not None:
                 http.loaded["keys"] = lambda: keys.good
-            self._tells_active = True
 
     def close(self) -> None:
         """End the live page's streams, which a server that shuts down would wait for."""
@@ -134,7 +139,7 @@ class ServerApp:
     async def _answer_noted(
         self, path: str, record: RequestRecord, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        sender = Sender(send, scope, record, self.unread)
+        sender = _Sender(send, scope, record, self.unread)
         try:
             self._gate.check_site(scope, is_probe=path in _PROBES)
             if path not in _PROBES:
@@ -148,7 +153,7 @@ class ServerApp:
             raise
         except Exception as error:
             refused = self._refused(error, record, path)
-            if not sender.started:
+            if not record.status:
                 with contextlib.suppress(ClientDisconnected):
                     await respond(sender, refused.status, refused.headers, refused.body_for(path))
             elif isinstance(error, ClientDisconnected):
@@ -168,12 +173,65 @@ class ServerApp:
 
     def _refused(self, error: Exception, record: RequestRecord, path: str) -> ApiError:
         if isinstance(error, HTTPException):  # of the routes
-            if error.status_code == 404:
-                error = ApiError(404, f"there is no {path[:200]}; see /docs/openapi.json", code="not_found")
-            else:
-                text = f"{record.method} is not allowed for {path[:200]}"
-                error = ApiError(error.status_code, text, code="method_not_allowed")
-        return record.refused_by(error, self.context.settings)
+            text, code = f"there is no {path[:200]}; see /docs/openapi.json", "not_found"
+            if error.status_code != 404:
+                text, code = f"{record.method} is not allowed for {path[:200]}", "method_not_allowed"
+            error = ApiError(error.status_code, text, code=code)
+        return record.refused_by(error, self.context.settings.reword)
+
+
+class _Sender:
+    """An ASGI ``send`` for one request: it adds headers, leaves out the body for HEAD, and sends large
+    answers in parts, if there is room for them among those that are being sent.
+
+    Raises ClientDisconnected for a client that has gone, and ApiError for an answer that is too large or
+    finds no room: then nothing has been sent.
+    """
+
+    def __init__(self, send: Send, scope: Scope, record: RequestRecord, unread: Shares) -> None:
+        self._send, self._scope, self._record = send, scope, record
+        self._unread, self._held = unread, 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._hold(message["headers"])
+            self._record.status = message["status"]
+            message = {**message, "headers": self._headers(message["headers"])}
+        elif self._scope["method"] == "HEAD":
+            message = {**message, "body": b""}
+        try:
+            for part in in_parts(message):
+                await self._send(part)
+        except OSError as error:  # it went away in the middle of a message
+            raise ClientDisconnected from error
+
+    def close(self) -> None:
+        """Count the answer no longer."""
+        if self._held:
+            self._unread.give_back(self._record.owner, self._held)
+
+    def _hold(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        size = next((int(value) for name, value in headers if name == b"content-length"), 0)
+        if size <= PART_BYTES:
+            return
+        if size > self._unread.most:
+            text = f"the answer has {size} bytes, and may have {self._unread.most}: ask for fewer "
+            text += "log-probabilities, choices or tokens, or for a stream"
+            raise ApiError(400, text, code="answer_too_large")
+        if not self._unread.take(self._record.owner, size, alone=size):
+            text = "answers of yours, or of others, wait to be read, and leave no room for this one"
+            raise ApiError(503, f"{text}; try again later", code="overloaded")
+        self._held = size
+
+    def _headers(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        record = self._record
+        found = [*headers, (b"x-request-id", record.request_id.encode())]
+        if record.not_enforced is not None:
+            found.append((b"x-not-enforced", record.not_enforced.encode("ascii", "replace")))
+        # A client that asks first and is refused sends no body: its next request could be mistaken for it.
+        if record.status >= 400 and any(name == b"expect" for name, _ in self._scope["headers"]):
+            found.append((b"connection", b"close"))
+        return found
 
 
 class Entrance:

@@ -8,9 +8,12 @@ import contextlib
 import logging
 import random
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sized
 from functools import cached_property
+from hashlib import blake2b
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -22,13 +25,12 @@ from aioengine.guided import Guide
 from aioengine.metrics.page.plumbing import Receive, Scope
 from aioengine.request import Wanted
 from aioengine.runtime.client import EngineClient
-from aioengine.runtime.text_work import EACH, SHORT
+from aioengine.runtime.text_work import EACH
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.bounds import BODIES, NUMBERS, UPLOADS, Shares
 from aioengine.server.errors import ApiError, invalid, model_not_found
-from aioengine.server.openai.api import ModelFields
-from aioengine.server.openai.form import AnswerFormats
-from aioengine.server.openai.sampling import SamplingDefaults, drawn_seeds, read_sampling_defaults
+from aioengine.server.formats.calls import AnswerFormats
+from aioengine.server.openai.api import ModelFields, SamplingDefaults, read_sampling_defaults
 from aioengine.server.settings import ServerSettings
 from aioengine.server.transport.body import JsonDecoder
 
@@ -67,9 +69,9 @@ class Context:
         self.decoder = JsonDecoder(ignores_unknown=settings.ignore_unknown_fields)
         self.draining = False
         """Whether new requests are refused; set by whoever runs the server."""
-        self.seeds = drawn_seeds((engine.config.seed or None) if settings.seed is None else settings.seed)
+        self.seeds = _drawn_seeds((engine.config.seed or None) if settings.seed is None else settings.seed)
         self._draw = random.Random().getrandbits  # SystemRandom releases the GIL at each call
-        self._defaults: SamplingDefaults | None = None
+        self.defaults = SharedRead("aioengine-defaults", self._read_defaults)
 
     def change(self, settings: ServerSettings) -> None:
         """Use other settings from now on."""
@@ -94,17 +96,14 @@ class Context:
         """Return a new id, which is unique but no secret."""
         return f"{self._draw(128):032x}"
 
-    async def defaults(self) -> SamplingDefaults:
-        """Default sampling parameters. They are read once and logged. Raises ConfigError if they are not
-        valid."""
-        if self._defaults is None:
-            folder = self.engine.model_path if self.settings.generation_config == "auto" else None
-            self._defaults = await self.engine.text_work.run(
-                SHORT + 1, lambda: read_sampling_defaults(folder)
-            )
-            given = " ".join(f"{name}={value:g}" for name, value in self._defaults.given().items())
-            logger.info("defaults of requests, from generation_config.json: %s", given or "none")
-        return self._defaults
+    def _read_defaults(self) -> SamplingDefaults:
+        """Read and log the default sampling parameters. Raises ConfigError if they are not valid."""
+        found = read_sampling_defaults(
+            self.engine.model_path if self.settings.generation_config == "auto" else None
+        )
+        given = " ".join(f"{name}={value:g}" for name, value in msgspec.to_builtins(found).items())
+        logger.info("defaults of requests, from generation_config.json: %s", given or "none")
+        return found
 
     @property
     def stuck(self) -> bool:
@@ -221,3 +220,12 @@ async def listing(call: Call, found: Sized, make: Callable[[], object]) -> Sent:
     in turns with other requests."""
     work = call.context.engine.text_work
     return await work.run(EACH * len(found), lambda: sent(make()), call.record.owner)
+
+
+def _drawn_seeds(seed: int | None) -> Iterator[int]:
+    """Draw the seeds of requests that have none from ``seed``; None: from a random one. Who knows some of
+    them, but not ``seed``, cannot tell others."""
+    key = secrets.token_bytes(16) if seed is None else seed.to_bytes(8, "big")
+    for number in count():
+        digest = blake2b(number.to_bytes(8, "big"), key=key, digest_size=8).digest()
+        yield int.from_bytes(digest, "big") >> 1

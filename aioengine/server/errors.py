@@ -9,7 +9,6 @@ from typing import TypeVar
 import msgspec
 
 from aioengine import errors
-from aioengine.server.settings import ServerSettings
 
 logger = logging.getLogger("aioengine.server")
 
@@ -52,7 +51,7 @@ class ApiError(Exception):
     """A request that is refused.
 
     Args:
-        retry_after: Seconds after which it may be sent again.
+        retry_after: Seconds after which it may be sent again; by default 1 for 429 and 503.
         retry: False tells OpenAI's client not to retry by itself, as it does on 5xx.
         close: The connection is closed, too.
         challenge: Value of ``WWW-Authenticate``.
@@ -72,6 +71,8 @@ class ApiError(Exception):
     ) -> None:
         message = _shortened(message)
         super().__init__(message)
+        if retry_after is None and retry and status in (429, 503):
+            retry_after = 1
         self.status, self.retry_after = status, retry_after
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.detail = ErrorDetail(message=message, type=kind, param=param, code=code)
@@ -172,25 +173,21 @@ _KINDS: dict[type[BaseException], tuple[int, str | None]] = {
 """Status and code of the engine's errors; the first that fits holds."""
 
 
-def to_api_error(
-    error: BaseException, settings: ServerSettings, named_in: str = "model", *, may_load: bool = True
-) -> ApiError:
+def to_api_error(error: BaseException, named_in: str = "model", *, may_load: bool = True) -> ApiError:
     """Convert an exception to the client's error; internal errors are logged. ``named_in`` is the field of
     the body that names the adapters. Only clients that may load adapters are told why a file cannot be
     read."""
     if isinstance(error, ApiError):
         return error
-    found = _api_error(error, settings.retry_after)
+    found = _api_error(error)
     if isinstance(error, errors.AdapterError) and found.detail.param == "model":
         found.detail.param = named_in
     if isinstance(error, errors.AdapterLoadError) and not may_load:
         found.detail.message = f"adapter {error.name!r} cannot be loaded; the server's log says why"
-    if settings.reword is not None and isinstance(error, errors.AioEngineError):
-        found.detail.message = settings.reword(found.detail.message)
     return found
 
 
-def _api_error(error: BaseException, retry_after: int) -> ApiError:
+def _api_error(error: BaseException) -> ApiError:
     match error:
         case ClientDisconnected():
             return ApiError(499, "the client closed the connection")
@@ -209,8 +206,7 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
             text = f"adapter {error.name!r}: {without_places(error.reason)}"
             if not isinstance(error, errors.AdapterLoadError):
                 return ApiError(400, text, param="model", code="adapter_invalid")
-            later, again = retry_after if error.transient else None, error.transient
-            return ApiError(503, text, code="adapter_load_error", retry_after=later, retry=again)
+            return ApiError(503, text, code="adapter_load_error", retry=error.transient)
     known = next((kind for type_, kind in _KINDS.items() if isinstance(error, type_)), None)
     if known is None:
         logger.error("a request failed unexpectedly", exc_info=error)
@@ -220,9 +216,7 @@ def _api_error(error: BaseException, retry_after: int) -> ApiError:
     message = "the engine has failed" if isinstance(error, errors.EngineDead) else str(error)
     if isinstance(error, errors.EngineOverloaded) and error.bound is not None:
         message = f"{_OVERLOADED[error.bound]}; try again later"
-    later = retry_after if status in (429, 503) else None
-    param = named[1] if named else None
-    return ApiError(status, message, param=param, code=code, retry_after=later, retry=status != 504)
+    return ApiError(status, message, param=named[1] if named else None, code=code, retry=status != 504)
 
 
 def without_places(text: str) -> str:

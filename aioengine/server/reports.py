@@ -11,7 +11,6 @@ from starlette.types import ASGIApp
 
 from aioengine import __version__
 from aioengine.info import AdapterInfo, EngineStats
-from aioengine.metrics.page.plumbing import Receive, Scope, Send
 from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Call, Sent, listing, sent
 from aioengine.server.errors import model_not_found
@@ -118,13 +117,11 @@ class OpenRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """HTTP status; 0 if nothing has been sent yet."""
 
 
-_SAME = ("request_id", "route", "tenant", "adapter", "stream", "prompt_tokens", "status")
-
-
 def _open_request(record: RequestRecord) -> OpenRequest:
-    same = {name: getattr(record, name) for name in _SAME}
-    seconds = round(time.perf_counter() - record.started, 3)
-    return OpenRequest(**same, seconds=seconds, output_tokens=record.so_far())
+    fields = {name: getattr(record, name) for name in OpenRequest.__struct_fields__}
+    fields["seconds"] = round(time.perf_counter() - record.started, 3)
+    fields["output_tokens"] = record.so_far()
+    return OpenRequest(**fields)
 
 
 class Now(msgspec.Struct, kw_only=True):
@@ -172,8 +169,5 @@ async def openapi(call: Call) -> Annotated[Sent, dict[str, Any]]:
 async def page(call: Call) -> ASGIApp:
     """Metrics, and the live page."""
 
-    async def below_mount(scope: Scope, receive: Receive, send: Send) -> None:
-        # Not the scope in which the route was found: the page's own URLs are below the mount point.
-        await call.context.page(scope["state"]["outer"], receive, send)
-
-    return below_mount
+    # Not in the scope in which the route was found: the page's own URLs are below the mount point.
+    return lambda scope, receive, send: call.context.page(scope["state"]["outer"], receive, send)

@@ -14,6 +14,7 @@ import uvicorn
 
 from aioengine.errors import ConfigError
 from aioengine.server.app import Entrance, ServerApp
+from aioengine.server.bounds import CONNECTIONS, Shares, Turns
 from aioengine.server.settings import ListenSettings as ListenSettings
 from aioengine.server.transport.protocol import BoundedProtocol, Limits
 from aioengine.server.transport.tls import TlsListener
@@ -28,105 +29,71 @@ socket. With a single socket, a client waits for seconds while others connect ag
 FLUSH_SECONDS = 5
 
 
-class _Server(uvicorn.Server):
-    """uvicorn with connections that are bounded, and with TLS. Signals are the application's around it."""
-
-    def __init__(self, config: uvicorn.Config, settings: ListenSettings, limits: Limits) -> None:
-        super().__init__(config)
-        self._settings, self._limits = settings, limits
-        self.listens = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup([])
-        tls, loop = self._settings.tls, asyncio.get_running_loop()
-        for bound in sockets or []:
-            if tls is None:
-                server: Any = await loop.create_server(self._protocol, sock=bound, backlog=_BACKLOG)
-                self.servers.append(server)
-            elif not self.servers:
-                bound.listen(_BACKLOG)
-                server = TlsListener(bound, tls.context, self._protocol, self._settings.header_timeout)
-                self.servers.append(server)
-        self.listens.set()
-
-    def _protocol(self) -> BoundedProtocol:
-        state = self.lifespan.state
-        return BoundedProtocol(
-            self._limits, config=self.config, server_state=self.server_state, app_state=state
-        )
-
-
 def bind(settings: ListenSettings) -> socket.socket:
-    """Bind the port; connections are refused until something listens on it. Raises ConfigError."""
+    """Listen on the port: connections wait until somebody accepts them. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # Where the protocol is 0, asyncio leaves Nagle's algorithm on, and answers wait for the client's ACK.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((settings.host, settings.port))
+        bound.listen(_BACKLOG)  # fails if another process does so, which may have bound the port, too
     except (OSError, OverflowError) as error:
         bound.close()
-        raise _cannot_listen(settings, error) from error
+        place, why = f"{settings.host} port {settings.port}", str(error).rstrip(".")
+        raise ConfigError(f"cannot listen on {place}: {why}; choose another host or port") from error
     return bound
 
 
-def _cannot_listen(settings: ListenSettings, error: BaseException) -> ConfigError:
-    why = str(error).rstrip(".")
-    return ConfigError(
-        f"cannot listen on {settings.host} port {settings.port}: {why}; choose another host or port"
-    )
-
-
 @contextlib.asynccontextmanager
-async def listening(
-    app: ServerApp | Entrance, settings: ListenSettings, bound: socket.socket | None = None
-) -> AsyncIterator[str]:
+async def listening(app: ServerApp | Entrance, settings: ListenSettings) -> AsyncIterator[str]:
     """Serve ``app`` on this loop while the context lasts; yields the URL, without a final slash.
 
-    Leaves signals and logging alone. At the end connections are closed, and open answers are cut off.
-    ``bound`` is a socket of :func:`bind`; it is closed at the end. Raises ConfigError if the port is not
-    available.
+    Leaves signals and logging alone. At the end connections are closed, and open answers are cut off. Raises
+    ConfigError if the port is not available.
     """
+    config = uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # any number of seconds will do
+    )
+    config.load()
+    server, loop, tls = uvicorn.Server(config), asyncio.get_running_loop(), settings.tls
+    server.lifespan, server.servers = config.lifespan_class(config), []
+    connections = Shares(CONNECTIONS._replace(most=settings.max_connections))
+    turns = Turns(lambda: app.active > 0, loop)
+    limits = Limits(connections, turns, settings.header_timeout, settings.send_timeout)
+
+    def protocol() -> BoundedProtocol:
+        return BoundedProtocol(limits, config=config, server_state=server.server_state, app_state={})
+
     with contextlib.ExitStack() as sockets:
-        bound = sockets.enter_context(bind(settings) if bound is None else bound)
-        same = [sockets.enter_context(bound.dup()) for _ in range(_ACCEPTS - 1)]
-        config = uvicorn.Config(
-            app,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=bool(settings.trusted_proxies),
-            forwarded_allow_ips=list(settings.trusted_proxies),
-            timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # any number of seconds will do
-        )
-        timeouts = settings.header_timeout, settings.send_timeout
-        limits = Limits(settings.max_connections, *timeouts, is_busy=lambda: app.active > 0)
-        server = _Server(config, settings, limits)
-        task = asyncio.get_running_loop().create_task(
-            server.serve(sockets=[bound, *same]), name="aioengine-http"
-        )
-        port = bound.getsockname()[1]
-        listens = asyncio.ensure_future(server.listens.wait())
+        bound = sockets.enter_context(bind(settings))
+        listener: Any  # what has ``close`` and ``wait_closed``
+        ticking = loop.create_task(server.main_loop(), name="aioengine-http")
         try:
-            await asyncio.wait({task, listens}, return_when=asyncio.FIRST_COMPLETED)
-            error = task.exception() if task.done() else None
-            if error is not None:  # another process listened first, after both had bound the port
-                raise _cannot_listen(settings, error) from error
-            yield f"{settings.url}:{port}"
+            if tls is not None:
+                listener = TlsListener(bound, tls.context, protocol, settings.header_timeout)
+                server.servers.append(listener)
+            else:
+                for _ in range(_ACCEPTS):
+                    same = sockets.enter_context(bound.dup())
+                    listener = await loop.create_server(protocol, sock=same, backlog=_BACKLOG)
+                    server.servers.append(listener)
+            yield f"{settings.url}:{bound.getsockname()[1]}"
         finally:
-            listens.cancel()
             app.close()
             # Answers that are complete may still be on their way to clients that read slowly.
             config.timeout_graceful_shutdown = 1 if app.active else FLUSH_SECONDS
             server.should_exit = True
-            with contextlib.suppress(OSError):
-                await task
+            await ticking
+            await server.shutdown([bound])
 
 
 class Signals:
@@ -139,9 +106,10 @@ class Signals:
         self.abort = asyncio.Event()
 
     @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handle SIGTERM and SIGINT. While a server starts nothing is to be drained, and they end it."""
-        loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+    def handled(self, *numbers: signal.Signals) -> Iterator[None]:
+        """Handle these, which otherwise end the process. While a server starts nothing is to be drained, and
+        SIGTERM and SIGINT may do so."""
+        loop = asyncio.get_running_loop()
         for number in numbers:
             loop.add_signal_handler(number, self._received, number)
         try:
@@ -150,17 +118,10 @@ class Signals:
             for number in numbers:
                 loop.remove_signal_handler(number)
 
-    @contextlib.contextmanager
-    def reload_handled(self) -> Iterator[None]:
-        """Handle SIGHUP, which otherwise ends the process."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
-        try:
-            yield
-        finally:
-            loop.remove_signal_handler(signal.SIGHUP)
-
     def _received(self, number: signal.Signals) -> None:
+        if number == signal.SIGHUP:
+            self.reload.set()
+            return
         first = not self.drain.is_set()
         logger.info("%s: %s", number.name, "draining" if first else "giving up")
         (self.drain if first else self.abort).set()

@@ -60,7 +60,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and ``max_tokens``; "none" is the
     API's own."""
     tool_call_parser: str = "auto"
-    """Format in which the model calls tools: hermes, llama3, mistral, gemma, harmony or none. "auto" is the
+    """Format in which the model calls tools: hermes, llama3, mistral, harmony or none. "auto" is the
     one that its chat template shows; "none" leaves calls in the text."""
     reasoning_parser: str = "auto"
     """Format of the model's reasoning: think, harmony or none. Answers have it in a field of its own; "auto"
@@ -78,8 +78,6 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Maximum seconds from arrival to the end of a generation; None, or as a flag 0: no bound."""
     read_timeout: AnySeconds = 30.0
     """Maximum seconds between two parts of a request's body."""
-    retry_after: Count = 1
-    """``Retry-After`` of answers 429 and 503, in seconds."""
     stuck_step_seconds: AnySeconds = 120.0
     """Seconds after which a step counts as stuck: /health then answers 503, and the watchdog is not fed."""
     reword: Callable[[str], str] | None = None
@@ -162,20 +160,20 @@ _LISTENING = {*ListenSettings.__struct_fields__} - {"tls", "trusted_proxies"}
 _LISTENING |= {"tls_cert", "tls_key", "trusted_proxy", "otlp_endpoint"}
 _LISTENING |= {"grace_seconds", "drain_delay", "keep_dead", "log_format"}
 """Fields that concern the process which listens, and not its answers."""
-_NOT_SAME = {"api_keys", "admin_keys", "keys_file", "schemas", "reword", "retry_after", "seed"}
-_NOT_SAME |= {"served_model_names", "allowed_hosts", "allow_origins", "request_timeout"}
-_SAME = tuple(name for name in ServerSettings.__struct_fields__ if name not in _NOT_SAME)
-"""Fields that ServerSettings has under the same name."""
-_SCHEMAS = {"open_objects": "open_objects", "any_whitespace": "any_whitespace", "lenient_schemas": "lenient"}
-"""Fields of SchemaOptions, by their names here."""
 _RENAMED = {
     "served_model_name": "served_model_names",
     "allowed_host": "allowed_hosts",
     "allow_origin": "allow_origins",
+    "keys": "keys_file",
+    "api_key": "api_keys",
+    "admin_key": "admin_keys",
 }
 """Fields of ServerSettings, by their names here."""
-_OTHERS = (*("keys", "request_timeout", "api_key", "admin_key"), *_RENAMED, *_SCHEMAS)
-SERVER_FIELDS = frozenset((*_LISTENING, *_SAME, *_OTHERS))
+_SCHEMAS = {"open_objects": "open_objects", "any_whitespace": "any_whitespace", "lenient_schemas": "lenient"}
+"""Fields of SchemaOptions, by their names here."""
+_SAME = {*ServerSettings.__struct_fields__} - {*_RENAMED.values(), "schemas", "reword", "seed"}
+"""Fields that ServerSettings has under the same name."""
+SERVER_FIELDS = frozenset((*_LISTENING, *_SAME, *_RENAMED, *_SCHEMAS))
 """Fields of the table: the flags of ``aioengine serve``, with underscores."""
 
 
@@ -198,25 +196,23 @@ def settings_from(values: Mapping[str, Any]) -> ServerSettings:
         if not isinstance(keys_file, (str, Path)):
             raise ConfigError(f"[server] keys={keys_file!r}: must be the path of a file")
         read_keys_file(Path(keys_file))
-    given = {name: values[name] for name in _SAME if name in values}
+    given = {_RENAMED.get(name, name): values[name] for name in (*_SAME, *_RENAMED) if name in values}
     given |= {
         "api_keys": _keys("api-key", values.get("api_key"), KEY_VARIABLE),
         "admin_keys": _keys("admin-key", values.get("admin_key"), ADMIN_KEY_VARIABLE),
         "keys_file": None if keys_file is None else str(keys_file),
         "schemas": {ours: values[name] for name, ours in _SCHEMAS.items() if name in values},
+        "request_timeout": values.get("request_timeout", ServerSettings().request_timeout) or None,
     }
     if not given["admin_keys"] and len(tenants := set(given["api_keys"].values())) > 1:
         raise ConfigError(
             f"--api-key: there are keys of {len(tenants)} tenants, each of which could replace the others' "
             "adapters: give --admin-key (only its key may change adapters), or --keys FILE"
         )
-    for field, ours in _RENAMED.items():
-        if (texts := values.get(field)) is not None:
-            given[ours] = [texts] if isinstance(texts, str) else texts
-    if "*" in given.get("allowed_hosts", ()):
-        del given["allowed_hosts"]
-    if "request_timeout" in values:
-        given["request_timeout"] = values["request_timeout"] or None
+    for name in ("served_model_names", "allowed_hosts", "allow_origins"):
+        texts = given.pop(name, None)
+        if texts is not None and (name != "allowed_hosts" or "*" not in texts):
+            given[name] = [texts] if isinstance(texts, str) else texts
     return from_plain(ServerSettings, given, "[server]", strict=False)
 
 

@@ -13,11 +13,11 @@ import pytest
 from msgspec import inspect
 from support.server_fixtures import MODEL, Serve
 
-from aioengine.server.messages.routes import CountRequest, MessagesRequest
+from aioengine.server.messages import CountRequest, MessagesRequest
 from aioengine.server.openai.adapters import LoadRequest, UnloadRequest
 from aioengine.server.openai.api import ChatRequest, CompletionRequest
 from aioengine.server.openai.tokens import DetokenizeRequest, TokenizeRequest
-from aioengine.server.responses.routes import ResponsesRequest
+from aioengine.server.responses import ResponsesRequest
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 REQUESTS: dict[str, tuple[type[msgspec.Struct], dict[str, Any]]] = {

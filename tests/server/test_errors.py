@@ -17,7 +17,6 @@ from support.server_fixtures import MODEL, Serve, served_by, until
 from aioengine.errors import AdapterLoadError, EngineOverloaded
 from aioengine.schedulers import Decision, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
-from aioengine.server import ServerSettings
 from aioengine.server.errors import to_api_error, without_places
 
 OK = {"model": MODEL, "prompt": "Hello", "max_tokens": 2}
@@ -290,7 +289,7 @@ async def test_refusing_fields_costs_little(serve: Serve, monkeypatch: pytest.Mo
 def test_messages_say_no_places(text: str, shown: str) -> None:
     assert without_places(text) == shown
     error = AdapterLoadError(text, name="a", path="/srv/secret")
-    assert shown in to_api_error(error, ServerSettings()).detail.message
+    assert shown in to_api_error(error).detail.message
 
 
 async def test_only_those_who_may_load_are_told_why_a_file_cannot_be_read(
@@ -314,5 +313,5 @@ async def test_only_those_who_may_load_are_told_why_a_file_cannot_be_read(
 
 def test_adapters_shut_out_by_pinned_ones_name_none_of_them() -> None:
     error = EngineOverloaded("adapter 'a' (/srv/a) cannot get a slot (secret); unpin one", bound="pinned")
-    found = to_api_error(error, ServerSettings())
+    found = to_api_error(error)
     assert found.status == 429 and "secret" not in found.detail.message and "/srv" not in found.detail.message

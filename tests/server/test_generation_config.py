@@ -16,8 +16,12 @@ from support.server_fixtures import MODEL, Served, served_by
 
 from aioengine import SamplingParams
 from aioengine.errors import ConfigError
-from aioengine.server.openai.api import GenerationFields
-from aioengine.server.openai.sampling import SamplingDefaults, read_sampling_defaults, sampling_params
+from aioengine.server.openai.api import (
+    GenerationFields,
+    SamplingDefaults,
+    read_sampling_defaults,
+    sampling_params,
+)
 
 PROMPT = "Hello, who"
 

@@ -110,7 +110,7 @@ async def test_two_that_load_one_name_do_not_learn_each_others_path(
         asked = [served.http.post("/v1/load_lora_adapter", json=load) for load in loads]
         answers = sorted(await asyncio.gather(*asked), key=lambda answer: answer.status_code)
         assert [answer.status_code for answer in answers] == [200, 400]
-        assert "'new' has already been loaded" in answers[1].text and "root" not in answers[1].text
+        assert "'new'" in answers[1].text and "root" not in answers[1].text
 
 
 async def test_names_have_a_bound(serve: Serve, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

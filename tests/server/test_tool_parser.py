@@ -42,7 +42,7 @@ Found = tuple[str, str, list[tuple[str, Any]]]
 
 def parse(parser: AnswerParser, pieces: Sequence[str]) -> Found:
     text, reasoning, calls = "", "", []
-    for parsed in (*map(parser.push, pieces), parser.finish()):
+    for parsed in (*map(parser.push, pieces), parser.push("", is_last=True)):
         text += parsed.text
         reasoning += parsed.reasoning
         calls += [(call.function.name, json.loads(call.function.arguments)) for call in parsed.calls]
@@ -51,7 +51,7 @@ def parse(parser: AnswerParser, pieces: Sequence[str]) -> Found:
 
 def parser(tools: str, reasoning: str = "none", *, single: bool = False, open_: bool = False) -> AnswerParser:
     formats = AnswerFormats.chosen(TEMPLATES.get(tools, ""), tools.partition(" ")[0], reasoning)
-    found = formats.free(NAMES, single=single, is_thinking=open_)
+    found = formats.parser(NAMES, single=single, is_thinking=open_)
     assert found is not None
     return found
 
@@ -120,7 +120,7 @@ def test_what_is_a_call(name: str, text: str, left: str | None, calls: list[tupl
 )
 def test_reasoning_comes_first(text: str, open_: bool, found: Found) -> None:
     assert parse(parser("hermes", "think", open_=open_), [text]) == found
-    without = AnswerFormats.chosen(None, "none", "think").free(frozenset(), single=False, is_thinking=open_)
+    without = AnswerFormats.chosen(None, "none", "think").parser(frozenset(), single=False, is_thinking=open_)
     assert without is not None and parse(without, [text])[0] == found[0]
 
 
@@ -219,8 +219,8 @@ def test_calls_that_are_held_to_a_familys_form_are_parsed(name: str) -> None:
     parameters = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]}
     tools = [Tool(function=Function(name=each, parameters=parameters)) for each in sorted(NAMES)]
     formats = AnswerFormats.chosen(TEMPLATES[name], "auto", "auto")
-    written = formats.written
-    assert written is not None
+    written, held = formats.written, formats.parser(NAMES, single=False, is_held=True)
+    assert held is not None
     wanted = [("f", {"x": '<}"</tool_call>;'}), ("g", {"x": ""})][: written.most]
     calls = [
         written.opening.format(each) + json.dumps(arguments, separators=(",", ":")) + written.closing
@@ -231,7 +231,7 @@ def test_calls_that_are_held_to_a_familys_form_are_parsed(name: str) -> None:
     assert (
         takes(grammar, text) and not takes(grammar, "text") and not takes(grammar, text.replace('"x"', '"y"'))
     )
-    assert parse(formats.held(NAMES, single=False), list(text)) == ("", "", wanted)
+    assert parse(held, list(text)) == ("", "", wanted)
     if written.most > 1:
         alone, _ = plan_tools(tools, "required").grammar(SchemaOptions(), written, {})
         assert not takes(alone, text) and takes(alone, written.begin + calls[0] + written.end)
@@ -254,13 +254,10 @@ def test_arguments_are_passed_on_as_they_are_written(name: str, number: str, tex
     written = f'{{ "x": {number},\n"y" : {json.dumps(text)} }}'
     expected = f'{{"x":{number},"y":{json.dumps(text)}}}'
     formats = AnswerFormats.chosen(TEMPLATES.get(name), "auto", "auto")
-    form = formats.required
+    form = formats.written
     answer = form.begin + form.opening.format("f") + written + form.closing + form.end
-    parsers = [formats.held(NAMES, single=True)]
-    if formats.tools is not None:
-        free = formats.free(NAMES, single=True, is_thinking=False)
-        assert free is not None
-        parsers.append(free)
-    for parser in parsers:
-        calls = [*parser.push(answer).calls, *parser.finish().calls]
+    for is_held in (True, False) if formats.tools is not None else (True,):
+        parser = formats.parser(NAMES, single=True, is_held=is_held)
+        assert parser is not None
+        calls = [*parser.push(answer).calls, *parser.push("", is_last=True).calls]
         assert [(call.function.name, call.function.arguments) for call in calls] == [("f", expected)]

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from aioengine.server.transport.turns import PATIENCE, PER_PASS, Turns
+from aioengine.server.bounds import PATIENCE, PER_PASS, Turns
 
 COST = 0.0005
 """Seconds that a turn takes, with the answer that it leads to."""

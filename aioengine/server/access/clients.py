@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import fnmatch
 import hashlib
 import math
@@ -188,18 +189,14 @@ def presented_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     """Return the key that a request has: as ``Authorization: Bearer KEY``; as ``x-api-key: KEY``, which is
     what Anthropic's clients send; or as the password of Basic, which is what a browser can send for the live
     page."""
-    found: bytes | None = None
-    for name, value in headers:
-        if name.lower() == b"authorization":
-            scheme, _, rest = value.strip().partition(b" ")
-            if scheme.lower() == b"bearer":
-                return rest.strip() or None
-            if scheme.lower() != b"basic":
-                return None
-            try:
+    values = {name.lower(): value.strip() for name, value in headers}
+    scheme, _, rest = values.get(b"authorization", b"").partition(b" ")
+    match scheme.lower():
+        case b"":
+            return values.get(b"x-api-key") or None
+        case b"bearer":
+            return rest.strip() or None
+        case b"basic":
+            with contextlib.suppress(binascii.Error):
                 return base64.b64decode(rest.strip(), validate=True).partition(b":")[2] or None
-            except binascii.Error:
-                return None
-        if name.lower() == b"x-api-key":
-            found = value.strip() or None
-    return found
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import math
@@ -14,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 
-from aioengine.errors import EngineStopped
 from aioengine.metrics.page.plumbing import Scope as HttpScope
 from aioengine.runtime.client import Usage
 from aioengine.server.access.clients import (
@@ -62,8 +60,9 @@ class Gate:
         self._refusals = Refusals()
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._origins = frozenset(origin.encode() for origin in settings.allow_origins)
-        self._secret = secrets.token_bytes(16)
-        self._pseudonym = functools.lru_cache(4096)(self._pseudonym_of)
+        hashed = functools.partial(blake2b, key=secrets.token_bytes(16), digest_size=6)
+        # In place of addresses, because readers of the metrics need not know those.
+        self._pseudonym = functools.lru_cache(4096)(lambda client: hashed(client.encode()).hexdigest())
         self._known: dict[str, Identity] = {}
         """Clients by the hashes of their keys."""
         self._anybody: Identity | None = None
@@ -72,7 +71,6 @@ class Gate:
         self._task: asyncio.Task[None] | None = None
         self.keys_file: KeysWatch | None = None
         """The watched keys file, if there is one."""
-        self._missing_scope_code = "insufficient_scope"
         if settings.keys_file is None:
             self._use_settings(settings)
         else:
@@ -85,11 +83,10 @@ class Gate:
 
     def watch(self) -> None:
         """Watch the keys file from now on until :meth:`close`, and pass on its bounds. Call before each
-        request."""
+        request. Raises EngineStopped if the engine has not started yet."""
         if self._new_bounds is not None:
-            with contextlib.suppress(EngineStopped):  # not started yet: the next request tries again
-                self._limit_waiting(self._new_bounds)
-                self._new_bounds = None
+            self._limit_waiting(self._new_bounds)
+            self._new_bounds = None
         if self.keys_file is not None and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self.keys_file.run(), name="aioengine-keys")
 
@@ -132,10 +129,6 @@ class Gate:
         record.identity, record.tenant = found, found.tenant
         record.owner = record.tenant or f"client-{self._pseudonym(_client_of(scope))}"
 
-    def _pseudonym_of(self, address: str) -> str:
-        """Return a pseudonym of an address, because readers of the metrics need not know the address."""
-        return blake2b(address.encode(), key=self._secret, digest_size=6).hexdigest()
-
     def admit(self, needed: Sequence[Scope], scope: HttpScope, record: RequestRecord) -> None:
         """Admit the request to a route. Raises ApiError if its key has none of the ``needed`` scopes, or has
         reached a limit: those of keys and tenants are on requests that need "generate"."""
@@ -146,7 +139,7 @@ class Gate:
                 text = f"A key with the scope {names} is needed. Send it as 'Authorization: Bearer KEY'."
                 raise self._refused(scope, record, text)
             text = f"this API key may not do that; use a key with the scope {names}"
-            raise ApiError(403, text, code=self._missing_scope_code)
+            raise ApiError(403, text, code="insufficient_scope")
         if needed == ("generate",) and identity.meters:
             record.admission = Admission(identity.meters, time.monotonic())
 
@@ -172,7 +165,6 @@ class Gate:
     def _use_settings(self, settings: ServerSettings) -> None:
         """Use keys from flags: admin keys have all scopes; other keys have "adapters" if there is no admin
         key."""
-        self._missing_scope_code = "admin_key_required"
         scopes = frozenset(SCOPES) - ({"admin", "adapters"} if settings.admin_keys else {"admin"})
         self._anybody = None if settings.api_keys else Identity(scopes=scopes)
         # A key that is both is an admin key.

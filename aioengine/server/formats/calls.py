@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.server.formats.source import (
     NO_MARKS,
+    AnswerParser,
     Marks,
     Reasoning,
     Source,
@@ -260,7 +262,7 @@ class ToolFormat(NamedTuple):
     shown_by: tuple[str, ...]
     """Texts in the chat template of a model that writes calls so."""
     written: Mapping[str, CallText]
-    """Form of calls, by a text in the chat template."""
+    """Form of calls, by a text in the chat template; the last one by none."""
     special: bool = True
     """Whether marks of the format are special tokens, which an answer's text otherwise leaves out."""
 
@@ -289,3 +291,60 @@ def check_name(field: str, name: str, known: Collection[str]) -> None:
     names = ["auto", "none", *known]
     if name not in names:
         raise ConfigError(f"{field}={name!r}: must be one of {', '.join(names)}{nearest(name, names)}")
+
+
+class AnswerFormats(NamedTuple):
+    """Formats of a model's answers."""
+
+    tools: str | None
+    reasoning: str | None
+    written: CallText = JSON_TEXT
+    """Form in which the model writes calls or, if that is not known, is made to write them."""
+    tokens: Mapping[str, int] = MappingProxyType({})
+    """Texts that are tokens of their own, and their ids."""
+
+    @classmethod
+    def chosen(
+        cls, chat_template: str | None, tools: str, reasoning: str, tokens: Mapping[str, int] | None = None
+    ) -> AnswerFormats:
+        """Choose formats by name. "auto" is the format that the chat template shows, "none" is none."""
+        template = chat_template or ""
+
+        def choose(name: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
+            if name == "auto":
+                shown = (own for own, texts in known.items() if all(text in template for text in texts))
+                return next(shown, None)
+            return None if name == "none" else name
+
+        tool = choose(tools, {name: known.shown_by for name, known in TOOLS.items()})
+        texts = {"": JSON_TEXT} if tool is None else TOOLS[tool].written
+        written = next(text for shown, text in texts.items() if shown in template)
+        return cls(tool, choose(reasoning, REASONING), written, tokens or {})
+
+    @property
+    def is_harmony(self) -> bool:
+        return "harmony" in (self.tools, self.reasoning)
+
+    def needs_special_tokens(self, with_tools: bool) -> bool:
+        """Whether an answer's text must have its special tokens."""
+        return self.is_harmony or (with_tools and self.tools is not None and TOOLS[self.tools].special)
+
+    def parser(
+        self, names: frozenset[str], *, single: bool, is_held: bool = False, is_thinking: bool = False
+    ) -> AnswerParser | None:
+        """Make a parser for an answer with calls of ``names``; None if there is nothing to look for.
+
+        ``is_held``: a grammar of :attr:`written` holds the answer to calls. ``is_thinking``: the prompt has
+        begun the model's reasoning, and no constraint keeps the answer from going on with it.
+        """
+        read: Read | None = None
+        if is_held:
+            read = json_calls if self.tools is None else TOOLS[self.tools].read(names)
+        elif self.is_harmony:
+            known = names if self.tools == "harmony" else frozenset[str]()
+            read = harmony(known, self.reasoning == "harmony")
+        elif names and self.tools is not None:
+            read = TOOLS[self.tools].read(names)
+        if self.reasoning == "think" and not is_held and not self.is_harmony:
+            read = think(read or plain, is_open=is_thinking)
+        return None if read is None else AnswerParser(read, single=single)

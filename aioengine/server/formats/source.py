@@ -136,8 +136,9 @@ class AnswerParser:
         self._in_text = False
         self._called = False
 
-    def push(self, text: str) -> Parsed:
+    def push(self, text: str, *, is_last: bool = False) -> Parsed:
         self._source.add(text)
+        self._source.ended = is_last
         texts: list[str] = []
         reasoning: list[str] = []
         calls: list[ToolCall] = []
@@ -159,12 +160,9 @@ class AnswerParser:
                     self._in_text = True
                     texts += self._space
                     self._space = []
+        if is_last and not self._called:
+            texts += self._space
         return Parsed("".join(texts), calls, "".join(reasoning))
-
-    def finish(self) -> Parsed:
-        self._source.ended = True
-        last = self.push("")
-        return last if self._called else last._replace(text=last.text + "".join(self._space))
 
 
 _TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|"', re.DOTALL)

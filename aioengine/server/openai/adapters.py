@@ -20,9 +20,9 @@ from starlette.datastructures import QueryParams
 from aioengine.adapters.read_threads import start_read
 from aioengine.adapters.resolvers.base import within
 from aioengine.adapters.resolvers.sources import NAME_RULE, NAME_RULE_TEXT, source_below
-from aioengine.errors import AdapterConflict, AdapterError, AdapterNotFound
+from aioengine.errors import AdapterNotFound
 from aioengine.server.context import Call
-from aioengine.server.errors import ApiError, to_api_error, without_places
+from aioengine.server.errors import ApiError, without_places
 from aioengine.server.openai.api import IGNORED, Ignored, Strict
 from aioengine.server.transport.body import BoundedBody
 
@@ -70,13 +70,8 @@ async def load(call: Call, data: LoadRequest) -> str:
     except AdapterNotFound as error:
         text = f"no adapter found for {path[:300]}: {without_places(error.reason)}"
         raise _not_found(f"Loading lora {name} failed: {text}", "lora_path") from error
-    try:
-        await call.context.engine.load_adapter(name, folder, replace=replace)
-    except AdapterError as error:
-        api_error = _load_error(call, error, replace=replace)
-        if api_error.detail.param != "lora_name":
-            api_error.detail.param = "lora_path"
-        raise api_error from error
+    call.record.named_in = "lora_path"
+    await call.context.engine.load_adapter(name, folder, replace=replace)
     return f"Success: LoRA adapter '{name}' added successfully."
 
 
@@ -106,10 +101,7 @@ async def upload(call: Call) -> Uploaded:
     body = await call.receive.whole()
     kind = dict(call.scope["headers"]).get(b"content-type", b"").decode("latin-1")
     files = await start_read("aioengine-upload", lambda: read_form(body, kind))
-    try:
-        info = await call.context.engine.load_adapter_files(name, *files, replace=replace)
-    except AdapterError as error:
-        raise _load_error(call, error, replace=replace) from error
+    info = await call.context.engine.load_adapter_files(name, *files, replace=replace)
     return msgspec.convert(info, Uploaded, from_attributes=True)
 
 
@@ -169,19 +161,10 @@ def _check_may_load(call: Call, name: str, *, replace: bool) -> None:
         raise _not_allowed(f"that is called {name!r}", "lora_name")
     is_known = engine.find_adapter(name) is not None
     if is_known and not replace:
-        raise _already_loaded(name)
+        raise ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
     if not is_known and (count := engine.count_adapters()) >= MAX_ADAPTERS:
         text = f"there are {count} adapters, which is the maximum; unload some first"
         raise ApiError(400, text, param="lora_name", code="too_many_adapters")
-
-
-def _load_error(call: Call, error: AdapterError, *, replace: bool) -> ApiError:
-    """Convert an error of loading an adapter that was not there when :func:`_check_may_load` looked. The
-    message does not say where another request has loaded it from meanwhile."""
-    is_there = call.context.engine.find_adapter(error.name) is not None
-    if isinstance(error, AdapterConflict) and not replace and is_there:
-        return _already_loaded(error.name)
-    return to_api_error(error, call.context.settings)
 
 
 def _root(call: Call) -> str:
@@ -191,10 +174,6 @@ def _root(call: Call) -> str:
         text = f"adapters cannot be loaded or unloaded over HTTP: {why}"
         raise ApiError(403, text, code="adapter_loading_disabled")
     return root
-
-
-def _already_loaded(name: str) -> ApiError:
-    return ApiError(400, f"The lora adapter '{name}' has already been loaded.", param="lora_name")
 
 
 def _not_found(text: str, param: str) -> ApiError:

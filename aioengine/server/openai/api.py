@@ -3,10 +3,16 @@ additional ones are vLLM's. "null" is the same as a field that is not given."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
+
+from aioengine.errors import ConfigError
+from aioengine.request import SamplingParams
+from aioengine.server.errors import unsupported
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Logprobs = Annotated[int, Meta(ge=0, le=20)]
@@ -44,6 +50,14 @@ MAX_PARTS = 2048
 """Parts of one message."""
 MAX_TOOLS = 128
 """Tools, and calls in one message. These three are OpenAI's bounds; a template's work grows with each."""
+
+
+FILE_NAME = "generation_config.json"
+_SAME_NAME = (
+    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output"),
+    *("ignore_eos", "min_tokens", "skip_special_tokens"),
+)
 
 
 class Strict(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,7 +134,6 @@ class SharedFields(ModelFields, kw_only=True):
     """1 if it is not given; 0 is greedy."""
     top_p: Probability | None = None
     stream: bool | None = None
-    service_tier: Ignored = IGNORED
 
     # vLLM's
     top_k: Whole | None = None
@@ -129,13 +142,8 @@ class SharedFields(ModelFields, kw_only=True):
     cache_salt: Salt | None = None
     """The prefix cache is shared only with requests of the same salt, and of the same tenant."""
 
-    def shared(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in SharedFields.__struct_fields__}
-
-
-class IgnoredFields(SharedFields, kw_only=True):
-    """Fields of OpenAI's API that are accepted, and have no effect on the answer."""
-
+    # Accepted, and without effect on the answer
+    service_tier: Ignored = IGNORED
     user: Ignored = IGNORED
     store: Ignored = IGNORED
     safety_identifier: Ignored = IGNORED
@@ -143,8 +151,11 @@ class IgnoredFields(SharedFields, kw_only=True):
     prompt_cache_options: Ignored = IGNORED
     prompt_cache_retention: Ignored = IGNORED
 
+    def shared(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SharedFields.__struct_fields__}
 
-class GenerationFields(IgnoredFields, kw_only=True):
+
+class GenerationFields(SharedFields, kw_only=True):
     """Fields that both completion endpoints share."""
 
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
@@ -179,6 +190,59 @@ class GenerationFields(IgnoredFields, kw_only=True):
     request_id: RequestId | None = None
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The fields of a ``generation_config.json`` that are defaults of requests, as vLLM takes them. None is
+    what the API has without such a file. ``do_sample`` is not looked at: a temperature of 0 is greedy."""
+
+    temperature: Temperature | None = None
+    top_k: Whole | None = None
+    top_p: Probability | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
+    """Bound on the output of requests that give none."""
+
+    def bounded(self, max_tokens: int) -> int:
+        """Limit the default ``max_tokens`` to ``max_new_tokens``."""
+        return max_tokens if self.max_new_tokens is None else min(max_tokens, self.max_new_tokens)
+
+
+def read_sampling_defaults(model: Path | None) -> SamplingDefaults:
+    """Read the defaults from the model's folder, if its has the file. Raises ConfigError if a value is not
+    valid."""
+    path = None if model is None else model / FILE_NAME
+    if path is None or not path.is_file():
+        return SamplingDefaults()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=SamplingDefaults)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"generation_config: {path}: {error}; correct it, or set generation_config='none'"
+        ) from error
+
+
+def sampling_params(
+    fields: GenerationFields,
+    defaults: SamplingDefaults,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """Return the parameters of the first choice; ``defaults`` stand in for what ``fields`` do not name.
+
+    Raises ApiError or RequestInvalid for fields that are not valid together.
+    """
+    if fields.prompt_logprobs is not None and fields.stream:
+        raise unsupported("prompt_logprobs", "not with stream")
+    values: dict[str, Any] = {"temperature": 1.0, **msgspec.to_builtins(defaults)}
+    values.pop("max_new_tokens", None)
+    values |= {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
+    values["top_k"] = max(values.get("top_k", 0), 0)
+    values |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    return SamplingParams(max_tokens=max_tokens, seed=fields.seed, **values)
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
@@ -238,7 +302,7 @@ class Message(msgspec.Struct, kw_only=True):
     tool_call_id: str | None = None
 
 
-class Function(Strict, kw_only=True):
+class Function(Strict, kw_only=True, omit_defaults=True):
     name: FunctionText
     description: str | None = None
     parameters: Schema | None = None
@@ -247,6 +311,12 @@ class Function(Strict, kw_only=True):
 
 class Tool(Strict, kw_only=True, tag_field="type", tag="function"):
     function: Function
+
+    @classmethod
+    def all_of(cls, functions: Sequence[Function] | None) -> list[Tool] | None:
+        """Return tools of functions as other APIs write them; None for none."""
+        plain = [msgspec.convert(each, Function, from_attributes=True) for each in functions or ()]
+        return [cls(function=function) for function in plain] or None
 
 
 class FunctionName(msgspec.Struct, kw_only=True):
@@ -257,18 +327,7 @@ class NamedTool(Strict, kw_only=True, tag_field="type", tag="function"):
     function: FunctionName
 
 
-class Allowed(Strict, kw_only=True):
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
-
-
-class AllowedTools(Strict, kw_only=True, tag_field="type", tag="allowed_tools"):
-    """Restricts the tools by name; the model sees no others."""
-
-    allowed_tools: Allowed
-
-
-ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 class ChatRequest(GenerationFields, kw_only=True):
@@ -288,7 +347,7 @@ class ChatRequest(GenerationFields, kw_only=True):
     continue_final_message: bool | None = None
     """Whether the answer continues the last message instead of opening a new turn."""
     verbosity: Ignored = IGNORED
-    reasoning_effort: Any = None
+    reasoning_effort: str | None = None
     """The variable ``reasoning_effort`` of chat templates that have it; otherwise only "none"."""
 
     modalities: list[Literal["text"]] | None = None

@@ -7,10 +7,9 @@ from typing import Annotated
 
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
-from aioengine.server.openai.api import CompletionRequest
+from aioengine.server.openai.api import CompletionRequest, sampling_params
 from aioengine.server.openai.form import wanted_form
 from aioengine.server.openai.replies import Completion, CompletionReply
-from aioengine.server.openai.sampling import sampling_params
 from aioengine.server.prompts import check_prompts, prompts_of, texts_of
 
 DEFAULT_MAX_TOKENS = 16
@@ -22,7 +21,7 @@ async def completions(call: Call, data: CompletionRequest) -> Annotated[Answer, 
     context = call.context
     most, special = context.settings.max_choices, data.add_special_tokens is not False
     prompts = await prompts_of(call, data.prompt, field="prompt", most=most, special=special)
-    defaults = await context.defaults()
+    defaults = await context.defaults.result()
     max_tokens = defaults.bounded(DEFAULT_MAX_TOKENS) if data.max_tokens is None else data.max_tokens
     check_prompts(context, prompts, data.n or 1, max_tokens=max_tokens, field="prompt")
     logprobs = None if data.logprobs is None or data.logprobs is False else int(data.logprobs)

@@ -10,28 +10,15 @@ because its arguments are no JSON.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
-
-import msgspec
 
 from aioengine.errors import RequestInvalid
 from aioengine.grammars.budget import SchemaBudget
 from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, arguments_schema, prepare_schema
 from aioengine.guided import Guide
-from aioengine.request import SamplingParams, TokenConstraint
-from aioengine.server.errors import invalid
-from aioengine.server.formats.calls import (
-    JSON_TEXT,
-    REASONING,
-    TOOLS,
-    CallText,
-    Read,
-    harmony,
-    json_calls,
-    plain,
-    think,
-)
+from aioengine.request import TokenConstraint
+from aioengine.server.errors import invalid, needed
+from aioengine.server.formats.calls import AnswerFormats, CallText
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai import api
 from aioengine.server.transport.body import check_counts
@@ -63,78 +50,13 @@ class Form(NamedTuple):
             raise invalid(self.param, str(error)) from error
 
 
-class AnswerFormats(NamedTuple):
-    """Formats of a model's answers."""
-
-    tools: str | None
-    reasoning: str | None
-    written: CallText | None = None
-    """Form in which the model writes calls; None if that is not known."""
-    tokens: Mapping[str, int] = MappingProxyType({})
-    """Texts that are tokens of their own, and their ids."""
-
-    @classmethod
-    def chosen(
-        cls, chat_template: str | None, tools: str, reasoning: str, tokens: Mapping[str, int] | None = None
-    ) -> AnswerFormats:
-        """Choose formats by name. "auto" is the format that the chat template shows, "none" is none."""
-        template = chat_template or ""
-
-        def choose(name: str, known: Mapping[str, tuple[str, ...]]) -> str | None:
-            if name == "auto":
-                shown = (own for own, texts in known.items() if all(text in template for text in texts))
-                return next(shown, None)
-            return None if name == "none" else name
-
-        tool = choose(tools, {name: known.shown_by for name, known in TOOLS.items()})
-        texts = {} if tool is None else TOOLS[tool].written
-        written = next((text for shown, text in texts.items() if shown in template), None)
-        return cls(tool, choose(reasoning, REASONING), written, tokens or {})
-
-    @property
-    def required(self) -> CallText:
-        """Form of required calls: in the model's format, or else in this server's JSON."""
-        return self.written or JSON_TEXT
-
-    def needs_special_tokens(self, with_tools: bool) -> bool:
-        """Whether an answer's text must have its special tokens."""
-        is_harmony = "harmony" in (self.tools, self.reasoning)
-        return is_harmony or (with_tools and self.tools is not None and TOOLS[self.tools].special)
-
-    def free(self, names: frozenset[str], *, single: bool, is_thinking: bool) -> AnswerParser | None:
-        """Make a parser for an answer without a constraint; None if there is nothing to look for.
-        ``is_thinking`` says whether the prompt has begun the model's reasoning."""
-        if "harmony" in (self.tools, self.reasoning):
-            known = names if self.tools == "harmony" else frozenset[str]()
-            return AnswerParser(harmony(known, self.reasoning == "harmony"), single=single)
-        read: Read = plain
-        if names and self.tools is not None:
-            read = TOOLS[self.tools].read(names)
-        elif self.reasoning is None:
-            return None
-        if self.reasoning == "think":
-            read = think(read, is_open=is_thinking)
-        return AnswerParser(read, single=single)
-
-    def held(self, names: frozenset[str], *, single: bool) -> AnswerParser:
-        """Make a parser for an answer that a grammar of :attr:`required` holds to calls."""
-        if self.written is not None and self.tools is not None:
-            return AnswerParser(TOOLS[self.tools].read(names), single=single)
-        return AnswerParser(json_calls, single=single)
-
-
-NO_FORMATS = AnswerFormats(None, None)
-
-
 class ToolPlan(NamedTuple):
     """Plan that follows from a request's ``tools``, ``tool_choice`` and ``parallel_tool_calls``."""
 
     tools: list[api.Tool]
-    """Tools that may be called; the model is shown no others."""
-    places: list[int]
-    """Index of each in the request's ``tools``."""
-    forced: str | None = None
-    """A tool that must be called once."""
+    """Tools that may be called; empty where none may be."""
+    forced: int | None = None
+    """Index of a tool that must be called once."""
     required: bool = False
     """Some tool must be called."""
     parallel: bool | None = None
@@ -150,13 +72,14 @@ class ToolPlan(NamedTuple):
 
     def form(self, options: SchemaOptions, formats: AnswerFormats) -> Form:
         """Return the form of an answer that must be calls."""
-        plan = self
-        if self.forced is not None:
-            at = self.names.index(self.forced)
-            plan = self._replace(tools=[self.tools[at]], places=[self.places[at]], parallel=False)
-        param = "tools" if len(plan.tools) > 1 else f"tools[{plan.places[0]}].function.parameters"
-        written, tokens = formats.required, formats.tokens
-        return Form(param, Guide.lark, lambda: plan.grammar(options, written, tokens))
+        [first, *others] = self._callable
+        param = "tools" if others else f"tools[{first}].function.parameters"
+        written, tokens = formats.written, formats.tokens
+        return Form(param, Guide.lark, lambda: self.grammar(options, written, tokens))
+
+    @property
+    def _callable(self) -> Sequence[int]:
+        return range(len(self.tools)) if self.forced is None else (self.forced,)
 
     def grammar(
         self, options: SchemaOptions, written: CallText, tokens: Mapping[str, int]
@@ -166,79 +89,59 @@ class ToolPlan(NamedTuple):
 
         Raises ApiError that names the tool.
         """
+        names: list[str] = []
         prepared: list[PreparedSchema] = []
         budget = SchemaBudget()
-        for place, tool in zip(self.places, self.tools, strict=True):
+        for place in self._callable:
+            function = self.tools[place].function
+            schema, chosen = arguments_schema(function.parameters), options.for_strict(function.strict)
+            names.append(function.name)
             try:
-                prepared.append(_arguments(tool, options, budget))
+                prepared.append(prepare_schema(schema, chosen, budget))
             except RequestInvalid as error:
                 raise invalid(f"tools[{place}].function.parameters", str(error)) from error
-        schemas = [schema.text for schema in prepared]
-        grammar = written.grammar(self.names, schemas, tokens, parallel=bool(self.parallel))
+        is_parallel = bool(self.parallel) and self.forced is None
+        grammar = written.grammar(names, [schema.text for schema in prepared], tokens, parallel=is_parallel)
         return grammar, tuple(dict.fromkeys(each for schema in prepared for each in schema.not_enforced))
 
     def parser(self, formats: AnswerFormats, *, is_thinking: bool) -> AnswerParser | None:
-        """Make the parser for one answer; None if nothing is looked for. ``is_thinking`` says that the prompt
-        has begun the model's reasoning, and that no constraint keeps the answer from going on with it."""
+        """Make the parser for one answer, as :meth:`AnswerFormats.parser` does."""
         single = self.forced is not None or self.parallel is False
-        if self.is_free:
-            return formats.free(frozenset(self.names), single=single, is_thinking=is_thinking)
-        return formats.held(frozenset(self.names), single=single)
-
-    def sampling(self, params: SamplingParams, formats: AnswerFormats) -> SamplingParams:
-        """Return ``params``, changed so that the answer's text has what parsers look for."""
-        if formats.needs_special_tokens(bool(self.tools)):
-            return msgspec.structs.replace(params, skip_special_tokens=False)
-        return params
+        names, is_held = frozenset(self.names), not self.is_free
+        return formats.parser(names, single=single, is_held=is_held, is_thinking=is_thinking)
 
 
 def plan_tools(
     tools: Sequence[api.Tool] | None, choice: api.ToolChoice | None = None, parallel: bool | None = None
 ) -> ToolPlan:
     """Make the plan. Raises ApiError if ``choice`` does not fit ``tools``."""
-    functions = list(tools or ())
-    if not functions and choice not in (None, "none", "auto"):
+    if not tools and choice not in (None, "none", "auto"):
         raise invalid("tool_choice", "there are no tools to choose from")
-    if choice == "none" or not functions:
-        return ToolPlan([], [])
-    plan = ToolPlan(functions, list(range(len(functions))), required=choice == "required", parallel=parallel)
-    if isinstance(choice, str) or choice is None:
+    if choice == "none" or not tools:
+        return ToolPlan([])
+    plan = ToolPlan(list(tools), required=choice == "required", parallel=parallel)
+    if not isinstance(choice, api.NamedTool):
         return plan
-    named = [choice] if isinstance(choice, api.NamedTool) else choice.allowed_tools.tools
-    wanted = [tool.function.name for tool in named]
-    for name in wanted:
-        if name not in plan.names:
-            raise invalid("tool_choice", f"there is no tool {name[:100]!r}")
-    if isinstance(choice, api.NamedTool):
-        return plan._replace(forced=wanted[0])
-    places = [place for place, name in enumerate(plan.names) if name in wanted]
-    is_required = choice.allowed_tools.mode == "required"
-    return plan._replace(tools=[functions[i] for i in places], places=places, required=is_required)
-
-
-def _arguments(tool: api.Tool, options: SchemaOptions, budget: SchemaBudget) -> PreparedSchema:
-    function = tool.function
-    return prepare_schema(arguments_schema(function.parameters), options.for_strict(function.strict), budget)
+    name = choice.function.name
+    if name not in plan.names:
+        raise invalid("tool_choice", f"there is no tool {name[:100]!r}")
+    return plan._replace(forced=plan.names.index(name))
 
 
 def wanted_form(
-    fields: api.GenerationFields,
-    options: SchemaOptions,
-    tools: ToolPlan | None = None,
-    formats: AnswerFormats = NO_FORMATS,
+    fields: api.GenerationFields, options: SchemaOptions, calls: Form | None = None
 ) -> Form | None:
-    """Return the form of a request's answers; None if they are unconstrained. Where the answer must be calls,
+    """Return the form of a request's answers; None if they are unconstrained. If they must be ``calls``,
     ``response_format`` has no effect, as in OpenAI's API: some clients send both. Raises ApiError if the
     request asks for two forms, or for one that ``ignore_eos`` contradicts."""
     found: list[tuple[str, Form]] = []
-    must_call = tools is not None and not tools.is_free
     wanted = fields.response_format
-    if wanted is not None and wanted.type != "text" and not must_call:
+    if wanted is not None and wanted.type != "text" and calls is None:
         found.append(("response_format", _of_format(wanted, options)))
     if fields.structured_outputs is not None:
         found.append(("structured_outputs", _of_outputs(fields.structured_outputs, options)))
-    if must_call and tools is not None:
-        found.append(("tool_choice", tools.form(options, formats)))
+    if calls is not None:
+        found.append(("tool_choice", calls))
     if not found:
         return None
     field, form = found[0]
@@ -250,22 +153,11 @@ def wanted_form(
 
 
 def _of_format(wanted: api.ResponseFormat, options: SchemaOptions) -> Form:
-    schema: api.Schema | None = {"type": "object"}
-    if wanted.type == "json_schema":
-        given = wanted.json_schema
-        schema = None if given is None else given.schema
-        options = options if given is None else options.for_strict(given.strict)
-    if schema is None:
-        raise invalid("response_format.json_schema.schema", "is missing")
-    return _of_schema("response_format", lambda: prepare_schema(schema, options))
-
-
-def _of_schema(param: str, prepare: Callable[[], PreparedSchema]) -> Form:
-    def write() -> tuple[PreparedSchema, Sequence[str]]:
-        prepared = prepare()
-        return prepared, prepared.not_enforced
-
-    return Form(param, Guide.prepared_schema, write)
+    if wanted.type == "json_object":
+        return _of_schema("response_format", {"type": "object"}, options)
+    given = needed(wanted.json_schema, "response_format.json_schema")
+    schema = needed(given.schema, "response_format.json_schema.schema")
+    return _of_schema("response_format", schema, options.for_strict(given.strict))
 
 
 _KINDS: dict[str, Compile] = {"regex": Guide.regex, "choice": Guide.choice, "grammar": Guide.lark}
@@ -277,13 +169,16 @@ def _of_outputs(wanted: api.StructuredOutputs, options: SchemaOptions) -> Form:
     if len(given) != 1:
         raise invalid("structured_outputs", "give exactly one of json, regex, choice and grammar")
     [(name, value)] = given.items()
-    field = "structured_outputs"
-    if name != "json":
-        return Form(field, _KINDS[name], lambda: (value, ()))
+    if name == "json":
+        return _of_schema("structured_outputs", value, options)
+    return Form("structured_outputs", _KINDS[name], lambda: (value, ()))
 
-    def prepare() -> PreparedSchema:
-        if isinstance(value, str):
-            check_counts(value.encode(), field)
-        return prepare_schema(value, options)
 
-    return _of_schema(field, prepare)
+def _of_schema(param: str, schema: api.Schema | str, options: SchemaOptions) -> Form:
+    def write() -> tuple[PreparedSchema, Sequence[str]]:
+        if isinstance(schema, str):
+            check_counts(schema.encode(), param)
+        prepared = prepare_schema(schema, options)
+        return prepared, prepared.not_enforced
+
+    return Form(param, Guide.prepared_schema, write)

@@ -203,16 +203,14 @@ class _ChoicesReply(StreamReply):
         """Choices of which something was sent."""
 
     def events(self, index: int, output: RequestOutput) -> bytes | None:
-        choice = self._choice(index, output)
-        if choice is None:
-            return None
-        usage = None
+        told, usage = b"", None
         if self._continuous_usage:
             usage = Usage.of(output.prompt_tokens, output.output_tokens, output.cached_tokens)
-        end = _take_end(choice)
-        told = event(_encode(self._part([choice], usage, None if index in self._begun else output)))
-        self._begun.add(index)
-        return told if end is None else told + event(_encode(self._part([end], usage, None)))
+        for choice in self._choices(index, output):
+            first = None if index in self._begun else output
+            self._begun.add(index)
+            told += event(_encode(self._part([choice], usage, first)))
+        return told or None
 
     def last_events(self, usage: Usage) -> bytes:
         return event(_encode(self._part([], usage, None))) + DONE if self._include_usage else DONE
@@ -222,12 +220,12 @@ class _ChoicesReply(StreamReply):
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         self._is_whole = True
-        choices = [self._choice(i, output) for i, output in enumerate(outputs)]
+        choices = [choice for i, output in enumerate(outputs) for choice in self._choices(i, output)]
         return _encode(self._part(choices, usage, outputs[0]))
 
     @abstractmethod
-    def _choice(self, index: int, output: RequestOutput) -> Choice | None:
-        """Make a choice, or the next part of one; None if there is nothing to send."""
+    def _choices(self, index: int, output: RequestOutput) -> Sequence[Choice]:
+        """Make a choice, or the next parts of one; none if there is nothing to send."""
 
     @abstractmethod
     def _part(self, choices: list[Any], usage: Usage | None, first: RequestOutput | None) -> Head:
@@ -251,19 +249,18 @@ class CompletionReply(_ChoicesReply):
     ) -> None:
         super().__init__(id_, seed, fields, token_bytes)
         self._logprobs, self._echoed, self._count = logprobs, echoed, count
-        self._offsets: dict[int, int] = {}
-        """Where the next token of each choice that has begun starts in its text."""
+        self._offsets = Counter[int]()
+        """Where the next token of each choice starts in its text."""
 
     def _part(self, choices: list[Any], usage: Usage | None, first: RequestOutput | None) -> Completion:
         return Completion(**self._head, choices=choices, usage=usage)
 
-    def _choice(self, index: int, output: RequestOutput) -> CompletionChoice | None:
+    def _choices(self, index: int, output: RequestOutput) -> Sequence[CompletionChoice]:
         text = output.text_delta
         choice = CompletionChoice(
             index=index, text=text, finish_reason=output.finish_reason, stop_reason=output.stop_reason
         )
-        is_first = index not in self._offsets
-        offset = self._offsets.setdefault(index, 0)
+        is_first, offset = index not in self._begun, self._offsets[index]
         if self._with_ids:
             choice.token_ids = output.token_ids_delta
             choice.prompt_token_ids = output.prompt_token_ids if is_first else UNSET
@@ -284,7 +281,7 @@ class CompletionReply(_ChoicesReply):
             tokens = [entry.token_id for entry in new]
             self._offsets[index] = logprobs.add(tokens, new, most, token_bytes, offset)
         has_more = choice.text or output.finished or choice.logprobs is not None or choice.token_ids
-        return choice if has_more else None
+        return [choice] if has_more else []
 
 
 class ChatReply(_ChoicesReply):
@@ -314,14 +311,14 @@ class ChatReply(_ChoicesReply):
             part.prompt_logprobs = prompt_logprobs(first, self._prompt_logprobs, self._token_bytes)
         return part
 
-    def _choice(self, index: int, output: RequestOutput) -> ChatChoice | None:
+    def _choices(self, index: int, output: RequestOutput) -> Sequence[ChatChoice]:
         text, calls, reasoning = parse_output(self._parsers[index], output)
         ids, entries = output.token_ids_delta, output.logprobs_delta
         if output.finished and isinstance(output.stop_reason, int):  # it is not part of the text
             entries = entries[:-1]
         has_numbers = (self._with_logprobs and entries) or (self._with_ids and ids)
         if not (text or reasoning or calls or output.finished or has_numbers):
-            return None
+            return []
         message = AnswerMessage(content=text or UNSET, reasoning_content=reasoning or UNSET)
         if index not in self._begun:
             message.role, message.content = "assistant", text
@@ -330,45 +327,30 @@ class ChatReply(_ChoicesReply):
             for number, call in enumerate(calls, start=self._calls[index]):
                 call.index = UNSET if self._is_whole else number
             self._calls[index] += len(calls)
-        choice = ChatChoice(index=index)
+        choice = last = ChatChoice(index=index)
         if self._is_whole:
             message.refusal, message.content = None, text if text or not calls else None
             choice.message = message
         else:
             choice.delta = message
+            if calls and output.finished:  # OpenAI's client looks in later parts for the end of a call
+                last = ChatChoice(index=index, delta=AnswerMessage())
         if self._with_logprobs:
             choice.logprobs = chat_logprobs(entries, self._token_bytes)
-        if output.finished:
-            has_called = self._calls[index] and output.finish_reason == "stop"
-            choice.finish_reason = "tool_calls" if has_called else output.finish_reason
-            choice.stop_reason = output.stop_reason
         if self._with_ids:
             choice.token_ids = ids
-        return choice
-
-
-def _take_end(choice: Choice) -> ChatChoice | None:
-    """Take the end of an answer from a part that has calls, and return it as a part of its own: OpenAI's
-    client looks in later parts for the end of a call's arguments."""
-    delta = choice.delta if isinstance(choice, ChatChoice) else UNSET
-    if delta is UNSET or delta.tool_calls is UNSET or choice.finish_reason is None:
-        return None
-    end = ChatChoice(index=choice.index, delta=AnswerMessage())
-    end.finish_reason, choice.finish_reason = choice.finish_reason, None
-    end.stop_reason, choice.stop_reason = choice.stop_reason, UNSET
-    return end
+        if output.finished:
+            has_called = self._calls[index] and output.finish_reason == "stop"
+            last.finish_reason = "tool_calls" if has_called else output.finish_reason
+            last.stop_reason = output.stop_reason
+        return [choice] if last is choice else [choice, last]
 
 
 def parse_output(parser: AnswerParser | None, output: RequestOutput) -> Parsed:
     """Parse what is new of an answer's text, and return the part that has become certain; all of the rest
     once it has ended."""
-    if parser is None:
-        return Parsed(output.text_delta)
-    parsed = parser.push(output.text_delta)
-    if not output.finished:
-        return parsed
-    rest = parser.finish()
-    return Parsed(parsed.text + rest.text, [*parsed.calls, *rest.calls], parsed.reasoning + rest.reasoning)
+    text = output.text_delta
+    return Parsed(text) if parser is None else parser.push(text, is_last=output.finished)
 
 
 def prompt_logprobs(output: RequestOutput, count: int, token_bytes: TokenBytes) -> PromptLogprobs:

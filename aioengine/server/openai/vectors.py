@@ -41,8 +41,6 @@ class VectorFields(api.ModelFields, kw_only=True):
 
     add_special_tokens: bool | None = None
     """True if it is not given."""
-    request_id: api.RequestId | None = None
-    """End of the answer's id."""
     priority: api.Priority | None = None
 
     # Accepted, and without effect on the answer
@@ -202,9 +200,7 @@ async def rerank(call: Call, data: RerankRequest) -> Annotated[Answer, Ranked]:
 def _answer(
     call: Call, data: VectorFields, prompts: list[list[int]], kind: PoolingKind, form: Form, prefix: str
 ) -> Answer:
-    fields = api.GenerationFields(
-        model=data.model, adapters=data.adapters, request_id=data.request_id, priority=data.priority
-    )
+    fields = api.GenerationFields(model=data.model, adapters=data.adapters, priority=data.priority)
     answer = Answer(call, fields, prompts, pooling_params(kind), prefix=prefix)
     head = {"id": answer.id, "model": data.model, "created": call.context.created}
     answer.reply = VectorReply(head, form)

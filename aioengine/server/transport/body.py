@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+from msgspec import inspect
 
 from aioengine.metrics.page.plumbing import Message, Receive, Scope
 from aioengine.server.bounds import Shares
@@ -35,12 +36,9 @@ MAX_VALUES = 2**17
 """Values of JSON that is a text in a body, counted by their commas. (Those of a body itself have bounds by
 their types.)"""
 MAX_LOGGED_NAMES = 64
-"""Ignored names that are logged, because clients can invent names; and places of one body that have such."""
+"""Ignored names that are logged, because clients can invent names."""
 _STRING = re.compile(rb'"[^"]*"')
-_UNKNOWN = re.compile(
-    r"^Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL
-)
-_STEP = re.compile(r"\.([^.\[]+)|\[[^\]]*\]")
+_UNKNOWN = re.compile("Object contains unknown field `([^`]*)`")
 
 
 class BoundedBody:
@@ -63,10 +61,9 @@ class BoundedBody:
         self._size = self._held = 0
         self._complete = False
         for name, value in scope["headers"]:
-            if name.lower() == b"content-length" and value.isdigit():
-                digits = value.lstrip(b"0")
-                if len(digits) > len(str(limit)) or int(digits or b"0") > limit:
-                    raise self._too_large()
+            # Of a longer number the beginning; what comes is counted all the same.
+            if name.lower() == b"content-length" and value.isdigit() and int(value[:20]) > limit:
+                raise self._too_large()
 
     async def __call__(self) -> Message:
         if self._complete:
@@ -109,7 +106,7 @@ class BoundedBody:
     def _hold(self, more: int) -> None:
         if more and not self._shares.take(self._owner, more, alone=self._limit):
             text = "the server is receiving as many large requests, or as many of yours, as it can"
-            raise ApiError(503, f"{text}; try again later", code="overloaded", retry_after=1, close=True)
+            raise ApiError(503, f"{text}; try again later", code="overloaded", close=True)
         self._held += more
 
     def _too_large(self) -> ApiError:
@@ -170,58 +167,45 @@ class JsonDecoder:
         if not body:
             raise ApiError(400, "the body is empty; it must be JSON", code="invalid_json")
         check_counts(body)
-        for _ in range(MAX_LOGGED_NAMES + 1):
-            try:
-                return _decoder(type_).decode(body)
-            except msgspec.ValidationError as error:
-                found = _UNKNOWN.match(str(error))
-                if found is None:
-                    raise
-                name, path = found["name"], found["path"] or ""
-                if not self._ignores_unknown:
-                    raise _refusal(error, type_, name) from error
-            steps = [step[1] for step in _STEP.finditer(path)]
-            fields = msgspec.json.decode(body)
-            for dropped in _drop(fields, steps, _names(type_) - {name}):
-                self._note(".".join((*filter(None, steps), dropped[:64])))
-            body = msgspec.json.encode(fields)
-        raise ApiError(400, "the body has too many unknown fields", code="invalid_value")
-
-    def _note(self, field: str) -> None:
-        if field not in self._logged and len(self._logged) < MAX_LOGGED_NAMES:
-            self._logged.add(field)
-            logger.warning("the unknown field %s is ignored, in this request and in later ones", field)
-
-
-@functools.cache
-def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(type_)
+        decoder, known = _known(type_)
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError as error:
+            found = _UNKNOWN.match(str(error))
+            if found is None:
+                raise
+            if not self._ignores_unknown:
+                refusal = validation_error(error)
+                names = msgspec.json.schema(type_).get("$defs", {}).values()
+                near = {name for struct in names for name in struct.get("properties", ())}
+                for close in difflib.get_close_matches(found[1][:64], near, n=1):
+                    refusal.detail.message += f" (did you mean {close}?)"
+                raise refusal from error
+        fields = msgspec.json.decode(body)
+        for path in _drop_unknown(fields, known):
+            if path not in self._logged and len(self._logged) < MAX_LOGGED_NAMES:
+                self._logged.add(path)
+                logger.warning("the unknown field %s is ignored, in this request and in later ones", path)
+        return decoder.decode(msgspec.json.encode(fields))
 
 
 @functools.cache
-def _names(type_: Any) -> frozenset[str]:
-    """Return the names of a request's fields, those within other fields included."""
-    known = msgspec.json.schema(type_).get("$defs", {}).values()
-    return frozenset(name for struct in known for name in struct.get("properties", ()))
+def _known(type_: Any) -> tuple[msgspec.json.Decoder[Any], inspect.Type]:
+    return msgspec.json.Decoder(type_), inspect.type_info(type_)
 
 
-def _refusal(error: msgspec.ValidationError, type_: Any, name: str) -> ApiError:
-    refusal = validation_error(error)
-    for close in difflib.get_close_matches(name[:64], _names(type_), n=1):
-        refusal.detail.message += f" (did you mean {close}?)"
-    return refusal
-
-
-def _drop(value: Any, steps: list[str | None], known: frozenset[str]) -> Iterator[str]:
-    """Remove what is not ``known`` from the objects that ``steps`` lead to: names, and None for each item of
-    a list. Yields the names that were removed."""
-    if not isinstance(value, dict | list):
-        return
-    if not steps:
-        for name in [name for name in value if name not in known]:
-            del value[name]
-            yield name
-        return
-    inner = value if isinstance(value, list) else [value.get(steps[0])] if steps[0] else value.values()
-    for item in inner:
-        yield from _drop(item, steps[1:], known)
+def _drop_unknown(value: Any, kind: inspect.Type, path: str = "") -> Iterator[str]:
+    """Remove what objects of this ``kind`` may not have. Yields the paths of the fields, without the indices
+    of lists."""
+    for one in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
+        if isinstance(one, inspect.ListType) and isinstance(value, list):
+            for item in value:
+                yield from _drop_unknown(item, one.item_type, path)
+        elif isinstance(one, inspect.StructType) and isinstance(value, dict):
+            fields = {field.encode_name: field.type for field in one.fields}
+            for name in list(value):
+                if name in fields:
+                    yield from _drop_unknown(value[name], fields[name], f"{path}{name}.")
+                elif one.forbid_unknown_fields and name != one.tag_field:
+                    del value[name]
+                    yield f"{path}{name[:64]}"

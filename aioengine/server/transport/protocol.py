@@ -8,14 +8,13 @@ import contextlib
 import re
 import socket
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from aioengine.metrics.page.plumbing import DEPARTURE
-from aioengine.server.bounds import CONNECTIONS, Shares, network_of
-from aioengine.server.transport.turns import Turns
+from aioengine.server.bounds import Shares, Turns, network_of
 
 HEADER_BYTES = 64 * 1024
 """Bound on a request's line and headers, and on all between two parts of a body: extensions, trailers."""
@@ -31,36 +30,28 @@ UNSENT_BYTES = 64 * 1024
 """Bytes of answers that are kept here for a client, and again in the system, which would take megabytes."""
 _END = b"\r\n\r\n"
 _OFFER = re.compile(rb"^upgrade(?=:)", re.IGNORECASE | re.MULTILINE)
-_BAD_REQUEST = (400, b"Bad Request")
-_TOO_LARGE = (431, b"Request Header Fields Too Large")
 
 
-class Limits:
-    """What the connections of one server share.
+class Limits(NamedTuple):
+    """What the connections of one server share. Times are in seconds."""
 
-    Args:
-        max_connections: Maximum open connections, of which one address may have a part; further ones are
-            answered with 503 and closed.
-        header_timeout: Seconds from a connection's beginning, or from a request's first byte, to the end
-            of its headers; then the connection is closed. Between requests uvicorn's own keep-alive
-            time holds.
-        send_timeout: Seconds after which a client is cut off that leaves unread what is kept for it: 64 KiB,
-            or what is left when the connection is closed.
-        is_busy: Whether requests are open whose steps a flood of small requests must not slow down.
-    """
-
-    def __init__(
-        self, max_connections: int, header_timeout: float, send_timeout: float, is_busy: Callable[[], bool]
-    ) -> None:
-        self.connections = Shares(CONNECTIONS._replace(most=max_connections))
-        self.turns = Turns(is_busy, asyncio.get_running_loop())
-        self.header_timeout, self.send_timeout = header_timeout, send_timeout
+    connections: Shares
+    """The open ones; those that find no room are answered with 503 and closed."""
+    turns: Turns
+    header_timeout: float
+    """From a connection's beginning, or from a request's first byte, to the end of its headers; then the
+    connection is closed. Between requests uvicorn's own keep-alive time holds."""
+    send_timeout: float
+    """After it a client is cut off that leaves unread what is kept for it: 64 KiB, or what is left when the
+    connection is closed."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Protocol that keeps incoming bytes in ``_input``, and gives the parser the head of a request as a
     whole, and then its body in slices that end where the request may end. So a connection has one request at
-    a time: the next is parsed in a separate turn, once the first is answered."""
+    a time: the next is parsed in a separate turn, once the first is answered.
+
+    To uvicorn it is the transport as well, so that it decides when the connection closes and pauses."""
 
     def __init__(self, limits: Limits, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -93,9 +84,10 @@ class BoundedProtocol(HttpToolsProtocol):
         with contextlib.suppress(AttributeError, OSError):  # not every system has it
             connection = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-        super().connection_made(AnswerTransport(transport, self))  # type: ignore[arg-type] # it has what is used
+        self.get_extra_info = transport.get_extra_info
+        super().connection_made(self)  # type: ignore[arg-type] # it has what is used
         if self.counted_as is None and not self.enter(self.owner):
-            self._answer(503, b"Service Unavailable", b"retry-after: 1\r\n")
+            self._answer(503, b"retry-after: 1\r\n")
             self._end()
         else:
             self._watch(self._limits.header_timeout)
@@ -126,9 +118,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def owner(self) -> str:
         return network_of(self.client[0]) if self.client else ""
 
-    @property
     def is_closing(self) -> bool:
         return self.lingers or self._real.is_closing()
+
+    def write(self, data: bytes) -> None:
+        if not self.is_closing():
+            self._real.write(data)
 
     def close(self) -> None:
         """Close the connection, but if the client still sends, not before it can have read the answer:
@@ -139,7 +134,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._end()
 
     def _linger(self) -> None:
-        if self.is_closing or not self._real.can_write_eof():
+        if self.is_closing() or not self._real.can_write_eof():
             self._end()
             return
         self.lingers = True
@@ -166,7 +161,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # What arrives, and when it is parsed
 
     def data_received(self, data: bytes) -> None:
-        if self.is_closing:
+        if self.is_closing():
             return
         if self._in_head and not self._input and not self._is_blocked:
             self._expect_head()
@@ -174,7 +169,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._size_of_part() and not self._is_blocked:
             self._ask()
         elif self._in_head and len(self._input) > HEADER_BYTES and not self._is_blocked:
-            self._refuse(*_TOO_LARGE)
+            self._refuse(431)
         self._pace_input()
 
     def _ask(self) -> None:
@@ -185,11 +180,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def _take_turn(self) -> None:
         """Parse one request, or a part of a body."""
         self._has_asked, left = False, SLICE
-        while left > 0 and not self.is_closing and not self._is_blocked and (size := self._size_of_part()):
+        while left > 0 and not self.is_closing() and not self._is_blocked and (size := self._size_of_part()):
             part, self._input = self._input[:size], self._input[size:]
             left -= size
             self._parse(part)
-        if self.is_closing:
+        if self.is_closing():
             self._input = b""
         elif self._size_of_part() and not self._is_blocked:
             self._ask()
@@ -218,23 +213,26 @@ class BoundedProtocol(HttpToolsProtocol):
             self._unseen += len(part)
             self._parsed = (self._parsed + part)[-3:]
         if self._unseen > HEADER_BYTES + SLICE or (self._in_head and len(part) > HEADER_BYTES):
-            self._refuse(*_TOO_LARGE)
+            self._refuse(431)
             return
         try:
             self.parser.feed_data(part)
         except httptools.HttpParserError:
-            if not self.is_closing:
+            if not self.is_closing():
                 self.send_400_response("Invalid HTTP request received.")
 
-    def hold(self, is_full: bool) -> None:
-        """Whether the body's reader is behind."""
-        self._is_full = is_full
-        if not is_full and self._input:
+    def pause_reading(self) -> None:
+        """Give the parser no more: the body's reader is behind."""
+        self._is_full = True
+
+    def resume_reading(self) -> None:
+        self._is_full = False
+        if self._input:
             self._ask()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._input and not self.is_closing:
+        if self._input and not self.is_closing():
             if self._in_head:
                 self._expect_head()
             self._ask()
@@ -269,14 +267,14 @@ class BoundedProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         fault = _fault(version, self.headers)
         if len(self.url) > URL_BYTES:
-            fault = (414, b"URI Too Long")
+            fault = 414
         elif len(self.headers) > MAX_HEADERS:
-            fault = _TOO_LARGE
+            fault = 431
         elif self.parser.should_upgrade():  # CONNECT
-            fault = _BAD_REQUEST
+            fault = 400
         if fault is not None:
-            self._refuse(*fault)
-        if self.is_closing:
+            self._refuse(fault)
+        if self.is_closing():
             return
         self._stop_watch()
         self._in_head, self._unseen, self._parsed = False, 0, b""
@@ -290,11 +288,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._body_left = max(self._body_left - len(body), 0)
         self._unseen = 0
-        if not self.is_closing:
+        if not self.is_closing():
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self.is_closing:
+        if not self.is_closing():
             self._in_head, self._unseen = True, 0
             self.cycle.more_body = False
             super().on_message_complete()
@@ -307,7 +305,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = self.loop.call_later(seconds, then or self._time_out)
 
     def _time_out(self) -> None:
-        if self._has_asked and not self.is_closing:  # what has come waits for its turn
+        if self._has_asked and not self.is_closing():  # what has come waits for its turn
             self._watch(self._limits.header_timeout)
         else:
             self._end()
@@ -317,77 +315,34 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, status: int, phrase: bytes) -> None:
-        if self.is_closing:
+    def _refuse(self, status: int) -> None:
+        if self.is_closing():
             return
         if not self._in_head and self.cycle.response_started:
             self._end()
         else:
-            self._answer(status, phrase)
+            self._answer(status)
             self._linger()
 
-    def _answer(self, status: int, phrase: bytes, headers: bytes = b"") -> None:
-        head = b"HTTP/1.1 %d %s\r\ncontent-length: 0\r\nconnection: close\r\n" % (status, phrase)
-        self._real.write(head + headers + b"\r\n")
+    def _answer(self, status: int, headers: bytes = b"") -> None:
+        headers += b"content-length: 0\r\nconnection: close\r\n\r\n"
+        self._real.write(STATUS_LINE[status] + headers)
 
 
-class AnswerTransport:
-    """The transport as uvicorn sees it; the protocol decides when it closes and pauses."""
-
-    def __init__(self, transport: asyncio.Transport, protocol: BoundedProtocol) -> None:
-        self._protocol, self._real = protocol, transport
-        self.get_extra_info = transport.get_extra_info
-        self._head = b""
-        self._head_of: object = None
-        """The cycle whose answer has begun."""
-
-    def write(self, data: bytes) -> None:
-        """Write it; the headers of an answer together with what follows in the same pass of the loop."""
-        protocol, cycle = self._protocol, self._protocol.cycle
-        if protocol.is_closing:
-            return
-        if cycle is not self._head_of and cycle is not None and cycle.response_started:
-            self._head_of, self._head = cycle, data
-            protocol.loop.call_soon(self.flush)
-        else:
-            head, self._head = self._head, b""
-            self._real.write(head + data)
-
-    def flush(self) -> None:
-        """Write headers that nothing has followed."""
-        if self._head and not self._protocol.is_closing:
-            self._real.write(self._head)
-        self._head = b""
-
-    def is_closing(self) -> bool:
-        return self._protocol.is_closing
-
-    def close(self) -> None:
-        self.flush()
-        self._protocol.close()
-
-    def pause_reading(self) -> None:
-        self._protocol.hold(True)
-
-    def resume_reading(self) -> None:
-        self._protocol.hold(False)
-
-
-def _fault(version: str, headers: Iterable[tuple[bytes, bytes]]) -> tuple[int, bytes] | None:
-    """Return the status and its phrase with which to refuse a request that a proxy in front might understand
+def _fault(version: str, headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    """Return the status with which to refuse a request that a proxy in front might understand
     otherwise (RFC 9112), which uvicorn's parser leaves to others; None if it is good."""
     if version not in ("1.0", "1.1"):
-        return 505, b"HTTP Version Not Supported"
+        return 505
     hosts = sum(name == b"host" for name, _ in headers)
     if hosts > 1 or (hosts == 0 and version == "1.1"):
-        return _BAD_REQUEST
+        return 400
     codings = b",".join(value for name, value in headers if name == b"transfer-encoding")
     # To the parser a tab is a part of the name; it finds fault with that only when the request has begun.
     named = [coding.strip(b" ") for coding in codings.lower().split(b",")] if codings else []
     if named in ([], [b"chunked"]):
         return None
-    is_known = all(coding in (b"", b"chunked") for coding in named)
-    return _BAD_REQUEST if is_known else (501, b"Not Implemented")
+    return 400 if all(coding in (b"", b"chunked") for coding in named) else 501
 
 
 def _end_with_connection(cycle: RequestResponseCycle) -> None:

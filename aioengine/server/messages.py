@@ -1,23 +1,27 @@
-"""``/v1/messages``: a conversation in, the assistant's next message out. It is converted to a chat.
+"""``/v1/messages``, which Anthropic's clients use: a conversation in, the assistant's next message out. It is
+converted to a chat. Field names are Anthropic's; additional ones are vLLM's.
 
-Field names are Anthropic's; additional ones are vLLM's.
+Its reply is a list of items, as that of ``/v1/responses``: both are made here from a chat's outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
+from aioengine.runtime.output import RequestOutput
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
-from aioengine.server.errors import needed, unsupported
-from aioengine.server.messages.reply import MessagesReply
+from aioengine.server.errors import ApiError, needed, unsupported
+from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai import api
 from aioengine.server.openai.chat import encode_messages, start_chat, text_of, text_of_part
 from aioengine.server.openai.form import plan_tools
+from aioengine.server.openai.replies import StreamReply, event, parse_output
 
 
 class Block(api.ContentPart, kw_only=True):
@@ -142,7 +146,7 @@ def to_chat(data: CountRequest, template: str | None) -> api.ChatRequest:
         parallel = None if single is None else not single
     return api.ChatRequest(
         messages=list(_messages(data)),
-        tools=[api.Tool(function=tool) for tool in data.tools] if data.tools else None,
+        tools=api.Tool.all_of(data.tools),
         tool_choice=found,
         parallel_tool_calls=parallel,
         chat_template_kwargs=_variables(data, template),
@@ -196,3 +200,173 @@ def _messages(data: CountRequest) -> Iterator[api.Message]:
                 texts.append(text_of_part(block, at))
         if texts or role == "assistant" or not content:
             yield api.Message(role=role, content="\n".join(texts), tool_calls=calls or None)
+
+
+# Replies
+
+Event = dict[str, Any]
+
+
+class ListReply(StreamReply):
+    """The reply of an answer that is a list of items: reasoning, texts and calls. Each is begun, filled and
+    ended before the next one. An answer in one piece is what the events of its only part leave behind."""
+
+    def __init__(self, parser: AnswerParser | None) -> None:
+        self._parser = parser
+        self._items: list[dict[str, Any]] = []
+        """Items that have ended."""
+        self._open: str | None = None
+        """Type of the item that has begun: "text" or "thinking"."""
+        self._parts: list[str] = []
+        """Its text so far."""
+        self._last: RequestOutput | None = None
+
+    def events(self, index: int, output: RequestOutput) -> bytes | None:
+        return written(self._events(output)) or None
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: api.Usage) -> bytes:
+        [output] = outputs
+        for _ in self._events(output):
+            pass
+        return msgspec.json.encode(self._finished(output, usage))
+
+    def _events(self, output: RequestOutput) -> Iterator[Event]:
+        if self._last is None:
+            yield from self._begin(output)
+        self._last = output
+        text, calls, reasoning = parse_output(self._parser, output)
+        for kind, part in (("thinking", reasoning), ("text", text)):
+            if part:
+                yield from self._fill(kind, part)
+        for call in calls:
+            yield from self._close()
+            yield from self._call(call)
+        if output.finished:
+            if self._open is None and not self._items:
+                yield from self._fill("text", "")
+            yield from self._close(output)
+
+    def _fill(self, kind: str, text: str) -> Iterator[Event]:
+        if self._open != kind:
+            yield from self._close()
+            self._open = kind
+            yield from self._start(kind)
+        self._parts.append(text)
+        if text:
+            yield self._delta(kind, text)
+
+    def _close(self, last: RequestOutput | None = None) -> Iterator[Event]:
+        if self._open is not None:
+            kind, self._open = self._open, None
+            text = "".join(self._parts)
+            self._parts.clear()
+            yield from self._end(kind, text, last)
+
+    # Each yields, or returns, the events of what it does
+
+    @abstractmethod
+    def _begin(self, output: RequestOutput) -> Iterator[Event]:
+        """Begin the answer."""
+
+    @abstractmethod
+    def _start(self, kind: str) -> Iterator[Event]:
+        """Begin an item."""
+
+    @abstractmethod
+    def _delta(self, kind: str, text: str) -> Event: ...
+    @abstractmethod
+    def _end(self, kind: str, text: str, last: RequestOutput | None) -> Iterator[Event]:
+        """End an item with its ``text``. ``last``: the answer ends with it."""
+
+    @abstractmethod
+    def _call(self, call: api.ToolCall) -> Iterator[Event]:
+        """Add a call, from its beginning to its end."""
+
+    @abstractmethod
+    def _finished(self, output: RequestOutput, usage: api.Usage) -> dict[str, Any]:
+        """Return the answer."""
+
+
+def written(events: Iterable[Event]) -> bytes:
+    """Write each event as it comes: what it refers to changes with the next one."""
+    return b"".join(event(msgspec.json.encode(each), each["type"]) for each in events)
+
+
+class MessagesReply(ListReply):
+    """The reply of a message."""
+
+    def __init__(
+        self,
+        message_id: str,
+        seed: int | None,
+        model: str,
+        parser: AnswerParser | None,
+        stop_sequences: Sequence[str],
+    ) -> None:
+        super().__init__(parser)
+        self._message = {"id": message_id, "type": "message", "role": "assistant", "seed": seed}
+        self._message["model"] = model
+        self._stop_sequences = frozenset(stop_sequences)
+
+    def last_events(self, usage: api.Usage) -> bytes:
+        assert self._last is not None
+        used = _usage(self._last, usage.completion_tokens)
+        delta = {"type": "message_delta", "delta": self._ending(self._last), "usage": used}
+        return written((delta, {"type": "message_stop"}))
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(error.body_for("/v1/messages"), "error")
+
+    def _begin(self, output: RequestOutput) -> Iterator[Event]:
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
+        message = {**self._message, **empty, "usage": _usage(output, 0)}
+        yield {"type": "message_start", "message": message}
+
+    def _start(self, kind: str) -> Iterator[Event]:
+        yield self._of_block("start", content_block=_block(kind, ""))
+
+    def _delta(self, kind: str, text: str) -> Event:
+        return self._of_block("delta", delta={"type": f"{kind}_delta", kind: text})
+
+    def _end(self, kind: str, text: str, last: RequestOutput | None) -> Iterator[Event]:
+        yield self._of_block("stop")
+        self._items.append(_block(kind, text))
+
+    def _call(self, call: api.ToolCall) -> Iterator[Event]:
+        arguments = call.function.arguments
+        use = {"type": "tool_use", "id": call.id, "name": call.function.name}
+        yield self._of_block("start", content_block={**use, "input": {}})
+        yield self._of_block("delta", delta={"type": "input_json_delta", "partial_json": arguments})
+        yield self._of_block("stop")
+        self._items.append({**use, "input": msgspec.Raw(arguments.encode())})
+
+    def _of_block(self, what: str, **fields: Any) -> Event:
+        return {"type": f"content_block_{what}", "index": len(self._items), **fields}
+
+    def _finished(self, output: RequestOutput, usage: api.Usage) -> dict[str, Any]:
+        used = _usage(output, usage.completion_tokens)
+        return {**self._message, "content": self._items, **self._ending(output), "usage": used}
+
+    def _ending(self, output: RequestOutput) -> dict[str, Any]:
+        reason, sequence = "end_turn", None
+        if output.finish_reason == "length":
+            reason = "max_tokens"
+        elif any(item["type"] == "tool_use" for item in self._items):
+            reason = "tool_use"
+        elif output.stop_reason in self._stop_sequences:
+            reason, sequence = "stop_sequence", output.stop_reason
+        return {"stop_reason": reason, "stop_sequence": sequence}
+
+
+def _usage(output: RequestOutput, output_tokens: int) -> dict[str, int]:
+    return {
+        "input_tokens": output.prompt_tokens - output.cached_tokens,
+        "cache_read_input_tokens": output.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": output_tokens,
+    }
+
+
+def _block(kind: str, text: str) -> dict[str, str]:
+    """Return a block. Reasoning is not signed, because clients may send back any."""
+    return {"type": kind, kind: text} | ({"signature": ""} if kind == "thinking" else {})

@@ -3,6 +3,8 @@ chat. Field names are OpenAI's; additional ones are vLLM's."""
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from sys import getsizeof
 from typing import Annotated, Any, Literal
@@ -10,12 +12,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from aioengine.runtime.output import RequestOutput
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
-from aioengine.server.errors import invalid, needed, unsupported
+from aioengine.server.errors import ApiError, invalid, needed, unsupported
+from aioengine.server.formats.source import AnswerParser
+from aioengine.server.messages import Event, ListReply, written
 from aioengine.server.openai import api
 from aioengine.server.openai.chat import start_chat, text_of
-from aioengine.server.responses.reply import ResponsesReply
 
 
 class Item(msgspec.Struct, kw_only=True):
@@ -32,7 +36,12 @@ class Item(msgspec.Struct, kw_only=True):
 
 
 class ResponsesTool(
-    api.Function, kw_only=True, forbid_unknown_fields=False, tag_field="type", tag="function"
+    api.Function,
+    kw_only=True,
+    forbid_unknown_fields=False,
+    omit_defaults=False,
+    tag_field="type",
+    tag="function",
 ):
     """A function. All other tools have another ``type`` and are refused."""
 
@@ -56,7 +65,7 @@ class Reasoning(msgspec.Struct, kw_only=True):
     """As ``reasoning_effort`` of a chat: for templates that have this variable."""
 
 
-class ResponsesRequest(api.IgnoredFields, kw_only=True):
+class ResponsesRequest(api.SharedFields, kw_only=True):
     input: str | Annotated[list[Item], Meta(min_length=1, max_length=api.MAX_MESSAGES)]
     instructions: str | None = None
     """A system message before the input."""
@@ -138,7 +147,7 @@ def to_chat(data: ResponsesRequest) -> api.ChatRequest:
         max_completion_tokens=data.max_output_tokens,
         reasoning_effort=None if data.reasoning is None else data.reasoning.effort,
         response_format=form,
-        tools=[api.Tool(function=tool) for tool in data.tools] if data.tools else None,
+        tools=api.Tool.all_of(data.tools),
         tool_choice=choice,
         parallel_tool_calls=data.parallel_tool_calls,
         chat_template_kwargs=data.chat_template_kwargs,
@@ -192,3 +201,125 @@ def _turn(item: Item, where: str) -> api.Message:
         return api.Message(role="tool", tool_call_id=id_, content=content)
     known = "message, function_call, function_call_output and reasoning"
     raise unsupported(f"{where}.type", f"{item.type[:100]!r} is not supported; only {known} are")
+
+
+# The reply
+
+_NONE: dict[str, Any] = {"logprobs": []}
+_KINDS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "text": ("msg", {"type": "message", "role": "assistant"}, "output_text", {"annotations": [], **_NONE}),
+    "thinking": ("rs", {"type": "reasoning", "summary": []}, "reasoning_text", {}),
+}
+"""Of items with a text: the beginning of their ids, their fields, the type of their part, and its fields."""
+
+
+class ResponsesReply(ListReply):
+    """The reply of a response; events are numbered from 0. ``repeated``: what it repeats of the request."""
+
+    def __init__(
+        self, response_id: str, seed: int | None, repeated: dict[str, Any], parser: AnswerParser | None
+    ) -> None:
+        super().__init__(parser)
+        self._next = 0
+        self._item: dict[str, Any] = {}
+        """The item that has begun."""
+        self._response: dict[str, Any] = {
+            "id": response_id,
+            "object": "response",
+            "created_at": int(time.time()),
+            "seed": seed,
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "output": self._items,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "truncation": "disabled",
+            "usage": None,
+            "user": None,
+            **repeated,
+        }
+
+    def last_events(self, usage: api.Usage) -> bytes:
+        assert self._last is not None
+        response = self._finished(self._last, usage)
+        return written([self._event(response["status"], response=response)])
+
+    def failure(self, error: ApiError) -> bytes:
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        self._response["status"] = "failed"
+        self._response["error"] = {"code": code, "message": error.detail.message}
+        return written([self._event("failed", response=self._response)])
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        number, self._next = self._next, self._next + 1
+        return {"type": f"response.{kind}", "sequence_number": number, **fields}
+
+    def _of_item(self, kind: str, **fields: Any) -> Event:
+        return self._event(kind, output_index=len(self._items), **fields)
+
+    def _of_text(self, kind: str, **fields: Any) -> Event:
+        return self._of_item(kind, item_id=self._item["id"], content_index=0, **fields)
+
+    def _begin(self, output: RequestOutput) -> Iterator[Event]:
+        yield self._event("created", response=self._response)
+        yield self._event("in_progress", response=self._response)
+
+    def _start(self, kind: str) -> Iterator[Event]:
+        prefix, fields, part, part_fields = _KINDS[kind]
+        self._item = {"id": _id(prefix), "status": "in_progress", **fields, "content": []}
+        yield self._of_item("output_item.added", item=self._item)
+        yield self._of_text("content_part.added", part={"type": part, "text": "", **part_fields})
+
+    def _delta(self, kind: str, text: str) -> Event:
+        logprobs = _NONE if kind == "text" else {}
+        return self._of_text(f"{_KINDS[kind][2]}.delta", delta=text, **logprobs)
+
+    def _end(self, kind: str, text: str, last: RequestOutput | None) -> Iterator[Event]:
+        _, _, type_, part_fields = _KINDS[kind]
+        part = {"type": type_, "text": text, **part_fields}
+        status = "completed" if last is None else _status(last)
+        self._item |= {"status": status, "content": [part]}
+        logprobs = _NONE if kind == "text" else {}
+        yield self._of_text(f"{type_}.done", text=text, **logprobs)
+        yield self._of_text("content_part.done", part=part)
+        yield self._of_item("output_item.done", item=self._item)
+        self._items.append(self._item)
+
+    def _call(self, call: api.ToolCall) -> Iterator[Event]:
+        id_, arguments = _id("fc"), call.function.arguments
+        item = {"id": id_, "type": "function_call", "status": "completed", "call_id": call.id}
+        item |= {"name": call.function.name, "arguments": arguments}
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        yield self._of_item("output_item.added", item=begun)
+        yield self._of_item("function_call_arguments.delta", item_id=id_, delta=arguments)
+        yield self._of_item("function_call_arguments.done", item_id=id_, arguments=arguments)
+        yield self._of_item("output_item.done", item=item)
+        self._items.append(item)
+
+    def _finished(self, output: RequestOutput, usage: api.Usage) -> dict[str, Any]:
+        response = self._response
+        response["status"] = _status(output)
+        if output.finish_reason == "stop":
+            response["completed_at"] = int(time.time())
+        elif output.finish_reason == "length":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        cached = usage.prompt_tokens_details.cached_tokens
+        response["usage"] = {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.total_tokens,
+        }
+        return response
+
+
+def _status(output: RequestOutput) -> str:
+    return "completed" if output.finish_reason == "stop" else "incomplete"
+
+
+def _id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"

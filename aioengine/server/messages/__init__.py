@@ -1,1 +1,0 @@
-"""``/v1/messages``, which Anthropic's clients use."""
