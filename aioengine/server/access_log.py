@@ -27,11 +27,7 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     status: int = 0
     """499: the client went away before the answer was complete."""
     tenant: str | None = None
-    owner: str | None = None
-    """The owner whose shares it counts on: the tenant or, without keys, the client's address."""
     adapter: str | None = None
-    named_in: str = "model"
-    """The field of its body that names the adapters."""
     stream: bool = False
     trace_id: str | None = None
     """Trace id of its span, where requests are traced."""
@@ -50,7 +46,13 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     reason: str | None = None
     """Why the request was refused, as the client was told, in at most 200 characters."""
     seconds: float = 0.0
+
+    # What the log does not have
     started: float = msgspec.field(default_factory=time.perf_counter)
+    owner: str | None = None
+    """The owner whose shares it counts on: the tenant or, without keys, the client's address."""
+    named_in: str = "model"
+    """The field of its body that names the adapters."""
     identity: Identity = Identity()
     admission: Admission | None = None
     """Set if its key has limits."""
@@ -83,11 +85,7 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
         self.not_enforced = text or None
 
 
-_LOGGED = (
-    *("request_id", "method", "path", "status", "tenant", "adapter", "stream", "trace_id", "completion_id"),
-    *("prompt_tokens", "output_tokens", "ttft", "finish_reason", "not_enforced", "error", "param", "reason"),
-    "seconds",
-)
+_LOGGED = RequestRecord.__struct_fields__[: RequestRecord.__struct_fields__.index("started")]
 _logged = attrgetter(*_LOGGED)
 
 

@@ -262,29 +262,21 @@ class ListReply(StreamReply):
             self._parts.clear()
             yield from self._end(kind, text, last)
 
-    # Each yields, or returns, the events of what it does
+    # The events of the answer's beginning, of an item's, of more of its text and of its end (``last``: the
+    # answer ends with it), and of a call from its beginning to its end; and the answer
 
     @abstractmethod
-    def _begin(self, output: RequestOutput) -> Iterator[Event]:
-        """Begin the answer."""
-
+    def _begin(self, output: RequestOutput) -> Iterator[Event]: ...
     @abstractmethod
-    def _start(self, kind: str) -> Iterator[Event]:
-        """Begin an item."""
-
+    def _start(self, kind: str) -> Iterator[Event]: ...
     @abstractmethod
     def _delta(self, kind: str, text: str) -> Event: ...
     @abstractmethod
-    def _end(self, kind: str, text: str, last: RequestOutput | None) -> Iterator[Event]:
-        """End an item with its ``text``. ``last``: the answer ends with it."""
-
+    def _end(self, kind: str, text: str, last: RequestOutput | None) -> Iterator[Event]: ...
     @abstractmethod
-    def _call(self, call: api.ToolCall) -> Iterator[Event]:
-        """Add a call, from its beginning to its end."""
-
+    def _call(self, call: api.ToolCall) -> Iterator[Event]: ...
     @abstractmethod
-    def _finished(self, output: RequestOutput, usage: api.Usage) -> dict[str, Any]:
-        """Return the answer."""
+    def _finished(self, output: RequestOutput, usage: api.Usage) -> dict[str, Any]: ...
 
 
 def written(events: Iterable[Event]) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from sys import getsizeof
 from typing import Annotated, Any, Literal
 
@@ -143,7 +143,7 @@ def to_chat(data: ResponsesRequest) -> api.ChatRequest:
     choice = api.NamedTool(function=wanted) if isinstance(wanted, ResponsesToolChoice) else wanted
     form = None if format_ is None else api.ResponseFormat(type=format_.type, json_schema=format_)
     return api.ChatRequest(
-        messages=list(_messages(data)),
+        messages=_messages(data),
         max_completion_tokens=data.max_output_tokens,
         reasoning_effort=None if data.reasoning is None else data.reasoning.effort,
         response_format=form,
@@ -155,39 +155,27 @@ def to_chat(data: ResponsesRequest) -> api.ChatRequest:
     )
 
 
-def _messages(data: ResponsesRequest) -> Iterator[api.Message]:
+def _messages(data: ResponsesRequest) -> list[api.Message]:
     """Combine the instructions and the input's leading system messages into one system message, because many
-    templates accept only one."""
+    templates accept only one; and calls with the assistant's message before them, if there is one."""
     items = [Item(role="user", content=data.input)] if isinstance(data.input, str) else data.input
     start = 0
     system = [] if data.instructions is None else [data.instructions]
     while start < len(items) and items[start].role in ("system", "developer"):
         system.append(text_of(items[start].content, f"input[{start}].content", _TEXTS))
         start += 1
-    if system:
-        yield api.Message(role="system", content="\n\n".join(system))
-    yield from _turns(items, start)
-
-
-def _turns(items: Sequence[Item], start: int) -> Iterator[api.Message]:
-    """Group calls with the assistant's message before them, if there is one."""
-    turn: api.Message | None = None
+    turns = [api.Message(role="system", content="\n\n".join(system))] if system else []
     for i in range(start, len(items)):
         item, where = items[i], f"input[{i}]"
-        if item.type == "reasoning":
-            continue
-        is_call = item.type == "function_call"
-        if turn is not None and not (is_call and turn.role == "assistant"):
-            yield turn
-            turn = None
-        if is_call:
-            turn = turn or api.Message(role="assistant")
+        if item.type == "function_call":
+            if not turns or turns[-1].role != "assistant":
+                turns.append(api.Message(role="assistant"))
             name, id_ = needed(item.name, f"{where}.name"), needed(item.call_id, f"{where}.call_id")
-            turn.tool_calls = [*(turn.tool_calls or ()), api.ToolCall.of(id_, name, item.arguments or "")]
-        else:
-            turn = _turn(item, where)
-    if turn is not None:
-        yield turn
+            call = api.ToolCall.of(id_, name, item.arguments or "")
+            turns[-1].tool_calls = [*(turns[-1].tool_calls or ()), call]
+        elif item.type != "reasoning":
+            turns.append(_turn(item, where))
+    return turns
 
 
 def _turn(item: Item, where: str) -> api.Message:

@@ -29,8 +29,6 @@ ADAPTERS: tuple[KeyScope, ...] = ("adapters",)
 ADMIN: tuple[KeyScope, ...] = ("admin",)
 METRICS: tuple[KeyScope, ...] = ("metrics",)
 
-PAGE_ROUTE = "/metrics"
-"""What metrics and the log call all routes of the metrics application."""
 DECODED_AT_ONCE = 64 * 1024
 """Size up to which a body is decoded on the loop, in two milliseconds at most."""
 DRAIN_RETRY_AFTER = 5
@@ -102,7 +100,7 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Any) -> None:
         record: RequestRecord = scope["state"]["record"]
         route, context = self._route, self._context
-        record.route = PAGE_ROUTE if route.scopes == METRICS else route.path
+        record.route = "/metrics" if route.scopes == METRICS else route.path
         if route.method == "POST" and context.draining:
             text = "the server is shutting down and accepts no new requests"
             raise ApiError(503, text, code="unavailable", retry_after=DRAIN_RETRY_AFTER, close=True)

@@ -86,7 +86,8 @@ async def listening(app: ServerApp | Entrance, settings: ListenSettings) -> Asyn
                     same = sockets.enter_context(bound.dup())
                     listener = await loop.create_server(protocol, sock=same, backlog=_BACKLOG)
                     server.servers.append(listener)
-            yield f"{settings.url}:{bound.getsockname()[1]}"
+            name = f"[{settings.host}]" if ":" in settings.host else settings.host
+            yield f"{'http' if tls is None else 'https'}://{name}:{bound.getsockname()[1]}"
         finally:
             app.close()
             # Answers that are complete may still be on their way to clients that read slowly.

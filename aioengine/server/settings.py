@@ -127,12 +127,6 @@ class ListenSettings(msgspec.Struct, frozen=True, kw_only=True):
             except ValueError as error:
                 raise ConfigError(f"trusted_proxies: {proxy!r} is no address or network: {error}") from error
 
-    @property
-    def url(self) -> str:
-        """The URL without the port."""
-        name = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'http' if self.tls is None else 'https'}://{name}"
-
 
 def parse_keys(entries: Sequence[str], *, source: str) -> dict[str, str]:
     """Parse ``KEY`` or ``TENANT:KEY`` to key -> tenant.

@@ -24,26 +24,24 @@ class Bucket:
     """A token bucket: it holds an allowance of one minute, is full at first, and fills evenly. None: it never
     gets empty."""
 
-    __slots__ = ("_at", "_level", "per_minute")
-
     def __init__(self, per_minute: int | None = None) -> None:
         self.per_minute = per_minute
-        self._level = float(per_minute or 0)
-        self._at = 0.0
+        self._each = 0.0 if per_minute is None else 60 / per_minute
+        """Seconds in which 1 is filled in."""
+        self._empty = -math.inf
+        """When it was empty, or will be: then it has a debt."""
 
     def wait(self, now: float) -> float:
         """Return the seconds until 1 can be taken; 0 if it can be now."""
-        most = self.per_minute
-        return 0.0 if most is None else max(0.0, 1 - self._filled(most, now)) * 60 / most
+        return max(0.0, self._filled_since(now) + self._each - now)
 
     def take(self, amount: int, now: float) -> None:
         """Take an amount. More than is there becomes a debt, which must fill up before anything can be taken
         again."""
-        if self.per_minute is not None:
-            self._level, self._at = self._filled(self.per_minute, now) - amount, now
+        self._empty = self._filled_since(now) + amount * self._each
 
-    def _filled(self, most: int, now: float) -> float:
-        return min(most, self._level + (now - self._at) * most / 60)
+    def _filled_since(self, now: float) -> float:
+        return max(self._empty, now - 60)
 
 
 class Meter:

@@ -9,7 +9,6 @@ import math
 import re
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 
@@ -57,7 +56,9 @@ class Gate:
         self._limit_waiting = limit_waiting
         self._new_bounds: Mapping[str, int] | None = None
         """Tenants' bounds on waiting requests that must still be passed on."""
-        self._refusals = Refusals()
+        self._refusals, self._told = 0, -math.inf
+        """Number of refusals for their key since the log told of them, and when it did."""
+        self._bucket_of = functools.lru_cache(MAX_ADDRESSES)(lambda address: Bucket(PER_MINUTE))
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._origins = frozenset(origin.encode() for origin in settings.allow_origins)
         hashed = functools.partial(blake2b, key=secrets.token_bytes(16), digest_size=6)
@@ -159,8 +160,24 @@ class Gate:
                 meter.used_elsewhere(used, now)
 
     def _refused(self, scope: HttpScope, record: RequestRecord, text: str) -> ApiError:
-        record.counted = True
-        return self._refusals.refuse(_client_of(scope), text)
+        """Return the error for a client without a valid key: a 401 or, after too many of these, a 429. They
+        are logged in one line each ``LOG_SECONDS``.
+
+        A valid key is never refused, whatever its address has sent: keys cannot be guessed, so the limit
+        protects processor time and the log, not the keys.
+        """
+        now, address, record.counted = time.monotonic(), _client_of(scope), True
+        self._refusals += 1
+        if now - self._told >= LOG_SECONDS:
+            what = "requests without a valid API key since the last such line"
+            logger.warning("refused %d %s; the latest was from %s", self._refusals, what, address)
+            self._refusals, self._told = 0, now
+        bucket = self._bucket_of(address)
+        if wait := math.ceil(bucket.wait(now)):
+            text = "too many requests without a valid API key from this address; correct the key"
+            return ApiError(429, text, code="too_many_invalid_keys", retry_after=wait, close=True)
+        bucket.take(1, now)
+        return ApiError(401, text, code="invalid_api_key", challenge=_CHALLENGE)
 
     def _use_settings(self, settings: ServerSettings) -> None:
         """Use keys from flags: admin keys have all scopes; other keys have "adapters" if there is no admin
@@ -208,33 +225,3 @@ def _client_of(scope: HttpScope) -> str:
     """Identify the client of a request by its network; behind a trusted proxy, the proxy's client."""
     client = scope.get("client")
     return network_of(str(client[0])) if client else "unknown"
-
-
-class Refusals:
-    """Bounds refusals by client address. A valid key is never refused, whatever its address has sent: keys
-    cannot be guessed, so the limit protects processor time and the log, not the keys."""
-
-    def __init__(self) -> None:
-        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
-        self._count = 0
-        self._told = -math.inf
-
-    def refuse(self, address: str, text: str) -> ApiError:
-        """Return the error to send to ``address``: a 401, or a 429 after too many of these. They are logged
-        in one line each ``LOG_SECONDS``."""
-        now = time.monotonic()
-        self._count += 1
-        if now - self._told >= LOG_SECONDS:
-            what = "requests without a valid API key since the last such line"
-            logger.warning("refused %d %s; the latest was from %s", self._count, what, address)
-            self._count, self._told = 0, now
-        bucket = self._buckets.setdefault(address, Bucket(PER_MINUTE))
-        self._buckets.move_to_end(address)
-        if len(self._buckets) > MAX_ADDRESSES:
-            self._buckets.popitem(last=False)
-        wait = math.ceil(bucket.wait(now))
-        if wait:
-            text = "too many requests without a valid API key from this address; correct the key"
-            return ApiError(429, text, code="too_many_invalid_keys", retry_after=wait, close=True)
-        bucket.take(1, now)
-        return ApiError(401, text, code="invalid_api_key", challenge=_CHALLENGE)

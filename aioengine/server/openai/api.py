@@ -52,14 +52,6 @@ MAX_TOOLS = 128
 """Tools, and calls in one message. These three are OpenAI's bounds; a template's work grows with each."""
 
 
-FILE_NAME = "generation_config.json"
-_SAME_NAME = (
-    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "logit_bias", "stop", "stop_token_ids", "include_stop_str_in_output"),
-    *("ignore_eos", "min_tokens", "skip_special_tokens"),
-)
-
-
 class Strict(msgspec.Struct, forbid_unknown_fields=True):
     """A part of a request whose unknown fields are refused."""
 
@@ -192,6 +184,9 @@ class GenerationFields(SharedFields, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
 
 
+_SAME = {*SamplingParams.__struct_fields__} & {*GenerationFields.__struct_fields__}
+
+
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The fields of a ``generation_config.json`` that are defaults of requests, as vLLM takes them. None is
     what the API has without such a file. ``do_sample`` is not looked at: a temperature of 0 is greedy."""
@@ -212,7 +207,7 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 def read_sampling_defaults(model: Path | None) -> SamplingDefaults:
     """Read the defaults from the model's folder, if its has the file. Raises ConfigError if a value is not
     valid."""
-    path = None if model is None else model / FILE_NAME
+    path = None if model is None else model / "generation_config.json"
     if path is None or not path.is_file():
         return SamplingDefaults()
     try:
@@ -239,10 +234,10 @@ def sampling_params(
         raise unsupported("prompt_logprobs", "not with stream")
     values: dict[str, Any] = {"temperature": 1.0, **msgspec.to_builtins(defaults)}
     values.pop("max_new_tokens", None)
-    values |= {name: value for name in _SAME_NAME if (value := getattr(fields, name)) is not None}
+    values |= {name: value for name in _SAME if (value := getattr(fields, name)) is not None}
     values["top_k"] = max(values.get("top_k", 0), 0)
-    values |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-    return SamplingParams(max_tokens=max_tokens, seed=fields.seed, **values)
+    values |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    return SamplingParams(**values)
 
 
 class CompletionRequest(GenerationFields, kw_only=True):

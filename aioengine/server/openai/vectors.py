@@ -162,8 +162,28 @@ async def rerank(call: Call, data: RerankRequest) -> Annotated[Answer, Ranked]:
     texts = [document if isinstance(document, str) else document.text for document in data.documents]
     top_n, query = data.top_n or None, data.query
     shown = None if data.return_documents is False else texts
+    labels = await call.context.engine.head_labels(call.wanted_adapter(data))
+    if labels > 1:
+        text = f"its head has {labels} labels, but a rank needs a head of one label, or none; use /classify"
+        raise invalid("model", text)
+    kind: PoolingKind = "classify" if labels else "auto"
+    if labels:
+        prompts = await encode_pairs(call, [(query, text) for text in texts])
 
-    def ranked(scores: list[float]) -> dict[str, Any]:
+        def scores_of(outputs: Sequence[RequestOutput]) -> list[float]:
+            return [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
+
+    else:
+        unique = list(dict.fromkeys((query, *texts)))  # each is computed once
+        prompts = await encode(call, unique, special=data.add_special_tokens is not False, field="documents")
+        place = {text: index for index, text in enumerate(unique)}
+        places = [(0, place[text]) for text in texts]
+
+        def scores_of(outputs: Sequence[RequestOutput]) -> list[float]:
+            return cosines([output.pooled or [] for output in outputs], places)
+
+    def ranked(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        scores = scores_of(outputs)
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
         documents = [None if shown is None else Document(text=shown[index]) for index in best]
         results = [
@@ -172,27 +192,7 @@ async def rerank(call: Call, data: RerankRequest) -> Annotated[Answer, Ranked]:
         ]
         return {"results": results}
 
-    labels = await call.context.engine.head_labels(call.wanted_adapter(data))
-    if labels > 1:
-        text = f"its head has {labels} labels, but a rank needs a head of one label, or none; use /classify"
-        raise invalid("model", text)
-    if labels == 1:
-        prompts = await encode_pairs(call, [(query, text) for text in texts])
-
-        def by_head(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-            return ranked([sigmoid((output.pooled or [0.0])[0]) for output in outputs])
-
-        answer = _answer(call, data, prompts, "classify", by_head, "rerank-")
-    else:
-        unique = list(dict.fromkeys((query, *texts)))  # each is computed once
-        prompts = await encode(call, unique, special=data.add_special_tokens is not False, field="documents")
-        place = {text: index for index, text in enumerate(unique)}
-        places = [(0, place[text]) for text in texts]
-
-        def by_cosine(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-            return ranked(cosines([output.pooled or [] for output in outputs], places))
-
-        answer = _answer(call, data, prompts, "auto", by_cosine, "rerank-")
+    answer = _answer(call, data, prompts, kind, ranked, "rerank-")
     answer.kept = sum(map(getsizeof, shown or ()))
     return answer
 
