@@ -119,7 +119,7 @@ async def _serve(checked: Checked, record: Path | None, log: BackgroundFile, rel
             client.metrics.http.loaded["config"] = lambda: reloader.good
             app = create_app(client, checked.settings, tracer_provider=traces)
             await app.context.defaults.result()
-            entrance.open(app)
+            entrance.app = app
             gc.collect()
             gc.freeze()  # a full collection would visit all of it, in 130 ms in which nobody is answered
             try:

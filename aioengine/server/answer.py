@@ -81,15 +81,17 @@ class Answer:
         self._engine, self._context, self._record = context.engine, context, record
         self._form = form
         self._is_stream, self._with_ids = bool(fields.stream), bool(fields.return_token_ids)
-        self.seed = next(context.seeds) if params.seed is None else params.seed
-        """Seed of the first choice; those of the others follow from it."""
-        params = msgspec.structs.replace(params, seed=self.seed)
+        seed = next(context.seeds) if params.seed is None else params.seed
+        params = msgspec.structs.replace(params, seed=seed)
         choices = range(fields.n or 1)
         self._params = [for_choice(params, choice) for _ in prompts for choice in choices]
         self._prompts = [prompt for prompt in prompts for _ in choices]
         self._id = f"{prefix}{context.new_id()}"
         # The engine's is its own, even where another request has chosen the same id.
-        self.id = self._id if fields.request_id is None else f"{prefix}{fields.request_id}"
+        id_ = self._id if fields.request_id is None else f"{prefix}{fields.request_id}"
+        self.head: dict[str, Any] = {"id": id_, "created": int(time.time()), "seed": seed}
+        """What answers of all APIs begin with, as :class:`~aioengine.server.openai.replies.Head`."""
+        self.head["model"] = fields.model
         self._tenant, self._deadline = _of_shares(record, len(self)), context.settings.request_timeout
         self._options: RequestKeywords = {
             "adapter": call.wanted_adapter(fields),
@@ -103,7 +105,7 @@ class Answer:
         self._beginning = asyncio.Lock()
         self._held = 0
         """Log-probabilities and vectors that are counted for it."""
-        record.completion_id, record.stream = self.id, self._is_stream
+        record.completion_id, record.stream = id_, self._is_stream
         record.prompt_tokens = sum(map(len, prompts))
         record.so_far = self._output_tokens
         if record.admission is not None:

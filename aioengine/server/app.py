@@ -49,11 +49,27 @@ _PAGES = frozenset(("", *(route.path for route in ROUTES if route.scopes == METR
 
 
 class ServerApp:
-    """The application that :func:`create_app` makes."""
+    """An OpenAI-compatible ASGI application that serves ``engine``.
+
+    Mount it under any prefix, or run it by itself. The caller keeps owning the engine, and starts and stops
+    it; both must be on the same event loop. Logging is not configured: each request is one record of the
+    logger ``aioengine.server.access``, with its details in ``record.fields``.
+
+    With a ``tracer_provider`` (extra ``otel``) each request that is no probe is a span, the child of the one
+    that its header ``traceparent`` names. The engine's own spans become its children; they are made by
+    :func:`aioengine.metrics.tracing.trace_requests`.
+
+    Raises ConfigError if the engine's ``adapter_root`` is not a folder.
+    """
 
     def __init__(
-        self, engine: EngineClient, settings: ServerSettings, tracer_provider: TracerProvider | None = None
+        self,
+        engine: EngineClient,
+        settings: ServerSettings | None = None,
+        *,
+        tracer_provider: TracerProvider | None = None,
     ) -> None:
+        settings = ServerSettings() if settings is None else settings
         self._gate = Gate(settings, engine.limit_waiting)
         if settings.keys_file is not None:  # it has the limits
             engine.share_limits(self._gate)
@@ -105,8 +121,8 @@ class ServerApp:
         move their traffic first."""
         self.context.engine.leaving = True
 
-    def open(self) -> None:
-        """Start to watch the keys file; the first request does so too. Needs a running loop."""
+    def _watch(self) -> None:
+        """Begin to watch the keys file, and connect the metrics."""
         with contextlib.suppress(EngineStopped):  # not started yet: the next request does it
             http = self.context.engine.metrics.http
             http.active = lambda: self.active
@@ -126,7 +142,7 @@ class ServerApp:
             await self._answer(scope, receive, send)
 
     async def _answer_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.open()
+        self._watch()
         path = below_mount(scope)[0]
         asked = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
         # The client's id, if there is one and its form is harmless.
@@ -178,6 +194,9 @@ class ServerApp:
                 text, code = f"{record.method} is not allowed for {path[:200]}", "method_not_allowed"
             error = ApiError(error.status_code, text, code=code)
         return record.refused_by(error, self.context.settings.reword)
+
+
+create_app = ServerApp
 
 
 class _Sender:
@@ -235,7 +254,7 @@ class _Sender:
 
 
 class Entrance:
-    """Answers while the engine starts, and passes requests to ``app`` once it is opened.
+    """Answers while the engine starts, and passes requests to ``app`` once that is set.
 
     Until then ``/health`` answers 200, because the process is well; ``/ready`` answers 503 with the current
     stage; ``/metrics`` has only the state; everything else is refused with 503 and a ``Retry-After``.
@@ -249,11 +268,6 @@ class Entrance:
     def progress(self, stage: str, done: int, total: int) -> None:
         """A :class:`~aioengine.info.LoadProgress`; may be called in any thread."""
         self._stage = {"stage": stage, "done": done, "total": total}
-
-    def open(self, app: ServerApp) -> None:
-        """Pass all requests to ``app`` from now on."""
-        app.open()
-        self.app = app
 
     @property
     def active(self) -> int:
@@ -278,27 +292,6 @@ class Entrance:
             text = "the engine is still starting: see /ready"
             error = ApiError(503, text, code="starting", retry_after=2, close=True)
             await respond(send, error.status, error.headers, error.body_for(scope["path"]))
-
-
-def create_app(
-    engine: EngineClient,
-    settings: ServerSettings | None = None,
-    *,
-    tracer_provider: TracerProvider | None = None,
-) -> ServerApp:
-    """Return an OpenAI-compatible ASGI application that serves ``engine``.
-
-    Mount it under any prefix, or run it by itself. The caller keeps owning the engine, and starts and stops
-    it; both must be on the same event loop. Logging is not configured: each request is one record of the
-    logger ``aioengine.server.access``, with its details in ``record.fields``.
-
-    With a ``tracer_provider`` (extra ``otel``) each request that is no probe is a span, the child of the one
-    that its header ``traceparent`` names. The engine's own spans become its children; they are made by
-    :func:`aioengine.metrics.tracing.trace_requests`.
-
-    Raises ConfigError if the engine's ``adapter_root`` is not a folder.
-    """
-    return ServerApp(engine, ServerSettings() if settings is None else settings, tracer_provider)
 
 
 def _is_quiet(path: str) -> bool:

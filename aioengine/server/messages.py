@@ -121,7 +121,7 @@ async def messages(call: Call, data: MessagesRequest) -> Annotated[Answer, dict[
         response_format=None if wanted is None else api.ResponseFormat(type=wanted.type, json_schema=wanted),
     )
     answer, [parser] = await start_chat(call, chat, prefix="msg_")
-    answer.reply = MessagesReply(answer.id, answer.seed, data.model, parser, data.stop_sequences or ())
+    answer.reply = MessagesReply(answer.head, parser, data.stop_sequences or ())
     return answer
 
 
@@ -288,16 +288,11 @@ class MessagesReply(ListReply):
     """The reply of a message."""
 
     def __init__(
-        self,
-        message_id: str,
-        seed: int | None,
-        model: str,
-        parser: AnswerParser | None,
-        stop_sequences: Sequence[str],
+        self, head: dict[str, Any], parser: AnswerParser | None, stop_sequences: Sequence[str]
     ) -> None:
         super().__init__(parser)
-        self._message = {"id": message_id, "type": "message", "role": "assistant", "seed": seed}
-        self._message["model"] = model
+        self._message = {name: head[name] for name in ("id", "seed", "model")}
+        self._message |= {"type": "message", "role": "assistant"}
         self._stop_sequences = frozenset(stop_sequences)
 
     def last_events(self, usage: api.Usage) -> bytes:

@@ -26,10 +26,8 @@ class Health(msgspec.Struct, omit_defaults=True):
 
 async def health(call: Call) -> Annotated[Sent, Health]:
     """200 while the engine works, 503 when it is dead or stuck."""
-    engine = call.context.engine
-    if call.context.stuck:
-        return sent(Health("stuck"))._replace(status=503)
-    return _state(call, engine.state, is_good=engine.state not in ("dead", "stopping", "stopped"))
+    state = "stuck" if call.context.stuck else call.context.engine.state
+    return _state(call, state, is_good=state not in ("stuck", "dead", "stopping", "stopped"))
 
 
 async def ready(call: Call) -> Annotated[Sent, Health]:

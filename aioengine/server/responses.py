@@ -130,7 +130,7 @@ async def responses(call: Call, data: ResponsesRequest) -> Annotated[Answer, dic
     repeated |= {name: msgspec.Raw(part) for name, part in as_json.items()}
     repeated["metadata"] = data.metadata or {}
     repeated["parallel_tool_calls"] = data.parallel_tool_calls is not False
-    answer.reply = ResponsesReply(answer.id, answer.seed, repeated, parser)
+    answer.reply = ResponsesReply(answer.head, repeated, parser)
     return answer
 
 
@@ -204,18 +204,16 @@ _KINDS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 class ResponsesReply(ListReply):
     """The reply of a response; events are numbered from 0. ``repeated``: what it repeats of the request."""
 
-    def __init__(
-        self, response_id: str, seed: int | None, repeated: dict[str, Any], parser: AnswerParser | None
-    ) -> None:
+    def __init__(self, head: dict[str, Any], repeated: dict[str, Any], parser: AnswerParser | None) -> None:
         super().__init__(parser)
         self._next = 0
         self._item: dict[str, Any] = {}
         """The item that has begun."""
         self._response: dict[str, Any] = {
-            "id": response_id,
+            "id": head["id"],
             "object": "response",
-            "created_at": int(time.time()),
-            "seed": seed,
+            "created_at": head["created"],
+            "seed": head["seed"],
             "status": "in_progress",
             "background": False,
             "error": None,

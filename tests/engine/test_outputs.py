@@ -77,9 +77,10 @@ def replies() -> list[Reply]:
     usage = StreamOptions(include_usage=True, continuous_usage_stats=True)
     fields = GenerationFields(model="m", stream_options=usage, return_token_ids=True)
     chat = ChatRequest(model="m", messages=[], stream_options=usage, return_token_ids=True, logprobs=True)
+    head = {"id": "c", "created": 0, "seed": 0, "model": "m"}
     return [
-        ChatReply("c", 0, chat, lambda _: b" 1", [None]),
-        CompletionReply("c", 0, fields, lambda _: b" 1", count=1, logprobs=1, echoed=None),
+        ChatReply(head, chat, lambda _: b" 1", [None]),
+        CompletionReply(head, fields, lambda _: b" 1", count=1, logprobs=1, echoed=None),
     ]
 
 

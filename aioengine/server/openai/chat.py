@@ -24,7 +24,7 @@ _OWN_VARIABLES = ("messages", "tools", "continue_final_message")
 async def chat_completions(call: Call, data: ChatRequest) -> Annotated[Answer, ChatCompletion]:
     """Continue a conversation."""
     answer, parsers = await start_chat(call, data, prefix="chatcmpl-")
-    answer.reply = ChatReply(answer.id, answer.seed, data, call.context.token_bytes(), parsers)
+    answer.reply = ChatReply(answer.head, data, call.context.token_bytes(), parsers)
     return answer
 
 

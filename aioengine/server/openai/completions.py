@@ -34,8 +34,7 @@ async def completions(call: Call, data: CompletionRequest) -> Annotated[Answer, 
     echoed = await texts_of(call, data.prompt, prompts) if data.echo else None
     answer.kept = sum(map(getsizeof, echoed or ()))
     answer.reply = CompletionReply(
-        answer.id,
-        answer.seed,
+        answer.head,
         data,
         context.token_bytes(),
         count=len(answer),

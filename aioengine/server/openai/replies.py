@@ -4,7 +4,6 @@ two formats."""
 from __future__ import annotations
 
 import functools
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -190,10 +189,9 @@ class StreamReply(Reply):
 class _ChoicesReply(StreamReply):
     """What replies of completions and chats have in common."""
 
-    def __init__(self, id_: str, seed: int | None, fields: GenerationFields, token_bytes: TokenBytes) -> None:
+    def __init__(self, head: dict[str, Any], fields: GenerationFields, token_bytes: TokenBytes) -> None:
         wanted = fields.stream_options or StreamOptions()
-        self._head: dict[str, Any] = {"id": id_, "created": int(time.time()), "seed": seed}
-        self._head["model"] = fields.model
+        self._head = head
         self._include_usage = bool(wanted.include_usage)
         self._continuous_usage = self._include_usage and bool(wanted.continuous_usage_stats)
         self._with_ids = bool(fields.return_token_ids)
@@ -238,8 +236,7 @@ class CompletionReply(_ChoicesReply):
 
     def __init__(
         self,
-        id_: str,
-        seed: int | None,
+        head: dict[str, Any],
         fields: GenerationFields,
         token_bytes: TokenBytes,
         *,
@@ -247,7 +244,7 @@ class CompletionReply(_ChoicesReply):
         logprobs: int | None,
         echoed: Sequence[str] | None,
     ) -> None:
-        super().__init__(id_, seed, fields, token_bytes)
+        super().__init__(head, fields, token_bytes)
         self._logprobs, self._echoed, self._count = logprobs, echoed, count
         self._offsets = Counter[int]()
         """Where the next token of each choice starts in its text."""
@@ -290,13 +287,12 @@ class ChatReply(_ChoicesReply):
 
     def __init__(
         self,
-        id_: str,
-        seed: int | None,
+        head: dict[str, Any],
         fields: ChatRequest,
         token_bytes: TokenBytes,
         parsers: Sequence[AnswerParser | None],
     ) -> None:
-        super().__init__(id_, seed, fields, token_bytes)
+        super().__init__(head, fields, token_bytes)
         self._parsers, self._with_logprobs = parsers, bool(fields.logprobs)
         self._calls = Counter[int]()
         """Number of calls so far, by choice."""

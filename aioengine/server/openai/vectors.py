@@ -202,7 +202,7 @@ def _answer(
 ) -> Answer:
     fields = api.GenerationFields(model=data.model, adapters=data.adapters, priority=data.priority)
     answer = Answer(call, fields, prompts, pooling_params(kind), prefix=prefix)
-    head = {"id": answer.id, "model": data.model, "created": call.context.created}
+    head = {name: value for name, value in answer.head.items() if name != "seed"}
     answer.reply = VectorReply(head, form)
     return answer
 

@@ -218,8 +218,7 @@ class BoundedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(part)
         except httptools.HttpParserError:
-            if not self.is_closing():
-                self.send_400_response("Invalid HTTP request received.")
+            self._refuse(400)
 
     def pause_reading(self) -> None:
         """Give the parser no more: the body's reader is behind."""
