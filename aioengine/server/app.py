@@ -73,8 +73,6 @@ class ServerApp:
         self._gate = Gate(settings, engine.limit_waiting)
         if settings.keys_file is not None:  # it has the limits
             engine.share_limits(self._gate)
-        # From here on no key is held, only their hashes.
-        settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
         self.context = context = Context(engine, settings)
         context.page = self._page = metrics_app(engine)
         with_keys = not self._gate.is_open
@@ -108,7 +106,7 @@ class ServerApp:
     def change(self, settings: ServerSettings) -> None:
         """Use other limits, timeouts, defaults and names of the base model for requests from now on. Keys,
         hosts and settings about the model's files stay as they are."""
-        self.context.change(msgspec.structs.replace(settings, api_keys={}, admin_keys={}))
+        self.context.change(settings)
 
     async def drain(self) -> None:
         """Refuse new requests with 503 from now on, and wait until the accepted ones are answered."""

@@ -74,8 +74,8 @@ class Context:
         self.defaults = SharedRead("aioengine-defaults", self._read_defaults)
 
     def change(self, settings: ServerSettings) -> None:
-        """Use other settings from now on."""
-        self.settings = settings
+        """Use other settings from now on. No key is held, only their hashes are, by the gate."""
+        self.settings = msgspec.structs.replace(settings, api_keys={}, admin_keys={})
         self.model_names = tuple(settings.served_model_names) or (self.engine.config.model_name,)
         self.engine.model_name = self.model_names[0]
 
@@ -188,8 +188,6 @@ class Call(NamedTuple):
         if adapter is not None:
             base = self.context.model_names[0]
             raise invalid("adapters", f"with this field, model must be the base model's name ({base})")
-        if not mix:
-            raise invalid("adapters", "is empty")
         record.named_in = "adapters"
         for name in mix:
             if self.adapter_of(name, "adapters") is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aioengine.errors import PromptTooLong
-from aioengine.runtime.text_work import EACH, SHORT, size_of_all
+from aioengine.runtime.text_work import EACH, size_of_all
 from aioengine.server.context import Call, Context
 from aioengine.server.errors import ApiError, invalid
 from aioengine.server.openai.api import Prompts
@@ -40,7 +40,7 @@ async def encode(call: Call, texts: Sequence[str], *, special: bool = True, fiel
     """Tokenize each text, with ``special`` tokens at its ends. Raises ApiError for one that is too long."""
     tokenizer, limit = call.context.tokenizer, call.context.max_model_len
     size = size_of_all(texts)
-    return await _encoded(call, field, size, lambda: tokenizer.encode_all(texts, special, limit=limit))
+    return await encoded(call, field, size, lambda: tokenizer.encode_all(texts, special, limit=limit))
 
 
 async def encode_pairs(call: Call, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
@@ -55,23 +55,11 @@ async def encode_pairs(call: Call, pairs: Sequence[tuple[str, str]]) -> list[lis
             f"request may have {most}; send fewer documents at a time",
         )
     size += EACH * len(pairs)
-    return await _encoded(call, "documents", size, lambda: tokenizer.encode_pairs(pairs, limit=limit))
+    return await encoded(call, "documents", size, lambda: tokenizer.encode_pairs(pairs, limit=limit))
 
 
-async def encode_chat(call: Call, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
-    """Render messages by the chat template, and tokenize the result as :func:`encode` does."""
-    tokenizer, limit = call.context.tokenizer, call.context.max_model_len
-
-    def make() -> list[list[int]]:
-        return tokenizer.encode_all([tokenizer.render_chat(messages, **variables)], False, limit=limit)
-
-    # Never on the event loop, because a template may take any time. It may write all of the body, tools and
-    # arguments of calls included.
-    [ids] = await _encoded(call, "messages", SHORT + call.record.body_size, make)
-    return ids
-
-
-async def _encoded(call: Call, field: str, size: int, make: Callable[[], list[list[int]]]) -> list[list[int]]:
+async def encoded(call: Call, field: str, size: int, make: Callable[[], list[list[int]]]) -> list[list[int]]:
+    """Return what ``make()`` tokenizes, in turns by ``size``. Raises ApiError if a prompt is too long."""
     try:
         return await call.context.engine.text_work.run(size, make, call.record.owner)
     except PromptTooLong as error:

@@ -8,6 +8,7 @@ nobody can try those, however fast the hash is, and one SHA-256 per request cost
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import re
 import secrets
@@ -151,11 +152,11 @@ class KeysWatch:
 
     def __init__(self, path: str, use: Callable[[KeysFile], None]) -> None:
         self._path, self._use = Path(path), use
-        self._content = _content_of(self._path)
-        """Content of the file whose keys are in use."""
+        self._parsed = functools.lru_cache(1)(parse_keys_file)
+        self._in_use = self._read()
         self._complaint = ""
         """Why the keys in use are not those of the file; empty if they are."""
-        use(self._parsed(self._content))
+        use(self._in_use)
 
     @property
     def good(self) -> bool:
@@ -171,10 +172,10 @@ class KeysWatch:
                 reading = start_read("aioengine-keys", self._read)
                 if not (await asyncio.wait({reading}, timeout=SLOW_SECONDS))[0]:
                     self._complain(f"reading keys file {self._path} takes longer than {SLOW_SECONDS:g} s")
-                content, found = await reading
-                if found is not None:
+                found = await reading
+                if found is not self._in_use:
                     self._use(found)
-                    self._content = content
+                    self._in_use = found
                     logger.info("read %s again: %d keys", self._path, len(found.keys))
                 self._complaint = ""
             except Exception as error:  # whatever fails, the next check reads the file again
@@ -185,10 +186,6 @@ class KeysWatch:
             self._complaint = text
             logger.error("the keys stay as they were: %s", text)
 
-    def _read(self) -> tuple[bytes, KeysFile | None]:
-        """Return the file's content, and what it says if it is another one."""
-        content = _content_of(self._path)
-        return content, None if content == self._content else self._parsed(content)
-
-    def _parsed(self, content: bytes) -> KeysFile:
-        return parse_keys_file(content, source=f"keys file {self._path}")
+    def _read(self) -> KeysFile:
+        """Return what the file says: the same object as long as its content is the same."""
+        return self._parsed(_content_of(self._path), source=f"keys file {self._path}")

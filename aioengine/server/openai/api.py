@@ -21,6 +21,7 @@ Whole = Annotated[int, Meta(ge=-1, le=2**63 - 1)]
 Probability = Annotated[float, Meta(gt=0, le=1)]
 Temperature = Annotated[float, Meta(ge=0, le=2)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Factor = Annotated[float, Meta(ge=-100, le=100)]
 Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 """For scheduling policies that look at it; higher is more urgent."""
 Salt = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -115,7 +116,7 @@ class ModelFields(Strict, kw_only=True):
 
     model: str
     """The base model's name, or an adapter's; "sql@3" is a version of the adapter "sql"."""
-    adapters: Annotated[dict[Name, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=8)] | None = None
+    adapters: Annotated[dict[Name, Factor], Meta(min_length=1, max_length=8)] | None = None
     """Adapters and their weights, which are added up; ``model`` is then the base model's name."""
 
 
@@ -157,10 +158,7 @@ class GenerationFields(SharedFields, kw_only=True):
     stop: StopString | StopStrings | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: (
-        Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_NAMED_TOKENS)]
-        | None
-    ) = None
+    logit_bias: Annotated[dict[str, Factor], Meta(max_length=MAX_NAMED_TOKENS)] | None = None
     """Token id -> value added to its logit."""
     response_format: ResponseFormat | None = None
     stream_options: StreamOptions | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from aioengine.runtime.text_work import SHORT
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
 from aioengine.server.errors import invalid, needed, unsupported
@@ -15,7 +16,7 @@ from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai.api import ChatRequest, ContentPart, Message, sampling_params
 from aioengine.server.openai.form import ToolPlan, plan_tools, wanted_form
 from aioengine.server.openai.replies import ChatCompletion, ChatReply
-from aioengine.server.prompts import check_prompts, encode_chat
+from aioengine.server.prompts import check_prompts, encoded
 from aioengine.server.transport.body import check_counts
 
 _OWN_VARIABLES = ("messages", "tools", "continue_final_message")
@@ -65,22 +66,25 @@ async def start_chat(
 
 
 async def encode_messages(call: Call, data: ChatRequest, tools: ToolPlan) -> list[int]:
-    """Tokenize the chat's prompt."""
-    return await encode_chat(call, to_template(data.messages), _variables(call, data, tools))
-
-
-def to_template(messages: list[Message]) -> list[dict[str, Any]]:
-    """Convert messages to the form of chat templates: content as one text, arguments of calls as objects.
-
-    Raises ApiError for content that is not text, and for arguments that are not JSON or hold too many values
-    in all.
-    """
-    arguments = [call.function.arguments for message in messages for call in message.tool_calls or ()]
+    """Tokenize the chat's prompt. Raises ApiError for content that is not text, and for arguments of calls
+    that are not JSON or hold too many values in all."""
+    arguments = [call_.function.arguments for message in data.messages for call_ in message.tool_calls or ()]
     check_counts(",".join(arguments).encode(), "messages")
-    return [_to_template(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    messages = [_to_template(message, f"messages[{i}]") for i, message in enumerate(data.messages)]
+    variables = _variables(call, data, tools)
+    tokenizer, limit = call.context.tokenizer, call.context.max_model_len
+
+    def make() -> list[list[int]]:
+        return tokenizer.encode_all([tokenizer.render_chat(messages, **variables)], False, limit=limit)
+
+    # Never on the event loop, because a template may take any time. It may write all of the body, tools and
+    # arguments of calls included.
+    [ids] = await encoded(call, "messages", SHORT + call.record.body_size, make)
+    return ids
 
 
 def _to_template(message: Message, where: str) -> dict[str, Any]:
+    """Convert a message to the form of chat templates: content as one text, arguments of calls as objects."""
     role = "system" if message.role == "developer" else message.role
     content, kinds = message.content, ["text"]
     if role == "assistant":
