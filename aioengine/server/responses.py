@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
-from sys import getsizeof
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -20,6 +19,8 @@ from aioengine.server.formats.source import AnswerParser
 from aioengine.server.messages import Event, ListReply, written
 from aioengine.server.openai import api
 from aioengine.server.openai.chat import start_chat, text_of
+
+MetadataText = Annotated[str, Meta(max_length=512)]
 
 
 class Item(msgspec.Struct, kw_only=True):
@@ -36,12 +37,7 @@ class Item(msgspec.Struct, kw_only=True):
 
 
 class ResponsesTool(
-    api.Function,
-    kw_only=True,
-    forbid_unknown_fields=False,
-    omit_defaults=False,
-    tag_field="type",
-    tag="function",
+    api.Function, kw_only=True, forbid_unknown_fields=False, tag_field="type", tag="function"
 ):
     """A function. All other tools have another ``type`` and are refused."""
 
@@ -75,13 +71,7 @@ class ResponsesRequest(api.SharedFields, kw_only=True):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     stream_options: api.StreamOptions | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
-            Meta(max_length=16),
-        ]
-        | None
-    ) = None
+    metadata: Annotated[dict[api.Name, MetadataText], Meta(max_length=16)] | None = None
     """Returned unchanged in the answer."""
 
     chat_template_kwargs: dict[str, Any] | None = None
@@ -117,19 +107,18 @@ _UNSUPPORTED = {
 async def responses(call: Call, data: ResponsesRequest) -> Annotated[Answer, dict[str, Any]]:
     """Answer, without state."""
     answer, [parser] = await start_chat(call, to_chat(data), prefix="resp_")
-    parts = {
+    same = ("model", "instructions", "max_output_tokens", "temperature", "top_p")
+    repeated = {name: getattr(data, name) for name in same} | {
+        "metadata": data.metadata or {},
+        "parallel_tool_calls": data.parallel_tool_calls is not False,
         "text": {"format": (data.text and data.text.format) or {"type": "text"}},
         "tool_choice": "auto" if data.tool_choice is None else data.tool_choice,
         "tools": data.tools or [],
     }
     # As JSON, which takes less room than what it was decoded to.
-    as_json = {name: msgspec.json.encode(part) for name, part in parts.items()}
-    answer.kept = sum(map(len, as_json.values())) + getsizeof(data.instructions or "")
-    same = ("model", "instructions", "max_output_tokens", "temperature", "top_p")
-    repeated = {name: getattr(data, name) for name in same}
-    repeated |= {name: msgspec.Raw(part) for name, part in as_json.items()}
-    repeated["metadata"] = data.metadata or {}
-    repeated["parallel_tool_calls"] = data.parallel_tool_calls is not False
+    as_json = {name: msgspec.json.encode(part) for name, part in repeated.items()}
+    answer.kept = sum(map(len, as_json.values()))
+    repeated = {name: msgspec.Raw(part) for name, part in as_json.items()}
     answer.reply = ResponsesReply(answer.head, repeated, parser)
     return answer
 
