@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_network
 from pathlib import Path
@@ -18,10 +17,13 @@ from aioengine.config import refuse_removed
 from aioengine.errors import ConfigError
 from aioengine.grammars.schemas import SchemaOptions
 from aioengine.server.access.keys import read_keys_file
-from aioengine.server.formats.calls import REASONING, TOOLS, check_name
 from aioengine.server.transport.tls import Certificate
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\[\]:@/?#*\sA-Z]+)(:[0-9]+)?")
+_IS_ORIGIN = (
+    "an origin as browsers write it: in lower case, without a path, such as https://chat.example:8080"
+)
+_ORIGIN = r"\A[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\[\]:@/?#*\sA-Z]+)(:[0-9]+)?\Z"
+Origin = Annotated[str, Meta(pattern=_ORIGIN, extra={"is": _IS_ORIGIN})]
 
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +44,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Host names that requests may be addressed to; empty: any. A web page can have its own name resolved
     to this machine and then read from a server that only this machine reaches (DNS rebinding); it cannot
     have another name in the request."""
-    allow_origins: Sequence[str] = ()
+    allow_origins: Sequence[Origin] = ()
     """Origins of other sites whose pages may call the server, such as "https://chat.example". Pages of all
     others may not send anything, and cannot read an answer."""
     max_body_bytes: Count | None = None
@@ -59,12 +61,12 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling defaults: auto (the model's generation_config.json) or none. They are those of
     ``temperature``, ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty`` and ``max_tokens``; "none" is the
     API's own."""
-    tool_call_parser: str = "auto"
-    """Format in which the model calls tools: hermes, llama3, mistral, harmony or none. "auto" is the
-    one that its chat template shows; "none" leaves calls in the text."""
-    reasoning_parser: str = "auto"
-    """Format of the model's reasoning: think, harmony or none. Answers have it in a field of its own; "auto"
-    and "none" are as above."""
+    tool_call_parser: Literal["auto", "none", "hermes", "llama3", "mistral", "harmony"] = "auto"
+    """Format in which the model calls tools. "auto" is the one that its chat template shows; "none" leaves
+    calls in the text."""
+    reasoning_parser: Literal["auto", "none", "think", "harmony"] = "auto"
+    """Format of the model's reasoning. Answers have it in a field of its own; "auto" and "none" are as
+    above."""
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     """Requests without a seed draw theirs from this one. None: from the engine's if that is not 0, or else
     from a random one, so that nobody can tell what is drawn for others."""
@@ -86,14 +88,6 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_name("tool_call_parser", self.tool_call_parser, TOOLS)
-        check_name("reasoning_parser", self.reasoning_parser, REASONING)
-        for origin in self.allow_origins:
-            if _ORIGIN.fullmatch(origin) is None:
-                raise ConfigError(
-                    f"allow_origins: {origin!r} is no origin; write it as browsers do, such as "
-                    "https://chat.example or http://localhost:3000: in lower case, and without a path"
-                )
         if self.keys_file is not None and (self.api_keys or self.admin_keys):
             raise ConfigError("keys_file names all keys: put those of api_keys and admin_keys into it too")
 

@@ -186,7 +186,9 @@ def test_formats_by_chat_template() -> None:
     assert (qwen.tools, qwen.reasoning) == ("hermes", "think")
     assert AnswerFormats.chosen(TEMPLATES["hermes"], "llama3", "none").tools == "llama3"
     assert AnswerFormats.chosen(None, "auto", "auto")[:2] == (None, None)
-    for field in ("tool_call_parser", "reasoning_parser"):
+    for field, known in (("tool_call_parser", TOOLS), ("reasoning_parser", REASONING)):
+        for name in known:
+            ServerSettings(**{field: name})
         with pytest.raises(ConfigError, match=f"{field}='harmoni'.*did you mean 'harmony'"):
             ServerSettings(**{field: "harmoni"})
 

@@ -68,7 +68,8 @@ class Gate:
         """Clients by the hashes of their keys."""
         self._anybody: Identity | None = None
         """Clients without a key; None if a key is required."""
-        self._meters: dict[tuple[str, str], Meter] = {}
+        self._meters: dict[str, Meter] = {}
+        """By the same names as in the other gateways of a fleet."""
         self._task: asyncio.Task[None] | None = None
         self.keys_file: KeysWatch | None = None
         """The watched keys file, if there is one."""
@@ -146,18 +147,14 @@ class Gate:
 
     def take_usage(self) -> dict[str, Usage]:
         """Return each meter's usage since the last call, for the other gateways of a fleet."""
-        found = ((f"{kind} {which}", meter.take_usage()) for (kind, which), meter in self._meters.items())
-        return {name: usage for name, usage in found if usage is not None}
+        found = {name: meter.take_usage() for name, meter in self._meters.items()}
+        return {name: usage for name, usage in found.items() if usage is not None}
 
     def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
         """Count what the other gateways of a fleet have accepted, on those of the meters that exist here
         too."""
-        now = time.monotonic()
-        for name, used in usage.items():
-            kind, _, which = name.partition(" ")
-            meter = self._meters.get((kind, which))
-            if meter is not None:
-                meter.used_elsewhere(used, now)
+        for name in self._meters.keys() & usage.keys():
+            self._meters[name].used_elsewhere(usage[name], time.monotonic())
 
     def _refused(self, scope: HttpScope, record: RequestRecord, text: str) -> ApiError:
         """Return the error for a client without a valid key: a 401 or, after too many of these, a 429. They
@@ -193,24 +190,25 @@ class Gate:
         """Use keys from a file. A meter whose limits are as before keeps its counts."""
         before, self._meters = self._meters, {}
 
-        def meter(kind: str, which: str, name: str, limits: Limits) -> tuple[Meter, ...]:
+        def meter(key: str, name: str, limits: Limits) -> tuple[Meter, ...]:
             if all(getattr(limits, field) is None for field in Limits.__struct_fields__):
                 return ()
-            found = self._meters.get((kind, which)) or before.get((kind, which))
+            found = self._meters.get(key) or before.get(key)
             if found is None or found.limits != limits:
                 found = Meter(name, limits)
-            self._meters[kind, which] = found
+            self._meters[key] = found
             return (found,)
 
         self._known = {}
         for entry in file.keys:
             tenant = entry.tenant
-            shared = meter("tenant", tenant, f"tenant {tenant!r}", file.tenants.get(tenant, TenantLimits()))
+            limits = file.tenants.get(tenant, TenantLimits())
+            shared = meter(f"tenant {tenant}", f"tenant {tenant!r}", limits)
             self._known[entry.hash] = Identity(
                 tenant,
                 frozenset(entry.scopes),
                 AllowedModels(entry.adapters, entry.base_model),
-                meter("key", entry.hash, "this API key", entry.limits) + shared,
+                meter(f"key {entry.hash}", "this API key", entry.limits) + shared,
                 None if entry.expires is None else entry.expires.timestamp(),
             )
         bounds = {name: limits.max_waiting for name, limits in file.tenants.items()}

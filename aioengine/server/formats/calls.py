@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from aioengine.checks import nearest
-from aioengine.errors import ConfigError
 from aioengine.server.formats.source import (
     NO_MARKS,
     AnswerParser,
@@ -284,13 +282,6 @@ REASONING = {"harmony": (CHANNEL,), "think": (THINK, END_THINK)}
 def plain(source: Source) -> Steps[None]:
     """Parse an answer that is text alone."""
     yield from source.until(NO_MARKS)
-
-
-def check_name(field: str, name: str, known: Collection[str]) -> None:
-    """Raise ConfigError unless the format is known."""
-    names = ["auto", "none", *known]
-    if name not in names:
-        raise ConfigError(f"{field}={name!r}: must be one of {', '.join(names)}{nearest(name, names)}")
 
 
 class AnswerFormats(NamedTuple):

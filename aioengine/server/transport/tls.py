@@ -77,10 +77,10 @@ def expiry(expires: float) -> str:
 
 def _expires(pem: str) -> float:
     """Return when the first certificate of a PEM file expires; infinity if that cannot be read."""
-    begin, end = pem.find(ssl.PEM_HEADER), pem.find(ssl.PEM_FOOTER)
-    if begin < 0:  # one of the other headers that OpenSSL knows
+    first = re.search(f"{ssl.PEM_HEADER}.*?{ssl.PEM_FOOTER}", pem, re.DOTALL)
+    if first is None:  # one of the other headers that OpenSSL knows
         return math.inf
-    found = _VALIDITY.search(ssl.PEM_cert_to_DER_cert(pem[begin : end + len(ssl.PEM_FOOTER)]))
+    found = _VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0]))
     if found is None:
         return math.inf
     text = (found[1] or found[2]).decode()
