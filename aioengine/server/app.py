@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
 _PROBES = frozenset(route.path for route in ROUTES if route.scopes == OPEN)
-_JSON = [(b"content-type", b"application/json")]
 _PAGES = frozenset(("", *(route.path for route in ROUTES if route.scopes == METRICS)))
 
 
@@ -78,8 +77,9 @@ class ServerApp:
         with_keys = not self._gate.is_open
         context.document = SharedRead("aioengine-docs", lambda: make_document(ROUTES, with_keys=with_keys))
         endpoints = [
-            routing.Route(route.pattern, Endpoint(route, context, self._gate), methods=[route.method])
-            for route in ROUTES
+            # Names of models and files may have slashes.
+            routing.Route(r.path.replace("}", ":path}"), Endpoint(r, context, self._gate), methods=[r.method])
+            for r in ROUTES
         ]
         self._routes = routing.Router(endpoints, redirect_slashes=False)
         self.unread = Shares(UNREAD)
@@ -282,7 +282,8 @@ class Entrance:
             await self.app(scope, receive, send)
         elif scope["path"] in ("/health", "/ready"):
             status = 200 if scope["path"] == "/health" else 503
-            await respond(send, status, _JSON, msgspec.json.encode({"status": "starting", **self._stage}))
+            body = msgspec.json.encode({"status": "starting", **self._stage})
+            await respond(send, status, [(b"content-type", b"application/json")], body)
         elif scope["path"] == "/metrics":  # without a key: it says what the probes say
             kind, body = starting_metrics(self._engine_name)
             await respond(send, 200, [(b"content-type", kind.encode())], body)

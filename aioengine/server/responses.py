@@ -14,7 +14,7 @@ from msgspec import Meta
 from aioengine.runtime.output import RequestOutput
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
-from aioengine.server.errors import ApiError, invalid, needed, unsupported
+from aioengine.server.errors import ApiError, needed, unsupported
 from aioengine.server.formats.source import AnswerParser
 from aioengine.server.messages import Event, ListReply, written
 from aioengine.server.openai import api
@@ -169,9 +169,8 @@ def _messages(data: ResponsesRequest) -> list[api.Message]:
 
 def _turn(item: Item, where: str) -> api.Message:
     if item.type == "message":
-        if item.role is None:
-            raise invalid(f"{where}.role", "is missing")
-        return api.Message(role=item.role, content=text_of(item.content, f"{where}.content", _TEXTS))
+        content = text_of(item.content, f"{where}.content", _TEXTS)
+        return api.Message(role=needed(item.role, f"{where}.role"), content=content)
     if item.type == "function_call_output":
         id_ = needed(item.call_id, f"{where}.call_id")
         content = text_of(item.output, f"{where}.output", _TEXTS)

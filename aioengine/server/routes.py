@@ -45,11 +45,6 @@ class Route(NamedTuple):
     scopes: tuple[KeyScope, ...]
     """A key needs one of them ("admin" includes all); empty if no key is required."""
 
-    @property
-    def pattern(self) -> str:
-        """The path as the framework knows it; names of models and files may have slashes."""
-        return self.path.replace("}", ":path}")
-
     def type_of(self, what: str) -> Any:
         """Type of the body (``data``), or of the answer's JSON (``return``; ``str`` for a text); None if it
         is not decoded."""

@@ -112,8 +112,7 @@ def text_of(
 ) -> str:
     """Join the texts of a content by line breaks. Raises ApiError if it is missing, or has parts of other
     ``kinds``."""
-    if content is None:
-        raise invalid(where, "is missing")
+    content = needed(content, where)
     if isinstance(content, str):
         return content
     return "\n".join(text_of_part(part, f"{where}[{i}]", kinds) for i, part in enumerate(content))

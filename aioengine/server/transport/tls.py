@@ -153,17 +153,16 @@ class TlsListener:
     async def _begin(self, accepted: socket.socket, protocol: BoundedProtocol) -> None:
         """Wait for the client's first bytes and for a turn, and do the handshake."""
         is_ours, is_secured = True, False  # until the event loop has it
-        came = asyncio.Event()
+        turn = asyncio.Event()
+
+        def ask() -> None:
+            self._loop.remove_reader(accepted)
+            protocol.turns.ask(protocol.counted_as or "", turn.set)
+
         try:
             with contextlib.suppress(OSError):  # a failed handshake, and TimeoutError, are such
                 async with asyncio.timeout(self._timeout):
-                    self._loop.add_reader(accepted, came.set)
-                    try:
-                        await came.wait()
-                    finally:
-                        self._loop.remove_reader(accepted)
-                    turn = asyncio.Event()
-                    protocol.turns.ask(protocol.counted_as or "", turn.set)
+                    self._loop.add_reader(accepted, ask)
                     await turn.wait()
                     is_ours = False
                     # To its end a client may say nothing, too: by itself a loop would wait for half a minute.
@@ -177,6 +176,7 @@ class TlsListener:
                     is_secured = True
         finally:
             if is_ours:
+                self._loop.remove_reader(accepted)
                 accepted.close()
             if not is_secured:
                 protocol.leave()
