@@ -198,8 +198,8 @@ create_app = ServerApp
 
 
 class _Sender:
-    """An ASGI ``send`` for one request: it adds headers, leaves out the body for HEAD, and sends large
-    answers in parts, if there is room for them among those that are being sent.
+    """An ASGI ``send`` for one request: it adds headers, and sends large answers in parts, if there is room
+    for them among those that are being sent.
 
     Raises ClientDisconnected for a client that has gone, and ApiError for an answer that is too large or
     finds no room: then nothing has been sent.
@@ -214,8 +214,6 @@ class _Sender:
             self._hold(message["headers"])
             self._record.status = message["status"]
             message = {**message, "headers": self._headers(message["headers"])}
-        elif self._scope["method"] == "HEAD":
-            message = {**message, "body": b""}
         try:
             for part in in_parts(message):
                 await self._send(part)

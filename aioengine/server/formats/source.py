@@ -73,17 +73,21 @@ class Source:
         begin, self._at = self._at, end
         return self._text[begin:end]
 
-    def until(self, marks: Marks, kind: type[str] = str) -> Steps[str]:
-        """Yield the text before the next of ``marks`` as ``kind``; return the mark, or "" at the end."""
+    def until(self, marks: Marks, kind: type[str] = str, parts: list[str] | None = None) -> Steps[str]:
+        """Yield the text before the next of ``marks`` as ``kind``, or add it to ``parts``. Return the mark,
+        or "" at the end."""
         while True:
             found = marks.pattern.search(self._text, self._at)
-            if found:
-                if found.start() > self._at:
-                    yield kind(self._take(found.start()))
-                return self._take(found.end())
-            end = len(self._text) - (0 if self.ended else marks.beginning_of(self._text, self._at))
+            held = 0 if found or self.ended else marks.beginning_of(self._text, self._at)
+            end = found.start() if found else len(self._text) - held
             if end > self._at:
-                yield kind(self._take(end))
+                piece = kind(self._take(end))
+                if parts is None:
+                    yield piece
+                else:
+                    parts.append(piece)
+            if found:
+                return self._take(found.end())
             if self.ended:
                 return ""
             yield None
@@ -91,16 +95,8 @@ class Source:
     def read_until(self, marks: Marks) -> Steps[tuple[str, str]]:
         """Take the text before the next of ``marks``, and the mark; "" for it at the end."""
         parts: list[str] = []
-        steps = self.until(marks)
-        while True:
-            try:
-                piece = next(steps)
-            except StopIteration as ended:
-                return "".join(parts), ended.value
-            if isinstance(piece, str):
-                parts.append(piece)
-            else:
-                yield None
+        mark = yield from self.until(marks, parts=parts)
+        return "".join(parts), mark
 
     def literal(self, text: str) -> Steps[bool]:
         """Take ``text`` if it comes next. Returns whether it did."""
