@@ -112,6 +112,4 @@ def log_request(record: RequestRecord, *, quiet: bool = False) -> None:
 def _plain(value: object) -> str:
     """Return the value as one word on one line, whatever a client has put into it."""
     text = str(value)
-    if type(value) is not str:
-        return text
     return text if text.isprintable() and " " not in text else repr(text)

@@ -18,7 +18,6 @@ from aioengine.metrics.page.plumbing import Scope, Send, departure_of, disconnec
 from aioengine.request import RequestKeywords, SamplingParams, for_choice
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.text_work import SHORT
-from aioengine.server.access_log import RequestRecord
 from aioengine.server.context import Call
 from aioengine.server.errors import ApiError, ClientDisconnected, invalid
 from aioengine.server.openai.api import GenerationFields, Usage
@@ -92,7 +91,11 @@ class Answer:
         self.head: dict[str, Any] = {"id": id_, "created": int(time.time()), "seed": seed}
         """What answers of all APIs begin with, as :class:`~aioengine.server.openai.replies.Head`."""
         self.head["model"] = fields.model
-        self._tenant, self._deadline = _of_shares(record, len(self)), context.settings.request_timeout
+        self._deadline = context.settings.request_timeout
+        # Without keys, all clients of one address are one owner; there, requests for several choices count
+        # for a separate one, so that a single request does not wait for hundreds of choices.
+        is_apart = record.tenant is None and len(self) > 1
+        self._tenant = f"{record.owner}, several choices" if is_apart else record.owner
         self._options: RequestKeywords = {
             "adapter": call.wanted_adapter(fields),
             "priority": fields.priority or 0,
@@ -164,10 +167,6 @@ class Answer:
                     newest = output
                     yield output, numbers + more
                     numbers = 0
-
-    async def last_outputs(self) -> list[RequestOutput]:
-        """Return the last output of every choice. If one fails, the others are aborted."""
-        return await together([self._last_output(index) for index in range(len(self))])
 
     async def _last_output(self, index: int) -> RequestOutput:
         params = self._params[index]
@@ -274,7 +273,7 @@ class Answer:
             await together([self._stream(index, send, writing) for index in range(len(self))])
             await self._send(send, self._streamed.last_events(self.usage), last=True)
             return
-        outputs = await self.last_outputs()
+        outputs = await together([self._last_output(index) for index in range(len(self))])
         for output in outputs:
             output.text_delta, output.token_ids_delta = output.text, output.token_ids
             output.logprobs_delta = output.logprobs or ()
@@ -328,15 +327,6 @@ class Answer:
 
 def _tokens_of(outputs: Iterable[RequestOutput | None]) -> int:
     return sum(output.output_tokens for output in outputs if output is not None)
-
-
-def _of_shares(record: RequestRecord, choices: int) -> str | None:
-    """Return the owner whose shares a request's choices count on.
-
-    Without keys, all clients of one address are one owner; there, requests for several choices count for a
-    separate owner, so that a single request does not wait for hundreds of choices.
-    """
-    return f"{record.owner}, several choices" if record.tenant is None and choices > 1 else record.owner
 
 
 async def _unless(work: Coroutine[Any, Any, T], gone: asyncio.Future[None]) -> T:

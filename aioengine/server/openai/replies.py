@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -29,6 +29,8 @@ DONE = b"data: [DONE]\n\n"
 """The last event of OpenAI's streams of completions."""
 _encode = msgspec.json.Encoder().encode
 TokenBytes = Callable[[int], bytes]
+Scored = tuple[int, TokenLogprob | None]
+"""A token, and its log-probability if it has one."""
 
 
 def event(data: bytes, name: str | None = None) -> bytes:
@@ -69,18 +71,11 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int] = []
     """Offset of each token in the texts of all tokens before it."""
 
-    def add(
-        self,
-        tokens: Sequence[int],
-        entries: Sequence[TokenLogprob | None],
-        count: int,
-        token_bytes: TokenBytes,
-        offset: int,
-    ) -> int:
+    def add(self, scored: Iterable[Scored], count: int, token_bytes: TokenBytes, offset: int) -> int:
         """Add tokens, each with at most ``count`` of the most likely ones. The first begins at ``offset``;
         returns where the next one does."""
         token_bytes = functools.cache(token_bytes)  # a prompt and what may follow it have few tokens, often
-        for token, entry in zip(tokens, entries, strict=True):
+        for token, entry in scored:
             text = _text(token_bytes(token))
             self.tokens.append(text)
             self.text_offset.append(offset)
@@ -271,12 +266,11 @@ class CompletionReply(_ChoicesReply):
             if is_first and self._echoed is not None:
                 prompt = output.prompt_token_ids
                 entries = output.prompt_logprobs or [None] * len(prompt)
-                logprobs.add(prompt, entries, most, token_bytes, offset)
+                logprobs.add(zip(prompt, entries, strict=True), most, token_bytes, offset)
                 offset = len(choice.text) - len(text)
             # That of the token that ends the answer, too.
-            new = output.logprobs_delta
-            tokens = [entry.token_id for entry in new]
-            self._offsets[index] = logprobs.add(tokens, new, most, token_bytes, offset)
+            new = ((entry.token_id, entry) for entry in output.logprobs_delta)
+            self._offsets[index] = logprobs.add(new, most, token_bytes, offset)
         has_more = choice.text or output.finished or choice.logprobs is not None or choice.token_ids
         return [choice] if has_more else []
 
