@@ -16,7 +16,7 @@ from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import RequestOutput
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.server.answer import Reply
-from aioengine.server.openai.api import ChatRequest, GenerationFields, StreamOptions
+from aioengine.server.openai.api import ChatRequest, CompletionRequest, StreamOptions
 from aioengine.server.openai.replies import ChatReply, CompletionReply
 from aioengine.testing import Sim
 
@@ -75,12 +75,12 @@ class OfFleet:
 
 def replies() -> list[Reply]:
     usage = StreamOptions(include_usage=True, continuous_usage_stats=True)
-    fields = GenerationFields(model="m", stream_options=usage, return_token_ids=True)
+    fields = CompletionRequest(model="m", prompt="", stream_options=usage, return_token_ids=True, logprobs=1)
     chat = ChatRequest(model="m", messages=[], stream_options=usage, return_token_ids=True, logprobs=True)
     head = {"id": "c", "created": 0, "seed": 0, "model": "m"}
     return [
         ChatReply(head, chat, lambda _: b" 1", [None]),
-        CompletionReply(head, fields, lambda _: b" 1", count=1, logprobs=1, echoed=None),
+        CompletionReply(head, fields, lambda _: b" 1", None),
     ]
 
 

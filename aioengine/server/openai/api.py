@@ -217,14 +217,10 @@ def read_sampling_defaults(model: Path | None) -> SamplingDefaults:
 
 
 def sampling_params(
-    fields: GenerationFields,
-    defaults: SamplingDefaults,
-    *,
-    max_tokens: int,
-    logprobs: int | None,
-    prompt_logprobs: int | None = None,
+    fields: GenerationFields, defaults: SamplingDefaults, **own: int | None
 ) -> SamplingParams:
-    """Return the parameters of the first choice; ``defaults`` stand in for what ``fields`` do not name.
+    """Return the parameters of the first choice; ``defaults`` stand in for what ``fields`` do not name, and
+    ``own`` are those that an endpoint has in a form of its own.
 
     Raises ApiError or RequestInvalid for fields that are not valid together.
     """
@@ -234,8 +230,7 @@ def sampling_params(
     values.pop("max_new_tokens", None)
     values |= {name: value for name in _SAME if (value := getattr(fields, name)) is not None}
     values["top_k"] = max(values.get("top_k", 0), 0)
-    values |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-    return SamplingParams(**values)
+    return SamplingParams(**values | own)
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
@@ -246,6 +241,11 @@ class CompletionRequest(GenerationFields, kw_only=True):
     """Whether the prompt precedes the answer, in the text and in the log-probabilities."""
     add_special_tokens: bool | None = None
     """Whether special tokens are added to text prompts; true if not given."""
+
+    @property
+    def most_likely(self) -> int | None:
+        """``logprobs`` as a number; None if no log-probabilities are wanted."""
+        return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
 
 
 # Chats

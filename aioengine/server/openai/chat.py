@@ -54,7 +54,6 @@ async def start_chat(
         defaults,
         max_tokens=defaults.bounded(room) if asked is None else asked,
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
-        prompt_logprobs=data.prompt_logprobs,
     )
     if formats.needs_special_tokens(bool(tools.tools)):  # parsers look for them
         params = msgspec.structs.replace(params, skip_special_tokens=False)

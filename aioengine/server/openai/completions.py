@@ -24,7 +24,7 @@ async def completions(call: Call, data: CompletionRequest) -> Annotated[Answer, 
     defaults = await context.defaults.result()
     max_tokens = defaults.bounded(DEFAULT_MAX_TOKENS) if data.max_tokens is None else data.max_tokens
     check_prompts(context, prompts, data.n or 1, max_tokens=max_tokens, field="prompt")
-    logprobs = None if data.logprobs is None or data.logprobs is False else int(data.logprobs)
+    logprobs = data.most_likely
     scored = logprobs if logprobs is not None or max_tokens else 0
     wanted = [data.prompt_logprobs, scored if data.echo else None]
     scored = max((count for count in wanted if count is not None), default=None)
@@ -33,12 +33,5 @@ async def completions(call: Call, data: CompletionRequest) -> Annotated[Answer, 
     answer = Answer(call, data, prompts, params, form, prefix="cmpl-")
     echoed = await texts_of(call, data.prompt, prompts) if data.echo else None
     answer.kept = sum(map(getsizeof, echoed or ()))
-    answer.reply = CompletionReply(
-        answer.head,
-        data,
-        context.token_bytes(),
-        count=len(answer),
-        logprobs=logprobs,
-        echoed=echoed,
-    )
+    answer.reply = CompletionReply(answer.head, data, context.token_bytes(), echoed)
     return answer

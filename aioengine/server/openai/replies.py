@@ -18,6 +18,7 @@ from aioengine.server.errors import ApiError
 from aioengine.server.formats.source import AnswerParser, Parsed
 from aioengine.server.openai.api import (
     ChatRequest,
+    CompletionRequest,
     FinishReason,
     GenerationFields,
     StreamOptions,
@@ -226,21 +227,17 @@ class _ChoicesReply(StreamReply):
 
 
 class CompletionReply(_ChoicesReply):
-    """The reply of a completion of ``count`` choices. ``echoed`` has the prompts' texts if they precede the
-    answers; ``logprobs`` is as in the request."""
+    """The reply of a completion. ``echoed`` has the prompts' texts if they precede the answers."""
 
     def __init__(
         self,
         head: dict[str, Any],
-        fields: GenerationFields,
+        fields: CompletionRequest,
         token_bytes: TokenBytes,
-        *,
-        count: int,
-        logprobs: int | None,
         echoed: Sequence[str] | None,
     ) -> None:
         super().__init__(head, fields, token_bytes)
-        self._logprobs, self._echoed, self._count = logprobs, echoed, count
+        self._logprobs, self._echoed, self._n = fields.most_likely, echoed, fields.n or 1
         self._offsets = Counter[int]()
         """Where the next token of each choice starts in its text."""
 
@@ -259,7 +256,7 @@ class CompletionReply(_ChoicesReply):
         if self._prompt_logprobs is not None:
             choice.prompt_logprobs = prompt_logprobs(output, self._prompt_logprobs, self._token_bytes)
         if is_first and self._echoed is not None:
-            choice.text = self._echoed[index * len(self._echoed) // self._count] + text
+            choice.text = self._echoed[index // self._n] + text
         if self._logprobs is not None:
             choice.logprobs = logprobs = CompletionLogprobs()
             most, token_bytes = self._logprobs, self._token_bytes
