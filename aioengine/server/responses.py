@@ -243,7 +243,7 @@ class ResponsesReply(ListReply):
 
     def _start(self, kind: str) -> Iterator[Event]:
         prefix, fields, part, part_fields = _KINDS[kind]
-        self._item = {"id": _id(prefix), "status": "in_progress", **fields, "content": []}
+        self._item = {"id": f"{prefix}_{uuid.uuid4().hex}", "status": "in_progress", **fields, "content": []}
         yield self._of_item("output_item.added", item=self._item)
         yield self._of_text("content_part.added", part={"type": part, "text": "", **part_fields})
 
@@ -263,7 +263,7 @@ class ResponsesReply(ListReply):
         self._items.append(self._item)
 
     def _call(self, call: api.ToolCall) -> Iterator[Event]:
-        id_, arguments = _id("fc"), call.function.arguments
+        id_, arguments = f"fc_{uuid.uuid4().hex}", call.function.arguments
         item = {"id": id_, "type": "function_call", "status": "completed", "call_id": call.id}
         item |= {"name": call.function.name, "arguments": arguments}
         begun = {**item, "arguments": "", "status": "in_progress"}
@@ -293,7 +293,3 @@ class ResponsesReply(ListReply):
 
 def _status(output: RequestOutput) -> str:
     return "completed" if output.finish_reason == "stop" else "incomplete"
-
-
-def _id(prefix: str) -> str:
-    return f"{prefix}_{uuid.uuid4().hex}"

@@ -125,16 +125,13 @@ def parse_keys_file(data: bytes, *, source: str) -> KeysFile:
         raise ConfigError(f"{source}: {place}{': ' if place else ''}{what}") from error
 
 
-def read_keys_file(path: Path) -> KeysFile:
+def read_keys_file(path: Path, parse: Callable[..., KeysFile] = parse_keys_file) -> KeysFile:
     """Read a keys file. Raises ConfigError if it cannot be read or is not valid."""
-    return parse_keys_file(_content_of(path), source=f"keys file {path}")
-
-
-def _content_of(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"keys file {path}: cannot be read: {error.strerror}") from error
+    return parse(content, source=f"keys file {path}")
 
 
 def new_key() -> str:
@@ -152,7 +149,9 @@ class KeysWatch:
 
     def __init__(self, path: str, use: Callable[[KeysFile], None]) -> None:
         self._path, self._use = Path(path), use
-        self._parsed = functools.lru_cache(1)(parse_keys_file)
+        # The same object as long as the file's content is the same.
+        parse = functools.lru_cache(1)(parse_keys_file)
+        self._read = functools.partial(read_keys_file, self._path, parse)
         self._in_use = self._read()
         self._complaint = ""
         """Why the keys in use are not those of the file; empty if they are."""
@@ -185,7 +184,3 @@ class KeysWatch:
         if text != self._complaint:
             self._complaint = text
             logger.error("the keys stay as they were: %s", text)
-
-    def _read(self) -> KeysFile:
-        """Return what the file says: the same object as long as its content is the same."""
-        return self._parsed(_content_of(self._path), source=f"keys file {self._path}")

@@ -63,7 +63,8 @@ async def tokenizer_info(call: Call) -> TokenizerInfo:
 
 async def tokenize(call: Call, data: TokenizeRequest) -> Tokenized:
     """Text or messages to token ids."""
-    _check_model(call, data.model)
+    if data.model is not None:  # an adapter has its base model's tokenizer, so it need not exist
+        call.adapter_of(data.model)
     if (data.prompt is None) == (data.messages is None):
         raise invalid("prompt", "give either prompt or messages")
     if data.prompt is not None:
@@ -80,7 +81,8 @@ async def tokenize(call: Call, data: TokenizeRequest) -> Tokenized:
 async def detokenize(call: Call, data: DetokenizeRequest) -> Detokenized:
     """Token ids to text; special ones too."""
     context, tokens, tokenizer = call.context, data.tokens, call.context.tokenizer
-    _check_model(call, data.model)
+    if data.model is not None:
+        call.adapter_of(data.model)
     if len(tokens) > context.max_model_len:
         raise invalid("tokens", f"may have at most {context.max_model_len} entries")
 
@@ -92,10 +94,3 @@ async def detokenize(call: Call, data: DetokenizeRequest) -> Detokenized:
         return tokenizer.decode(tokens, False)
 
     return Detokenized(await context.engine.text_work.run(len(tokens), decode, call.record.owner))
-
-
-def _check_model(call: Call, model: str | None) -> None:
-    """Raise ApiError if the key may not use ``model``. An adapter has its base model's tokenizer, so whether
-    it exists is not checked."""
-    if model is not None:
-        call.adapter_of(model)

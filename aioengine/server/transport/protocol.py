@@ -312,7 +312,6 @@ class BoundedProtocol(HttpToolsProtocol):
     def _stop_watch(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
     def _refuse(self, status: int) -> None:
         if self.is_closing():
