@@ -177,18 +177,9 @@ def to_api_error(error: BaseException, named_in: str = "model", *, may_load: boo
     """Convert an exception to the client's error; internal errors are logged. ``named_in`` is the field of
     the body that names the adapters. Only clients that may load adapters are told why a file cannot be
     read."""
-    if isinstance(error, ApiError):
-        return error
-    found = _api_error(error)
-    if isinstance(error, errors.AdapterError) and found.detail.param == "model":
-        found.detail.param = named_in
-    if isinstance(error, errors.AdapterLoadError) and not may_load:
-        found.detail.message = f"adapter {error.name!r} cannot be loaded; the server's log says why"
-    return found
-
-
-def _api_error(error: BaseException) -> ApiError:
     match error:
+        case ApiError():
+            return error
         case ClientDisconnected():
             return ApiError(499, "the client closed the connection")
         case msgspec.ValidationError():
@@ -198,15 +189,18 @@ def _api_error(error: BaseException) -> ApiError:
             return ApiError(400, f"the body is not valid JSON: {error}{hint}", code="invalid_json")
         case UnicodeDecodeError():
             return ApiError(400, f"the body is not UTF-8: {error.reason}", code="invalid_json")
-        case RecursionError():  # caused by the body: no code here is recursive
+        case RecursionError():  # of what reads the body: nothing else here is recursive
             return ApiError(400, "something in the body is nested too deeply", code="invalid_value")
         case errors.AdapterNotFound():
-            return model_not_found(error.name)
+            return model_not_found(error.name, named_in)
+        case errors.AdapterLoadError():
+            text = f"adapter {error.name!r}: {without_places(error.reason)}"
+            if not may_load:
+                text = f"adapter {error.name!r} cannot be loaded; the server's log says why"
+            return ApiError(503, text, code="adapter_load_error", retry=error.transient)
         case errors.AdapterError():
             text = f"adapter {error.name!r}: {without_places(error.reason)}"
-            if not isinstance(error, errors.AdapterLoadError):
-                return ApiError(400, text, param="model", code="adapter_invalid")
-            return ApiError(503, text, code="adapter_load_error", retry=error.transient)
+            return ApiError(400, text, param=named_in, code="adapter_invalid")
     known = next((kind for type_, kind in _KINDS.items() if isinstance(error, type_)), None)
     if known is None:
         logger.error("a request failed unexpectedly", exc_info=error)

@@ -79,9 +79,6 @@ class Meter:
         self._new_tokens += tokens
         self._tokens.take(tokens, now)
 
-    def end(self) -> None:
-        self.active -= 1
-
     def take_usage(self) -> Usage | None:
         """Return what is new since the last call; None if nothing is."""
         if not (self._new_requests or self._new_tokens or self.active != self._told_active):
@@ -128,7 +125,7 @@ class Admission:
         """End the request. ``tokens`` counts prompt and output together."""
         self._charge(tokens, now)
         for meter in self._meters:
-            meter.end()
+            meter.active -= 1
 
     def _charge(self, tokens: int, now: float) -> None:
         for meter in self._meters:

@@ -104,8 +104,6 @@ class TlsListener:
 
     Args:
         bound: The socket, which listens; it is closed by whoever has bound it.
-        context: What connections are secured with.
-        make: Makes a connection's protocol.
         timeout: Seconds from a connection's beginning to the end of its handshake, and in which a client has
             to answer when the connection is closed.
     """
