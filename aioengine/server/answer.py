@@ -104,7 +104,7 @@ class Answer:
         }
         self._so_far: list[SoFar] = [lambda: None] * len(self)
         """Return what there is of each choice so far."""
-        self._room = asyncio.Semaphore(self._at_once()) if len(self) > 1 else None
+        self._room = asyncio.Semaphore(self._at_once())
         self._beginning = asyncio.Lock()
         self._held = 0
         """Log-probabilities and vectors that are counted for it."""
@@ -184,8 +184,8 @@ class Answer:
     @contextlib.asynccontextmanager
     async def _begun(self, index: int) -> AsyncIterator[RequestKeywords]:
         """Context of a choice, from its turn to its end. Yields its keywords."""
-        async with contextlib.nullcontext() if self._room is None else self._room:
-            if self._room is not None:
+        async with self._room:
+            if len(self) > 1:
                 async with self._beginning:
                     await asyncio.sleep(0)  # one begins in each pass of the loop: there may be hundreds
             id_ = self._id if len(self) == 1 else f"{self._id}-{index}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -117,14 +118,11 @@ HERMES_TEXT = CallText(f"{TOOL_CALL}\n{_OBJECT}", f"}}\n{END_TOOL_CALL}", betwee
 _HERMES, _HERMES_END = Marks(TOOL_CALL), Marks(END_TOOL_CALL)
 
 
-def hermes(names: frozenset[str]) -> Read:
-    def steps(source: Source) -> Steps[None]:
-        while (yield from source.until(_HERMES)):
-            body, mark = yield from _held(source, _HERMES_END)
-            call = call_of(body.strip(), names) if mark else None
-            yield call or TOOL_CALL + body + mark
-
-    return steps
+def hermes(names: frozenset[str], source: Source) -> Steps[None]:
+    while (yield from source.until(_HERMES)):
+        body, mark = yield from _held(source, _HERMES_END)
+        call = call_of(body.strip(), names) if mark else None
+        yield call or TOOL_CALL + body + mark
 
 
 # Llama 3.1 to 3.3
@@ -133,19 +131,16 @@ PYTHON_TAG = "<|python_tag|>"
 LLAMA_TEXT = CallText('{{"name": "{}", "parameters": ', "}", between="; ")
 
 
-def llama3(names: frozenset[str]) -> Read:
-    def steps(source: Source) -> Steps[None]:
-        begin = yield from source.blank()
-        if (yield from source.literal(PYTHON_TAG)):
-            begin += PYTHON_TAG
-        if (yield from source.literal("{")):
-            rest, _ = yield from source.read_until(NO_MARKS)
-            yield from _listed(begin + "{" + rest, names, len(begin), "")
-        else:
-            yield begin
-            yield from source.until(NO_MARKS)
-
-    return steps
+def llama3(names: frozenset[str], source: Source) -> Steps[None]:
+    begin = yield from source.blank()
+    if (yield from source.literal(PYTHON_TAG)):
+        begin += PYTHON_TAG
+    if (yield from source.literal("{")):
+        rest, _ = yield from source.read_until(NO_MARKS)
+        yield from _listed(begin + "{" + rest, names, len(begin), "")
+    else:
+        yield begin
+        yield from source.until(NO_MARKS)
 
 
 # Mistral: older models write a list, newer ones the name before the arguments, also with a call's id
@@ -157,23 +152,20 @@ _MISTRAL = Marks(TOOL_CALLS)
 _NAMED = re.compile(r"\s*([A-Za-z0-9_.-]{1,64})(?:(?:\[CALL_ID\][^{\[]*)?\[ARGS\])?\s*(?={)")
 
 
-def mistral(names: frozenset[str]) -> Read:
-    def steps(source: Source) -> Steps[None]:
-        mark = yield from source.until(_MISTRAL)
-        while mark:
-            body, mark = yield from _held(source, _MISTRAL)
-            named = _NAMED.match(body)
-            end = object_end(body, named.end()) if named else 0
-            if named and end and named[1] in names:
-                call = arguments_call(named[1], body[named.end() : end])
-                yield call or TOOL_CALLS + body[:end]
-                yield body[end:]
-            elif body.lstrip().startswith("["):
-                yield from _listed(TOOL_CALLS + body, names, len(TOOL_CALLS) + body.index("[") + 1, "]")
-            else:
-                yield TOOL_CALLS + body
-
-    return steps
+def mistral(names: frozenset[str], source: Source) -> Steps[None]:
+    mark = yield from source.until(_MISTRAL)
+    while mark:
+        body, mark = yield from _held(source, _MISTRAL)
+        named = _NAMED.match(body)
+        end = object_end(body, named.end()) if named else 0
+        if named and end and named[1] in names:
+            call = arguments_call(named[1], body[named.end() : end])
+            yield call or TOOL_CALLS + body[:end]
+            yield body[end:]
+        elif body.lstrip().startswith("["):
+            yield from _listed(TOOL_CALLS + body, names, len(TOOL_CALLS) + body.index("[") + 1, "]")
+        else:
+            yield TOOL_CALLS + body
 
 
 # GPT-OSS ("harmony"): a sequence of <|channel|>NAME to=RECIPIENT<|constrain|>json<|message|>TEXT<|end|>. The
@@ -189,32 +181,28 @@ _CHANNEL_NAME = re.compile(re.escape(CHANNEL) + r"\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=functions\.([A-Za-z0-9_.-]+)")
 
 
-def harmony(names: frozenset[str], reasons: bool = True) -> Read:
+def harmony(names: frozenset[str], source: Source, *, reasons: bool = True) -> Steps[None]:
     """Parse messages: "analysis" is reasoning, unless ``reasons`` is false; one to ``functions.NAME`` is a
     call; everything else is text for the user."""
-
-    def steps(source: Source) -> Steps[None]:
-        to = " to="
-        mark = to if (yield from source.literal(to)) else (yield from source.until(_BEGIN))
-        while mark:
-            header, end = yield from source.read_until(_HEADER_END)
-            header = mark + header
-            if end != MESSAGE:
-                if end != START:
-                    yield header
-                mark = end
-                continue
-            channel, recipient = _CHANNEL_NAME.search(header), _RECIPIENT.search(header)
-            if recipient and recipient[1] in names:
-                body, mark = yield from source.read_until(_BODY_END)
-                yield arguments_call(recipient[1], body or "{}") or header + MESSAGE + body
-            else:
-                is_reasoning = reasons and channel is not None and channel[1] == "analysis"
-                mark = yield from source.until(_BODY_END, Reasoning if is_reasoning else str)
-            if mark and mark not in (START, CHANNEL):
-                mark = yield from source.until(_BEGIN)
-
-    return steps
+    to = " to="
+    mark = to if (yield from source.literal(to)) else (yield from source.until(_BEGIN))
+    while mark:
+        header, end = yield from source.read_until(_HEADER_END)
+        header = mark + header
+        if end != MESSAGE:
+            if end != START:
+                yield header
+            mark = end
+            continue
+        channel, recipient = _CHANNEL_NAME.search(header), _RECIPIENT.search(header)
+        if recipient and recipient[1] in names:
+            body, mark = yield from source.read_until(_BODY_END)
+            yield arguments_call(recipient[1], body or "{}") or header + MESSAGE + body
+        else:
+            is_reasoning = reasons and channel is not None and channel[1] == "analysis"
+            mark = yield from source.until(_BODY_END, Reasoning if is_reasoning else str)
+        if mark and mark not in (START, CHANNEL):
+            mark = yield from source.until(_BEGIN)
 
 
 # What a constraint holds an answer to: a call that is cut off is left out
@@ -232,31 +220,27 @@ THINK, END_THINK = "<think>", "</think>"
 _THINK_END = Marks(END_THINK)
 
 
-def think(then: Read, *, is_open: bool) -> Read:
+def think(then: Read, is_open: bool, source: Source) -> Steps[None]:
     """Parse reasoning between the tags, if the prompt has opened it (``is_open``) or the answer begins with
     the tag. ``then`` parses the rest. White space beside the tags is dropped."""
-
-    def steps(source: Source) -> Steps[None]:
-        space = yield from source.blank()
-        if (yield from source.literal(THINK)) or is_open:
-            yield from source.blank()
-            yield from source.until(_THINK_END, Reasoning)
-            yield from source.blank()
-        elif space:
-            yield space
-        yield from then(source)
-
-    return steps
+    space = yield from source.blank()
+    if (yield from source.literal(THINK)) or is_open:
+        yield from source.blank()
+        yield from source.until(_THINK_END, Reasoning)
+        yield from source.blank()
+    elif space:
+        yield space
+    yield from then(source)
 
 
 # Which of them a model has
 
 
 class ToolFormat(NamedTuple):
-    """Form in which a family writes"""
+    """Form in which a family writes calls."""
 
-    read: Callable[[frozenset[str]], Read]
-    """Makes a parser's generator for functions of these names."""
+    read: Callable[[frozenset[str], Source], Steps[None]]
+    """Parses an answer with calls of these names."""
     shown_by: tuple[str, ...]
     """Texts in the chat template of a model that writes calls so."""
     written: Mapping[str, CallText]
@@ -329,13 +313,13 @@ class AnswerFormats(NamedTuple):
         begun the model's reasoning, and no constraint keeps the answer from going on with it.
         """
         read: Read | None = None
-        if is_held:
-            read = json_calls if self.tools is None else TOOLS[self.tools].read(names)
-        elif self.is_harmony:
+        if self.is_harmony and not is_held:
             known = names if self.tools == "harmony" else frozenset[str]()
-            read = harmony(known, self.reasoning == "harmony")
-        elif names and self.tools is not None:
-            read = TOOLS[self.tools].read(names)
+            read = partial(harmony, known, reasons=self.reasoning == "harmony")
+        elif self.tools is not None and (names or is_held):
+            read = partial(TOOLS[self.tools].read, names)
+        elif is_held:
+            read = json_calls
         if self.reasoning == "think" and not is_held and not self.is_harmony:
-            read = think(read or plain, is_open=is_thinking)
+            read = partial(think, read or plain, is_thinking)
         return None if read is None else AnswerParser(read, single=single)

@@ -139,13 +139,11 @@ async def embeddings(call: Call, data: EmbeddingRequest) -> Annotated[Answer, Ve
         found = embedding_of(output, normalize=normalize, dimensions=dimensions)
         return EmbeddingData(index=index, embedding=_encoded(found.vector, encoding))
 
-    prompts = await _prompts(call, data)
-    return _answer(call, data, prompts, data.pooling or "auto", _each(item), "embd-")
+    return await _of_each(call, data, data.pooling or "auto", item, "embd-")
 
 
 async def classify(call: Call, data: InputFields) -> Annotated[Answer, VectorList[ClassData]]:
     """Labels of texts."""
-    prompts = await _prompts(call, data)
     names = await call.context.engine.label_names.result()
 
     def item(index: int, output: RequestOutput) -> ClassData:
@@ -153,7 +151,7 @@ async def classify(call: Call, data: InputFields) -> Annotated[Answer, VectorLis
         count, probs = len(one.probabilities), _encoded(one.probabilities)
         return ClassData(index=index, label=one.label, probs=probs, num_classes=count)
 
-    return _answer(call, data, prompts, "classify", _each(item), "classify-")
+    return await _of_each(call, data, "classify", item, "classify-")
 
 
 async def rerank(call: Call, data: RerankRequest) -> Annotated[Answer, Ranked]:
@@ -207,14 +205,17 @@ def _answer(
     return answer
 
 
-async def _prompts(call: Call, data: InputFields) -> list[list[int]]:
+async def _of_each(
+    call: Call, data: InputFields, kind: PoolingKind, item: Callable[[int, RequestOutput], Any], prefix: str
+) -> Answer:
+    """Answer with a list that has an item for each input."""
     special = data.add_special_tokens is not False
-    return await prompts_of(call, data.input, field="input", most=MAX_INPUTS, special=special)
+    prompts = await prompts_of(call, data.input, field="input", most=MAX_INPUTS, special=special)
 
+    def listed(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        return {"object": "list", "data": list(map(item, range(len(outputs)), outputs))}
 
-def _each(item: Callable[[int, RequestOutput], msgspec.Struct]) -> Form:
-    """Return the form of a list with an item for each input."""
-    return lambda outputs: {"object": "list", "data": list(map(item, range(len(outputs)), outputs))}
+    return _answer(call, data, prompts, kind, listed, prefix)
 
 
 def _encoded(vector: Sequence[float], encoding: str | None = None) -> Any:
