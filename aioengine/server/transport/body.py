@@ -131,27 +131,26 @@ def check_counts(body: bytes, param: str | None = None) -> None:
     Call it also for JSON that is a text in a body, before that is decoded: then it counts all values. Raises
     ApiError that names ``param`` if there are too many.
     """
-    commas = 0 if param is None else body.count(b",")
-    if _containers(body) <= MAX_CONTAINERS and body.count(b'"') <= 2 * MAX_STRINGS and commas <= MAX_VALUES:
+    if _excess(body, with_values=param is not None) is None:
         return
     # There are too many of these characters, but they may be inside texts. So texts are removed first, and
     # before that the escapes, each of which is a backslash and one more character.
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    strings = plain.count(b'"')
-    plain = _STRING.sub(b"", plain) if strings <= 2 * MAX_STRINGS else plain
-    for is_over, what in (
-        (strings > 2 * MAX_STRINGS, f"{MAX_STRINGS} strings"),
-        (_containers(plain) > MAX_CONTAINERS, f"{MAX_CONTAINERS} lists and objects"),
-        (commas and plain.count(b",") > MAX_VALUES, f"{MAX_VALUES} values"),
-    ):
-        if is_over:
-            where = "the body holds" if param is None else f"{param}: holds"
-            text = f"{where} more than {what}, which are not decoded"
-            raise ApiError(400, text, param=param, code="invalid_value")
+    if plain.count(b'"') <= 2 * MAX_STRINGS:
+        plain = _STRING.sub(b"", plain)
+    if what := _excess(plain, with_values=param is not None):
+        where = "the body holds" if param is None else f"{param}: holds"
+        text = f"{where} more than {what}, which are not decoded"
+        raise ApiError(400, text, param=param, code="invalid_value")
 
 
-def _containers(text: bytes) -> int:
-    return text.count(b"[") + text.count(b"{")
+def _excess(text: bytes, *, with_values: bool) -> str | None:
+    """Say of what there seems to be too much; None: of nothing."""
+    if text.count(b'"') > 2 * MAX_STRINGS:
+        return f"{MAX_STRINGS} strings"
+    if text.count(b"[") + text.count(b"{") > MAX_CONTAINERS:
+        return f"{MAX_CONTAINERS} lists and objects"
+    return f"{MAX_VALUES} values" if with_values and text.count(b",") > MAX_VALUES else None
 
 
 class JsonDecoder:
