@@ -264,7 +264,7 @@ BUDGETS = {
     "aioengine/lab": 8_050,  # aim: 7_500
     "aioengine/model": 10_750,  # aim: 9_000
     "aioengine/runtime": 2_800,  # aim: 2_700
-    "aioengine/server": 6_900,  # aim: 6_300
+    "aioengine/server": 6_400,  # aim: 6_300
     "benchmarks": 3_600,
     "examples, docs, setup": 1_100,
     "kernels": 11_650,  # aim: 10_300
