@@ -78,6 +78,8 @@ def test_a_client_that_reads_slowly_gets_all(loop: Callable[[], asyncio.Abstract
 async def test_what_a_client_leaves_unread_is_bounded(tiny_text: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny_text) as engine:
         app = create_app(engine, ServerSettings(served_model_names=[MODEL]))
+        for index in range(1000):
+            engine.register_adapter(f"adapter-{index}", tiny_text.adapters["a"])
         reads = asyncio.Event()
 
         async def ask(client: str, seen: list[Any]) -> None:
@@ -89,7 +91,7 @@ async def test_what_a_client_leaves_unread_is_bounded(tiny_text: Tiny, make_engi
                 if len(message.get("body", b"")) == PART_BYTES:
                     await reads.wait()
 
-            scope = {"type": "http", "method": "GET", "path": "/docs/openapi.json", "headers": []}
+            scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": []}
             scope |= {"query_string": b"", "client": (client, 1), "http_version": "1.1", "scheme": "http"}
             await app(scope, receive, send)
 

@@ -166,31 +166,38 @@ class JsonDecoder:
         if not body:
             raise ApiError(400, "the body is empty; it must be JSON", code="invalid_json")
         check_counts(body)
-        decoder, known = _known(type_)
         try:
-            return decoder.decode(body)
+            return _decoder(type_).decode(body)
         except msgspec.ValidationError as error:
             found = _UNKNOWN.match(str(error))
             if found is None:
                 raise
             if not self._ignores_unknown:
                 refusal = validation_error(error)
-                names = msgspec.json.schema(type_).get("$defs", {}).values()
-                near = {name for struct in names for name in struct.get("properties", ())}
-                for close in difflib.get_close_matches(found[1][:64], near, n=1):
+                for close in difflib.get_close_matches(found[1][:64], _names(type_), n=1):
                     refusal.detail.message += f" (did you mean {close}?)"
                 raise refusal from error
         fields = msgspec.json.decode(body)
-        for path in _drop_unknown(fields, known):
+        for path in _drop_unknown(fields, _type_info(type_)):
             if path not in self._logged and len(self._logged) < MAX_LOGGED_NAMES:
                 self._logged.add(path)
                 logger.warning("the unknown field %s is ignored, in this request and in later ones", path)
-        return decoder.decode(msgspec.json.encode(fields))
+        return _decoder(type_).decode(msgspec.json.encode(fields))
+
+
+_type_info = functools.cache(inspect.type_info)  # which takes milliseconds
 
 
 @functools.cache
-def _known(type_: Any) -> tuple[msgspec.json.Decoder[Any], inspect.Type]:
-    return msgspec.json.Decoder(type_), inspect.type_info(type_)
+def _decoder(type_: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(type_)
+
+
+@functools.cache
+def _names(type_: Any) -> frozenset[str]:
+    """Return the names of a request's fields, those within other fields included."""
+    known = msgspec.json.schema(type_).get("$defs", {}).values()
+    return frozenset(name for struct in known for name in struct.get("properties", ()))
 
 
 def _drop_unknown(value: Any, kind: inspect.Type, path: str = "") -> Iterator[str]:
