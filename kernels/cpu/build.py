@@ -19,7 +19,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -53,28 +53,28 @@ _SANITIZERS = (
     "-O1",
     "-g",
 )
-_AVX512_BF16 = ("avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AVX512_BF16 = {"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"}
 _AVX512_BF16_FLAGS = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
-# By what the CPU must have: (name, CPU features, compiler flags), best first.
-_LEVELS = (
-    (
-        TILES,
-        (*_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"),
+# Levels by architecture, best first: name -> (CPU features that it needs, compiler flags).
+_X86 = {
+    TILES: (
+        {*_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"},
         (*_AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mprfchw"),
     ),
-    ("avx512_bf16", _AVX512_BF16, _AVX512_BF16_FLAGS),
-    (
-        "avx512_vnni",
-        ("avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
-        ("-march=x86-64-v4", "-mavx512vnni"),
-    ),
-    ("avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq"), ("-march=x86-64-v4",)),
-    ("avx2", ("avx2", "fma", "f16c", "bmi2"), ("-march=x86-64-v3",)),
-)
-
-
-_OLD_X86: tuple[str, ...] = ("-O1",)
-"""Flags for CPUs without AVX2. There each vector becomes four or more, which takes minutes to optimize."""
+    "avx512_bf16": (_AVX512_BF16, _AVX512_BF16_FLAGS),
+    "avx512_vnni": (_AVX512_BF16 - {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512vnni")),
+    "avx512": ({"avx512f", "avx512bw", "avx512vl", "avx512dq"}, ("-march=x86-64-v4",)),
+    "avx2": ({"avx2", "fma", "f16c", "bmi2"}, ("-march=x86-64-v3",)),
+    # Without AVX2 each vector becomes four or more, which takes minutes to optimize.
+    "generic": (set[str](), ("-O1",)),
+}
+_ARM = {
+    "neon_bf16": ({"asimddp", "i8mm", "bf16"}, ("-march=armv8.2-a+dotprod+i8mm+bf16",)),
+    "neon_i8mm": ({"asimddp", "i8mm"}, ("-march=armv8.2-a+dotprod+i8mm",)),
+    "neon_dotprod": ({"asimddp"}, ("-march=armv8.2-a+dotprod",)),
+    "generic": (set[str](), ()),
+}
+_OTHERS: dict[str, tuple[set[str], tuple[str, ...]]] = {"generic": (set(), ())}
 FOR_TESTS = {"stand_in": ("-O1", "-DAIO_TILES_STAND_IN")}
 """Levels that run anywhere and are chosen by name only: the kernels for tile registers, with these in plain
 C++."""
@@ -119,7 +119,7 @@ def prebuild(folder: Path, names: Sequence[str] | None = None, machine: str = ""
             raise ValueError(f"{name!r} is no level of {machine}; these are: {', '.join(known)}")
         logger.info("compiling the CPU kernels (%s) for a wheel", name)
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(_cached(name, known[name], links=[_RUNTIME]), folder / _prebuilt_name(name, machine))
+        shutil.copy(_cached(name, known[name][1], links=[_RUNTIME]), folder / _prebuilt_name(name, machine))
 
 
 def _cached(
@@ -161,17 +161,12 @@ def obstacle() -> str | None:
 def levels() -> dict[str, tuple[str, ...]]:
     """Return the instruction sets that the kernels can be compiled for here, best first, with compiler
     flags. Raises ValueError if the variable AIOENGINE_CPU_LEVEL names another one."""
-    features, forced = _cpu_features(), os.environ.get(FORCED)
-    needed = {name: needs for name, needs, _ in _LEVELS}
-    found = {
-        name: flags
-        for name, flags in _levels_of(platform.machine()).items()
-        if features.issuperset(needed.get(name, ())) and (name != TILES or tiles_refused() is None)
-    }
+    features, forced = cpu_features(), os.environ.get(FORCED)
+    found = runnable(platform.machine(), features)
     if not forced:
         return found
     if forced not in found:
-        refused = tiles_refused() if forced == TILES and features.issuperset(needed[TILES]) else None
+        refused = tiles_refused() if forced == TILES and features.issuperset(_X86[TILES][0]) else None
         raise ValueError(
             f"{FORCED}={forced}: this machine cannot run that level"
             + (f" ({refused})" if refused else "")
@@ -180,13 +175,24 @@ def levels() -> dict[str, tuple[str, ...]]:
     return dict(itertools.dropwhile(lambda item: item[0] != forced, found.items()))
 
 
+def runnable(machine: str, features: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the levels of a CPU of this architecture with these features, best first, with compiler
+    flags."""
+    return {
+        name: flags
+        for name, (needs, flags) in _levels_of(machine).items()
+        if needs.issubset(features) and (name != TILES or tiles_refused() is None)
+    }
+
+
 def better_level() -> str | None:
     """Return which better level this CPU has than the one that runs, and why that does not; None if there is
     none."""
-    best, features = next(iter(levels())), _cpu_features()
-    better = list(itertools.takewhile(lambda name: name != best, _levels_of(platform.machine())))
-    for name, needs, _ in _LEVELS:
-        if name in better and features.issuperset(needs):
+    best, features = next(iter(levels())), cpu_features()
+    for name, (needs, _) in _levels_of(platform.machine()).items():
+        if name == best:
+            break
+        if needs.issubset(features):
             refused = tiles_refused() if name == TILES else None
             return f"{name}, but {refused or f'{FORCED} is {best}'}"
     return None
@@ -219,21 +225,17 @@ def tiles_refused() -> str | None:
     return f"Linux does not grant tile registers: {os.strerror(code)} ({hint})"
 
 
-def _levels_of(machine: str) -> dict[str, tuple[str, ...]]:
+def _levels_of(machine: str) -> Mapping[str, tuple[set[str], tuple[str, ...]]]:
     """List the levels of an architecture, for all of its CPUs."""
-    if machine not in ("x86_64", "AMD64"):
-        return {"generic": ()}
-    return {**{name: flags for name, _, flags in _LEVELS}, "generic": _OLD_X86}
+    return {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(machine, _OTHERS)
 
 
-def _cpu_features() -> set[str]:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("flags"):
-                    return set(line.split(":", 1)[1].split())
-    except OSError:
-        pass
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Return the CPU's features as Linux names them: its flags, or the an Arm CPU's hardware capabilities."""
+    with suppress(OSError), open(cpuinfo, encoding="utf-8") as file:
+        for line in file:
+            if line.startswith(("flags", "Features")):
+                return set(line.split(":", 1)[1].split())
     return set()
 
 
@@ -256,7 +258,7 @@ def _check_target(machine: str) -> None:
 
 
 def _prebuilt_name(level: str, machine: str) -> str:
-    digest = hashlib.sha256("\0".join([*FLAGS, *_levels_of(machine)[level]]).encode())
+    digest = hashlib.sha256("\0".join([*FLAGS, *_levels_of(machine)[level][1]]).encode())
     _digest_sources(digest, sorted(SOURCES.glob("*.cpp")))
     return f"cpu-{level}-{digest.hexdigest()[:16]}.so"
 

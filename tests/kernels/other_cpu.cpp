@@ -46,6 +46,10 @@ void aio_expand_rows(int bf16, const Part* part, const int64_t* rows, void* out,
 void aio_pack(int bf16, const void* weight, void* packed, long n, long k, int threads);
 void aio_product(int bf16, const Matrix* w, const void* x, void* y, long rows, const int32_t* begin, long experts,
                  int threads);
+void aio_quantize(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k, long rotation,
+                  int threads);
+void aio_dequantize(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out, long count, long k,
+                    long rotation, int threads);
 void aio_quantize_int4(int bf16, const void* weight, void* packed, float* scale, int32_t* start, long n, long k, long group,
                        long rotation, int threads);
 void aio_dequantize_int4(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out, long count, long k,
@@ -103,8 +107,20 @@ static void expect(const char* what, bool bf16, float found, float expected, flo
     std::printf("%s, %s: %g, not %g\n", what, bf16 ? "bfloat16" : "float32", found, expected);
 }
 
+// A row's bits do not depend on how many rows are computed with it.
+static void expect_same_rows(const char* what, bool bf16, const Matrix& matrix, Values& x, Values& y, long rows) {
+  const long row = matrix.n * (bf16 ? 2 : 4);
+  for (long some = 1; some < rows; some++) {
+    Values part(bf16, some * matrix.n);
+    aio_product(bf16, &matrix, x.data(), part.data(), some, nullptr, 0, 2);
+    if (std::memcmp(part.data(), y.data(), some * row) != 0 && wrong++ < 10)
+      std::printf("%s, %s: other bits in a batch of %ld\n", what, bf16 ? "bfloat16" : "float32", some);
+  }
+}
+
+// An odd number of lanes, in bfloat16, too.
 static void linear(bool bf16) {
-  const long rows = 9, n = 48, k = 64;
+  const long rows = 9, n = 48, k = 70;
   Values x(bf16, rows * k), w(bf16, n * k), packed(bf16, n * k), bias(bf16, n), y(bf16, rows * n);
   aio_pack(bf16, w.data(), packed.data(), n, k, 2);
   const Matrix matrix{packed.data(), bias.data(), n, k, 0, 16 * k * (bf16 ? 2 : 4)};
@@ -115,6 +131,28 @@ static void linear(bool bf16) {
       for (long j = 0; j < k; j++) sum += x[r * k + j] * w[i * k + j];
       expect("linear", bf16, y[r * n + i], sum, 4);
     }
+  expect_same_rows("linear", bf16, matrix, x, y, rows);
+}
+
+static void linear_int8(bool bf16) {
+  const long rows = 9, n = 48, k = 64;
+  Values x(bf16, rows * k), w(bf16, n * k), effective(bf16, n * k), bias(bf16, n), y(bf16, rows * n);
+  std::vector<int8_t> packed(n * k);
+  std::vector<float> scale(n);
+  std::vector<int32_t> start(n);
+  std::vector<int64_t> all(n);
+  for (long i = 0; i < n; i++) all[i] = i;
+  aio_quantize(bf16, w.data(), packed.data(), scale.data(), start.data(), n, k, 64, 2);
+  aio_dequantize(bf16, packed.data(), scale.data(), all.data(), effective.data(), n, k, 64, 2);
+  const Matrix matrix{packed.data(), bias.data(), n, k, 1, 16 * k, scale.data(), start.data(), 64};
+  aio_product(bf16, &matrix, x.data(), y.data(), rows, nullptr, 0, 2);
+  for (long r = 0; r < rows; r++)
+    for (long i = 0; i < n; i++) {
+      float sum = bias[i];
+      for (long j = 0; j < k; j++) sum += x[r * k + j] * effective[i * k + j];
+      expect("linear of int8", true, y[r * n + i], sum, 4);
+    }
+  expect_same_rows("linear of int8", bf16, matrix, x, y, rows);
 }
 
 // With activations as they are, and as int8.
@@ -248,7 +286,7 @@ static void blocks(bool bf16) {
 
 int main() {
   for (const bool bf16 : {false, true}) linear(bf16), norm_and_activation(bf16), shrink(bf16), blocks(bf16);
-  for (const bool bf16 : {false, true}) linear_int4(bf16, false), linear_int4(bf16, true);
+  for (const bool bf16 : {false, true}) linear_int8(bf16), linear_int4(bf16, false), linear_int4(bf16, true);
   for (const bool bf16 : {false, true}) attention(bf16, false), attention(bf16, true);
   std::printf(wrong == 0 ? "all as expected\n" : "%d are wrong\n", wrong);
   return wrong == 0 ? 0 : 1;

@@ -12,9 +12,9 @@
 
 #if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
 #endif
+
+#include "arm.h"
 
 #define AIO_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -67,6 +67,19 @@ template <class R>
 static inline void store_register(void* p, R v) {
   std::memcpy(p, &v, sizeof v);
 }
+
+#if defined(__ARM_FEATURE_DOTPROD)
+// Products of Arm's level for all registers of a vector.
+template <class Register, class Sums>
+static inline Sums dot_registers(Sums sums, vu a, vu b) {
+  Register parts[PER_VECTOR];
+  uint32x4_t x[PER_VECTOR], y[PER_VECTOR];
+  std::memcpy(parts, &sums, sizeof sums), std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b);
+  for (int i = 0; i < PER_VECTOR; i++) parts[i] = dot4(parts[i], x[i], y[i]);
+  std::memcpy(&sums, parts, sizeof sums);
+  return sums;
+}
+#endif
 
 static inline vu splat(uint32_t x) { return vu{} + x; }
 static inline vf splatf(float x) { return vf{} + x; }
@@ -155,6 +168,8 @@ struct Bf16 {
   static inline vf dot(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__)
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return dot_registers<float32x4_t>(acc, a, b);
 #else
     acc = multiply_add((vf)(a << 16), (vf)(b << 16), acc);
     return multiply_add((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), acc);
@@ -244,15 +259,23 @@ inline void store_some(typename T::elem* p, vf v, long count) {
   std::memcpy(p, some, count * sizeof *p);
 }
 
-// Four unsigned bytes (of the first operand) times four signed ones; whole numbers are added, so nothing is rounded.
+// Four bytes, of which those of the first operand have ZERO added, times four signed ones; whole numbers are added, so nothing
+// is rounded. Intel's products take unsigned bytes there, and Arm's signed ones.
 struct Int8 {
   using elem = int8_t;
   using acc = vi;
   static constexpr int PER_LANE = 4;
+#if defined(__ARM_FEATURE_DOTPROD)
+  static constexpr int ZERO = 0;
+#else
+  static constexpr int ZERO = 128;
+#endif
 
   static inline vi dot(vi acc, vu a, vu b) {
 #if defined(__AVX512VNNI__)
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return dot_registers<int32x4_t>(acc, a, b);
 #else
     for (int shift = 0; shift < 32; shift += 8) acc += (vi)((a >> shift) & 0xff) * ((vi)(b << (24 - shift)) >> 24);
     return acc;

@@ -223,7 +223,7 @@ void quantize(const void* weight, void* packed, float* scale, int32_t* start, co
         total += vectors == 2 ? quantize_group<2>(w, out, step, low) : quantize_group<1>(w, out, step, low);
       }
       scale[row] = finite ? unit : NAN;
-      if (start != nullptr) start[row] = -ZERO * total;
+      if (start != nullptr) start[row] = -Int8::ZERO * total;
     }
   });
 }

@@ -13,7 +13,6 @@
 namespace aio {
 
 constexpr float LARGEST = 127.0f;
-constexpr int ZERO = 128;  // activations are stored as unsigned bytes, with this added
 
 // What to multiply by to bring the largest magnitude to 127.
 inline float inverse(float largest) { return largest > 0.0f ? LARGEST / largest : 0.0f; }

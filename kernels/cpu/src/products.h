@@ -13,11 +13,23 @@ struct FetchSteps {
   long step, second;
 };
 
+// Whether two rows and two columns are multiplied at once.
+template <class T>
+constexpr bool IN_PAIRS = false;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+template <>
+constexpr bool IN_PAIRS<Int8> = true;
+#endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+constexpr bool IN_PAIRS<Bf16> = true;
+#endif
+
 // How a panel of T's lanes is stored: as it is. (int4.cpp has one that is not.)
 template <class T>
 struct Panel {
   using Sums = typename Steps<T>::Sums;
-  static constexpr long STEP = 1;  // lanes that are read together
+  static constexpr long STEP = IN_PAIRS<T> ? 2 : 1;  // lanes that are read together
 
   static long words(long k) { return k / T::PER_LANE * LANES; }
 
@@ -27,14 +39,21 @@ struct Panel {
   static inline void multiply(const uint32_t* x, long x_stride, const uint32_t* w, long panel, int first, long begin,
                               long end, FetchSteps fetch, Sums (&sums)[R][C]) {
     w += first / PER_VECTOR * panel + first % PER_VECTOR * WIDTH;
-    for (long k = begin; k < end; k++, fetch.from += fetch.step) {
+    const auto column = [&](int c, long k) {
+      return load_register<ru>(w + c / PER_VECTOR * panel + k * LANES + c % PER_VECTOR * WIDTH);
+    };
+    const auto prefetch = [&] {
       __builtin_prefetch(fetch.from, 0, 2);
       __builtin_prefetch(fetch.from + fetch.second, 0, 2);
+      fetch.from += fetch.step;
+    };
+#if defined(__aarch64__)
+    if constexpr (IN_PAIRS<T> && R > 1) begin = add_pairs<R, C>(x, x_stride, begin, end, column, prefetch, sums);
+#endif
+    for (long k = begin; k < end; k++) {
+      prefetch();
       const auto row = [&](int r) { return x + r * x_stride + k * Steps<T>::COUNT; };
-      const auto column = [&](int c) {
-        return load_register<ru>(w + c / PER_VECTOR * panel + k * LANES + c % PER_VECTOR * WIDTH);
-      };
-      add_products<T, R, C>(row, column, sums);
+      add_products<T, R, C>(row, [&](int c) { return column(c, k); }, sums);
     }
   }
 };
@@ -104,7 +123,8 @@ void products(const Linear& l, const uint32_t* w, Fetcher& fetcher, long row, lo
       const FetchSteps fetch =
           count > 0 ? FetchSteps{from, rate * 64, (rate - 1) * 64} : FetchSteps{(const char*)x, 0, 0};
       // Lines that are too few for a step ask for their neighbours as well.
-      until = count > 0 ? k + (count + rate * Panel<T>::STEP - 1) / (rate * Panel<T>::STEP) * Panel<T>::STEP : lanes;
+      const long steps = (count + rate * Panel<T>::STEP - 1) / (rate * Panel<T>::STEP) * Panel<T>::STEP;
+      until = count > 0 && k + steps < lanes ? k + steps : lanes;
       Panel<T>::template multiply<R, SOME>(x, stride, w, panel, first, k, until, fetch, acc);
     }
 #pragma GCC unroll 8

@@ -89,7 +89,7 @@ Linear with_int8_rows(const Member& me, const Linear& given, long rotation) {
     const float largest = rotated<T>(x, given.k, rotation, floats.data()), up = inverse(largest);
     typedef uint8_t vb __attribute__((vector_size(16)));
     for (long i = 0; i < given.k; i += LANES) {
-      const vb b = __builtin_convertvector(nearest(loadf(floats.data() + i) * up) + ZERO, vb);
+      const vb b = __builtin_convertvector(nearest(loadf(floats.data() + i) * up) + Int8::ZERO, vb);
       std::memcpy(bytes + r * given.k + i, &b, sizeof b);
     }
     row_scale[r] = largest / LARGEST / (rotation > 0 ? rotation : 1);
@@ -131,7 +131,7 @@ void quantize(const void* weight, void* packed, float* scale, int32_t* start, lo
         out[i * LANES] = lane;
       }
       scale[row] = largest / LARGEST;
-      if (start != nullptr) start[row] = -ZERO * total;
+      if (start != nullptr) start[row] = -Int8::ZERO * total;
     }
   });
 }

@@ -64,6 +64,12 @@ struct Steps<Bf16> : OneStep {
   using Sums = rf;
   static inline rf add(rf sums, ru a, ru b) { return Bf16::dot(sums, a, b); }
 };
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template <>
+struct Steps<Bf16> : OneStep {
+  using Sums = rf;
+  static inline rf add(rf sums, ru a, ru b) { return (rf)dot4((float32x4_t)sums, (uint32x4_t)a, (uint32x4_t)b); }
+};
 #else
 template <>
 struct Steps<Bf16> {
@@ -80,6 +86,12 @@ template <>
 struct Steps<Int8> : OneStep {
   using Sums = ri;
   static inline ri add(ri sums, ru a, ru b) { return Int8::dot(sums, a, b); }
+};
+#elif defined(__ARM_FEATURE_DOTPROD)
+template <>
+struct Steps<Int8> : OneStep {
+  using Sums = ri;
+  static inline ri add(ri sums, ru a, ru b) { return (ri)dot4((int32x4_t)sums, (uint32x4_t)a, (uint32x4_t)b); }
 };
 #else
 template <>
