@@ -170,7 +170,7 @@ class Gateway:
         self._client = FleetClient(config, replicas, *model, self._traces)
         await self._client.start()
         self._app = create_app(self._client, settings, tracer_provider=self._traces)
-        await self._app.context.defaults.result()
+        await self._app.context.defaults()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app

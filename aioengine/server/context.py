@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from aioengine import FilesystemResolver
-from aioengine.adapters.read_threads import SharedRead
+from aioengine.adapters.read_threads import SharedRead, start_read
 from aioengine.adapters.resolvers.sources import NAME_RULE, source_below
 from aioengine.guided import Guide
 from aioengine.metrics.page.plumbing import Receive, Scope
@@ -71,7 +71,7 @@ class Context:
         """Whether new requests are refused; set by whoever runs the server."""
         self.seeds = _drawn_seeds((engine.config.seed or None) if settings.seed is None else settings.seed)
         self._draw = random.Random().getrandbits  # SystemRandom releases the GIL at each call
-        self.defaults = SharedRead("aioengine-defaults", self._read_defaults)
+        self._defaults: SamplingDefaults | None = None
 
     def change(self, settings: ServerSettings) -> None:
         """Use other settings from now on. No key is held, only their hashes are, by the gate."""
@@ -96,8 +96,13 @@ class Context:
         """Return a new id, which is unique but no secret."""
         return f"{self._draw(128):032x}"
 
+    async def defaults(self) -> SamplingDefaults:
+        """Default sampling parameters. Raises ConfigError if they are not valid."""
+        if self._defaults is None:
+            self._defaults = await start_read("aioengine-defaults", self._read_defaults)
+        return self._defaults
+
     def _read_defaults(self) -> SamplingDefaults:
-        """Read and log the default sampling parameters. Raises ConfigError if they are not valid."""
         found = read_sampling_defaults(
             self.engine.model_path if self.settings.generation_config == "auto" else None
         )

@@ -135,20 +135,17 @@ async def count_tokens(call: Call, data: CountRequest) -> Counted:
 def to_chat(data: CountRequest, template: str | None) -> api.ChatRequest:
     """Convert the fields that chats have, too; ``template`` is the chat template. Raises ApiError for what is
     not supported."""
-    choice, parallel = data.tool_choice, None
-    found: api.ToolChoice | None = None
-    if choice is not None:
-        found = _CHOICES.get(choice.type)
-        if found is None:
-            name = needed(choice.name, "tool_choice.name")
-            found = api.NamedTool(function=api.FunctionName(name=name))
-        single = choice.disable_parallel_tool_use
-        parallel = None if single is None else not single
+    choice = data.tool_choice or MessagesToolChoice(type="auto")
+    found = _CHOICES.get(choice.type)
+    if found is None:
+        name = needed(choice.name, "tool_choice.name")
+        found = api.NamedTool(function=api.FunctionName(name=name))
+    single = choice.disable_parallel_tool_use
     return api.ChatRequest(
         messages=list(_messages(data)),
         tools=api.Tool.all_of(data.tools),
         tool_choice=found,
-        parallel_tool_calls=parallel,
+        parallel_tool_calls=None if single is None else not single,
         chat_template_kwargs=_variables(data, template),
         # The client has begun the answer.
         continue_final_message=data.messages[-1].role == "assistant" or None,

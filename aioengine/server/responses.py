@@ -162,21 +162,17 @@ def _messages(data: ResponsesRequest) -> list[api.Message]:
             name, id_ = needed(item.name, f"{where}.name"), needed(item.call_id, f"{where}.call_id")
             call = api.ToolCall.of(id_, name, item.arguments or "")
             turns[-1].tool_calls = [*(turns[-1].tool_calls or ()), call]
+        elif item.type == "function_call_output":
+            id_ = needed(item.call_id, f"{where}.call_id")
+            content = text_of(item.output, f"{where}.output", _TEXTS)
+            turns.append(api.Message(role="tool", tool_call_id=id_, content=content))
+        elif item.type == "message":
+            content = text_of(item.content, f"{where}.content", _TEXTS)
+            turns.append(api.Message(role=needed(item.role, f"{where}.role"), content=content))
         elif item.type != "reasoning":
-            turns.append(_turn(item, where))
+            known = "message, function_call, function_call_output and reasoning"
+            raise unsupported(f"{where}.type", f"{item.type[:100]!r} is not supported; only {known} are")
     return turns
-
-
-def _turn(item: Item, where: str) -> api.Message:
-    if item.type == "message":
-        content = text_of(item.content, f"{where}.content", _TEXTS)
-        return api.Message(role=needed(item.role, f"{where}.role"), content=content)
-    if item.type == "function_call_output":
-        id_ = needed(item.call_id, f"{where}.call_id")
-        content = text_of(item.output, f"{where}.output", _TEXTS)
-        return api.Message(role="tool", tool_call_id=id_, content=content)
-    known = "message, function_call, function_call_output and reasoning"
-    raise unsupported(f"{where}.type", f"{item.type[:100]!r} is not supported; only {known} are")
 
 
 # The reply

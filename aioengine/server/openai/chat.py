@@ -47,7 +47,7 @@ async def start_chat(
     asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
     prompt = await encode_messages(call, data, tools)
     check_prompts(context, [prompt], data.n or 1, max_tokens=asked, field="messages")
-    defaults = await context.defaults.result()
+    defaults = await context.defaults()
     room = context.settings.default_max_tokens or context.max_model_len - len(prompt)
     params = sampling_params(
         data,
@@ -61,7 +61,9 @@ async def start_chat(
     is_thinking = False
     if form is None and formats.reasoning == "think":
         is_thinking = context.tokenizer.decode(prompt[-16:], False).rstrip().endswith(THINK)
-    return answer, [tools.parser(formats, is_thinking=is_thinking) for _ in range(len(answer))]
+    names, single = frozenset(tools.names), tools.forced is not None or tools.parallel is False
+    how = {"single": single, "is_held": not tools.is_free, "is_thinking": is_thinking}
+    return answer, [formats.parser(names, **how) for _ in range(len(answer))]
 
 
 async def encode_messages(call: Call, data: ChatRequest, tools: ToolPlan) -> list[int]:
@@ -111,7 +113,8 @@ def text_of(
 ) -> str:
     """Join the texts of a content by line breaks. Raises ApiError if it is missing, or has parts of other
     ``kinds``."""
-    content = needed(content, where)
+    if content is None:
+        raise invalid(where, "is missing")
     if isinstance(content, str):
         return content
     return "\n".join(text_of_part(part, f"{where}[{i}]", kinds) for i, part in enumerate(content))

@@ -21,7 +21,7 @@ async def completions(call: Call, data: CompletionRequest) -> Annotated[Answer, 
     context = call.context
     most, special = context.settings.max_choices, data.add_special_tokens is not False
     prompts = await prompts_of(call, data.prompt, field="prompt", most=most, special=special)
-    defaults = await context.defaults.result()
+    defaults = await context.defaults()
     max_tokens = defaults.bounded(DEFAULT_MAX_TOKENS) if data.max_tokens is None else data.max_tokens
     check_prompts(context, prompts, data.n or 1, max_tokens=max_tokens, field="prompt")
     logprobs = data.most_likely

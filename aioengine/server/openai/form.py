@@ -19,7 +19,6 @@ from aioengine.guided import Guide
 from aioengine.request import TokenConstraint
 from aioengine.server.errors import invalid, needed
 from aioengine.server.formats.calls import AnswerFormats, CallText
-from aioengine.server.formats.source import AnswerParser
 from aioengine.server.openai import api
 from aioengine.server.transport.body import check_counts
 
@@ -103,12 +102,6 @@ class ToolPlan(NamedTuple):
         is_parallel = bool(self.parallel) and self.forced is None
         grammar = written.grammar(names, [schema.text for schema in prepared], tokens, parallel=is_parallel)
         return grammar, tuple(dict.fromkeys(each for schema in prepared for each in schema.not_enforced))
-
-    def parser(self, formats: AnswerFormats, *, is_thinking: bool) -> AnswerParser | None:
-        """Make the parser for one answer, as :meth:`AnswerFormats.parser` does."""
-        single = self.forced is not None or self.parallel is False
-        names, is_held = frozenset(self.names), not self.is_free
-        return formats.parser(names, single=single, is_held=is_held, is_thinking=is_thinking)
 
 
 def plan_tools(
