@@ -141,6 +141,7 @@ class PolicyGuard:
         start = self._times()
         decision = self._ask("schedule", view.now, lambda: _checked(self.policy.schedule(view)))
         self._ask_again = None if decision is None else decision.ask_again
+        self._quiet_since = -1
         if decision is None:
             decision = _checked(self._in_its_place().schedule(view))
         self.refusals.clear()

@@ -304,7 +304,7 @@ class AdapterOps(ABC):
     def _abort_all(self, entry: AdapterEntry) -> None:
         for request in list(self._core.requests.values()):
             if request.adapter is not None and entry in parts_of(request.adapter):
-                self._core.end(request, "abort", self._loop.now())
+                self._loop.abort(request)
 
     # Pinning
 

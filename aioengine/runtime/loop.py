@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,8 @@ logger = logging.getLogger("aioengine")
 
 POLICY_RETRY_SECONDS = 0.05
 """Pause before a policy is asked again, if requests wait and nothing runs."""
+SOONEST_SECONDS = 0.001
+"""The least pause, whatever the policy wants."""
 LAG_INTERVAL_SECONDS = 0.25
 
 Listener = Callable[[events.Event], None]
@@ -178,11 +181,11 @@ class EngineLoop:
             raise self._lost
         batch = self._decide()
         if batch is None:
-            now, due = self.now(), self.core.next_due()
-            if self.core.queues:
-                ask = max(self.core.guard.quiet_until, now + POLICY_RETRY_SECONDS)
-                due = ask if due is None else min(ask, due)
-            await self._woken(due)
+            now, due, ask = self.now(), self.core.next_due(), self.core.guard.quiet_until
+            if ask <= now:  # the policy has named no time, or not all could be carried out
+                ask = now + POLICY_RETRY_SECONDS if self.core.queues else math.inf
+            due = min(max(ask, now + SOONEST_SECONDS), math.inf if due is None else due)
+            await self._woken(None if due == math.inf else due)
             return
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._begin(batch, over)

@@ -50,11 +50,12 @@ class Composed(FCFS):
 
     def schedule(self, view: SchedulerView) -> Decision:
         by_urgency = self._aged_first(view) if self.order.ages else self.order.cold(view)
-        cold, cold_too, cold_again = tee(by_urgency, 3)
+        cold, cold_too, cold_again, shown = tee(by_urgency, 4)
         plan = self.assign_slots(view, cold, lambda slot, adapter: self.replace.score(view, slot, adapter))
         room, names = view.free_seqs, plan.open
         admit = list(self.order.admit(view, names, room)) if room > 0 else []
         holds_back = len(admit) < room and len(admit) < sum(len(view.waiting_for(name)) for name in names)
+        holds_back = holds_back or not set(cold_by_arrival(view)).issubset(shown)
         read = [*self._read_for_slots(view, plan, cold_too), *self.prefetch.choose(view, cold_again)]
         more_to_read = 0 < len(read) < view.load_room
         always = holds_back or more_to_read or self.prefetch.asks_always or self.preempt.asks_always

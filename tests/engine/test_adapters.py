@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.tiny_chat import build_chat_model
+from support.tiny_models import build_adapter
 
-from aioengine import AsyncEngine
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
 from aioengine.events import AdapterLoading, Event
 
@@ -138,6 +141,32 @@ async def test_a_replacement_is_read_once_and_shares_no_blocks(tiny: Tiny, make_
             assert out.token_ids == tiny.expected(prompt, 24, "qv-only")
             assert out.cached_tokens == cached
     assert [event.version for event in reads] == [1, 2]
+
+
+async def test_a_request_that_is_tokenized_while_its_adapter_is_replaced(tmp_path: Path) -> None:
+    """It gets the new version: nothing keeps the old one, which no request has yet."""
+    model = build_chat_model(tmp_path / "model")
+    old, new = (build_adapter(model, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2))
+    config = EngineConfig(
+        model=str(model), dtype="float32", block_size=4, kv_cache_memory="2MiB",
+        lora=LoRAConfig(max_loras=2, max_cpu_loras=3),
+    )  # fmt: skip
+    chat, go_on = [{"role": "user", "content": "hello " * 40}], threading.Event()
+    async with AsyncEngine(config) as engine:
+        await engine.load_adapter("x", old)
+        busy = [asyncio.create_task(engine.text_work.run(3000, go_on.wait)) for _ in range(2)]
+        asked = asyncio.create_task(engine.complete(chat, SamplingParams(max_tokens=4), adapter="x"))
+        await asyncio.sleep(0)
+        await engine.load_adapter("x", new, replace=True)
+        go_on.set()
+        await asyncio.gather(*busy)
+        out = await asked
+        assert (
+            out.token_ids
+            == (await engine.complete(chat, SamplingParams(max_tokens=4), adapter="x")).token_ids
+        )
+        with pytest.raises(AdapterNotFound):
+            await engine.load_adapter("x@1")
 
 
 async def test_new_content_at_the_same_path(tiny: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from aioengine.core import Core
 from aioengine.errors import AdapterLoadError
 from aioengine.events import Event, RequestEnded, StepFinished
 from aioengine.executors.base import Device, Ended
-from aioengine.lab.simulation.clock import VirtualTimeLoop
+from aioengine.lab.simulation.clock import NothingToWaitFor, VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
@@ -30,7 +31,7 @@ def run(
     policy: SchedulerPolicy, main: Callable[[EngineLoop], Awaitable[None]], device: Device | None = None
 ) -> None:
     async def whole() -> None:
-        stepper = EngineLoop(Core(LIMITS, policy), device or Steady())
+        stepper = EngineLoop(Core(LIMITS, policy), device or Steady(), virtual=True)
         stepper.start()
         await main(stepper)
         await stepper.stop()
@@ -123,3 +124,45 @@ def test_the_time_of_a_decision_leaves_out_what_the_policy_is_asked_during_the_s
     found: list[Any] = []
     run(FCFS(), main, Asks())
     assert [event.policy_seconds < 5.0 for event in found] == [True] * 3
+
+
+class Asks(SchedulerPolicy):
+    """Notes when it is asked, and names a time ``after`` seconds later; admits from the third time on."""
+
+    def __init__(self, after: float) -> None:
+        self.after = after
+        self.asked: list[float] = []
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        self.asked.append(view.now)
+        waiting = [request.request_id for request in view.waiting]
+        return Decision(admit=waiting[: len(self.asked) // 3], ask_again=view.now + self.after)
+
+
+@pytest.mark.parametrize("after", [0.01, 0.2])
+def test_an_idle_engine_asks_at_the_time_that_was_named(after: float) -> None:
+    policy = Asks(after)
+
+    async def main(stepper: EngineLoop) -> None:
+        add(stepper, "r")
+        await stepper.until(lambda: not stepper.core.requests)
+
+    run(policy, main)
+    assert policy.asked[:3] == pytest.approx([0.0, after, 2 * after])
+
+
+def test_a_time_counts_also_while_nothing_waits() -> None:
+    policy = Asks(0.5)
+    run(policy, lambda stepper: asyncio.sleep(2.1))
+    assert policy.asked == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0])
+
+
+def test_with_no_time_at_all_nothing_is_waited_for() -> None:
+    policy = Asks(math.inf)
+
+    async def main(stepper: EngineLoop) -> None:
+        add(stepper, "r")
+        await stepper.until(lambda: not stepper.core.requests)
+
+    with pytest.raises(NothingToWaitFor):
+        run(policy, main)

@@ -14,7 +14,16 @@ from aioengine.cli.main import main
 from aioengine.lab.policy_check.check import Checked, check_policy_contract
 from aioengine.lab.policy_check.world import SCENARIOS, NeverEnds, serve_one_by_one
 from aioengine.lab.runs.study import TEMPLATES
-from aioengine.schedulers import Decision, PolicyEvent, SchedulerPolicy, SchedulerView, load_policy
+from aioengine.schedulers import (
+    Decision,
+    Ordering,
+    PolicyEvent,
+    RequestView,
+    SchedulerPolicy,
+    SchedulerView,
+    compose,
+    load_policy,
+)
 from aioengine.schedulers.policies.fcfs import FCFS
 
 FEW = [scenario for scenario in SCENARIOS if scenario.name in ("one slot", "adapters that come and go")]
@@ -99,6 +108,24 @@ def test_an_engine_that_is_idle_asks_again() -> None:
     assert checked(HoldsBack).sound
     with pytest.raises(NeverEnds, match="adapter-0, alone on the engine"):
         serve_one_by_one(AdmitsNobody())
+
+
+class ColdAreHeldBack(Ordering):
+    """Shows an adapter only when its first request has waited for a while."""
+
+    def key(self, request: RequestView, view: SchedulerView) -> float:
+        return request.arrival
+
+    def cold(self, view: SchedulerView) -> Iterator[str]:
+        oldest = {name: view.adapters[name].oldest_arrival or 0.0 for name in super().cold(view)}
+        return iter([name for name, arrival in oldest.items() if arrival + 0.5 <= view.now])
+
+
+@pytest.mark.parametrize("ages", [True, False])
+def test_an_ordering_that_holds_adapters_back_is_asked_again(ages: bool) -> None:
+    order = ColdAreHeldBack()
+    order.ages = ages
+    serve_one_by_one(compose(order=order))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from support.asked_always import AskedAlways, asked_always
 
 from aioengine import events
 from aioengine.core import CoreLimits
+from aioengine.core.state import Status
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.schedulers import Decision, Place, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
@@ -56,6 +57,29 @@ def test_without_a_time_it_is_asked_before_every_step() -> None:
     sim.add(max_tokens=10)
     sim.run()
     assert len(policy.asked) >= 10
+
+
+class StartsOneAfterTheOther(SchedulerPolicy):
+    """Admits the first request, and then all; the core cannot start the second one at once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def schedule(self, view: SchedulerView) -> Decision:
+        self.asked += 1
+        waiting = [request.request_id for request in view.waiting]
+        first = self.asked == 1
+        return Decision(admit=waiting[:1] if first else waiting, ask_again=0.02 if first else math.inf)
+
+
+def test_a_time_of_before_says_nothing_of_a_decision_that_is_not_carried_out() -> None:
+    policy = StartsOneAfterTheOther()
+    sim = Sim(LIMITS._replace(num_blocks=200, max_model_len=300, max_num_batched_tokens=16), policy)
+    sim.add(prompt=[7] * 100, max_tokens=100)
+    second = sim.add(prompt=[5, 6, 7], max_tokens=2)
+    for _ in range(20):
+        sim.settle()
+    assert second.status is Status.ENDED
 
 
 class Decides(SchedulerPolicy):

@@ -234,3 +234,23 @@ def test_one_event_tells_of_equal_steps() -> None:
     (single, ends, seconds, _), (expanded, same, total, count) = told(False), told(True)
     assert expanded == single and total == pytest.approx(seconds) and count < len(single) / 2
     assert ends == same and {type(e) for e in ends} == {events.FirstToken, events.RequestEnded}
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_requests_that_are_ended_from_outside_keep_what_they_have(repeats: bool) -> None:
+    async def made(ends: Literal["abort", "unload"]) -> int:
+        async with SimulatedEngine(config(max_num_seqs=3, max_num_batched_tokens=64), costs()) as engine:
+            engine.add_adapters([AdapterShape("a", 8)])
+            params = SamplingParams(max_tokens=400, ignore_eos=True)
+            asked = asyncio.create_task(engine.complete([0] * 20, params, adapter="a", request_id="r"))
+            await asyncio.sleep(1.234567)
+            if ends == "abort":
+                await engine.abort("r")
+            else:
+                await engine.unload_adapter("a", force=True)
+            return len((await asked).token_ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimulatedDevice, "repeats", repeats)
+        aborted, unloaded = (run_in_virtual_time(made(ends)) for ends in ("abort", "unload"))
+    assert aborted == unloaded > 40
