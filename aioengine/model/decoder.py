@@ -18,7 +18,7 @@ from aioengine.model.experts.layer import Mixture
 from aioengine.model.experts.spec import PLAIN, MixtureSpec
 from aioengine.model.files.packing import Packing
 from aioengine.model.kv_cache import KVCache
-from aioengine.model.linear import Linear, Mlp, WeightRows, activation
+from aioengine.model.linear import Linear, WeightRows, activation
 from aioengine.model.model import LastLayer, Model, StepInputs
 from aioengine.model.parallel.group import Group, SoloGroup
 from aioengine.model.parallel.partition import Partition
@@ -29,22 +29,17 @@ from aioengine.model.spec import NO_LAYER, ModelSpec
 
 @dataclass(slots=True)
 class Layer:
-    """A layer's weights. The norms are those of :class:`aioengine.model.spec.NormNames`; sinks: [heads]."""
+    """A layer's weights."""
 
-    attention_input: Tensor | None
-    qkv: Linear
+    linears: dict[str, Linear]
+    """By the names that :meth:`ModelSpec.fused` has for them."""
+    norms: dict[str, Tensor]
+    """By the fields of :class:`aioengine.model.spec.NormNames`."""
     head_norms: HeadNorms | None
     sinks: Tensor | None
-    o: Linear
-    attention_output: Tensor | None
-    mlp_input: Tensor | None
-    mlp: Mlp | Mixture
-    mlp_output: Tensor | None
-
-    @property
-    def linears(self) -> dict[str, Linear]:
-        """Linears by the names that :meth:`ModelSpec.fused` has for them."""
-        return {"qkv": self.qkv, "o": self.o, **self.mlp.linears}
+    """[heads]"""
+    mixture: Mixture | None
+    """The experts among ``linears``, if there are any."""
 
 
 class _Memory:
@@ -135,34 +130,23 @@ class Decoder(Model):
         self._activate = activation(spec, kernels)
         self.embed_tokens = memory.matrix((NO_LAYER, "embed_tokens"))
 
-        def norm(name: str | None) -> Tensor | None:
-            return None if name is None else empty(spec.hidden_size)
-
-        def head_norms() -> HeadNorms | None:
+        def layer(number: int) -> Layer:
+            linears = {name: linear(number, name) for name in spec.fused(number)}
+            names = msgspec.structs.asdict(spec.norms)
+            mixture = None
+            if isinstance(spec, MixtureSpec):
+                experts = {name: linears[name] for name in spec.mlp_linears}
+                mixture = Mixture(experts, spec, self.adapted, kernels, self._activate)
             q, k = map(empty, spec.qk_norm_sizes)
-            return HeadNorms(q, k, spec.rms_norm_eps, spec.norm_offset) if spec.qk_norm else None
-
-        def mlp(layer: int) -> Mlp | Mixture:
-            names = [name for name in spec.fused(layer) if name not in ("qkv", "o")]
-            linears = {name: linear(layer, name) for name in names}
-            if not isinstance(spec, MixtureSpec):
-                return Mlp(**linears)
-            return Mixture.of(linears, spec, self.adapted, kernels, self._activate)
-
-        self.layers = [
-            Layer(
-                attention_input=norm(spec.norms.attention_input),
-                qkv=linear(i, "qkv"),
-                head_norms=head_norms(),
-                sinks=empty(spec.num_heads) if spec.sinks else None,
-                o=linear(i, "o"),
-                attention_output=norm(spec.norms.attention_output),
-                mlp_input=norm(spec.norms.mlp_input),
-                mlp=mlp(i),
-                mlp_output=norm(spec.norms.mlp_output),
+            return Layer(
+                linears,
+                {place: empty(spec.hidden_size) for place, name in names.items() if name is not None},
+                HeadNorms(q, k, spec.rms_norm_eps, spec.norm_offset) if spec.qk_norm else None,
+                empty(spec.num_heads) if spec.sinks else None,
+                mixture,
             )
-            for i in range(spec.num_layers)
-        ]
+
+        self.layers = [layer(i) for i in range(spec.num_layers)]
         self.norm = empty(spec.hidden_size)
         head = self.embed_tokens if spec.tie_embeddings else memory.matrix((NO_LAYER, "lm_head"))
         self.head = Linear(head, None)
@@ -189,9 +173,8 @@ class Decoder(Model):
                 out[f"{name}.bias"] = bias
         for i, layer in enumerate(self.layers):
             prefix = f"model.layers.{i}"
-            for place, norm in msgspec.structs.asdict(self.spec.norms).items():
-                if norm is not None:
-                    out[f"{prefix}.{norm}.weight"] = getattr(layer, place)
+            for place, norm in layer.norms.items():
+                out[f"{prefix}.{getattr(self.spec.norms, place)}.weight"] = norm
             if layer.head_norms is not None:
                 out[f"{prefix}.self_attn.q_norm.weight"] = layer.head_norms.q
                 out[f"{prefix}.self_attn.k_norm.weight"] = layer.head_norms.k
@@ -272,23 +255,24 @@ class Decoder(Model):
         tokens = hidden.shape[0]
         for i, layer in enumerate(self.layers):
             pools, lora = slots.layers[i] if slots else {}, inputs.lora
+            linears, norm = layer.linears, layer.norms.get
             kv = LayerCache(cache.k[i], cache.v[i])
 
-            x = self._sum(hidden, delta, layer.attention_input)
-            qkv = begin(layer.qkv, x, pools.get("qkv"), lora).view(tokens, -1, spec.head_dim)
+            x = self._sum(hidden, delta, norm("attention_input"))
+            qkv = begin(linears["qkv"], x, pools.get("qkv"), lora).view(tokens, -1, spec.head_dim)
             kernels.rope_store(qkv, layer.head_norms, rotations[spec.rope_of(i)], kv, plan)
             scores = Scores(spec.window(i), spec.attention_scale, spec.attention_cap, layer.sinks)
             attended = kernels.paged_attention(qkv, kv, plan, scores)
-            delta = end(layer.o, attended, pools.get("o"), lora)
-            delta = self._norm_outputs(delta, layer.attention_output)
+            delta = end(linears["o"], attended, pools.get("o"), lora)
+            delta = self._norm_outputs(delta, norm("attention_output"))
 
-            x = self._sum(hidden, delta, layer.mlp_input)
-            if isinstance(layer.mlp, Mixture):
-                delta = layer.mlp.forward(x, pools, lora)
+            x = self._sum(hidden, delta, norm("mlp_input"))
+            if layer.mixture is not None:
+                delta = layer.mixture.forward(x, pools, lora)
             else:
-                x = self._activate(begin(layer.mlp.gate_up, x, pools.get("gate_up"), lora))
-                delta = end(layer.mlp.down, x, pools.get("down"), lora)
-            delta = self._norm_outputs(delta, layer.mlp_output)
+                x = self._activate(begin(linears["gate_up"], x, pools.get("gate_up"), lora))
+                delta = end(linears["down"], x, pools.get("down"), lora)
+            delta = self._norm_outputs(delta, norm("mlp_output"))
         return LastLayer(hidden, delta)
 
     def _sum(self, hidden: Tensor, delta: Tensor | None, norm: Tensor | None) -> Tensor:

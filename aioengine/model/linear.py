@@ -1,4 +1,4 @@
-"""Linear layers: a weight in any form, and a bias; an MLP of two of them, and what is between these."""
+"""Linear layers: a weight in any form, and a bias; and what is between those of an MLP."""
 
 from __future__ import annotations
 
@@ -28,18 +28,6 @@ class Linear:
         before = self.weight.nbytes
         self.weight = pack(self.weight)
         return self.weight.nbytes - before
-
-
-@dataclass(slots=True)
-class Mlp:
-    """A gated MLP; gate and up are one linear."""
-
-    gate_up: Linear
-    down: Linear
-
-    @property
-    def linears(self) -> dict[str, Linear]:
-        return {"gate_up": self.gate_up, "down": self.down}
 
 
 def activation(spec: ModelSpec, kernels: Backend) -> Callable[[Tensor], Tensor]:

@@ -25,7 +25,7 @@ from aioengine.kernels.plan.decodes import DecodeTables
 from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder
 from aioengine.model.experts.layer import Mixture
-from aioengine.model.experts.spec import PLAIN, MixtureSpec
+from aioengine.model.experts.spec import PLAIN, ROUTER, MixtureSpec
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.model import LastLayer, StepInputs
@@ -80,17 +80,18 @@ class NativeDecoder(Decoder):
             pools = self.slots.layers[i] if self.slots else {}
             linears = {name: linear for name, linear in layer.linears.items() if name in _LINEARS}
             mixture = None
-            if isinstance(layer.mlp, Mixture):
-                mixture = self._mixture_struct(layer.mlp, pools)
+            if layer.mixture is not None:
+                mixture = self._mixture_struct(layer.mixture, pools)
                 self._mixtures.append(mixture)
+            norms = {place: pointer(norm) for place, norm in layer.norms.items()}
             found.append(
                 structs.Layer(
-                    input_norm=pointer(layer.attention_input),
-                    attention_norm=pointer(layer.attention_output),
+                    input_norm=norms.get("attention_input"),
+                    attention_norm=norms.get("attention_output"),
                     q_norm=pointer(layer.head_norms.q) if layer.head_norms else None,
                     k_norm=pointer(layer.head_norms.k) if layer.head_norms else None,
-                    mlp_input_norm=pointer(layer.mlp_input),
-                    mlp_norm=pointer(layer.mlp_output),
+                    mlp_input_norm=norms.get("mlp_input"),
+                    mlp_norm=norms.get("mlp_output"),
                     sinks=pointer(layer.sinks),
                     keys=cache.k[i].data_ptr(),
                     values=cache.v[i].data_ptr(),
@@ -112,7 +113,7 @@ class NativeDecoder(Decoder):
             size=spec.expert_size,
             normalized=int(spec.normalized),
             shared_size=spec.shared_size,
-            router_bias=pointer(mixture.router.bias),
+            router_bias=pointer(linears[ROUTER].bias),
             **{name: _plain(linears[name]).data_ptr() for name in PLAIN if name in linears},
             **{name.removeprefix("experts_"): self._matrix(linear, name) for name, linear in packed.items()},
             **{f"lora_{name.removeprefix('experts_')}": self._pool(pools, name) for name in linears},

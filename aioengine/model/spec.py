@@ -43,16 +43,9 @@ model."""
 NO_LAYER = -1
 """The layer under which tables by (layer, module) hold :data:`EMBEDDING_MODULES`."""
 
-FUSED_MODULES = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-"""The linears of a layer and the modules that each fuses, in the order of its output columns."""
-
 _IN_LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.(.+)")
 _OUTER = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+_OUTER_LINEARS = {name: (name,) for name in EMBEDDING_MODULES}
 
 ModelImpl = Literal["auto", "native", "transformers"]
 
@@ -305,23 +298,32 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
         """Return the linears of a layer with the modules that each fuses; those outside of layers:
         ``NO_LAYER``."""
-        return {name: (name,) for name in EMBEDDING_MODULES} if layer == NO_LAYER else self.layer_linears
+        return _OUTER_LINEARS if layer == NO_LAYER else self._layer_linears
 
     def has_bias(self, linear: str) -> bool:
         """Return whether one of :meth:`fused` has a bias."""
         return {"qkv": self.qkv_bias, "o": self.o_bias}.get(linear, self.mlp_bias)
 
+    @cached_property
+    def _layer_linears(self) -> Mapping[str, tuple[str, ...]]:
+        qkv = (QKV,) if self.fused_qkv else ("q_proj", "k_proj", "v_proj")
+        return {"qkv": qkv, "o": ("o_proj",), **self.mlp_linears}
+
     @property
-    def layer_linears(self) -> Mapping[str, tuple[str, ...]]:
-        """:data:`FUSED_MODULES`, or what this family has in its place."""
-        qkv = {"qkv": (QKV,)} if self.fused_qkv else {}
-        gate_up = {"gate_up": (GATE_UP,)} if self.fused_gate_up else {}
-        return {**FUSED_MODULES, **qkv, **gate_up} if qkv or gate_up else FUSED_MODULES
+    def mlp_linears(self) -> Mapping[str, tuple[str, ...]]:
+        """Those of a layer's :meth:`fused` that are not its attention's."""
+        gate_up = (GATE_UP,) if self.fused_gate_up else ("gate_proj", "up_proj")
+        return {"gate_up": gate_up, "down": ("down_proj",)}
+
+    @property
+    def mlp_block(self) -> str:
+        """The part of a layer that has those."""
+        return "mlp"
 
     @property
     def layer_modules(self) -> tuple[str, ...]:
         """The modules of a layer that an adapter may target."""
-        return tuple(module for modules in self.layer_linears.values() for module in modules)
+        return tuple(module for modules in self.fused(0).values() for module in modules)
 
     def adaptable(self) -> Iterator[tuple[int, str]]:
         """Return (layer, module) of all that an adapter may target, those outside of layers first."""
@@ -345,17 +347,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def _names(self) -> dict[tuple[int, str], str]:
         names = {(NO_LAYER, module): name for module, name in _OUTER.items()}
         for layer in range(self.num_layers):
-            for modules in self.fused(layer).values():
-                names |= {(layer, m): f"model.layers.{layer}.{self.block_of(layer, m)}.{m}" for m in modules}
+            for linear, modules in self.fused(layer).items():
+                block = "self_attn" if linear in ("qkv", "o") else self.mlp_block
+                names |= {(layer, m): f"model.layers.{layer}.{block}.{m}" for m in modules}
         return names
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, str]]:
         return {name: place for place, name in self._names.items()}
-
-    def block_of(self, layer: int, module: str) -> str:
-        """Return the part of a layer that has a module."""
-        return "mlp" if module in ("gate_proj", "up_proj", GATE_UP, "down_proj") else "self_attn"
 
     def packed_weights(self) -> Iterator[tuple[LinearShape, Packing]]:
         """Yield the weights of :attr:`packed`, with their shapes; an embedding's is that of a head."""
@@ -397,13 +396,15 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def num_parameters(self) -> int:
         """Return the number of parameters that the decoder allocates (tied embeddings counted once)."""
-        linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))
-        bias = self.qkv_bias * (self.q_size + 2 * self.kv_size) + self.o_bias * self.hidden_size
-        bias += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        linears = 0
+        for linear, modules in self.fused(0).items():
+            shapes = list(map(self.linear, modules))
+            linears += sum(n_in * n_out for n_in, n_out in shapes)
+            linears += sum(n_out for _, n_out in shapes) * self.has_bias(linear)
         norms = self.hidden_size * sum(name is not None for name in msgspec.structs.astuple(self.norms))
         norms += sum(self.qk_norm_sizes) * self.qk_norm + self.num_heads * self.sinks
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return embeddings + self.num_layers * (linears + bias + norms) + self.hidden_size
+        return embeddings + self.num_layers * (linears + norms) + self.hidden_size
 
     def weights_bytes(self, dtype_bytes: int, quantization: Quantization) -> int:
         """Return the bytes of the weights. Those of :attr:`packed` are in their packings, also where they are
@@ -439,9 +440,6 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def kv_bytes_per_token(self, dtype_bytes: int, *, int8: bool = False) -> int:
         """Return the cache's bytes for a token, with so many for each element; in ``int8`` one for each, and
         a scale for each head."""
-        if int8:
-            return sum(
-                shape.elements + INT8_SCALE_BYTES * (shape.key_heads + shape.value_heads)
-                for shape in self.kv_shapes()
-            )
-        return sum(shape.elements for shape in self.kv_shapes()) * dtype_bytes
+        shapes = self.kv_shapes()
+        heads = sum(shape.key_heads + shape.value_heads for shape in shapes) * INT8_SCALE_BYTES * int8
+        return sum(shape.elements for shape in shapes) * (1 if int8 else dtype_bytes) + heads

@@ -20,14 +20,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from aioengine.errors import ConfigError
 from aioengine.model.files import gguf as files
 from aioengine.model.files.gguf import GGUFFile
+from aioengine.model.files.stored import Stored
+from aioengine.model.files.weights import expanding
 from aioengine.model.rope import attention_scaling, inverse_frequencies
 from aioengine.model.spec import ModelSpec, RopeSpec
 from aioengine.model.text import gguf_tokenizer
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
+    """Quantized weights are expanded."""
     file = GGUFFile(path)
-    return {name: stored.tensor() for name, stored in files.iter_stored(file, files.read_spec(file))}
+    return {
+        name: stored.whole()
+        if isinstance(stored, Stored)
+        else expanding(stored, torch.float32, name).rows(0, stored.shape[0])
+        for name, stored in files.read_file(file, files.read_spec(file)).items()
+    }
 
 
 def read_spec(path: Path) -> ModelSpec:

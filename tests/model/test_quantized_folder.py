@@ -131,5 +131,5 @@ def test_tensors_of_a_linear_may_be_in_several_files(tmp_path: Path) -> None:
     for path in (model, whole):
         decoder = plain_decoder(read_spec(path), torch.float32)
         load_weights(decoder, path)
-        decoders.append(decoder.layers[0].qkv.weight)
+        decoders.append(decoder.layers[0].linears["qkv"].weight)
     assert torch.equal(decoders[0].rows(0, 128), decoders[1].rows(0, 128))

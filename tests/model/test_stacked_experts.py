@@ -169,8 +169,8 @@ def _other_type(tensors: dict[str, Tensor]) -> None:
     [
         (_without_scales, r"are missing: model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight"),
         (_cut, r"gate_up_proj_blocks: expected shape \(4, 128, 2, 16\).*found \(4, 126, 2, 16\)"),
-        (_not_finite, "gate_up_proj_scales: a scale is not finite"),
-        (_other_type, "gate_up_proj_scales: expected torch.uint8, found torch.float32"),
+        (_not_finite, r"experts\.1\.gate_proj\.weight: a scale is not finite"),
+        (_other_type, "gate_up_proj_scales: expected U8, found F32"),
     ],
 )
 async def test_a_damaged_checkpoint_is_refused_by_name(

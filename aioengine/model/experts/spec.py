@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, BareParameter, LinearShape, ModelSpec
+from aioengine.model.spec import NO_LAYER, BareParameter, LinearShape, ModelSpec
 
 ROUTER, GATE_UP, DOWN = "router", "experts_gate_up", "experts_down"
 """The router, and two matrices with those of all experts one below the other."""
@@ -79,12 +79,6 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
         match = _EXPERT.fullmatch(module)
         return module if match is None else f"experts.{match[2]}"
 
-    def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        if layer == NO_LAYER:
-            return super().fused(layer)
-        attention = {name: modules for name, modules in super().fused(layer).items() if name in ("qkv", "o")}
-        return {**attention, **self._mixture}
-
     def experts_in(self, linear: str) -> int:
         return self.experts if linear in (GATE_UP, DOWN) else 0
 
@@ -92,7 +86,7 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
         return self.biased if linear in (ROUTER, GATE_UP, DOWN) else super().has_bias(linear)
 
     @property
-    def _mixture(self) -> dict[str, tuple[str, ...]]:
+    def mlp_linears(self) -> Mapping[str, tuple[str, ...]]:
         names, every = self.names, range(self.experts)
         found: dict[str, tuple[str, ...]] = {
             ROUTER: (names.router,),
@@ -106,17 +100,7 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
         return found
 
     @property
-    def _attention_modules(self) -> tuple[str, ...]:
-        linears = super().layer_linears
-        return (*linears["qkv"], *linears["o"])
-
-    @property
-    def layer_modules(self) -> tuple[str, ...]:
-        return (*self._attention_modules, *(m for modules in self._mixture.values() for m in modules))
-
-    def block_of(self, layer: int, module: str) -> str:
-        if module in self._attention_modules:
-            return super().block_of(layer, module)
+    def mlp_block(self) -> str:
         return self.names.block
 
     def bare_parameters(self) -> Iterator[BareParameter]:
@@ -130,19 +114,14 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
                 owner = f"model.layers.{layer}.mlp.experts"
                 yield BareParameter(owner, parameter, experts, self.interleaved)
         for layer, module in self.adaptable():
-            if layer != NO_LAYER and not module.startswith("experts.") and module not in EMBEDDING_MODULES:
+            if layer != NO_LAYER and not module.startswith("experts."):
                 name = self.module_name(layer, module)
                 yield BareParameter(name.replace(f".{names.block}.", ".mlp."), "weight", ((name,),))
-
-    def num_parameters(self) -> int:
-        linears = sum(n_in * n_out for ms in self._mixture.values() for n_in, n_out in map(self.linear, ms))
-        dense = 3 * self.hidden_size * self.intermediate_size  # that other models have in their place
-        biases = self.experts * (1 + 2 * self.expert_size + self.hidden_size) * self.biased
-        return super().num_parameters() + self.num_layers * (linears - dense + biases)
 
     @property
     def pair_tokens(self) -> float:
         h = self.hidden_size
-        attention = sum(n_in * n_out for n_in, n_out in map(self.linear, self._attention_modules))
+        modules = (*self.fused(0)["qkv"], *self.fused(0)["o"])
+        attention = sum(n_in * n_out for n_in, n_out in map(self.linear, modules))
         experts = 3 * h * (self.experts_per_token * self.expert_size + self.shared_size) + h * self.experts
         return 2 * self.q_size / (attention + experts)

@@ -69,15 +69,20 @@ def convert_to_hf_folder(source: Path, folder: Path, progress: LoadProgress | No
     import torch  # all of these take a second to import, and a model is converted only once
     from safetensors.torch import save_file
 
-    from aioengine.model.files.gguf import GGUFFile, hf_config, iter_stored, read_spec
+    from aioengine.model.files.gguf import GGUFFile, hf_config, read_file, read_spec
+    from aioengine.model.files.stored import Stored
+    from aioengine.model.files.weights import expanding
     from aioengine.model.text.gguf_tokenizer import build_tokenizer
 
     file = GGUFFile(source)
     spec = read_spec(file)
     weights: dict[str, torch.Tensor] = {}
     done, total = 0, spec.num_parameters() * 2
-    for name, stored in iter_stored(file, spec):
-        weights[name] = stored.tensor().to(torch.bfloat16)
+    for name, stored in read_file(file, spec).items():
+        if isinstance(stored, Stored):
+            weights[name] = stored.whole().to(torch.bfloat16)
+        else:
+            weights[name] = expanding(stored, torch.bfloat16, name).rows(0, stored.shape[0])
         done += weights[name].nbytes
         if progress is not None:
             progress(f"Converting {EMBEDDED_MODEL} (once)", done, total)

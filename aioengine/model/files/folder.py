@@ -3,30 +3,87 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from aioengine.errors import ConfigError
-from aioengine.model.files.methods.scheme import Header
+from aioengine.model.files.stored import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def shards(folder: Path) -> dict[Path, set[str] | None]:
-    """Return the files of the weights, with the keys that each must hold; None: any keys.
+class _File:
+    """A file that is opened, with torch, when the first of its tensors is read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _opened(self) -> Any:
+        from safetensors import safe_open
+
+        return safe_open(self._path, framework="pt")
+
+    def read(self, key: str, shape: tuple[int, ...], part: Sequence[slice]) -> Tensor:
+        """Read a part of a tensor of this shape. Raises :class:`ConfigError`, naming the file."""
+        from safetensors import SafetensorError
+
+        whole = all(len(range(n)[piece]) == n for n, piece in zip(shape, part, strict=True))
+        try:
+            opened = self._opened
+            tensor: Tensor = opened.get_tensor(key) if whole else opened.get_slice(key)[tuple(part)]
+        except (OSError, SafetensorError) as error:
+            raise unreadable(self._path, error) from error
+        return tensor
+
+
+def tensors(folder: Path) -> dict[str, Stored]:
+    """Return every tensor of a folder. Raises :class:`ConfigError`, naming the file, if one is missing,
+    malformed or disagrees with the index."""
+    from safetensors import SafetensorError, safe_open  # heavy, and the memory plan imports this module
+
+    found: dict[str, Stored] = {}
+    for path, expected in _shards(folder).items():
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: no such file; the model folder must contain {SINGLE}, or {INDEX} and its shards"
+            )
+        file = _File(path)
+        try:
+            with safe_open(path, framework="np") as opened:
+                keys = set(opened.keys())
+                for key in sorted(keys):
+                    if key in found:
+                        raise ConfigError(f"{path}: {key} is stored twice; expected each parameter once")
+                    piece = opened.get_slice(key)
+                    shape = tuple(piece.get_shape())
+                    found[key] = Stored(shape, partial(file.read, key, shape), piece.get_dtype())
+        except (OSError, SafetensorError) as error:
+            raise unreadable(path, error) from error
+        if absent := sorted(expected - keys):
+            raise ConfigError(f"{path}: {absent[0]} is missing, which {INDEX} says it contains")
+    return found
+
+
+def _shards(folder: Path) -> dict[Path, set[str]]:
+    """Return the files of the weights, with the keys that each must hold.
 
     Raises :class:`ConfigError`, naming the file, if the index is malformed.
     """
     path = folder / INDEX
     if not path.is_file():
-        return {folder / SINGLE: None}
+        return {folder / SINGLE: set()}
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        found: dict[Path, set[str] | None] = {}
+        found: dict[Path, set[str]] = {}
         for key, shard in weight_map.items():
-            keys = found.setdefault(folder / Path(shard).name, set())
-            assert keys is not None
-            keys.add(key)
+            found.setdefault(folder / Path(shard).name, set()).add(key)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -35,31 +92,6 @@ def shards(folder: Path) -> dict[Path, set[str] | None]:
             f"parameter names to file names ({type(error).__name__}: {error})"
         ) from error
     return found
-
-
-def headers(folder: Path) -> dict[str, Header]:
-    """Return every tensor of a folder, without its data. Raises :class:`ConfigError`, naming the file."""
-    from safetensors import SafetensorError, safe_open  # heavy, and the memory plan imports this module
-
-    found: dict[str, Header] = {}
-    for path in shards(folder):
-        check_exists(path)
-        try:
-            with safe_open(path, framework="np") as file:
-                for key in file.keys():  # noqa: SIM118  (not a dict)
-                    piece = file.get_slice(key)
-                    found[key] = Header(tuple(piece.get_shape()), piece.get_dtype())
-        except (OSError, SafetensorError) as error:
-            raise unreadable(path, error) from error
-    return found
-
-
-def check_exists(path: Path) -> None:
-    """Raise :class:`ConfigError` if there is no such file."""
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: no such file; the model folder must contain {SINGLE}, or {INDEX} and its shards"
-        )
 
 
 def unreadable(path: Path, error: Exception) -> ConfigError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,33 +16,22 @@ import msgspec
 import torch
 
 from aioengine.errors import ConfigError
-from aioengine.kernels.portable import dequantize as blocks
-from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.files.gguf_config import (
-    ARCHITECTURES,
-    PERMUTED,
-    ROW,
-    config_of,
-    family_of,
-    module_names,
-)
+from aioengine.kernels.portable.dequantize import split_mxfp4
+from aioengine.model.files.gguf_config import ARCHITECTURES, PERMUTED, config_of
 from aioengine.model.files.hf.config_file import ConfigFile
 from aioengine.model.files.hf_config import parse_config
-from aioengine.model.files.packing import MXFP4, Packing, of_gguf
+from aioengine.model.files.packing import MXFP4, of_gguf
 from aioengine.model.files.quantized import with_packed
+from aioengine.model.files.stored import Checkpoint, Stored, StoredBlocks
 from aioengine.model.spec import ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
+    from numpy.typing import NDArray
 
-_TOP_LEVEL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_EXPERTS = re.compile(r"blk\.(\d{1,6})\.ffn_(gate|up|down)_exps\.(weight|bias)", re.ASCII)
-"""Names of the tensors [experts, out, in] and [experts, out] of a layer's experts."""
-_SINKS = re.compile(r"blk\.(\d{1,6})\.attn_sinks\.weight", re.ASCII)
+_EXPERT = re.compile(r"\.experts\.\d+\.", re.ASCII)
+_ROW = "ffn_gate_inp_shexp"
+"""Linear with one output, of which files have the weight as a vector."""
 _ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS = (
     *("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"),
 )
@@ -91,11 +79,6 @@ class GGUFFile:
                 f"{', '.join(ARCHITECTURES)}"
             )
         return arch
-
-    @functools.cached_property
-    def modules(self) -> dict[str, str]:
-        """The modules of a layer: their names in the file, and those that Hugging Face has."""
-        return module_names(family_of(self.arch, self.of_model))
 
     def of_model(self, key: str) -> Any:
         """Return the value of a metadata key of the architecture; None if there is none."""
@@ -165,121 +148,100 @@ def read_spec(file: GGUFFile) -> ModelSpec:
     if spec.family.startswith("gemma"):
         shown["norm_offset"] = 0.0  # their norms' weights have the 1
     spec = msgspec.structs.replace(spec, **shown)
-    packings = {name.removesuffix(".weight"): stored.packing for name, stored in iter_stored(file, spec)}
-    return with_packed(spec, {name: packing for name, packing in packings.items() if packing is not None})
+    return with_packed(spec, read_file(file, spec))
 
 
-class StoredTensor:
-    """A parameter of a file, under its Hugging Face name."""
+def read_file(file: GGUFFile, spec: ModelSpec) -> Checkpoint:
+    """Return the parameters of a file, of which nothing is read yet.
 
-    def __init__(self, file: GGUFFile, name: str, spec: ModelSpec, expert: int | None = None) -> None:
-        self._file, self._name, self._expert = file, name, expert
-        self._tensor = file.tensors[name]
-        self._heads: int | None = None
-        """Number of heads of q or k, whose rows are in another order than in Hugging Face's files; None for
-        other tensors."""
-        self._head_dim = spec.head_dim
-        self._is_row = f".{ROW}." in name and len(self._tensor.shape) == 1
-        if file.arch in PERMUTED:
-            if name.endswith((".attn_q.weight", ".attn_q.bias")):
-                self._heads = spec.num_heads
-            elif name.endswith((".attn_k.weight", ".attn_k.bias")):
-                self._heads = spec.num_kv_heads
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        whole = tuple(int(n) for n in reversed(self._tensor.shape))
-        return (1, *whole) if self._is_row else whole if self._expert is None else whole[1:]
-
-    @property
-    def packing(self) -> Packing | None:
-        """Format in which it stays in memory, if it is a quantized matrix of a known format; else None."""
-        return _packing(self._tensor, self._expert)
-
-    def tensor(self) -> torch.Tensor:
-        """Return its values in their dtype; quantized ones are converted to float32."""
-        return self._ordered(_to_torch(self._file, self._tensor, self._expert)).reshape(self.shape)
-
-    def blocks(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of a quantized weight, under the names that ``BlockWeight`` has for them."""
-        whole = self._tensor.data
-        data = torch.from_numpy(whole if self._expert is None else whole[self._expert])
-        found = blocks.split_mxfp4(data) if self.packing == MXFP4 else {"data": data}
-        return {name: self._ordered(tensor) for name, tensor in found.items()}
-
-    def _ordered(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._heads is None:
-            return tensor
-        return _half_split_rows(self._file, self._name, tensor, self._heads, self._head_dim)
-
-
-def iter_stored(file: GGUFFile, spec: ModelSpec) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield every parameter by its Hugging Face name.
-
-    The q and k rows of the ``llama`` architecture are put back into the Hugging Face order. Raises
-    ConfigError for a tensor that the Llama family does not have.
+    Where rows of q and k are in GGUF's order, they are put back into Hugging Face's. Raises ConfigError for a
+    tensor that the family does not have.
     """
-    for name in file.tensors:
-        if isinstance(spec, MixtureSpec) and (found := _EXPERTS.fullmatch(name)):
-            for expert in range(int(file.tensors[name].shape[-1])):
-                block, kind = spec.names.block, getattr(spec.names, found[2])
-                module = f"model.layers.{int(found[1])}.{block}.experts.{expert}.{kind}"
-                yield f"{module}.{found[3]}", StoredTensor(file, name, spec, expert)
-        elif name not in (_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS):
-            yield _hf_name(file, name), StoredTensor(file, name, spec)
+    modules, found = _modules(file, spec), Checkpoint()
+    heads = {"attn_q": spec.num_heads, "attn_k": spec.num_kv_heads} if file.arch in PERMUTED else {}
+    for name, tensor in file.tensors.items():
+        path, _, kind = name.rpartition(".")
+        if name in (_ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS):
+            continue
+        own = modules.get(path, [])
+        shape, stacked = tuple(int(n) for n in reversed(tensor.shape)), path.endswith("_exps")
+        if not own or kind not in ("weight", "bias") or (stacked and len(own) != shape[0]):
+            raise ConfigError(f"{file.path}: tensor {name!r} is not part of a supported architecture")
+        shape = shape[1:] if stacked else (1, *shape) if path.endswith(_ROW) and len(shape) == 1 else shape
+        order = heads.get(path.rpartition(".")[2])
+        if order and shape[0] != order * spec.head_dim:
+            raise ConfigError(
+                f"{file.path}: tensor {name!r} has {shape[0]} rows, expected {order * spec.head_dim}"
+            )
+        for module, data in zip(own, tensor.data if stacked else (tensor.data,), strict=True):
+            own_name = module if module.endswith(".sinks") else f"{module}.{kind}"
+            found[own_name] = _parameter(file.path, tensor, data, shape, order)
+    return found
 
 
-def _packing(stored: ReaderTensor, expert: int | None = None) -> Packing | None:
-    is_matrix = len(stored.shape) == (2 if expert is None else 3)
-    return of_gguf(stored.tensor_type.name) if is_matrix else None
+def _modules(file: GGUFFile, spec: ModelSpec) -> dict[str, list[str]]:
+    """Return the names that Hugging Face has for what the file has under a name: several for experts."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.arch)
+    known, found = get_tensor_name_map(arch, spec.num_layers), dict[str, list[str]]()
+    names = ["model.norm", *(spec.module_name(*place) for place in spec.adaptable())]
+    for layer in range(spec.num_layers):
+        norms = [norm for norm in msgspec.structs.astuple(spec.norms) if norm is not None]
+        others = [*norms, "self_attn.q_norm", "self_attn.k_norm", "self_attn.sinks"]
+        names += [f"model.layers.{layer}.{name}" for name in others]
+    for name in names:
+        if (own := known.get_name(_EXPERT.sub(".experts.", name))) is not None:
+            found.setdefault(own, []).append(name)
+    found["output"] = ["lm_head"]  # also of Gemma, whose heads are all tied for the package
+    return found
 
 
-def _hf_name(file: GGUFFile, name: str) -> str:
-    if name in _TOP_LEVEL:
-        return _TOP_LEVEL[name]
-    if sinks := _SINKS.fullmatch(name):
-        return f"model.layers.{sinks[1]}.self_attn.sinks"
-    match name.split("."):
-        case ["blk", layer, module, ("weight" | "bias") as kind] if module in file.modules:
-            return f"model.layers.{layer}.{file.modules[module]}.{kind}"
-    raise ConfigError(f"{file.path}: tensor {name!r} is not part of a supported architecture")
+def _parameter(
+    path: Path, tensor: ReaderTensor, data: NDArray[Any], shape: tuple[int, ...], heads: int | None
+) -> Stored | StoredBlocks:
+    """Return a parameter that is ``data`` in the file; ``heads``: of q or k, whose rows are in another order
+    than in Hugging Face's files."""
+
+    def ordered(rows: torch.Tensor) -> torch.Tensor:
+        """Undo the converter's reordering: in each head, rows (0, d/2, 1, d/2+1, ...) -> (0, 1, ...).
+
+        GGUF's ``llama`` rotates neighbouring pairs; Hugging Face rotates element i with i + d/2.
+        """
+        if heads is None:
+            return rows
+        pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+        return pairs.transpose(1, 2).reshape(rows.shape).contiguous()
+
+    packing = of_gguf(tensor.tensor_type.name)
+    if packing is None or data.ndim < 2:
+        whole = functools.cache(lambda: ordered(_to_torch(path, tensor, data)).reshape(shape))
+        return Stored(shape, lambda part: whole()[tuple(part)])
+
+    def read() -> dict[str, torch.Tensor]:
+        raw = torch.from_numpy(data)
+        found = split_mxfp4(raw) if packing == MXFP4 else {"data": raw}
+        return {name: ordered(rows) for name, rows in found.items()}
+
+    return StoredBlocks(shape, packing, read)
 
 
-def _to_torch(file: GGUFFile, stored: ReaderTensor, expert: int | None = None) -> torch.Tensor:
+def _to_torch(path: Path, stored: ReaderTensor, data: NDArray[Any]) -> torch.Tensor:
     import numpy as np
     from gguf import GGMLQuantizationType as Type
     from gguf.quants import dequantize
 
-    data = stored.data if expert is None else stored.data[expert]
     if stored.tensor_type in (Type.F32, Type.F16):
-        return torch.from_numpy(np.array(data))  # a copy: the file is mapped read-only
+        return torch.from_numpy(data)
     if stored.tensor_type == Type.BF16:
-        return torch.from_numpy(np.array(data).view(np.int16)).view(torch.bfloat16)
-    packing = _packing(stored, expert)
-    if packing is not None and not packing.grouped:
-        return blocks.dequantize(packing.format, torch.from_numpy(data))
+        return torch.from_numpy(data).view(torch.bfloat16)
     try:
         return torch.from_numpy(np.ascontiguousarray(dequantize(data, stored.tensor_type)))
     except NotImplementedError as e:
         raise ConfigError(
-            f"{file.path}: tensor {stored.name!r} is stored as {stored.tensor_type.name}, which the "
+            f"{path}: tensor {stored.name!r} is stored as {stored.tensor_type.name}, which the "
             "installed 'gguf' package cannot expand; upgrade it, or use a Q8_0, K-quant or F16 file"
         ) from e
-
-
-def _half_split_rows(
-    file: GGUFFile, name: str, tensor: torch.Tensor, heads: int, head_dim: int
-) -> torch.Tensor:
-    """Undo the converter's reordering: in each head, rows (0, d/2, 1, d/2+1, ...) -> (0, 1, ...).
-
-    GGUF's ``llama`` rotates neighbouring pairs; Hugging Face rotates element i with i + d/2.
-    """
-    if tensor.shape[0] != heads * head_dim:
-        raise ConfigError(
-            f"{file.path}: tensor {name!r} has {tensor.shape[0]} rows, expected {heads * head_dim}"
-        )
-    pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
 def _tensor(file: GGUFFile, name: str) -> ReaderTensor:
@@ -305,7 +267,8 @@ def _rope_of_divisors(file: GGUFFile, spec: ModelSpec) -> RopeSpec | None:
     name = next((name for name in (_ROPE_FACTORS, _SHORT_FACTORS) if name in file.tensors), None)
     if name is None:
         return None
-    values = tuple(map(_decimal, _to_torch(file, _tensor(file, name)).tolist()))
+    factors = _tensor(file, name)
+    values = tuple(map(_decimal, _to_torch(file.path, factors, factors.data).tolist()))
     pairs = (spec.rotary_dim or spec.head_dim) // 2
     if len(values) != pairs:
         raise ConfigError(f"{file.path}: tensor {name!r} has {len(values)} numbers, expected {pairs}")

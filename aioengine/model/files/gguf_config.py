@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from aioengine.errors import ConfigError
-from aioengine.model.experts.spec import ExpertNames
 from aioengine.model.files.hf.families import FAMILIES
 from aioengine.model.spec import SUPPORTED_ARCHITECTURES
 
@@ -40,8 +39,6 @@ ARCHITECTURES = {
 ``olmo2``."""
 PERMUTED = ("llama", "granite", "smollm3")
 """Architectures in which the rows of q and k are in another order: neighbours are rotated, not halves."""
-ROW = "ffn_gate_inp_shexp"
-"""Linear with one output, of which files have the weight as a vector."""
 
 _KEYS = {
     "embedding_length": "hidden_size",
@@ -68,42 +65,6 @@ _KEYS = {
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
 _WINDOW_EVERY = {"gemma2": 2, "gemma3_text": 6, "olmo3": 4, "gpt_oss": 2}
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of those whose scale is by the hidden size
-
-_IN_LAYER = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    ROW: "mlp.shared_expert_gate",
-}
-
-
-def module_names(family: str) -> dict[str, str]:
-    """Return the modules of a layer: their GGUF names, and those that Hugging Face has."""
-    fields, experts = FAMILIES[family].fields, FAMILIES[family].experts
-    names = {**_IN_LAYER, "ffn_up": "mlp.gate_up_proj" if fields.get("fused_gate_up") else "mlp.up_proj"}
-    if experts is not None:
-        own = experts.get("names", ExpertNames())
-        names["ffn_gate_inp"] = f"{own.block}.{own.router}"
-    norms = fields.get("norms")
-    if norms is None:
-        before_mlp = "post_attention_norm" if family == "gpt_oss" else "ffn_norm"
-        return names | {"attn_norm": "input_layernorm", before_mlp: "post_attention_layernorm"}
-    by_place = {
-        "attn_norm": norms.attention_input,
-        "post_attention_norm": norms.attention_output,
-        "ffn_norm": norms.mlp_input,
-        "post_ffw_norm": norms.mlp_output,
-    }
-    return names | {name: ours for name, ours in by_place.items() if ours is not None}
 
 
 def family_of(arch: str, get: Get) -> str:

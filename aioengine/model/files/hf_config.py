@@ -7,12 +7,10 @@ from typing import Any, Literal, cast
 
 from aioengine.errors import ConfigError
 from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.files import folder
 from aioengine.model.files.hf.config_file import ConfigFile, NotNative
 from aioengine.model.files.hf.families import FAMILIES
 from aioengine.model.files.hf.rope import read_ropes
-from aioengine.model.files.quantized import QuantizedFolder, with_packed
-from aioengine.model.files.stacked_experts import packed_experts
+from aioengine.model.files.quantized import read_folder, with_packed
 from aioengine.model.spec import DTYPE_BYTES, MAX_EXPERTS, MAX_LAYERS, SUPPORTED_ARCHITECTURES, ModelSpec
 
 __all__ = ["NotNative", "parse_config", "read_spec", "special_tokens"]
@@ -33,13 +31,10 @@ def read_spec(model_dir: Path) -> ModelSpec:
     if quantization is None:
         return spec
     mxfp4 = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
-    if mxfp4 and isinstance(spec, MixtureSpec) and spec.interleaved:
-        return with_packed(spec, packed_experts(folder.headers(model_dir), spec))
-    if spec.family == "gpt_oss":
+    if spec.family == "gpt_oss" and not mxfp4:
         problem = "gpt_oss is supported in: MXFP4, or none"
         raise config.error("quantization_config", quantization, problem, NotNative)
-    layouts = QuantizedFolder(model_dir, quantization).layouts
-    return with_packed(spec, {name: layout.packing for name, layout in layouts.items()})
+    return with_packed(spec, read_folder(model_dir, spec, quantization))
 
 
 def parse_config(config: ConfigFile) -> ModelSpec:
@@ -63,6 +58,8 @@ def parse_config(config: ConfigFile) -> ModelSpec:
     windows = _sliding_windows(config, family.windows, num_layers)
     ropes = read_ropes(config, family, head_dim, windows, num_layers)
     max_position = config.positive("max_position_embeddings")
+    if ropes.rope.type == "longrope":  # its factors for longer sequences are not used
+        max_position = min(max_position, ropes.rope.original_max_position)
     fields = {**family.fields, **_multipliers(config, name, hidden_size)}
     if config.flag("qkv_bias"):
         fields["qkv_bias"] = True
@@ -86,7 +83,7 @@ def parse_config(config: ConfigFile) -> ModelSpec:
         head_dim=head_dim,
         intermediate_size=config.positive("intermediate_size"),
         rms_norm_eps=config.number("rms_norm_eps"),
-        max_position=min(max_position, ropes.longest or max_position),
+        max_position=max_position,
         rope=ropes.rope,
         other_rope=ropes.other,
         other_rope_layers=ropes.other_layers,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,21 @@ from typing import Any
 import msgspec
 
 from aioengine.errors import ConfigError
-from aioengine.model.files import folder
+from aioengine.model.experts.spec import MixtureSpec
+from aioengine.model.files.folder import tensors
 from aioengine.model.files.methods.awq import awq
 from aioengine.model.files.methods.compressed_tensors import compressed_tensors
 from aioengine.model.files.methods.fp8 import fp8
 from aioengine.model.files.methods.gptq import gptq
-from aioengine.model.files.methods.scheme import CheckpointErrors, Header, Layout, LayoutOf
+from aioengine.model.files.methods.scheme import BlocksOf
 from aioengine.model.files.packing import Packing
+from aioengine.model.files.stacked_experts import unstacked
+from aioengine.model.files.stored import Checkpoint, Stored, StoredBlocks
 from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import ModelSpec, Quantization
 
-_SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], LayoutOf]] = {
+_SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], BlocksOf]] = {
     "gptq": gptq,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
@@ -31,55 +33,49 @@ _SCHEMES: dict[str, Callable[[Path, Mapping[str, Any]], LayoutOf]] = {
 }
 
 
-def with_packed(spec: ModelSpec, packings: Mapping[str, Packing]) -> ModelSpec:
-    """Return the model with those weights packed, by the names of their modules, that can stay so."""
+def with_packed(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """Return the model with the quantized weights of its checkpoint that can stay so."""
     packed = {}
-    for name, packing in packings.items():
-        place = spec.find_module(name)
+    for name, stored in checkpoint.items():
+        if not isinstance(stored, StoredBlocks):
+            continue
+        place = spec.find_module(module := name.removesuffix(".weight"))
         if place is not None and place[0] < spec.num_layers and place[1] not in spec.plain_modules:
-            packed[name] = packing
+            packed[module] = stored.packing
     return msgspec.structs.replace(spec, packed=packed)
 
 
-class QuantizedFolder:
-    """The quantized linears of a folder whose ``config.json`` has a ``quantization_config``.
-
-    Raises :class:`ConfigError`, naming the method, for what is not supported.
-    """
-
-    def __init__(self, path: Path, config: Any) -> None:
-        method = config.get("quant_method") if isinstance(config, dict) else None
-        if method not in _SCHEMES:
-            raise ConfigError(
-                f"{path}/config.json: quantization_config.quant_method={method!r}: not supported; supported: "
-                f"{', '.join(_SCHEMES)}; give the unquantized model, with quantization='int8' or 'int4', or "
-                "a GPTQ, AWQ or GGUF checkpoint of it"
-            )
-        layout_of, layout_errors = _SCHEMES[method](path, config), CheckpointErrors(path, method)
-        modules: dict[str, dict[str, Header]] = {}
-        for key, header in folder.headers(path).items():
-            module, _, kind = key.rpartition(".")
-            if kind != "bias":
-                modules.setdefault(module, {})[kind] = header
-        self.kinds: dict[str, frozenset[str]] = {}
-        """The tensors of each quantized linear, by the last parts of their names."""
-        self.layouts: dict[str, Layout] = {}
-        """The quantized linears by name."""
-        for module, found in modules.items():
-            layout = layout_of(module, found)
-            if layout is not None:
-                layout_errors.check(module, found, layout)
-                self.layouts[module], self.kinds[module] = layout, frozenset(found)
+def read_folder(path: Path, spec: ModelSpec, config: Any) -> Checkpoint:
+    """Return the parameters of a Hugging Face folder, whose ``config.json`` has this ``quantization_config``
+    (None: none). Raises :class:`ConfigError`, naming file, tensor or method, for what is wrong or not
+    supported."""
+    if isinstance(spec, MixtureSpec) and spec.interleaved:
+        return unstacked(path, spec, tensors(path))
+    return {**tensors(path)} if config is None else _quantized(path, config)
 
 
-def quantized_folder(path: Path) -> QuantizedFolder | None:
-    """Return the quantized linears of a folder; None if its ``config.json`` speaks of none, or is not
-    readable."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return None if config is None else QuantizedFolder(path, config)
+def _quantized(path: Path, config: Any) -> Checkpoint:
+    """Bring together the tensors of each quantized linear; return them beside the others."""
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if method not in _SCHEMES:
+        raise ConfigError(
+            f"{path}/config.json: quantization_config.quant_method={method!r}: not supported; supported: "
+            f"{', '.join(_SCHEMES)}; give the unquantized model, with quantization='int8' or 'int4', or "
+            "a GPTQ, AWQ or GGUF checkpoint of it"
+        )
+    blocks_of, every = _SCHEMES[method](path, config), tensors(path)
+    modules: dict[str, dict[str, Stored]] = {}
+    for name in every:
+        module, _, kind = name.rpartition(".")
+        if kind != "bias":
+            modules.setdefault(module, {})[kind] = every[name]
+    found: Checkpoint = {**every}
+    for module, parts in modules.items():
+        if (weight := blocks_of(module, parts)) is not None:
+            for kind in parts:
+                del found[f"{module}.{kind}"]
+            found[f"{module}.weight"] = weight
+    return found
 
 
 _GROUPS = (64, 32, 16, 8)

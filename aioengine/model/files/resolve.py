@@ -14,6 +14,8 @@ from aioengine.model.files.embedded import EMBEDDED_MODEL, embedded_model_dir
 from aioengine.model.files.sources import HubId, download, explain, has_hub, parse_hub_id
 from aioengine.model.spec import ModelImpl, ModelSpec, Quantization
 
+_GIVE = f"give a Hugging Face model folder, a .gguf file, {EMBEDDED_MODEL!r}, or a Hub id such as 'org/name'"
+
 
 def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
     """Return the folder or GGUF file that ``model`` names.
@@ -26,10 +28,7 @@ def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
     """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix != ".gguf":
-        raise ConfigError(
-            f"model={model!r}: a file, but not a .gguf file; give a Hugging Face model folder, a .gguf file, "
-            f"{EMBEDDED_MODEL!r}, or a Hub id such as 'org/name'"
-        )
+        raise ConfigError(f"model={model!r}: a file, but not a .gguf file; {_GIVE}")
     if path.exists():
         return path
     if model == EMBEDDED_MODEL:
@@ -38,10 +37,7 @@ def resolve_model(model: str, progress: LoadProgress | None = None) -> Path:
     if hub_id is not None:
         return _from_hub(model, hub_id)
     hint = nearest(model, [EMBEDDED_MODEL])
-    raise ConfigError(
-        f"model={model!r}: no such folder or file{hint}; give a Hugging Face model folder, a .gguf file, "
-        f"{EMBEDDED_MODEL!r}, or a Hub id such as 'org/name'"
-    )
+    raise ConfigError(f"model={model!r}: no such folder or file{hint}; {_GIVE}")
 
 
 def _from_hub(model: str, hub_id: HubId) -> Path:

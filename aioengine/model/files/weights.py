@@ -2,72 +2,35 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from aioengine.checks import read_json
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.dequantize import scales
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.model.decoder import Decoder
-from aioengine.model.experts.spec import MixtureSpec
-from aioengine.model.files.folder import INDEX, check_exists, headers, shards, unreadable
-from aioengine.model.files.packing import MXFP4, Packing
-from aioengine.model.files.quantized import QuantizedFolder, quantized_folder
-from aioengine.model.files.stacked_experts import StackedExperts
+from aioengine.model.files.packing import Packing
+from aioengine.model.files.quantized import read_folder
+from aioengine.model.files.stored import Checkpoint, Stored, StoredBlocks
 from aioengine.model.parallel.group import Ranges, take
 from aioengine.model.spec import ModelSpec
 
 
-class Stored(NamedTuple):
-    """A tensor of a checkpoint, to be read before the iteration goes on."""
-
-    shape: tuple[int, ...]
-    read: Callable[[Sequence[slice]], Tensor]
-    """Reads a part: a slice for each dimension."""
-
-
-class StoredBlocks(NamedTuple):
-    """A quantized weight of a checkpoint, to be read before the iteration goes on."""
-
-    shape: tuple[int, ...]
-    packing: Packing
-    read: Callable[[], Mapping[str, Tensor]]
-    """Reads the tensors of a :class:`BlockWeight`, under its names for them."""
-
-
-def iter_checkpoint(path: Path, spec: ModelSpec) -> Iterator[tuple[str, Stored | StoredBlocks]]:
-    """Yield every parameter of a model folder or a ``.gguf`` file, under its Hugging Face name, on the CPU.
-
-    Of safetensors files, only what is asked for is read; a weight that is quantized is read as a whole.
-    Raises :class:`ConfigError`, naming the file, if one is missing, malformed or disagrees with the
-    index.
-    """
+def _checkpoint(path: Path, spec: ModelSpec) -> Checkpoint:
+    """Return the parameters of a model folder or a ``.gguf`` file, of which nothing is read yet."""
     if path.suffix == ".gguf":
-        from aioengine.model.files.gguf import GGUFFile, iter_stored
+        from aioengine.model.files.gguf import GGUFFile, read_file
 
-        for name, stored in iter_stored(GGUFFile(path), spec):
-            if isinstance(stored.packing, Packing):
-                yield name, StoredBlocks(stored.shape, stored.packing, stored.blocks)
-            else:
-                tensor = stored.tensor()
-                yield name, Stored(tuple(tensor.shape), functools.partial(_part, tensor))
-        return
-    every = (pair for shard, keys in shards(path).items() for pair in _iter_safetensors(shard, keys))
-    if isinstance(spec, MixtureSpec) and spec.interleaved:
-        yield from _unstacked(every, StackedExperts(spec, str(path)))
-        return
-    quantized = quantized_folder(path)
-    yield from every if quantized is None else _joined(every, quantized)
+        return read_file(GGUFFile(path), spec)
+    return read_folder(path, spec, read_json(path / "config.json").get("quantization_config"))
 
 
 def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = None) -> None:
@@ -80,63 +43,50 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
     Raises :class:`ConfigError`, naming the file and the key, unless every expected parameter arrives
     exactly once, in the expected shape, and nothing unknown does.
     """
-    if decoder.spec.tie_embeddings and path.suffix != ".gguf":
-        _check_tied(path)
-    missing: dict[str, Tensor | BlockWeight] = {**decoder.parameters(), **decoder.block_weights()}
-    done, total = 0, sum(parameter.nbytes for parameter in missing.values())
-    seen: set[str] = set()
+    parameters: dict[str, Tensor | BlockWeight] = {**decoder.parameters(), **decoder.block_weights()}
     partition = decoder.partition
-    for name, stored in iter_checkpoint(path, partition.whole):
-        if _is_ignored(name, decoder.spec):
-            continue
-        if name in seen:
-            raise ConfigError(f"{path}: {name} is stored twice; expected each parameter once")
-        parameter = missing.pop(name, None)
-        if parameter is None:
+    every = _checkpoint(path, partition.whole)
+    if decoder.spec.tie_embeddings:
+        _check_tied(path, every)
+    every = {name: stored for name, stored in every.items() if not _is_ignored(name, decoder.spec)}
+    for name in every:
+        if name not in parameters:
             raise ConfigError(
                 f"{path}: unexpected parameter {name}; the {decoder.spec.family} model that the "
                 "configuration describes has no place for it"
             )
+    if missing := [name for name in parameters if name not in every]:
+        raise ConfigError(
+            f"{path}: {len(missing)} of {len(parameters)} parameters are missing: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}"
+        )
+    done, total = 0, sum(parameter.nbytes for parameter in parameters.values())
+    for name, parameter in parameters.items():
+        stored, where = every.pop(name), f"{path}: {name}"
         own = (parameter.n, parameter.k) if isinstance(parameter, BlockWeight) else parameter.shape
         shape, part = partition.parameter(name, own)
         if stored.shape != shape:
-            raise ConfigError(
-                f"{path}: {name}: expected shape {shape} from the configuration, found {stored.shape}"
-            )
+            raise ConfigError(f"{where}: expected shape {shape} from the configuration, found {stored.shape}")
         if isinstance(parameter, BlockWeight):
             packing = partition.whole.packed[name.removesuffix(".weight")]
             if isinstance(stored, StoredBlocks) and stored.packing == packing:
-                _fill_blocks(parameter, stored, part, f"{path}: {name}")
+                _fill_blocks(parameter, stored, part, where)
             else:
-                _quantize(parameter, packing, stored, part, f"{path}: {name}")
+                _quantize(parameter, packing, stored, part, where)
         else:
-            _fill(parameter, stored, part, f"{path}: {name}")
-            _check_finite(parameter, f"{path}: {name}")
-        seen.add(name)
+            _fill(parameter, stored, part, where)
+            _check_finite(parameter, where)
         done += parameter.nbytes
         if progress is not None:
             progress("Loading weights", done, total)
-    if missing:
-        first = ", ".join(list(missing)[:3])
-        raise ConfigError(
-            f"{path}: {len(missing)} of {len(missing) + len(seen)} parameters are missing: {first}"
-            f"{', ...' if len(missing) > 3 else ''}"
-        )
 
 
-def _check_tied(path: Path) -> None:
+def _check_tied(path: Path, every: Checkpoint) -> None:
     """Raise :class:`ConfigError` if a head that the configuration ties to the embeddings is stored with other
     values. (transformers does not tie it then.)"""
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    if not headers(path).keys() >= set(names):
-        return
-    found = {
-        name: stored.read([slice(0, n) for n in stored.shape])
-        for shard, keys in shards(path).items()
-        for name, stored in _iter_safetensors(shard, keys)
-        if name in names
-    }
-    if not torch.equal(found[names[0]], found[names[1]]):
+    values = [stored.whole() for stored in map(every.get, names) if isinstance(stored, Stored)]
+    if len(values) == 2 and not torch.equal(*values):
         raise ConfigError(
             f"{path}: {names[0]} differs from {names[1]}, but config.json has tie_word_embeddings=true (or "
             "leaves it out, where its family's default is true): set it to false, or delete the tensor"
@@ -163,16 +113,7 @@ def _fill(parameter: Tensor, stored: Stored | StoredBlocks, part: Sequence[Range
 def _pieces(stored: Stored | StoredBlocks, dtype: torch.dtype, rows: Ranges, where: str) -> Iterator[Tensor]:
     """Yield some whole rows of a weight at a time, those of blocks expanded in ``dtype``."""
     k = stored.shape[1]
-    weight: BlockWeight | None = None
-    if isinstance(stored, StoredBlocks):
-        weight = BlockWeight(
-            stored.packing.format,
-            k=k,
-            dtype=dtype,
-            group=stored.packing.group or k,
-            middle=stored.packing.middle,
-            **_read_blocks(stored, where),
-        )
+    weight = expanding(stored, dtype, where) if isinstance(stored, StoredBlocks) else None
     size = max(1, (1 << 22) // k)
     for part in rows:
         for begin in range(part.start, part.stop, size):
@@ -183,6 +124,14 @@ def _pieces(stored: Stored | StoredBlocks, dtype: torch.dtype, rows: Ranges, whe
                 values = stored.read([slice(begin, end), slice(0, k)])
                 _check_floats(values, where)
                 yield values
+
+
+def expanding(stored: StoredBlocks, dtype: torch.dtype, where: str) -> BlockWeight:
+    """Read a quantized weight, whose rows are expanded in ``dtype``. Raises ConfigError, naming ``where``, if
+    it is damaged."""
+    packing, k = stored.packing, stored.shape[1]
+    parts, group = _read_blocks(stored, where), packing.group or k
+    return BlockWeight(packing.format, k=k, dtype=dtype, group=group, middle=packing.middle, **parts)
 
 
 def _check_finite(tensor: Tensor, where: str) -> None:
@@ -244,71 +193,8 @@ def _read_blocks(stored: StoredBlocks, where: str) -> Mapping[str, Tensor]:
     return read
 
 
-def _part(tensor: Tensor, part: Sequence[slice]) -> Tensor:
-    return tensor[tuple(part)]
-
-
 def _is_ignored(name: str, spec: ModelSpec) -> bool:
     """Whether it is a buffer that old checkpoints contain, or the copy of a tied head."""
     if name.endswith(("rotary_emb.inv_freq", "self_attn.k_scale", "self_attn.v_scale")):
         return True  # the last two are for caches in float8
     return name == "lm_head.weight" and spec.tie_embeddings
-
-
-def _joined(
-    every: Iterator[tuple[str, Stored]], quantized: QuantizedFolder
-) -> Iterator[tuple[str, Stored | StoredBlocks]]:
-    """Bring together the tensors of each quantized linear, which may be in several files."""
-    waiting: dict[str, dict[str, Tensor]] = {}
-    for name, stored in every:
-        module, _, kind = name.rpartition(".")
-        layout = quantized.layouts.get(module)
-        if layout is None or kind == "bias":
-            yield name, stored
-            continue
-        tensors = waiting.setdefault(module, {})
-        tensors[kind] = stored.read([slice(0, n) for n in stored.shape])
-        if tensors.keys() == quantized.kinds[module]:
-            del waiting[module]
-            read = functools.partial(layout.read, tensors)
-            yield f"{module}.weight", StoredBlocks((layout.n, layout.k), layout.packing, read)
-
-
-def _unstacked(
-    every: Iterator[tuple[str, Stored]], stacked: StackedExperts
-) -> Iterator[tuple[str, Stored | StoredBlocks]]:
-    """Give each expert's linears the names that they have in the decoder."""
-    for name, stored in every:
-        pieces = stacked.pieces(name, stored.shape, stored.read)
-        if pieces is None:
-            yield name, stored
-            continue
-        for own, found in pieces:
-            if isinstance(found, Tensor):
-                yield own, Stored(tuple(found.shape), functools.partial(_part, found))
-            else:
-                n, groups = found["scale"].shape
-                yield own, StoredBlocks((n, groups * MXFP4.group), MXFP4, functools.partial(dict, found))
-
-
-def _iter_safetensors(path: Path, expected: set[str] | None) -> Iterator[tuple[str, Stored]]:
-    check_exists(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-            if expected is not None and (absent := sorted(expected - keys)):
-                raise ConfigError(f"{path}: {absent[0]} is missing, which {INDEX} says it contains")
-            for key in file.keys():  # noqa: SIM118  (not a dict)
-                shape = tuple(file.get_slice(key).get_shape())
-                yield key, Stored(shape, functools.partial(_read, path, file, key, shape))
-    except (OSError, SafetensorError) as error:
-        raise unreadable(path, error) from error
-
-
-def _read(path: Path, file: Any, key: str, shape: tuple[int, ...], part: Sequence[slice]) -> Tensor:
-    whole = all(len(range(n)[piece]) == n for n, piece in zip(shape, part, strict=True))
-    try:
-        tensor: Tensor = file.get_tensor(key) if whole else file.get_slice(key)[tuple(part)]
-    except (OSError, SafetensorError) as error:
-        raise unreadable(path, error) from error
-    return tensor

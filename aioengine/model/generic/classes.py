@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import transformers
 
 from aioengine.checks import read_json
 from aioengine.errors import ConfigError
-from aioengine.model.files.folder import INDEX, SINGLE, headers
-from aioengine.model.files.methods.scheme import Header
+from aioengine.model.files.folder import INDEX, SINGLE, tensors
+from aioengine.model.files.stored import Stored
 from aioengine.model.spec import MAX_LAYERS
 
 _OTHER = "Use a model whose class is part of transformers"
@@ -115,9 +114,12 @@ class TransformersClass:
 
         Raises ConfigError if they cannot be read or do not fit the configuration.
         """
-        stored = headers(self.path) if any((self.path / name).exists() for name in (SINGLE, INDEX)) else {}
+        stored = tensors(self.path) if any((self.path / name).exists() for name in (SINGLE, INDEX)) else {}
+        logging: Any = transformers.utils.logging
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         try:
-            with _without_bars(), torch.device(device):
+            with torch.device(device):
                 model, report = self._class.from_pretrained(
                     str(self.path),
                     config=self.config,
@@ -132,10 +134,13 @@ class TransformersClass:
                 f"{self.path}: transformers cannot load the weights: {one_line(error)}; the checkpoint is "
                 "damaged, or does not belong to this config.json"
             ) from error
+        finally:
+            if shown:
+                logging.enable_progress_bar()
         self._check(model, report, stored)
         return _quiet(model).requires_grad_(False).to(device)
 
-    def _check(self, model: Any, report: Any, stored: Mapping[str, Header]) -> None:
+    def _check(self, model: Any, report: Any, stored: Mapping[str, Stored]) -> None:
         """Check that the checkpoint has all parameters of the model as numbers of its shapes, and no other
         ones of its layers."""
         missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
@@ -149,10 +154,10 @@ class TransformersClass:
                 f"{self.path}: {len(missing)} parameters are missing: {', '.join(missing[:3])}; the weights "
                 "do not belong to this config.json"
             )
-        for key, header in stored.items():
-            if key.endswith(".weight") and not header.dtype.startswith(("F", "BF")):
+        for key, tensor in stored.items():
+            if key.endswith(".weight") and not tensor.dtype.startswith(("F", "BF")):
                 raise ConfigError(
-                    f"{self.path}: {key}: expected floating point, found {header.dtype}; the checkpoint is "
+                    f"{self.path}: {key}: expected floating point, found {tensor.dtype}; the checkpoint is "
                     "damaged, or quantized in a way that config.json does not name"
                 )
         lists = {name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
@@ -172,19 +177,6 @@ def _quiet(model: Any) -> Any:
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
             module.warn_if_padding_and_no_attention_mask = lambda *_, **__: None
     return model.eval()
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Context in which transformers shows no progress bars."""
-    logging: Any = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def one_line(error: Exception) -> str:

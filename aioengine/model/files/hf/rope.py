@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aioengine.model.files.hf.config_file import ConfigFile, NotNative
 from aioengine.model.files.hf.families import Family
 from aioengine.model.spec import RopeSpec
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+_YARN = ("factor", "beta_fast", "beta_slow", "attention_factor")
+"""Numbers in a configuration, under the names that :class:`RopeSpec` has for them."""
 
 
 class RopeConfig(NamedTuple):
@@ -20,8 +23,6 @@ class RopeConfig(NamedTuple):
     other: RopeSpec | None = None
     other_layers: tuple[int, ...] = ()
     rotary_dim: int | None = None
-    longest: int | None = None
-    """The longest sequence that the rotations are for, if it is shorter than the model's."""
 
 
 def read_ropes(
@@ -56,9 +57,7 @@ def _flat(config: ConfigFile, family: Family, head_dim: int) -> RopeConfig:
         if not isinstance(share, float) or not 0 < share < 1 or int(head_dim * share) % 2:
             raise config.error("partial_rotary_factor", share, "must give an even part of the head dimension")
         rotary_dim = int(head_dim * share)
-    spec = _one(config, rope, rotary_dim or head_dim)
-    longest = spec.original_max_position if spec.type == "longrope" else None
-    return RopeConfig(spec, rotary_dim=rotary_dim, longest=longest)
+    return RopeConfig(_one(config, rope, rotary_dim or head_dim), rotary_dim=rotary_dim)
 
 
 def _by_layer_type(config: ConfigFile, theta: float) -> tuple[RopeSpec, ...]:
@@ -112,28 +111,16 @@ def _one(config: ConfigFile, rope: ConfigFile, dim: int = 0) -> RopeSpec:
     if kind == "longrope":
         return _longrope(rope, dim, theta, original, max_position)
     if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if low >= high:
-            raise rope.error("low_freq_factor", low, f"must be < high_freq_factor={high}")
-        return RopeSpec(
-            type="llama3",
-            theta=theta,
-            factor=rope.number("factor"),
-            original_max_position=original,
-            low_freq_factor=low,
-            high_freq_factor=high,
-        )
-    truncate = rope.get("truncate", True)
-    return RopeSpec(
-        type="yarn",
-        theta=theta,
-        factor=rope.number("factor", default=max_position / original),
-        original_max_position=original,
-        beta_fast=rope.number("beta_fast", default=32.0),
-        beta_slow=rope.number("beta_slow", default=1.0),
-        attention_factor=rope.number("attention_factor") if rope.get("attention_factor") else None,
-        truncate=True if truncate is None else bool(truncate),
-    )
+        fields: dict[str, Any] = {key: rope.number(key) for key in _LLAMA3}
+        if (low := fields["low_freq_factor"]) >= fields["high_freq_factor"]:
+            raise rope.error(
+                "low_freq_factor", low, f"must be < high_freq_factor={fields['high_freq_factor']}"
+            )
+    else:
+        fields = {key: rope.number(key) for key in _YARN if rope.get(key) is not None}
+        fields.setdefault("factor", max_position / original)
+        fields["truncate"] = rope.get("truncate") is not False
+    return RopeSpec(type=kind, theta=theta, original_max_position=original, **fields)
 
 
 def _longrope(rope: ConfigFile, dim: int, theta: float, original: int, max_position: int) -> RopeSpec:

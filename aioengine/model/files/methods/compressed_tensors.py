@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from aioengine.model.files.methods import scheme
 from aioengine.model.files.methods.fp8 import fp8
 from aioengine.model.files.packing import Packing
+from aioengine.model.files.stored import Stored, StoredBlocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,38 +34,38 @@ class _Settings(NamedTuple):
     block: list[int] | None
 
 
-def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
+def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.BlocksOf:
     """Return the way of "compressed-tensors"."""
-    wrong = scheme.CheckpointErrors(path, "compressed-tensors")
+    method = scheme.Method(path, "compressed-tensors")
     settings = config.get("config_groups")
     if not isinstance(settings, dict) or not settings:
-        raise wrong.setting("config_groups", settings, "must be a JSON object of groups")
+        raise method.setting("config_groups", settings, "must be a JSON object of groups")
     for key in ("sparsity_config", "transform_config"):
         value = config.get(key)
         if value and not (isinstance(value, dict) and value.get("format") == "dense"):
-            raise wrong.setting(key, "{...}", "is not supported; use a checkpoint without it")
-    first, *others = (_settings(name, one, config, wrong) for name, one in settings.items())
+            raise method.setting(key, "{...}", "is not supported; use a checkpoint without it")
+    first, *others = (_settings(name, one, config, method) for name, one in settings.items())
     if any(other != first for other in others):
-        raise wrong.setting(
+        raise method.setting(
             "config_groups", list(settings), "different settings for groups are not supported"
         )
     bits, group = first.bits, first.group
-    float_layout = fp8(path, {"quant_method": "compressed-tensors", "weight_block_size": first.block})
+    float_blocks = fp8(path, {"quant_method": "compressed-tensors", "weight_block_size": first.block})
 
-    def layout(module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
-        words = headers.get("weight_packed")
+    def blocks_of(module: str, stored: Mapping[str, Stored]) -> StoredBlocks | None:
+        words = stored.get("weight_packed")
         packed, each = words is not None, 32 // bits
         if words is not None:
-            n, count = wrong.matrix(f"{module}.weight_packed", words)
+            n, count = method.matrix(f"{module}.weight_packed", words)
             k = count * each
             expected: scheme.Expected = {"weight_packed": ((n, count), ("I32",))}
-        elif "weight" in headers and headers["weight"].dtype == "I8":
-            n, k = wrong.matrix(f"{module}.weight", headers["weight"])
+        elif "weight" in stored and stored["weight"].dtype == "I8":
+            n, k = method.matrix(f"{module}.weight", stored["weight"])
             expected = {}
         else:
-            return float_layout(module, headers)
-        if "weight_g_idx" in headers:
-            raise wrong.tensor(
+            return float_blocks(module, stored)
+        if "weight_g_idx" in stored:
+            raise method.tensor(
                 f"{module}.weight_g_idx", "groups of inputs that are not neighbours are not supported"
             )
         four = packed and bits == 4
@@ -75,7 +76,7 @@ def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf
             middle=8 if four else 0,
         )
         groups = packing.groups(k)
-        scale = headers.get("weight_scale")
+        scale = stored.get("weight_scale")
         if group or scale is None or scale.shape not in ((), (1,), (n,), (1, 1)):
             expected["weight_scale"] = ((n, groups), scheme.FLOATS)
         if packing.zeros:  # packed along the outputs
@@ -95,27 +96,27 @@ def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf
                 found["zero"] = zero.short()
             return found
 
-        return scheme.Layout(n, k, packing, expected, read)
+        return method.blocks(module, stored, (n, k), packing, expected, read)
 
-    return layout
+    return blocks_of
 
 
-def _settings(name: str, group: Any, config: Mapping[str, Any], wrong: scheme.CheckpointErrors) -> _Settings:
+def _settings(name: str, group: Any, config: Mapping[str, Any], method: scheme.Method) -> _Settings:
     where = f"config_groups.{name}"
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
-        raise wrong.setting(where, group, "must have settings for weights")
+        raise method.setting(where, group, "must have settings for weights")
     stored = group.get("format") or config.get("format")
     if stored not in _FORMATS:
-        raise wrong.setting("format", stored, f"supported: {', '.join(_FORMATS)}")
+        raise method.setting("format", stored, f"supported: {', '.join(_FORMATS)}")
     bits: Any = weights.get("num_bits")
     kind, strategy = weights.get("type", "int"), weights.get("strategy")
     if kind not in ("int", "float") or bits not in ((8,) if kind == "float" else (4, 8)):
-        raise wrong.setting(
+        raise method.setting(
             f"{where}.weights", f"{bits} bits of {kind}", "supported: 4 or 8 bits of int, 8 of float"
         )
     size = weights.get("group_size") if strategy == "group" else 0
     if not isinstance(size, int):
-        raise wrong.setting(f"{where}.weights.group_size", size, "must be an integer")
+        raise method.setting(f"{where}.weights.group_size", size, "must be an integer")
     block = weights.get("block_structure") if strategy == "block" else None
     return _Settings(stored, bits, bool(weights.get("symmetric", True)), max(size, 0), block)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioengine.model.files.methods import scheme
 from aioengine.model.files.packing import Packing
+from aioengine.model.files.stored import Stored, StoredBlocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,33 +23,33 @@ _SCALE_TYPES = (*scheme.FLOATS, "F8_E8M0")
 _NAN = 127
 
 
-def fp8(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
+def fp8(path: Path, config: Mapping[str, Any]) -> scheme.BlocksOf:
     """Return the way of "fp8" and "fbgemm_fp8", and of float8 weights of compressed-tensors."""
-    wrong = scheme.CheckpointErrors(path, config["quant_method"])
+    method = scheme.Method(path, config["quant_method"])
     block = config.get("weight_block_size")
     pair = isinstance(block, Sequence) and len(block) == 2
     if block is not None and not (pair and all(isinstance(x, int) and x > 0 for x in block)):
-        raise wrong.setting("weight_block_size", block, "must be two numbers above zero")
+        raise method.setting("weight_block_size", block, "must be two numbers above zero")
     if (kind := config.get("fmt", "e4m3")) != "e4m3":
-        raise wrong.setting("fmt", kind, "only e4m3 is supported")
+        raise method.setting("fmt", kind, "only e4m3 is supported")
 
-    def layout(module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
-        weight = headers.get("weight")
+    def blocks_of(module: str, stored: Mapping[str, Stored]) -> StoredBlocks | None:
+        weight = stored.get("weight")
         if weight is None or not weight.dtype.startswith("F8"):
             return None
         if weight.dtype != "F8_E4M3":
-            raise wrong.tensor(f"{module}.weight", f"{weight.dtype} is not supported; F8_E4M3 is")
-        n, k = wrong.matrix(f"{module}.weight", weight)
-        kind = next((kind for kind in _SCALES if kind in headers), None)
+            raise method.tensor(f"{module}.weight", f"{weight.dtype} is not supported; F8_E4M3 is")
+        n, k = method.matrix(f"{module}.weight", weight)
+        kind = next((kind for kind in _SCALES if kind in stored), None)
         if kind is None:
-            raise wrong.tensor(f"{module}.weight_scale", "is missing")
-        found, rows, group = headers[kind], 0, 0
+            raise method.tensor(f"{module}.weight_scale", "is missing")
+        found, rows, group = stored[kind], 0, 0
         expected: scheme.Expected = {}
         if found.dtype not in _SCALE_TYPES:
-            raise wrong.tensor(f"{module}.{kind}", f"{found.dtype} is not supported for scales")
+            raise method.tensor(f"{module}.{kind}", f"{found.dtype} is not supported for scales")
         if found.shape not in ((), (1,), (n,), (n, 1), (1, 1)):
             if block is None:
-                raise wrong.tensor(
+                raise method.tensor(
                     f"{module}.{kind}",
                     f"has shape {found.shape}; expected a scale, or one for each of {n} outputs",
                 )
@@ -60,11 +61,11 @@ def fp8(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
 
             data, scale = tensors["weight"].view(torch.uint8), tensors[kind].float()
             if bool((data & _NAN == _NAN).any()):
-                raise wrong.tensor(f"{module}.weight", "is not finite")
+                raise method.tensor(f"{module}.weight", "is not finite")
             whole = scale.repeat_interleave(rows, 0)[:n] if rows else scale.reshape(-1, 1).expand(n, 1)
             return {"data": data, "scale": whole}
 
         packing = Packing(format="fp8", group=min(group, k))
-        return scheme.Layout(n, k, packing, expected, read)
+        return method.blocks(module, stored, (n, k), packing, expected, read)
 
-    return layout
+    return blocks_of

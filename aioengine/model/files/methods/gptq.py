@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioengine.model.files.methods import scheme
 from aioengine.model.files.packing import Packing
+from aioengine.model.files.stored import Stored, StoredBlocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,19 +23,19 @@ _FORMATS = {"gptq": 1, "gptq_v2": 0}
 """``checkpoint_format`` -> what is to be added to the zero points."""
 
 
-def gptq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
+def gptq(path: Path, config: Mapping[str, Any]) -> scheme.BlocksOf:
     """Return the way of "gptq"."""
-    wrong = scheme.CheckpointErrors(path, "gptq")
-    bits, group = scheme.integer(config, "bits", wrong), scheme.integer(config, "group_size", wrong, -1)
+    method = scheme.Method(path, "gptq")
+    bits, group = scheme.integer(config, "bits", method), scheme.integer(config, "group_size", method, -1)
     if bits not in (4, 8):
-        raise wrong.setting("bits", bits, "4 and 8 are supported; use a checkpoint with one of them")
+        raise method.setting("bits", bits, "4 and 8 are supported; use a checkpoint with one of them")
     version = config.get("checkpoint_format", "gptq")
     if version not in _FORMATS:
-        raise wrong.setting("checkpoint_format", version, f"supported: {', '.join(_FORMATS)}")
+        raise method.setting("checkpoint_format", version, f"supported: {', '.join(_FORMATS)}")
     dynamic = config.get("dynamic") or {}
     # Patterns with a minus are of modules that are not quantized, which their tensors show.
     if not isinstance(dynamic, dict) or any(not name.startswith("-:") for name in dynamic):
-        raise wrong.setting("dynamic", "{...}", "settings that differ between modules are not supported")
+        raise method.setting("dynamic", "{...}", "settings that differ between modules are not supported")
     packing = Packing(
         format="int4" if bits == 4 else "int8",
         group=0 if group == -1 else group,
@@ -42,18 +43,18 @@ def gptq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
         ordered=bool(config.get("desc_act", False)),
     )
 
-    def layout(module: str, headers: Mapping[str, scheme.Header]) -> scheme.Layout | None:
-        if "qweight" not in headers:
+    def blocks_of(module: str, stored: Mapping[str, Stored]) -> StoredBlocks | None:
+        if "qweight" not in stored:
             return None
         each = 32 // bits
-        words, n = wrong.matrix(f"{module}.qweight", headers["qweight"])
+        words, n = method.matrix(f"{module}.qweight", stored["qweight"])
         k = words * each
         expected: scheme.Expected = {
             "qweight": ((words, n), ("I32",)),
             "qzeros": ((packing.groups(k), n // each), ("I32",)),
             "scales": ((packing.groups(k), n), scheme.FLOATS),
         }
-        if packing.ordered or "g_idx" in headers:
+        if packing.ordered or "g_idx" in stored:
             expected["g_idx"] = ((k,), ("I32",))
 
         def read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -66,13 +67,14 @@ def gptq(path: Path, config: Mapping[str, Any]) -> scheme.LayoutOf:
             found = {"data": data, "scale": tensors["scales"].T.float(), "zero": zero.T}
             group_of, usual = tensors.get("g_idx"), torch.arange(k, dtype=torch.int32) // (packing.group or k)
             if packing.ordered:
-                scheme.check_groups(tensors["g_idx"], len(tensors["scales"]), f"{module}.g_idx", wrong)
-                found["group_of"] = tensors["g_idx"]
+                found["group_of"] = group_of = tensors["g_idx"]
+                if not bool(((group_of >= 0) & (group_of < len(tensors["scales"]))).all()):
+                    raise method.tensor(f"{module}.g_idx", "names groups that do not exist")
             elif group_of is not None and not torch.equal(group_of, usual):
                 what = "has groups of inputs that are not neighbours, but desc_act is false"
-                raise wrong.tensor(f"{module}.g_idx", what)
+                raise method.tensor(f"{module}.g_idx", what)
             return found
 
-        return scheme.Layout(n, k, packing, expected, read)
+        return method.blocks(module, stored, (n, k), packing, expected, read)
 
-    return layout
+    return blocks_of

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.packing import Packing
+from aioengine.model.files.stored import Stored, StoredBlocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,39 +16,18 @@ if TYPE_CHECKING:
 FLOATS = ("F16", "BF16", "F32")
 
 
-class Header(NamedTuple):
-    """A stored tensor, without its data."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    """Name of the dtype in safetensors: "F16", "I32", "F8_E4M3", ..."""
-
-
 Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 """Shapes and types of tensors, by the last parts of their names."""
 
 
-class Layout(NamedTuple):
-    """A quantized linear: its shape, and how it is kept in memory."""
-
-    n: int
-    k: int
-    packing: Packing
-    expected: Expected
-    """The tensors that it must have."""
-    read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    """Makes the tensors of a :class:`aioengine.kernels.blocks.BlockWeight`, under its names for them, of the
-    linear's, by the last parts of their names. Raises ConfigError for values that cannot be."""
+BlocksOf = Callable[[str, Mapping[str, Stored]], StoredBlocks | None]
+"""One way to store the weights of linears in several tensors each: ``blocks_of(module, tensors)`` returns a
+linear's weight, None if it is not quantized. ``tensors`` are its own, by the last part of their names. Raises
+ConfigError for what is not supported."""
 
 
-LayoutOf = Callable[[str, Mapping[str, Header]], Layout | None]
-"""One way to store the weights of linears in several tensors each: ``layout(module, headers)`` says how a
-linear is stored, None if it is not quantized. ``headers`` are its tensors, by the last part of their names.
-Raises ConfigError for what is not supported."""
-
-
-class CheckpointErrors:
-    """Makes errors about one folder's ``quantization_config``."""
+class Method:
+    """A folder's way to quantize: its errors, and its weights."""
 
     def __init__(self, path: Path, method: str) -> None:
         self.path = path
@@ -62,34 +42,39 @@ class CheckpointErrors:
         """Make an error about a tensor."""
         return ConfigError(f"{self.path}: {name}: {what} (quant_method={self.method!r})")
 
-    def matrix(self, name: str, header: Header) -> tuple[int, int]:
+    def matrix(self, name: str, header: Stored) -> tuple[int, int]:
         """Return the shape of a tensor, which must have two dimensions."""
         if len(header.shape) != 2:
             raise self.tensor(name, f"expected a matrix, found shape {header.shape}")
         return header.shape[0], header.shape[1]
 
-    def check(self, module: str, headers: Mapping[str, Header], layout: Layout) -> None:
-        """Raise ConfigError unless the module has the tensors of a layout, and groups of inputs are whole
-        bytes, and not larger than a row."""
-        group = layout.packing.group
-        if group < 0 or group % 8 or group > layout.k:
-            what = f"groups of {group} inputs, of {layout.k}, are not supported; a multiple of 8 is"
+    def blocks(
+        self,
+        module: str,
+        tensors: Mapping[str, Stored],
+        shape: tuple[int, int],
+        packing: Packing,
+        expected: Expected,
+        read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    ) -> StoredBlocks:
+        """Return a weight that ``read`` makes of the module's tensors. Raises ConfigError unless it has those
+        ``expected``, and groups of inputs are whole bytes, and not larger than a row."""
+        group, k = packing.group, shape[1]
+        if group < 0 or group % 8 or group > k:
+            what = f"groups of {group} inputs, of {k}, are not supported; a multiple of 8 is"
             raise self.tensor(f"{module}.weight", what)
-        for kind, (shape, dtypes) in layout.expected.items():
-            name, header = f"{module}.{kind}", headers.get(kind)
-            if header is None:
+        for kind, (form, dtypes) in expected.items():
+            name, stored = f"{module}.{kind}", tensors.get(kind)
+            if stored is None:
                 raise self.tensor(name, "is missing")
-            if header.shape != shape or header.dtype not in dtypes:
+            if stored.shape != form or stored.dtype not in dtypes:
                 types = " or ".join(dtypes)
                 raise self.tensor(
-                    name, f"expected shape {shape} of {types}, found {header.shape} of {header.dtype}"
+                    name, f"expected shape {form} of {types}, found {stored.shape} of {stored.dtype}"
                 )
-
-
-def check_groups(group_of: Tensor, groups: int, name: str, wrong: CheckpointErrors) -> None:
-    """Raise ConfigError unless all inputs are in one of so many groups."""
-    if len(group_of) and not 0 <= int(group_of.min()) <= int(group_of.max()) < groups:
-        raise wrong.tensor(name, "names groups that do not exist")
+        return StoredBlocks(
+            shape, packing, lambda: read({kind: stored.whole() for kind, stored in tensors.items()})
+        )
 
 
 def unpack_int32(packed: Tensor, bits: int) -> Tensor:
@@ -101,9 +86,9 @@ def unpack_int32(packed: Tensor, bits: int) -> Tensor:
     return data if bits == 8 else torch.stack((data & 15, data >> 4), -1).flatten(1)
 
 
-def integer(config: Mapping[str, Any], key: str, wrong: CheckpointErrors, default: int | None = None) -> int:
+def integer(config: Mapping[str, Any], key: str, method: Method, default: int | None = None) -> int:
     """Return a whole number of ``quantization_config``."""
     value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise wrong.setting(key, value, "must be an integer")
+        raise method.setting(key, value, "must be an integer")
     return value
