@@ -18,7 +18,7 @@ from torch.func import functional_call
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from aioengine.kernels import ExpertPlan, LoRABatch, LoRAPool, Segment
-from aioengine.model.generic.spec import GenericSpec, Stack
+from aioengine.model.generic.spec import Adaptable, GenericSpec
 from aioengine.model.generic.step import Holder
 from aioengine.model.generic.weights import experts_weight, uses_interface
 from aioengine.model.slots.pool import LoRASlots
@@ -54,12 +54,12 @@ class LinearAdapters:
 class Adapted(NamedTuple):
     """A parameter with the slots' adapters on it."""
 
-    stack: Stack
+    of: Adaptable
     pool: LoRAPool
 
     def place(self, slot: int) -> int:
         """Return the number of the first expert's place among those of the pool."""
-        return slot * self.pool.slots.per_slot if self.stack.experts else slot
+        return slot * self.pool.slots.per_slot if self.of.experts else slot
 
     def has(self, slot: int) -> bool:
         """Whether the adapter in a slot is on this parameter; then it is on all experts."""
@@ -71,10 +71,10 @@ class Adapted(NamedTuple):
         The sums of one expert after the other are in float32, so that no more than the copy takes memory.
         """
         copy = parameter.detach().clone()
-        for expert, matrix in enumerate(copy if self.stack.experts else (copy,)):
+        for expert, matrix in enumerate(copy if self.of.experts else (copy,)):
             place = self.place(slot) + expert
             delta = scale * (self.pool.b(place, 0).float() @ self.pool.a(place, 0).float())
-            matrix.copy_(matrix + (delta.T if self.stack.turned else delta))
+            matrix.copy_(matrix + (delta.T if self.of.turned else delta))
         return copy
 
 
@@ -101,7 +101,7 @@ class PerAdapter(torch.nn.Module):
         step, adapted = self._holder.step, self._adapted
         if step is None or not any(one.has(s.slot) for s in step.lora.segments for one in adapted.values()):
             return self.inner(x, *more, **named)
-        _check_rows(next(iter(adapted.values())).stack.owner, x.numel() // x.shape[-1], step.lora)
+        _check_rows(next(iter(adapted.values())).of.owner, x.numel() // x.shape[-1], step.lora)
         outputs = []
         for begin, end, segment in _runs(step.lora):
             some = [_rows(one, step.lora.num_tokens, begin, end) for one in (x, *more)]
@@ -152,15 +152,17 @@ class Adapters:
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts_forward)
         modules: dict[str, Any] = dict(model.named_modules())
         held = set() if slots is None else set(slots.layout.modules)
-        self._linears = [linear for linear in spec.linears if linear.module in held]
         self._bare: dict[str, dict[str, Adapted]] = {}
-        for linear in self._linears:
-            pool = _pools(slots, linear.layer)[linear.module]
-            modules[linear.name].register_forward_hook(LinearAdapters(linear.name, pool, holder))
-        for stack in spec.stacks:
-            if held.issuperset(stack.modules):
-                adapted = Adapted(stack, _pools(slots, stack.layer)[stack.module])
-                self._bare.setdefault(stack.owner, {})[stack.parameter] = adapted
+        self._any = False
+        for x in spec.adapted:
+            if slots is None or not held.issuperset(x.names):
+                continue
+            self._any = True
+            pool = (slots.outer if x.layer == NO_LAYER else slots.layers[x.layer])[x.module]
+            if x.bare:
+                self._bare.setdefault(x.owner, {})[x.parameter] = Adapted(x, pool)
+            else:
+                modules[x.owner].register_forward_hook(LinearAdapters(x.owner, pool, holder))
         for name, module in modules.items():
             if uses_interface(module):
                 module.aioengine = Experts(self._bare.get(name, {}), holder)
@@ -170,7 +172,7 @@ class Adapters:
         self._holder = holder
 
     def __bool__(self) -> bool:
-        return bool(self._linears or self._bare)
+        return self._any
 
     @contextmanager
     def plainly(self) -> Iterator[None]:
@@ -185,11 +187,6 @@ class Adapters:
             self._holder.plain = False
             for name, module in self._owners.items():
                 module._parameters.update(own[name])
-
-
-def _pools(slots: LoRASlots | None, layer: int) -> Mapping[str, LoRAPool]:
-    assert slots is not None
-    return slots.outer if layer == NO_LAYER else slots.layers[layer]
 
 
 def _check_rows(name: str, rows: int, lora: LoRABatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,7 +13,7 @@ import torch
 from aioengine.errors import ConfigError
 from aioengine.model.files.hf_config import special_tokens
 from aioengine.model.generic.classes import TransformersClass
-from aioengine.model.generic.spec import Adaptable, GenericSpec, Stack
+from aioengine.model.generic.spec import Adaptable, GenericSpec
 from aioengine.model.generic.step import KeepsMore
 from aioengine.model.generic.trace import Trace, has_matrices, is_linear, observe
 from aioengine.model.generic.weights import linear_matrix
@@ -44,8 +44,9 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         )
     text = found.text_config
     placed = _placed(model, trace)
-    linears, shapes = _linears(model, trace, placed)
-    stacks = _stacks(model, trace, placed, shapes)
+    shapes: dict[str, LinearShape] = {}
+    adapted = (*_linears(model, trace, placed, shapes), *_stacks(model, trace, placed, shapes))
+    head = getattr(model.get_output_embeddings(), "weight", None)
     end = getattr(text, "eos_token_id", None)
     bos, eos = special_tokens(
         path / "config.json",
@@ -57,9 +58,9 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
     return GenericSpec(
         family=found.config.model_type,
         architecture=type(model).__name__,
-        vocab_size=_vocabulary(model, text),
+        vocab_size=int(text.vocab_size if head is None else head.shape[0]),
         hidden_size=int(text.hidden_size),
-        num_layers=max([x.layer for x in linears] + [int(text.num_hidden_layers) - 1]) + 1,
+        num_layers=max([int(text.num_hidden_layers), *(x.layer + 1 for x in adapted)]),
         num_heads=int(getattr(text, "num_attention_heads", 1)),
         num_kv_heads=max(shape.key_heads for shape in kept.values()),
         head_dim=max(shape.key_dim for shape in kept.values()),
@@ -71,13 +72,12 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         dtype=_dtype(found.config, text),
         bos_token_id=bos,
         eos_token_ids=eos,
-        linears=linears,
+        adapted=adapted,
         shapes=shapes,
-        stacks=stacks,
         kv=tuple(kept[layer] for layer in sorted(kept)),
         layer_ids=tuple(sorted(kept)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        float32_parameters=sum(parameter.numel() for parameter in _in_float32(model).values()),
+        float32_parameters=_in_float32(model),
         flat=trace.flat,
         native_reason=native_reason,
     )
@@ -130,11 +130,11 @@ def _placed(model: Any, trace: Trace) -> Callable[[str], tuple[int, str]]:
 
 
 def _linears(
-    model: Any, trace: Trace, placed: Callable[[str], tuple[int, str]]
-) -> tuple[tuple[Adaptable, ...], dict[str, LinearShape]]:
+    model: Any, trace: Trace, placed: Callable[[str], tuple[int, str]], shapes: dict[str, LinearShape]
+) -> Iterator[Adaptable]:
+    """Yield the linears through which each token goes once, as a row. Their shapes are added to
+    ``shapes``."""
     head = model.get_output_embeddings()
-    shapes: dict[str, LinearShape] = {}
-    linears: list[Adaptable] = []
     for name, module in model.named_modules():
         if not is_linear(module) or not trace.sees_all(name):
             continue
@@ -142,8 +142,8 @@ def _linears(
         layer, key = placed(name)
         if layer == NO_LAYER and module is head:
             key = "lm_head"
-        linears.append(Adaptable(name, layer, _known(shapes, key, LinearShape(n_in, n_out))))
-    return tuple(linears), shapes
+        key, turned = _known(shapes, key, LinearShape(n_in, n_out)), not isinstance(module, torch.nn.Linear)
+        yield Adaptable(name, layer, key, turned=turned)
 
 
 def _known(shapes: dict[str, LinearShape], key: str, shape: LinearShape) -> str:
@@ -156,11 +156,11 @@ def _known(shapes: dict[str, LinearShape], key: str, shape: LinearShape) -> str:
 
 def _stacks(
     model: Any, trace: Trace, placed: Callable[[str], tuple[int, str]], shapes: dict[str, LinearShape]
-) -> tuple[Stack, ...]:
+) -> list[Adaptable]:
     """Return the parameters of stacked experts [experts, n, m], and of the routers beside them, where each
     token goes to the module once, as a row. Their shapes are added to ``shapes``."""
     owners = [(n, m) for n, m in model.named_modules() if has_matrices(m) and trace.sees_all(n)]
-    found: list[Stack] = []
+    found: list[Adaptable] = []
     experts_of: dict[str, int] = {}
 
     def add(owner: str, name: str, count: int, shape: LinearShape, turned: bool) -> None:
@@ -169,7 +169,7 @@ def _stacks(
         if experts_of.setdefault(key, count) != count:
             key = f"{key} (of {count})"
             shapes[key], experts_of[key] = shape, count
-        found.append(Stack(owner, name, layer, key, count, turned))
+        found.append(Adaptable(owner, layer, key, name, True, count, turned))
 
     beside = set()
     for owner, module in owners:
@@ -186,31 +186,20 @@ def _stacks(
             continue
         if trace.widths[owner] == {weight.shape[1]}:
             add(owner, "weight", 0, LinearShape(weight.shape[1], weight.shape[0]), False)
-    return tuple(found)
+    return found
 
 
-def _in_float32(model: Any) -> dict[str, Any]:
-    """Return the parameters that transformers keeps in float32 where the model is in 16 bits, by name."""
+def _in_float32(model: Any) -> int:
+    """Return how many numbers transformers keeps in float32 where the model is in 16 bits."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(torch.bfloat16)]
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if any(re.search(pattern, name) for pattern in patterns)
-    }
+    kept = (p for name, p in model.named_parameters() if any(re.search(one, name) for one in patterns))
+    return sum(parameter.numel() for parameter in kept)
 
 
 def _first(value: Any) -> int:
     """Return a number, or the first of those that layers have."""
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, int) else 0
-
-
-def _vocabulary(model: Any, text: Any) -> int:
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if weight is None:
-        return int(text.vocab_size)
-    return int(weight.shape[0])
 
 
 def _max_position(text: Any) -> int:

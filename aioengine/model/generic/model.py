@@ -2,13 +2,12 @@
 
 First everything except the head is called, for all tokens of the step, and then the head, for the tokens
 whose logits are needed. The second call is one of the whole model, in which the first result stands in the
-place of the body. So the model also applies its own changes to the logits.
+place of what the body computes. So the model also applies its own changes to the logits.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from aioengine.model.generic.step import (
     Pages,
     PassingLayer,
     Step,
-    cache_argument,
     gathering,
+    run,
 )
 from aioengine.model.generic.trace import Implementations
 from aioengine.model.generic.weights import StoredWeight, linear_matrix, pack_weights
@@ -70,10 +69,7 @@ class GenericModel(Model):
         self.kernels, self.cache, self.slots = kernels, cache, slots
         self.model: Any = found.load(dtype, device)
         self._layers = found.text_config.num_hidden_layers
-        self._body_name = _body_name(self.model)
-        body = self.model.get_submodule(self._body_name)
-        self._cache_name = cache_argument(body.forward)
-        self._takes_positions = "position_ids" in inspect.signature(body.forward).parameters
+        self._body = _body_of(self.model)
         self._result: Any = None
         """Last output of the body."""
         self.holder = Holder(cache, spec.layer_ids, kernels, longest)
@@ -81,7 +77,6 @@ class GenericModel(Model):
             if hasattr(module, "layer_idx"):
                 module.aioengine = self.holder
         attention.register()
-        self._linears: dict[str, Any] = {x.name: self.model.get_submodule(x.name) for x in spec.linears}
         self.adapters = Adapters(self.model, spec, slots, self.holder)
         self._implementations = Implementations(self.model)
         self.flat = spec.flat
@@ -112,8 +107,7 @@ class GenericModel(Model):
         return _logits(out)
 
     def base_weight(self, layer: int, module: str) -> tuple[WeightRows, Tensor | None]:
-        name = self.spec.module_name(layer, module)
-        linear = self._linears[name]
+        linear = self.model.get_submodule(self.spec.module_name(layer, module))
         stored, bias = linear.weight, None if linear.bias is None else linear.bias.detach()
         if isinstance(stored, StoredWeight):
             return WeightRows(stored.weight, 0, stored.weight.n), bias
@@ -129,15 +123,13 @@ class GenericModel(Model):
     def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch) -> Tensor:
         if not len(rows):
             return torch.empty(0, self.spec.vocab_size, dtype=self.dtype, device=self.device)
-        body = self.model.get_submodule(self._body_name)
         result = _with_hidden(self._result, last.hidden.index_select(0, rows)[None])
-        self.holder.step = Step(lora)
-        self.model.set_submodule(self._body_name, _Computed(body, result))
+        self.holder.step, self._body.forward = Step(lora), lambda *_, **__: result
         try:
             out = self.model(input_ids=torch.zeros(1, len(rows), dtype=torch.long, device=self.device))
         finally:
             self.holder.step = None
-            self.model.set_submodule(self._body_name, body)
+            del self._body.forward
         return _logits(out)
 
     def normed(self, last: LastLayer, rows: Tensor) -> Tensor:
@@ -161,32 +153,9 @@ class GenericModel(Model):
         return torch.cat(parts)
 
     def _run(self, token_ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        arguments: dict[str, Any] = {"input_ids": token_ids[None], "use_cache": True}
-        if self._cache_name is not None:
-            arguments[self._cache_name] = cache
-        if self._takes_positions:
-            arguments["position_ids"] = positions[None]
-        self._result = self.model.get_submodule(self._body_name)(**arguments)
+        self._result = run(self._body, token_ids, positions, cache)
         hidden: Tensor = self._result[0]
         return hidden[0]
-
-
-class _Computed(torch.nn.Module):
-    """Stands in the place of a model's body, and returns what that has computed already."""
-
-    def __init__(self, body: Any, result: Any) -> None:
-        super().__init__()
-        self._body, self._result = [body], result  # in a list: it is no part of this module
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what the body has, because its model may look at it."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._body[0], name)
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return self._result
 
 
 def _with_hidden(result: Any, hidden: Tensor) -> Any:
@@ -212,22 +181,9 @@ def part_of(lora: LoRABatch, begin: int, end: int) -> LoRABatch:
     return LoRABatch.of(own, affine, end - begin, lora.device)
 
 
-def _body_name(model: Any) -> str:
-    """Return the submodule that does all but the head: the first one of transformers' kind that is called."""
-    called: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
-        for name, module in model.named_modules()
-        if name and isinstance(module, transformers.PreTrainedModel)
-    ]
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    except Exception as error:
-        raise ConfigError(f"{type(model).__name__} cannot run one token: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not called:
+def _body_of(model: Any) -> Any:
+    """Return the submodule that does all but the head."""
+    inner = [m for m in model.modules() if m is not model and isinstance(m, transformers.PreTrainedModel)]
+    if not inner:
         raise ConfigError(f"{type(model).__name__} has no separate body and head, which the engine needs")
-    return called[0]
+    return inner[0].get_decoder()  # of OPT's, say, the head's model calls a part

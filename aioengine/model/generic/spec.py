@@ -11,35 +11,28 @@ from aioengine.model.spec import BareParameter, KVShape, LinearShape, ModelSpec,
 
 
 class Adaptable(NamedTuple):
-    """A linear that adapters may target."""
-
-    name: str
-    """Path in the model, as PEFT names it."""
-    layer: int
-    """``NO_LAYER`` outside of the layers."""
-    module: str
-    """Path below the layer. All linears of one ``module`` have one shape."""
-
-
-class Stack(NamedTuple):
-    """A parameter that no linear has, but that adapters may target: PEFT's ``target_parameters``."""
+    """A parameter that adapters may be on."""
 
     owner: str
     """Path of the module that has it, as PEFT names it."""
-    parameter: str
     layer: int
     """``NO_LAYER`` outside of the layers."""
     module: str
     """Path below the layer. All parameters of one ``module`` have one shape."""
-    experts: int
-    """It has a matrix for each of so many experts; 0: it is the matrix of a router."""
-    turned: bool
+    parameter: str = "weight"
+    bare: bool = False
+    """Whether the owner is no linear, so that PEFT names the parameter: ``target_parameters``."""
+    experts: int = 0
+    """It has a matrix for each of so many experts; 0: it is a matrix."""
+    turned: bool = False
     """Whether matrices are [in, out]."""
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """What slots hold for it: a module for each matrix."""
-        return tuple(f"{self.module}.{e}" for e in range(self.experts)) or (self.module,)
+    def names(self) -> dict[str, str]:
+        """What slots hold for it: a module for each matrix, with its name."""
+        path = f"{self.owner}.{self.parameter}"
+        every = {f"{self.module}.{e}": f"{path}.{e}" for e in range(self.experts)}
+        return every or {self.module: self.owner}
 
 
 class GenericSpec(ModelSpec, frozen=True, kw_only=True):
@@ -48,11 +41,11 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
 
     architecture: str
     """The class that runs it."""
-    linears: tuple[Adaptable, ...]
+    adapted: tuple[Adaptable, ...]
+    """Weights of linears, and then parameters of routers and of all experts of a layer. Those of one owner
+    follow each other."""
     shapes: dict[str, LinearShape]
-    """The shape of each module, and of the matrices of each stack."""
-    stacks: tuple[Stack, ...] = ()
-    """Parameters of routers and of all experts of a layer. Those of one module follow each other."""
+    """The shape of each module, or of each of its experts' matrices."""
     kv: tuple[KVShape, ...]
     """Shape of the keys and values of a token, for each layer that attends."""
     layer_ids: tuple[int, ...]
@@ -99,14 +92,12 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def layer_modules(self) -> tuple[str, ...]:
-        stacked = self._stacked
-        found = (stacked[m].modules if m in stacked else (m,) for m in self.shapes if m != "lm_head")
-        return tuple(name for names in found for name in names)
+        return tuple(dict.fromkeys(m for x in self.adapted if x.module != "lm_head" for m in x.names))
 
     @cached_property
-    def _stacked(self) -> dict[str, Stack]:
-        """One of the stacks of experts of each module."""
-        return {stack.module: stack for stack in self.stacks if stack.experts}
+    def _stacked(self) -> dict[str, int]:
+        """The number of experts of each module that has some."""
+        return {x.module: x.experts for x in self.adapted if x.experts}
 
     def kind_of(self, module: str) -> str:
         path = module.rpartition(".")[0]
@@ -117,31 +108,21 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
 
     @cached_property
     def _bare(self) -> frozenset[str]:
-        return frozenset(module for stack in self.stacks for module in stack.modules)
+        return frozenset(module for x in self.adapted if x.bare for module in x.names)
 
     def experts_in(self, linear: str) -> int:
-        return self._stacked[linear].experts if linear in self._stacked else 0
+        return self._stacked.get(linear, 0)
 
     def bare_parameters(self) -> Iterator[BareParameter]:
-        for x in self.linears:
-            yield BareParameter(x.name, "weight", ((x.name,),))
-        for stack in self.stacks:
-            names = tuple((self.module_name(stack.layer, module),) for module in stack.modules)
-            yield BareParameter(stack.owner, stack.parameter, names)
+        for x in self.adapted:
+            yield BareParameter(x.owner, x.parameter, tuple((name,) for name in x.names.values()))
 
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        linears = {x.module: (x.module,) for x in self.linears if x.layer == layer}
-        return linears | {stack.module: stack.modules for stack in self.stacks if stack.layer == layer}
+        return {x.module: tuple(x.names) for x in self.adapted if x.layer == layer}
 
     @cached_property
     def _names(self) -> dict[tuple[int, str], str]:
-        names = {(x.layer, x.module): x.name for x in self.linears}
-        for stack in self.stacks:
-            path = f"{stack.owner}.{stack.parameter}"
-            if not stack.experts:
-                names[stack.layer, stack.module] = stack.owner
-            names |= {(stack.layer, f"{stack.module}.{e}"): f"{path}.{e}" for e in range(stack.experts)}
-        return names
+        return {(x.layer, module): name for x in self.adapted for module, name in x.names.items()}
 
     def kv_shapes(self) -> tuple[KVShape, ...]:
         return self.kv
@@ -156,7 +137,9 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     @property
     def pair_tokens(self) -> float:
         inner = sum(
-            self.shapes[x.module].in_features * self.shapes[x.module].out_features for x in self.linears
+            self.shapes[x.module].in_features * self.shapes[x.module].out_features
+            for x in self.adapted
+            if not x.bare
         )
         heads = sum(self.num_heads * (shape.key_dim + shape.value_dim) for shape in self.kv)
         return heads / (inner or self.parameters)

@@ -6,13 +6,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from aioengine.kernels import AttentionPlan, Backend, LoRABatch
+from aioengine.kernels import AttentionPlan, Backend, LoRABatch, Rotation
 from aioengine.kernels.plan.attention import locate
 from aioengine.kernels.portable.cells import put, take
 from aioengine.model.kv_cache import KVCache
@@ -21,12 +21,8 @@ Allowed = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """transformers' mask functions: ``allowed(batch, head, query position, key position)``, broadcast, bool."""
 
 
-class MaskKind(NamedTuple):
-    """Which keys a layer's queries see: all before them, the last ``window``, or what ``allowed`` says."""
-
-    window: int | None = None
-    odd: bool = False
-    """Only ``allowed`` knows; it comes with each step's mask."""
+class Unsuitable(Exception):
+    """Error for a model whose attention the engine cannot replace."""
 
 
 @dataclass(slots=True)
@@ -35,8 +31,8 @@ class Step:
     """The tokens that go through the linears, by adapter slot."""
     plan: AttentionPlan | None = None
     """None: no layer attends (the head alone)."""
-    made: dict[Any, Any] = field(default_factory=dict)
-    """Values that layers share in this step."""
+    rotations: dict[int, Rotation] = field(default_factory=dict)
+    """Those that layers with heads of a size share, which leave everything where it is."""
 
 
 class Holder:
@@ -51,30 +47,31 @@ class Holder:
         self.plain = False
         """Whether the adapter in slot 0 is added to all rows, as two products: the probe compares with
         that."""
-        self._kinds: dict[int, MaskKind] = {}
+        self._windows: dict[int, int | None] = {}
 
-    def mask_kind(self, layer: int, allowed: Allowed | None, device: torch.device) -> MaskKind:
-        """Return the kind of mask of a layer, by transformers' number of it."""
-        if layer not in self._kinds:
-            self._kinds[layer] = _classified(allowed, self.longest, device)
-        return self._kinds[layer]
+    def window(self, layer: int, allowed: Allowed | None, device: torch.device) -> int | None:
+        """Return how many keys a layer's queries see, by transformers' number of it; None: all before them.
+        Raises :class:`Unsuitable` for any other mask."""
+        if layer not in self._windows:
+            self._windows[layer] = _window(allowed, self.longest, device)
+        return self._windows[layer]
 
 
-def _classified(allowed: Allowed | None, longest: int, device: torch.device) -> MaskKind:
+def _window(allowed: Allowed | None, longest: int, device: torch.device) -> int | None:
     """Classify a mask function by its answers for some positions below ``longest``."""
     if allowed is None:
-        return MaskKind()
+        return None
     every = torch.arange(longest, device=device)
     some = torch.cat([every[:64], every[:: max(1, longest // 64)], every[-64:]])
     zero = torch.zeros(1, 1, dtype=torch.long, device=device)
     seen = allowed(zero, zero, some[:, None], every[None]).expand(len(some), longest)
     causal = every[None] <= some[:, None]
     if torch.equal(seen, causal):
-        return MaskKind()
+        return None
     window = int(seen[-1].sum())
-    if torch.equal(seen, causal & (every[None] > some[:, None] - window)):
-        return MaskKind(window)
-    return MaskKind(odd=True)
+    if not torch.equal(seen, causal & (every[None] > some[:, None] - window)):
+        raise Unsuitable("a mask is neither causal nor a sliding window")
+    return window
 
 
 class KeepsMore(Exception):
@@ -154,7 +151,12 @@ def gathering(cache: KVCache, layer_ids: tuple[int, ...], layers: int, pages: Pa
     return EngineCache(layers=made)
 
 
-def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """Return the name of the argument by which a module takes the cache."""
-    names = inspect.signature(forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
+def run(module: Any, token_ids: Tensor, positions: Tensor, cache: Cache) -> Any:
+    """Call a model, or its body, with ``token_ids`` and ``positions`` [T] and what it takes of the others."""
+    names = inspect.signature(module.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": token_ids[None], "use_cache": True}
+    if (name := next((name for name in ("cache", "past_key_values") if name in names), None)) is not None:
+        arguments[name] = cache
+    if "position_ids" in names:
+        arguments["position_ids"] = positions[None]
+    return module(**arguments)

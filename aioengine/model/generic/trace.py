@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from aioengine.model.generic.step import EngineCache, KeepsMore, PassingLayer, cache_argument
+from aioengine.model.generic.step import EngineCache, KeepsMore, PassingLayer, run
 from aioengine.model.spec import KVShape
 
 NAME = "aioengine-trace"
@@ -137,17 +136,14 @@ def _observe(model: Any, own_attention: bool) -> Trace:
     # Experts choose by values, which are not there: they give nothing.
     ALL_EXPERTS_FUNCTIONS.register(NAME, lambda _module, hidden, *_, **__: torch.zeros_like(hidden))
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
-    arguments: dict[str, Any] = {"input_ids": ids, "use_cache": True}
-    if (cache := cache_argument(model.forward)) is not None:
-        arguments[cache] = EngineCache(layers=[Layer(i) for i in range(layers)])
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        arguments["position_ids"] = torch.arange(past, past + _TOKENS, device=device)[None]
+    ids = torch.zeros(_TOKENS, dtype=torch.long, device=device)
+    cache = EngineCache(layers=[Layer(i) for i in range(layers)])
+    positions = torch.arange(past, past + _TOKENS, device=device)
     implementations = Implementations(model)
     implementations.use(attention=None if own_attention else NAME, experts=NAME)
     try:
         with torch.no_grad(), _watched(model, trace), device, _Equal():
-            model(**arguments)
+            run(model, ids, positions, cache)
     finally:
         implementations.use(attention=None, experts=None)
     return trace

@@ -6,8 +6,7 @@ and whatever else reads such a parameter gets a copy in the usual order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,55 +75,31 @@ class StoredWeight(Tensor):
         return function(*args, **named)
 
 
-class _Matrix(NamedTuple):
-    """A parameter that may be packed."""
-
-    module: Any
-    parameter: str
-    turned: bool
-
-    @property
-    def own(self) -> Tensor:
-        own: Tensor = getattr(self.module, self.parameter)
-        return own
-
-    @property
-    def values(self) -> Tensor:
-        """The numbers, [out, in] or [experts * out, in]; a view if they are not turned."""
-        own = self.own.detach()
-        own = own.mT if self.turned else own
-        return own.reshape(-1, own.shape[-1]) if own.dim() > 2 else own
-
-    @property
-    def fits(self) -> bool:
-        n, k = self.own.mT.shape[-2:] if self.turned else self.own.shape[-2:]
-        return PackedWeight.fits(n, k, self.own.dtype)
-
-
 def pack_weights(model: Any, spec: GenericSpec) -> None:
     """Pack those linears and experts of a model whose sizes fit; they take as much memory as before."""
     places: dict[int, list[tuple[Any, str]]] = {}  # a tied head's parameter is the embedding's, too
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             places.setdefault(id(parameter), []).append((module, name))
-    matrices = {id(matrix.own): matrix for matrix in _matrices(model, spec) if matrix.fits}
     arena = Arena()
-    for key, matrix in matrices.items():
-        own, values = matrix.own, matrix.values
+    for x in spec.adapted:
+        module = model.get_submodule(x.owner)
+        own, used = getattr(module, x.parameter), not x.bare or bool(x.experts and uses_interface(module))
+        n, k = own.mT.shape[-2:] if x.turned else own.shape[-2:]
+        if not used or isinstance(own, StoredWeight) or not PackedWeight.fits(n, k, own.dtype):
+            continue
+        values = _rows(own, x.turned)
         packed = PackedWeight.pack(arena.take(own.nbytes).view(own.dtype).view(values.shape).copy_(values))
-        stored = torch.nn.Parameter(StoredWeight.of(own, packed, matrix.turned), requires_grad=False)
-        for module, name in places[key]:
+        stored = torch.nn.Parameter(StoredWeight.of(own, packed, x.turned), requires_grad=False)
+        for module, name in places[id(own)]:
             setattr(module, name, stored)
 
 
-def _matrices(model: Any, spec: GenericSpec) -> Iterator[_Matrix]:
-    for linear in spec.linears:
-        module = model.get_submodule(linear.name)
-        yield _Matrix(module, "weight", not isinstance(module, torch.nn.Linear))
-    for stack in spec.stacks:
-        module = model.get_submodule(stack.owner)
-        if stack.experts and uses_interface(module):
-            yield _Matrix(module, stack.parameter, stack.turned)
+def _rows(parameter: Tensor, turned: bool) -> Tensor:
+    """Return the numbers, [out, in] or [experts * out, in]; a view if they are not turned."""
+    own = parameter.detach()
+    own = own.mT if turned else own
+    return own.reshape(-1, own.shape[-1]) if own.dim() > 2 else own
 
 
 def uses_interface(module: Any) -> bool:
@@ -137,7 +112,7 @@ def experts_weight(module: Any, name: str) -> Weight:
     own = getattr(module, name)
     if isinstance(own, StoredWeight):
         return own.weight
-    return PlainWeight(_Matrix(module, name, module.is_transposed).values)
+    return PlainWeight(_rows(own, module.is_transposed))
 
 
 def linear_matrix(module: Any) -> Tensor:
