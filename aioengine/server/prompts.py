@@ -55,7 +55,7 @@ async def encode_pairs(call: Call, pairs: Sequence[tuple[str, str]]) -> list[lis
             f"request may have {most}; send fewer documents at a time",
         )
     size += EACH * len(pairs)
-    return await encoded(call, "documents", size, lambda: tokenizer.encode_pairs(pairs, limit=limit))
+    return await encoded(call, "documents", size, lambda: tokenizer.encode_all(pairs, limit=limit))
 
 
 async def encoded(call: Call, field: str, size: int, make: Callable[[], list[list[int]]]) -> list[list[int]]:

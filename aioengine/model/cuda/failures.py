@@ -9,6 +9,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from aioengine import errors
 
@@ -18,23 +19,12 @@ _ADVICE: dict[type[errors.DeviceError], str] = {
     errors.DeviceError: "look at nvidia-smi, for Xid errors in the kernel's log, and at all logs. "
     "Only a new process can use the device again: executor='process' with restart='on-failure' starts one",
 }
-_MESSAGES: dict[type[errors.DeviceError], re.Pattern[str]] = {
-    errors.DeviceOutOfMemory: re.compile(
-        r"CUDA out of memory|(CUDA|NCCL|Triton).{0,80}out of memory|CUBLAS_STATUS_ALLOC_FAILED"
-        r"|cudaErrorMemoryAllocation",
-        re.IGNORECASE | re.DOTALL,
-    ),
-    errors.DeviceError: re.compile(
-        r"no CUDA-capable device|CUDA-capable device(s|\(s\))? (is/)?are busy or unavailable"
-        r"|fallen off the bus|CUDA.{0,80}invalid device ordinal|Found no NVIDIA driver"
-        r"|NCCL (error|operation|communicator)|nccl(System|Internal|Remote|UnhandledCuda)Error"
-        r"|Watchdog caught collective operation timeout|ProcessGroupNCCL.{0,200}(timed? ?out|abort)"
-        r"|CUDA (driver )?error:|Triton Error \[CUDA\]|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR"
-        r"|NOT_INITIALIZED)|an illegal memory access was encountered|device-side assert triggered",
-        re.IGNORECASE | re.DOTALL,
-    ),
-}
-"""In the order in which they are tried."""
+_FAILURE = re.compile(
+    r"CUDA (driver )?error|CUDA out of memory|CUDA-capable|CUBLAS_STATUS|Triton Error|NVIDIA driver|NCCL"
+    r"|Watchdog caught collective"
+)
+"""What a RuntimeError says if the device has failed."""
+_NO_MEMORY = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation")
 OUT_OF_MEMORY = 2
 """Code of cudaError_t (CUDA Runtime API, "Data types used by CUDA Runtime")."""
 
@@ -60,9 +50,9 @@ def device_error(error: BaseException) -> errors.DeviceError | None:
         seen.add(id(at))
         if isinstance(at, errors.AioEngineError):
             return at if isinstance(at, errors.DeviceError) else None
-        kind = _by_type(at) or (_by_message(str(at)) if isinstance(at, RuntimeError) else None)
-        if kind is not None:
-            found = _made(kind, str(at))
+        if (kind := _kind(at)) is not None:
+            lines = str(at).strip().splitlines()
+            found = kind(f"{kind.__name__}: {lines[0][:500] if lines else ''}; {_ADVICE[kind]}")
             found.__cause__ = error
             return found
         at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
@@ -76,27 +66,16 @@ def copy_error(error: BaseException) -> errors.DeviceError | None:
     return None if isinstance(found, errors.DeviceOutOfMemory) else found
 
 
-def _by_type(error: BaseException) -> type[errors.DeviceError] | None:
-    torch = sys.modules.get("torch")
+def _kind(error: BaseException) -> type[errors.DeviceError] | None:
+    torch: Any = sys.modules.get("torch")
     if torch is None:
         return None
-    if isinstance(error, torch.OutOfMemoryError):
+    accelerator = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
+    lost = getattr(sys.modules.get("torch.distributed"), "DistBackendError", ())
+    code = getattr(error, "error_code", None) if isinstance(error, accelerator) else None
+    if isinstance(error, torch.OutOfMemoryError) or code == OUT_OF_MEMORY:
         return errors.DeviceOutOfMemory
-    accelerator = getattr(torch, "AcceleratorError", None)  # torch 2.8 and later
-    if accelerator is not None and isinstance(error, accelerator):
-        out = getattr(error, "error_code", None) == OUT_OF_MEMORY
-        return errors.DeviceOutOfMemory if out else _by_message(str(error)) or errors.DeviceError
-    distributed = sys.modules.get("torch.distributed")
-    lost = getattr(distributed, "DistBackendError", None)
-    if lost is not None and isinstance(error, lost):
-        return _by_message(str(error)) or errors.DeviceError
-    return None
-
-
-def _by_message(text: str) -> type[errors.DeviceError] | None:
-    return next((kind for kind, pattern in _MESSAGES.items() if pattern.search(text)), None)
-
-
-def _made(kind: type[errors.DeviceError], text: str) -> errors.DeviceError:
-    lines = text.strip().splitlines()
-    return kind(f"{kind.__name__}: {lines[0][:500] if lines else ''}; {_ADVICE[kind]}")
+    said = isinstance(error, RuntimeError) and _FAILURE.search(str(error))
+    if not said and not isinstance(error, (accelerator, lost)):
+        return None
+    return errors.DeviceOutOfMemory if _NO_MEMORY.search(str(error)) else errors.DeviceError

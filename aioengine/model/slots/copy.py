@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,22 +18,9 @@ class Copy(NamedTuple):
     source: Tensor
 
 
-class SlotCopier(Protocol):
-    """Carries out the writes of :class:`aioengine.model.slots.pool.LoRASlots`, one at a time."""
-
-    def write(self, copies: Sequence[Copy], new: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Copy from CPU memory to the slots', and return copies of ``new`` there, in memory of their own.
-        All is done when it returns."""
-
-    def before_step(self) -> None:
-        """Order a step that is about to be enqueued after all writes that have returned."""
-
-    def after_step(self) -> None:
-        """Order writes that come after a step that has just been enqueued."""
-
-
-class SerialCopier:
-    """Copier for slots in CPU memory. Steps that read other slots go on in the other cores.
+class SlotCopier:
+    """Carries out the writes of :class:`aioengine.model.slots.pool.LoRASlots`, one at a time, for slots in
+    CPU memory. Steps that read other slots go on in the other cores.
 
     A team of OpenMP threads for a copy would fight for the cores with the step's own team, so the copy
     is made of pieces that torch works on in the calling thread. They are handed over in one call, and the
@@ -41,6 +28,8 @@ class SerialCopier:
     """
 
     def write(self, copies: Sequence[Copy], new: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Copy from CPU memory to the slots', and return copies of ``new`` there, in memory of their own.
+        All is done when it returns."""
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for to, source in copies:
@@ -50,13 +39,13 @@ class SerialCopier:
         return list(new)
 
     def before_step(self) -> None:
-        return
+        """Order a step that is about to be enqueued after all writes that have returned."""
 
     def after_step(self) -> None:
-        return
+        """Order writes that come after a step that has just been enqueued."""
 
 
-class StreamCopier:
+class StreamCopier(SlotCopier):
     """Copier for slots in CUDA memory, which copies on a separate stream, beside the steps.
 
     Images should be page-locked, or the copies are not asynchronous. A write returns when the device has

@@ -272,29 +272,24 @@ def _exact(layout: SlotLayout, adapter: Adapter) -> bool:
 def _check(layout: SlotLayout, adapter: Adapter, affine: Mapping[Key, Tensor]) -> None:
     if adapter.rank > MAX_RANK:
         raise ConfigError(f"adapter rank {adapter.rank} exceeds {MAX_RANK}")
-    for key in (*adapter.tensors, *affine):
-        if key not in layout.places:
+    for layer, module in (*adapter.tensors, *affine):
+        if (layer, module) not in layout.places:
             raise ConfigError(
-                f"adapter tensors of layer {key[0]}, {key[1]}: the slots hold {', '.join(layout.modules)} "
+                f"adapter tensors of layer {layer}, {module}: the slots hold {', '.join(layout.modules)} "
                 f"of {layout.spec.num_layers} layers; add the module to target_modules"
             )
     kinds = {(module, b.shape[1]) for (_, module), (_, b) in adapter.tensors.items()}
     held = {kind: layout.held(*kind) for kind in kinds}  # of all layers
     for (layer, module), (a, b) in adapter.tensors.items():
-        rank = b.shape[1]
-        expected = held[module, rank]
+        expected, rank = held[module, b.shape[1]], b.shape[1]
         if (a.shape, b.shape) != expected or rank > adapter.rank:
             raise ConfigError(
                 f"adapter tensors of layer {layer}, {module}: expected A and B of shapes {expected} with "
                 f"rank <= {adapter.rank}, found {tuple(a.shape)} and {tuple(b.shape)}"
             )
     for (layer, module), values in affine.items():
-        expected_affine = (2, layout.num_held_outputs(module))
-        if tuple(values.shape) != expected_affine:
-            raise ConfigError(
-                f"gain and shift of layer {layer}, {module}: expected shape {expected_affine}, "
-                f"found {tuple(values.shape)}"
-            )
+        if values.shape != (2, layout.num_held_outputs(module)):
+            raise ConfigError(f"gain and shift of layer {layer}, {module}: found {tuple(values.shape)}")
 
 
 _LARGEST = 127

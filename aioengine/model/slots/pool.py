@@ -12,7 +12,7 @@ from aioengine.kernels.slots import ALIGNMENT, LoRAPool, SlotMemory
 from aioengine.model.buffer import Buffer
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.pooling import Head, Kind
-from aioengine.model.slots.copy import Copy, SerialCopier, SlotCopier, StreamCopier
+from aioengine.model.slots.copy import Copy, SlotCopier, StreamCopier
 from aioengine.model.slots.image import AdapterImage, elements_of
 from aioengine.model.slots.layout import FusedPlace, SlotLayout
 from aioengine.model.slots.tokens import SlotTokens, ids_of
@@ -62,8 +62,9 @@ class LoRASlots:
         )
         self._outputs = [place.shape.out_features for place in layout.places.values()]
         """Of the matrices B, by place."""
-        self._copier: SlotCopier = StreamCopier(device) if device.type == "cuda" else SerialCopier()
-        self._has_affine = [False] * max_loras
+        self._copier = StreamCopier(device) if device.type == "cuda" else SlotCopier()
+        self.has_affine = [False] * max_loras
+        """Whether each slot's adapter scales or shifts outputs (DoRA, ``lora_bias``)."""
         self.heads: list[Head | None] = [None] * max_loras
         """The trained head of each slot's adapter, if it has one, on the device."""
         self.poolings: list[Kind | None] = [None] * max_loras
@@ -102,11 +103,6 @@ class LoRASlots:
     def nbytes(self) -> int:
         """Bytes allocated for all slots."""
         return self.memory.memory.nbytes
-
-    @property
-    def has_affine(self) -> list[bool]:
-        """Whether each slot's adapter scales or shifts outputs (DoRA, ``lora_bias``)."""
-        return self._has_affine
 
     def replaces_logits(self, batch: LoRABatch) -> bool:
         """Whether an adapter in the batch has trained tokens in the head."""
@@ -163,7 +159,7 @@ class LoRASlots:
 
             turn(memory.memory, rows, self._outputs)
         memory.table[slot] = rows
-        self._has_affine[slot] = image.has_affine
+        self.has_affine[slot] = image.has_affine
         self.heads[slot] = None if head is None else Head(there[0], there[1] if len(there) > 1 else None)
         self.poolings[slot] = image.pooling
         self.tokens[slot] = None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import jinja2
 import tokenizers
+from msgspec import Meta
 
-from aioengine.checks import read_json
+from aioengine.checks import check_value, read_json
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
 from aioengine.model.text.chat_template import ChatTemplate, read_chat_template
 from aioengine.model.text.detokenizer import Detokenizer, TextStream, TokenBytes, special_tokens
@@ -21,6 +22,16 @@ _TOGETHER = 64
 _SHRINKS = 4
 """How many times shorter, in bytes of UTF-8, a Unicode normal form can be than its text."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+class _Message(TypedDict):
+    role: str
+    content: str | list[dict[str, Any]]
+
+
+_Messages = Annotated[
+    list[_Message], Meta(min_length=1, extra={"is": "a list of {'role': ..., 'content': ...}, not empty"})
+]
 
 
 class Tokenizer:
@@ -59,7 +70,7 @@ class Tokenizer:
             found = build_tokenizer(file)
             tokenizer = None if found is None else cls(found, chat_template=file.chat_template)
         if tokenizer is not None and chat_template is not None:
-            tokenizer.use_chat_template(Path(chat_template))
+            tokenizer.chat_template, tokenizer._compiled = read_chat_template(Path(chat_template))
         return tokenizer
 
     @classmethod
@@ -101,24 +112,19 @@ class Tokenizer:
         Raises :class:`~aioengine.errors.RequestInvalid` if ``text`` is not valid Unicode,
         :class:`~aioengine.errors.PromptTooLong` for ``limit``.
         """
-        [ids] = self._encode_all([text], add_special_tokens, limit)
-        return ids
+        return self.encode_all([text], add_special_tokens, limit=limit)[0]
 
     def encode_all(
-        self, texts: Sequence[str], add_special_tokens: bool = True, *, limit: int | None = None
+        self,
+        items: Sequence[str | tuple[str, str]],
+        add_special_tokens: bool = True,
+        *,
+        limit: int | None = None,
     ) -> list[list[int]]:
         """Tokenize each text as :meth:`encode` does, several in one call, so that other threads go on
-        meanwhile although each of them may be short."""
-        return list(self._encode_all(texts, add_special_tokens, limit))
-
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, limit: int) -> list[list[int]]:
-        """Return the token ids of each two texts that belong together, with the special tokens that the
-        tokenizer puts around and between them. Raises as :meth:`encode` does."""
-        return list(self._encode_all(pairs, True, limit))
-
-    def _encode_all(
-        self, items: Sequence[str | tuple[str, str]], add_special_tokens: bool, limit: int | None
-    ) -> Iterator[list[int]]:
+        meanwhile although each of them may be short. Two texts that belong together get the special tokens
+        that the tokenizer puts around and between them."""
+        found: list[list[int]] = []
         for begin in range(0, len(items), _TOGETHER):
             some = items[begin : begin + _TOGETHER]
             try:
@@ -128,13 +134,13 @@ class Tokenizer:
                         text.encode()
                     if limit is not None and (least := sum(map(self.least_tokens, texts))) > limit:
                         raise PromptTooLong(least, limit, at_least=True)
-                found = self._tokenizer.encode_batch_fast(list(some), add_special_tokens=add_special_tokens)
+                encoded = self._tokenizer.encode_batch_fast(list(some), add_special_tokens=add_special_tokens)
             except (UnicodeEncodeError, TypeError, AttributeError) as error:
                 raise RequestInvalid(f"prompt is not valid text: {error}") from error
-            for encoded in found:
-                if limit is not None and len(encoded) > limit:
-                    raise PromptTooLong(len(encoded), limit)
-                yield encoded.ids
+            found += (one.ids for one in encoded)
+            if limit is not None and (longest := max(map(len, encoded))) > limit:
+                raise PromptTooLong(longest, limit)
+        return found
 
     def least_tokens(self, text: str) -> int:
         """Return how many tokens ``text`` has at least, by its length and the longest token: normalizers make
@@ -169,10 +175,6 @@ class Tokenizer:
         """Create a text stream for one request's output."""
         return TextStream(self.detokenizer(skip_special_tokens), stop, include_stop)
 
-    def encode_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> list[int]:
-        """Tokenize the rendered chat; the template writes the special tokens, none are added."""
-        return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
-
     def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         """Render the prompt for the assistant's next turn; other threads go on meanwhile.
 
@@ -185,7 +187,7 @@ class Tokenizer:
         malformed, or the template refuses the messages, or takes more than its bounds with them (see
         :mod:`aioengine.model.text.chat_template`).
         """
-        _check_messages(messages)
+        check_value("messages", messages, _Messages, RequestInvalid)
         if variables.pop("continue_final_message", False):
             mark = secrets.token_hex(16)
             last = {**messages[-1], "content": _marked(messages[-1]["content"], mark)}
@@ -197,11 +199,6 @@ class Tokenizer:
             return text[: text.rindex(mark)]
         variables = {"add_generation_prompt": True, **self.special_tokens, **variables}
         return self._template().render({**variables, "messages": messages})
-
-    def use_chat_template(self, path: Path) -> None:
-        """Replace the chat template, before the first chat is rendered. Raises
-        :class:`~aioengine.errors.ConfigError` if the file cannot be read or does not compile."""
-        self.chat_template, self._compiled = read_chat_template(path)
 
     @functools.cached_property
     def added_tokens(self) -> Mapping[str, int]:
@@ -238,26 +235,6 @@ def _marked(content: str | list[dict[str, Any]], mark: str) -> str | list[dict[s
     if isinstance(content, str):
         return content + mark
     return [*content, {"type": "text", "text": mark}]
-
-
-def _check_messages(messages: object) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise RequestInvalid("chat messages must be a non-empty list of {'role': ..., 'content': ...}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise RequestInvalid(f"messages[{i}]: expected a dict, found {type(message).__name__}")
-        for field in ("role", "content"):
-            if field not in message:
-                raise RequestInvalid(f"messages[{i}]: {field!r} is missing")
-        if not isinstance(message["role"], str):
-            raise RequestInvalid(f"messages[{i}]['role']={message['role']!r}: expected a str")
-        content = message["content"]
-        parts = content if isinstance(content, list) else []
-        if not isinstance(content, (str, list)) or not all(isinstance(p, dict) for p in parts):
-            raise RequestInvalid(
-                f"messages[{i}]['content']: expected a str or a list of content parts, found "
-                f"{type(content).__name__}"
-            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -155,4 +155,4 @@ def _pair_tokens(engine: EngineClient, query: str | list[int], document: str | l
         raise RequestInvalid("query and documents: give only texts, or only lists of token ids")
     if engine.tokenizer is None:
         raise RequestInvalid("the model has no tokenizer.json: give lists of token ids")
-    return engine.tokenizer.encode_pairs([(query, document)], limit=engine.plan.max_model_len)[0]
+    return engine.tokenizer.encode_all([(query, document)], limit=engine.plan.max_model_len)[0]
