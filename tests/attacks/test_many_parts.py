@@ -47,8 +47,10 @@ def with_tools() -> Iterator[Ask]:
         names = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(count)]
         calls = [{"id": "x", **one, "function": {"name": "f", "arguments": "{}"}} for one in names]
         turn = {"role": "assistant", "content": "", "tool_calls": calls}
+        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": names}}
         for fields in (
             {"tools": functions(count)},
+            {"tools": functions(count), "tool_choice": allowed},
             {"tools": functions(count, wide), "tool_choice": "required"},
             {"messages": [*CHAT["messages"], turn, *CHAT["messages"]]},  # type: ignore[misc]
         ):

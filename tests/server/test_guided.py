@@ -40,6 +40,11 @@ def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [named(name) for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def chat(**fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": USER, "max_tokens": 350, "seed": 3, **fields}
 
@@ -143,6 +148,7 @@ async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: S
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
         ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice.type"),
         ({"tools": TOOLS, "tool_choice": named("f")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", "f")}, "tool_choice"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
@@ -188,7 +194,7 @@ async def test_one_call_unless_more_are_asked_for(stream: bool, serve: Serve) ->
 @pytest.mark.slow
 async def test_a_function_without_parameters_gets_none(parameters: Any, serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
-        for choice in ("required", named("f")):
+        for choice in ("required", named("f"), allowed("required", "f")):
             wanted: Any = chat(tools=[with_parameters(parameters)], tool_choice=choice)
             _, [call], reason = await answers(served, False, **wanted)
             assert (call.function.arguments, reason) == ("{}", "tool_calls")
@@ -203,6 +209,17 @@ async def test_a_format_of_text_has_no_effect_on_calls(serve: Serve) -> None:
             assert (text, call.function.arguments, reason) == ("", "{}", "tool_calls")
         wanted = chat(tools=[with_parameters(None)], tool_choice="auto", response_format=format_)
         assert await answers(served, False, **wanted) == ('"text"', [], "stop")
+
+
+@pytest.mark.slow
+async def test_only_allowed_tools_are_called(serve: Serve) -> None:
+    async with serve(max_model_len=400) as served:
+        for seed in range(4):
+            wanted: Any = chat(tools=TOOLS, tool_choice=allowed("required", "stop"), seed=seed)
+            _, [call], _ = await answers(served, False, **wanted)
+            assert call.function.name == "stop"
+        wanted = chat(tools=TOOLS, tool_choice=allowed("auto", "stop"), max_tokens=3)
+        assert (await answers(served, False, **wanted))[2] in ("stop", "length")
 
 
 @pytest.mark.slow

@@ -320,7 +320,18 @@ class NamedTool(Strict, kw_only=True, tag_field="type", tag="function"):
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class Allowed(Strict, kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(Strict, kw_only=True, tag_field="type", tag="allowed_tools"):
+    """Restricts the tools by name; the model sees no others."""
+
+    allowed_tools: Allowed
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 
 
 class ChatRequest(GenerationFields, kw_only=True):

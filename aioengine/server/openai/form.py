@@ -54,6 +54,8 @@ class ToolPlan(NamedTuple):
 
     tools: list[api.Tool]
     """Tools that may be called; empty where none may be."""
+    places: Sequence[int]
+    """Their indices in the request."""
     forced: int | None = None
     """Index of a tool that must be called once."""
     required: bool = False
@@ -72,7 +74,7 @@ class ToolPlan(NamedTuple):
     def form(self, options: SchemaOptions, formats: AnswerFormats) -> Form:
         """Return the form of an answer that must be calls."""
         [first, *others] = self._callable
-        param = "tools" if others else f"tools[{first}].function.parameters"
+        param = "tools" if others else f"tools[{self.places[first]}].function.parameters"
         written, tokens = formats.written, formats.tokens
         return Form(param, Guide.lark, lambda: self.grammar(options, written, tokens))
 
@@ -98,7 +100,8 @@ class ToolPlan(NamedTuple):
             try:
                 prepared.append(prepare_schema(schema, chosen, budget))
             except RequestInvalid as error:
-                raise invalid(f"tools[{place}].function.parameters", str(error)) from error
+                param = f"tools[{self.places[place]}].function.parameters"
+                raise invalid(param, str(error)) from error
         is_parallel = bool(self.parallel) and self.forced is None
         grammar = written.grammar(names, [schema.text for schema in prepared], tokens, parallel=is_parallel)
         return grammar, tuple(dict.fromkeys(each for schema in prepared for each in schema.not_enforced))
@@ -111,14 +114,19 @@ def plan_tools(
     if not tools and choice not in (None, "none", "auto"):
         raise invalid("tool_choice", "there are no tools to choose from")
     if choice == "none" or not tools:
-        return ToolPlan([])
-    plan = ToolPlan(list(tools), required=choice == "required", parallel=parallel)
-    if not isinstance(choice, api.NamedTool):
-        return plan
-    name = choice.function.name
-    if name not in plan.names:
+        return ToolPlan([], ())
+    mode, wanted = choice, list[api.NamedTool]()
+    if isinstance(choice, api.AllowedTools):
+        mode, wanted = choice.allowed_tools.mode, choice.allowed_tools.tools
+    elif isinstance(choice, api.NamedTool):
+        wanted = [choice]
+    names, chosen = [tool.function.name for tool in tools], {tool.function.name for tool in wanted}
+    for name in chosen.difference(names):
         raise invalid("tool_choice", f"there is no tool {name[:100]!r}")
-    return plan._replace(forced=plan.names.index(name))
+    if isinstance(choice, api.NamedTool):
+        return ToolPlan(list(tools), range(len(tools)), names.index(choice.function.name), parallel=parallel)
+    places = [place for place, name in enumerate(names) if name in chosen or not chosen]
+    return ToolPlan([tools[i] for i in places], places, required=mode == "required", parallel=parallel)
 
 
 def wanted_form(
