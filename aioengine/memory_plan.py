@@ -27,9 +27,8 @@ from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
 
 MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
-AUTO_KV_ON_CUDA = 0.9
-"""Share of what is left on a GPU that the KV cache takes; the rest is for what a plan cannot know: recorded
-steps, reads of adapters, the driver, cuBLAS and NCCL."""
+AUTO_KV_ON_CUDA = 0.97
+"""Share of what is left on a GPU that the KV cache takes; the rest is for what a plan cannot know."""
 AUTO_TOKENS_ON_CPU = 512
 """Usual length of a request, prompt and output together, for which a CPU's KV cache has room. Memory that is
 not needed is left to other programs."""
@@ -158,8 +157,8 @@ def plan_memory(
         plan = _with_slots(plan, spec, lora, shard)
     if device != "cpu":
         working = working_memory(spec, local, config, dtype_bytes=dtype_bytes, max_model_len=max_model_len)
-        how, less = "at the largest step, at most", "lower max_num_batched_tokens or max_num_seqs"
-        parts = (Part(name, how, nbytes, less) for name, nbytes in working.items())
+        less = "lower max_num_batched_tokens or max_num_seqs"
+        parts = (Part(*row, less) for row in working.rows())
         plan = msgspec.structs.replace(plan, parts=(*plan.parts, *parts))
     plan = _with_blocks(plan, config)
     plan.check_it_fits()

@@ -262,15 +262,15 @@ BUDGETS = {
     "aioengine/fleet": 4_950,  # aim: 4_200
     "aioengine/grammars": 1_650,  # aim: 1_100
     "aioengine/lab": 8_050,  # aim: 7_500
-    "aioengine/model": 10_150,  # aim: 9_000
+    "aioengine/model": 10_350,  # aim: 9_000
     "aioengine/runtime": 2_800,  # aim: 2_700
     "aioengine/server": 6_400,  # aim: 6_300
     "benchmarks": 3_600,
     "examples, docs, setup": 1_100,
-    "kernels": 11_650,  # aim: 10_300, and 1_200 for AMX and Arm
+    "kernels": 11_750,  # aim: 10_300, and 1_200 for AMX and Arm
     "metrics": 3_600,
     "schedulers": 4_500,
-    "tests": 64_800,  # aim: 52_000
+    "tests": 64_850,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

@@ -87,6 +87,7 @@ def build_parts(
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.buffer import Allocate, page_locked, pageable
     from aioengine.model.build import build_runner
+    from aioengine.model.cuda.working_memory import mixed_sizes
     from aioengine.model.decode_graphs import DecodeLimits
     from aioengine.model.slots.layout import SlotLayout
 
@@ -98,7 +99,8 @@ def build_parts(
         if group.shard.size > 1:
             device = f"cuda:{_index_of_device(config, group.shard)}"
         if config.cuda_graphs:
-            graphs = DecodeLimits(config.max_num_seqs, plan.max_model_len)
+            sizes = mixed_sizes(config.max_num_batched_tokens)
+            graphs = DecodeLimits(config.max_num_seqs, plan.max_model_len, sizes)
     lora = config.lora
     dtype, lora_dtype = getattr(torch, plan.dtype), getattr(torch, plan.lora_dtype)
     runner = build_runner(

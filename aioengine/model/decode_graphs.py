@@ -3,8 +3,9 @@
 Enqueuing a step's launches one by one takes the host longer than a small step takes the GPU. A graph is one
 launch, but it computes the same shapes on the same addresses every time. So a step is padded to the next of
 few sizes, what differs from step to step lies at fixed addresses, and a size is recorded for steps without
-adapters, with adapters, and with adapters that scale or shift (DoRA, biases). Steps with parts of prompts run
-as they would without.
+adapters, with adapters, and with adapters that scale or shift (DoRA, biases). Decode steps are padded to
+numbers of sequences, steps with parts of prompts to numbers of tokens. Steps of more tokens, which keep a GPU
+busy for longer than the host needs, run as they would without.
 
 With several ranks the sums and gathers between them are recorded, too. All ranks record and play the same
 sizes in the same order, because what is played depends only on what all of them know: the batch, and which
@@ -16,15 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aioengine.kernels import LoRABatch
+from aioengine.kernels import LoRABatch, Span
+from aioengine.kernels.triton.launch import capability
+from aioengine.kernels.triton.query_tiles import rows_of_prompts
 from aioengine.kernels.triton.recorded_step import RecordedShape, RecordedStep
+from aioengine.kernels.triton.table import SHORT, expand_config, shrink_config
+from aioengine.model.cuda.working_memory import sizes
 from aioengine.model.model import Model, StepInputs
 from aioengine.model.parallel.group import Record, Step
+from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import SequenceWork
 
 __all__ = ["CudaGraphs", "DecodeLimits", "DecodeSteps", "Record", "Step"]
@@ -35,38 +42,40 @@ class DecodeLimits(NamedTuple):
 
     max_num_seqs: int
     max_model_len: int
-
-
-def sizes(most: int) -> list[int]:
-    """List the batch sizes that recorded steps of up to ``most`` sequences are padded to: 1, 2, 4, then every
-    8, and beyond 64 eight for each doubling."""
-    found = [size for size in (1, 2, 4) if size < most]
-    size = 8
-    while size < most:
-        found.append(size)
-        size += max(8, (1 << size.bit_length()) // 16)
-    return [*found, most]
+    mixed: tuple[int, ...] = ()
+    """Numbers of tokens that steps with parts of prompts are padded to; () leaves such steps alone."""
 
 
 class DecodeSteps:
-    """Plays decode steps back. Recording them, when this is made, takes some time for each size.
+    """Plays decode steps, and mixed ones, back. Recording them, when this is made, takes some time for each
+    size.
 
     ``vocab_size`` is that of the logits, which all ranks have.
     """
 
     def __init__(self, model: Model, vocab_size: int, limits: DecodeLimits, record: Record) -> None:
-        spec, block_size, device, slots = model.spec, model.cache.block_size, model.device, model.slots
+        spec, block_size, bits, device = (
+            model.spec,
+            model.cache.block_size,
+            8 * model.dtype.itemsize,
+            model.device,
+        )
+        slots = model.slots
         self._forward, self._slots = model.forward, slots
         self._max_rank = 1 if slots is None else slots.layout.max_rank
         shape = RecordedShape(
+            limits.max_num_seqs,
             -(-limits.max_model_len // block_size),
             block_size,
             0 if slots is None else slots.max_loras,
             self._max_rank,
             spec.num_heads // spec.num_kv_heads,
+            rows_of_prompts(bits, spec.head_dim, capability(device)),
+            SHORT if slots is None else _prompt_tile(slots, bits),
         )
-        self.recorded = [RecordedStep(size, shape, device) for size in sizes(limits.max_num_seqs)]
-        """Steps of all sizes."""
+        self._most = limits.max_num_seqs
+        self._decodes = [RecordedStep(n, shape, device, decodes=True) for n in sizes(self._most)]
+        self._mixed = [RecordedStep(size, shape, device) for size in sorted(limits.mixed)]
         # One for all sizes: the memory of a graph is used by the next one that is played.
         self._logits = torch.empty(limits.max_num_seqs, vocab_size, dtype=model.dtype, device=device)
         self._recorded: dict[tuple[RecordedStep, str], Step] = {}
@@ -80,42 +89,74 @@ class DecodeSteps:
         """Device memory of inputs and logits; what recorded steps compute in is not counted."""
         return self._logits.nbytes + sum(step.nbytes for step in self.recorded)
 
+    @property
+    def recorded(self) -> list[RecordedStep]:
+        """Steps of all sizes, decodes first."""
+        return [*self._decodes, *self._mixed]
+
     def run(self, sequences: Sequence[SequenceWork], slot_ranks: Sequence[int]) -> Tensor | None:
-        """Return the logits [N, vocab] of the sequences, valid until the next call; None if not each of them
-        has one token and asks for the next, or it scales an adapter, or has one with trained tokens or of a
-        rank beyond the recorded one, or there are more than are recorded."""
-        most, slots = self._max_rank, self._slots
-        step = next((step for step in self.recorded if step.size >= len(sequences)), None)
-        if step is None or any(
-            len(row.tokens) > 1 or not row.sample or row.scale != 1.0 or row.score for row in sequences
-        ):
+        """Return the logits [N, vocab] of those sequences that ask for a token, valid until the next call;
+        None if this is no step of the recorded sizes, or it scales an adapter, or has one with trained tokens
+        or of a rank beyond the recorded one."""
+        most = self._max_rank
+        if any(row.scale != 1.0 or (row.slot >= 0 and slot_ranks[row.slot] > most) for row in sequences):
             return None
-        if any(row.slot >= 0 and slot_ranks[row.slot] > most for row in sequences):
+        tokens = [] if self._slots is None else self._slots.tokens
+        if any(work.slot >= 0 and tokens[work.slot] is not None for work in sequences if tokens):
             return None
-        if slots is not None and any(r.slot >= 0 and slots.tokens[r.slot] is not None for r in sequences):
+        counts = [len(work.tokens) for work in sequences]
+        asking = [i for i, work in enumerate(sequences) if work.sample]
+        decodes = len(asking) == sum(counts)
+        steps = self._decodes if decodes else self._mixed
+        step = next((step for step in steps if step.size >= sum(counts)), None)
+        # The engine's first steps ask for nothing: they compile what launched steps need.
+        if step is None or not asking or len(sequences) > self._most:
             return None
-        if any(len(row.block_table) > step.table_width for row in sequences):
+        if any(work.draft or work.score or len(work.block_table) > step.table_width for work in sequences):
             return None
-        lora = LoRABatch(
-            [row.slot for row in sequences],
-            [1] * len(sequences),
-            () if slots is None else slot_ranks,
-            slot_affine=() if slots is None else slots.has_affine,
-        )
-        step.fill(
-            [row.tokens[0] for row in sequences],
-            [row.start for row in sequences],
-            [row.block_table for row in sequences],
+        ends = list(accumulate(counts))
+        lora = asked = self._batch(sequences, counts, slot_ranks)
+        if not decodes:
+            asked = self._batch([sequences[i] for i in asking], [1] * len(asking), slot_ranks)
+        filled = step.fill(
+            [token for work in sequences for token in work.tokens],
+            [Span(end - n, n, work.start) for end, n, work in zip(ends, counts, sequences, strict=True)],
+            [work.block_table for work in sequences],
+            [ends[i] - 1 for i in asking],
             lora,
+            asked,
         )
-        kind = "affine" if lora.affine else "lora" if lora.segments else "base"
-        self._recorded[step, kind]()
-        return self._logits[: len(sequences)]
+        if not filled:
+            return None
+        self._recorded[step, _kind(lora)]()
+        return self._logits[: len(asking)]
+
+    def _batch(
+        self, sequences: Sequence[SequenceWork], counts: Sequence[int], slot_ranks: Sequence[int]
+    ) -> LoRABatch:
+        affine = () if self._slots is None else self._slots.has_affine
+        ranks = () if self._slots is None else slot_ranks
+        return LoRABatch([work.slot for work in sequences], counts, ranks, slot_affine=affine)
 
     def _compute(self, step: RecordedStep, kind: str) -> None:
-        lora = step.plans[kind]
-        inputs = StepInputs(step.token_ids, step.rows, step.attention, lora, lora)
-        self._logits[: step.size].copy_(self._forward(inputs))
+        inputs = StepInputs(step.token_ids, step.rows, step.attention, *step.plans[kind])
+        self._logits[: len(step.rows)].copy_(self._forward(inputs))
+
+
+def _kind(lora: LoRABatch) -> str:
+    """Return which recording computes a step."""
+    return "affine" if lora.affine else "lora" if lora.segments else "base"
+
+
+def _prompt_tile(slots: LoRASlots, bits: int) -> int:
+    """Return the largest tile of tokens that every launch of an adapter in a mixed step can take."""
+    pools = [pool for layer in (*slots.layers, slots.outer) for pool in layer.values()]
+    found = [SHORT * 4]
+    for pool in pools:
+        rank = pool.slots.max_rank
+        found.append(shrink_config(bits, rank, pool.in_features, SHORT + 1).block_m)
+        found.append(expand_config(bits, rank, sum(pool.widths), SHORT + 1).block_m)
+    return min(found)
 
 
 class CudaGraphs:

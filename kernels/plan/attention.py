@@ -31,6 +31,9 @@ class AttentionPlan(Derivable):
     ``block * block_size + offset``. Tensors live on ``device``.
     """
 
+    padded = False
+    """Whether there are rows of no sequence, whose attention is 0."""
+
     def __init__(
         self,
         spans: Sequence[Span],

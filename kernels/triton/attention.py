@@ -76,7 +76,8 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
     if launches is None:
         launches = made[key] = _prepare(qkv, cache, plan, scores)
     kv_heads, d = keys.shape[2:]
-    out = qkv.new_empty(qkv.shape[0], (qkv.shape[1] - 2 * kv_heads) * d)
+    make = qkv.new_zeros if plan.padded else qkv.new_empty
+    out = make(qkv.shape[0], (qkv.shape[1] - 2 * kv_heads) * d)
     for launch in launches:
         launch(qkv, cache, sinks, out)
     return out

@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
 
     table: Tensor
     """[N, 4] int32: sequence, first row, tokens, position of the first. One without tokens is padding, whose
-    row becomes 0."""
+    row becomes 0; with fewer there is no row either."""
     block_m: int
     """Rows of a tile, a power of two."""
     longest: int

@@ -91,6 +91,7 @@ class Model:
 
     def recorded(self, max_num_seqs: int, max_model_len: int, record: Record | None = None) -> DecodeSteps:
         """Record steps, which compiles their kernels: by computing them once, unless said otherwise."""
+        from aioengine.model.cuda.working_memory import mixed_sizes
         from aioengine.model.decode_graphs import DecodeLimits, DecodeSteps
 
         def once(step):  # type: ignore[no-untyped-def]
@@ -101,7 +102,7 @@ class Model:
             forward=self.forward, slots=self.slots, spec=self.decoder.spec, dtype=DTYPE, device=META,
             cache=SimpleNamespace(block_size=BLOCK),
         )  # fmt: skip
-        limits = DecodeLimits(max_num_seqs, max_model_len)
+        limits = DecodeLimits(max_num_seqs, max_model_len, mixed_sizes(2048))
         return DecodeSteps(model, self.decoder.partition.whole.vocab_size, limits, record or once)
 
 
@@ -330,7 +331,5 @@ def working_memory() -> list[tuple[str, int, int]]:
             )
             model.step(rows)  # what is made at the first step stays
             kind = "mixed" if len(rows) > 2 else "prompts"
-            found.append(
-                (f"{name}, {kind}", planned["activations"], peak_of("meta", partial(model.step, rows)))
-            )
+            found.append((f"{name}, {kind}", planned.activations, peak_of("meta", partial(model.step, rows))))
     return found

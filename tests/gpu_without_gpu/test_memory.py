@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +16,16 @@ from support.fake_gpu import run_on_fake_gpu
 from support.tiny_models import build_model
 
 from aioengine import EngineConfig, LoRAConfig
+from aioengine.adapters.peft.dora import rows_of
 from aioengine.errors import ConfigError
 from aioengine.executors.parts import PartsPlan, build_parts
+from aioengine.kernels.blocks import BlockWeight
+from aioengine.kernels.portable.quantize import quantize
+from aioengine.kernels.weight import PlainWeight, Weight
 from aioengine.memory_plan import available_memory, plan_memory
-from aioengine.model.cuda.working_memory import working_memory
+from aioengine.model.cuda.working_memory import WORKSPACE_BYTES, WorkingMemory, working_memory
 from aioengine.model.files.hf_config import read_spec
+from aioengine.model.linear import WeightRows
 from aioengine.model.penalties import Penalties
 from aioengine.model.sampler import sample
 from aioengine.model.spec import ModelSpec
@@ -25,7 +33,7 @@ from aioengine.request import SamplingParams
 from aioengine.runtime.warm_up import first_requests, kernel_shapes, largest_step
 from aioengine.step import SequenceWork
 
-STEPS = ("activations", "sampling")
+STEPS = WorkingMemory.__struct_fields__
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +82,11 @@ def test_sampling_takes_what_is_planned(params: list[SamplingParams], dtype: tor
                 for i in range(rows)
             ]
             sample(logits.to("cuda"), work, penalties)
-        assert world.live.peak <= planned["sampling"]
+        assert world.live.peak <= planned.sampling
         assert world.live.now <= 2**16
 
 
-def _planned(spec: ModelSpec, config: EngineConfig, dtype_bytes: int = 2) -> dict[str, int]:
+def _planned(spec: ModelSpec, config: EngineConfig, dtype_bytes: int = 2):  # type: ignore[no-untyped-def]
     return working_memory(spec, spec, config, dtype_bytes=dtype_bytes, max_model_len=8192)
 
 
@@ -86,6 +94,54 @@ def _llama(vocab: int = 128256) -> ModelSpec:
     from gpu_without_gpu.scenarios import llama
 
     return llama(vocab_size=vocab, num_layers=32)  # type: ignore[return-value]
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    format=st.sampled_from(["int4", "int8", "fp8"]),
+    module=st.sampled_from(["q_proj", "down_proj"]),
+    rank=st.sampled_from([8, 64]),
+)
+@pytest.mark.slow
+def test_reading_an_adapter_takes_what_is_planned(format: str, module: str, rank: int) -> None:
+    """Norms of DoRA over a quantized weight, of which a piece is expanded at a time."""
+    spec = msgspec.structs.replace(_llama(), num_layers=2)
+    lora = LoRAConfig(max_loras=4, max_lora_rank=rank, target_modules=[module])
+    plain = _planned(spec, EngineConfig(model="none", lora=lora)).reads
+    packed = {f"model.layers.{layer}.self_attn.q_proj": None for layer in range(2)}
+    spec = msgspec.structs.replace(spec, packed=packed)
+    planned = _planned(spec, EngineConfig(model="none", lora=lora)).reads
+    assert _planned(spec, EngineConfig(model="none", lora=None)).reads == 0
+    n, k = spec.linear(module).out_features, spec.linear(module).in_features
+    made = quantize(format, torch.randn(256, k), 128)
+    made = {name: tensor.repeat(n // 256, 1) for name, tensor in made.items()}
+    a, b = torch.randn(rank, k), torch.randn(n, rank)
+    for expands, limit in ((False, plain), (True, planned)):
+        with FakeCuda() as world:
+            on_device = {name: tensor.to("cuda") for name, tensor in made.items()}
+            weight: Weight = BlockWeight(format, k=k, dtype=torch.bfloat16, group=128, **on_device)
+            if not expands:
+                weight = PlainWeight(torch.zeros(n, k, dtype=torch.bfloat16, device="cuda"))
+            adapter: Any = SimpleNamespace(computed={(layer, module): (a, b) for layer in (0, 1)})
+            world.live.peak = before = world.live.now
+            bias = torch.zeros(n, device="cuda")
+            rows = WeightRows(weight, 0, n), bias
+            rows_of(adapter, lambda *_, rows=rows: rows, list(adapter.computed))  # type: ignore[misc]
+            assert world.live.peak - before <= limit
+
+
+def test_graphs_streams_and_ranks_are_counted() -> None:
+    spec, lora = _llama(), LoRAConfig(max_loras=4)
+    base = _planned(spec, EngineConfig(model="none", cuda_graphs=False, lora=None))
+    assert base.workspaces == WORKSPACE_BYTES and base.graphs == base.exchange == 0
+    recorded = _planned(spec, EngineConfig(model="none", lora=lora))
+    assert recorded.workspaces == 3 * WORKSPACE_BYTES  # the steps', the recordings', and DoRA's
+    plain = _planned(spec, EngineConfig(model="none", lora=None))
+    assert recorded.graphs > plain.graphs > 2 * 64 * spec.vocab_size * 2
+    two = EngineConfig(model="none", lora=None, executor="process", tensor_parallel_size=2)
+    ranks = _planned(spec, two)
+    assert ranks.exchange > 100 * 2**20 and ranks.graphs > plain.graphs  # exchanges are launches, too
+    assert sum(size for _, _, size in recorded.rows()) == recorded.nbytes
 
 
 @settings(max_examples=50, deadline=None)
@@ -105,7 +161,7 @@ def test_the_kv_cache_leaves_them_their_room(available: int, seqs: int, tokens: 
         return
     parts = plan.bytes_of("base weights", "slot pool", "KV blocks", *STEPS)
     assert plan.total_bytes == parts <= available
-    assert plan.bytes_of(*STEPS) == sum(_planned(_llama(), config).values())
+    assert plan.bytes_of(*STEPS) == _planned(_llama(), config).nbytes
 
 
 @pytest.mark.parametrize("slot_memory", [None, "1MiB"])

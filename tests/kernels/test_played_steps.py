@@ -40,14 +40,14 @@ def model() -> Path:
 class Run:
     """A runner with random adapters, and what its steps gave."""
 
-    def __init__(self, *, played: bool, slots: bool = True) -> None:
+    def __init__(self, *, played: bool, slots: bool = True, mixed: tuple[int, ...] = ()) -> None:
         self.logits = torch.empty(0)
         self.played: list[int] = []
         spec = read_spec(model())
         self.runner = build_runner(
             *(spec, model()), dtype=torch.float32, device=DEVICE, num_blocks=BLOCKS, block_size=4,
             max_loras=len(RANKS) if slots else 0, max_lora_rank=8, kernels="triton", sample=self._sample,
-            fixed_decode=DecodeLimits(MOST, 64) if played else None,
+            fixed_decode=DecodeLimits(MOST, 64, mixed) if played else None,
             record=self._record,
         )  # fmt: skip
         if self.runner.lora_slots is not None:
@@ -78,13 +78,17 @@ class Run:
         self.logits = logits.float().cpu()
         return [Sampled(int(token)) for token in self.logits.argmax(-1)]
 
-    def step(self, sequences: Sequence[tuple[int, int, int]], sample: bool = True) -> Tensor:
-        """One step over (slot, position, tokens); sequence i has blocks of its own, scattered."""
+    def step(
+        self, sequences: Sequence[tuple[int, int, int]], sample: bool = True, unasked: int = -1
+    ) -> Tensor:
+        """One step over (slot, position, tokens); sequence i has blocks of its own, scattered. The sequence
+        ``unasked`` asks for no token."""
         work = []
         for i, (slot, start, count) in enumerate(sequences):
             ids = [(11 * i + 7 * position) % 200 + 5 for position in range(start, start + count)]
             table = [(7 * (8 * i + j)) % BLOCKS for j in range(-(-(start + count) // 4))]
-            work.append(SequenceWork(str(i), slot, ids, start, table, sample, SamplingParams(), 0, ids, 0))
+            asks = sample and i != unasked
+            work.append(SequenceWork(str(i), slot, ids, start, table, asks, SamplingParams(), 0, ids, 0))
         self.runner.execute(StepBatch(0, work, RANKS))
         return self.logits
 
@@ -168,3 +172,41 @@ def test_what_is_no_decode_step_is_not_played() -> None:
     assert not run.played
     run.step([(-1, 5, 1), (-1, 5, 1)])
     assert len(run.played) == 1
+
+
+MIXED = {
+    "prompts": ([(-1, 0, 9), (0, 0, 3), (1, 0, 7)], -1),
+    "beside decodes": ([(-1, 8, 1), (0, 12, 1), (0, 0, 8), (1, 9, 6), (1, 5, 1)], 3),
+    "that scale and shift": ([(-1, 0, 2), (0, 3, 5), (2, 4, 9), (2, 7, 1)], 1),
+    "base alone": ([(-1, 7, 1), (-1, 0, 11)], -1),
+    "full": ([(-1, 0, 12), (0, 0, 11), (2, 3, 1)], -1),
+}
+"""Sequences, and which of them asks for no token."""
+
+
+@pytest.fixture(scope="module")
+def mixed() -> tuple[Run, Run]:
+    return Run(played=True, mixed=(24,)), Run(played=False)
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_played_mixed_steps_are_those_of_the_eager_model(mixed: tuple[Run, Run], case: str) -> None:
+    """Also after other steps, whose rows and tiles are padding now."""
+    (played, eager), (sequences, unasked) = mixed, MIXED[case]
+    for run in mixed:
+        for cache in (*run.runner.kv_cache.k, *run.runner.kv_cache.v):
+            cache.fill_(0.5)
+    found = played.step(sequences, unasked=unasked)
+    close(found, eager.step(sequences, unasked=unasked))
+    assert len(found) == len(sequences) - (unasked >= 0) and len(played.played) == 1
+    played.played.clear()
+    for ours, theirs in zip(played.caches(), eager.caches(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_mixed_steps_of_other_sizes_are_not_played(mixed: tuple[Run, Run]) -> None:
+    played, eager = mixed
+    for step in ([(-1, 0, 25)], [(-1, 0, 2)] * (MOST + 1)):
+        close(played.step(step), eager.step(step))
+    played.step([(-1, 0, 3), (0, 0, 3)], sample=False)
+    assert not played.played

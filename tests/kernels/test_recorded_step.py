@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 
-from aioengine.kernels import LoRABatch
+from aioengine.kernels import LoRABatch, Span
 from aioengine.kernels.triton.plan import TilePlan, cut
 from aioengine.kernels.triton.query_tiles import QueryTiles
 from aioengine.kernels.triton.recorded_step import RecordedShape, RecordedStep, most_tiles
-from aioengine.model.decode_graphs import sizes
+from aioengine.model.cuda.working_memory import sizes
 
 
 def make(size: int, group: int = 4) -> RecordedStep:
-    return RecordedStep(size, RecordedShape(4, 16, 3, 8, group), "cpu")
+    return RecordedStep(size, RecordedShape(64, 4, 16, 3, 8, group, 64, 64), "cpu", decodes=True)
 
 
 def fill(step: RecordedStep, ids: list[int], at: list[int], tables: Sequence[Any], lora: LoRABatch) -> None:
-    step.fill(ids, at, tables, lora)
+    spans = [Span(i, 1, start) for i, start in enumerate(at)]
+    assert step.fill(ids, spans, tables, range(len(ids)), lora, lora)
 
 
 def test_sizes_of_steps() -> None:
@@ -49,7 +50,7 @@ def test_tiles_fit_whatever_the_adapters_are(slots: int) -> None:
 
 def test_a_step_is_filled_and_emptied_in_place() -> None:
     step = make(4)
-    plan, tiles = step.attention, step.plans["lora"].derive(TilePlan)
+    plan, tiles = step.attention, step.plans["lora"][0].derive(TilePlan)
     query = plan.derive(QueryTiles).of(4, 64)[0]
     before = [t.data_ptr() for t in (plan.positions, plan.cells, plan.tables, query.table, tiles.tiles(16))]
     lora = LoRABatch([-1, 0, 2], [1, 1, 1], [8, 0, 4], slot_affine=[False, False, True])
@@ -61,7 +62,7 @@ def test_a_step_is_filled_and_emptied_in_place() -> None:
     assert query.table.tolist() == [[0, 0, 1, 0], [1, 1, 1, 17], [2, 2, 1, 33], [3, 3, 0, 0]]
     assert tiles.tiles(16).tolist() == [[0, 1, 1, 8], [2, 2, 1, 4], [0, 0, 0, 0]]
     assert tiles.affine_tiles(16).tolist() == [[2, 2, 1, 4], [0, 0, 0, 0], [0, 0, 0, 0]]
-    base, plain, affine = (step.plans[kind] for kind in ("base", "lora", "affine"))
+    base, plain, affine = (step.plans[kind][0] for kind in ("base", "lora", "affine"))
     assert plain.segments and not plain.affine and affine.affine and not base.segments
 
     fill(step, [6], [34], [[9, 8, 7]], LoRABatch([-1], [1], []))

@@ -35,7 +35,7 @@ BaseWeights = Callable[[int, str], tuple[WeightRows, Tensor | None]]
 these."""
 
 _CUDA_ELEMENTS = 1 << 22
-"""Of a tile on a GPU."""
+"""Of a tile on a GPU; counted in :mod:`aioengine.model.cuda.working_memory`."""
 
 
 class Rows(NamedTuple):

@@ -173,6 +173,8 @@ def attention_kernel(
     row = tl.load(tiles_ptr + 4 * tile + 1)
     tokens = tl.load(tiles_ptr + 4 * tile + 2)
     position = tl.load(tiles_ptr + 4 * tile + 3)
+    if tokens < 0:  # padding without a row
+        return
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
