@@ -100,7 +100,7 @@ ROOMS: dict[str, set[str]] = {
 
 INNER_ROOMS: dict[str, set[str]] = {
     "adapters": {"peft", "peft.folding", "resolvers"},
-    "cli": {"config", "fleet", "generate", "lab", "serving"},
+    "cli": {"config", "fleet", "lab", "serving"},
     "core": {"adapters"},
     "executors": {"process", "ray"},
     "fleet": {"gateway"},
@@ -256,12 +256,12 @@ def test_every_room_is_installed() -> None:
 BUDGETS = {
     "aioengine/*.py": 2_900,  # aim: 2_400
     "aioengine/adapters": 3_600,
-    "aioengine/cli": 4_100,  # aim: 3_200
+    "aioengine/cli": 3_850,  # aim: 3_200
     "aioengine/core": 4_450,
     "aioengine/executors": 1_850,
     "aioengine/fleet": 4_950,  # aim: 4_200
     "aioengine/grammars": 1_650,  # aim: 1_100
-    "aioengine/lab": 8_050,  # aim: 7_500
+    "aioengine/lab": 7_850,  # aim: 7_500
     "aioengine/model": 10_350,  # aim: 9_000
     "aioengine/runtime": 2_800,  # aim: 2_700
     "aioengine/server": 6_400,  # aim: 6_300

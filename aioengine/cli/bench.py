@@ -51,8 +51,30 @@ def bench(
     """
     counts = adapters or [8]
     config = _config(engine, requests, prompt_tokens + output_tokens, max(counts), rank)
-    results = run(_measure(config, requests, prompt_tokens, output_tokens, counts, rank, repeats))
-    _print(results, f"{requests} requests x {prompt_tokens} + {output_tokens} tokens", config)
+    names = [f"random-{i}" for i in range(max(counts))]
+    variants: dict[str, Sequence[str | None]] = {"base": [None]}
+    variants |= {f"{count} adapters, rank {rank}": names[:count] for count in counts}
+
+    async def measure() -> dict[str, list[Measured]]:
+        from aioengine.lab.calibration.random_adapters import write_random_adapter
+        from aioengine.model.files.resolve import read_spec, resolve_model
+
+        spec = read_spec(resolve_model(config.model), config.model_impl)
+        prompts = random_prompts(spec.vocab_size, requests, prompt_tokens)
+        results: dict[str, list[Measured]] = {name: [] for name in variants}
+        with tempfile.TemporaryDirectory() as folder:
+            async with AsyncEngine(config) as running:
+                for i, name in enumerate(names):
+                    path = write_random_adapter(Path(folder) / name, spec, rank, seed=i)
+                    await running.load_adapter(name, path)
+                for of in variants.values():  # warm-up
+                    await run_once(running, prompts, 2, of)
+                for _ in range(repeats):
+                    for variant, of in variants.items():
+                        results[variant].append(await run_once(running, prompts, output_tokens, of))
+        return results
+
+    _print(run(measure()), f"{requests} requests x {prompt_tokens} + {output_tokens} tokens", config)
     return 0
 
 
@@ -69,37 +91,6 @@ def _config(flags: EngineFlags, requests: int, tokens: int, adapters: int, rank:
     values["max_num_batched_tokens"] = max(given.max_num_batched_tokens, values["max_num_seqs"])
     values["enable_prefix_caching"] = False  # every run computes every prompt
     return EngineConfig.from_dict(values, source=source)
-
-
-async def _measure(
-    config: EngineConfig,
-    requests: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    counts: Sequence[int],
-    rank: int,
-    repeats: int,
-) -> dict[str, list[Measured]]:
-    from aioengine.lab.calibration.random_adapters import write_random_adapter
-    from aioengine.model.files.resolve import read_spec, resolve_model
-
-    spec = read_spec(resolve_model(config.model), config.model_impl)
-    prompts = random_prompts(spec.vocab_size, requests, prompt_tokens)
-    names = [f"random-{i}" for i in range(max(counts))]
-    variants: dict[str, Sequence[str | None]] = {"base": [None]}
-    variants |= {f"{count} adapters, rank {rank}": names[:count] for count in counts}
-    results: dict[str, list[Measured]] = {name: [] for name in variants}
-    with tempfile.TemporaryDirectory() as folder:
-        async with AsyncEngine(config) as engine:
-            for i, name in enumerate(names):
-                path = write_random_adapter(Path(folder) / name, spec, rank, seed=i)
-                await engine.load_adapter(name, path)
-            for adapters in variants.values():  # warm-up
-                await run_once(engine, prompts, 2, adapters)
-            for _ in range(repeats):
-                for name, adapters in variants.items():
-                    results[name].append(await run_once(engine, prompts, output_tokens, adapters))
-    return results
 
 
 async def run_once(

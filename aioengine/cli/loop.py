@@ -15,20 +15,19 @@ T = TypeVar("T")
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run ``main`` to its end on a uvloop loop (on asyncio's own where uvloop is not available).
 
-    Ctrl-C cancels it. Raises KeyboardInterrupt if Ctrl-C, or output that nobody reads, has ended it.
+    Ctrl-C cancels it. Raises KeyboardInterrupt if that has ended it.
     """
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         try:
             return runner.run(_cancellable(main))
         except asyncio.CancelledError:
-            if process.ending is None:
+            if not process.interrupted:
                 raise
             raise KeyboardInterrupt from None
 
 
 async def _cancellable(main: Coroutine[Any, Any, T]) -> T:
-    task = asyncio.current_task()
-    loop = asyncio.get_running_loop()
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
     with process.cancelling(lambda: loop.call_soon_threadsafe(task.cancel)):
         return await main

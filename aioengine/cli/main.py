@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from itertools import pairwise
 from typing import Annotated
@@ -27,9 +27,10 @@ from aioengine import errors
 from aioengine.cli.config.sources import PREFIX, sources
 from aioengine.cli.flags import CommonFlags, in_flags
 from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
-from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, process
+from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, output_failure, process
 from aioengine.cli.serving.log import configure_logging, print_line
 from aioengine.config import refuse_removed
+from aioengine.lab.workload.extra import needs_extra
 
 EXIT_OK, EXIT_REFUSED = 0, 2
 
@@ -43,7 +44,7 @@ _WHILE_RUNNING = (
 """Errors that end a command after its start; other errors of this package say why it could not start."""
 
 GROUPS = {
-    "config": "Check, show and describe a server's configuration.",
+    "config": "Check and show a server's configuration.",
     "fleet": "Inspect a fleet, and drain replicas.",
     "keys": "Create and check a server's API keys.",
     "lab": "Evaluate scheduling policies on traces in simulated time, with the serving engine.",
@@ -55,13 +56,12 @@ COMMANDS = {
     "bench": ("bench", ["", "--adapters 8 32 --quantization int8"]),
     "config check": ("config.commands", ["--config server.toml --port 9000"]),
     "config show": ("config.commands", ["--config server.toml"]),
-    "config schema": ("config.commands", ["> aioengine.schema.json"]),
     "demo": ("demo", ["", "--requests 24 --max-tokens 64"]),
     "fleet status": ("fleet.command", [""]),
     "fleet adapters": ("fleet.command", [""]),
     "fleet drain": ("fleet.command", ["k3x9q2ab", "k3x9q2ab --undo"]),
     "generate": (
-        "generate.command",
+        "generate",
         ['"Hello" --chat --adapter path/to/sql', "< requests.jsonl > answers.jsonl"],
     ),
     "keys new": (
@@ -93,7 +93,7 @@ COMMANDS = {
 }
 """The commands: each with its module, which has a function of the command's last name, and arguments of its
 examples."""
-_OF_A_SERVER = ("serve", "config check", "config show")
+_OF_A_SERVER = ("serve", "lab record", "config check", "config show")
 """Commands that take the configuration of a server."""
 
 
@@ -195,12 +195,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 listed[name]
         _refuse_removed_flags(tokens)
         command, bound, _ = app.meta.parse_args(tokens)
-        result = command(*bound.args, **bound.kwargs)
+        with needs_extra() if tokens[:1] == ["lab"] else nullcontext():
+            result = command(*bound.args, **bound.kwargs)
     except KeyboardInterrupt:
-        if process.ending is None:  # else the process says it when it exits
+        if not process.interrupted:  # else the process says it when it exits
             print("aioengine: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
+        if output_failure() is not None:  # the process says this, too
+            return EXIT_FAILED
         if debug:
             traceback.print_exc()
         for text in (*unknown, _one_line(error)):  # a variable may be the cause

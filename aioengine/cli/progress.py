@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.progress import Progress, TextColumn
 
 from aioengine.config import EngineConfig
 from aioengine.engine import AsyncEngine
@@ -36,12 +36,12 @@ async def started(
             writer = await stack.enter_async_context(TraceWriter(record))
         engine = AsyncEngine(config)
         stack.push_async_callback(engine.stop)
-        with load_progress() as shown:
+        with load_progress() as show:
 
             def progress(stage: str, done: int, total: int) -> None:
-                for tell in (shown, also):
-                    if tell is not None:
-                        tell(stage, done, total)
+                show(stage, done, total)
+                if also is not None:
+                    also(stage, done, total)
 
             await engine.start(progress=progress)
         for name, path in adapters.items():
@@ -52,37 +52,20 @@ async def started(
 
 
 @contextmanager
-def load_progress() -> Iterator[LoadProgress | None]:
-    """Context with a bar for each stage of loading a model; None where there is no terminal."""
-    console = _terminal()
-    if console is None:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=console, transient=True) as bars:
-        stages: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=total)
-            bars.update(stages[stage], completed=done, total=total)
-
-        yield show
+def load_progress() -> Iterator[LoadProgress]:
+    """Context with a function that shows the progress of loading a model."""
+    with progress("loading") as show:
+        yield lambda stage, done, total: show(done, total, stage)
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Show]:
     """Context with a function that shows the progress of ``what``."""
-    console = _terminal()
-    if console is None:
+    console = Console(stderr=True)
+    if not console.is_terminal or console.is_dumb_terminal:
         yield lambda done, total, detail: None
         return
     detail = TextColumn("{task.fields[detail]}", style="dim", markup=False)
     with Progress(*Progress.get_default_columns(), detail, console=console, transient=True) as bars:
         task = bars.add_task(what, total=None, detail="")
         yield lambda done, total, detail: bars.update(task, completed=done, total=total, detail=detail)
-
-
-def _terminal() -> Console | None:
-    console = Console(stderr=True)
-    return console if console.is_terminal and not console.is_dumb_terminal else None

@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from aioengine.checks import format_bytes
-from aioengine.cli.background_stderr import BackgroundFile, background_stderr
 from aioengine.cli.config.checked import Checked, FleetFlags, ServerFlags, check_all, is_loopback
 from aioengine.cli.config.reload import Reloader
 from aioengine.cli.config.sources import LogLevel, ParseAgain
@@ -25,6 +24,7 @@ from aioengine.cli.fleet.started import started_fleet
 from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED, process
 from aioengine.cli.progress import started
+from aioengine.cli.serving.background import BackgroundHandler
 from aioengine.cli.serving.log import configure_logging
 from aioengine.engine import AsyncEngine
 from aioengine.errors import ConfigError
@@ -59,9 +59,12 @@ def serve(
         found: dict[str, Any] = {} if parse_again is None else parse_again()
         return check_all(**{name: found[name] for name in ("server", "engine", "fleet") if name in found})
 
-    with background_stderr() as log:
-        configure_logging(checked.flags.log_format, log_level or "info")
+    log = BackgroundHandler()
+    configure_logging(checked.flags.log_format, log_level or "info", log)
+    try:
         return run(_serve(checked, recording.record, log, Reloader(checked, read_again)))
+    finally:
+        log.close()
 
 
 def record(
@@ -70,6 +73,7 @@ def record(
     *,
     server: ServerFlags = ServerFlags(),
     engine: EngineFlags = EngineFlags(),
+    parse_again: ParseAgain = None,
     log_level: LogLevel = None,
 ) -> int:
     """Serve, and append a line per request to a file for --trace.
@@ -79,10 +83,13 @@ def record(
     Args:
         file: JSON lines; may be an earlier recording, to which lines are added.
     """
-    return serve(server=server, engine=engine, recording=RecordFlags(record=file), log_level=log_level)
+    recording = RecordFlags(record=file)
+    return serve(
+        server=server, engine=engine, recording=recording, parse_again=parse_again, log_level=log_level
+    )
 
 
-async def _serve(checked: Checked, record: Path | None, log: BackgroundFile, reloader: Reloader) -> int:
+async def _serve(checked: Checked, record: Path | None, log: BackgroundHandler, reloader: Reloader) -> int:
     from aioengine.cli.serving.lifetime import serve_to_the_end
     from aioengine.server.app import Entrance, create_app
     from aioengine.server.run import Signals, listening

@@ -12,12 +12,17 @@ from rich.table import Table
 _PLAIN_WIDTH = 160
 
 
+class _OutputConsole(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # as print does; a console of rich would end the process
+
+
 def output_console() -> Console:
     """Return a console on standard output; if it is no terminal, it is wide enough for a row on one line."""
-    console = Console()
+    console = _OutputConsole()
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
-    return Console(width=_PLAIN_WIDTH)
+    return _OutputConsole(width=_PLAIN_WIDTH)
 
 
 def new_table(console: Console, *columns: str, title: str | None = None) -> Table:

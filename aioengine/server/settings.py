@@ -172,7 +172,7 @@ def refuse_unknown_fields(table: Mapping[str, Any], source: str) -> None:
         if name not in SERVER_FIELDS:
             near = nearest(name, SERVER_FIELDS)
             raise ConfigError(
-                f"{source}: [server] has no field {name!r}{near}; see `aioengine config schema`"
+                f"{source}: [server] has no field {name!r}{near}; see aioengine serve --help-all"
             )
 
 

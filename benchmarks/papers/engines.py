@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from aioengine.lab.costs.model import CostModel, ModelShape, Stage
+from aioengine.lab.costs.model import CostModel, Stage, spec_of_sizes
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.costs.roofline import DEVICES, estimate
 from benchmarks.report import Table
@@ -14,10 +14,11 @@ from benchmarks.shared.simulated import compared, presets
 
 STALLS = 1e6
 """Slowdown of a step while an adapter is copied: the step does not advance."""
-LLAMA_7B = ModelShape(
-    vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-    intermediate_size=11008, max_position=4096, dtype="float16",
-)  # fmt: skip
+LLAMA_7B = {
+    "family": "llama", "vocab_size": 32000, "hidden_size": 4096, "num_layers": 32, "num_heads": 32,
+    "num_kv_heads": 32, "head_dim": 128, "intermediate_size": 11008, "max_position": 4096,
+    "tie_embeddings": False, "dtype": "float16",
+}  # fmt: skip
 
 
 def slora(
@@ -55,7 +56,7 @@ def llama_on_a40(link: float) -> CostModel:
         DEVICES["a10g"], name="one A40 48 GB", memory=45 * 2**30, bandwidth=696e9, flops=149.7e12,
         host_to_device=link,
     )  # fmt: skip
-    costs = estimate("llama-7b-a40", LLAMA_7B, a40)
+    costs = estimate("llama-7b-a40", spec_of_sizes(LLAMA_7B), a40)
     return msgspec.structs.replace(costs, slot=Stage(costs.slot.latency, link, slowdown=STALLS))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Iterator
 from functools import partial
 
-from aioengine.cli.lab.run import fewer_collections
+from aioengine.cli.lab.run import COLLECT_AFTER
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.lab.costs.presets import load_costs
 from benchmarks.report import Table
@@ -66,9 +67,9 @@ def lab_speed(*, trace: str, requests: int = 1500, rounds: int = 5) -> Iterator[
         with tempfile.TemporaryDirectory() as folder:
             return float(run(experiment, folder).summary["engine"]["steps"])
 
-    with fewer_collections():
-        calls = {name: partial(simulate, experiment) for name, experiment in experiments.items()}
-        yield Calls(f"{requests:,} requests of each workload", calls, rounds, "steps", "s")
+    gc.set_threshold(COLLECT_AFTER)
+    calls = {name: partial(simulate, experiment) for name, experiment in experiments.items()}
+    yield Calls(f"{requests:,} requests of each workload", calls, rounds, "steps", "s")
 
 
 CASES = (slot_memory, lab_speed)

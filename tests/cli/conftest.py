@@ -16,10 +16,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the four adapters that the demo asks for, and the tasks beside it."""
+    """A folder with the four adapters that the demo asks for, and its requests beside it."""
     folder = tmp_path_factory.mktemp("examples") / "adapters"
     for seed, name in enumerate(("sql", "json", "sentiment", "pirate")):
         build_adapter(model, folder / name, seed=seed, r=4)
-    tasks = Path(__file__).resolve().parents[2] / "examples" / "tasks.py"
-    (folder.parent / "tasks.py").write_text(tasks.read_text())
+    requests = Path(__file__).resolve().parents[2] / "examples" / "demo.jsonl"
+    (folder.parent / "demo.jsonl").write_text(requests.read_text())
     return folder

@@ -288,7 +288,7 @@ def test_demo_fails_if_a_request_fails(
             content = file.read_bytes()
             cut = folder.name == "pirate" and file.suffix == ".safetensors"
             (broken / folder.name / file.name).write_bytes(content[:100] if cut else content)
-    (tmp_path / "tasks.py").write_text((adapters.parent / "tasks.py").read_text())
+    (tmp_path / "demo.jsonl").write_text((adapters.parent / "demo.jsonl").read_text())
     arguments = ["demo", "--model", str(model), "--adapters", str(broken)]
     assert main([*arguments, "--max-tokens", "4"]) == 1
     out = capsys.readouterr().out

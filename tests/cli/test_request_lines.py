@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aioengine.cli.generate.request_lines import Defaults, Request, parse_lines
+from aioengine.cli.request_lines import Defaults, Request, parse_lines
 from aioengine.errors import RequestInvalid
 
 

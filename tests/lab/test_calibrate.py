@@ -115,7 +115,7 @@ def test_calibration_of_a_tiny_model(model: Path, calibrated: Path) -> None:
     costs = CostModel.read(calibrated)
     assert costs.name == "tiny" and not costs.estimate
     assert "aioengine" in costs.source and "thread" in costs.source
-    assert costs.model.num_layers == 3 and costs.model.dtype == "float32"
+    assert costs.spec.num_layers == 3 and costs.spec.dtype == "float32"
     assert costs.fit is not None and costs.fit.steps > 10
     assert 0 < costs.fit.median_error <= costs.fit.p90_error
     assert costs.disk.slowdown >= 1 and costs.slot.slowdown >= 1

@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from support.lab_sim import Fixed, MemorySink, config, costs
+from support.lab_sim import Fixed, MemorySink, Played, config, costs, played
 
 from aioengine.errors import ConfigError
 from aioengine.lab.fleet.conditions import Conditions, Fault, fleet_config
 from aioengine.lab.fleet.fleet import SimulatedFleet
 from aioengine.lab.runs.comparison import Comparison, compare
 from aioengine.lab.runs.experiment import Experiment
-from aioengine.lab.runs.replay import Replayed, replay_on_fleet
+from aioengine.lab.runs.replay import replay_on_fleet
 from aioengine.lab.runs.simulate import run
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -37,10 +37,10 @@ def play_fleet(
     silent_seconds: float = 2.75,
     migration_limit: int = 3,
     **fields: Any,
-) -> tuple[Replayed, SimulatedFleet, MemorySink]:
+) -> tuple[Played, SimulatedFleet, MemorySink]:
     kept = MemorySink()
 
-    async def main() -> tuple[Replayed, SimulatedFleet]:
+    async def main() -> SimulatedFleet:
         return await replay_on_fleet(
             workload,
             kept,
@@ -58,7 +58,8 @@ def play_fleet(
             conditions=conditions,
         )
 
-    return *run_in_virtual_time(main()), kept
+    fleet = run_in_virtual_time(main())
+    return played(kept), fleet, kept
 
 
 def spread(count: int = 60, *, every: float = 0.05, output: int = 40) -> Fixed:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, make_engine, tiny, tiny_of
-from support.lab_sim import DISK, MB, SLOT, STEP, Fixed, MemorySink, costs, play
+from support.lab_sim import DISK, MB, SLOT, STEP, Fixed, MemorySink, Played, costs, play, played
 
-from aioengine.lab.runs.replay import Replayed, RunStalled, replay
+from aioengine.lab.runs.replay import RunStalled, replay
 from aioengine.lab.workload.requests import AdapterShape, Arrival
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView, load_policy
 
@@ -30,7 +30,7 @@ def arrive(time: float, adapter: str | None = None, tokens: int = 4, **fields: o
 
 def test_a_cold_and_a_warm_request() -> None:
     done, kept = play(Fixed([arrive(1.0, "a"), arrive(5.0, "a", tokens=2, tenant="t")], [A, B]))
-    assert done == Replayed(2, 2, 0, 0, pytest.approx(5 + 2 * STEP))
+    assert done == Played(2, 2, 0, 0, pytest.approx(5 + 2 * STEP))
     cold, warm = kept.requests
     assert cold.request_id == "r0"
     assert (cold.adapter, cold.tenant, cold.prompt_tokens, cold.output_tokens) == ("a", None, 10, 4)
@@ -140,7 +140,7 @@ def test_the_caller_says_what_is_expected() -> None:
 
 
 def test_nothing_to_do() -> None:
-    assert play(Fixed([]))[0] == Replayed(0, 0, 0, 0, 0.0)
+    assert play(Fixed([]))[0] == Played(0, 0, 0, 0, 0.0)
 
 
 POLICIES = ["fcfs", "vllm", "vtc", "sjf+gdsf", "chameleon", "slora", "drr", "edf"]
@@ -199,7 +199,8 @@ async def test_on_a_live_engine(tiny: Tiny, make_engine: MakeEngine) -> None:
     workload = Fixed(arrivals, [AdapterShape("a", 9)])
     async with make_engine(tiny) as engine:
         paths: dict[str, str | Path] = {"a": tiny.adapters["rslora"]}
-        done = await asyncio.wait_for(replay(engine, workload, kept, paths=paths, sample_seconds=0.05), 60)
+        await asyncio.wait_for(replay(engine, workload, kept, paths=paths, sample_seconds=0.05), 60)
+    done = played(kept)
     assert done[:4] == (4, 3, 1, 0)
     records = sorted(kept.requests, key=lambda r: r.request_id)
     assert [(r.prompt_tokens, r.output_tokens) for r in records] == [(12, 6), (8, 5), (7, 1), (500, 0)]

@@ -89,7 +89,7 @@ async def test_the_grace_has_an_end(tiny_text: Tiny) -> None:
 def test_what_is_refused_is_refused_before_the_model_is_loaded(
     tiny_text: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aioengine.cli.serve.configure_logging", lambda form, level: None)
+    monkeypatch.setattr("aioengine.cli.serve.configure_logging", lambda *given: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for flags, what in (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from aioengine import EngineConfig, LoRAConfig
-from aioengine.lab.costs.model import CostModel, ModelShape, Stage
+from aioengine.lab.costs.model import CostModel, Stage
 from aioengine.lab.costs.steps import StepCosts
-from aioengine.lab.runs.replay import Replayed, replay
+from aioengine.lab.runs.replay import replay
 from aioengine.lab.runs.rows import MemorySink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -23,16 +23,19 @@ SLOT = Stage(latency=0.25, bandwidth=1000 * MB)
 
 def costs(**fields: Any) -> CostModel:
     """Every step takes 10 ms."""
-    model = ModelShape(
-        vocab_size=1000,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        max_position=4096,
-    )
+    model = {
+        "family": "llama",
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "max_position": 4096,
+        "tie_embeddings": False,
+        "dtype": "bfloat16",
+    }
     defaults: dict[str, Any] = {
         "name": "test",
         "source": "made up",
@@ -69,6 +72,25 @@ def config(**fields: Any) -> EngineConfig:
     )
 
 
+class Played(NamedTuple):
+    """What became of a workload."""
+
+    requests: int
+    finished: int
+    refused: int
+    failed: int
+    seconds: float
+    """Until the last sample, which is of the end."""
+
+
+def played(kept: MemorySink) -> Played:
+    """Count how the requests of a run ended."""
+    refused = sum(row.reason == "refused" for row in kept.requests)
+    finished = sum(row.error is None for row in kept.requests)
+    total = len(kept.requests)
+    return Played(total, finished, refused, total - finished - refused, kept.samples[-1].time)
+
+
 def play(
     workload: Workload,
     policy: SchedulerPolicy | None = None,
@@ -76,14 +98,14 @@ def play(
     model: CostModel | None = None,
     sample_seconds: float = 1.0,
     **fields: Any,
-) -> tuple[Replayed, MemorySink]:
+) -> tuple[Played, MemorySink]:
     """Replay in virtual time on a simulated engine; ``fields`` are the configuration's."""
     kept = MemorySink()
 
-    async def main() -> Replayed:
+    async def main() -> None:
         async with SimulatedEngine(config(**fields), model or costs(), policy) as engine:
-            done = await replay(engine, workload, kept, sample_seconds=sample_seconds)
+            await replay(engine, workload, kept, sample_seconds=sample_seconds)
             engine.check_invariants()
-            return done
 
-    return run_in_virtual_time(main()), kept
+    run_in_virtual_time(main())
+    return played(kept), kept

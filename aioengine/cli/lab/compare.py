@@ -6,7 +6,6 @@ import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -23,7 +22,7 @@ from aioengine.cli.lab.flags import (
     make_experiment,
 )
 from aioengine.cli.lab.run import warn
-from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID, process
+from aioengine.cli.process import EXIT_FAILED, EXIT_NOT_VALID
 from aioengine.cli.progress import progress
 from aioengine.cli.struct_flags import flag_set
 from aioengine.cli.tables import new_table, output_console
@@ -31,7 +30,7 @@ from aioengine.errors import ConfigError
 
 if TYPE_CHECKING:
     from aioengine.lab.report.compare_page import Compare
-    from aioengine.lab.runs.comparison import Compared, Comparison
+    from aioengine.lab.runs.comparison import Comparison
 
 
 @flag_set(
@@ -69,13 +68,33 @@ def compare(*, flags: CompareFlags = CompareFlags()) -> int:
     the others continue.
     """
     from aioengine.lab.analysis.measures import find_measure
-    from aioengine.lab.workload.extra import check_extra
+    from aioengine.lab.report.compare_page import load_compare, write_compare_report
+    from aioengine.lab.runs import comparison as runs
+    from aioengine.lab.runs.simulate import ageing_text
 
-    check_extra()
     find_measure(flags.rank_by)
     comparison = _comparison(flags)
     check_out(flags.out, "comparison.json")
-    return _conclude(_compare(comparison, flags), comparison, flags)
+    total, count = len(comparison.tasks(flags.out)), itertools.count(1)
+    with progress("comparing") as show:
+        found = runs.compare(
+            comparison,
+            flags.out,
+            jobs=flags.jobs or cores(),
+            allow_fallback=flags.allow_fallback,
+            ended=lambda task, outcome: show(next(count), total, task.out.name),
+            say=warn,
+        )
+    for failure in found.failures:
+        warn(f"run {failure.folder}: {'' if failure.invalid else 'failed: '}{failure.error}")
+    if len(found.failures) < found.results.height:
+        print_rankings(load_compare(flags.out, flags.rank_by))
+        print(ageing_text(comparison.policies))
+        print(f"report: {write_compare_report(flags.out, flags.rank_by)}")
+    print(f"files:  {flags.out}")
+    if any(failure.invalid for failure in found.failures):
+        return EXIT_NOT_VALID
+    return EXIT_FAILED if found.failures else 0
 
 
 def _comparison(flags: CompareFlags) -> Comparison:
@@ -113,39 +132,6 @@ def split_policies(texts: Iterable[str]) -> list[str]:
     if not all(found):
         raise ConfigError("--policy: has an empty name; write fcfs,vtc")
     return found
-
-
-def _compare(comparison: Comparison, flags: CompareFlags) -> Compared:
-    from aioengine.lab.runs.comparison import compare
-
-    total, count, stop = len(comparison.tasks(flags.out)), itertools.count(1), Event()
-    with progress("comparing") as show, process.cancelling(stop.set):
-        return compare(
-            comparison,
-            flags.out,
-            jobs=flags.jobs or cores(),
-            allow_fallback=flags.allow_fallback,
-            ended=lambda task, outcome: show(next(count), total, task.out.name),
-            say=warn,
-            stopping=stop.is_set,
-        )
-
-
-def _conclude(found: Compared, comparison: Comparison, flags: CompareFlags) -> int:
-    """Print the rankings and the failures, and write the report."""
-    from aioengine.lab.report.compare_page import load_compare, write_compare_report
-    from aioengine.lab.runs.simulate import ageing_text
-
-    for failure in found.failures:
-        warn(f"run {failure.folder}: {'' if failure.invalid else 'failed: '}{failure.error}")
-    if len(found.failures) < found.results.height:
-        print_rankings(load_compare(flags.out, flags.rank_by))
-        print(ageing_text(comparison.policies))
-        print(f"report: {write_compare_report(flags.out, flags.rank_by)}")
-    print(f"files:  {flags.out}")
-    if any(failure.invalid for failure in found.failures):
-        return EXIT_NOT_VALID
-    return EXIT_FAILED if found.failures else 0
 
 
 def print_rankings(compare: Compare) -> None:

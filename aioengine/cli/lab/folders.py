@@ -36,9 +36,6 @@ def report(folder: Given, /, *, rank_by: str = "ttft_seconds.p99", vector: Switc
         rank_by: Measure that a comparison's policies are ranked by.
         vector: Write the figures as PDF and SVG too, and captions with all parameters.
     """
-    from aioengine.lab.workload.extra import check_extra
-
-    check_extra()
     from aioengine.lab.report.compare_page import write_compare_report
     from aioengine.lab.report.run_page import write_report
 

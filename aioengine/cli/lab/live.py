@@ -35,9 +35,6 @@ def calibrate(*, out: Given = Path("costs.json"), live: LiveFlags = LiveFlags())
     Args:
         out: File for the cost model (costs.json).
     """
-    from aioengine.lab.workload.extra import check_extra
-
-    check_extra()
     from aioengine.lab.calibration.calibrate import calibrate_async
 
     with progress("calibrating") as show:
@@ -75,9 +72,6 @@ def validate(*, flags: ValidateFlags = ValidateFlags(), live: LiveFlags = LiveFl
 
     It takes some minutes, ten with --calibrate. No other program should run on the machine meanwhile.
     """
-    from aioengine.lab.workload.extra import check_extra
-
-    check_extra()
     from aioengine.lab.calibration.validate import validate_async, validation_experiment
 
     if flags.calibrate is not None and flags.preset is not None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.workload.spec import WorkloadSpec
 
 COLLECT_AFTER = 100_000
-"""New objects after which the garbage collector looks for cycles."""
+"""New objects after which the garbage collector looks for cycles: a run makes very many objects, and few
+cycles. The process is the command's own; :func:`aioengine.lab.run` leaves the collector alone."""
 
 
 @flag_set(
@@ -45,9 +45,6 @@ def run(*, flags: RunFlags = RunFlags()) -> int:
     The policy and the engine are those of serving; a cost model gives the time of steps and loads. The
     same flags give the same files, byte for byte.
     """
-    from aioengine.lab.workload.extra import check_extra
-
-    check_extra()
     from aioengine.lab.report.run_page import write_report
     from aioengine.lab.runs import simulate
     from aioengine.lab.runs.comparison import invalid_text
@@ -56,7 +53,8 @@ def run(*, flags: RunFlags = RunFlags()) -> int:
     experiment = make_experiment(flags.experiment, flags)
     check_out(flags.out, "experiment.json")
     try:
-        with progress("simulating") as show, fewer_collections():
+        gc.set_threshold(COLLECT_AFTER)
+        with progress("simulating") as show:
             result = simulate.run(experiment, flags.out, simulated(show), warn)
     except RunStalled as error:
         warn(str(error))
@@ -82,18 +80,6 @@ def warn(text: str) -> None:
 def simulated(show: Show) -> Callable[[int, int | None, float], None]:
     """Return a function for a run to call, which shows how far it is."""
     return lambda done, total, now: show(done, total, f"{done:,} requests, {now:,.0f} s simulated")
-
-
-@contextmanager
-def fewer_collections() -> Iterator[None]:
-    """Context in which the garbage collector looks for cycles less often: a run makes very many objects, and
-    few cycles. The process is the command's own; :func:`aioengine.lab.run` leaves the collector alone."""
-    before = gc.get_threshold()
-    gc.set_threshold(COLLECT_AFTER, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -14,7 +12,7 @@ from cyclopts import Parameter
 from aioengine.cli.flags import Count, Given, Texts
 from aioengine.cli.lab.flags import SystemFlags, check_out, cores, make_experiment
 from aioengine.cli.lab.run import warn
-from aioengine.cli.process import EXIT_FAILED, process
+from aioengine.cli.process import EXIT_FAILED
 from aioengine.cli.progress import progress
 from aioengine.cli.struct_flags import FieldsOf, flag_set
 from aioengine.lab.runs.experiment import Experiment
@@ -50,15 +48,13 @@ def size(*, flags: SizeFlags) -> int:
     was tried keeps the objectives.
     """
     from aioengine.lab.runs.sizing import Sizing, parse_objectives
-    from aioengine.lab.workload.extra import check_extra
 
-    check_extra()
     objectives, workload = parse_objectives(flags.slo), read_workload(flags.workload)
     most = flags.replicas or flags.max_replicas
     experiment = make_experiment(None, flags, workload, slo=None, replicas=most)
     check_out(flags.out, "size.json")
-    stop, count = Event(), itertools.count(1)
-    with progress("sizing") as show, process.cancelling(stop.set):
+    count = itertools.count(1)
+    with progress("sizing") as show:
         sizing = Sizing(
             experiment,
             objectives,
@@ -66,11 +62,27 @@ def size(*, flags: SizeFlags) -> int:
             seeds=flags.seeds,
             jobs=flags.jobs or cores(),
             tried=lambda trial: show(next(count), None, _text(sizing, trial)),
-            stopping=stop.is_set,
         )
         found = sizing.find(1 if flags.replicas is None else most, most)
-    _write(sizing, found)
-    _print(sizing, found)
+    trials = sorted(sizing.trials.values())
+    values = {
+        "replicas": found,
+        "slo": {one.name: one.bound for one in objectives},
+        "trials": [
+            {**trial._asdict(), "figures": {name: one._asdict() for name, one in trial.figures.items()}}
+            for trial in trials
+        ],
+        "experiment": experiment,
+    }
+    flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "size.json").write_bytes(msgspec.json.format(msgspec.json.encode(values), indent=2))
+    if found is None:
+        print("no number of replicas that was tried keeps the objectives")
+        warn("raise --max-replicas, or the bounds of --slo")
+    for trial in trials:
+        if found is None or trial.replicas in (found, found - 1):
+            print(_text(sizing, trial))
+    print("intervals are 95% over the seeds")
     print(f"files:  {flags.out}")
     return 0 if found is not None else EXIT_FAILED
 
@@ -82,31 +94,3 @@ def _text(sizing: Sizing, trial: Trial) -> str:
     found = [(one, trial.figures[one.name]) for one in sizing.objectives]
     shown = [one.text(figure) for one, figure in found if trial.holds or not one.verdict(figure)]
     return f"{trial.replicas} replicas: {'; '.join(shown)}"
-
-
-def _print(sizing: Sizing, found: int | None) -> None:
-    if found is None:
-        print("no number of replicas that was tried keeps the objectives")
-    for trial in sorted(sizing.trials.values()):
-        if found is None or trial.replicas in (found, found - 1):
-            print(_text(sizing, trial))
-    if found is None:
-        warn("raise --max-replicas, or the bounds of --slo")
-    print("intervals are 95% over the seeds")
-
-
-def _write(sizing: Sizing, found: int | None) -> None:
-    trials = [
-        trial._asdict() | {"figures": {name: one._asdict() for name, one in trial.figures.items()}}
-        for trial in sizing.trials.values()
-    ]
-    slo = {objective.name: objective.bound for objective in sizing.objectives}
-    values = {
-        "replicas": found,
-        "slo": slo,
-        "trials": trials,
-        "experiment": msgspec.to_builtins(sizing.experiment),
-    }
-    sizing.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    (sizing.out / "size.json").write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -62,10 +63,10 @@ def _worded(record: logging.LogRecord, text: str) -> str:
     return in_flags(text) if record.levelno >= logging.WARNING else text
 
 
-def configure_logging(form: str, level: str) -> None:
+def configure_logging(form: str, level: str, handler: logging.Handler | None = None) -> None:
     """Configure logging for the whole process; only the program does this, never the library. ``form`` is
-    "text" or "json"."""
-    handler = logging.StreamHandler(sys.stderr)
+    "text" or "json"; without a handler lines go to standard error."""
+    handler = logging.StreamHandler(sys.stderr) if handler is None else handler
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
@@ -86,4 +87,5 @@ def print_line(text: str, level: int) -> None:
         text = JsonFormatter().format(logging.LogRecord("aioengine", level, "", 0, text, None, None))
     else:
         text = f"aioengine: {text}"
-    print(text, file=sys.stderr)
+    with suppress(OSError):  # nobody reads it
+        print(text, file=sys.stderr)

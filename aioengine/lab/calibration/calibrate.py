@@ -11,12 +11,14 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
+import msgspec
+
 from aioengine.config import Device, DType, EngineConfig, ExecutorName, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.calibration.fit import fit_moves, fit_steps
 from aioengine.lab.calibration.probe import ProbedEngine
 from aioengine.lab.calibration.random_adapters import write_random_adapter
-from aioengine.lab.costs.model import CostModel, ModelShape
+from aioengine.lab.costs.model import CostModel, sizes_of
 from aioengine.lab.costs.steps import significant
 from aioengine.lab.runs.provenance import machine, versions
 from aioengine.lab.runs.replay import replay
@@ -202,7 +204,7 @@ class Calibration:
             source=f"measured: {machine()}; {versions()}",
             estimate=False,
             sources={"steps": f"{len(calm)} steps in serving, in {self._turns} turns"},
-            model=ModelShape.of(self._engine.model_spec, plan.dtype),
+            model=sizes_of(msgspec.structs.replace(self._engine.model_spec, dtype=plan.dtype)),
             steps=steps.rounded(),
             step_overhead=significant(overhead),
             disk=disk,

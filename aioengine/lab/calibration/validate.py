@@ -20,7 +20,7 @@ from aioengine.errors import ConfigError
 from aioengine.lab.analysis.summary import times_of
 from aioengine.lab.calibration.calibrate import Calibration, Design, LiveSettings, Progress, check_can_write
 from aioengine.lab.calibration.random_adapters import write_random_adapter
-from aioengine.lab.costs.model import CostModel, ModelShape
+from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.runs.replay import replay
@@ -192,12 +192,11 @@ async def _live(experiment: Experiment, model: str, settings: LiveSettings, cost
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aioengine-validate-"))
         engine = await stack.enter_async_context(AsyncEngine(costs.engine_config(config)))
-        found = ModelShape.of(engine.model_spec, engine.plan.dtype)
-        if found != costs.model:
-            of_costs, of_model = (
-                f"{shape.num_layers} layers of {shape.hidden_size} in {shape.dtype}"
-                for shape in (costs.model, found)
-            )
+        of_costs, of_model = (
+            f"{spec.num_layers} layers of {spec.hidden_size} in {dtype}, {spec.num_parameters():,} numbers"
+            for spec, dtype in ((costs.spec, costs.spec.dtype), (engine.model_spec, engine.plan.dtype))
+        )
+        if of_costs != of_model:
             raise ConfigError(
                 f"cost model {costs.name!r} is of a model with {of_costs}, and {config.model!r} "
                 f"has {of_model}; give the model that it was calibrated with"

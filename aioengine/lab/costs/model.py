@@ -5,7 +5,6 @@ No torch here. What the coefficients mean and where they come from is in docs/la
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,7 +12,15 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from aioengine.checks import LARGEST, Count, check_fields, refuse_unknown
+from aioengine.checks import (
+    LARGEST,
+    Count,
+    check_fields,
+    check_value,
+    from_plain,
+    read_json,
+    refuse_unknown,
+)
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.costs.steps import NotNegative, StepCosts, StepShape, StepTimes
@@ -22,16 +29,14 @@ from aioengine.memory_plan import MemoryPlan, plan_memory, spec_of_a_rank
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
 
-FORMAT = 2
+FORMAT = 3
 """The version of the JSON."""
-_PAIR = re.compile(r"\[\s+([^\s,\[\]{}]+),\s+([^\s,\[\]{}]+)\s+\]")
-"""A list of two numbers, which readable JSON has on one line."""
-
-
-_DETAILS = (
-    *("o_bias", "mlp_bias", "qk_norm_whole", "norms", "fused_qkv", "fused_gate_up", "sinks"),
-    *("sliding_windows", "packed", "shared_size", "names", "biased"),
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+    *("intermediate_size", "max_position"),
 )
+_UNTIMED: dict[str, Any] = {"rms_norm_eps": 1e-5, "rope": {}}
+"""Fields of a specification that nothing here depends on."""
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,81 +57,35 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.latency + nbytes / self.bandwidth
 
 
-class ExpertShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The experts of each layer, in the place of an MLP."""
+def sizes_of(spec: ModelSpec) -> dict[str, Any]:
+    """Return the fields of a specification that are not their defaults, as plain data, and its dtype.
 
-    count: Count
-    per_token: Count
-    size: Count
+    Raises ConfigError for a model that transformers runs, unless its sizes are those of a Llama.
+    """
+    kind = MixtureSpec if isinstance(spec, MixtureSpec) else ModelSpec
+    values = {
+        field.name: getattr(spec, field.name)
+        for field in msgspec.structs.fields(kind)
+        if field.name not in _UNTIMED and getattr(spec, field.name) not in (field.default, {})
+    }
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode({**values, "dtype": spec.dtype}))
+    if spec_of_sizes(found).num_parameters() != spec.num_parameters():
+        raise ConfigError(
+            f"{spec.ran_by}: a cost model describes models that the native decoder runs (docs/models.md)"
+        )
+    return found
 
-    def __post_init__(self) -> None:
-        check_fields(self)
 
-
-class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The sizes of the model that was timed."""
-
-    family: str = "llama"
-    vocab_size: Count
-    hidden_size: Count
-    num_layers: Count
-    num_heads: Count
-    num_kv_heads: Count
-    head_dim: Count
-    intermediate_size: Count
-    max_position: Count
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    experts: ExpertShape | None = None
-    details: dict[str, Any] = {}
-    """Other fields of the engine's specification that sizes depend on, where they are not as in Llama."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if unknown := sorted(self.details.keys() - set(_DETAILS)):
-            raise ConfigError(f"model.details: unknown field {unknown[0]!r}; known: {', '.join(_DETAILS)}")
-        try:
-            self.spec()
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"model.details: {error}") from error
-
-    @classmethod
-    def of(cls, spec: ModelSpec, dtype: str) -> Self:
-        """Return the shape of a model that runs in ``dtype``.
-
-        Raises ConfigError for a model that transformers runs, unless its sizes are those of a Llama.
-        """
-        of_spec = msgspec.structs.fields(type(spec))
-        values: dict[str, Any] = {
-            field.name: getattr(spec, field.name) for field in of_spec if field.name in cls.__struct_fields__
-        }
-        details = {
-            field.name: getattr(spec, field.name)
-            for field in of_spec
-            if field.name in _DETAILS and getattr(spec, field.name) not in (field.default, {})
-        }
-        values |= {"dtype": dtype, "details": msgspec.json.decode(msgspec.json.encode(details))}
-        if isinstance(spec, MixtureSpec):
-            experts = spec.experts, spec.experts_per_token, spec.expert_size
-            values["experts"] = dict(zip(ExpertShape.__struct_fields__, experts, strict=True))
-        found = msgspec.convert(values, cls)
-        if found.spec().num_parameters() != spec.num_parameters():
-            raise ConfigError(
-                f"{spec.ran_by}: a cost model describes models that the native decoder runs (docs/models.md)"
-            )
-        return found
-
-    def spec(self) -> ModelSpec:
-        """Return the engine's model specification, without an end-of-sequence token."""
-        values = msgspec.structs.asdict(self) | {"rms_norm_eps": 1e-5, "rope": {}}
-        experts: ExpertShape | None = values.pop("experts")
-        values |= values.pop("details")
-        if experts is None:
-            return msgspec.convert(values, ModelSpec)
-        chosen = {"experts": experts.count, "experts_per_token": experts.per_token, "normalized": False}
-        return msgspec.convert({**values, **chosen, "expert_size": experts.size}, MixtureSpec)
+def spec_of_sizes(sizes: Mapping[str, Any]) -> ModelSpec:
+    """Return the specification that :func:`sizes_of` has described. Raises ConfigError if it is none."""
+    kind = MixtureSpec if "experts" in sizes else ModelSpec
+    refuse_unknown(kind, sizes, "model")
+    for name in _SIZES:
+        check_value(f"model.{name}", sizes.get(name), Count)
+    try:
+        return msgspec.convert({**_UNTIMED, **sizes}, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"model: {error}") from error
 
 
 class FitQuality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -152,7 +111,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Whether it is from published figures, not from measurements."""
     sources: dict[str, str] = msgspec.field(default_factory=dict)
     """Origin of individual numbers, by name."""
-    model: ModelShape
+    model: dict[str, Any]
+    """The model that was timed, as :func:`sizes_of` describes it."""
     steps: StepCosts
     step_overhead: NotNegative = 0.0
     """Seconds from the end of a step to the beginning of the next."""
@@ -171,6 +131,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def __post_init__(self) -> None:
         check_fields(self)
+        spec_of_sizes(self.model)
 
     def step_seconds(self, shape: StepShape) -> float:
         """Return the device's time for a step, without :attr:`step_overhead`. For many steps, make a
@@ -188,7 +149,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def spec(self) -> ModelSpec:
-        return self.model.spec()
+        return spec_of_sizes(self.model)
 
     @property
     def local(self) -> ModelSpec:
@@ -208,39 +169,20 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         config = self.engine_config(config)
         return plan_memory(self.spec, config, device=self.device, available_bytes=self.device_memory)
 
-    def to_json(self) -> bytes:
-        text = msgspec.json.format(msgspec.json.encode(self).decode(), indent=2)
-        return _PAIR.sub(r"[\1, \2]", text).encode() + b"\n"
-
     def write(self, path: Path) -> None:
-        path.write_bytes(self.to_json())
-
-    @classmethod
-    def from_json(cls, data: bytes, *, source: str = "cost model") -> Self:
-        """Decode a cost model. Raises ConfigError, naming ``source`` and the field, if it is not valid."""
-        try:
-            values = msgspec.json.decode(data, type=dict[str, Any])
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"{source} is not a JSON object: {error}") from error
-        if (found := values.get("format", FORMAT)) != FORMAT:  # first: a later format has unknown fields
-            todo = "" if isinstance(found, int) and found < FORMAT else "upgrade aioengine, or "
-            raise ConfigError(
-                f"{source}: format {found!r}, but this aioengine reads cost models of format {FORMAT}; "
-                f"{todo}calibrate again"
-            )
-        refuse_unknown(cls, values, source)
-        try:
-            return msgspec.convert(values, cls)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{source}: {error.__cause__ or error}") from error
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"cannot read cost model {path}: {error.strerror}") from error
-        return cls.from_json(data, source=str(path))
+        """Read a cost model. Raises ConfigError, which names the file and the field, if it is not valid."""
+        values = read_json(path)
+        if (found := values.get("format", FORMAT)) != FORMAT:  # first: a later format has unknown fields
+            todo = "" if isinstance(found, int) and found < FORMAT else "upgrade aioengine, or "
+            raise ConfigError(
+                f"{path}: format {found!r}, but this aioengine reads cost models of format {FORMAT}; "
+                f"{todo}calibrate again"
+            )
+        return from_plain(cls, values, str(path))
 
 
 class ModelledCosts:

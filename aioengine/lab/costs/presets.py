@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 
 from aioengine.checks import nearest
@@ -10,11 +9,11 @@ from aioengine.errors import ConfigError
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.roofline import DEVICES, estimate_of
 
-FOLDER = files("aioengine.lab.costs") / "presets"
+FOLDER = Path(__file__).parent / "presets"
 
 
 def available_presets() -> tuple[str, ...]:
-    return tuple(sorted(f.name.removesuffix(".json") for f in FOLDER.iterdir() if f.name.endswith(".json")))
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 
 
 def load_costs(preset: str | Path) -> CostModel:
@@ -36,4 +35,4 @@ def load_costs(preset: str | Path) -> CostModel:
             f"preset={str(preset)!r}: there are {', '.join(names)}{hint}; or give the path of a .json file "
             f"that 'aioengine lab calibrate' wrote, or MODEL@{'|'.join(DEVICES)} for an estimate"
         )
-    return CostModel.from_json((FOLDER / f"{preset}.json").read_bytes(), source=f"preset {preset}")
+    return CostModel.read(FOLDER / f"{preset}.json")

@@ -15,7 +15,7 @@ import msgspec
 
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.costs.model import CostModel, ModelShape, Stage
+from aioengine.lab.costs.model import CostModel, Stage, sizes_of
 from aioengine.lab.costs.steps import Curve, StepCosts, significant
 from aioengine.lab.workload.lengths import MAX_RANK
 from aioengine.memory_plan import spec_from_config, spec_of_a_rank
@@ -73,13 +73,13 @@ class DeviceFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 def estimate(
     name: str,
-    model: ModelShape,
+    model: ModelSpec,
     device: DeviceFigures,
     gpus: int = 1,
     *,
     sources: Mapping[str, str] | None = None,
 ) -> CostModel:
-    """Return the cost model of ``model`` on ``gpus`` of ``device``.
+    """Return the cost model of ``model``, in its dtype, on ``gpus`` of ``device``.
 
     Decode reads all weights but the input embedding once a step, in the form in which they are stored. A LoRA
     step launches a shrink and an expand for each of a layer's four fused linears, and reads A and B of every
@@ -91,7 +91,7 @@ def estimate(
 
     Raises ConfigError if the model cannot be divided so.
     """
-    spec = spec_of_a_rank(model.spec(), gpus)
+    spec = spec_of_a_rank(model, gpus)
     nbytes = DTYPE_BYTES[model.dtype]
     head = spec.vocab_size * spec.hidden_size
     layers = spec.num_parameters() - head * (1 if spec.tie_embeddings else 2)
@@ -126,7 +126,7 @@ def estimate(
         source=f"published figures of {f'{gpus} times ' * (gpus > 1)}{device.name}; see docs/lab-costs.md",
         estimate=True,
         sources={**device.sources, **(sources or {}), **(_LINKS if gpus > 1 else {})},
-        model=model,
+        model=sizes_of(model),
         steps=steps.rounded(),
         step_overhead=device.step_overhead,
         disk=Stage(device.disk_latency, device.disk),
@@ -152,9 +152,8 @@ def estimate_of(model: str, device: str) -> CostModel:
             f"no published figures of {device!r}; there are those of {', '.join(DEVICES)}, and of several: "
             "h100x4"
         )
-    spec = spec_from_config(EngineConfig(model=model))
-    sizes, sources = ModelShape.of(spec, spec.dtype), {"model": "its configuration"}
-    return estimate(f"{model}@{device}", sizes, DEVICES[kind], count, sources=sources)
+    spec, sources = spec_from_config(EngineConfig(model=model)), {"model": "its configuration"}
+    return estimate(f"{model}@{device}", spec, DEVICES[kind], count, sources=sources)
 
 
 def _of_a_token(spec: ModelSpec) -> tuple[str, ...]:

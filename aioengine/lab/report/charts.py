@@ -51,19 +51,16 @@ def figure(
     title: str,
     rows: Iterable[Row] = (),
     *,
-    domains: Mapping[str, Sequence[str]] | None = None,
-    words: Mapping[str, str] | None = None,
+    words: Mapping[str, str | Sequence[str]] | None = None,
     **tables: Iterable[Row],
 ) -> Figure:
     """Fill the specification of this name.
 
     Args:
         rows: Its table ``rows``; others are in ``tables``.
-        domains: Values of columns, in the order of their colours.
-        words: Texts for the specification's ``$names``.
+        words: Texts, or lists of texts, for the specification's ``$names``.
     """
     spec = _read(name, words or {})
-    _order_colors(spec, domains or {})
     filled = {
         table: [{key: _rounded(value) for key, value in row.items()} for row in values]
         for table, values in {"rows": rows, **tables}.items()
@@ -79,28 +76,13 @@ def figure(
     return Figure(name, title, {"$schema": schema, "title": heading, **spec, "datasets": filled})
 
 
-def _read(name: str, words: Mapping[str, str]) -> dict[str, Any]:
+def _read(name: str, words: Mapping[str, str | Sequence[str]]) -> dict[str, Any]:
     text = (files("aioengine.lab.report") / "figures" / f"{name}.json").read_text(encoding="utf-8")
-    found = json.loads(Template(text).safe_substitute({k: json.dumps(v)[1:-1] for k, v in words.items()}))
+    # The quotes around a text, and those at the ends of a list, are there already.
+    parts = {key: json.dumps(one).strip("[]")[1:-1] for key, one in words.items()}
+    found = json.loads(Template(text).safe_substitute(parts))
     assert isinstance(found, dict)
     return found
-
-
-def _order_colors(part: Any, domains: Mapping[str, Sequence[str]]) -> None:
-    """Set the order of values in all encodings by colour, dash and shape."""
-    if isinstance(part, list):
-        for each in part:
-            _order_colors(each, domains)
-    elif isinstance(part, dict):
-        for key, value in part.items():
-            if (
-                key in ("color", "strokeDash", "shape")
-                and isinstance(value, dict)
-                and value["field"] in domains
-            ):
-                value["scale"] = {**value.get("scale", {}), "domain": list(domains[value["field"]])}
-            else:
-                _order_colors(value, domains)
 
 
 def _rounded(value: Any) -> Any:

@@ -210,18 +210,19 @@ def draw_compare(compare: Compare) -> Iterator[Figure]:
     head = f"{measure.label[:1].upper()}{measure.label[1:]}"
     better = f"({measure.better} is better)"
     axis = f"{measure.label}, s" if measure.unit == "seconds" else measure.label
-    words = {"value": axis, "format": ".3~%" if measure.unit == "share" else ",.6~g"}
-    domains = {"policy": [policy_label(policy) for policy in compare.policies]}
+    policies = [policy_label(policy) for policy in compare.policies]
+    format_ = ".3~%" if measure.unit == "share" else ",.6~g"
+    words: dict[str, str | list[str]] = {"value": axis, "format": format_, "policies": policies}
     rows = estimate_rows(compare, measure.name)
     best_first = sorted(rows, key=lambda row: row["mean"], reverse=measure.better == "higher")
-    yield figure("ranking", f"{head} {better}", best_first, domains=domains, words=words)
+    yield figure("ranking", f"{head} {better}", best_first, words=words)
     if compare.results["scale"].n_unique() > 1:
         title = "What throughput costs in latency, as the load grows along each line"
-        yield figure("throughput", title, load_rows(compare), domains=domains)
+        yield figure("throughput", title, load_rows(compare), words=words)
     if compare.results["slots"].n_unique() > 1:
         panels = [{**row, "panel": f"load ×{row['scale']:g}"} for row in rows]
-        yield figure("slots", f"{head} by the number of slots {better}", panels, domains=domains, words=words)
-    yield figure("ttft", "Time to the first token", first_token_rows(compare), domains=domains)
+        yield figure("slots", f"{head} by the number of slots {better}", panels, words=words)
+    yield figure("ttft", "Time to the first token", first_token_rows(compare), words=words)
 
 
 def estimate_rows(compare: Compare, name: str) -> list[Row]:

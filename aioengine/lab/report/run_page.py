@@ -117,7 +117,7 @@ def draw_timeline(run: Run) -> Figure:
         }
         for slot, adapter, start, ready, end, steps in shown.iter_rows()
     ]
-    return figure("timeline", title, rows, domains={"shown": [*map(shorten, most), OTHERS]})
+    return figure("timeline", title, rows, words={"shown": [*map(shorten, most), OTHERS]})
 
 
 def draw_hits(run: Run) -> Figure:

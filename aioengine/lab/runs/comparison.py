@@ -106,7 +106,6 @@ def compare(
     allow_fallback: bool = False,
     ended: Callable[[Task, Outcome], None] = lambda task, outcome: None,
     say: Say = lambda text: None,
-    stopping: Callable[[], bool] = lambda: False,
 ) -> Compared:
     """Run all settings in separate processes, ``jobs`` at a time, and write their results to ``out``.
 
@@ -121,7 +120,7 @@ def compare(
         say: Called with warnings about the comparison before any run begins.
 
     Raises ConfigError or PolicyError before anything runs if a setting is impossible or the preset, the
-    trace, a policy or the folder cannot be used, KeyboardInterrupt if ``stopping()``.
+    trace, a policy or the folder cannot be used.
     """
     out = Path(out)
     tasks = comparison.tasks(out)
@@ -143,7 +142,7 @@ def compare(
         (out / "comparison.json").write_bytes(text)
     except OSError as error:
         raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error
-    outcomes = run_all(tasks, jobs, ended=ended, stopping=stopping)
+    outcomes = run_all(tasks, jobs, ended=ended)
     rows, failures = [], list[Failure]()
     for task, (summary, fault) in zip(tasks, outcomes, strict=True):
         invalid = summary is not None and not (allow_fallback or summary["policy"]["valid"])

@@ -118,18 +118,13 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def engine_config(self) -> EngineConfig:
         """Return the configuration of the simulated engine."""
-        of_engine = (
-            *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory"),
-            *("enable_prefix_caching", "seed", "max_waiting", "policy"),
+        own: dict[str, Any] = {"max_loras": self.slots, "max_cpu_loras": self.cpu_loras, "model": self.preset}
+        own |= msgspec.structs.asdict(self)
+        engine, lora = (
+            {name: own[name] for name in kind.__struct_fields__ if name in own}
+            for kind in (EngineConfig, LoRAConfig)
         )
-        of_lora = ("max_lora_rank", "slot_memory", "max_cpu_lora_bytes", "max_concurrent_loads")
-        lora = LoRAConfig(
-            max_loras=self.slots,
-            max_cpu_loras=self.cpu_loras,
-            **{name: getattr(self, name) for name in of_lora},
-        )
-        engine = {name: getattr(self, name) for name in of_engine}
-        return EngineConfig(model=self.preset, lora=lora, **engine)
+        return EngineConfig(**engine, lora=LoRAConfig(**lora))
 
     def fleet_config(self, replicas: int) -> FleetConfig:
         """Return the configuration of a simulated fleet of these engines. Raises ConfigError."""

@@ -20,9 +20,6 @@ from typing import Any, NamedTuple
 
 from aioengine.lab.runs.experiment import Experiment
 
-_POLL_SECONDS = 0.2
-"""Seconds between two checks of whether to stop."""
-
 
 class Task(NamedTuple):
     experiment: Experiment
@@ -41,13 +38,9 @@ def run_all(
     jobs: int,
     *,
     ended: Callable[[Task, Outcome], None] = lambda task, outcome: None,
-    stopping: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """Run the tasks, at most ``jobs`` at a time, and tell of each that has ended. Returns their outcomes, in
-    the order of the tasks.
-
-    Raises KeyboardInterrupt soon after ``stopping()`` has become true. However this ends, no process is
-    left behind, not even if this process is killed.
+    the order of the tasks. However this ends, no process is left behind, not even if this process is killed.
     """
     upcoming, outcomes = deque(enumerate(tasks)), dict[int, Outcome]()
     idle: list[tuple[Connection, SpawnProcess]] = []
@@ -59,9 +52,7 @@ def run_all(
                 index, task = upcoming.popleft()
                 busy[pipe] = process, index
                 pipe.send(task)
-            ready = wait(busy, _POLL_SECONDS)
-            if stopping():
-                raise KeyboardInterrupt
+            ready = wait(busy)
             for pipe in [pipe for pipe in busy if pipe in ready]:
                 process, index = busy.pop(pipe)
                 try:

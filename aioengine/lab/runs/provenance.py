@@ -7,8 +7,9 @@ import platform
 import tempfile
 from collections.abc import Callable
 from functools import cache
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,14 +76,11 @@ def _difference(before: Path, now: Path) -> str | None:
     """Return the first line that differs; None if the files are the same."""
     if not before.is_file():
         return "is not there"
-    one, two = before.read_bytes(), now.read_bytes()
-    if one == two:
-        return None
-    lines = one.decode(errors="replace").splitlines(), two.decode(errors="replace").splitlines()
-    for number, (old, new) in enumerate(zip(*lines, strict=False), 1):
+    lines = (path.read_bytes().decode(errors="surrogateescape").split("\n") for path in (before, now))
+    for number, (old, new) in enumerate(zip_longest(*lines, fillvalue="(no line)"), 1):
         if old != new:
             return f"line {number} was {old[:200]!r} and is {new[:200]!r}"
-    return f"had {len(lines[0])} lines and has {len(lines[1])}"
+    return None
 
 
 def _changed(before: Any, now: Any, name: str = "") -> list[str]:
@@ -104,8 +102,7 @@ def _hash(data: bytes | None, file: str | None, suffix: str = "") -> str | None:
     try:
         if path is not None:
             with path.open("rb") as opened:
-                while chunk := opened.read(2**20):
-                    digest.update(chunk)
+                file_digest(opened, lambda: digest)
     except OSError:
         return None
     return digest.hexdigest()

@@ -147,9 +147,9 @@ class Recorder:
 
     def settled(
         self, request_id: str, now: float, error: Exception | None, output: RequestOutput | None = None
-    ) -> bool:
+    ) -> None:
         """Write the row of a request that has ended for its caller. ``output`` is what its caller has; a
-        replica that was cut off may have generated more. Returns False if no engine had accepted it."""
+        replica that was cut off may have generated more."""
         request = self.requests.pop(request_id)
         arrival, added, ended = request.arrival, request.added, request.ended
         self.ended += 1
@@ -185,7 +185,6 @@ class Recorder:
                 error=None if error is None else type(error).__name__,
             )
         )
-        return added is not None
 
     def sample(self, now: float) -> None:
         """Record the interval since the last sample."""

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AioEngineError, EngineDead, EngineStopped
@@ -35,20 +35,6 @@ class RunStalled(AioEngineError):
     """Error for a run in which nothing moves, because of the policy or of the requests."""
 
 
-class Replayed(NamedTuple):
-    """Result of a workload."""
-
-    requests: int
-    finished: int
-    """Up to their last token."""
-    refused: int
-    """Never accepted."""
-    failed: int
-    """Accepted, and ended with an error, for example because a deadline passed."""
-    seconds: float
-    """From the start to the end of the last request."""
-
-
 class Watching(TypedDict, total=False):
     """How a run is watched."""
 
@@ -68,7 +54,7 @@ async def replay(
     seed: int = 0,
     listener: PolicyWatch | None = None,
     **watching: Unpack[Watching],
-) -> Replayed:
+) -> None:
     """Send every request at its time, whether or not earlier ones have ended (an open loop), and wait for all
     of them. Only requests that have not ended are in memory.
 
@@ -103,11 +89,10 @@ async def replay(
     sender = _Sender(engine, recorder, workload, requests, start, lengths, state, **watching)
     unwatch = recorder.watch(engine)
     try:
-        replayed = await sender.send_all()
+        await sender.send_all()
         sender.close()
     finally:
         unwatch(asyncio.get_running_loop().time())
-    return replayed
 
 
 async def replay_on_fleet(
@@ -119,9 +104,9 @@ async def replay_on_fleet(
     conditions: Conditions | None = None,
     listener: PolicyWatch | None = None,
     **watching: Unpack[Watching],
-) -> tuple[Replayed, SimulatedFleet]:
+) -> SimulatedFleet:
     """Start a fleet, send every request at its time, wait for all of them, and stop the fleet. Returns it,
-    too, because it knows what happened.
+    because it knows what happened.
 
     Args:
         make_engine: Makes the engine of one replica.
@@ -138,10 +123,10 @@ async def replay_on_fleet(
         fleet.add_adapters(workload.adapters)
         requests = SimulatedRequests(first.costs.spec.vocab_size)
         sender = _Sender(fleet, recorder, workload, requests, start, fleet.lengths, **watching)
-        replayed = await sender.send_all()
+        await sender.send_all()
         fleet.check_invariants()
     sender.close()
-    return replayed, fleet
+    return fleet
 
 
 @dataclass
@@ -166,11 +151,10 @@ class _Sender:
 
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._finished = self._refused = self._failed = 0
         callers = self.workload.concurrency
         self._callers = None if callers is None else asyncio.Semaphore(callers)
 
-    async def send_all(self) -> Replayed:
+    async def send_all(self) -> None:
         """Send all requests and wait for them. Raises RunStalled."""
         try:
             async with asyncio.TaskGroup() as around:
@@ -183,8 +167,6 @@ class _Sender:
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
             raise first from None
-        count = self._finished + self._refused + self._failed
-        return Replayed(count, self._finished, self._refused, self._failed, self._loop.time() - self.start)
 
     def close(self) -> None:
         """Record the rest, when nothing more comes."""
@@ -227,7 +209,7 @@ class _Sender:
             self._callers.release()
 
     async def _send(self, index: int, arrival: Arrival) -> None:
-        """Send one request, and count how it ends."""
+        """Send one request, and record how it ends."""
         request_id = f"r{index}"
         self.recorder.expect(request_id, arrival)
         if self.lengths is not None:
@@ -251,10 +233,7 @@ class _Sender:
         finally:
             if self.lengths is not None:
                 del self.lengths[request_id]
-        accepted = self.recorder.settled(request_id, self._loop.time(), failed, output)
-        self._finished += failed is None
-        self._failed += failed is not None and accepted
-        self._refused += not accepted
+        self.recorder.settled(request_id, self._loop.time(), failed, output)
 
     async def _watch(self) -> None:
         """Sample at regular times, and check that something moves."""

@@ -21,7 +21,7 @@ from aioengine.lab.fleet.fleet import START_SECONDS
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.provenance import provenance
 from aioengine.lab.runs.recorder import PolicyWatch
-from aioengine.lab.runs.replay import Progress, Replayed, Watching, replay, replay_on_fleet
+from aioengine.lab.runs.replay import Progress, Watching, replay, replay_on_fleet
 from aioengine.lab.runs.rows import CsvFiles, Sink
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -40,7 +40,6 @@ Say = Callable[[str], None]
 class RunResult(NamedTuple):
     out: Path
     """The folder with the files."""
-    replayed: Replayed
     summary: dict[str, Any]
     """Content of summary.json."""
 
@@ -68,8 +67,7 @@ def run(
         RunStalled: The policy lets requests wait for ever.
     """
     with needs_extra():  # before the run, and not after it
-        import polars  # noqa: F401 - the summary's
-    from aioengine.lab.analysis.summary import summarize
+        from aioengine.lab.analysis.summary import summarize
 
     # A run that is not possible overwrites no earlier files.
     out, watch = Path(out), PolicyWatch()
@@ -89,7 +87,7 @@ def run(
         _write_json(out / "experiment.json", description)
         with CsvFiles(out) as files:
             simulation = simulate(experiment, costs, workload, files, progress, watch, plan=plan)
-            replayed, fleet = run_in_virtual_time(simulation)
+            fleet = run_in_virtual_time(simulation)
     except OSError as error:
         raise ConfigError(f"cannot write the run's files into {out}: {error.strerror or error}") from error
     summary = {**summarize(out), "policy": watch.summary(policy_label(experiment.policy))}
@@ -97,7 +95,7 @@ def run(
     if fleet is not None:
         summary["fleet"] = fleet
     _write_json(out / "summary.json", summary)
-    return RunResult(out, replayed, summary)
+    return RunResult(out, summary)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -133,9 +131,9 @@ async def simulate(
     watch: PolicyWatch | None = None,
     *,
     plan: MemoryPlan | None = None,
-) -> tuple[Replayed, dict[str, Any] | None]:
-    """Run an experiment on a loop in virtual time. Returns its result, and the part ``fleet`` of summary.json
-    if there is a fleet.
+) -> dict[str, Any] | None:
+    """Run an experiment on a loop in virtual time. Returns the part ``fleet`` of summary.json if there is a
+    fleet.
 
     ``watch`` is told of the policy's failures and of its replacement, on all replicas. ``plan`` is the memory
     of an engine, if it is known already.
@@ -152,10 +150,10 @@ async def simulate(
 
     if replicas is None:
         async with make_engine() as engine:
-            replayed = await replay(engine, workload, sink, listener=watch, **watching)
+            await replay(engine, workload, sink, listener=watch, **watching)
             engine.check_invariants()
-            return replayed, None
-    replayed, fleet = await replay_on_fleet(
+            return None
+    fleet = await replay_on_fleet(
         workload,
         sink,
         config=experiment.fleet_config(replicas),
@@ -164,7 +162,7 @@ async def simulate(
         listener=watch,
         **watching,
     )
-    return replayed, fleet.summary()
+    return fleet.summary()
 
 
 def ageing_text(policies: Sequence[Policy]) -> str:

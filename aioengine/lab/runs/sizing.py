@@ -128,7 +128,6 @@ class Sizing:
     jobs: int = 1
     tried: Callable[[Trial], None] = lambda trial: None
     """Told of each trial."""
-    stopping: Callable[[], bool] = lambda: False
     trials: dict[int, Trial] = field(default_factory=dict)
     """All that were tried, by replicas."""
 
@@ -187,7 +186,7 @@ class Sizing:
             for seed in seeds
         ]
         found = []
-        for summary, error in run_all(tasks, self.jobs, stopping=self.stopping):
+        for summary, error in run_all(tasks, self.jobs):
             if summary is None:
                 return str(error)
             if not summary["policy"]["valid"]:

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 HELD = 100_000
 """Rows that may wait for a request that arrived before them to end."""
 FLUSH_SECONDS = 1.0
-FLUSH_BYTES = 2**16
 MAX_PENDING = 2**24
 """Bytes that may wait for a slow disk."""
 CLOSE_SECONDS = 10.0
@@ -66,23 +64,22 @@ class TraceWriter:
         self._waiting: deque[dict[str, Any]] = deque()
         """Rows in order of arrival, fields of a trace: open requests, and ended ones that wait for these."""
         self._under_way: dict[str, dict[str, Any]] = {}
+        self._encode = msgspec.json.Encoder(enc_hook=plain).encode
+        self._detach: Callable[[], None] = lambda: None
+        self._lock = Lock()
+        """For the two that the thread changes, too."""
         self._lines = bytearray()
         self._pending = 0
-        """Bytes that the thread has not written yet."""
-        self._encode = msgspec.json.Encoder(enc_hook=plain).encode
-        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
-        self._timer: asyncio.TimerHandle | None = None
-        self._detach: Callable[[], None] | None = None
+        """Bytes that are not written yet."""
+        self._wake = Event()
+        self._ending = False
+        # A daemon, so that a disk that hangs does not keep the process from its end.
+        self._thread = Thread(target=self._write_all, name="aioengine-record", daemon=True)
 
     def attach(self, engine: AsyncEngine) -> None:
-        """Begin, on the running loop. ``engine`` has been started."""
-        if self._detach is not None:
-            raise RuntimeError("a TraceWriter is attached once")
-        self._loop = asyncio.get_running_loop()
-        self._unix = time.time() - self._loop.time()
-        self._closed = asyncio.Event()
-        # A daemon, so that a disk that hangs does not keep the process from its end.
-        Thread(target=self._write_all, name="aioengine-record", daemon=True).start()
+        """Begin, once, on the running loop. ``engine`` has been started."""
+        self._thread.start()
+        self._unix = time.time() - asyncio.get_running_loop().time()
         self._detach = engine.add_listener(self.handle)
 
     async def __aenter__(self) -> Self:
@@ -93,38 +90,27 @@ class TraceWriter:
 
     async def close(self) -> None:
         """Write what has ended, and close the file. Requests that are still under way are not recorded."""
-        if self._detach is None:
+        if self._thread.ident is None:
             self._file.close()
             return
-        if self._closed.is_set():
-            return
-        if not self.failed:
-            self._detach()
-            for row in self._waiting:
-                self._take(row)
-            self.flush()
-        self._queue.put(None)
-        try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._closed.wait()
-        except TimeoutError:
+        self._stop_listening()
+        while self._waiting and not self.failed:
+            self._take(self._waiting.popleft())
+        self._ending = True
+        self.flush()
+        await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
+        if self._thread.is_alive():
             self._fail(f"the disk has not answered for {CLOSE_SECONDS:.0f} seconds")
 
     def flush(self) -> None:
         """Let the thread write at once what it would write within a second."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._pending + len(self._lines) > MAX_PENDING:
-            self._fail(f"the disk is {self._pending} bytes behind")
-        elif self._lines:
-            self._pending += len(self._lines)
-            self._queue.put(bytes(self._lines))
-            self._lines.clear()
+        self._wake.set()
 
     def handle(self, event: events.Event) -> None:
         """Listen to the engine's events."""
-        if isinstance(event, events.RequestAdded):
+        if self.failed:
+            self._stop_listening()
+        elif isinstance(event, events.RequestAdded):
             self._added(event)
         elif isinstance(event, events.RequestEnded) and event.request_id in self._under_way:
             self._under_way.pop(event.request_id)["output_tokens"] = event.output_tokens
@@ -158,48 +144,47 @@ class TraceWriter:
     def _take_ended(self) -> None:
         while self._waiting and self._waiting[0]["output_tokens"] is not None:
             self._take(self._waiting.popleft())
-        if len(self._lines) >= FLUSH_BYTES:
-            self.flush()
-        elif self._lines and self._timer is None:
-            self._timer = self._loop.call_later(FLUSH_SECONDS, self.flush)
 
     def _take(self, row: dict[str, Any]) -> None:
-        if row["output_tokens"] is not None:
-            self._lines += self._encode(row) + b"\n"
-            self.rows += 1
+        """Hand the row of a request to the thread, if the request has ended."""
+        if row["output_tokens"] is None:
+            return
+        line = self._encode(row) + b"\n"
+        self.rows += 1
+        with self._lock:
+            self._lines += line
+            self._pending += len(line)
+        if self._pending > MAX_PENDING:
+            self._fail(f"the disk is {self._pending} bytes behind")
 
-    def _written(self, size: int) -> None:
-        self._pending -= size
+    def _stop_listening(self) -> None:
+        self._detach()
+        self._detach = lambda: None
 
     def _fail(self, reason: str) -> None:
-        if self.failed:
-            return
-        self.failed = True
-        if self._detach is not None:
-            with suppress(ValueError):  # it is closing, and has been taken off the engine's list
-                self._detach()
-        if self._timer is not None:
-            self._timer.cancel()
-        for kept in (self._waiting, self._under_way, self._lines):
-            kept.clear()
-        logger.warning("recording to %s has ended, and serving goes on: %s", self.path, reason)
-
-    # In the thread
+        if not self.failed:
+            self.failed = True
+            logger.warning("recording to %s has ended, and serving goes on: %s", self.path, reason)
 
     def _write_all(self) -> None:
+        """Write lines until the end, in the thread."""
         try:
-            while (data := self._queue.get()) is not None:
-                _write(self._file, data)
-                self._tell(self._written, len(data))
+            ending = False
+            while not ending and not self.failed:
+                self._wake.wait(FLUSH_SECONDS)
+                self._wake.clear()
+                ending = self._ending
+                with self._lock:
+                    data = bytes(self._lines)
+                    self._lines.clear()
+                if data:
+                    _write(self._file, data)
+                with self._lock:
+                    self._pending -= len(data)
         except OSError as error:
-            self._tell(self._fail, error.strerror or str(error))
+            self._fail(error.strerror or str(error))
         with suppress(OSError):
             self._file.close()
-        self._tell(self._closed.set)
-
-    def _tell(self, callback: Callable[..., None], *args: Any) -> None:
-        with suppress(RuntimeError):  # the loop has been closed, and nobody waits
-            self._loop.call_soon_threadsafe(callback, *args)
 
 
 def _open(path: Path) -> FileIO:

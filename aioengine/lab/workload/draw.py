@@ -21,7 +21,7 @@ from aioengine.lab.workload.lengths import (
 from aioengine.lab.workload.popularity import parse_popularity
 from aioengine.lab.workload.random_streams import Weighted, stream
 from aioengine.lab.workload.requests import Arrival, Workload
-from aioengine.lab.workload.sessions import Sessions, Turn, parse_sessions, parse_shared
+from aioengine.lab.workload.sessions import Sessions, parse_sessions, parse_shared
 from aioengine.lab.workload.spec import MAX_PRIORITY, WorkloadSpec
 
 _DEFAULT_LENGTHS = "uniform:8..512"
@@ -85,20 +85,20 @@ class OfferedWorkload(Workload):
             if self._longest is not None:
                 output = min(output, self._longest - 1)
                 prompt = min(prompt, self._longest - output)
-            yield Arrival(
-                time,
-                adapter,
-                prompt,
-                output,
-                most,
-                expected,
-                tenant,
-                priority,
-                deadline,
-                *((row.prefix,) if turn is None else turn[2:]),
+            request = Arrival(time, adapter, prompt, output, prefix=row.prefix) if turn is None else turn
+            yield request._replace(
+                time=time,
+                adapter=adapter,
+                prompt_tokens=prompt,
+                output_tokens=output,
+                max_tokens=most,
+                expected_tokens=expected,
+                tenant=tenant,
+                priority=priority,
+                deadline=deadline,
             )
 
-    def _requests(self) -> Iterator[tuple[float, traces.TraceRow, Turn | None]]:
+    def _requests(self) -> Iterator[tuple[float, traces.TraceRow, Arrival | None]]:
         """Yield requests whose missing fields are not drawn yet, each with None or with its session."""
         spec = self.spec
         if spec.sessions is None and spec.shared_prefix is None:

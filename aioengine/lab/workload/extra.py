@@ -15,10 +15,3 @@ def needs_extra() -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigError(f"the lab needs more packages: pip install 'aioengine[lab]' ({error})") from error
-
-
-def check_extra() -> None:
-    """Raise ConfigError if one of the packages is missing, before anything long begins."""
-    with needs_extra():
-        import polars  # noqa: F401
-        import scipy  # noqa: F401

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from msgspec import Meta
 
 from aioengine.lab.workload.forms import Form, parse_form
 from aioengine.lab.workload.popularity import Alpha, zipf
 from aioengine.lab.workload.random_streams import Weighted, exponential, stream
-from aioengine.lab.workload.requests import PREFIX_BLOCK
+from aioengine.lab.workload.requests import PREFIX_BLOCK, Arrival
 
 MOST_TURNS = 1000
 _BLOCKS = 4096
@@ -58,23 +58,6 @@ def parse_shared(text: str | None) -> SharedPrefix | None:
     return None if text is None else parse_form("shared_prefix", text, {"tokens": SharedPrefix})
 
 
-class Turn(NamedTuple):
-    """One request of a session."""
-
-    prompt_tokens: int
-    output_tokens: int
-    prefix: tuple[int, ...]
-    after: int
-    """Distance back, within the session, to the request that has to end first; 0: there is none."""
-    think: float
-    """Seconds from that end."""
-    more: bool
-    """Whether requests that wait for it follow."""
-    first: bool
-    last: bool
-    """Whether it is the session's first, and its last, request."""
-
-
 class Sessions:
     """Draws the turns of sessions."""
 
@@ -85,9 +68,9 @@ class Sessions:
         self._shared = 0 if shared is None else int(shared.tokens)
         self._groups = None if shared is None else Weighted(zipf(int(shared.groups), shared.alpha))
 
-    def draw(self, first: tuple[int, int], lengths: Callable[[], tuple[int, int]]) -> Iterator[Turn]:
-        """Draw one session. ``first`` is the length of its first question and answer; ``lengths`` draws
-        others."""
+    def draw(self, first: tuple[int, int], lengths: Callable[[], tuple[int, int]]) -> Iterator[Arrival]:
+        """Draw one session: requests without time, adapter and tenant. ``first`` is the length of its first
+        question and answer; ``lengths`` draws others."""
         rng, number, branches = self._rng, self._count, int(self._session.branch)
         self._count += 1
         turns = self._session.number(rng)
@@ -100,12 +83,14 @@ class Sessions:
             for branch in range(branches):
                 question, answer = first if turn == branch == 0 else lengths()
                 prompt = history + question
-                yield Turn(
+                yield Arrival(
+                    0.0,
+                    None,
                     prompt,
                     answer,
-                    self._prefix(number, group, prompt if branch == 0 else history),
-                    branches + branch if turn else 0,
-                    think,
+                    prefix=self._prefix(number, group, prompt if branch == 0 else history),
+                    after=branches + branch if turn else 0,
+                    think=think,
                     more=branch == 0 and not last,
                     first=turn == branch == 0,
                     last=last and branch == branches - 1,

@@ -1,17 +1,15 @@
-"""Standard error without waits: lines are kept in memory, and a thread writes them.
+"""A log without waits: lines are kept in memory, and a thread writes them to standard error.
 
 A pipe that nobody reads blocks its writer, and a server's event loop must not block.
 """
 
 from __future__ import annotations
 
-import io
+import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 MAX_BYTES = 2**20
 """Maximum bytes that are kept; lines beyond it are dropped, and counted."""
@@ -22,44 +20,44 @@ FLUSH_SECONDS = 1.0
 """How long the end waits until the kept lines are written."""
 
 
-class BackgroundFile(io.RawIOBase):
-    """A file that a thread writes to. ``dropped`` counts the lines for which there was no room, or that could
-    not be written."""
+class BackgroundHandler(logging.Handler):
+    """Handler whose lines a thread writes to a file descriptor. ``dropped`` counts those for which there was
+    no room, or that could not be written."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int = 2) -> None:
+        super().__init__()
+        self.dropped = 0
         self._fd = fd
         self._kept: list[bytes] = []
         self._size = 0
         """Bytes that are kept or being written."""
         self._changed = threading.Condition()
-        self.dropped = 0
         threading.Thread(target=self._write_out, name="aioengine-log", daemon=True).start()
 
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return os.isatty(self._fd)
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def write(self, data, /):  # type: ignore[no-untyped-def] # typeshed's buffer type is not public
-        kept = bytes(data)
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        except Exception:
+            self.handleError(record)
+            return
         with self._changed:
-            if self._size + len(kept) > MAX_BYTES:
-                self.dropped += kept.count(b"\n")
-            else:
-                if not self._kept:
-                    self._changed.notify_all()
-                self._kept.append(kept)
-                self._size += len(kept)
-        return len(kept)
+            if self._size + len(line) > MAX_BYTES:
+                self.dropped += 1
+                return
+            self._kept.append(line)
+            self._size += len(line)
+            if len(self._kept) == 1:
+                self._changed.notify_all()
 
     def drain(self, seconds: float) -> bool:
         """Wait until everything is written. False if that takes longer than ``seconds``."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._size, seconds)
+
+    def close(self) -> None:
+        """Wait for the last lines. If they cannot be written in time, the thread goes on with them."""
+        self.drain(FLUSH_SECONDS)
+        super().close()
 
     def _write_out(self) -> None:
         while True:
@@ -77,21 +75,3 @@ class BackgroundFile(io.RawIOBase):
                 self._size -= len(data)
                 self.dropped += data.count(b"\n", written)
                 self._changed.notify_all()
-
-
-@contextmanager
-def background_stderr() -> Iterator[BackgroundFile]:
-    """Have a thread write ``sys.stderr`` while the context lasts. If the last lines cannot be written within
-    ``FLUSH_SECONDS`` at the end, the thread keeps writing, so that later output does not block either."""
-    before = sys.stderr
-    before.flush()
-    file = BackgroundFile(2)
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(file), before.encoding, errors="backslashreplace", line_buffering=True
-    )
-    try:
-        yield file
-    finally:
-        sys.stderr.flush()
-        if file.drain(FLUSH_SECONDS):
-            sys.stderr = before

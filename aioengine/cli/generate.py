@@ -1,20 +1,31 @@
-"""``aioengine generate``: one prompt to the terminal, or a batch as JSON lines."""
+"""``aioengine generate``: one prompt to the terminal, or a batch of requests as JSON lines."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from aioengine.cli.flags import EngineFlags, RecordFlags, Switch, check_folders
-from aioengine.cli.generate.batch import run_batch
-from aioengine.cli.generate.request_lines import Defaults, Request, parse_lines
+import msgspec
+
+from aioengine.cli.flags import EngineFlags, RecordFlags, Switch, check_folders, in_flags
 from aioengine.cli.loop import run
-from aioengine.cli.progress import started
+from aioengine.cli.progress import progress, started
+from aioengine.cli.request_lines import Defaults, Request, parse_lines
 from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set, given
 from aioengine.config import EngineConfig
-from aioengine.errors import AdapterNotFound, RequestInvalid
-from aioengine.request import RequestOptions, SamplingParams
+from aioengine.engine import AsyncEngine
+from aioengine.errors import AdapterNotFound, AioEngineError, RequestInvalid
+from aioengine.request import RequestOptions, SamplingParams, for_choice
+from aioengine.tasks import end_tasks, together
+
+if TYPE_CHECKING:
+    from aioengine.runtime.output import RequestOutput
 
 
 @flag_set(
@@ -133,3 +144,62 @@ async def _print_text(
             logger.removeFilter(is_other)
     print()
     return 0
+
+
+async def run_batch(
+    config: EngineConfig,
+    adapters: dict[str, str],
+    requests: Sequence[Request],
+    out: BinaryIO,
+    recording: RecordFlags,
+) -> int:
+    """Run the requests and write one line for each, in their order. Returns 0, or 1 if some failed.
+
+    At most four times ``max_num_seqs`` requests are in the engine at a time, and no more than ``max_waiting``
+    allows. These are enough for a policy to choose from, and few enough for a batch of any length.
+    """
+    turns = asyncio.Semaphore(min(4 * config.max_num_seqs, config.max_waiting or sys.maxsize))
+    ended, failed = count(1), False
+    async with started(config, adapters, record=recording.record) as engine:
+        # Nothing is shown beside answers that go to the terminal.
+        with nullcontext() if sys.stdout.isatty() else progress("requests") as show:
+
+            async def answer(request: Request) -> dict[str, Any]:
+                async with turns:
+                    found = await _answer(engine, request)
+                done = next(ended)
+                if show is not None:
+                    show(done, len(requests), f"{done}/{len(requests)}")
+                return found
+
+            tasks = [asyncio.create_task(answer(request)) for request in requests]
+            try:
+                for task in tasks:
+                    line = await task
+                    failed = failed or "error" in line
+                    out.write(msgspec.json.encode(line) + b"\n")
+                    out.flush()
+            finally:
+                await end_tasks(tasks)
+    return 1 if failed else 0
+
+
+async def _answer(engine: AsyncEngine, request: Request) -> dict[str, Any]:
+    answer: dict[str, Any] = {"id": request.id, "adapter": request.adapter}
+
+    async def one(index: int) -> RequestOutput:
+        params = for_choice(request.params, index)
+        return await engine.complete(request.prompt, params, adapter=request.adapter, **request.scheduling)
+
+    try:
+        outputs = await together([one(index) for index in range(request.n)])
+    except AioEngineError as error:
+        return {**answer, "error": {"type": type(error).__name__, "message": in_flags(str(error))}}
+    choices = [_fields(out, ("text", "token_ids", "finish_reason", "logprobs")) for out in outputs]
+    answer |= choices[0] if request.n == 1 else {"choices": choices}
+    # These are the same for all choices.
+    return answer | _fields(outputs[0], ("prompt_tokens", "pooled", "prompt_logprobs"))
+
+
+def _fields(out: RequestOutput, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(out, name)) is not None}

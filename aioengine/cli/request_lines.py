@@ -98,7 +98,7 @@ def _of(fields: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: fields[name] for name in names if name in fields}
 
 
-def parse_lines(lines: Iterable[bytes], defaults: Defaults) -> list[Request]:
+def parse_lines(lines: Iterable[bytes], defaults: Defaults, source: str = "standard input") -> list[Request]:
     """Parse every line. Raises RequestInvalid, with the line's number, for the first that is wrong."""
     found: list[Request] = []
     line_of: dict[str | int, int] = {}
@@ -111,13 +111,13 @@ def parse_lines(lines: Iterable[bytes], defaults: Defaults) -> list[Request]:
             fields = msgspec.json.decode(line, type=dict[str, Any])
             request = defaults.request(fields, len(found))
         except (msgspec.MsgspecError, RequestInvalid, TypeError, UnicodeDecodeError) as error:
-            raise RequestInvalid(f"standard input, line {number}: {error}") from error
+            raise RequestInvalid(f"{source}, line {number}: {error}") from error
         except RecursionError:
-            raise RequestInvalid(f"standard input, line {number}: is nested too deeply") from None
+            raise RequestInvalid(f"{source}, line {number}: is nested too deeply") from None
         first = line_of.setdefault(request.id, number)
         if first != number:
             raise RequestInvalid(
-                f"standard input, line {number}: line {first} has the id {request.id!r} too; ids must "
+                f"{source}, line {number}: line {first} has the id {request.id!r} too; ids must "
                 'differ, and a line without "id" has its number, from 0'
             )
         found.append(request)

@@ -1,1 +1,0 @@
-"""``aioengine generate``: one prompt, or a batch of requests as JSON lines."""
