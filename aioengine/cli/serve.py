@@ -126,6 +126,7 @@ async def _serve(checked: Checked, record: Path | None, log: BackgroundHandler, 
             client.metrics.http.loaded["config"] = lambda: reloader.good
             app = create_app(client, checked.settings, tracer_provider=traces)
             await app.context.defaults()
+            app.open()
             entrance.app = app
             gc.collect()
             gc.freeze()  # a full collection would visit all of it, in 130 ms in which nobody is answered

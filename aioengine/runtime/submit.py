@@ -101,9 +101,10 @@ class RequestOps(ABC):
                 self._check_output(output, len(tokens), params)
                 if output:
                     await self.text_work.run(len(output), lambda: stream.add_given(output, ends))
-                if isinstance(adapter, str) and not at_once:  # what was found may have been replaced
-                    entry = await self._names.acquire(adapter, reservation.tenant)
-                elif adapter is not None and entry is None:
+                if isinstance(adapter, str):
+                    if not at_once:  # what was found may have been replaced
+                        entry = await self._names.acquire(adapter, reservation.tenant)
+                elif adapter is not None:
                     mixes = self._names.mixes
                     entry, scale = await mixes.acquire(adapter, reservation.tenant, loop.time())
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved

@@ -119,8 +119,9 @@ class ServerApp:
         move their traffic first."""
         self.context.engine.leaving = True
 
-    def _watch(self) -> None:
-        """Begin to watch the keys file, and connect the metrics."""
+    def open(self) -> None:
+        """Begin to watch the keys file, and connect the metrics; the first request does so, too. Needs a
+        running loop."""
         with contextlib.suppress(EngineStopped):  # not started yet: the next request does it
             http = self.context.engine.metrics.http
             http.active = lambda: self.active
@@ -140,7 +141,7 @@ class ServerApp:
             await self._answer(scope, receive, send)
 
     async def _answer_request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._watch()
+        self.open()
         path = below_mount(scope)[0]
         asked = next((value for name, value in scope["headers"] if name.lower() == b"x-request-id"), b"")
         # The client's id, if there is one and its form is harmless.

@@ -183,7 +183,8 @@ def part_of(lora: LoRABatch, begin: int, end: int) -> LoRABatch:
 
 def _body_of(model: Any) -> Any:
     """Return the submodule that does all but the head."""
-    inner = [m for m in model.modules() if m is not model and isinstance(m, transformers.PreTrainedModel)]
+    parts: list[Any] = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    inner = [part for part in parts if part is not model]
     if not inner:
         raise ConfigError(f"{type(model).__name__} has no separate body and head, which the engine needs")
     return inner[0].get_decoder()  # of OPT's, say, the head's model calls a part

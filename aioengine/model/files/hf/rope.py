@@ -96,7 +96,7 @@ def _layers_without(config: ConfigFile, num_layers: int) -> tuple[int, ...]:
 def _one(config: ConfigFile, rope: ConfigFile, dim: int = 0) -> RopeSpec:
     """Read a rotation of ``dim`` dimensions."""
     theta = rope.number("rope_theta", default=config.number("rope_theta", default=10000.0))
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind: Any = rope.get("rope_type") or rope.get("type") or "default"
     kind = "longrope" if kind == "su" else kind  # Phi-3's first name of it
     if kind not in ROPE_TYPES or (rope.get("mscale") and rope.get("mscale_all_dim")):
         problem = f"not supported; supported: {', '.join(ROPE_TYPES)}, without mscale"
