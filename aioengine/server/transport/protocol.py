@@ -261,6 +261,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # trailers are no headers: nothing has checked them
             super().on_header(name, value)
+            if self.headers[-1][0] == b"transfer-encoding":  # as the parser reads it: uvicorn takes a tab off
+                self.headers[-1] = (b"transfer-encoding", value)
 
     def on_headers_complete(self) -> None:
         version = self.parser.get_http_version()
