@@ -19,6 +19,7 @@ from aioengine import checks
 from aioengine.checks import Count, FilePath, Seconds, Size, Text, Whole
 from aioengine.errors import ConfigError
 from aioengine.model.spec import KNOWN_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
+from aioengine.schedulers import registry
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -35,7 +36,6 @@ REMOVED = {
     "requests use can be merged with PEFT's merge_and_unload, and served as the model",
     "slot_memory='shared'": "adapters and the KV cache no longer share one memory. Set slot_memory to a "
     "number of bytes, such as '256MiB', and lower kv_cache_memory by as much",
-    "policy='joint'": "it weighed adapters against cached prefixes in one memory. Set policy='fcfs'",
     "kv_cache_dir": "prefixes are kept in memory only. Leave it out",
     "kv_cache_dir_bytes": "prefixes are kept in memory only. Leave it out",
     "speculation='suffix'": "earlier outputs propose no tokens any more. Set speculation='ngram'",
@@ -45,18 +45,9 @@ REMOVED = {
     "NUMA nodes start an engine on each with numactl --cpunodebind=N --membind=N",
     "api_key_file": "set the variable AIOENGINE_API_KEYS, or use a file of hashed keys (--keys)",
     "admin_key_file": "set the variable AIOENGINE_ADMIN_KEYS, or use a file of hashed keys (--keys)",
-    "policy='dlora'": "it merged adapters with the base model's weights. Set policy='fcfs'",
     "max_waiting_per_adapter": "requests are bounded by tenant. Set max_waiting_per_tenant",
-    "max_prefix_pins": "the prefix cache keeps what was used last; nothing is pinned in it. Leave it out",
-    "max_prefix_pins_per_tenant": "nothing is pinned in the prefix cache. Leave it out",
     "policy_max_overruns": "fcfs replaces a policy after 20 slow decisions. Raise policy_time_budget instead",
     "max_tenant_labels": "tenants have as many labels as adapters. Set max_adapter_labels",
-    "policy='session'": "it was nearly 'lpm'. Set policy='lpm'",
-    "policy='drainer'": "it drained slots as SGLang does. Set policy='fcfs:max_wait=3'",
-    "policy='admission'": "it rejected requests that would be late. Set policy='edf', which serves more",
-    "policy='toppings'": "its order by ranks helped in no experiment. Set policy='fcfs'",
-    "policy='popular'": "it read adapters for which no request waited. Set policy='lookahead'",
-    "policy='belady'": "it is called as in the lab's reports. Set policy='oracle'",
 }
 """Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
 
@@ -74,6 +65,8 @@ def refuse_removed(values: Mapping[str, object], source: str = "") -> None:
         for removed in (name, f"{name}={named!r}"):
             if removed in REMOVED:
                 raise ConfigError(f"{source}{removed} was removed: {REMOVED[removed]}")
+        if name == "policy" and (gone := registry.removed(value)):
+            raise ConfigError(f"{source}{gone}")
 
 
 class _ConfigType(msgspec.StructMeta):

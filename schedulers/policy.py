@@ -239,7 +239,7 @@ class SchedulerView(Protocol):
 
     @property
     def free_blocks(self) -> int:
-        """KV blocks that can be allocated now without those whose contents are pinned."""
+        """KV blocks that can be allocated now, unused cached ones included."""
 
     @property
     def block_size(self) -> int:

@@ -84,6 +84,17 @@ BUILT_IN: dict[tuple[str, str], str] = {
 }
 """Kind and name -> "module:Class" below ``ROOT``."""
 _NAMES = frozenset(name for _, name in BUILT_IN)
+REMOVED = {
+    "joint": "it weighed adapters against cached prefixes in one memory. Take 'fcfs'",
+    "dlora": "it merged adapters with the base model's weights. Take 'fcfs'",
+    "session": "it was nearly 'lpm'. Take 'lpm'",
+    "drainer": "it drained slots as SGLang does. Take 'fcfs:max_wait=3'",
+    "admission": "it rejected requests that would be late. Take 'edf', which serves more",
+    "toppings": "its order by ranks helped in no experiment. Take 'fcfs'",
+    "popular": "it read adapters for which no request waited. Take 'lookahead'",
+    "belady": "it is called as in the lab's reports. Take 'oracle'",
+}
+"""Policies and parts that earlier versions had: why they went, and what to do instead."""
 
 
 class PolicyInfo(NamedTuple):
@@ -198,6 +209,14 @@ def load_autoscaler(spec: str) -> WaitingWork:
     return cast("WaitingWork", _load("autoscaler", spec))
 
 
+def removed(spec: object) -> str:
+    """Return what to do instead of a policy or part that was removed, if a text or a table names one."""
+    if isinstance(spec, Mapping):
+        return next(filter(None, map(removed, spec.values())), "")
+    names = [token.partition(":")[0].strip() for token in spec.split("+")] if isinstance(spec, str) else []
+    return next((f"policy={name!r} was removed: {REMOVED[name]}" for name in names if name in REMOVED), "")
+
+
 def _load(kind: str, spec: Any, supply: Supply | None = None) -> Any:
     """Build what a text or a table names."""
     what = f"{kind}={spec!r}" if kind in PARTS else f"{kind} {spec!r}"
@@ -230,6 +249,8 @@ def _classes(what: str, name: str, kinds: Collection[str]) -> dict[str, type[Any
         return {kind: _of_kinds(what, f"{ROOT}.{BUILT_IN[kind, name]}", (kind,))[kind] for kind in built_in}
     group, _ = KINDS[next(iter(kinds))]  # all are of one group
     targets = [name] if ":" in name else [point.value for point in entry_points(group=group, name=name)]
+    if not targets and group == ROOT and (gone := removed(name)):
+        raise ValueError(f"{what}: {gone}")
     return _of_kinds(what, targets[0], kinds) if targets else {}
 
 

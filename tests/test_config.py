@@ -16,6 +16,7 @@ from aioengine.config import CHANGED, CONFLICTS, REMOVED, Conflict
 from aioengine.errors import ConfigError, PolicyError, RequestInvalid
 from aioengine.fleet.config import FleetConfig
 from aioengine.request import RequestOptions, SamplingParams
+from aioengine.schedulers import load_policy, registry
 
 
 @pytest.mark.parametrize("rank", [0, 3, 1024, 16.0, "16", True, None])
@@ -167,9 +168,23 @@ def test_what_was_removed_is_refused_with_what_to_do(removed: str) -> None:
             kind(**{name: value})
 
 
-def test_options_of_a_removed_policy() -> None:
-    with pytest.raises(ConfigError, match=r"policy='dlora' was removed: .*fcfs"):
-        EngineConfig(model="m", policy="dlora:alone=2")
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [
+        *((name, name) for name in registry.REMOVED),
+        ("dlora:alone=2", "dlora"),
+        ({"name": "dlora", "alone": 2}, "dlora"),
+        ({"order": "toppings", "max_wait": 2}, "toppings"),
+        ({"order": "edf", "prefetch": {"name": "popular"}}, "popular"),
+        ("toppings+gdsf", "toppings"),
+        ("fcfs + popular", "popular"),
+    ],
+)
+def test_removed_policies_and_parts_are_refused_with_what_to_do(policy: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^policy='{name}' was removed: .* Take '"):
+        EngineConfig(model="m", policy=policy)
+    with pytest.raises(ValueError, match=f"policy='{name}' was removed: .* Take '"):
+        load_policy(policy)
 
 
 WEIRD = st.recursive(

@@ -168,6 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debug = common.debug
         common.configure_logging()
         command, bound, beside_flags = app.parse_args(rest)
+        if "engine" in bound.signature.parameters:
+            for name, value in os.environ.items():
+                if name.startswith(PREFIX):
+                    refuse_removed({name.removeprefix(PREFIX).lower(): value}, f"{name}: ")
         server = bound.arguments.get("server") if rest[:1] == ("serve",) else None
         if server is not None and server.log_format == "json":  # errors before it serves are JSON, too
             configure_logging("json", common.log_level or "info")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -112,8 +112,8 @@ class PolicyGuard:
         self._safe: SchedulerPolicy | None = None
         self._requests = requests
         self._adapters = adapters
-        self._timer = timer
-        self._processor = timer if processor is None else processor
+        self._timer = timer or (lambda: 0.0)
+        self._processor = processor or self._timer
         self._limits = limits
         self._now = 0.0
         """Time of the last decision."""
@@ -138,7 +138,7 @@ class PolicyGuard:
         self.seconds, self._now = 0.0, view.now
         if view.now < self.quiet_until:
             return _NOTHING
-        start = self._times()
+        start = self._timer(), self._processor()
         decision = self._ask("schedule", view.now, lambda: _checked(self.policy.schedule(view)))
         self._ask_again = None if decision is None else decision.ask_again
         self._quiet_since = -1
@@ -181,11 +181,11 @@ class PolicyGuard:
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> list[str]:
         """Ask for the policy's order of eviction; invalid answers are dropped."""
-        start = self._times()
+        start = self._timer(), self._processor()
         names = self._ask(
             "cpu_victims",
             view.now,
-            lambda: msgspec.convert(self.policy.cpu_victims(view, candidates), list[str]),
+            lambda: msgspec.convert(_as_list(self.policy.cpu_victims(view, candidates)), list[str]),
         )
         self._measure(view.now, start)
         return [str.__str__(name) for name in names or ()]
@@ -260,20 +260,12 @@ class PolicyGuard:
     # Failures
 
     def _in_its_place(self) -> SchedulerPolicy:
-        if self._safe is None:
-            self._safe = self._make_safe()
+        self._safe = self._safe or self._make_safe()
         return self._safe
-
-    def _times(self) -> tuple[float, float]:
-        if self._timer is None or self._processor is None:
-            return 0.0, 0.0
-        return self._timer(), self._processor()
 
     def _measure(self, now: float, start: tuple[float, float]) -> None:
         """Count what has taken since ``start``."""
-        if self._timer is None:
-            return
-        end = self._times()
+        end = self._timer(), self._processor()
         took, used = end[0] - start[0], end[1] - start[1]
         self.seconds += took
         if self._overruns.add(took, used):
@@ -292,4 +284,10 @@ def _checked(answer: Any) -> _Checked:
         raise TypeError(f"schedule() returned {type(answer).__name__}, not Decision")
     if answer.ask_again != answer.ask_again:
         raise TypeError("ask_again is not a number")
-    return msgspec.convert(answer._asdict(), _Checked)
+    return msgspec.convert({name: _as_list(value) for name, value in answer._asdict().items()}, _Checked)
+
+
+def _as_list(value: Any) -> Any:
+    """Return a collection, such as a deque or the keys of a dict, as a list, which is what msgspec takes."""
+    plain = isinstance(value, (list, tuple, str)) or not isinstance(value, Collection)
+    return value if plain else list(value)

@@ -98,16 +98,12 @@ class Pacer:
         self.max_step_seconds = max_step_seconds
         self._largest = _FIRST_TOKENS // 2
         """Tokens of the largest step so far."""
-        self._steps = 0
+        self.steps = 0
+        """Steps that have been measured."""
         self._before: list[float] | None = None
         """The coefficients before the last step, if that took suddenly long."""
         in_tokens = (GRAIN, 1.0, pair_tokens, _FIRST_DECODE_PAIRS * pair_tokens, _FIRST_RANK)
         self._coefficients = [max_step_seconds / _FIRST_TOKENS * tokens for tokens in in_tokens]
-
-    @property
-    def has_learned(self) -> bool:
-        """Whether a step has been measured."""
-        return self._steps > 0
 
     def seconds(self, work: StepWork) -> float:
         """Predict a step's seconds."""
@@ -125,13 +121,13 @@ class Pacer:
         terms = list(map(float.__mul__, self._coefficients, map(float, work)))
         expected = sum(terms)
         deviation, common = math.log(seconds / expected), _COMMON
-        self._steps += 1
-        if self._steps == 1:
+        self.steps += 1
+        if self.steps == 1:
             rate = common = 1.0
         else:
             bound = math.log(_BELIEVED)
             deviation = min(max(deviation, -bound), bound)
-            rate = max(_RISE if deviation > 0 else _FALL, 1 / self._steps)
+            rate = max(_RISE if deviation > 0 else _FALL, 1 / self.steps)
             if deviation > math.log(_SUDDEN):
                 self._before, rate = self._coefficients, max(rate, _SUDDEN_RISE)
         own = (1 - common) * expected / sum(map(float.__mul__, terms, terms))
@@ -301,4 +297,4 @@ class MeasuredCosts:
     def _seconds(self, work: Iterable[StepWork]) -> float | None:
         if self.learner is None:
             self.learner = Pacer(1.0, self._limits.pair_tokens)
-        return sum(map(self.learner.seconds, work)) if self.learner.has_learned else None
+        return sum(map(self.learner.seconds, work)) if self.learner.steps else None

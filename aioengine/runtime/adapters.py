@@ -294,17 +294,14 @@ class AdapterOps(ABC):
                         return  # it was never needed, or its load was ended: there is nothing to free
                     raise self._table.not_found(name)
                 if force:
-                    self._abort_all(entry)
+                    for request in list(self._core.requests.values()):
+                        if request.adapter is not None and entry in parts_of(request.adapter):
+                            self._loop.abort(request)
                 self._loop.wake()
                 await self._loop.until(lambda: entry.uid not in self._core.residency.entries, name)
         finally:
             known.unloads -= 1
             self._table.keep(known)
-
-    def _abort_all(self, entry: AdapterEntry) -> None:
-        for request in list(self._core.requests.values()):
-            if request.adapter is not None and entry in parts_of(request.adapter):
-                self._loop.abort(request)
 
     # Pinning
 

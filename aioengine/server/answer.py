@@ -117,6 +117,11 @@ class Answer:
     def __len__(self) -> int:
         return len(self._params)
 
+    def _where(self, adapter: str) -> str:
+        """Name an adapter and where it is, for the message of an error."""
+        info = self._engine.find_adapter(adapter.partition("@")[0])
+        return f" for adapter {adapter!r} ({'not looked up yet' if info is None else info.location})"
+
     def _at_once(self) -> int:
         """Return how many choices may be in the engine at a time: those whose prompts have half of what the
         bounds on waiting tokens leave, or else many long prompts could never be accepted."""
@@ -138,7 +143,9 @@ class Answer:
                 guide, owner = self._context.guide, self._record.owner
                 made, not_enforced = await form.constraints(guide, owner, len(self))
         except TimeoutError:
-            late = f"its grammar was not compiled within {self._deadline:g} s"
+            wanted = self._options["adapter"] or ()
+            named = ",".join(map(self._where, [wanted] if isinstance(wanted, str) else wanted))
+            late = f"the request{named}: its grammar was not compiled within {self._deadline:g} s"
             raise DeadlineExceeded(late) from None
         except ConfigError as error:
             raise RequestInvalid(str(error)) from error

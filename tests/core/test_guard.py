@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserList, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,27 @@ def test_meddling_changes_nothing(case: str) -> None:
         return [request.tokens for request in requests]
 
     assert outputs(Meddles()) == outputs(FCFS())
+
+
+COLLECTIONS: dict[str, Callable[[list[str]], Any]] = {
+    "a deque": deque,
+    "a UserList": UserList,
+    "keys": lambda names: dict.fromkeys(names).keys(),
+    "a set": set,
+}
+
+
+@pytest.mark.parametrize("case", COLLECTIONS)
+def test_a_field_may_be_any_collection(case: str) -> None:
+    class Collects(SchedulerPolicy):
+        def schedule(self, view: SchedulerView) -> Decision:
+            return Decision(admit=COLLECTIONS[case]([request.request_id for request in view.waiting]))
+
+    sim = Sim(policy=Collects())
+    for _ in range(3):
+        sim.add()
+    sim.run()
+    assert set(sim.ended.values()) == {"length"} and not sim.of(events.PolicyFailed)
 
 
 class _NoHash(str):

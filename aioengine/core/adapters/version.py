@@ -8,8 +8,7 @@ Where it is:
        |    give up    |   v     arrive   |  v             v                v
        +---------------+- STALLED --------+  ON_DISK     ON_CPU           ON_CPU
 
-A read is given up if it fails or is cancelled. One that stalls goes on, and others may begin meanwhile. To be
-moved within the slots' memory, a version is evicted and copied at once.
+A read is given up if it fails or is cancelled. One that stalls goes on, and others may begin meanwhile.
 
 What it is for new requests:
 

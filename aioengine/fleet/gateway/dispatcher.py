@@ -96,7 +96,7 @@ class Dispatcher:
             due = until if call.deadline is None else min(until, call.deadline)
             if now >= due:
                 if call.deadline is not None and now >= call.deadline:
-                    named = "" if call.wanted is None else f" for adapter {call.wanted!r}"
+                    named = "" if call.wanted is None else f" for adapter {call.wanted!r} (on no replica)"
                     raise errors.DeadlineExceeded(
                         f"request {call.request_id!r}{named}: its deadline passed before a replica was "
                         "available"

@@ -52,10 +52,15 @@ class AdapterNames:
 
     def where(self, adapter: Wanted) -> str:
         """Name what a request asks for and where it is, for the message of an error."""
-        if adapter is None:
-            return ""
-        entry = self.table.current.get(adapter) if isinstance(adapter, str) else None
-        return f" for adapter {adapter!r} (not looked up yet)" if entry is None else where_is(entry)
+        places = []
+        for name in [adapter] if isinstance(adapter, str) else list(adapter or ()):
+            try:
+                entry = self.find(name)
+            except AdapterNotFound:  # unloaded since
+                entry = None
+            unknown = f" for adapter {name!r} (not looked up yet)"
+            places.append(unknown if entry is None else where_is(entry))
+        return ",".join(places)
 
     def check_lives(self, entry: AdapterEntry) -> None:
         """Raise AdapterNotFound if an acquired version has been removed since."""
