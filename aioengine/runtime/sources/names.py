@@ -58,8 +58,7 @@ class AdapterNames:
                 entry = self.find(name)
             except AdapterNotFound:  # unloaded since
                 entry = None
-            unknown = f" for adapter {name!r} (not looked up yet)"
-            places.append(unknown if entry is None else where_is(entry))
+            places.append(f" for adapter {name!r} (not looked up yet)" if entry is None else where_is(entry))
         return ",".join(places)
 
     def check_lives(self, entry: AdapterEntry) -> None:
