@@ -48,6 +48,7 @@ REMOVED = {
     "max_waiting_per_adapter": "requests are bounded by tenant. Set max_waiting_per_tenant",
     "policy_max_overruns": "fcfs replaces a policy after 20 slow decisions. Raise policy_time_budget instead",
     "max_tenant_labels": "tenants have as many labels as adapters. Set max_adapter_labels",
+    "served_model_names": "set served_model_name in [server]",
 }
 """Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
 

@@ -52,6 +52,23 @@ async def end_tasks(tasks: Iterable[asyncio.Future[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Background:
+    """Tasks that run until they have ended, or :meth:`end` is called."""
+
+    def __init__(self) -> None:
+        self.tasks: set[asyncio.Task[Any]] = set()
+        """Those that have not ended."""
+
+    def spawn(self, work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def end(self) -> None:
+        await end_tasks(self.tasks)
+
+
 class SharedWork(Generic[K, T]):
     """Work under keys, each done once for all that wait for it then, and cancelled when nobody does any more.
     Results are not kept. Made on the loop."""

@@ -9,7 +9,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 
@@ -152,15 +152,11 @@ def connect(cpus: int | None = None, threads: int = 1) -> Cluster:
 class Gateway:
     """A gateway's connection to the replicas that it has deployed or found. ``handle`` is Serve's."""
 
-    def __init__(self, config: FleetConfig, handle: Any, registry: Any) -> None:
+    def __init__(self, fleet: str, handle: Any, registry: Any) -> None:
         self.handle = handle
-        self._config = config
         self.name = uuid.uuid4().hex
+        self._fleet = fleet
         self._registry = registry
-
-    def open(self) -> Self:
-        _answer(self._registry.join.remote(self.name, msgspec.json.encode(self._config)), self._config.name)
-        return self
 
     def close(self) -> None:
         """End the connection, and the replicas, too, if this was the last gateway. Blocks."""
@@ -169,12 +165,10 @@ class Gateway:
 
         try:
             left = ray.get(self._registry.leave.remote(self.name), timeout=CONNECT_SECONDS)
-        except (
-            RayError
-        ):  # another gateway has taken itself for the last one, and ended all, or the head is gone
+        except RayError:  # another one has taken itself for the last, and ended all, or the head is gone
             return
         if left == 0:
-            _remove(self._config.name)
+            _remove(self._fleet)
             ray.kill(self._registry)
 
 
@@ -228,15 +222,18 @@ def open_gateway(config: FleetConfig, application: Callable[[], Any]) -> Gateway
             "this one the same, or another name (--app-name)"
         )
     if config.name in serve.status().applications:
-        return Gateway(config, serve.get_deployment_handle("EngineReplica", config.name), registry).open()
-    try:
-        target = serve.RunTarget(application(), name=config.name, route_prefix=None)
-        [handle] = serve.run_many([target], wait_for_applications_running=False)
-    except Exception as error:
-        _remove(config.name)
-        ray.kill(registry)
-        raise ConfigError(f"the fleet did not start: {error}") from error
-    return Gateway(config, handle, registry).open()
+        handle = serve.get_deployment_handle("EngineReplica", config.name)
+    else:
+        try:
+            target = serve.RunTarget(application(), name=config.name, route_prefix=None)
+            [handle] = serve.run_many([target], wait_for_applications_running=False)
+        except Exception as error:
+            _remove(config.name)
+            ray.kill(registry)
+            raise ConfigError(f"the fleet did not start: {error}") from error
+    gateway = Gateway(config.name, handle, registry)
+    _answer(registry.join.remote(gateway.name, wanted), config.name)
+    return gateway
 
 
 def why_it_failed(name: str) -> str | None:

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from aioengine.adapters.resolvers.sources import NAME_RULE, NAME_RULE_TEXT
 from aioengine.checks import LARGEST, Count, Seconds, Whole, check_fields, from_plain, read_toml
-from aioengine.config import EngineConfig
+from aioengine.config import EngineConfig, refuse_removed
 from aioengine.errors import ConfigError
 from aioengine.memory_plan import resolve_device
 from aioengine.metrics.otlp import check_endpoint
@@ -44,9 +44,6 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     start. None: the number does not change."""
     adapters: dict[str, str] = {}
     """Name -> path of the adapters that every replica knows from its start."""
-    served_model_names: tuple[str, ...] = ()
-    """Names of the base model in requests, where Serve runs the gateway. ``served_model_name`` in
-    ``[server]`` is the same for every gateway."""
     server: dict[str, Any] = {}
     """The table ``[server]``, for a gateway that Serve runs; ``aioengine serve`` has its own."""
     name: str = "aioengine"
@@ -98,7 +95,13 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise ConfigError(f"adapters.{name}: the path {path!a} is no UTF-8; rename the folder")
         if self.otlp_endpoint is not None:
             check_endpoint(self.otlp_endpoint)
-        check_policies(self.router, self.placement, self.autoscale)
+        try:
+            load_router(self.router)
+            load_placement(self.placement)
+            if self.autoscale is not None:
+                load_autoscaler(self.autoscale)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if not max(self.bounds[0], 1) <= self.replicas <= self.bounds[1]:
             least, most = self.bounds
             raise ConfigError(
@@ -158,6 +161,7 @@ class FleetConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         cls, engine: EngineConfig, adapters: Mapping[str, str], fleet: Mapping[str, Any], *, source: str
     ) -> Self:
         """From the fields of ``[fleet]``. Raises ConfigError."""
+        refuse_removed(fleet, f"{source}, table fleet: ")
         values = {"engine": engine, "adapters": dict(adapters), **fleet}
         return from_plain(cls, values, f"{source}, table fleet")
 
@@ -180,14 +184,3 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def check_policies(router: str, placement: str, autoscale: str | None = None) -> None:
-    """Raise ConfigError, with the nearest known name, if one of the policies does not exist."""
-    try:
-        load_router(router)
-        load_placement(placement)
-        if autoscale is not None:
-            load_autoscaler(autoscale)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -131,23 +131,17 @@ def plan_replica(config: FleetConfig, *, share: int | None = None) -> tuple[Flee
     return msgspec.structs.replace(config, engine=engine), plan
 
 
-class GatewayModel(NamedTuple):
-    """Parts of the model that a gateway's client takes."""
-
-    plan: MemoryPlan
-    """Memory plan of one replica."""
-    path: Path
-    tokenizer: Tokenizer | None
-
-
-def read_model(config: FleetConfig, plan: MemoryPlan | None = None) -> GatewayModel:
-    """Read the model's description and its tokenizer. Blocks."""
+def read_model(
+    config: FleetConfig, plan: MemoryPlan | None = None
+) -> tuple[MemoryPlan, Path, Tokenizer | None]:
+    """Return what a gateway's client takes of the model: a replica's memory plan, the model's path, and its
+    tokenizer, which is read. Blocks."""
     from aioengine.model.files.resolve import resolve_model
     from aioengine.model.text.tokenizer import Tokenizer
 
     path = resolve_model(config.engine.model)
     tokenizer = Tokenizer.load(path, config.engine.chat_template)
-    return GatewayModel(plan_replica(config)[1] if plan is None else plan, path, tokenizer)
+    return plan_replica(config)[1] if plan is None else plan, path, tokenizer
 
 
 class Gateway:
@@ -161,8 +155,6 @@ class Gateway:
         from aioengine.server.settings import settings_from
 
         settings = settings_from(config.server)
-        if config.served_model_names:
-            settings = msgspec.structs.replace(settings, served_model_names=config.served_model_names)
         # The application gets its name when it is run; the replicas are found by that name.
         config = msgspec.structs.replace(config, name=serve.get_replica_context().app_name)
         self._traces = otlp_provider(config.otlp_endpoint)

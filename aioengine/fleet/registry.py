@@ -8,13 +8,14 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from aioengine.errors import AdapterLoadError, ConfigError
+from aioengine.errors import ConfigError
 from aioengine.fleet.usage import SharedUsage
 from aioengine.fleet.versions import SpentVersions
 from aioengine.model.files.sources import check_protocol, why_failed, without_credentials
@@ -25,14 +26,8 @@ logger = logging.getLogger("aioengine.fleet")
 T = TypeVar("T")
 
 NAMESPACE = "aioengine"
-LEASE_SECONDS = 30.0
-"""Seconds for which a gateway may change an adapter, and then others may; it renews this while it works. So a
-gateway that is lost meanwhile does not block others for longer."""
-WAIT_SECONDS = 5.0
-"""How long the registry lets a gateway wait for its turn until the gateway has to ask again, which shows that
-it lives."""
 MAX_CHANGES = 10_000
-"""Number of adapters whose last changes are remembered for gateways that were not told yet."""
+"""Number of changes that are remembered for gateways that were not told yet."""
 _FILE = "adapters.json"
 _BUCKETS = {"s3", "gs", "abfs", "oss", "oci"}
 """Protocols without folders: a new folder in a bucket that does not exist would make the bucket."""
@@ -53,6 +48,11 @@ class Entry(msgspec.Struct, frozen=True):
     pinned: bool = False
     earlier: dict[int, str] = {}
     """Digests of the latest contents that were replaced, by version."""
+
+    @property
+    def number(self) -> int:
+        """Its version; an adapter of the configuration that was never replaced has the first."""
+        return max(self.version, 1)
 
     def was(self, digest: str) -> bool:
         """Whether this is the content of a version that was replaced."""
@@ -99,16 +99,12 @@ class AdapterRegistry:
         self._restored = self._file is None
         """Whether ``_entries`` has what is in the checkpoint."""
         self._io = asyncio.Lock()
-        """Held while the checkpoint is read or written, so that the last write has the newest entries."""
+        """Held while the checkpoint is read, and during a change, which is one once it is written."""
         self._entries: dict[str, Entry] = {}
         self._spent = SpentVersions()
         self._mark = Mark(uuid.uuid4().hex, 0)
-        self._changed: dict[str, int] = {}
-        """Number of the last change of an adapter, in order; only of the last ``MAX_CHANGES`` adapters."""
-        self._leases: dict[str, tuple[str, float]] = {}
-        """By adapter: who may change it, and until when."""
-        self._waiting: set[tuple[str, str]] = set()
-        """Adapters that somebody waits for, each with who waits."""
+        self._changed = deque[str](maxlen=MAX_CHANGES)
+        """Names of the adapters that were changed, in order."""
         self._usage = SharedUsage(time.monotonic)
         self._config: bytes | None = None
 
@@ -117,7 +113,8 @@ class AdapterRegistry:
         checkpoint. Raises ConfigError if that fails."""
         if self._config is None:
             await self._restore()
-            await self._save()
+            async with self._io:
+                await self._save(self._entries)
             self._config = self._config or config
         return self._config
 
@@ -147,76 +144,39 @@ class AdapterRegistry:
         adapters for None, for a mark of another life, and if too much has changed. Raises ConfigError as
         :meth:`entries` does."""
         entries = await self.entries()
-        first = next(iter(self._changed.values()), 0) if len(self._changed) == MAX_CHANGES else 0
-        if since is None or since.life != self._mark.life or since.number + 1 < first:
+        new = 0 if since is None else self._mark.number - since.number
+        if since is None or since.life != self._mark.life or new > len(self._changed):
             return Changes(self._mark, entries, [], True)
-        names: list[str] = []
-        for name, number in reversed(self._changed.items()):
-            if number <= since.number:
-                break
-            names.append(name)
+        names = dict.fromkeys(islice(reversed(self._changed), new))
         found = [self._entries[name] for name in names if name in self._entries]
         return Changes(self._mark, found, [name for name in names if name not in self._entries], False)
 
-    async def begin(self, name: str, owner: str) -> bool:
-        """Wait until nobody else changes the adapter. Then ``owner`` may change it for ``LEASE_SECONDS``, and
-        longer if it calls this again meanwhile. Returns whether it may: not if it was still waiting after
-        ``WAIT_SECONDS``, because it may be gone, or if :meth:`end` was called."""
-        loop = asyncio.get_running_loop()
-        due = loop.time() + WAIT_SECONDS
-        self._waiting.add((name, owner))
-        while (name, owner) in self._waiting:
-            holder, until = self._leases.get(name, (owner, 0.0))
-            if holder == owner or loop.time() > until:
-                self._waiting.remove((name, owner))
-                self._leases[name] = owner, loop.time() + LEASE_SECONDS
-                return True
-            if loop.time() >= due:
-                self._waiting.remove((name, owner))
-            await asyncio.sleep(0.05)
-        return False
+    async def change(self, name: str, before: Entry | None, after: Entry | None) -> tuple[bool, Entry | None]:
+        """Put an entry in place of another one, also in the checkpoint if there is one; None: no entry. One
+        in place of none gets a higher version, if the adapter has had its version before.
 
-    async def end(self, name: str, owner: str) -> None:
-        """Let others change the adapter; also called by who waits no more."""
-        self._waiting.discard((name, owner))
-        if self._leases.get(name, ("", 0.0))[0] == owner:
-            del self._leases[name]
-
-    async def next_version(self, name: str, above: int) -> int:
-        """Return a version for the next content of an adapter: one that was never returned before, nor used
-        by an entry, and higher than ``above``. Raises ConfigError as :meth:`entries` does."""
+        Returns whether what was there is ``before``, and what is there now: if it was not, nothing has
+        changed. Raises ConfigError, and changes nothing, if the checkpoint fails."""
         await self._restore()
-        there = self._entries.get(name)
-        number = max(self._spent.of(name), above, 0 if there is None else there.version) + 1
-        self._spent.spend(name, number)
-        await self._save()  # before it is used, so that nobody else needs to know it
-        return number
-
-    async def put(self, entry: Entry) -> None:
-        """Store an entry, also in the checkpoint if there is one. Raises ConfigError if only the checkpoint
-        fails; the next change writes this one, too."""
-        await self._restore()
-        self._entries[entry.name] = entry
-        self._spent.entered(entry.name, entry.version)
-        self._note(entry.name)
-        await self._save()
-
-    async def remove(self, name: str) -> None:
-        """Remove an entry, as :meth:`put` stores one."""
-        await self._restore()
-        entry = self._entries.pop(name, None)
-        if entry is not None:
-            self._spent.spend(name, entry.version)
-            self._note(name)
-        await self._save()
-
-    def _note(self, name: str) -> None:
-        """Note that an adapter has changed."""
-        self._mark = self._mark._replace(number=self._mark.number + 1)
-        self._changed.pop(name, None)
-        self._changed[name] = self._mark.number
-        if len(self._changed) > MAX_CHANGES:
-            del self._changed[next(iter(self._changed))]
+        async with self._io:
+            there = self._entries.get(name)
+            if there != before and there != after:  # it is ``after`` if Ray has repeated a call
+                return False, there
+            entries = {other: entry for other, entry in self._entries.items() if other != name}
+            if after is not None:
+                if there is None:
+                    version = max(after.version, self._spent.of(name) + 1)
+                    after = msgspec.structs.replace(after, version=version)
+                entries[name] = after
+            elif there is not None:
+                self._spent.spend(name, there.version)
+            await self._save(entries)
+            self._entries = entries
+            if after is not None:
+                self._spent.entered(name, after.version)
+            self._mark = self._mark._replace(number=self._mark.number + 1)
+            self._changed.append(name)
+        return True, after
 
     async def _restore(self) -> None:
         if self._restored:
@@ -228,11 +188,10 @@ class AdapterRegistry:
                 self._spent = found.spent
                 self._restored = True
 
-    async def _save(self) -> None:
-        async with self._io:
-            if self._file is not None:
-                data = msgspec.json.encode(_Checkpoint(list(self._entries.values()), self._spent))
-                await self._checkpoint("written", write_file, self._file, data)
+    async def _save(self, entries: Mapping[str, Entry]) -> None:
+        if self._file is not None:
+            data = msgspec.json.encode(_Checkpoint(list(entries.values()), self._spent))
+            await self._checkpoint("written", write_file, self._file, data)
 
     async def _checkpoint(self, done: str, work: Callable[..., T], *arguments: Any) -> T:
         """Run ``work`` in a thread. Raises ConfigError with the reason if it fails."""
@@ -290,60 +249,6 @@ def registry_actor(application: str, checkpoint: str | None) -> Any:
         resources={"node:__internal_head__": 0.001},
         max_concurrency=1000,
     ).remote(checkpoint or temporary, temporary=checkpoint is None)
-
-
-@asynccontextmanager
-async def lease(actor: Any, name: str, owner: str) -> AsyncIterator[Callable[[], bool]]:
-    """Change an adapter while nobody else does. Raises AdapterLoadError, and ends the change, once this
-    gateway has not renewed its right in time, whether the registry answers or not, because another one may
-    change the adapter then; also if the registry hangs before. Gives a function that returns whether that has
-    happened."""
-    keeping: asyncio.Task[None] | None = None
-    loop, right, begun = asyncio.get_running_loop(), asyncio.timeout(None), False
-    try:
-        async with right:
-            while not begun:
-                right.reschedule(loop.time() + LEASE_SECONDS)  # not later than it ends for the registry
-                begun = await actor.begin.remote(name, owner)
-            keeping = loop.create_task(_keep(actor, name, owner, right))
-            yield right.expired
-    except TimeoutError:
-        if not right.expired():
-            raise
-        seconds = f"{LEASE_SECONDS:g} s"
-        why = f"this gateway did not reach the registry for {seconds}, and another one may have changed it"
-        if not begun:
-            why = f"the fleet's registry has not answered for {seconds}; nothing was changed"
-        raise AdapterLoadError(f"{why}; repeat the change", name=name, transient=True) from None
-    finally:
-        if keeping is not None:
-            keeping.cancel()
-        await _end(actor, name, owner)
-
-
-async def _keep(actor: Any, name: str, owner: str, right: asyncio.Timeout) -> None:
-    """Renew the right to change an adapter, for as long as that takes."""
-    loop = asyncio.get_running_loop()
-    while not right.expired():
-        await asyncio.sleep(LEASE_SECONDS / 3)
-        asked = loop.time()
-        try:
-            renewed = await actor.begin.remote(name, owner)
-        except Exception as error:  # it is being restarted, and then knows of no right
-            logger.warning("adapter %r: the registry does not answer: %s", name, type(error).__name__)
-            continue
-        if not right.expired():
-            in_time = renewed and loop.time() <= (right.when() or 0.0)
-            right.reschedule(asked + LEASE_SECONDS if in_time else loop.time())
-
-
-async def _end(actor: Any, name: str, owner: str) -> None:
-    """Let others change the adapter. If the registry does not hear of it, they wait until the right ends."""
-    try:
-        async with asyncio.timeout(WAIT_SECONDS):
-            await actor.end.remote(name, owner)
-    except Exception as error:
-        logger.warning("adapter %r: the registry does not answer: %s", name, type(error).__name__)
 
 
 async def answer_of(call: Awaitable[T]) -> T:

@@ -149,8 +149,11 @@ class EngineReplica:
                 raise EngineStopped("the replica is draining")
             params = await self._params(order)
             scored = told = False  # what the gateway has already
-            contents = order.contents or [""] * len(names)
-            owns = [self._adapters.holding(*wanted) for wanted in zip(names, contents, strict=True)]
+            contents, scale = order.contents, None
+            if order.content and len(names) == 1:
+                contents, scale = [order.content], None if options.mix is None else options.mix[names[0]]
+            wanted = zip(names, contents, strict=True)
+            owns = [self._adapters.holding(name, content, scale) for name, content in wanted]
             asked = dict(zip(owns, names, strict=True))
             if order.believed and not options.mix:
                 there = self.engine.find_adapter(without_versions(names[0]))
@@ -200,16 +203,11 @@ class EngineReplica:
             replica=self._name,
             pid=os.getpid(),
             node=platform.node(),
-            actor=self._actor(),
             slots=0 if lora is None else len(stats.slots),
             cpu_loras=0 if lora is None else lora.cpu_capacity,
             max_running=self._config.engine.max_num_seqs,
             kv_tokens=stats.kv_blocks * stats.block_size,
         )
-
-    def _actor(self) -> str:
-        """Return Ray's name of this actor."""
-        return _own_actor()
 
     def _status(self, box: Outbox, now: float) -> Status:
         stats = self.engine.stats()
@@ -316,9 +314,3 @@ def _own_id() -> str:
 def _check_own(to: str | None) -> None:
     if to is not None and to != _own_id():
         raise LookupError(f"replica {to} is gone, and the call came to replica {_own_id()}")
-
-
-def _own_actor() -> str:
-    import ray
-
-    return str(ray.get_runtime_context().get_actor_name())

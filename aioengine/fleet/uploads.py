@@ -9,13 +9,13 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 
-from aioengine.errors import AdapterConflict, AdapterInvalid, AdapterLoadError, ConfigError
+from aioengine.errors import AdapterInvalid, AdapterLoadError, ConfigError
 from aioengine.fleet.registry import write_file
 from aioengine.model.files.sources import check_protocol, is_source, why_failed
 from aioengine.step import BytesLike
-from aioengine.tasks import end_tasks, run_to_completion
+from aioengine.tasks import Background, run_to_completion
 
 logger = logging.getLogger("aioengine.fleet")
 
@@ -26,36 +26,25 @@ another one, and a system's clock may be set."""
 
 
 class Uploads:
-    """Uploads below the registry's folder, in a folder each that is named by the SHA-256 of its files.
+    """Uploads below the registry's folder. The name of each one's folder begins with the SHA-256 of its
+    files. ``used`` returns the folders that adapters are loaded from."""
 
-    Args:
-        alone: Makes a context for a name in which no caller of any gateway is, and which learns first what
-            other gateways have changed.
-        used: Returns the folders that adapters are loaded from.
-    """
-
-    def __init__(
-        self,
-        registry: str | None,
-        alone: Callable[[str], AbstractAsyncContextManager[object]],
-        used: Callable[[], Collection[str]],
-    ) -> None:
-        self._alone, self._used = alone, used
+    def __init__(self, registry: str | None, used: Callable[[], Collection[str]]) -> None:
+        self._used = used
         self._root: str | None = None
         if registry is not None:
             place = registry if is_source(registry) else os.path.abspath(os.path.expanduser(registry))
             self._root = f"{place.rstrip('/')}/uploads"
-        self._task: asyncio.Task[None] | None = None
-        self._due = False
-        """Whether the task is to look for what is not in use (once more)."""
+        self._background = Background()
         self._unused: dict[str, float] = {}
         """When this gateway has first seen that an upload is not in use."""
 
     @asynccontextmanager
     async def stored(self, name: str, config: bytes, weights: BytesLike) -> AsyncIterator[str]:
-        """Write an adapter's files, and give their folder, which no gateway removes while it is loaded in the
-        block. What is invalid is removed at once, because nobody can load it; what else has not been in use
-        for long, in the background, until :meth:`stop`, because a store with many folders is slow.
+        """Write an adapter's files, and give their folder: a new one, because others may just be removed,
+        unless one with the same files is in use. What the block finds to be invalid is removed at once; what
+        else has not been in use for long, in the background, until :meth:`stop`, because a store with many
+        folders is slow.
 
         Raises ConfigError without a registry, and AdapterLoadError if they cannot be written."""
         if self._root is None:
@@ -64,54 +53,27 @@ class Uploads:
                 "them: set registry (--registry) to a folder or URL that gateways and replicas share, or "
                 "load the adapter from such a folder"
             )
-        folder = f"{self._root}/{await asyncio.to_thread(_digest, config, weights)}"
+        digest = await asyncio.to_thread(_digest, config, weights)
+        same = (there for there in map(_name, self._used()) if there.startswith(digest))
+        folder = f"{self._root}/{next(same, f'{digest}-{uuid.uuid4().hex[:8]}')}"
         try:
-            async with self.held(folder, name):
-                await asyncio.to_thread(_store, self._root, folder, name, config, weights)
-                try:
-                    yield folder
-                except AdapterConflict:  # others may need good files, such as those of an earlier version
-                    raise
-                except AdapterInvalid:
-                    if _name(folder) not in map(_name, self._used()):
-                        await self._remove(folder)
-                    raise
-                finally:
-                    self.in_use(folder)
+            await asyncio.to_thread(_store, self._root, folder, name, config, weights)
+            yield folder
+        except AdapterInvalid:
+            if _name(folder) not in map(_name, self._used()):
+                await self._remove(folder)
+            raise
         finally:
-            self._due = True
-            if self._task is None or self._task.done():
-                self._task = asyncio.get_running_loop().create_task(self._remove_while_due())
-
-    @asynccontextmanager
-    async def held(self, path: str | os.PathLike[str] | None, name: str) -> AsyncIterator[None]:
-        """Load ``name`` from ``path`` in the block: if an upload is there, no gateway removes it meanwhile.
-        Raises AdapterLoadError."""
-        where = "" if path is None else os.fspath(path)
-        if self._root is None or not where.startswith(f"{self._root}/"):
-            yield
-            return
-        right = f"upload*{_name(where)}"  # no adapter has such a name
-        try:
-            async with self._alone(right):
-                yield
-        except AdapterLoadError as error:
-            if error.name != right:
-                raise
-            raise AdapterLoadError(error.reason, name=name, path=where, transient=error.transient) from error
+            self.in_use(folder)
+            if not self._background.tasks:
+                self._background.spawn(self.remove_unused())
 
     async def stop(self) -> None:
-        if self._task is not None:
-            await end_tasks([self._task])
+        await self._background.end()
 
     def in_use(self, folder: str) -> None:
         """Note that an adapter is loaded from a folder, if only for a moment."""
         self._unused.pop(_name(folder), None)
-
-    async def _remove_while_due(self) -> None:
-        while self._due:  # again for those that have ended meanwhile, but once for all of them
-            self._due = False
-            await self.remove_unused()
 
     async def remove_unused(self) -> None:
         """Remove what no adapter has been loaded from for ``KEEP_SECONDS``."""
@@ -119,15 +81,13 @@ class Uploads:
         if root is None:
             return
         try:
-            now, used = time.monotonic(), set(map(_name, self._used()))
-            there = set(await asyncio.to_thread(_names, root)) - used
-            self._unused = {name: self._unused.get(name, now) for name in there}
+            now = time.monotonic()
+            there = await asyncio.to_thread(_names, root)
+            used = set(map(_name, self._used()))
+            self._unused = {name: self._unused.get(name, now) for name in there if name not in used}
             for name in [name for name, since in self._unused.items() if now - since > KEEP_SECONDS]:
-                folder = f"{root}/{name}"
-                async with self.held(folder, name):  # another gateway may have stored it again
-                    if name in self._unused and name not in map(_name, self._used()):
-                        await self._remove(folder)
-                        self._unused.pop(name, None)
+                if name in self._unused and name not in map(_name, self._used()):
+                    await self._remove(f"{root}/{name}")
         except Exception as error:  # each filesystem raises its own types
             logger.warning("uploads that no adapter is loaded from were not removed: %s", error)
 

@@ -19,8 +19,6 @@ class _Gateway:
     """Usage of the other gateways since its last call."""
     active: Counter[str] = field(default_factory=Counter)
     """Requests that it answers now, for each limit."""
-    told: Counter[str] = field(default_factory=Counter)
-    """Open requests of the other gateways, as last reported to it."""
 
 
 class SharedUsage:
@@ -45,8 +43,8 @@ class SharedUsage:
 
     def exchange(self, gateway: str, usage: Mapping[str, Usage]) -> dict[str, Usage] | None:
         """Take a gateway's usage since its last call, and return that of the others: by limit the requests
-        and tokens since then, and their open requests. None: the gateway is not known, and its usage was not
-        counted."""
+        and tokens since then, and their open requests, unless there are none of either. None: the gateway is
+        not known, and its usage was not counted."""
         own = self._gateways.get(gateway)
         if own is None:
             return None
@@ -60,11 +58,7 @@ class SharedUsage:
         own.active = +own.active  # without those that have none
         found, own.mail = own.mail, {}
         now = sum((other.active for other in others), Counter[str]())
-        for name in {*now, *own.told, *found}:
-            if name in found or own.told[name] != now[name]:
-                found[name] = found.get(name, Usage())._replace(active=now[name])
-        own.told = now
-        return found
+        return {name: found.get(name, Usage())._replace(active=now[name]) for name in {*now, *found}}
 
     def _forget_silent(self) -> None:
         due = self._clock() - GATEWAY_SECONDS

@@ -11,9 +11,8 @@ MAX_NAMES = 10_000
 
 
 class SpentVersions(msgspec.Struct):
-    """The last number of each name that has no entry, or whose number was given out and not used yet. The
-    oldest of more than ``MAX_NAMES`` names are forgotten: all forgotten names together have one last number,
-    the highest of theirs."""
+    """The last number of each name that has had an entry and has none. The oldest of more than ``MAX_NAMES``
+    names are forgotten: all forgotten names together have one last number, the highest of theirs."""
 
     last: dict[str, int] = {}
     """Numbers by name; the one that was spent last is at the end."""

@@ -7,7 +7,7 @@ gateway, and at least one in each heartbeat.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -42,9 +42,10 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
     believed: bool = False
     """Whether the gateway believes that the replica has its adapter in memory."""
     contents: list[str] = []
-    """Digests of what it needs of the adapters that it names, in their order; "": what is current."""
+    """Digests of the versions that it names, in the order of its adapters; "": what is current."""
     content: str = ""
-    """If it has begun elsewhere: digest of its adapter's content there, which it must also have here."""
+    """If it has begun elsewhere: digest of its adapter's content there, or its mix's, which it must also have
+    here."""
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
@@ -118,8 +119,6 @@ class Hello(msgspec.Struct, array_like=True):
     replica: str
     pid: int
     node: str
-    actor: str
-    """Ray's name of the actor."""
     slots: int
     cpu_loras: int
     max_running: int
@@ -133,31 +132,17 @@ class Frame(msgspec.Struct, array_like=True, omit_defaults=True):
     hello: Hello | None = None
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=plain)
-_orders = msgspec.msgpack.Decoder(list[Order])
-_frames = msgspec.msgpack.Decoder(Frame)
+encode_frame: Callable[[Frame], bytes]
+encode_orders: Callable[[Sequence[Order | msgspec.Raw]], bytes]
+encode_frame = encode_orders = _encode = msgspec.msgpack.Encoder(enc_hook=plain).encode
+decode_frame = msgspec.msgpack.Decoder(Frame).decode
+decode_orders = msgspec.msgpack.Decoder(list[Order]).decode
 
 
 def encode_order(order: Order) -> msgspec.Raw:
     """Encode an order for a later batch. Raises what msgspec raises for what cannot be sent, such as a number
     of more than 64 bits."""
-    return msgspec.Raw(_encoder.encode(order))
-
-
-def encode_orders(orders: Sequence[Order | msgspec.Raw]) -> bytes:
-    return _encoder.encode(orders)
-
-
-def decode_orders(data: bytes) -> list[Order]:
-    return _orders.decode(data)
-
-
-def encode_frame(frame: Frame) -> bytes:
-    return _encoder.encode(frame)
-
-
-def decode_frame(data: bytes) -> Frame:
-    return _frames.decode(data)
+    return msgspec.Raw(_encode(order))
 
 
 def pack_error(error: Exception) -> bytes:

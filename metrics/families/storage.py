@@ -53,10 +53,12 @@ def gauge(engine: str, name: str, value: Value) -> Family:
 
 def merged(families: Iterable[Family]) -> list[Family]:
     """Merge families of the same name, because the exposition format requires each metric's series in one
-    group."""
+    group. One that is defined otherwise than the first is left out."""
     found: dict[str, Family] = {}
     for definition, points in families:
-        found.setdefault(definition.name, Family(definition, [])).points.extend(points)
+        known = found.setdefault(definition.name, Family(definition, []))
+        if definition._replace(help=known.definition.help) == known.definition:
+            known.points.extend(points)
     return list(found.values())
 
 

@@ -129,7 +129,7 @@ def test_files_of_other_editors_are_read(change: str, file: Path, capsys: pytest
         ("[server]\ngrace_secs = 1", "has no field 'grace_secs'"),
         ("[server]\ngrace_seconds = -1", "--grace-seconds=-1"),
         ("[fleet]\nreplcas = 2", "did you mean 'replicas'?"),
-        ("[fleet]\nserved_model_names = ['x']", "from [server], as served_model_name"),
+        ("[fleet]\nserved_model_names = ['x']", "set served_model_name in [server]"),
         ("[adapters]\nx = '/nowhere'", "x=/nowhere"),
         ("[adapters]\nx = 'ADAPTER'\n[server]\nserved_model_name = ['x']", "'x' is the base model's name"),
         ("[server]\ntls_cert = '/nowhere.pem'", "--tls-key"),

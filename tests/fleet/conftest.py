@@ -24,11 +24,10 @@ MAX_RUNNING = 8
 
 @pytest.fixture(autouse=True)
 def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replicas in this process do not ask Serve and Ray who they are: Ray would start for that, and stay."""
+    """Replicas in this process do not ask Serve who they are: Ray would start for that, and stay."""
     from aioengine.fleet import replica
 
-    for name in ("_own_id", "_own_actor"):
-        monkeypatch.setattr(replica, name, lambda: "own")
+    monkeypatch.setattr(replica, "_own_id", lambda: "own")
 
 
 @pytest.fixture(scope="package")

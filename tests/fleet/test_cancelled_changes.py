@@ -51,7 +51,7 @@ def test_a_cancelled_change_is_made_everywhere_or_nowhere(what: str, moment: Mom
                 assert not one.engine.prepared and one.engine.pinned == pinned
                 assert one.engine.has.keys() == found.keys()
                 assert one._adapters._told == found
-            assert gateway.adapters.known.version("sql") == found.get("sql")
+            assert {n: known.version for n, known in gateway.adapters.known.by_name.items()} == found
             if what != "load" or "sql" not in found:
                 await asyncio.wait_for(gateway.load("sql"), 1.0)  # no change blocks the next one
             if what == "load":
@@ -61,7 +61,7 @@ def test_a_cancelled_change_is_made_everywhere_or_nowhere(what: str, moment: Mom
 
         if what != "load":
             await gateway.load("sql")
-        assert await cancel_everywhere(work, moment, after) > 3
+        assert await cancel_everywhere(work, moment, after) >= 3
         await gateway.adapters.stop_adapters()
 
     run_in_virtual_time(main())

@@ -58,13 +58,12 @@ class Replica:
                 return info
         except AdapterNotFound as error:
             return error
-        if action == "commit" and self.prepared is not None:
-            assert arguments["digest"] == self.prepared.digest
+        if action == "sync" and self.prepared is not None:
+            assert [entry.digest for entry in arguments["entries"]] == [self.prepared.digest]
             self.hold(self.prepared)
-        elif action not in ("commit", "discard"):
-            return None
-        committed, self.prepared = self.prepared, None
-        return committed
+        if action in ("sync", "discard"):
+            self.prepared = None
+        return None
 
 
 Change = Callable[[FleetAdapters, Members], Awaitable[None]]

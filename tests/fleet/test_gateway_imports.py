@@ -18,9 +18,9 @@ from aioengine.fleet import FleetConfig
 from aioengine.fleet.deployment import plan_replica, read_model
 config = FleetConfig(engine=EngineConfig(model=sys.argv[1], device=sys.argv[2]), replicas=2)
 planned, plan = plan_replica(config, share=2)
-model = read_model(config, plan)
+_, _, tokenizer = read_model(config, plan)
 import aioengine.fleet.gateway.client, aioengine.server.app
-assert plan.device == "cpu" and model.tokenizer is not None
+assert plan.device == "cpu" and tokenizer is not None
 print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)))
 """
 """What `aioengine serve --replicas` does on its own side before its replicas are there."""

@@ -89,7 +89,7 @@ def test_a_fleet_that_another_gateway_has_ended(
     why = why_it_failed(CONFIG.name)
     assert why is not None and "has removed the application 'aioengine'" in why
     ray.answer = ActorDiedError()
-    Gateway(CONFIG, None, ray.registry).close()
+    Gateway(CONFIG.name, None, ray.registry).close()
     assert ray.ended == []
 
 

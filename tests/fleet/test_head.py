@@ -15,7 +15,7 @@ from support.waiting import SECONDS, until
 from aioengine import EngineConfig
 from aioengine.errors import EngineDead, EngineStopped
 from aioengine.fleet import FleetConfig, cluster
-from aioengine.fleet.gateway import hangs
+from aioengine.fleet.gateway import head
 from aioengine.fleet.gateway.client import FleetClient
 
 grpc: Any = pytest.importorskip("grpc", reason="Ray has no wheel for this system or Python")
@@ -23,8 +23,8 @@ grpc: Any = pytest.importorskip("grpc", reason="Ray has no wheel for this system
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hangs, "WATCH_SECONDS", 0.1)
-    monkeypatch.setattr(hangs, "LOST_SECONDS", 0.5)
+    monkeypatch.setattr(head, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(head, "LOST_SECONDS", 0.5)
 
 
 class Listener:
@@ -80,12 +80,12 @@ async def test_the_gateway_ends_when_its_requests_have() -> None:
 
 async def test_a_head_that_hangs_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     listener = Listener()
-    watched = hangs.Head(listener.open())
+    watched = head.Head(listener.open())
     assert await watched.answers()
     listener.hangs = True
     with monkeypatch.context() as patch:
-        patch.setattr(hangs, "WATCH_SECONDS", 0.1)
-        patch.setattr(hangs, "LOST_SECONDS", 0.5)
+        patch.setattr(head, "WATCH_SECONDS", 0.1)
+        patch.setattr(head, "LOST_SECONDS", 0.5)
         assert "does not answer" in str(await watched.until_lost())
     listener.hangs = False
     assert await watched.is_back(lambda: True) and watched.failure is None
@@ -107,7 +107,7 @@ def test_a_head_that_hangs_does_not_keep_ray_from_its_end(monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("quick")
 async def test_requests_that_take_too_long_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hangs, "FINISH_SECONDS", 0.1)
+    monkeypatch.setattr(head, "FINISH_SECONDS", 0.1)
     listener = Listener()
     address = listener.open()
     await listener.close()

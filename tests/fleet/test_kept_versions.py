@@ -23,6 +23,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.members import Member, Members
+from aioengine.fleet.registry import Entry
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Delta, Frame, Residency, Status, Submit, pack_error
 from aioengine.lab.simulation.clock import run_in_virtual_time
@@ -60,7 +61,8 @@ class Replica:
         assert isinstance(order, Submit)
         self.order, self.first, self.running = order, True, []
         options = order.options
-        for wanted, digest in zip(options.named, order.contents, strict=True):
+        contents = [order.content] if order.content and len(options.named) == 1 else order.contents
+        for wanted, digest in zip(options.named, contents, strict=True):
             name = str(wanted).partition("@")[0]
             there = [f"{name}@{version}" for version in reversed(self.held[name])]
             fits = [version for version in there if digest in ("", content_of(version))]
@@ -130,8 +132,8 @@ class Fleet:
         for number in range(REPLICAS):
             replica = Replica(f"r{number}", {name: [1] for name in (*NAMES, "u")})
             self.replicas[replica.name] = replica
-            channel: Any = SimpleNamespace(replica=replica.name, calls={}, leaving=False, heard=0.0)
-            channel.send, channel.arrived = replica.take, lambda received: None
+            channel: Any = SimpleNamespace(replica=replica.name, calls={}, leaving=False)
+            channel.send = replica.take
             self.channels[replica.name] = channel
             self.members.members[replica.name] = Member(channel, None)  # type: ignore[arg-type]
             self.members.members[replica.name].residency = replica.residency()
@@ -163,8 +165,8 @@ class Fleet:
             del self.replicas[runs.name], self.channels[runs.name], self.members.members[runs.name]
             self.members.state.leave(runs.name)
             self.members.on_loss(call, runs.name, "lost")
-        while self.members._tasks and not call.ended:
-            await asyncio.gather(*self.members._tasks)
+        while self.members.background.tasks and not call.ended:
+            await asyncio.gather(*self.members.background.tasks)
             await asyncio.sleep(0)
 
     def can_go_on(self, call: Call) -> bool:
@@ -244,10 +246,9 @@ async def test_a_replica_knows_the_version_better_than_the_gateway(
             params = SamplingParams(temperature=0, max_tokens=1, constraint=held)
             works.append(asyncio.create_task(there.engine.complete(prompt, params, adapter="a")))
             await until(held.begun.is_set)
-        change = {"name": "a", "change": "c"}
-        read = {"path": str(adapters / "b"), "read": False}
-        await there.adapter("prepare", change | read)
-        await there.adapter("commit", change | {"version": 2, "digest": ""})
+        change = {"name": "a", "change": (1, "c"), "path": str(adapters / "b"), "read": False}
+        await there.adapter("prepare", change)
+        await there.adapter("sync", {"entries": [Entry("a", str(adapters / "b"), 2)], "change": (1, "c")})
         member = client.members.members["r1"]
         member.ready = False
         client.members.state.drain("r1")

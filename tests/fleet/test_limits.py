@@ -30,8 +30,7 @@ class Gateways:
             used = meter.take_usage()
             found = self.shared.exchange(gateway, {} if used is None else {"t": used})
             assert found is not None
-            if "t" in found:
-                meter.used_elsewhere(found["t"], self.now)
+            meter.used_elsewhere(found.get("t", Usage()), self.now)
 
     def begin(self, gateway: str) -> Admission | None:
         try:

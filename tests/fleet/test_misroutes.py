@@ -29,7 +29,7 @@ async def test_what_the_gateway_believed(
         replica, order = fleet.replicas["r0"], RequestOptions(adapter="sql")
         for key, told in ((1, [True, False]), (2, [False])):
             box = Outbox()
-            submit = Submit(key, f"r{key}", [5], pack_params(greedy(1)), order, believed=True)
+            submit = Submit(key, f"r{key}", [5], pack_params(greedy(1)), order, believed=True, contents=[""])
             await replica._generate(box, submit)
             assert [delta.misrouted for delta in box.take()] == told
 

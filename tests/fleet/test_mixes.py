@@ -77,7 +77,8 @@ async def test_versions(fleet: FleetHere, tiny_text: Tiny, adapters: Path) -> No
         assert await complete(fleet, name) == of_a
     old = (await client.load_adapter("x", str(adapters / "a"))).digest
     runs = [asyncio.create_task(client.complete(PROMPT, greedy(50), adapter="x@1")) for _ in range(60)]
-    while not client.members.with_content("x", old) or not any(
+    members = client.members.members.values()
+    while not any(member.has("x", old) for member in members) or not any(
         r.engine.stats().waiting for r in fleet.replicas.values()
     ):
         await asyncio.sleep(0)
@@ -89,7 +90,7 @@ async def test_versions(fleet: FleetHere, tiny_text: Tiny, adapters: Path) -> No
     assert (early, late) == (of_a, of_b)
     assert mixed == of_peft(tiny_text, adapters, {"a": 0.5})
     await asyncio.gather(*runs)
-    while client.members.with_content("x", old):
+    while any(member.has("x", old) for member in members):
         await asyncio.sleep(0.01)
     for gone in ("x@1", "x@3", "y@1"):
         with pytest.raises(AdapterNotFound):

@@ -30,7 +30,7 @@ TOKENS = 200
 def registry(nodes: Nodes, tiny_text: Tiny, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Has "kept", which was loaded before a head was lost: this one has never heard of it."""
     url = f"file://{tmp_path_factory.mktemp('registry')}"
-    asyncio.run(AdapterRegistry(url).put(Entry("kept", str(tiny_text.adapters["a"]), 3)))
+    asyncio.run(AdapterRegistry(url).change("kept", None, Entry("kept", str(tiny_text.adapters["a"]), 3)))
     nodes.add_second()
     return url
 

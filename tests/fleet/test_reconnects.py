@@ -76,7 +76,7 @@ class Replicas:
             loop.call_later(self._lag, writer.cancel)
 
     async def _run(self, name: ChannelName, replica: str, frames: asyncio.Queue[bytes]) -> None:
-        hello: Hello | None = Hello(replica, 1, "node", "actor", 1, 1, 8, 1)
+        hello: Hello | None = Hello(replica, 1, "node", 1, 1, 8, 1)
         async with self._boxes.setdefault(replica, Outboxes()).opened(name) as box:
             while not box.replaced:
                 now = asyncio.get_running_loop().time()
@@ -159,7 +159,7 @@ def test_each_token_comes_once(
         await asyncio.sleep(10)
         for replica in members.members:
             channel = members.channel(replica)
-            assert channel is not None and not channel.calls and channel.unreached == 0.0
+            assert channel is not None and not channel.calls and channel.sending == 0
         assert not any(there.running.values())
         await members.stop(SystemError("the end"))  # type: ignore[arg-type]
         while there.tasks:

@@ -12,10 +12,7 @@ from hypothesis import strategies as st
 from support.reporting_replicas import NAMES, Replicas, gateway_of
 
 from aioengine import SamplingParams
-from aioengine.fleet.gateway import hangs
 from aioengine.fleet.gateway.call import Call
-from aioengine.fleet.gateway.hangs import HungReplicas
-from aioengine.fleet.wire import Hello
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions
 
@@ -78,18 +75,3 @@ def test_a_replica_that_dies_is_one_loss(caplog: pytest.LogCaptureFixture) -> No
             assert sum("r1" in record.getMessage() for record in caplog.records) == 1
 
     run_in_virtual_time(main())
-
-
-async def test_all_that_hang_are_killed_once_and_none_that_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[str] = []
-    monkeypatch.setattr(hangs, "_kill", lambda hello: killed.append(hello.replica))
-    hung = HungReplicas()
-    names = [f"r{number}" for number in range(8)]
-    for name in names:
-        hung.add(name, Hello(name, 1, "node", "actor", 1, 1, 1, 1))
-    several = [asyncio.create_task(hung.end_all_but({"r0"})) for _ in range(3)]
-    await asyncio.sleep(0)
-    back = next(name for name in reversed(names) if name in hung._lost and name != "r0")
-    hung.back(back)
-    await asyncio.gather(*several)
-    assert sorted(killed) == sorted(set(names) - {"r0", back})

@@ -81,15 +81,3 @@ def test_a_replica_that_reports_and_gets_no_requests_is_lost(
             assert members.members.keys() == set(NAMES)  # it is tried again
 
     run_in_virtual_time(main())
-
-
-def test_a_replica_that_gets_nothing_is_tried_less_and_less() -> None:
-    async def main() -> None:
-        async with gateway_of(Replicas(far="r1", on_the_way=NEVER)) as members:
-            for number in range(2000):
-                if (channel := members.channel("r1")) is not None and "r1" in members.members:
-                    channel.send(_submit(number))
-                await asyncio.sleep(0.5)
-            assert 1000 / (ARRIVE_SECONDS + 70) <= members.losses["lost"] <= 1000 / (ARRIVE_SECONDS + 60) + 7
-
-    run_in_virtual_time(main())

@@ -165,16 +165,16 @@ def gateway_of(
     version: int, lost: Collection[str] = (), **held: list[AdapterInfo]
 ) -> tuple[FleetAdapters, list[tuple[str, str]]]:
     """A gateway whose fleet has this version of "sql", to replicas that have others, too; some are lost.
-    Asked for an adapter's labels, the others say 7; also returns who was asked for which."""
+    What the others are told to load has 7 labels; also returns who was told to load which."""
     members, _ = members_of(**held)
     asked: list[tuple[str, str]] = []
 
-    async def remote(action: str, arguments: dict[str, Any], to: str) -> int:
-        assert action == "labels"
+    async def remote(action: str, arguments: dict[str, Any], to: str) -> AdapterInfo:
+        assert action == "load"
         if to in lost:
             raise ConnectionError
         asked.append((to, arguments["name"]))
-        return 7
+        return adapter_info(arguments["name"], labels=7)
 
     members.handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
     adapters = FleetAdapters(members.config, members)
@@ -198,7 +198,7 @@ async def test_a_call_that_nobody_waits_for_is_not_sent() -> None:
     members.members["r1"] = Member(channels["r0"], None)  # type: ignore[arg-type]
     members.state.join("r1", ReplicaLimits(slots=2, max_running=8, kv_tokens=10_000))
     members._tell_change()
-    await asyncio.gather(*members._tasks)
+    await asyncio.gather(*members.background.tasks)
     assert call.replica is None and not members.state.in_flight
 
 
@@ -227,11 +227,11 @@ async def test_refusals_do_not_use_up_the_limit_of_losses(
     del members.members[first]
     members.on_loss(call, first, "lost")
     for _ in range(4):
-        await asyncio.gather(*members._tasks)
+        await asyncio.gather(*members.background.tasks)
         if call.ended:
             break
         members.on_delta(channels[call.replica], call, Delta(1, error=pack_error(error)), 1.0)
-    await asyncio.gather(*members._tasks)
+    await asyncio.gather(*members.background.tasks)
     if ends is None:
         assert not call.ended and call.replica is not None
         members.on_delta(channels[call.replica], call, Delta(1, [9], finish="length"), 1.0)

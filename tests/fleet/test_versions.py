@@ -182,9 +182,7 @@ class Replica:
         self._count = 0
 
     async def adapter(self, action: str, arguments: dict[str, Any]) -> Any:
-        name, version = arguments.get("name", ""), arguments.get("version")
-        if action == "others":
-            return list(self.told.keys() - {"fixed", *arguments["names"]})
+        name = arguments.get("name", "")
         if action == "prepare":
             self._paths[name] = arguments["path"]
         elif action in ("unload", "forget"):
@@ -194,8 +192,8 @@ class Replica:
             for entry in arguments["entries"]:
                 if self.told.get(entry.name, 0) < entry.version:
                     self._takes(entry.name, entry.version, entry.path)
-        elif action == "commit":
-            self._takes(name, version, self._paths[name])
+            others = self.told.keys() - {"fixed", *(entry.name for entry in arguments["entries"])}
+            return {other: self.told[other] for other in others if arguments.get("whole")}
         return self._info(name, self._paths.get(name) or arguments.get("path") or "")
 
     def _takes(self, name: str, version: int, path: str) -> None:

@@ -61,7 +61,7 @@ class Replicas:
     async def _frames(self, replica: str) -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
         self._received[replica] = 0
-        hello: Hello | None = Hello(replica, 1, "node", "actor", 1, 1, 1, 1)
+        hello: Hello | None = Hello(replica, 1, "node", 1, 1, 1, 1)
         sent, dies = loop.time(), self._dies.get(replica, EVER)
         while sent < min(self._silent.get(replica, EVER), dies):
             await asyncio.sleep(sent - loop.time())  # what was sent while the gateway stood still is there

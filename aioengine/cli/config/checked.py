@@ -108,10 +108,9 @@ ELSEWHERE = {
     "engine": "the top of the file",
     "adapters": "[adapters]",
     "otlp_endpoint": "[server]",
-    "served_model_names": "[server], as served_model_name",
     "server": "[server]",
 }
-"""Fields of FleetConfig that a server has from other tables."""
+"""Settings of a fleet that a server has from other tables."""
 
 
 @flag_set(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from itertools import count
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import msgspec
 
 from aioengine.adapters.resolvers.sources import check_same_path, checked_path
 from aioengine.errors import (
@@ -21,10 +23,10 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.fleet.config import FleetConfig, is_utf8
-from aioengine.fleet.gateway.entries import KnownEntries, listed, numbered, source_of, version_of
+from aioengine.fleet.gateway.entries import KnownEntries, listed, source_of
 from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.gateway.replicas import Change, Replicas, by_load, first_of, holds
-from aioengine.fleet.registry import Entry, answer_of, lease
+from aioengine.fleet.registry import Entry, answer_of
 from aioengine.fleet.uploads import Uploads
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Residency
@@ -33,16 +35,14 @@ from aioengine.request import Wanted
 from aioengine.runtime.requests.vectors import scaled_adapter
 from aioengine.schedulers.routing import Move, PlacementGuard, load_placement
 from aioengine.step import BytesLike
-from aioengine.tasks import end_tasks, run_to_completion
+from aioengine.tasks import Background, run_to_completion
 
 logger = logging.getLogger("aioengine.fleet")
 
 T = TypeVar("T")
 
-_FAILS = "nothing is changed, because the fleet's registry fails"
-_UNSAVED = (
-    "the replicas have made the change, but it would be lost with Ray's head; repair this, and repeat it"
-)
+ANSWER_SECONDS = 30.0
+"""How long the registry's answer to a change may take."""
 SYNC_SECONDS = 60.0
 """Longest time until a replica knows the fleet's adapters; after that it gets requests nevertheless."""
 MAX_EARLIER = 16
@@ -63,13 +63,13 @@ class FleetAdapters:
         self._replicas = Replicas(members)
         self.known = KnownEntries(config.adapters, members.state)
         self.registry: Any = None
-        self._uploads = Uploads(config.registry, self.changing, self._sources)
+        self._uploads = Uploads(config.registry, self._sources)
         self.known.in_use = self._uploads.in_use
         self._mended: dict[str, float] = {}
         """When replicas were last made to agree on an adapter that one of them had found changed."""
-        self._owners = count()
-        """Numbers of the changes that this gateway makes."""
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._locks = WeakValueDictionary[str, asyncio.Lock]()
+        """Of adapters that this gateway changes."""
+        self._background = Background()
         self._placement = PlacementGuard(
             load_placement(config.placement),
             failed=lambda kind, text: logger.warning("placement: %s", text),
@@ -85,10 +85,10 @@ class FleetAdapters:
         for member in list(self.members.members.values()):
             await self._sync(member)
         if self.fleet_config.placement != "none":
-            self._spawn(self._plan())
+            self._background.spawn(self._plan())
 
     async def stop_adapters(self) -> None:
-        await end_tasks(self._tasks)
+        await self._background.end()
         await self._uploads.stop()
 
     def _check_lora(self) -> None:
@@ -131,13 +131,17 @@ class FleetAdapters:
         self._check_lora()
         name, _, number = wanted.partition("@")
         content = await self.content(wanted) if number else self.known.digest(name)
-        members = list(self.members.members.values())
+        members = self.members.members.values()
+        for info in (info for member in members for info in member.residency.versions):
+            if info.name == name and info.bytes and content in ("", info.digest):
+                return info.labels
         if content != self.known.digest(name):
-            there = self.members.with_content(name, content)
-            members = [member for member in members if member.channel.replica in there]
-            if not members:
-                raise gone(wanted)
-        return await self._replicas.labels(name, content, members)
+            raise gone(wanted)
+        for member in by_load(members):
+            found = await self._replicas.ask(member, "load", name=name)
+            if found is not None:
+                return first_of([found]).labels
+        raise EngineStopped("no replica of the fleet answers now; try again later")
 
     async def load_adapter(
         self,
@@ -154,8 +158,11 @@ class FleetAdapters:
         the old one. If one fails, or reads something else, the old one stays everywhere, and an error is
         raised. A replica that reads it later accepts no other content."""
         self._check_lora()
-        async with self._uploads.held(path, name):
-            return await self._load(name, path, pin=pin, replace=replace)
+        where = None if path is None else os.fspath(path)
+        if where is not None and not is_utf8(where):
+            raise AdapterInvalid("its path is no UTF-8; rename the folder", name=name, path=ascii(where))
+        async with self.changing(name) as change:
+            return await self._load(change, where, pin=pin, replace=replace)
 
     async def load_adapter_files(
         self, name: str, config: bytes, weights: BytesLike, *, pin: bool = False, replace: bool = False
@@ -164,206 +171,208 @@ class FleetAdapters:
         it from there. Raises ConfigError if the fleet has no registry, and what :meth:`load_adapter`
         raises."""
         self._check_lora()
-        async with self._uploads.stored(name, config, weights) as folder:
-            return await self._load(name, folder, pin=pin, replace=replace)
-
-    async def _load(
-        self, name: str, path: str | os.PathLike[str] | None, *, pin: bool, replace: bool
-    ) -> AdapterInfo:
-        where = None if path is None else os.fspath(path)
-        if where is not None and not is_utf8(where):
-            raise AdapterInvalid("its path is no UTF-8; rename the folder", name=name, path=ascii(where))
-        async with self.changing(name) as change:
-            known = self.known.by_name.get(name)
-            if replace and (known is not None or where is not None):
-                info = await self._replace(name, where, change)
-            else:
-                if where is not None and known is not None:
-                    # A replica that was never told of it would take these files under the same version.
-                    check_same_path(name, checked_path(name, known.path), checked_path(name, where))
-                    where = None
-                info = await self._add(name, where, known, change)
-            if pin:
-                info = numbered(await self._replicas.pin(name, change.members, False), info.version)
-                info = await self._note(info, change, where, pinned=True)
-            return info
+        async with self.changing(name) as change, self._uploads.stored(name, config, weights) as folder:
+            return await self._load(change, folder, pin=pin, replace=replace)
 
     async def unload_adapter(self, name: str, *, force: bool = False) -> None:
         """Unload it from every replica, once the requests on it have ended; new ones are refused at once. If
         the call is cancelled, that goes on. Raises AdapterNotFound if no replica knows it."""
         self._check_lora()
         async with self.changing(name) as change:
-            was_known, ended = name in self.known.by_name, False
+            known, ended = change.known, False
+            what = {"name": name, "version": 0 if known is None else known.version}
             try:
-                answers = await self._replicas.ask_all(change.members, "unload", name=name, force=force)
+                await run_to_completion(self._store(change, None))
+                answers = await self._replicas.ask_all(change.members, "unload", **what, force=force)
                 ended = True
             finally:
-                if not change.lost():
-                    removing = self._remove(name, () if ended else change.members)
-                    await run_to_completion(removing, unless=change.lost)
+                if not ended and change.known is None:
+                    await run_to_completion(self._replicas.ask_all(change.members, "forget", **what))
             errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
             others = [error for error in errors if not isinstance(error, AdapterNotFound)]
             if others:
                 raise others[0]
-            if errors and len(errors) == len(answers) and not was_known:
+            if errors and len(errors) == len(answers) and known is None:
                 raise errors[0]
 
     async def pin_adapter(self, name: str, *, force: bool = False) -> AdapterInfo:
         """Pin an adapter on every replica, or on none."""
         self._check_lora()
         async with self.changing(name) as change:
-            version = await self._version(name)
-            info = numbered(await self._replicas.pin(name, change.members, force), version)
-            return await self._note(info, change, pinned=True)
+            return await self._pin(change, force)
 
     async def unpin_adapter(self, name: str) -> AdapterInfo:
         self._check_lora()
         async with self.changing(name) as change:
-            version = await self._version(name)
             answers = await self._replicas.ask_all(change.members, "unpin", name=name)
-            info = numbered(first_of(answers), version)
-            return await self._note(info, change, pinned=False)
+            return await self._note(change, first_of(answers), version=change.version or 1, pinned=False)
 
     # Steps
 
-    async def _remove(self, name: str, members: Sequence[Member]) -> None:
-        await self._replicas.ask_all(members, "forget", name=name)
-        self.known.remove(name)
-        await self._registry(name, self.registry.remove.remote(name), _UNSAVED)
+    async def _load(self, change: Change, where: str | None, *, pin: bool, replace: bool) -> AdapterInfo:
+        name, known = change.name, change.known
+        if replace and (known is not None or where is not None):
+            info = await self._replace(change, where)
+        else:
+            if where is not None and known is not None:
+                # A replica that was never told of it would take these files under the same version.
+                check_same_path(name, checked_path(name, known.path), checked_path(name, where))
+                where = None
+            info = await self._add(change, where)
+        return await self._pin(change, False, where) if pin else info
 
-    async def _add(self, name: str, where: str | None, known: Entry | None, change: Change) -> AdapterInfo:
+    async def _add(self, change: Change, where: str | None) -> AdapterInfo:
         """Have one replica read it. If nobody had loaded it, all get what that one has read, as a version."""
+        name, known = change.name, change.known
         holders = [member for member in change.members if holds(name, member)]
         if known is None and not holders and where is not None:
-            return await self._replace(name, where, change)
+            return await self._replace(change, where)
         first = (holders or change.members)[0]
         info = first_of([await self._replicas.ask(first, "load", name=name, path=where)])
         if known is None or self._contents(name) - {info.digest}:
-            return await self._replace(name, source_of(where, known, info), change, first.channel.replica)
-        return await self._note(numbered(info, version_of(known)), change, where)
+            return await self._replace(change, source_of(where, known, info), first.channel.replica)
+        return await self._note(change, info, where, version=change.version)
 
     async def _replace(
-        self,
-        name: str,
-        where: str | None,
-        change: Change,
-        also: str | None = None,
-        *,
-        new: bool = True,
+        self, change: Change, where: str | None, also: str | None = None, *, new: bool = True
     ) -> AdapterInfo:
-        """Have those that hold it, and ``also``, read it, compare what they have read, and flip, all of them
-        even if the call is cancelled meanwhile. ``new``: it gets the next version of the fleet."""
-        version = await self._next_version(name) if new else None
+        """Have those that hold it, and ``also``, read it, compare what they have read, and all take it, even
+        if the call is cancelled meanwhile. ``new``: it gets the next version of the fleet."""
         # What they have prepared, and what they go on preparing, is dropped if this fails or is cancelled.
-        async with self._replicas.or_undone(change.members, "discard", name=name, change=change.name):
-            digest = await self._replicas.prepare(name, where, change, also)
-            flip = self._flip(name, where, change, digest, version)
-            return await run_to_completion(flip, unless=change.lost)
+        what = {"name": change.name, "change": change.id}
+        async with self._replicas.or_undone(change.members, "discard", **what):
+            info = await self._replicas.prepare(change, where, also)
+            return await self._note(change, info, where, version=change.version + 1 if new else 0)
 
-    async def _flip(
-        self, name: str, where: str | None, change: Change, digest: str, version: int | None
-    ) -> AdapterInfo:
-        """Let new requests use what was prepared, and note its version, if it has one."""
-        info = await self._replicas.commit(name, change, digest, version)
-        if version is None:
-            return info
-        return await self._note(numbered(info, version), change, where)
-
-    async def _version(self, name: str) -> int:
-        """Return the current version; of an adapter that has none in the fleet, the next one."""
-        known = self.known.version(name)
-        return await self._next_version(name) if known is None else known
-
-    async def _next_version(self, name: str) -> int:
-        """Return a number that no content of this adapter has had."""
-        call = self.registry.next_version.remote(name, self.known.version(name) or 0)
-        return await self._registry(name, call, _FAILS)
+    async def _pin(self, change: Change, force: bool, where: str | None = None) -> AdapterInfo:
+        """Pin it on all or on none."""
+        name, pinned = change.name, set[str]()
+        for member in change.members:
+            if any(info.name == name and info.pinned for info in member.residency.adapters):
+                pinned.add(member.channel.replica)
+        fresh = [member for member in change.members if member.channel.replica not in pinned]
+        async with self._replicas.or_undone(fresh, "unpin", name=name):
+            answers = await self._replicas.ask_all(change.members, "pin", name=name, force=force)
+            info = first_of(answers)
+        try:
+            return await self._note(change, info, where, version=change.version or 1, pinned=True)
+        except AdapterLoadError:
+            await self._replicas.ask_all(fresh, "unpin", name=name)
+            raise
 
     async def _note(
-        self, info: AdapterInfo, change: Change, where: str | None = None, *, pinned: bool | None = None
+        self,
+        change: Change,
+        info: AdapterInfo,
+        where: str | None = None,
+        *,
+        version: int,
+        pinned: bool | None = None,
     ) -> AdapterInfo:
-        """Store an adapter as replicas have it now. ``where``: the source that was given for it, if any;
-        ``pinned`` None: as it was."""
-        known = self.known.by_name.get(info.name)
+        """Store an adapter as replicas have it now, and have all replicas know it. ``where``: the source that
+        was given for it, if any; ``pinned`` None: as it was. With ``version`` 0 it concerns only the change's
+        replicas."""
+        known = change.known
         digest = info.digest or ("" if known is None else known.digest)
         stays = known is not None and known.pinned if pinned is None else pinned
-        source, earlier = source_of(where, known, info), self._earlier(known, info)
-        entry = Entry(info.name, source, info.version, digest, stays, earlier)
-        await run_to_completion(self._put(entry, change), unless=change.lost)
-        return info
+        source, earlier = source_of(where, known, info), self._earlier(change, info, version)
+        entry = Entry(info.name, source, version, digest, stays, earlier)
+        entry = await run_to_completion(self._put(change, entry))
+        return msgspec.structs.replace(info, version=entry.version, pinned=stays)
 
-    def _earlier(self, known: Entry | None, info: AdapterInfo) -> dict[int, str]:
-        """Return the digests of the versions before the one that ``info`` describes."""
-        if known is None or info.version == version_of(known):
+    def _earlier(self, change: Change, info: AdapterInfo, version: int) -> dict[int, str]:
+        """Return the digests of the versions before this one."""
+        known = change.known
+        if known is None or version == change.version:
             return {} if known is None else known.earlier
         there = (i for m in self.members.members.values() for i in m.residency.versions)
         read = (i.digest for i in there if i.name == info.name and i.digest not in ("", info.digest))
         was = known.digest or next(read, "")  # "": nobody has read it
-        earlier = {**known.earlier, version_of(known): was} if was else known.earlier
+        earlier = {**known.earlier, change.version: was} if was else known.earlier
         return dict(sorted(earlier.items())[-MAX_EARLIER:])
 
-    async def _put(self, entry: Entry, change: Change) -> None:
-        self.known.put(entry)
-        try:
-            await self._registry(entry.name, self.registry.put.remote(entry), _UNSAVED)
-        finally:
-            # One may have come meanwhile. What another gateway may have changed is left to that one.
-            for member in [] if change.lost() else list(self.members.members.values()):
-                await self._replicas.ask(member, "sync", entries=[entry])
+    async def _put(self, change: Change, entry: Entry) -> Entry:
+        """Store an entry, and have all replicas know it, also those that have come since the change began."""
+        members = change.members
+        if entry.version:
+            entry = await self._store(change, entry) or entry
+            members = list(self.members.members.values())
+        await self._replicas.ask_all(members, "sync", entries=[entry], change=change.id)
+        return entry
 
-    async def _registry(self, name: str, call: Awaitable[T], otherwise: str) -> T:
-        """Await the registry's answer. Raises AdapterLoadError, which begins with ``otherwise``, if its
-        checkpoint fails."""
+    async def _store(self, change: Change, after: Entry | None) -> Entry | None:
+        """Put an entry in place of what there was, and return it. Raises AdapterLoadError if there is another
+        one now."""
+        name, before = change.name, change.known
+        if before is not None and not before.version:
+            before = None  # it is only in the configuration
+        if before is None and after is None:
+            self.known.remove(name)
+        else:
+            change.failed = True
+            taken, after = await self._registry(name, self.registry.change.remote(name, before, after))
+            if not taken:
+                why = "another gateway has changed it meanwhile; repeat the change"
+                raise AdapterLoadError(why, name=name, transient=True)
+            change.failed = False
+            await self.known.refresh_in_time(self.registry)  # others may have changed it again
+        change.known = after
+        return after
+
+    async def _registry(self, name: str, call: Awaitable[T]) -> T:
+        """Await the registry's answer. Raises AdapterLoadError if its checkpoint fails, or if it hangs: Ray
+        does not start it again."""
         try:
-            return await answer_of(call)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await answer_of(call)
+        except TimeoutError:
+            why = f"the fleet's registry has not answered for {ANSWER_SECONDS:g} s; repeat the change"
         except ConfigError as error:
-            raise AdapterLoadError(f"{otherwise}: {error}", name=name, transient=True) from error
+            why = f"nothing is changed, because the fleet's registry fails: {error}"
+        raise AdapterLoadError(why, name=name, transient=True)
 
     @asynccontextmanager
     async def changing(self, name: str) -> AsyncIterator[Change]:
-        """Let one change of an adapter be made at a time, whichever gateway asks for it. Raises EngineStopped
-        if there is no replica."""
-        owner = f"{self.members.gateway}-{next(self._owners)}"
-        async with lease(self.registry, name, owner) as lost:
-            await self._registry(name, self.known.refresh(self.registry), _FAILS)
+        """Let this gateway make one change of an adapter at a time, of what the registry has now; if another
+        one makes one meanwhile, the registry takes the first. Raises EngineStopped if there is no replica."""
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            await self._registry(name, self.known.refresh(self.registry))
             members = by_load(self.members.members.values())
             if not members:
                 raise EngineStopped("the fleet has no replica now; try again later")
-            yield Change(members, owner, lost)
+            change = Change(self.members.gateway, name, members, self.known.by_name.get(name))
+            try:
+                yield change
+            finally:
+                if change.failed:  # replicas may have taken its pin away
+                    await self.known.refresh_in_time(self.registry)
+                    there = [entry for entry in (self.known.by_name.get(name),) if entry is not None]
+                    await self._replicas.ask_all(members, "sync", entries=there)
 
     # Replicas that come, and plans
 
     def _joined(self, member: Member) -> None:
         member.ready = False
-        self._spawn(self._sync(member))
+        self._background.spawn(self._sync(member))
 
     async def _sync(self, member: Member) -> None:
         member.ready, replica = False, member.channel.replica
         whole = await self.known.refresh_in_time(self.registry)
         entries = [entry for entry in self.known.by_name.values() if entry.version > 0]
-        telling = self._spawn(self._tell(member, entries, whole))
+        telling = self._background.spawn(self._tell(member, entries, whole))
         _, late = await asyncio.wait([telling], timeout=SYNC_SECONDS)
         if late:
             logger.warning("replica %s has not taken all adapters within %g s", replica, SYNC_SECONDS)
-        member.ready = True
-        self.members.settle(member)
+        self.members.knows_adapters(member)
 
     async def _tell(self, member: Member, entries: list[Entry], whole: bool) -> None:
-        steps = [self._replicas.ask(member, "sync", entries=entries)]
-        if whole:
-            steps.append(self._forget_others(member, [entry.name for entry in entries]))
-        for answer in await asyncio.gather(*steps, return_exceptions=True):
-            if isinstance(answer, Exception):
-                logger.warning("replica %s: %s", member.channel.replica, answer)
-
-    async def _forget_others(self, member: Member, names: list[str]) -> None:
-        """Have a replica forget what the fleet has no more. An adapter may be missing in the registry only
-        because another gateway is about to put it there: so each is looked up again while no gateway changes
-        it."""
-        for name in await self._replicas.ask(member, "others", names=names) or ():
-            async with self.changing(name):
-                if name not in self.known.by_name:
-                    await self._replicas.ask(member, "forget", name=name)
+        others = await self._replicas.ask(member, "sync", entries=entries, whole=whole)
+        if isinstance(others, Exception):
+            logger.warning("replica %s: %s", member.channel.replica, others)
+        # What it knows besides was in the registry before, maybe only since this gateway has asked that.
+        elif others and await self.known.refresh_in_time(self.registry):
+            for name in others.keys() - self.known.by_name:
+                await self._replicas.ask(member, "forget", name=name, version=others[name])
 
     async def _plan(self) -> None:
         loop = asyncio.get_running_loop()
@@ -402,7 +411,7 @@ class FleetAdapters:
         held = {info.name: info.digest for info in before.adapters}
         for info in member.residency.adapters:
             if info.digest != held.get(info.name, "") and len(self._contents(info.name)) > 1:
-                self._spawn(self._agree(info.name))
+                self._background.spawn(self._agree(info.name))
 
     def _contents(self, name: str) -> set[str]:
         """Return the digests of an adapter, over the replicas that have read it; without those of replaced
@@ -417,7 +426,7 @@ class FleetAdapters:
         now = asyncio.get_running_loop().time()
         if now >= self._mended.get(name, -MEND_SECONDS) + MEND_SECONDS:
             self._mended = {name: now} | {n: at for n, at in self._mended.items() if now < at + MEND_SECONDS}
-            self._spawn(self._agree(name, replica))
+            self._background.spawn(self._agree(name, replica))
 
     async def _agree(self, name: str, refused: str | None = None) -> None:
         """Have all holders read the adapter again, so that they have what is there now: all, or none.
@@ -429,23 +438,16 @@ class FleetAdapters:
                     if len(self._contents(name)) < 2:
                         return
                 self.members.conflicts += 1
-                known = self.known.by_name.get(name)
-                if known is None:  # found by its name; nobody else has to know it
+                path = None if change.known is None else change.known.path
+                if path is None:  # found by its name; nobody else has to know it
                     some = [m for m in change.members if holds(name, m) or m.channel.replica == refused]
-                    change = change._replace(members=some)
+                    change.members = some
                 logger.warning("adapter %r does not have the same content everywhere; it is read again", name)
                 try:
-                    path = None if known is None else known.path
-                    await self._replace(name, path, change, refused, new=known is not None)
+                    await self._replace(change, path, refused, new=path is not None)
                 except AioEngineError as error:
                     logger.error("adapter %r stays different between replicas: %s", name, error)
         except EngineStopped:
             pass  # no replica is left
         except AdapterLoadError as error:
             logger.error("%s", error)
-
-    def _spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task

@@ -72,10 +72,8 @@ class Call:
         self._finish: FinishReason | None = None
         self._stop: str | int | None = None
         self._error: AioEngineError | None = None
-        self._new = False
-        """There is something that the reader has not seen."""
-        self._waits: asyncio.Future[None] | None = None
-        """The reader's, while it waits."""
+        self._ready = asyncio.Event()
+        """Set when there is something that the reader has not seen."""
 
     @property
     def asked_content(self) -> str:
@@ -106,35 +104,27 @@ class Call:
             self.fail(unpack_error(delta.error))
         elif delta.finish is not None:
             self.finish(delta.finish, delta.stop)
-        self._tell()
+        self._ready.set()
 
     def finish(self, reason: FinishReason, stop: str | int | None = None) -> None:
         self._finish, self._stop = reason, stop
         self.end()
-        self._tell()
 
     def fail(self, error: AioEngineError) -> None:
         self._error = error
         self.end()
-        self._tell()
 
     def end(self) -> None:
         """Note that it has ended; then it waits for no replica any more."""
         self.ended = True
+        self._ready.set()
         if self.wait is not None and not self.wait.expired():
             self.wait.reschedule(0.0)
 
-    def _tell(self) -> None:
-        self._new = True
-        if self._waits is not None and not self._waits.done():
-            self._waits.set_result(None)
-
     async def next(self) -> RequestOutput:
         """Wait for new output. Raises the error that the request ended with, if any."""
-        if not self._new:
-            self._waits = asyncio.get_running_loop().create_future()
-            await self._waits
-        self._new = False
+        await self._ready.wait()
+        self._ready.clear()
         if self._error is not None:
             raise self._error
         output = RequestOutput(

@@ -4,7 +4,6 @@ out."""
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from itertools import count
@@ -13,9 +12,7 @@ from typing import Any
 import msgspec
 
 from aioengine.fleet.gateway.call import Call
-from aioengine.fleet.wire import ChannelName, Frame, Order, Submit, decode_frame, encode_order, encode_orders
-
-logger = logging.getLogger("aioengine.fleet")
+from aioengine.fleet.wire import ChannelName, Frame, Order, decode_frame, encode_order, encode_orders
 
 _numbers = count(1)
 """Numbers of this process's channels: a later one has a higher one."""
@@ -40,11 +37,10 @@ class Channel:
         self.replica = replica
         self.calls: dict[int, Call] = {}
         """Calls that run on the replica, by key."""
-        self.heard = asyncio.get_running_loop().time()
-        self._sent = self._arrived = 0
-        """Number of requests that were sent, and that have arrived by the replica's last report."""
-        self._since = self.heard
-        """When the next one to arrive was sent or, if that is later, when the one before it arrived."""
+        self.quiet = 0
+        """Looks since the last frame; see :meth:`look`."""
+        self.sending = 0
+        """Looks since orders were sent that have not arrived."""
         self.leaving = False
         """Whether Serve has removed the replica. Then it gets no new calls, and is closed when its calls have
         ended."""
@@ -55,7 +51,7 @@ class Channel:
         self._orders: list[msgspec.Raw] = []
         self._wake = asyncio.Event()
         self._stream: Any = None
-        self._closed = False
+        self._on_the_way = self._closed = False
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self._guarded(self._read), name=f"aioengine-channel-{replica}"),
@@ -65,28 +61,14 @@ class Channel:
     def send(self, order: Order) -> None:
         """Send an order with the next batch; orders keep their sequence. Raises what
         :func:`~aioengine.fleet.wire.encode_order` raises: now, and not when others are in the same batch."""
-        encoded = encode_order(order)
-        if isinstance(order, Submit):
-            if self._sent == self._arrived:
-                self._since = asyncio.get_running_loop().time()
-            self._sent += 1
-        self._orders.append(encoded)
+        self._orders.append(encode_order(order))
         self._wake.set()
 
-    def arrived(self, received: int) -> None:
-        """Note how many of this gateway's requests have arrived at the replica so far, as it reports."""
-        if received > self._arrived:
-            self._arrived, self._since = received, self.heard
-
-    @property
-    def unreached(self) -> float:
-        """Seconds for which the replica has reported that nothing arrives, although requests were sent."""
-        return self.heard - self._since if self._sent > self._arrived else 0.0
-
-    def postpone(self, seconds: float) -> None:
-        """Note that this process stood still for so long: what came meanwhile is only read now."""
-        self.heard = min(self.heard + seconds, asyncio.get_running_loop().time())
-        self._since += seconds
+    def look(self) -> None:
+        """Count a look of the gateway, which looks at regular times. Time counts in looks, because while the
+        gateway's process stands still, it does not look, and what came meanwhile is read before the next."""
+        self.quiet += 1
+        self.sending += self._on_the_way
 
     def close(self) -> None:
         """Stop listening. The replica then aborts this gateway's requests."""
@@ -116,9 +98,8 @@ class Channel:
     async def _read(self) -> None:
         call = self._handle.options(stream=True, method_name="channel")
         self._stream = call.remote(self._name, to=self.replica)
-        loop = asyncio.get_running_loop()
         async for data in self._stream:
-            self.heard = loop.time()
+            self.quiet = 0
             frame = decode_frame(data)
             if frame.hello is not None and frame.hello.replica != self.replica:
                 raise LookupError(f"replica {frame.hello.replica} answered in its place")
@@ -130,4 +111,6 @@ class Channel:
             await self._wake.wait()
             self._wake.clear()
             orders, self._orders = self._orders, []
+            self.sending, self._on_the_way = 0, True
             await submit.remote(self._name, encode_orders(orders), to=self.replica)
+            self.sending, self._on_the_way = 0, False

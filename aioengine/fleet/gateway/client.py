@@ -21,7 +21,7 @@ from aioengine.fleet.gateway.adapters import FleetAdapters
 from aioengine.fleet.gateway.call import Call, tokens_of
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.grammars import FleetGrammars, SentGrammar
-from aioengine.fleet.gateway.hangs import Head
+from aioengine.fleet.gateway.head import Head
 from aioengine.fleet.gateway.limits import SharedLimits
 from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.gateway.metrics import FleetMetrics, fleet_stats
@@ -271,7 +271,7 @@ class FleetClient(FleetAdapters):
 
     def share_limits(self, ledger: Gate) -> None:
         """Make the limits of ``ledger`` apply to all gateways of this fleet together."""
-        self._limits.share(ledger)
+        self._limits.ledger = ledger
 
     def grammars(self, limits: GrammarLimits | None = None) -> FleetGrammars:
         """Compiler that only checks grammars' sizes; the replica that runs the request compiles them."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 import msgspec
 
@@ -18,7 +18,7 @@ from aioengine.fleet.gateway.grammars import SentGrammar
 from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_error, unpack_error
-from aioengine.info import scaled_digest, without_versions
+from aioengine.info import without_versions
 from aioengine.request import pack_params
 from aioengine.schedulers.policy import Location
 from aioengine.schedulers.routing import Route, RouteRequest, RouterGuard, load_router, prefix_hashes
@@ -70,18 +70,20 @@ class Dispatcher:
         until = loop.time() + self._config.replica_wait_seconds
         anywhere = False
         while not call.ended:
-            unlike = frozenset[str]() if anywhere else self._without_content(call)
-            request = self._route_request(call, unlike)
+            tried = call.tried | self._without_contents(call)
+            if call.begun and (anywhere or not self._accepting(tried)):
+                tried = call.tried  # those that have not read its content may find the same
+            request = self._route_request(call, tried)
             began = self._timer()
             route = self.guard.route(request, self._state.view)
             self.on_route(self._timer() - began, route)
             if route.replicas:
                 self._send(call, request, route.replicas[0])
                 return
-            if unlike:
+            if call.begun and tried != call.tried:
                 anywhere = True
                 continue
-            if any(view.replica_id not in request.tried for view in self._state.view.accepting):
+            if self._accepting(tried):
                 raise errors.EngineOverloaded(
                     f"the router rejects the request: {route.reject}", bound="server"
                 )
@@ -139,10 +141,7 @@ class Dispatcher:
         for member in self._members.members.values():
             member.channel.send(LimitWaiting(limits))
 
-    def _route_request(self, call: Call, unlike: frozenset[str]) -> RouteRequest:
-        tried = call.tried | unlike
-        if self._replaced(call):
-            tried = tried | (self._members.members.keys() - self._able(call))
+    def _route_request(self, call: Call, tried: frozenset[str]) -> RouteRequest:
         if call.route is None or call.route.tried != tried:
             options, content = call.options, self._content(call)
             caching = self._config.engine.enable_prefix_caching
@@ -162,11 +161,19 @@ class Dispatcher:
 
     # Contents of adapters
 
-    def _replaced(self, call: Call) -> dict[str, str]:
-        """Return the digests of what a call names and new requests do not get any more, by version. Once the
-        call has begun, replicas compare what they have with what it began with."""
-        named = call.contents.items() if not call.begun else ()
+    def _needed(self, call: Call) -> Mapping[str, str]:
+        """Return the digests of what a call needs and only some replicas have, by version: what it has begun
+        with or, before, what it names and new requests do not get any more."""
+        if call.begun:
+            return {call.adapter: call.content} if call.adapter and call.content else {}
+        named = call.contents.items()
         return {name: digest for name, digest in named if digest != self.digest_of(without_versions(name))}
+
+    def _without_contents(self, call: Call) -> frozenset[str]:
+        """Return the replicas that have not all that a call needs, as far as they have said."""
+        needed = [(without_versions(name), digest) for name, digest in self._needed(call).items()]
+        members = self._members.members.items() if needed else ()
+        return frozenset(name for name, member in members if not all(member.has(*one) for one in needed))
 
     def _content(self, call: Call) -> str | None:
         """Return a name for what a call's adapter holds, because other contents cache other keys and
@@ -175,43 +182,17 @@ class Dispatcher:
             return call.wanted
         return call.content or self.digest_of(call.adapter) or call.adapter
 
-    def _contents(self, call: Call) -> list[str]:
-        """Return the digest of what the call needs of each adapter that it names. In a mix of several, of
-        which only the whole is compared, those without a number are the current ones."""
-        mix = call.options.mix
-        if mix is None:
-            return [] if call.adapter is None else [call.content]
-        if call.begun and len(mix) == 1:
-            [(name, scale)] = mix.items()
-            held = (info for m in self._members.members.values() for info in m.residency.versions)
-            digests = (info.digest for info in held if info.name == without_versions(name) and info.digest)
-            found = [digest for digest in digests if scaled_digest(digest, scale) == call.content]
-            return found[:1] or [""]
-        return [call.contents.get(name, "") for name in mix]
-
-    def _without_content(self, call: Call) -> frozenset[str]:
-        """Return the replicas that may refuse a call because of its content, if there are others that have it
-        now and were not tried. None of them, if all may: those that have not read it may find the same."""
-        if not call.begun or not call.content or call.adapter is None:
-            return frozenset()
-        having = self._members.with_content(call.adapter, call.content)
-        accepting = {view.replica_id for view in self._state.view.accepting}
-        return frozenset(accepting - having) if having & accepting - call.tried else frozenset()
-
-    def _able(self, call: Call) -> set[str]:
-        """Return the replicas that have all replaced versions that a call names."""
-        having = (
-            self._members.with_content(without_versions(version), digest)
-            for version, digest in self._replaced(call).items()
-        )
-        return set(self._members.members).intersection(*having)
+    def _accepting(self, tried: Set[str | None]) -> bool:
+        """Whether a replica takes new requests that is none of these."""
+        return any(view.replica_id not in tried for view in self._state.view.accepting)
 
     def _check_versions(self, call: Call) -> None:
         """Raise AdapterNotFound if all replicas that have the replaced versions which a call names will take
         no new requests."""
-        replaced = self._replaced(call)
-        if replaced and all(self._members.members[replica].leaves for replica in self._able(call)):
-            raise gone(next(iter(replaced)))
+        needed, members = self._needed(call), self._members.members
+        having = members.keys() - self._without_contents(call)
+        if needed and not call.begun and all(members[replica].leaves for replica in having):
+            raise gone(next(iter(needed)))
 
     def _send(self, call: Call, request: RouteRequest, replica: str) -> None:
         channel = self._members.channel(replica)
@@ -236,7 +217,7 @@ class Dispatcher:
             constraint.text if isinstance(constraint, SentGrammar) else None,
             {} if call.spans is None else call.spans.sent(replica, len(call.tokens)),
             where in (Location.SLOT, Location.CPU),
-            self._contents(call),
+            [call.contents.get(name, "") for name in options.named],
             call.content,
         )
         try:
@@ -282,9 +263,8 @@ class Dispatcher:
 
     def _others(self, call: Call) -> bool:
         """Whether a replica that can run the call has not been asked yet."""
-        tried, able = {*call.tried, call.replica}, self._able(call)
-        accepting = (view.replica_id for view in self._state.view.accepting)
-        return any(replica in able and replica not in tried for replica in accepting)
+        unable = frozenset[str]() if call.begun else self._without_contents(call)
+        return self._accepting({*call.tried, call.replica, *unable})
 
     def _again(self, call: Call, replica: str, how: str) -> None:
         """Continue the call on another replica, or fail it."""
@@ -310,7 +290,7 @@ class Dispatcher:
                 errors.EngineDead(f"request {call.request_id!r} lost {len(call.tried)} replicas at once")
             )
             return
-        self._members.spawn(self._replace(call))
+        self._members.background.spawn(self._replace(call))
 
     async def _replace(self, call: Call) -> None:
         try:

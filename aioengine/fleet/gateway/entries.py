@@ -61,12 +61,6 @@ class KnownEntries:
         self.described.pop(name, None)
         self.by_name.pop(name, None)
 
-    def version(self, name: str) -> int | None:
-        """Return the version that new requests get, as far as this gateway knows; None if it has no
-        number."""
-        known = self.by_name.get(name)
-        return None if known is None else version_of(known)
-
     def digest(self, name: str) -> str:
         """Return the digest of the content that new requests get; "" if this gateway does not know it."""
         known = self.by_name.get(name)
@@ -79,7 +73,7 @@ class KnownEntries:
         known = None
         for looked in (False, True):
             known = self.by_name.get(name)
-            if known is not None and number == str(version_of(known)):
+            if known is not None and number == str(known.number):
                 return known.digest
             for version, digest in known.earlier.items() if known is not None else ():
                 if number == str(version):
@@ -93,7 +87,7 @@ class KnownEntries:
                 name=adapter,
             )
         raise AdapterNotFound(
-            f"this version is gone: the current one is {version_of(known)}, and a replaced one goes when its "
+            f"this version is gone: the current one is {known.number}, and a replaced one goes when its "
             "last request has ended",
             name=adapter,
         )
@@ -143,12 +137,6 @@ class KnownEntries:
         return False
 
 
-def version_of(entry: Entry) -> int:
-    """Return the version of an adapter; an adapter of the configuration that was never replaced has the
-    first."""
-    return max(entry.version, 1)
-
-
 _SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
 
 
@@ -171,23 +159,18 @@ def listed(
         if best is None or _SPEED[info.location] > _SPEED[best.location]:
             found[info.name] = info
     for name in found.keys() & current.keys():
-        found[name] = numbered(found[name], version_of(current[name]))
+        found[name] = msgspec.structs.replace(found[name], version=current[name].number)
     return list({**described, **found}.values())
 
 
 def _described(entry: Entry) -> AdapterInfo:
     return AdapterInfo(
         name=entry.name,
-        version=version_of(entry),
+        version=entry.number,
         path=entry.path,
         digest=entry.digest,
         pinned=entry.pinned,
     )
-
-
-def numbered(info: AdapterInfo, version: int) -> AdapterInfo:
-    """Return a replica's answer with the fleet's version, because each replica counts its own."""
-    return msgspec.structs.replace(info, version=version)
 
 
 def source_of(given: str | None, known: Entry | None, info: AdapterInfo) -> str:

@@ -6,25 +6,25 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from aioengine.errors import AioEngineError, EngineStopped
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.channel import Channel
-from aioengine.fleet.gateway.hangs import HungReplicas
 from aioengine.fleet.wire import Delta, Frame, Hello, Residency, Status
 from aioengine.schedulers.routing import FleetState, ReplicaLimits
+from aioengine.tasks import Background
 
 logger = logging.getLogger("aioengine.fleet")
 
-WATCH_SECONDS = 0.25
-"""Shortest time between two looks for replicas that do not report."""
-MOST_PAUSE = 64.0
-"""Seconds until a lost replica is tried again, at most."""
+LOOK_SECONDS = 0.25
+"""Seconds between two looks for replicas that do not report."""
 ARRIVE_SECONDS = 10.0
-"""How long a replica may report that nothing arrives of what was sent: requests go by other calls."""
+"""How long orders may be on their way to a replica that reports: they go by other calls."""
+REOPEN_SECONDS = 1.0
+"""Seconds until a lost replica is tried again."""
 
 
 class Member:
@@ -37,13 +37,16 @@ class Member:
         self.residency = Residency([], [])
         self.ready = True
         """Whether the replica knows the fleet's adapters."""
-        self.settled = False
-        """Whether it has reported since; from then on it gets requests, unless it is drained."""
 
     @property
     def leaves(self) -> bool:
         """Whether it takes no new requests, because it is drained or about to go."""
         return self.channel.leaving or (self.status is not None and self.status.draining)
+
+    def has(self, adapter: str, digest: str) -> bool:
+        """Whether it has this content of an adapter in memory, or where requests still need it, although it
+        was replaced."""
+        return any((info.name, info.digest) == (adapter, digest) for info in self.residency.versions)
 
     @property
     def gets_none(self) -> bool:
@@ -84,12 +87,10 @@ class Members:
         """Set and replaced whenever a replica appears or disappears."""
         self._known: set[str] = set()
         """Replicas that exist, as Serve reports them."""
-        self._hung = HungReplicas()
-        self._unreached: Counter[str] = Counter()
-        """Losses in a row of a replica to which nothing arrived."""
         self._waking = False
         """Whether a call waits for the start of a replica."""
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.background = Background()
+        """Until :meth:`stop`."""
         self._unwatch: Callable[[], None] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -108,7 +109,7 @@ class Members:
             loop.call_soon_threadsafe(self._replicas_are, ids)
 
         self._unwatch = watch_replicas(self.config.name, watch)
-        self.spawn(self._watch())
+        self.background.spawn(self._watch())
 
     async def complete(self, within: float | None) -> None:
         """Wait until all configured replicas may get requests or, where their number changes, until one may.
@@ -118,20 +119,16 @@ class Members:
             async with asyncio.timeout(within):
                 # The first call makes Serve's router, which then reports the ids of the replicas.
                 await self.handle.options(method_name="describe").remote()
-                while self._settled() < wanted:
+                while len(self.members) < wanted:
                     await self.change()
         except TimeoutError:
             raise EngineStopped(
-                f"{self._settled()} of {wanted} replicas have reported within {within:g} s"
+                f"{len(self.members)} of {wanted} replicas have reported within {within:g} s"
             ) from None
-
-    def _settled(self) -> int:
-        return sum(member.settled for member in self.members.values())
 
     async def stop(self, error: AioEngineError) -> None:
         self._unwatch()
-        for task in self._tasks:
-            task.cancel()
+        await self.background.end()
         channels = list(self._channels.values())
         for channel in channels:
             for call in channel.calls.values():
@@ -139,8 +136,6 @@ class Members:
             channel.close()
         for channel in channels:
             await channel.ended()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
 
     @property
     def asleep(self) -> bool:
@@ -163,21 +158,11 @@ class Members:
         """Return the channel to a replica; None if the replica is lost or has left."""
         return self._channels.get(replica)
 
-    def with_content(self, adapter: str, digest: str) -> set[str]:
-        """Return the replicas that have this content of an adapter in memory, or where requests still need
-        it, although it was replaced."""
-        wanted = adapter, digest
-        return {
-            replica
-            for replica, member in self.members.items()
-            if any((info.name, info.digest) == wanted for info in member.residency.versions)
-        }
-
     def wake(self) -> None:
         """Ask Serve to start a replica, if there is none because there were no requests."""
         if self.asleep and not self._waking:
             self._waking = True
-            self.spawn(self._wake())
+            self.background.spawn(self._wake())
 
     async def _wake(self) -> None:
         """Make a call that waits for a replica, so that Serve starts one."""
@@ -204,7 +189,6 @@ class Members:
                 self.state.drain(replica, self.members[replica].gets_none)
             self.close_if_left(channel)
         self._tell_change()
-        self.spawn(self._hung.end_all_but(ids))
 
     def _open(self, replica: str) -> None:
         self._channels[replica] = Channel(
@@ -214,31 +198,27 @@ class Members:
     def _take(self, channel: Channel, frame: Frame) -> None:
         if frame.hello is not None:
             self._hello(channel, frame.hello)
+        now = asyncio.get_running_loop().time()
         for delta in frame.deltas:
             call = channel.calls.get(delta.key)
             if call is not None:
-                self.on_delta(channel, call, delta, channel.heard)
+                self.on_delta(channel, call, delta, now)
         member = self.members.get(channel.replica)
         if member is not None and frame.status is not None:
             self._report(member, frame.status, frame.residency)
 
     def _hello(self, channel: Channel, hello: Hello) -> None:
         member = self.members[channel.replica] = Member(channel, hello)
-        self._hung.back(channel.replica)
         limits = ReplicaLimits(hello.slots, hello.max_running, hello.kv_tokens)
         self.state.join(channel.replica, limits)
         logger.info("replica %s is there (process %d on %s)", channel.replica, hello.pid, hello.node)
         for listener in self.on_join:
-            listener(member)
-        # Before its first report: or else requests that wait for a replica would go there at once.
+            listener(member)  # which may say that it is not ready
         self.state.drain(channel.replica, member.gets_none)
         self._tell_change()
 
     def _report(self, member: Member, status: Status, residency: Residency | None) -> None:
         member.status = status
-        member.channel.arrived(status.report.received)
-        if status.report.received:
-            self._unreached.pop(member.channel.replica, None)
         if residency is not None:
             before, member.residency = member.residency, residency
             for listener in self.on_residency:
@@ -252,14 +232,14 @@ class Members:
         self.state.drain(replica, member.gets_none)
         tiers = None if residency is None else residency.tiers
         self.state.report(replica, status.report._replace(tiers=tiers))
-        first, member.settled = not member.settled and member.ready, member.settled or member.ready
-        if first or (self.state.view.replicas[replica].accepting and not was):
+        if self.state.view.replicas[replica].accepting and not was:
             self._tell_change()
 
-    def settle(self, member: Member) -> None:
-        """Let a replica that is ready now get requests at once, and not only from its next report on."""
+    def knows_adapters(self, member: Member) -> None:
+        """Let a replica that knows the fleet's adapters get requests at once, unless it is drained, and not
+        only from its next report on."""
+        member.ready = True
         if member.status is not None and self.members.get(member.channel.replica) is member:
-            member.settled = True
             self.state.drain(member.channel.replica, member.gets_none)
             self._tell_change()
 
@@ -285,55 +265,27 @@ class Members:
             logger.warning("replica %s is %s (%s); %d requests go elsewhere", replica, how, why, len(calls))
         for call in calls.values():
             self.on_loss(call, replica, how)
-        if member is not None and how in ("silent", "hung"):
-            self._hung.add(replica, member.hello)
-            self.spawn(self._hung.end_all_but(self._known))
-        self.spawn(self._reopen(replica))
+        self.background.spawn(self._reopen(replica))
         self._tell_change()
 
     async def _reopen(self, replica: str) -> None:
-        """Try a lost replica again after a pause, if Serve keeps it, because it may only have been paused.
-        The pauses grow if nothing arrives there: each try costs requests time."""
-        await asyncio.sleep(min(2.0 ** min(self._unreached[replica], 10), MOST_PAUSE))
-        if replica not in self._known:
-            self._unreached.pop(replica, None)
-        elif replica not in self._channels:
+        """Try a lost replica again after a pause, if Serve keeps it, because it may only have been paused."""
+        await asyncio.sleep(REOPEN_SECONDS)
+        if replica in self._known and replica not in self._channels:
             self._open(replica)
 
     async def _watch(self) -> None:
-        """Look for replicas that do not report, whenever one may be due.
-
-        The last ``WATCH_SECONDS`` before one is given up are slept apart: if this process itself was stopped,
-        what replicas sent meanwhile is read first."""
-        loop = asyncio.get_running_loop()
-        silent = self.config.silent_seconds + 0.01
+        """Look for replicas that do not report, or to which orders do not arrive."""
         while True:
-            heard = min((channel.heard for channel in self._channels.values()), default=loop.time())
-            due = min(heard + silent - loop.time(), ARRIVE_SECONDS / 4)
-            await self._sleep(max(due - WATCH_SECONDS, WATCH_SECONDS))
-            if self._unheard(silent - WATCH_SECONDS):
-                await self._sleep(WATCH_SECONDS)
+            await asyncio.sleep(LOOK_SECONDS)
             self.state.check()
-            for channel in self._unheard(self.config.silent_seconds):
-                self._lose(channel, "silent", f"no report for {loop.time() - channel.heard:.1f} s")
-            for channel in [c for c in self._channels.values() if c.unreached >= ARRIVE_SECONDS]:
-                self._unreached[channel.replica] += 1
-                self._lose(channel, "lost", f"nothing has arrived there for {channel.unreached:.1f} s")
-
-    async def _sleep(self, seconds: float) -> None:
-        """Sleep. If that takes much longer, this process was stopped, and ages of reports mean nothing."""
-        loop = asyncio.get_running_loop()
-        due = loop.time() + seconds
-        await asyncio.sleep(seconds)
-        now = loop.time()
-        if now - due > 1.0:
-            for channel in self._channels.values():
-                channel.postpone(now - due)
-
-    def _unheard(self, seconds: float) -> list[Channel]:
-        """Return the channels of members that have said nothing for so long."""
-        since = asyncio.get_running_loop().time() - seconds
-        return [c for c in self._channels.values() if c.replica in self.members and c.heard <= since]
+            for channel in list(self._channels.values()):
+                channel.look()
+                quiet, sending = channel.quiet * LOOK_SECONDS, channel.sending * LOOK_SECONDS
+                if channel.replica in self.members and quiet > self.config.silent_seconds:
+                    self._lose(channel, "silent", f"no report for {quiet:.1f} s")
+                elif sending >= ARRIVE_SECONDS:
+                    self._lose(channel, "lost", f"nothing has arrived there for {sending:.1f} s")
 
     def close_if_left(self, channel: Channel) -> None:
         """Close the channel of a removed replica, because Serve waits for that before it ends the replica."""
@@ -351,10 +303,3 @@ class Members:
     async def change(self) -> None:
         """Wait until a replica appears or disappears."""
         await self._changed.wait()
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run a task in the background, until :meth:`stop`."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task

@@ -4,6 +4,7 @@ label ``replica``, and those of the gateway."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from aioengine.metrics.collect.snapshot import ProcessMetrics, engine_state
 from aioengine.metrics.families.definitions import ALL, FLEET, Labels
 from aioengine.metrics.families.exposition import TextWriter, to_metric
 from aioengine.metrics.families.storage import Family, Store, Value, gauge, merged
+
+logger = logging.getLogger("aioengine.fleet")
 
 SCRAPE_SECONDS = 3.0
 """Seconds after which a replica is left out of a scrape."""
@@ -83,8 +86,14 @@ class FleetMetrics(Collector):
             assert self._loop is not None
             scrape = asyncio.run_coroutine_threadsafe(self._scrape(source), self._loop)
             for replica, data in scrape.result(SCRAPE_SECONDS + 2).items():
-                found += [_labelled(family, replica) for family in _families.decode(data)]
-        return merged(found)
+                try:
+                    found += [_labelled(family, replica) for family in _families.decode(data)]
+                except msgspec.MsgspecError as error:  # it is of another version
+                    logger.warning("replica %s: its metrics cannot be read: %s", replica, error)
+        # First as this version defines them: of another one, a replica may have other labels.
+        names = {family.definition.name for family in found}
+        own = [_labelled(Family(known, []), "") for known in ALL.values() if known.name in names]
+        return merged([*own, *found])
 
     def _own(self) -> list[Family]:
         """Return those of the gateway, on its loop."""

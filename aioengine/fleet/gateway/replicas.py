@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
-
-import msgspec
+from typing import Any
 
 from aioengine.errors import AdapterConflict, AioEngineError, EngineStopped
 from aioengine.fleet.gateway.members import Member, Members
+from aioengine.fleet.registry import Entry
 from aioengine.info import AdapterInfo
 
 logger = logging.getLogger("aioengine.fleet")
@@ -20,15 +19,23 @@ UNDO_SECONDS = 5.0
 """How long a change that has failed waits for the replicas to undo it. They go on with that."""
 
 
-class Change(NamedTuple):
-    """A change of an adapter, while no other gateway changes it."""
+class Change:
+    """A change of an adapter that a gateway makes, on these replicas. ``known``: what the registry has."""
 
-    members: Sequence[Member]
-    name: str
-    """Its name among all changes of the fleet."""
-    lost: Callable[[], bool]
-    """Function that returns whether another gateway may change the adapter, because this one did not renew
-    its right in time."""
+    def __init__(self, gateway: str, name: str, members: Sequence[Member], known: Entry | None) -> None:
+        self.name = name
+        self.members = members
+        self.known = known
+        self.id = 0 if known is None else known.version, gateway
+        """Of two changes of one version that replicas prepare, the one whose gateway's name is higher goes
+        on."""
+        self.failed = False
+        """Whether the registry has not taken it, whatever replicas have done already."""
+
+    @property
+    def version(self) -> int:
+        """The current version; 0: the adapter has none in the fleet."""
+        return 0 if self.known is None else self.known.number
 
 
 class Replicas:
@@ -44,8 +51,6 @@ class Replicas:
         call = self._members.handle.options(method_name="adapter")
         try:
             return await call.remote(action, arguments, to=member.channel.replica)
-        except AioEngineError:
-            raise
         except Exception as error:
             logger.warning("replica %s did not %s: %s", member.channel.replica, action, type(error).__name__)
             return None
@@ -53,81 +58,37 @@ class Replicas:
     async def ask_all(self, members: Sequence[Member], action: str, **arguments: Any) -> list[Any]:
         return list(await asyncio.gather(*[self.ask(member, action, **arguments) for member in members]))
 
-    async def labels(self, adapter: str, content: str, members: Sequence[Member]) -> int:
-        """Return the labels of the head of an adapter with this content ("": any), as one of these replicas
-        has read it, or else from one that lives, which reads it. Raises that replica's error, or
-        EngineStopped."""
-        for info in (info for member in members for info in member.residency.versions):
-            if info.name == adapter and info.bytes and content in ("", info.digest):
-                return info.labels
-        for member in by_load(members):
-            found = await self.ask(member, "labels", name=adapter, content=content)
-            if isinstance(found, int):
-                return found
-            if found is not None:
-                raise found
-        raise EngineStopped("no replica of the fleet answers now; try again later")
-
     @asynccontextmanager
     async def or_undone(
         self, members: Sequence[Member], action: str, **arguments: Any
     ) -> AsyncIterator[None]:
         """If the block fails, have these replicas do ``action``, which undoes it."""
-
-        async def undo() -> None:
-            asks = [self.ask(member, action, **arguments) for member in members]
-            await asyncio.gather(*asks, return_exceptions=True)
-
         try:
             yield
         except BaseException:
-            await asyncio.wait([self._members.spawn(undo())], timeout=UNDO_SECONDS)
+            undoing = self._members.background.spawn(self.ask_all(members, action, **arguments))
+            await asyncio.wait([undoing], timeout=UNDO_SECONDS)
             raise
 
-    async def prepare(self, name: str, where: str | None, change: Change, also: str | None = None) -> str:
+    async def prepare(self, change: Change, where: str | None, also: str | None = None) -> AdapterInfo:
         """Have those that hold the adapter, and ``also``, read it, and the others know where it is. Returns
-        the digest of its content. Raises an error if one fails, or has read something else than the
-        others."""
-        members, what = change.members, {"name": name, "change": change.name, "path": where}
+        what was read. Raises an error if one fails, or has read something else than the others."""
+        name, members = change.name, change.members
+        what = {"name": name, "change": change.id, "path": where}
         holders = [m for m in members if holds(name, m) or m.channel.replica == also] or members[:1]
-        others = [member for member in members if member not in holders]
         answers = await self.ask_all(holders, "prepare", **what)
-        _raise_first(answers)
-        read = {
-            holder.channel.replica: answer.digest
-            for holder, answer in zip(holders, answers, strict=True)
-            if isinstance(answer, AdapterInfo)
-        }
-        if len(set(read.values())) > 1:
-            found = ", ".join(f"{digest[:12]}... on {replica}" for replica, digest in read.items())
+        info = first_of(answers)
+        read = [(answer, h) for answer, h in zip(answers, holders, strict=True) if answer is not None]
+        if any(answer.digest != info.digest for answer, _ in read):
+            found = ", ".join(f"{answer.digest[:12]}... on {h.channel.replica}" for answer, h in read)
             raise AdapterConflict(
                 f"its files are not the same on all nodes (SHA-256 {found}); no replica takes them",
                 name=name,
                 path=where,
             )
+        others = [member for member in members if member not in holders]
         _raise_first(await self.ask_all(others, "prepare", **what, read=False))
-        if not read:
-            raise EngineStopped("the replicas that were asked are lost; try again later")
-        return next(iter(read.values()))
-
-    async def commit(self, name: str, change: Change, digest: str, version: int | None) -> AdapterInfo:
-        """Let new requests use what was prepared, which is the fleet's ``version``."""
-        what = {"name": name, "change": change.name, "version": version, "digest": digest}
-        answers = await self.ask_all(change.members, "commit", **what)
-        found = first_of(answers)  # who has not read it does not know what it is like
-        found = next((a for a in answers if isinstance(a, AdapterInfo) and a.digest == digest), found)
-        return msgspec.structs.replace(found, digest=digest)
-
-    async def pin(self, name: str, members: Sequence[Member], force: bool) -> AdapterInfo:
-        """Pin the adapter on all or on none."""
-        before = {
-            member.channel.replica
-            for member in members
-            if any(info.name == name and info.pinned for info in member.residency.adapters)
-        }
-        fresh = [member for member in members if member.channel.replica not in before]
-        async with self.or_undone(fresh, "unpin", name=name):
-            return first_of(await self.ask_all(members, "pin", name=name, force=force))
+        return info
 
 
 def by_load(members: Iterable[Member]) -> list[Member]:

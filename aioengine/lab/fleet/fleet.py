@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple, Self, Unpack
 
@@ -20,7 +20,7 @@ from aioengine.lab.workload.requests import AdapterShape
 from aioengine.request import RequestKeywords, RequestOptions, SamplingParams
 from aioengine.runtime.output import RequestOutput
 from aioengine.schedulers import routing
-from aioengine.tasks import end_tasks
+from aioengine.tasks import Background
 
 Watch = Callable[[SimulatedEngine, int], Callable[[float], None]]
 START_SECONDS = 1.0
@@ -82,7 +82,7 @@ class SimulatedFleet:
         self._draining: set[str] = set()
         self._unwatch: dict[str, Callable[[float], None]] = {}
         self._tell: Callable[[set[str]], None] = lambda ids: None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
         self._calls = 0
         self._waiting = 0
         """Requests on their way to a replica; they wait only if there is none."""
@@ -99,16 +99,16 @@ class SimulatedFleet:
         self.members.start(self._watch_replicas)
         for index in range(self.config.replicas):
             await self._start(index)
-        while sum(member.settled for member in self.members.members.values()) < self.config.replicas:
+        while len(self.members.members) < self.config.replicas:
             await self.members.change()
-        self._spawn(self._plan_always(), "plan")
-        self._spawn(self._disturb(), "faults")
+        self._background.spawn(self._plan_always())
+        self._background.spawn(self._disturb())
         if self.config.autoscale is not None:
-            self._spawn(self._scale(routing.load_autoscaler(self.config.autoscale)), "scaler")
+            self._background.spawn(self._scale(routing.load_autoscaler(self.config.autoscale)))
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await end_tasks(self._tasks)
+        await self._background.end()
         await self.members.stop(EngineStopped("the fleet was stopped"))
         for replica in list(self._current.values()):
             await self._stop(replica)
@@ -237,7 +237,7 @@ class SimulatedFleet:
             for move in sorted(plan):
                 self.moves[move.kind] += 1
                 if move.kind != "unload":  # the cache first drops adapters that are not used
-                    self._spawn(ask(self._replicas[move.replica], move.kind, move.adapter), "move")
+                    self._background.spawn(ask(self._replicas[move.replica], move.kind, move.adapter))
 
     async def _disturb(self) -> None:
         start = self._began + START_SECONDS
@@ -279,7 +279,7 @@ class SimulatedFleet:
             self.scaled, since = Scaled(done.started + more, done.stopped + fewer, seconds), now
             self._adding += more
             for work in [self._remove_replica] * fewer + [self._add_replica] * more:
-                self._spawn(work(), "scale")
+                self._background.spawn(work())
 
     async def _add_replica(self) -> None:
         """Start one more replica, at the index of a removed one if there is one."""
@@ -306,8 +306,3 @@ class SimulatedFleet:
             await self.members.change()
         if self._current.get(replica.index) is replica:
             await self._stop(replica)
-
-    def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> None:
-        task = self._loop.create_task(work, name=f"aioengine-lab-fleet-{what}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

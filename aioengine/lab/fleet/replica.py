@@ -47,9 +47,6 @@ class SimulatedReplica(EngineReplica):
         for _ in range(TURNS):
             await asyncio.sleep(0)
 
-    def _actor(self) -> str:
-        return self.name
-
     def _status(self, box: Outbox, now: float) -> Status:
         return super()._status(box, now + self._skew)
 

@@ -151,10 +151,9 @@ class Gate:
         return {name: usage for name, usage in found.items() if usage is not None}
 
     def used_elsewhere(self, usage: Mapping[str, Usage]) -> None:
-        """Count what the other gateways of a fleet have accepted, on those of the meters that exist here
-        too."""
-        for name in self._meters.keys() & usage.keys():
-            self._meters[name].used_elsewhere(usage[name], time.monotonic())
+        """Count what the other gateways of a fleet have accepted since the last call, and answer now."""
+        for name, meter in self._meters.items():
+            meter.used_elsewhere(usage.get(name, Usage()), time.monotonic())
 
     def _refused(self, scope: HttpScope, record: RequestRecord, text: str) -> ApiError:
         """Return the error for a client without a valid key: a 401 or, after too many of these, a 429. They
