@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from aioengine import errors, events
 from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, StopMove
@@ -13,6 +12,7 @@ from aioengine.core.state import AdapterEntry
 from aioengine.executors.base import Device
 from aioengine.schedulers.policy import Location
 from aioengine.step import ReadOrder
+from aioengine.tasks import Background
 
 logger = logging.getLogger("aioengine")
 
@@ -24,7 +24,7 @@ class AdapterMoves:
         self._core = core
         self._device = device
         self._changed = changed
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._moves = Background()
         """The reads and copies under way, those that are being cancelled included."""
         self._reads: dict[int, asyncio.Task[None]] = {}
         """The reads that were not stopped, by adapter uid."""
@@ -34,18 +34,18 @@ class AdapterMoves:
             case DropMove(entry):
                 self._device.drop(entry.uid)
             case LoadMove(entry):
-                self._reads[entry.uid] = self._spawn(self._load(entry), f"aioengine-load-{entry.label}")
+                self._reads[entry.uid] = self._moves.spawn(self._load(entry), f"aioengine-load-{entry.label}")
             case StopMove(entry):
                 self._reads.pop(entry.uid).cancel()
             case CopyMove(entry, slot, offset):
-                self._spawn(self._copy(entry, slot, offset), f"aioengine-copy-{entry.label}")
+                self._moves.spawn(self._copy(entry, slot, offset), f"aioengine-copy-{entry.label}")
 
     async def stop(self) -> None:
         """Cancel the reads, one of which may hang, and wait for the copies, which cannot be interrupted."""
         for task in self._reads.values():
             task.cancel()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while self._moves.tasks:
+            await asyncio.wait(self._moves.tasks)
         for entry in self._core.residency.entries.values():
             if entry.location is Location.LOADING:
                 self._core.residency.load_cancelled(entry)
@@ -55,15 +55,9 @@ class AdapterMoves:
 
     def device_lost(self) -> None:
         """Forget the moves under way; call after ``core.device_lost``."""
-        for task in self._tasks:
+        for task in self._moves.tasks:
             task.cancel()
         self._reads.clear()
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     async def _load(self, entry: AdapterEntry) -> None:
         core, loop, task = self._core, asyncio.get_running_loop(), asyncio.current_task()

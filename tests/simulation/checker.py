@@ -206,7 +206,7 @@ class Checker:
             "the CPU cache is not empty"
         )
         assert all(slot.entry is None for slot in core.slots.slots), "slots are taken"
-        assert not len(stepper._changed) and not stepper._moves._tasks
+        assert not len(stepper._changed) and not stepper._moves._moves.tasks
         for name in core.residency.names.in_use.values():
             assert not (name.stop_load or name.unloads or name.claims)
 

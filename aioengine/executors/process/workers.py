@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from aioengine.errors import AioEngineError, ConfigError, DeviceError, EngineDea
 from aioengine.executors.process import wire
 from aioengine.executors.process.spawn import WorkerConnection, spawn
 from aioengine.memory_plan import MemoryPlan
-from aioengine.tasks import end_tasks, run_to_completion
+from aioengine.tasks import Background, run_to_completion
 
 CLOSE_SECONDS = 5.0
 """Time after which workers that have not ended are killed."""
@@ -62,7 +62,7 @@ class Workers:
         self._config = config
         self._lost = lost
         self._workers: list[WorkerConnection] = []
-        self._inquiries: set[asyncio.Task[None]] = set()
+        self._inquiries = Background()
         """Look for the reasons of failures."""
         self._calls: dict[int, _Call] = {}
         self._numbers = count()
@@ -106,7 +106,7 @@ class Workers:
             if late:
                 self._kill()
                 await asyncio.wait(late, timeout=CLOSE_SECONDS)
-        await end_tasks(self._inquiries)
+        await self._inquiries.end()
         self._workers.clear()
 
     async def _spawn(self, folder: str) -> str:
@@ -166,7 +166,7 @@ class Workers:
                 case wire.Answer(number, value):
                     self._answered(worker.rank, number, value)
                 case wire.Failed(None, error):
-                    self._inquire(self._broke(worker, wire.unpack_error(error)))
+                    self._inquiries.spawn(self._broke(worker, wire.unpack_error(error)))
                 case wire.Failed(int() as number, error):
                     self._answered(worker.rank, number, wire.unpack_error(error))
                 case wire.Reading(number):
@@ -191,12 +191,7 @@ class Workers:
 
     def _ended(self, worker: WorkerConnection) -> None:
         if self.dead is None and not self._closing:
-            self._inquire(self._why_ended(worker))
-
-    def _inquire(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work, name="aioengine-worker-failed")
-        self._inquiries.add(task)
-        task.add_done_callback(self._inquiries.discard)
+            self._inquiries.spawn(self._why_ended(worker))
 
     async def _broke(self, worker: WorkerConnection, error: Exception) -> None:
         if isinstance(error, AioEngineError) and not self.started:
