@@ -69,8 +69,8 @@ def run_worker(
 
 
 def beside_peers(
-    *, peers: tuple[str, ...] = tuple(PEERS), requests: tuple[int, ...] = (1, 8, 32, 64), rounds: int = 3,
-    home: Path = Path("build/peers"),
+    *, peers: tuple[str, ...] = tuple(PEERS), requests: tuple[int, ...] = (1, 8, 32, 64),
+    prompts: tuple[int, ...] = (512, 4096), rounds: int = 3, home: Path = Path("build/peers"),
 ) -> Iterator[Calls | str]:  # fmt: skip
     """This engine, vLLM, OpenVINO GenAI, llama.cpp and transformers on this machine's CPU, with SmolLM2-135M.
 
@@ -83,7 +83,7 @@ def beside_peers(
     """
     places = Places(home.absolute(), embedded_model_dir(None))
     places.home.mkdir(parents=True, exist_ok=True)
-    plain = [*map(Work, requests), Work(1, 512, 1)]
+    plain = [*map(Work, requests), *(Work(1, length, 1) for length in prompts)]
     mixed = [Work(count, adapters=min(count, ADAPTERS)) for count in requests if count > 1]
     with random_adapters(str(places.model), ADAPTERS) as paths:
         for title, works, adapters in (

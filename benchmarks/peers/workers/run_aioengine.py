@@ -14,7 +14,7 @@ async def main(job):
         model=job["model"],
         dtype="bfloat16",
         quantization=settings["quantization"],
-        max_model_len=2304,
+        max_model_len=4352,
         max_num_seqs=64,
         kv_cache_memory=settings.get("kv_cache_memory", "1GiB"),
         enable_prefix_caching=False,

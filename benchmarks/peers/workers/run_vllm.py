@@ -19,7 +19,7 @@ def main(job):
     engine = vllm.LLM(
         model=job["model"],
         dtype="bfloat16",
-        max_model_len=2304,
+        max_model_len=4352,
         max_num_seqs=64,
         enable_prefix_caching=False,
         **lora,
