@@ -13,8 +13,6 @@
 #   make attack       what harmful requests and adapters do to a client that streams beside them, as a table;
 #                     ARGS="--only grammar" picks some
 #   make soak         ten minutes of mixed load with swaps and bad clients: what leaks, as a table; ARGS="--minutes 0.25"
-#   make chaos        a worker killed, disks full, gone and slow, clocks that jump, a log that nobody reads: what
-#                     became of the requests, as a table
 #   make lint         ruff: rules and formatting
 #   make typecheck    mypy --strict on the package as it is installed
 #   make docs         the documentation site, in build/site
@@ -45,7 +43,7 @@ PYTEST := $(BIN)/python -m pytest -p no:cloudcoil -p no:faker -p no:platformdirs
 SANITIZED := tests/kernels/test_cpu_library.py tests/kernels/test_quantized.py tests/kernels/test_lora_ops.py \
   tests/kernels/test_step.py
 
-.PHONY: demo test test-slow test-all fuzz clients attack soak chaos lint typecheck docs bench wheel sbom lock clean
+.PHONY: demo test test-slow test-all fuzz clients attack soak lint typecheck docs bench wheel sbom lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/aioengine demo $(ARGS)
@@ -78,9 +76,6 @@ attack: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m endurance.soak $(ARGS)
-
-chaos: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python -m endurance.chaos $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

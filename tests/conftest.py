@@ -62,7 +62,7 @@ TIMED = [
     *(TESTS / "fleet" / f"test_{name}.py" for name in RAY),
 ]
 """Their tests watch clients that must not wait for long, or processes that must come up in time."""
-UNTIMED = [TESTS / "attacks" / f"test_{name}.py" for name in ("made_up", "odd_values")]
+UNTIMED = [TESTS / "attacks" / f"test_{name}.py" for name in ("odd_values", "text_shares")]
 """Those among them that do neither."""
 COST, BEGAN = "processor_seconds", pytest.StashKey[float]()
 LONG = [

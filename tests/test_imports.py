@@ -190,8 +190,9 @@ def room(module: str) -> str:
     return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "engine"
 
 
-def imports(module: str) -> tuple[Import, ...]:
-    return imports_of(MODULES[module])
+def every_import() -> Iterator[tuple[str, Import]]:
+    """Each import with the module that has it."""
+    return ((module, found) for module, path in MODULES.items() for found in imports_of(path))
 
 
 @functools.cache
@@ -383,11 +384,9 @@ def test_what_nothing_else_imports_imports_names_that_are_there(folder: str) -> 
                 assert there, f"{path}, line {node.lineno}: {module} has no {alias.name}"
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_direction(module: str) -> None:
-    here = room(module)
-    for imported in imports(module):
-        name = imported.module
+def test_direction() -> None:
+    for module, imported in every_import():
+        here, name = room(module), imported.module
         if name.split(".")[0] != "aioengine":
             continue
         assert name in MODULES, f"{module} imports {name}, which does not exist"
@@ -400,11 +399,9 @@ def test_direction(module: str) -> None:
         assert there in ROOMS[here], f"{module} ({here}) must not import {name} ({there})"
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_foreign_packages(module: str) -> None:
-    here = room(module)
-    for imported in imports(module):
-        top = imported.module.split(".")[0]
+def test_foreign_packages() -> None:
+    for module, imported in every_import():
+        here, top = room(module), imported.module.split(".")[0]
         if top in ("aioengine", "__future__") or not imported.runs:
             continue
         assert top not in FORBIDDEN.get(here, ()), f"{module} must not import {top}"
@@ -416,7 +413,10 @@ def test_foreign_packages(module: str) -> None:
 def test_no_circles_between_modules() -> None:
     """Following the imports never leads back to where one started: those in functions, and those for the
     type checker alone, included."""
-    graph = {name: {i.module for i in imports(name)} & set(MODULES) - {name} for name in MODULES}
+    graph = {
+        name: {found.module for found in imports_of(path)} & set(MODULES) - {name}
+        for name, path in MODULES.items()
+    }
     state: dict[str, str] = {}
 
     def visit(name: str, trail: tuple[str, ...]) -> None:

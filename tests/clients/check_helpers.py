@@ -1,4 +1,7 @@
-"""The clients' helpers: what they add to requests, and what they make of answers and streams."""
+"""The clients' helpers: what they add to requests, and what they make of answers and streams.
+
+What else OpenAI's and Anthropic's clients are asked for is in ``tests/server``, which uses them, too.
+"""
 
 from __future__ import annotations
 
@@ -218,14 +221,26 @@ def openai_responses() -> None:
         assert response.headers["x-request-id"] and response.parse().output_text
 
 
-@check("openai", "embeddings: base64, which is the default, and floats")
-def openai_embeddings() -> None:
+@check("openai", "fields of vLLM in extra_body")
+def extra_body() -> None:
     client = sync_client()
-    texts = ["one", "two words"]
-    by_default = client.embeddings.create(model=MODEL, input=texts)
-    as_floats = client.embeddings.create(model=MODEL, input=texts, encoding_format="float", dimensions=8)
-    assert [len(item.embedding) for item in as_floats.data] == [8, 8]
-    assert len(by_default.data[0].embedding) > 8 and by_default.usage.total_tokens == 3
+    fields = {
+        "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 4, "return_token_ids": True,
+        "include_stop_str_in_output": True, "structured_outputs": {"regex": "[a-z]{8,9}"},
+        "request_id": "mine", "cache_salt": "x", "priority": 1,
+    }  # fmt: skip
+    answer = client.chat.completions.create(model=MODEL, messages=USER, max_tokens=20, extra_body=fields)
+    assert answer.id.endswith("mine") and answer.usage is not None
+    text = answer.choices[0].message.content
+    assert text is not None and text.isalpha() and 8 <= len(text) <= 9
+    again = [*USER, {"role": "assistant", "content": "The weather is"}]
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    answer = client.chat.completions.create(model=MODEL, messages=again, max_tokens=5, extra_body=fields)
+    assert answer.choices[0].message.content
+    answer = client.chat.completions.create(
+        model=MODEL, messages=USER, max_tokens=4, reasoning_effort="none", verbosity="low"
+    )
+    assert answer.choices[0].finish_reason
 
 
 # anthropic

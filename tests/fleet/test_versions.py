@@ -139,30 +139,6 @@ async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, name
     await frames.aclose()
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["the same content", "another one"])
-async def test_what_has_begun_elsewhere_is_compared_before_it_runs(
-    real: Any, adapters: Path, same: bool
-) -> None:
-    replica = real[0]
-    await replica.adapter("sync", {"entries": [Entry("sql", str(adapters / "a"), 4)]})
-    info = await replica.engine.load_adapter("sql")
-    frames = replica.channel(ChannelName("gateway", 0))
-    await anext(frames)
-    options, content = RequestOptions(adapter="sql@3", output=(7,)), info.digest if same else "0" * 64
-    order = Submit(1, "r", [5, 6], pack_params(greedy(3)), options, contents=[content], content=content)
-    await replica.submit(ChannelName("gateway", 0), encode_orders([order]))
-    found: list[Delta] = []
-    while not found:
-        found = decode_frame(await anext(frames)).deltas
-    if same:
-        assert found[0].content == content and not found[0].error
-    else:
-        error = unpack_error(found[0].error)
-        assert isinstance(error, AdapterNotFound) and error.name == "sql@3"
-        assert replica.engine.stats().prompt_tokens == 0, "nothing was computed"
-    await frames.aclose()
-
-
 async def test_an_adapter_that_nobody_has_loaded_has_no_numbers() -> None:
     gateway = Gateway(r0=Replica())
     await gateway.adapters.start_adapters(RegistryActor())

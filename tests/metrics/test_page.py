@@ -13,10 +13,9 @@ import msgspec
 import pytest
 import pytest_asyncio
 from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of  # noqa: F401
-from support.page_engine import Told, serve_page, served
+from support.page_engine import Told, serve_page
 
 from aioengine import AdapterInfo, AsyncEngine, EngineStats
-from aioengine.metrics.asgi import metrics_app
 
 api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
@@ -317,21 +316,6 @@ async def test_lost_connection_is_plain_and_mends_itself(
             assert await page.title() == "aioengine"
     finally:
         await opened.__aexit__(None, None, None)
-
-
-@pytest.mark.slow
-async def test_under_a_mount_path(engine: AsyncEngine, browser_page: BrowserPage) -> None:
-    app = metrics_app(engine)
-
-    async def outer(scope: Any, receive: Any, send: Any) -> None:
-        await app({**scope, "root_path": "/inner/engine"}, receive, send)
-
-    serving = served(outer, app.close)
-    async with serving as url, browser_page(f"{url}inner/engine") as page:
-        await shows(page, "#connection", "Live")
-        assert page.url == f"{url}inner/engine/"
-        await engine.complete(prompt_of(1, 6), greedy(4), adapter="rank-3")
-        await shows(page, "#swaps", "rank-3")
 
 
 CONTRAST = """() => {

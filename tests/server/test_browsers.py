@@ -105,28 +105,27 @@ def test_what_is_no_origin(origin: str) -> None:
         ServerSettings(allow_origins=[origin])
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("localhost", 200),
-        ("LOCALHOST:80", 200),
-        ("[::1]:80", 200),
-        ("", 403),
-        ("evil.example:80", 403),
-        ("localhost.evil.example", 403),
-        ("localhost:1@evil.example", 403),
-        ("[::1].evil.example", 403),
-        ("[::1", 403),
-        ("localhost:80:80", 403),
-        ("localhost/.evil.example", 403),
-        ("localhost:evil", 403),
-        ("user@localhost", 403),
-    ],
-)
-async def test_a_host_is_checked_whole(host: str, status: int, serve: Serve) -> None:
-    settings: dict[str, Any] = {"allowed_hosts": ["localhost", "[::1]"]}
-    async with serve(settings=settings) as served:
-        answer = await served.http.post("/v1/completions", json=OK, headers={"host": host})
-        assert answer.status_code == status
-        assert (await served.http.get("/metrics", headers={"host": host})).status_code == status
-        assert (await served.http.get("/health", headers={"host": host})).status_code == 200
+HOSTS: list[tuple[Any, ...]] = [
+    ("localhost", 200),
+    ("LOCALHOST:80", 200),
+    ("[::1]:80", 200),
+    ("", 403),
+    ("evil.example:80", 403),
+    ("localhost.evil.example", 403),
+    ("localhost:1@evil.example", 403),
+    ("[::1].evil.example", 403),
+    ("[::1", 403),
+    ("localhost:80:80", 403),
+    ("localhost/.evil.example", 403),
+    ("localhost:evil", 403),
+    ("user@localhost", 403),
+]
+
+
+async def test_a_host_is_checked_whole(serve: Serve) -> None:
+    async with serve(settings={"allowed_hosts": ["localhost", "[::1]"]}) as served:
+        for host, status in HOSTS:
+            answer = await served.http.post("/v1/completions", json=OK, headers={"host": host})
+            assert answer.status_code == status, host
+            assert (await served.http.get("/metrics", headers={"host": host})).status_code == status
+            assert (await served.http.get("/health", headers={"host": host})).status_code == 200

@@ -242,26 +242,25 @@ async def test_trailers_are_no_headers(in_one_piece: bool) -> None:
 CHUNKED = b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n"
 
 
-@pytest.mark.parametrize(
-    "rest",
-    [
-        b"a: b\r\n" * 30_000,
-        b"a: " + b"b" * 200_000,
-        b"a" * 200_000,
-        CHUNKED + b"0\r\n" + b"a: b\r\n" * 30_000,
-        CHUNKED + b"0\r\na: " + b"b" * 200_000,
-        CHUNKED + b"1;" + b"x" * 200_000,
-    ],
-    ids=["headers", "value", "name", "trailers", "trailer", "extension"],
-)
+ENDLESS: list[Any] = [
+    b"a: b\r\n" * 30_000,
+    b"a: " + b"b" * 200_000,
+    b"a" * 200_000,
+    CHUNKED + b"0\r\n" + b"a: b\r\n" * 30_000,
+    CHUNKED + b"0\r\na: " + b"b" * 200_000,
+    CHUNKED + b"1;" + b"x" * 200_000,
+]
+
+
 @pytest.mark.slow
-async def test_no_part_of_a_request_grows_for_ever(rest: bytes, serve: Serve) -> None:
+async def test_no_part_of_a_request_grows_for_ever(serve: Serve) -> None:
     """It never comes to its end."""
     async with serve(listen={"header_timeout": 600}, settings={"read_timeout": 600}) as served:
-        reader, writer = await connected(served.url, POST + rest)
-        answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
-        assert answer.startswith(b"HTTP/1.1 431")
-        writer.close()
+        for rest in ENDLESS:
+            reader, writer = await connected(served.url, POST + rest)
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
+            assert answer.startswith(b"HTTP/1.1 431")
+            writer.close()
 
 
 async def test_chunks_of_a_byte_are_no_flood_of_headers(serve: Serve) -> None:

@@ -129,25 +129,26 @@ X = {"prompt": "x"}
 CHAT = {"messages": USER}
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({**X, "max_tokens": 0}, "max_tokens"),
-        ({**X, "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
-        ({**X, "prompt_logprobs": 21}, "prompt_logprobs"),
-        ({**X, "min_tokens": 9, "max_tokens": 8}, "min_tokens"),
-        ({"prompt": "x" * 129, "echo": True, "max_tokens": 0}, "prompt"),
-        ({**CHAT, "continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
-        ({**CHAT, "reasoning_effort": "high"}, "reasoning_effort"),
-        ({**CHAT, "max_tokens": 0}, "max_tokens"),
-    ],
-)
+REFUSED: list[tuple[Any, ...]] = [
+    ({**X, "max_tokens": 0}, "max_tokens"),
+    ({**X, "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({**X, "prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt": ["x" * 125] * 128, "prompt_logprobs": 20, "max_tokens": 0}, "prompt"),
+    ({**X, "min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+    ({"prompt": "x" * 129, "echo": True, "max_tokens": 0}, "prompt"),
+    ({**CHAT, "continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+    ({**CHAT, "reasoning_effort": "high"}, "reasoning_effort"),
+    ({**CHAT, "max_tokens": 0}, "max_tokens"),
+]
+
+
 @pytest.mark.slow
-async def test_refusals(fields: dict[str, Any], param: str, serve: Serve) -> None:
-    path = "chat/completions" if "messages" in fields else "completions"
+async def test_refusals(serve: Serve) -> None:
     async with serve() as served:
-        answer = await served.http.post(f"/v1/{path}", json={**BASE, **fields})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+        for fields, param in REFUSED:
+            path = "chat/completions" if "messages" in fields else "completions"
+            answer = await served.http.post(f"/v1/{path}", json={**BASE, **fields})
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
 
 
 @pytest.mark.parametrize("stream", [False, True])

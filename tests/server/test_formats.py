@@ -1,4 +1,7 @@
-"""Families' tokenizers and chat templates: calls and reasoning over HTTP, marks being special tokens."""
+"""Families' tokenizers and chat templates: calls and reasoning over HTTP, marks being special tokens.
+
+What the parsers make of each family's text is in ``test_tool_parser.py``.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,13 @@ pytest.importorskip("llguidance")
 
 class Family(NamedTuple):
     """What is its own: special tokens, of which the last ends an answer, added ones that are none, the
-    template, and an answer with reasoning, if it has any, text and a call."""
+    template, and an answer with this reasoning, a text and a call."""
 
     special: tuple[str, ...]
     added: tuple[str, ...]
     template: str
     answer: str
-    reasoning: str = ""
-    text: str = "So. "
+    reasoning: str
 
 
 TURNS = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ m.reasoning_content }}\n{% endfor %}"
@@ -49,19 +51,6 @@ FAMILIES = {
         "<|end|><|start|>assistant<|channel|>commentary to=functions.paint <|constrain|>json<|message|>"
         f"{ARGUMENTS}",
         "Hm.",
-    ),
-    "mistral": Family(
-        ("[TOOL_CALLS]", "[ARGS]", "</s>"),
-        (),
-        SHOWN + "{# [TOOL_CALLS] [ARGS] #}",
-        f"So. [TOOL_CALLS]paint[ARGS]{ARGUMENTS}",
-    ),
-    "llama3": Family(
-        ("<|python_tag|>", "<|start_header_id|>", "<|eot_id|>"),
-        (),
-        SHOWN + '{# <|start_header_id|> "parameters" #}',
-        f'<|python_tag|>{{"name": "paint", "parameters": {ARGUMENTS}}}',
-        text="",
     ),
 }
 PAINT = {
@@ -134,12 +123,9 @@ async def test_an_answer_is_taken_apart(
         body = {**CHAT, **answering(name), "tools": TOOLS, "return_token_ids": True}
         [choice] = (await posted(served, "/v1/chat/completions", body))["choices"]
         marks = [token for token in choice["token_ids"] if token >= 256]
-        assert len(marks) > 1 or name == "llama3", "the marks are tokens of their own"
+        assert len(marks) > 1, "the marks are tokens of their own"
         message = choice["message"]
-        assert (message["content"] or "", message.get("reasoning_content", "")) == (
-            family.text,
-            family.reasoning,
-        )
+        assert (message["content"], message["reasoning_content"]) == ("So. ", family.reasoning)
         [call] = message["tool_calls"]
         assert call["function"]["name"] == "paint"
         assert json.loads(call["function"]["arguments"]) == {"color": "red"}
@@ -151,7 +137,7 @@ async def test_an_answer_is_taken_apart(
                 text += part["delta"].get("content") or ""
                 reasoning += part["delta"].get("reasoning_content", "")
                 calls += part["delta"].get("tool_calls", [])
-        assert (text, reasoning, len(calls)) == (family.text, family.reasoning, 1)
+        assert (text, reasoning, len(calls)) == ("So. ", family.reasoning, 1)
         assert calls[0]["function"] == call["function"]
 
 
@@ -175,8 +161,6 @@ async def test_required_calls_are_in_the_familys_form(
         begin = {
             "qwen3": '<tool_call>\n{"name": "paint", "arguments": {',
             "gpt-oss": "<|channel|>commentary to=functions.paint <|constrain|>json<|message|>{",
-            "mistral": "[TOOL_CALLS]paint[ARGS]{",
-            "llama3": '{"name": "paint", "parameters": {',
         }
         assert written.startswith(begin[name])
 

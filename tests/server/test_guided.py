@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from support import hostile_grammars as hostile
 from support.engine_fixtures import MakeEngine, Tiny
 from support.server_fixtures import MODEL, Serve, served_by
 
@@ -91,78 +92,78 @@ async def test_json_object(serve: Serve) -> None:
         assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "pattern"),
-    [
-        ({"choice": ["yes", "no", 'l"é\n']}, 'yes|no|l"é\n'),
-        ({"regex": "[ab]{3}c"}, "[ab]{3}c"),
-        ({"grammar": 'start: "x" ("y" | "z") "!"'}, "x[yz]!"),
-        ({"json": {"const": 5}}, "5"),
-    ],
-)
-@pytest.mark.slow
-async def test_structured_outputs(wanted: dict[str, Any], pattern: str, serve: Serve) -> None:
-    async with serve(max_model_len=400) as served:
-        answer = await served.client.completions.create(
-            model=MODEL,
-            prompt="Hi",
-            n=5,
-            seed=1,
-            max_tokens=40,
-            extra_body={"structured_outputs": wanted},
-        )
-        for choice in answer.choices:
-            assert re.fullmatch(pattern, choice.text), choice.text
-            assert choice.finish_reason == "stop"
+WANTED: list[tuple[Any, ...]] = [
+    ({"choice": ["yes", "no", 'l"é\n']}, 'yes|no|l"é\n'),
+    ({"regex": "[ab]{3}c"}, "[ab]{3}c"),
+    ({"grammar": 'start: "x" ("y" | "z") "!"'}, "x[yz]!"),
+    ({"json": {"const": 5}}, "5"),
+]
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
-        (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "x", "schema": {"type": "no"}},
-                }
-            },
-            "response_format",
-        ),
-        ({"tools": [{"type": "function", "function": {"name": "f\n"}}]}, "tools[0].function.name"),
-        ({"request_id": "x\n"}, "request_id"),
-        ({"structured_outputs": {}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
-        ({"structured_outputs": {"grammar": "start: ?"}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs"),
-        (
-            {"tools": [TOOLS[1], with_parameters({"not": {}})], "tool_choice": "required"},
-            "tools",
-        ),
-        (
-            {"tools": [with_parameters({"not": {}})], "tool_choice": named("f")},
-            "tools[0].function.parameters",
-        ),
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
-        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice.type"),
-        ({"tools": TOOLS, "tool_choice": named("f")}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": allowed("auto", "f")}, "tool_choice"),
-        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
-        (
-            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
-            "structured_outputs",
-        ),
-        ({"structured_outputs": {"regex": "a"}, "tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-    ],
-)
 @pytest.mark.slow
-async def test_bad_formats_are_refused(fields: dict[str, Any], param: str | None, serve: Serve) -> None:
+async def test_structured_outputs(serve: Serve) -> None:
     async with serve(max_model_len=400) as served:
-        with pytest.raises(openai.BadRequestError) as caught:
-            await served.client.chat.completions.create(model=MODEL, messages=USER, extra_body=fields)
-        assert caught.value.param == param
+        for wanted, pattern in WANTED:
+            answer = await served.client.completions.create(
+                model=MODEL,
+                prompt="Hi",
+                n=5,
+                seed=1,
+                max_tokens=40,
+                extra_body={"structured_outputs": wanted},
+            )
+            for choice in answer.choices:
+                assert re.fullmatch(pattern, choice.text), choice.text
+                assert choice.finish_reason == "stop"
+
+
+REFUSED: list[tuple[Any, ...]] = [
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "no"}},
+            }
+        },
+        "response_format",
+    ),
+    ({"tools": [{"type": "function", "function": {"name": "f\n"}}]}, "tools[0].function.name"),
+    ({"request_id": "x\n"}, "request_id"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+    ({"structured_outputs": {"grammar": "start: ?"}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a" * 300_000}}, "structured_outputs"),
+    (
+        {"tools": [TOOLS[1], with_parameters({"not": {}})], "tool_choice": "required"},
+        "tools",
+    ),
+    (
+        {"tools": [with_parameters({"not": {}})], "tool_choice": named("f")},
+        "tools[0].function.parameters",
+    ),
+    ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+    ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice.type"),
+    ({"tools": TOOLS, "tool_choice": named("f")}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": allowed("auto", "f")}, "tool_choice"),
+    ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+    (
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        "structured_outputs",
+    ),
+    ({"structured_outputs": {"regex": "a"}, "tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+]
+
+
+@pytest.mark.slow
+async def test_bad_formats_are_refused(serve: Serve) -> None:
+    async with serve(max_model_len=400) as served:
+        for fields, param in REFUSED:
+            with pytest.raises(openai.BadRequestError) as caught:
+                await served.client.chat.completions.create(model=MODEL, messages=USER, extra_body=fields)
+            assert caught.value.param == param, fields
 
 
 BOOLEAN = {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
@@ -256,6 +257,13 @@ async def test_what_is_not_enforced_is_said(serve: Serve, caplog: pytest.LogCapt
             else:
                 assert answer.status_code == 400
                 assert "uniqueItems" in answer.json()["error"]["message"]
+
+
+async def test_a_compile_is_bounded_by_the_requests_time(serve: Serve) -> None:
+    body = chat(structured_outputs={"json": json.loads(hostile.multiples(7919, 7907))})
+    async with serve(max_model_len=400, settings={"request_timeout": 0.5}) as served:
+        answer = await served.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code in (408, 504), answer.text
 
 
 async def test_a_long_list_of_what_is_not_enforced_is_cut(

@@ -205,26 +205,26 @@ async def test_a_failure_is_the_last_event(serve: Serve) -> None:
             [event async for event in stream]
 
 
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "only texts"),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_use_id"),
-        ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}]}, "name"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "template"),
-        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash_20250124"),
-        ({"tools": [PAINT], "tool_choice": {"type": "tool"}}, "name"),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"unknown": 1}, "unknown"),
-    ],
-)
+REFUSED: list[tuple[Any, ...]] = [
+    ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "only texts"),
+    ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_use_id"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}]}, "name"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "template"),
+    ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash_20250124"),
+    ({"tools": [PAINT], "tool_choice": {"type": "tool"}}, "name"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"unknown": 1}, "unknown"),
+]
+
+
 @pytest.mark.slow
-async def test_what_is_not_supported_is_refused(fields: Any, text: str, serve: Serve) -> None:
+async def test_what_is_not_supported_is_refused(serve: Serve) -> None:
     async with serve() as served, client_of(served) as client:
-        with pytest.raises(anthropic.BadRequestError, match=text) as caught:
-            await client.messages.create(model=MODEL, max_tokens=5, messages=USER, extra_body=fields)
-        assert caught.value.body["type"] == "error"  # type: ignore[index]
-        assert caught.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+        for fields, text in REFUSED:
+            with pytest.raises(anthropic.BadRequestError, match=text) as caught:
+                await client.messages.create(model=MODEL, max_tokens=5, messages=USER, extra_body=fields)
+            assert caught.value.body["type"] == "error"  # type: ignore[index]
+            assert caught.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
 
 
 async def test_keys_and_other_errors(serve: Serve) -> None:

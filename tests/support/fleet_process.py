@@ -90,12 +90,6 @@ class FleetServer:
         found = [p for p in self.processes() if "EngineReplica" in command_line(p)]
         return [p for p in found if state(p) not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)]
 
-    def pid_of(self, replica: str) -> int:
-        """The process of a replica that has this name in ``/metrics``."""
-        found = re.search(rf"replica {replica} is there \(process (\d+)", self.log)
-        assert found is not None, self.log
-        return int(found[1])
-
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 

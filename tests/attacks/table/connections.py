@@ -50,13 +50,13 @@ async def bodies_in_flight(target: Target) -> str:
 
 
 async def streams_cut_off(target: Target) -> str:
-    """For two seconds, connect, ask for a stream, and leave within a tenth of a second."""
+    """For a second, connect, ask for a stream, and leave within a tenth of a second."""
     body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 200, "stream": True}).encode()
-    return await begun_and_left(target, body, seconds=2, at_once=60, longest=0.1)
+    return await begun_and_left(target, body, seconds=1, at_once=60, longest=0.1)
 
 
 async def refused_requests(target: Target) -> str:
-    """For two seconds, send requests with a field that does not exist, one after the other."""
+    """For a second, send requests with a field that does not exist, one after the other."""
     request = message(b'{"model": "x", "promt": ' + b"[" * 60 + b"]" * 60 + b"}")
     return await again_and_again(target, [request])
 
@@ -76,7 +76,7 @@ async def many_connections(target: Target) -> str:
 
 
 async def lists(target: Target) -> str:
-    """For two seconds, ask for lists of all names and series, one after the other, and begin live pages."""
+    """For a second, ask for lists of all names and series, one after the other, and begin live pages."""
     wanted = [b"/v1/models", b"/metrics", b"/v1/models/nobody", b"/events"]
     compressed = b"accept: application/openmetrics-text\r\naccept-encoding: gzip\r\n"
     get = b"GET %b HTTP/1.1\r\nhost: localhost\r\n%b\r\n"
@@ -84,9 +84,25 @@ async def lists(target: Target) -> str:
 
 
 async def many_choices(target: Target) -> str:
-    """For two seconds, ask for 128 streams in one, with log-probabilities, and leave."""
+    """For a second, ask for 128 streams in one, with log-probabilities, and leave."""
     ask = {"model": MODEL, "prompt": "Hi", "n": 128, "max_tokens": 500, "stream": True, "logprobs": 20}
-    return await begun_and_left(target, json.dumps(ask).encode(), seconds=2, at_once=20, longest=0.3)
+    return await begun_and_left(target, json.dumps(ask).encode(), seconds=1, at_once=20, longest=0.3)
+
+
+async def unread_streams(target: Target) -> str:
+    """Ask for 400 streams with log-probabilities, which make 60 KB of each token; read nothing, and leave."""
+    ask = {"model": MODEL, "prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    data = message(json.dumps({**ask, "logprobs": 20}).encode())
+
+    async def one() -> None:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(*target.served.address, limit=1)
+            writer.write(data)
+            await asyncio.sleep(2)
+            writer.transport.abort()
+
+    await asyncio.gather(*(one() for _ in range(400)))
+    return "left (400x)"
 
 
 async def tiny_chunks(target: Target) -> str:
@@ -120,13 +136,13 @@ async def asked_before_sent(target: Target) -> str:
         except (OSError, asyncio.IncompleteReadError):
             return "closed"
         finally:
-            await asyncio.sleep(2)
+            await asyncio.sleep(1)
             writer.transport.abort()
 
     return counted(await asyncio.gather(*(one() for _ in range(2_000))))
 
 
-async def again_and_again(target: Target, requests: Sequence[bytes], seconds: float = 2) -> str:
+async def again_and_again(target: Target, requests: Sequence[bytes], seconds: float = 1) -> str:
     """Have 30 connections send requests, one after the other. Returns how often each status came."""
     seen: list[str] = []
 

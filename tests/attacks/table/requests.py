@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
-import sys
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import httpx
 from attacks.table.target import MODEL, Target, filled, key, statuses
 from support import hostile_grammars as hostile
 
-TESTS = Path(__file__).parents[2]
+from aioengine.server.answer import MAX_SCORES
+
 QUADRATIC = """{% for m in messages %}{% for n in messages %}{% if n.role == m.content %}{% endif %}
 {% endfor %}{% endfor %}"""
 START = f'{{"model": "{MODEL}", "max_tokens": 2, "prompt": '
@@ -87,6 +86,14 @@ many_logprobs = sent(
         "top_logprobs": 20,
     },
 )
+scored_prompts = asked(  # as many log-probabilities of prompts as a request may ask for
+    times=2,
+    prompt=[[100 + i] * 490 for i in range(MAX_SCORES // (490 * 21))],
+    logprobs=20,
+    prompt_logprobs=20,
+    echo=True,
+    max_tokens=0,
+)
 long_prompt = asked(prompt=random.Random(0).choices(range(100, 40_000), k=8_000), max_tokens=1)
 many_vectors = sent(
     "/v1/embeddings",
@@ -156,18 +163,14 @@ async def unique_salts(target: Target) -> str:
 
 async def tenant_flood(target: Target) -> str:
     """Send 1,500 requests of tenant a; the client that streams is tenant b."""
-    body = {"max_tokens": 200, "ignore_eos": True}
-    asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
-    flood = [asyncio.create_task(ask) for ask in asks]
-    await asyncio.sleep(2)
-    began = time.monotonic()
-    answer = await target.post("/v1/completions", body | {"prompt": "b", "max_tokens": 2}, headers=key("b"))
-    took = time.monotonic() - began
-    done = [task.result().status_code for task in flood if task.done() and task.exception() is None]
-    for task in flood:
-        task.cancel()
-    await asyncio.wait(flood)
-    return f"a: 429 ({done.count(429)}x); b: {answer.status_code} in {took:.1f} s"
+    others: list[str] = []
+
+    async def of_b() -> None:
+        began = time.monotonic()
+        answer = await target.post("/v1/completions", {"prompt": "b", "max_tokens": 2}, headers=key("b"))
+        others.append(f"b: {answer.status_code} in {time.monotonic() - began:.1f} s")
+
+    return "; ".join([f"a: {await flooded(target, of_b)}", *others])
 
 
 async def cache_guesses(target: Target) -> str:
@@ -202,10 +205,15 @@ async def log_unread(target: Target) -> str:
 
 async def address_flood(target: Target) -> str:
     """Send 1,500 requests from one address; the client that streams has another."""
+    return await flooded(target, lambda: asyncio.sleep(0.5))
+
+
+async def flooded(target: Target, meanwhile: Callable[[], Awaitable[None]]) -> str:
+    """Send 1,500 requests at once. Returns how many were refused when ``meanwhile`` was over."""
     body = {"max_tokens": 200, "ignore_eos": True}
-    asks = [target.post("/v1/completions", {**body, "prompt": f"Number {i}"}) for i in range(1_500)]
-    flood = [asyncio.create_task(ask) for ask in asks]
-    await asyncio.sleep(2)
+    flood = [asyncio.create_task(target.ask(**body, prompt=f"Number {i}")) for i in range(1_500)]
+    await asyncio.sleep(1)
+    await meanwhile()
     done = [task.result().status_code for task in flood if task.done() and task.exception() is None]
     for task in flood:
         task.cancel()
@@ -213,27 +221,63 @@ async def address_flood(target: Target) -> str:
     return f"429 ({done.count(429)}x)"
 
 
-async def made_up(target: Target) -> str:
-    """Send requests of all kinds for 5 seconds, from a process of its own."""
-    words = ["-m", "support.made_up", target.served.url, MODEL, "--key", "key-of-a", "--seconds", "5"]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *words, stdout=asyncio.subprocess.PIPE, cwd=TESTS
-    )
-    try:
-        report = json.loads((await process.communicate())[0])
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # else it would attack during the next rows, too
-            process.kill()
-    if report["wrong"]:
-        raise ValueError("; ".join(report["wrong"][:3]))
-    return ", ".join(f"{status} ({count}x)" for status, count in sorted(report["statuses"].items()))
+async def odd_bodies(target: Target) -> str:
+    """Send bodies full of small values, in fields of each kind, and two of one value, one after the other."""
+    bodies: list[bytes] = []
+    for part in ('{"a": [1]}', '"["', "12345", "null"):
+        bodies += [filled(START + '"x", "metadata": [', part, "]}"), filled(START + "[", part, "]}")]
+        for field in ("stop", "stop_token_ids", "logit_bias", "nobody", "tools"):
+            bodies.append(filled(START + f'"x", "{field}": [', part, "]}", 1_000_000))
+    bodies += [f"{START}{'[' * 8_000_000}".encode(), f'{START}"x", "seed": {"1" * 8_000_000}}}'.encode()]
+    return statuses([await target.post("/v1/completions", body) for body in bodies])
+
+
+def _many_parts() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Requests of very many small parts: tools, alternatives, documents, adapters, stop strings."""
+    wide = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(20)}}
+    chat = {"messages": HI, "max_tokens": 1}
+    for count in (128, 10_000):
+        functions = [{"name": f"f{i}", "parameters": wide} for i in range(count)]
+        tools = [{"type": "function", "function": function} for function in functions]
+        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": tools}}
+        calls = [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}] * count
+        history = [*HI, {"role": "assistant", "content": "", "tool_calls": calls}, *HI]
+        for choice in ("auto", "required", allowed):
+            yield "/v1/chat/completions", {**chat, "tools": tools, "tool_choice": choice}
+        yield "/v1/chat/completions", {**chat, "messages": history}
+        flat = [{"type": "function", **function} for function in functions]
+        yield "/v1/responses", {"input": "Hi", "max_output_tokens": 1, "tools": flat}
+        flat = [{"name": f"f{i}", "input_schema": wide} for i in range(count)]
+        yield "/v1/messages", {**chat, "tools": flat}
+        names = [f"{i}" for i in range(count)]
+        grammar = "start: " + " | ".join(f'"{name}"' for name in names)
+        one_of = {"oneOf": [{"const": name} for name in names]}
+        formats = {"choice": names, "regex": "|".join(names), "grammar": grammar, "json": one_of}
+        weights = dict.fromkeys(names * 10, 1)
+        fields: list[dict[str, Any]] = [
+            {"structured_outputs": {name: text}} for name, text in formats.items()
+        ]
+        fields += [{"adapters": weights}, {"logit_bias": weights}, {"stop": names * 10}]
+        for field in fields:
+            yield "/v1/completions", {"prompt": "Hi", "max_tokens": 1, **field}
+        yield "/rerank", {"query": "q" * 400, "documents": names * 10}
+
+
+async def many_parts(target: Target) -> str:
+    turns = asyncio.Semaphore(2)
+
+    async def ask(path: str, body: dict[str, Any]) -> httpx.Response:
+        async with turns:
+            return await target.post(path, body)
+
+    return statuses(await asyncio.gather(*(ask(*one) for one in _many_parts())))
 
 
 async def long_answers(target: Target) -> str:
-    """Ask for as many long answers as run at once, from one address, and leave after six seconds."""
+    """Ask for as many long answers as run at once, from one address, and leave after three seconds."""
     body = {"n": 16, "max_tokens": 4000, "ignore_eos": True}
     asked = [asyncio.create_task(target.ask(**body)) for _ in range(4)]
-    await asyncio.wait(asked, timeout=6)
+    await asyncio.wait(asked, timeout=3)
     left = sum(task.cancel() for task in asked)
     await asyncio.wait(asked)
     return f"left ({left}x)"

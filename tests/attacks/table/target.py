@@ -114,4 +114,5 @@ def filled(before: str, part: str, after: str, size: int = 8_000_000) -> bytes:
 def statuses(answers: list[Any]) -> str:
     """Return how often each status was answered."""
     seen = [a.status_code if isinstance(a, httpx.Response) else type(a).__name__ for a in answers]
+    assert 500 not in seen, "a fault of the server"
     return ", ".join(f"{s} ({seen.count(s)}x)" if len(seen) > 1 else str(s) for s in dict.fromkeys(seen))
