@@ -37,6 +37,7 @@ from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output import RequestOutput, SoFar
 from aioengine.runtime.requests import vectors
+from aioengine.runtime.sources.mixes import Mixes
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters
 from aioengine.runtime.submit import RequestOps
@@ -154,6 +155,7 @@ class AsyncEngine(AdapterOps, RequestOps):
         )
         lora = self.config.lora
         self._names = AdapterNames(self._loop, built.resolver, None if lora is None else lora.load_timeout)
+        self._mixes = Mixes(self._names, self._core.residency)
         self._held = HeldAdapters(work, int(lora.max_held_lora_bytes) if lora else 0)
         self.metrics = EngineMetrics(
             max_adapter_labels=self.config.max_adapter_labels,

@@ -113,7 +113,7 @@ class Demo:
         asked = stats.slot_hits + stats.slot_misses
         print(
             f"{len(self._rows)} requests, {total} tokens in {time.perf_counter() - self._begun:.1f} s; "
-            f"{len(stats.slots)} slots: {stats.slot_loads} loads, {stats.slot_evictions} evictions; "
+            f"{len(stats.slots)} slots: {stats.slot_loads} copies, {stats.slot_evictions} evictions; "
             f"{stats.slot_hits} of {asked} requests found their adapter in one; "
             f"{stats.cpu_loads} reads from disk, {stats.cpu_evictions} evictions from the CPU cache"
         )

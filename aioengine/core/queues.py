@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sortedcontainers import SortedDict
 
@@ -29,19 +29,11 @@ class RequestQueues:
         return self.base if adapter is None else adapter.waiting
 
     def add(self, request: Request) -> None:
-        self.all.add(request)
-        queue = self.queue_of(request.adapter)
-        queue.add(request)
-        if queue.head is request:
-            self.heads[request.seq] = request.adapter
+        self._change(request, ArrivalQueue.add)
 
     def put_back(self, request: Request) -> None:
         self.room.returned += 1
-        self.all.put_back(request)
-        queue = self.queue_of(request.adapter)
-        before = queue.head
-        queue.put_back(request)
-        self._move_head(request.adapter, before)
+        self._change(request, ArrivalQueue.put_back)
 
     def remove(self, request: Request) -> None:
         if request.reservation is None:
@@ -49,20 +41,19 @@ class RequestQueues:
         else:
             request.reservation.leave()
             request.reservation = None
-        self.all.remove(request)
+        self._change(request, ArrivalQueue.remove)
+
+    def _change(self, request: Request, change: Callable[[ArrivalQueue, Request], None]) -> None:
+        """Change the queue of all requests and that of its adapter, whose head may be another one then."""
+        change(self.all, request)
         queue = self.queue_of(request.adapter)
         before = queue.head
-        queue.remove(request)
-        self._move_head(request.adapter, before)
-
-    def _move_head(self, adapter: AdapterEntry | None, before: Request | None) -> None:
-        """Note that a queue's head may be another than ``before``."""
-        head = self.queue_of(adapter).head
-        if head is not before:
+        change(queue, request)
+        if queue.head is not before:
             if before is not None:
                 del self.heads[before.seq]
-            if head is not None:
-                self.heads[head.seq] = adapter
+            if queue.head is not None:
+                self.heads[queue.head.seq] = request.adapter
 
     def check(self) -> None:
         found = {self.queue_of(adapter).head for adapter in self.heads.values()}

@@ -19,8 +19,9 @@ from aioengine.core.speculation import Drafting
 from aioengine.core.waiting_room import Reservation
 from aioengine.errors import AdapterChanged, AdapterTooLarge, EngineOverloaded
 from aioengine.events import EndReason
-from aioengine.info import AdapterLocation, mix_name, scaled_digest
+from aioengine.info import AdapterInfo, AdapterLocation, mix_name, scaled_digest
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
+from aioengine.schedulers.policy import Location
 from aioengine.step import AdapterSource, LoadedAdapter, SequenceWork
 
 
@@ -139,6 +140,8 @@ class AdapterEntry(Version):
     set, the adapter is read only on demand, never prefetched."""
     copy_failed: float | None = None
     """Time of the last failed copy into a slot."""
+    readers: int = 0
+    """Callers that wait for it to be read."""
     disk_seconds: float | None = None
     slot_seconds: float | None = None
 
@@ -180,6 +183,24 @@ class AdapterEntry(Version):
     def where(self) -> AdapterLocation:
         """Its location in the words of the public API."""
         return cast(AdapterLocation, self.location.lower())
+
+    @property
+    def info(self) -> AdapterInfo:
+        """Its present state."""
+        return AdapterInfo(
+            name=self.label,
+            version=self.version,
+            path=self.path,
+            rank=self.rank,
+            bytes=self.nbytes,
+            digest=self.digest,
+            labels=self.labels,
+            location=self.where,
+            slot=self.slot if self.location is Location.SLOT else None,
+            pinned=self.pinned,
+            running=self.running,
+            waiting=len(self.waiting),
+        )
 
 
 class Sink(Protocol):

@@ -22,9 +22,8 @@ from aioengine.model.files.sources import is_source
 from aioengine.runtime.held import HeldAdapters, state_of
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.requests import vectors
-from aioengine.runtime.sources.mixes import held_of, parts_of
+from aioengine.runtime.sources.mixes import Mixes, held_of, parts_of
 from aioengine.runtime.sources.names import AdapterNames
-from aioengine.runtime.stats import adapter_info
 from aioengine.schedulers.policy import Location
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ class AdapterOps(ABC):
 
     _core: Core
     _loop: EngineLoop
+    _mixes: Mixes
     _names: AdapterNames
     _held: HeldAdapters
 
@@ -170,14 +170,13 @@ class AdapterOps(ABC):
         """Take the name's lock to look up or read a version. An unload does not wait for that, which may
         hang: it ends it, with AdapterLoadError, also for those who wait for the lock."""
         unloaded = AdapterLoadError("it was unloaded while it was being loaded", name=name)
-        async with self._names.lock(name):
-            known = self._table.of(name)
+        known = self._table.of(name)
+        async with self._names.lock(known):
             if known.unloads:
                 raise unloaded
             try:
                 async with asyncio.timeout(None) as limit:
                     known.stop_load = lambda: None if limit.expired() else limit.reschedule(0.0)
-                    self._table.keep(known)
                     yield known
             except TimeoutError:
                 if not limit.expired():
@@ -185,7 +184,6 @@ class AdapterOps(ABC):
                 raise unloaded from None
             finally:
                 known.stop_load = None
-                self._table.keep(known)
 
     async def _new_version(self, known: AdapterName, source: str | HeldAdapter | None) -> AdapterEntry:
         """Declare a version without publishing it. With ``source`` None it comes from the registered path,
@@ -240,7 +238,8 @@ class AdapterOps(ABC):
             if read:
                 await self._read(entry, known, pin=False)
             known.prepared = entry
-        return adapter_info(entry)
+            self._table.keep(known)
+        return entry.info
 
     def commit_adapter(self, name: str) -> AdapterInfo:
         """Let new requests use the prepared version. Raises AdapterNotFound if there is none."""
@@ -279,15 +278,14 @@ class AdapterOps(ABC):
         known = self._table.of(name)
         was_loading = known.stop_load is not None
         known.unloads += 1
-        self._table.keep(known)
         if known.stop_load is not None:
             known.stop_load()
         try:
-            async with self._names.lock(name):
+            async with self._names.lock(known):
                 entry, was_fetched = known.current, bool(known.source)
                 if entry is not None:
                     self._loop.check_goes_on()
-                    self._names.mixes.forget(name, self._loop.now())
+                    self._mixes.forget(name, self._loop.now())
                 known.unload(self._loop.now())
                 if entry is None:
                     if was_fetched or was_loading:
@@ -301,7 +299,6 @@ class AdapterOps(ABC):
                 await self._loop.until(lambda: entry.uid not in self._core.residency.entries, name)
         finally:
             known.unloads -= 1
-            self._table.keep(known)
 
     # Pinning
 
@@ -340,8 +337,8 @@ class AdapterOps(ABC):
 
     def _describe(self, known: AdapterName) -> AdapterInfo | None:
         if known.current is not None:
-            return None if is_mix(known.label) else adapter_info(known.current)
-        return AdapterInfo(name=known.label, path=known.source) if known.source else None
+            return None if is_mix(known.label) else known.current.info
+        return AdapterEntry(0, known.label, 0, known.source).info if known.source else None
 
     def count_adapters(self) -> int:
         """Return about how many adapters are registered: mixes count, too."""
@@ -351,15 +348,15 @@ class AdapterOps(ABC):
         """Return the registered adapters that hold memory, will soon, or have requests that wait."""
         waited_for = [entry for entry in self._core.queues.heads.values() if entry is not None]
         entries = dict.fromkeys([*self._core.cpu.entries.values(), *waited_for])
-        return [adapter_info(e) for e in entries if e.life is Life.CURRENT and not is_mix(e.label)]
+        return [e.info for e in entries if e.life is Life.CURRENT and not is_mix(e.label)]
 
     def resident(self) -> list[AdapterInfo]:
         """Return the versions in slots, in the CPU cache, and on their way to it, mixes included."""
-        return [adapter_info(entry) for entry in self._core.cpu.entries.values()]
+        return [entry.info for entry in self._core.cpu.entries.values()]
 
     def replaced(self) -> list[AdapterInfo]:
         """Return the replaced versions that requests still wait for or run on, wherever they are."""
-        return [adapter_info(entry) for entry in self._core.residency.replaced() if not is_mix(entry.label)]
+        return [entry.info for entry in self._core.residency.replaced() if not is_mix(entry.label)]
 
     def find_adapter(self, name: str) -> AdapterInfo | None:
         """Return the state of one adapter; None if it is not registered."""
@@ -367,7 +364,7 @@ class AdapterOps(ABC):
 
     def _info(self, name: str) -> AdapterInfo:
         """Return the adapter's present state. Raises AdapterNotFound."""
-        return self.find_adapter(name) or adapter_info(self._table.of(name).resolve())
+        return self.find_adapter(name) or self._table.of(name).resolve().info
 
 
 def _registered_path(known: AdapterName) -> str | None:

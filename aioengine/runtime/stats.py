@@ -6,8 +6,7 @@ from collections import Counter
 
 from aioengine import events
 from aioengine.core import Core
-from aioengine.core.state import AdapterEntry
-from aioengine.info import AdapterInfo, EngineStats, SlotInfo
+from aioengine.info import EngineStats, SlotInfo
 from aioengine.schedulers.policy import Location
 
 
@@ -98,21 +97,4 @@ def slot_infos(core: Core) -> tuple[SlotInfo, ...]:
             bytes=0 if slot.offset is None else regions.get(slot.offset, 0),
         )
         for slot in core.slots.slots
-    )
-
-
-def adapter_info(entry: AdapterEntry) -> AdapterInfo:
-    return AdapterInfo(
-        name=entry.label,
-        version=entry.version,
-        path=entry.path,
-        rank=entry.rank,
-        bytes=entry.nbytes,
-        digest=entry.digest,
-        labels=entry.labels,
-        location=entry.where,
-        slot=entry.slot if entry.location is Location.SLOT else None,
-        pinned=entry.pinned,
-        running=entry.running,
-        waiting=len(entry.waiting),
     )

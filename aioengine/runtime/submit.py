@@ -21,6 +21,7 @@ from aioengine.request import Prompt, RequestKeywords, RequestOptions, SamplingP
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.requests.continuation import Replayed
+from aioengine.runtime.sources.mixes import Mixes
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.text_work import TextWork, tokenize
 
@@ -33,6 +34,7 @@ class RequestOps(ABC):
 
     _core: Core
     _loop: EngineLoop
+    _mixes: Mixes
     _names: AdapterNames
     _numbers: Iterator[int]
     """For the names of requests that have none."""
@@ -66,7 +68,7 @@ class RequestOps(ABC):
         arrival, output = loop.time(), options.output
         due = None if options.deadline is None else arrival + options.deadline
         # Before the work of tokenizing.
-        named, entry = (None, None) if adapter is None else self._names.check_wanted(adapter)
+        named, entry = (None, None) if adapter is None else self._names.check_wanted(options)
         self._check_params(params)
         # A request that can never run must get this error, and not "try again later".
         tokens = self._token_ids(prompt, params)
@@ -86,7 +88,7 @@ class RequestOps(ABC):
         replay = bool(output) and (options.replay or params.logprobs is not None)
         given = () if replay else output
         at_once = tokens is not None and (adapter is None or entry is not None) and not output
-        where = partial(self._names.where, adapter)
+        where = partial(self._names.where, options.named)
         try:
             async with contextlib.nullcontext() if at_once else _holding(reservation, due, request_id, where):
                 if tokens is None:
@@ -101,12 +103,8 @@ class RequestOps(ABC):
                 self._check_output(output, len(tokens), params)
                 if output:
                     await self.text_work.run(len(output), lambda: stream.add_given(output, ends))
-                if isinstance(adapter, str):
-                    if not at_once:  # what was found may have been replaced
-                        entry = await self._names.acquire(adapter, reservation.tenant)
-                elif adapter is not None:
-                    mixes = self._names.mixes
-                    entry, scale = await mixes.acquire(adapter, reservation.tenant, loop.time())
+                if adapter is not None and not at_once:  # what was found may have been replaced
+                    entry, scale = await self._mixes.acquire(adapter, reservation.tenant, loop.time())
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
             if entry is not None:
                 self._names.check_lives(entry)

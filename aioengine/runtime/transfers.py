@@ -10,7 +10,7 @@ from aioengine import errors, events
 from aioengine.core import CopyMove, Core, DropMove, LoadMove, Move, StopMove
 from aioengine.core.state import AdapterEntry
 from aioengine.executors.base import Device
-from aioengine.schedulers.policy import Location
+from aioengine.schedulers.policy import Location, SlotState
 from aioengine.step import ReadOrder
 from aioengine.tasks import Background
 
@@ -50,7 +50,7 @@ class AdapterMoves:
             if entry.location is Location.LOADING:
                 self._core.residency.load_cancelled(entry)
         for slot in self._core.slots.slots:
-            if slot.loading and slot.entry is not None:  # the copy was lost with the device
+            if slot.entry is not None and slot.state is SlotState.LOADING:  # lost with the device
                 self._core.slots.cancel(slot.entry)
 
     def device_lost(self) -> None:

@@ -47,8 +47,9 @@ def poisson(rate: float, seconds: float, names: Sequence[str | None], zipf: floa
 
 
 async def replay(
-    engine: AsyncEngine, arrivals: Sequence[Arrival], output_tokens: int = OUTPUT_TOKENS, warm_up: float = 0.0
-) -> dict[str, float]:
+    engine: AsyncEngine, arrivals: Sequence[Arrival], output_tokens: int = OUTPUT_TOKENS,
+    warm_up: float = 0.0, tenant: str | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Send ``arrivals`` when they are due. Returns figures of those after ``warm_up``."""
     first: list[float] = []
     gaps: list[float] = []
@@ -60,7 +61,7 @@ async def replay(
         nonlocal tokens
         times = first
         last = time.perf_counter()
-        async for out in engine.generate(arrival.prompt, params, adapter=arrival.adapter):
+        async for out in engine.generate(arrival.prompt, params, adapter=arrival.adapter, tenant=tenant):
             now = time.perf_counter()
             if arrival.seconds >= warm_up and out.token_ids_delta:
                 times.append(now - last)
@@ -81,7 +82,7 @@ async def replay(
         "gap median, ms": 1e3 * median(gaps),
         "gap p99, ms": 1e3 * percentile(gaps, 0.99),
         "largest gap, ms": 1e3 * max(gaps, default=0.0),
-        "slot loads": after.slot_loads - before.slot_loads,
+        "slot copies": after.slot_loads - before.slot_loads,
         "reads": after.cpu_loads - before.cpu_loads,
     }
 
@@ -187,6 +188,46 @@ async def cold(*, rank: int = 128, reads: int = 4, rounds: int = 2) -> AsyncGene
             yield Calls(title, {"no reads": lambda: streams(False), "reads": lambda: streams(True)}, rounds)
 
 
+async def mixes(
+    *, model: str = MODEL, pairs: int = 1000, at_a_time: int = 32, tokens: int = 100, rate: float = 2.0,
+    seconds: float = 120.0, rounds: int = 3,
+) -> AsyncGenerator[Calls, None]:  # fmt: skip
+    """A tenant's latency beside another's long answers, for one adapter and for a thousand mixes in turn.
+
+    The first has four adapters; there are 8 slots, and 16 places in the CPU cache. ``requests beside`` are
+    those of the second: each of them is for another pair of weights, up to ``pairs``.
+    """
+    lora = LoRAConfig(max_loras=8, max_cpu_loras=16, max_lora_rank=16)
+    config = configuration(model, max_model_len=256, lora=lora, policy="fair")
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    with random_adapters(model, 6) as paths:
+        async with AsyncEngine(config) as engine:
+            for name, path in paths.items():
+                engine.register_adapter(name, path)
+            *own, one, other = paths
+
+            async def beside(different: int) -> dict[str, float]:
+                sent = itertools.count()
+
+                async def flood() -> None:
+                    for i in sent:
+                        mix = {one: 0.5 + i % different / different, other: 0.5} if different else one
+                        await engine.complete(list(range(100, 228)), params, adapter=mix, tenant="flood")
+
+                async with asyncio.TaskGroup() as group:
+                    flooding = [group.create_task(flood()) for _ in range(at_a_time)]
+                    arrivals = poisson(rate, seconds, own)
+                    found = await replay(engine, arrivals, warm_up=WARM_UP, tenant="measured")
+                    for task in flooding:
+                        task.cancel()
+                p99 = {name: value for name, value in found.items() if "p99" in name}
+                return {**p99, **found, "requests beside": next(sent)}
+
+            title = f"{rate:g} requests a second beside {at_a_time} streams of {tokens} tokens"
+            calls = {"one adapter": lambda: beside(0), f"{pairs:,} mixes": lambda: beside(pairs)}
+            yield Calls(title, calls, rounds, warm_up=0)
+
+
 def drop_from_page_cache(folder: Path) -> None:
     """Ask the kernel to forget the files' clean pages (it may refuse silently)."""
     for file in folder.iterdir():
@@ -195,4 +236,4 @@ def drop_from_page_cache(folder: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-CASES = (cliff, share, cold)
+CASES = (cliff, share, cold, mixes)

@@ -118,23 +118,19 @@ class Prefetch(Part):
     """Chooses the adapters to bring from disk to the CPU. A cold adapter is read in any case as soon as there
     is an idle slot that it could have."""
 
-    asks_always: bool = True
-    """Whether the policy is asked before every step, because ``choose`` may have something to add although
-    there was no event."""
-
     @abstractmethod
-    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
-        """Return at most ``view.load_room`` names. ``cold`` yields the adapters that requests wait for and
-        that no slot holds, the most urgent first; it is lazy, so take no more than needed."""
+    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str] | None:
+        """Return at most ``view.load_room`` names; None if there is nothing to read before the next event:
+        after any other answer the policy is asked before the next step. ``cold`` yields the adapters that
+        requests wait for and that no slot holds, the most urgent first; it is lazy, so take no more than
+        needed. Not called while no read can begin."""
 
 
 class NoPrefetch(Prefetch):
     """Reads an adapter only when a slot is available."""
 
-    asks_always = False
-
-    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
-        return ()
+    def choose(self, view: SchedulerView, cold: Iterator[str]) -> None:
+        return None
 
 
 class Lookahead(Prefetch):
@@ -146,32 +142,26 @@ class Lookahead(Prefetch):
     """
 
     source = "aioengine's own; S-LoRA (Sheng et al. 2023) reads ahead for its waiting queue likewise"
-    asks_always = False
 
     def __init__(self, k: int = 8) -> None:
         at_least(1, k=k)
         self.k = k
 
-    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str]:
+    def choose(self, view: SchedulerView, cold: Iterator[str]) -> Sequence[str] | None:
         ahead = islice((n for n in cold if view.adapters[n].location is not Location.LOADING), self.k)
-        return [name for name in ahead if view.adapters[name].location is Location.DISK]
+        return [name for name in ahead if view.adapters[name].location is Location.DISK] or None
 
 
 class Preemption(Part):
     """Chooses requests to preempt, beyond those that the core preempts for lack of KV blocks."""
 
-    asks_always: bool = True
-    """As of a :class:`Prefetch`."""
-
     @abstractmethod
-    def choose(self, view: SchedulerView) -> Sequence[str]:
-        """Return the ids of the requests to preempt."""
+    def choose(self, view: SchedulerView) -> Sequence[str] | None:
+        """Return the ids of the requests to preempt; None as of a :class:`Prefetch`."""
 
 
 class NoPreemption(Preemption):
     """Lets every running request finish."""
 
-    asks_always = False
-
-    def choose(self, view: SchedulerView) -> Sequence[str]:
-        return ()
+    def choose(self, view: SchedulerView) -> None:
+        return None

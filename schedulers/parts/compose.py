@@ -56,15 +56,17 @@ class Composed(FCFS):
         admit = list(self.order.admit(view, names, room)) if room > 0 else []
         holds_back = len(admit) < room and len(admit) < sum(len(view.waiting_for(name)) for name in names)
         holds_back = holds_back or not set(cold_by_arrival(view)).issubset(shown)
-        read = [*self._read_for_slots(view, plan, cold_too), *self.prefetch.choose(view, cold_again)]
-        more_to_read = 0 < len(read) < view.load_room
-        always = holds_back or more_to_read or self.prefetch.asks_always or self.preempt.asks_always
+        ahead = self.prefetch.choose(view, cold_again) if view.load_room else None
+        preempt = self.preempt.choose(view)
+        read = [*self._read_for_slots(view, plan, cold_too), *(ahead or ())]
+        more_to_read = ahead is not None or 0 < len(read) < view.load_room
+        always = holds_back or more_to_read or preempt is not None
         admit += plan.fill(room - len(admit))
         return Decision(
             admit=[request.request_id for request in admit],
             place=plan.place,
             prefetch=list(dict.fromkeys(read))[: view.load_room],
-            preempt=self.preempt.choose(view),
+            preempt=preempt or (),
             evict=plan.evict,
             discard=self.replace.discard(view),
             ask_again=None if always else plan.ask_again,

@@ -148,7 +148,7 @@ def test_stop_tokens_end_of_sequence_and_length() -> None:
 def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:
     sim = Sim()
     pinned = sim.register("p")
-    sim.core.residency.want(pinned, sim.now)
+    sim.core.residency.names.of(pinned.label).load(sim.now, pinned)
     sim.core.residency.names.of(pinned.label).pin(sim.now)
     for _ in range(3):
         sim.settle()
@@ -256,7 +256,7 @@ def test_slots_that_must_not_be_taken_are_refused() -> None:
     for _ in range(3):
         sim.settle()
     for name in "bc":
-        sim.core.residency.want(sim.core.residency.current[name], sim.now)
+        sim.core.residency.names.of(name).load(sim.now)
     sim.settle()
     while sim.loads:
         sim.finish_load()

@@ -269,7 +269,7 @@ class CoreMachine(RuleBasedStateMachine):
     ) -> None:
         residency = self.sim.core.residency
         entry = residency.names.of(name).declare("/elsewhere", source="" if found else None)
-        residency.want(entry, self.sim.now, pin=pin and self.may_pin(name))
+        residency.names.of(entry.label).load(self.sim.now, entry, pin=pin and self.may_pin(name))
         self.versions.append(entry)
         if give_up:
             for version in self.versions:
@@ -298,9 +298,9 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), pin=st.booleans())
     def want(self, name: str, pin: bool) -> None:
-        entry = self.sim.core.residency.current.get(name)
-        if entry is not None:
-            self.sim.core.residency.want(entry, self.sim.now, pin=pin and self.may_pin(name))
+        residency = self.sim.core.residency
+        if name in residency.current:
+            residency.names.of(name).load(self.sim.now, pin=pin and self.may_pin(name))
 
     @invariant()
     def holds(self) -> None:

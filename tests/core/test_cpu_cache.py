@@ -25,7 +25,7 @@ def have(sim: Sim, **sizes: int) -> None:
 def bring(sim: Sim, names: str) -> None:
     """To the CPU cache, one after the other."""
     for name in names:
-        sim.core.residency.want(sim.core.residency.current[name], sim.now)
+        sim.core.residency.names.of(name).load(sim.now)
         sim.schedule()
         sim.finish_load()
         sim.now += 1.0
@@ -142,7 +142,7 @@ def test_what_must_stay_is_no_candidate() -> None:
     sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=6), policy)
     have(sim, pinned=1, running=1, awaited=1, idle=1, other=1, loading=1, new=1)
     for name in ("pinned", "awaited", "idle", "other"):
-        sim.core.residency.want(entry_of(sim, name), sim.now)
+        sim.core.residency.names.of(name).load(sim.now)
         sim.schedule()
         sim.finish_load()
     sim.core.residency.names.of("pinned").pin(sim.now)
@@ -151,9 +151,9 @@ def test_what_must_stay_is_no_candidate() -> None:
         sim.settle()
     assert {e.name: e.location for e in sim.core.cpu.entries.values()}["running"] is Location.SLOT
     sim.add("awaited")
-    sim.core.residency.want(entry_of(sim, "loading"), sim.now)
+    sim.core.residency.names.of("loading").load(sim.now)
     sim.core.schedule(sim.now)
-    sim.core.residency.want(entry_of(sim, "new"), sim.now + 1.0)
+    sim.core.residency.names.of("new").load(sim.now + 1.0)
     sim.core.residency.start_load(entry_of(sim, "new"), sim.now + 1.0, set())
     assert policy.asked == [["idle", "other"]]
     assert "idle" not in on_cpu(sim)
@@ -186,7 +186,7 @@ def test_a_load_asked_for_by_name_has_its_turn_although_the_policy_always_has_so
     sim = Sim(LIMITS._replace(max_loads=1, cpu_capacity=2), Greedy())
     for name in "abcx":
         sim.register(name)
-    sim.core.residency.want(entry_of(sim, "x"), sim.now)
+    sim.core.residency.names.of("x").load(sim.now)
     for _ in range(20):
         sim.settle(step_seconds=0.1)
     assert entry_of(sim, "x").wanted_since is None

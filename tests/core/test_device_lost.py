@@ -30,11 +30,11 @@ def test_pinned_and_wanted_adapters_are_read_again_and_others_are_not() -> None:
     residency = sim.core.residency
     pinned, wanted, other = (sim.register(name) for name in ("pinned", "wanted", "other"))
     for entry in (pinned, other):
-        residency.want(entry, sim.now)
+        residency.names.of(entry.label).load(sim.now, entry)
     sim.core.residency.names.of(pinned.label).pin(sim.now)
     sim.settle()
     sim.settle()
-    residency.want(wanted, sim.now)
+    residency.names.of(wanted.label).load(sim.now, wanted)
     sim.schedule()
     assert [e.location for e in (pinned, wanted, other)] == [
         Location.CPU,  # its copy is under way

@@ -118,7 +118,7 @@ def test_it_is_refused_where_pinned_adapters_lie_in_the_way() -> None:
     sim = core_with("a", "b", "c", "large", limits=SLOT)
     sim.sizes["large"] = 2500
     for name in "abc":
-        sim.core.residency.want(sim.core.residency.current[name], sim.now, pin=name == "b")
+        sim.core.residency.names.of(name).load(sim.now, pin=name == "b")
         while sim.core.residency.current[name].location is Location.DISK:
             sim.settle()
         sim.add(name)

@@ -62,7 +62,7 @@ def test_only_what_nothing_uses_is_discarded() -> None:
     for name in ("a", "pinned"):
         sim.register(name)
     sim.core.residency.names.of("pinned").pin(sim.now)
-    sim.core.residency.want(sim.core.residency.current["pinned"], sim.now)
+    sim.core.residency.names.of("pinned").load(sim.now)
     request = sim.add("a", max_tokens=3)
     sim.run()
     assert sim.ended == {request.id: "length"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from support.rows import RowSim, model
 
-from aioengine import events
 from aioengine.testing import LIMITS
 
 NAMES = (None, "a", "b", "c")
@@ -18,6 +18,8 @@ def told(seed: int, steps: int) -> list[Any]:
     """Everything that is told of random requests, whose steps are taken up to ``steps`` at once."""
     rng = random.Random(seed)
     limits = LIMITS._replace(num_blocks=60, prefix_caching=seed % 2 == 0)
+    limits = limits._replace(speculation="ngram" if seed % 3 == 0 else "none")
+    rare = 0.1 if seed % 2 else 0.0  # each keeps the device from several steps at once
     sim = RowSim(limits, next_token=model, repeats=True)
     for name in NAMES[1:]:
         sim.register(str(name))
@@ -36,13 +38,26 @@ def told(seed: int, steps: int) -> list[Any]:
                 sim.batch = batch._replace(until=sim.now if moves else min(batch.until, due))
                 sim.finish_step(0.25, steps=steps)
         prompt = [rng.randint(2, 4) for _ in range(rng.randint(1, 20))]
-        sim.read(sim.add(rng.choice(NAMES), prompt=prompt, max_tokens=rng.choice([1, 8, 30])))
+        request = sim.add(
+            rng.choice(NAMES),
+            prompt=prompt,
+            max_tokens=rng.choice([1, 8, 30]),
+            constrained=rng.random() < rare,
+            logprobs=0 if rng.random() < rare else None,
+        )
+        stop = rng.choice([(4, 5), (6, 3)]) if rng.random() < rare else None
+        request.params = msgspec.structs.replace(request.params, stop=["a text"] if stop else [])
+        sim.read(request, stop, late=rng.random() < 0.5)
+        if rng.random() < 0.2:
+            sim.core.end(rng.choice([*sim.core.requests.values()]), "abort", sim.now)
+        elif rng.random() < 0.1:
+            sim.register(str(rng.choice(NAMES[1:])))
         sim.take_events()
     sim.run(step_seconds=0.25)
-    kinds = (events.FirstToken, events.RequestAdmitted, events.RequestEnded)
-    found: list[Any] = [(type(e).__name__, e.time, e.request_id) for e in sim.events if isinstance(e, kinds)]
-    found += [(e.worst_gap, e.output_tokens) for e in sim.of(events.RequestEnded)]
-    return [*found, sim.core.step, [(reader.tokens, reader.reason) for reader in sim.readers.values()]]
+    what = ("time", "request_id", "adapter", "reason", "output_tokens", "worst_gap")
+    found: list[Any] = [(type(e).__name__, *(getattr(e, name, None) for name in what)) for e in sim.events]
+    read = [(reader.tokens, reader.logprobs, reader.reason) for reader in sim.readers.values()]
+    return [*found, sim.core.step, read]
 
 
 @pytest.mark.parametrize("seed", range(6))

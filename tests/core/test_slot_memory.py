@@ -43,7 +43,7 @@ class MemorySim(Sim):
         for name, size in granules.items():
             self.sizes[name] = size * GRANULE
             entry = self.register(name)
-            self.core.residency.want(entry, self.now)
+            self.core.residency.names.of(entry.label).load(self.now, entry)
         while any(e.location is not Location.CPU for e in self.core.residency.current.values() if not e.slot):
             if self.schedule() is not None:
                 self.finish_step()
@@ -158,7 +158,7 @@ def test_an_adapter_that_is_larger_than_the_memory_is_refused_when_it_is_read() 
     sim = MemorySim()
     sim.sizes["huge"] = MEMORY + 1
     entry = sim.register("huge")
-    sim.core.residency.want(entry, sim.now)
+    sim.core.residency.names.of(entry.label).load(sim.now, entry)
     sim.schedule()
     sim.finish_load()
     error = entry.error

@@ -112,7 +112,7 @@ def test_it_sees_what_was_refused_and_is_asked_again(decision: Decision, refused
     entry = sim.register("a")
     sim.add()
     sim.add("a")
-    sim.core.residency.want(entry, sim.now)
+    sim.core.residency.names.of(entry.label).load(sim.now, entry)
     sim.settle()
     for _ in range(3):
         sim.settle()

@@ -114,7 +114,7 @@ def random_run(seed: int) -> tuple[Samples, list[e.Event]]:
         "abort": lambda: (
             sim.core.requests and sim.core.end(rng.choice([*sim.core.requests.values()]), "abort", sim.now)
         ),
-        "want": lambda: sim.core.residency.want(rng.choice([*sim.core.residency.current.values()]), sim.now),
+        "want": lambda: sim.core.residency.names.of(rng.choice([*sim.core.residency.current])).load(sim.now),
         "replace": lambda: sim.register(rng.choice(names)),
         "unload": lambda: (
             len(sim.core.residency.current) > 2

@@ -187,7 +187,7 @@ def test_each_replacement_has_its_own_victim_in_the_cpu_cache(
     sim.use(
         "aaa" + "b" + "cc" + "d"
     )  # a: longest ago; b: least often; c: largest for its use; d: in the slot
-    sim.core.residency.want(sim.entry("x"), sim.now)
+    sim.core.residency.names.of("x").load(sim.now)
     sim.settle()
     dropped = [e.adapter for e in sim.of(events.AdapterEvicted) if e.level == "cpu"]  # type: ignore[attr-defined]
     assert dropped == [victim]

@@ -26,6 +26,9 @@ NAMED = re.compile(r"`([\w/]+\.py)`:\s+((?:`[\w.]+`(?:,\s+)?)+)")
 FILES = {"A chat": 80, "A cold adapter": 105}
 """The most files of the package that each may run through, whatever room they are in: it is 78 and 103, and
 one or two more where a decision of the policy is late, say."""
+HEART = re.compile(r"schedulers/|aioengine/(?:\w+\.py|(?:adapters|core|executors|runtime)/)")
+MOST_OF_HEART = 32
+"""The most files of the rooms that are the engine, in a chat."""
 LINES = {"A chat": 15_500, "A cold adapter": 19_800}
 """The most lines of these files."""
 
@@ -105,6 +108,8 @@ async def test_the_walks_are_taken_and_run_through_few_files(
         await chat(served, "a")
         with calls.recorded() as cold:
             await chat(served, "other")
+    heart = sorted(filter(HEART.match, base))
+    assert len(heart) <= MOST_OF_HEART, f"a chat runs through {len(heart)} files of the engine: {heart}"
     for title, called in (("A chat", base), ("A cold adapter", cold)):
         for file, functions in named_in(title).items():
             assert functions <= called.get(file, set()), f"{title}: {file}"

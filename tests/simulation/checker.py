@@ -24,7 +24,7 @@ from aioengine.errors import (
     RequestRejected,
 )
 from aioengine.runtime.output import RequestOutput
-from aioengine.schedulers import Location
+from aioengine.schedulers import Location, SlotState
 
 
 class Accepted(NamedTuple):
@@ -87,7 +87,7 @@ class Checker:
         if memory.lost:
             return  # the core will hear of it
         for slot in core.slots.slots:
-            if slot.entry is not None and not slot.loading:
+            if slot.entry is not None and slot.state is not SlotState.LOADING:
                 assert memory.slots[slot.index] == slot.entry.uid, f"slot {slot.index} holds something else"
         dropping = {move.entry.uid for move in core.residency._moves if isinstance(move, DropMove)}
         cached = {uid for uid, e in core.cpu.entries.items() if e.location is not Location.LOADING}
@@ -207,7 +207,7 @@ class Checker:
         )
         assert all(slot.entry is None for slot in core.slots.slots), "slots are taken"
         assert not len(stepper._changed) and not stepper._moves._moves.tasks
-        for name in core.residency.names.in_use.values():
+        for name in core.residency.names.by_label.values():
             assert not (name.stop_load or name.unloads or name.claims)
 
     def check_tasks(self) -> None:

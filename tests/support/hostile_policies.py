@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import inf, nan
 
 from aioengine.schedulers import Decision, Place, PolicyEvent, SchedulerPolicy, SchedulerView
 
@@ -34,6 +35,7 @@ class Hostile(SchedulerPolicy):
             reject=[(rng.choice(ids), "hostile") for _ in range(rng.choice([0, 0, 0, 0, 1]))],
             evict=rng.choices(names, k=rng.choice([0, 0, 1, 5])),
             discard=rng.choices(names, k=rng.choice([0, 0, 0, 1, 2])),
+            ask_again=rng.choice([None, None, -inf, view.now, view.now + 0.5, inf, inf, nan]),
         )
 
     def cpu_victims(self, view: SchedulerView, candidates: Sequence[str]) -> Sequence[str]:

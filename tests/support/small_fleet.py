@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
 from support.adapter_infos import adapter_info
-from support.name_locks import NameLocks
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterNotFound
@@ -34,13 +34,13 @@ class Engine:
         self.pinned: set[str] = set()
         self._versions: dict[str, int] = {}
         self._count = 0
-        self._locks = NameLocks()
+        self._locks = defaultdict[str, asyncio.Lock](asyncio.Lock)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
     async def prepare_adapter(self, name: str, path: str | None = None, *, read: bool = True) -> AdapterInfo:
-        async with self._locks.hold(name):
+        async with self._locks[name]:
             self.discard_adapter(name)
             await asyncio.sleep(self.seconds if read else 0.0)
             self.prepared[name] = path or name

@@ -8,9 +8,10 @@ version any more. Pins belong to names: the next version of an adapter takes ove
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from weakref import WeakValueDictionary
 
 from aioengine import events
 from aioengine.core.guard import PolicyGuard
@@ -26,10 +27,10 @@ MAX_REMEMBERED = 4096
 forgotten, it is tried again at once, and its next version has a higher number than any that was forgotten."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class AdapterName:
-    """A name that is registered, that a caller works on, or that is remembered. What changes it keeps it in
-    the table of names as long as needed."""
+    """A name that is registered, that a caller works on, or that is remembered. What changes it for
+    longer than that work keeps it in the table of names."""
 
     label: str
     names: NameTable = field(repr=False)
@@ -44,6 +45,8 @@ class AdapterName:
     """What is looked up to find its folder: "hf:..." or a URL; "": the name itself, by the resolver; None: it
     is not looked up."""
     # Who works on it
+    lock: AbstractAsyncContextManager[None] | None = None
+    """Held while versions of it are looked up or read, or it is unloaded."""
     stop_load: Callable[[], None] | None = None
     """Ends the look-up or read for a caller that is under way; None: there is none."""
     unloads: int = 0
@@ -65,8 +68,7 @@ class AdapterName:
 
     @property
     def in_use(self) -> bool:
-        works = self.prepared or self.stop_load or self.unloads or self.claims
-        return bool(self.is_known or self.expected or works)
+        return bool(self.is_known or self.expected or self.prepared)
 
     @property
     def pinned(self) -> bool:
@@ -114,6 +116,19 @@ class AdapterName:
         entry = self.declare(path, source=source)
         self.replace(entry, now)
         return entry
+
+    def load(self, now: float, entry: AdapterEntry | None = None, *, pin: bool = False) -> None:
+        """Bring a version (None: the current one) to the CPU cache as soon as there is room, although no
+        request waits for it, and pin it there. If it is already being read and there is no room when it
+        arrives, it is read again. ``entry.error`` tells whether it failed."""
+        entry = entry or self.resolve()
+        if entry.location is Location.DISK or entry.location is Location.LOADING:
+            entry.error, entry.wanted_since, entry.pin_when_read = None, now, pin
+            self.names.wanted[entry.uid] = entry
+            self.names.guard.changes += 1
+        elif pin:
+            entry.error = None
+            self.pin(now)
 
     def replace(self, entry: AdapterEntry, now: float) -> None:
         """Let new requests use this version, and give it its predecessor's pin. The predecessor only finishes
@@ -183,7 +198,7 @@ class AdapterName:
         unpinned, unless it was pinned before or other callers have pinned it too. Raises ConfigError if that
         would leave no slot for other adapters; with ``force``, only if this one has no slot either."""
         slots = self.names.num_slots
-        others = {name.label for name in self.names.in_use.values() if name.claims or name.pinned}
+        others = {name.label for name in self.names.by_label.values() if name.claims or name.pinned}
         others.discard(self.label)
         if len(others) >= (slots if force else slots - 1):
             why = f"{len(others)} of max_loras={slots} slots are pinned already ({', '.join(sorted(others))})"
@@ -194,7 +209,6 @@ class AdapterName:
         if not self.claims:
             self.pin_settled = self.pinned
         self.claims += 1
-        self.names.keep(self)
         try:
             yield
             self.pin_settled = self.pinned
@@ -204,7 +218,6 @@ class AdapterName:
             raise
         finally:
             self.claims -= 1
-            self.names.keep(self)
 
     def pin(self, now: float) -> None:
         self._set_pinned(self.resolve(), True, now)
@@ -251,6 +264,8 @@ class NameTable:
     """Finds names, and their versions by the names that policies have for them."""
 
     def __init__(self, num_slots: int, known: dict[str, AdapterEntry], guard: PolicyGuard) -> None:
+        self.by_label = WeakValueDictionary[str, AdapterName]()
+        """All that anybody refers to."""
         self.in_use: dict[str, AdapterName] = {}
         self._remembered: dict[str, AdapterName] = {}
         """The one that was in use last is at the end."""
@@ -274,9 +289,11 @@ class NameTable:
         self.guard = guard
 
     def of(self, label: str) -> AdapterName:
-        """Return the object of a name. It is new, and in no table yet, if nothing is known of the name."""
-        name = self.in_use.get(label) or self._remembered.get(label)
-        return name or AdapterName(label, self, self._forgotten_version)
+        """Return the object of a name, the same for all callers; a new one if nothing is known of it."""
+        name = self.by_label.get(label)
+        if name is None:
+            name = self.by_label[label] = AdapterName(label, self, self._forgotten_version)
+        return name
 
     def keep(self, name: AdapterName) -> None:
         """Put a name that has changed where it is found again: as long as it is in use, and for some time

@@ -72,18 +72,6 @@ class Residency:
 
     # Reads that callers ask for
 
-    def want(self, entry: AdapterEntry, now: float, *, pin: bool = False) -> None:
-        """Bring the adapter to the CPU cache as soon as there is room, although no request waits for it, and
-        pin it there. If it is already being read and there is no room when it arrives, it is read again.
-        ``entry.error`` tells whether it failed."""
-        if entry.location is Location.DISK or entry.location is Location.LOADING:
-            entry.error, entry.wanted_since, entry.pin_when_read = None, now, pin
-            self.wanted[entry.uid] = entry
-            self._guard.changes += 1
-        elif pin:
-            entry.error = None
-            self.names.of(entry.label).pin(now)
-
     def refuse_shut_out(self, now: float) -> None:
         """Fail wanted adapters when pinned adapters fill the CPU cache, because nothing else could ever be
         read into it."""
@@ -243,7 +231,7 @@ class Residency:
             self._evict(entry, now)
         for entry in self.current.values():
             if entry.pinned and entry.wanted_since is None:
-                self.want(entry, now)
+                self.names.of(entry.label).load(now, entry)
         self._moves.clear()
 
     def take_moves(self) -> list[Move]:

@@ -58,11 +58,6 @@ class Slot:
     def state(self) -> SlotState:
         return self.shown.slot_state
 
-    @property
-    def loading(self) -> bool:
-        """Whether it is being written."""
-        return self.entry is not None and self.entry.state is State.COPYING
-
     def why_not(self, keep: Collection[int]) -> str | None:
         """Return the reason why its adapter may not leave now; adapters (by uid) in ``keep`` may not."""
         entry = self.entry

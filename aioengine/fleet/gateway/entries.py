@@ -164,13 +164,8 @@ def listed(
 
 
 def _described(entry: Entry) -> AdapterInfo:
-    return AdapterInfo(
-        name=entry.name,
-        version=entry.number,
-        path=entry.path,
-        digest=entry.digest,
-        pinned=entry.pinned,
-    )
+    info = msgspec.convert(entry, AdapterInfo, from_attributes=True)
+    return msgspec.structs.replace(info, version=entry.number)
 
 
 def source_of(given: str | None, known: Entry | None, info: AdapterInfo) -> str:

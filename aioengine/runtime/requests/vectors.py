@@ -89,8 +89,8 @@ def sigmoid(x: float) -> float:
 def scaled_adapter(wanted: requests.Wanted) -> str | None:
     """Return the only adapter that is asked for; None for the base model and for a mix of several, which has
     no head."""
-    names = [wanted] if isinstance(wanted, str) else list(wanted or ())
-    return names[0].removesuffix(requests.LATEST) if len(names) == 1 else None
+    names = requests.RequestOptions(adapter=wanted).named
+    return names[0] if len(names) == 1 else None
 
 
 def _check_documents(query: object, documents: object) -> None:

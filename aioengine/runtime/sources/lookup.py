@@ -45,7 +45,6 @@ class Lookups:
         source = known.source or ""
         if known.current is None:
             where = await self.locate(name, source)
-            known = self._names.of(name)
         if known.current is not None:  # found for another tenant
             return known.current
         if source and known.source != source:  # unloaded meanwhile

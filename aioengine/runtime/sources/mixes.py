@@ -7,14 +7,16 @@ gains or shifts (DoRA, biases): then it is a mix of one."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from aioengine.adapters.peft.held import HeldAdapter
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.state import AdapterEntry, Owner
-from aioengine.errors import AdapterInvalid, EngineOverloaded
+from aioengine.errors import AdapterError, AdapterInvalid, EngineOverloaded
 from aioengine.info import mix_name
+from aioengine.runtime.sources.names import AdapterNames
 from aioengine.step import MixFiles, MixPart
 
 MAX_MIXES = 64
@@ -56,36 +58,28 @@ def parts_of(entry: AdapterEntry) -> list[AdapterEntry]:
 
 class Mixes:
     """Makes mixes, keeps them, and counts each for the tenant that asked for it last. (Those of all tenants
-    that are in use have no bound, because each has a request, and requests have bounds.)
+    that are in use have no bound, because each has a request, and requests have bounds.)"""
 
-    ``acquire`` finds the version that a name stands for. ``read_once`` waits until a version has been read,
-    if it never was: only then it is known what it is made of.
-    """
-
-    def __init__(
-        self,
-        residency: Residency,
-        acquire: Callable[..., Awaitable[AdapterEntry]],
-        read_once: Callable[[AdapterEntry], Awaitable[None]],
-    ) -> None:
+    def __init__(self, names: AdapterNames, residency: Residency) -> None:
+        self._names = names
         self._residency = residency
-        self._names = residency.names
-        self._acquire = acquire
-        self._read_once = read_once
+        self._table = names.table
         self._known: dict[str, AdapterEntry] = {}
         """The one that was asked for least recently is first."""
         self._made = 0
 
     async def acquire(
-        self, weights: Mapping[str, float], tenant: str | None, now: float
+        self, weights: str | Mapping[str, float], tenant: str | None, now: float
     ) -> tuple[AdapterEntry, float]:
         """Return the mix, or the only adapter, and what that is multiplied by. A mix that is not known is
         made first. Raises as the look-up of its parts does, and EngineOverloaded if its tenant has too many
         other mixes in use."""
+        if isinstance(weights, str):
+            return await self._names.acquire(weights, tenant), 1.0
         parts: dict[str, AdapterEntry] = {}
         while wanted := [name for name in weights if not self._is_up_to_date(name, parts)]:
-            parts[wanted[0]] = await self._acquire(wanted[0], tenant)
-            await self._read_once(parts[wanted[0]])
+            parts[wanted[0]] = await self._names.acquire(wanted[0], tenant)
+            await self._read(parts[wanted[0]])
         found: dict[AdapterEntry, float] = defaultdict(float)
         for name, weight in weights.items():  # one may be named with its version and without
             found[parts[name]] += weight
@@ -95,7 +89,7 @@ class Mixes:
         # Two versions of one adapter are in the order of their content: each engine counts its own.
         ordered = sorted(found.items(), key=lambda part: (part[0].label, part[0].digest, part[1]))
         name = mix_name((f"{entry.label}@{entry.version}", weight) for entry, weight in ordered)
-        self._names.of(name).check_worth_a_try(now)
+        self._table.of(name).check_worth_a_try(now)
         known = self._known.get(name)
         if known is None or known.retired or known.owner != Owner(tenant):
             self._make_room(tenant, now)
@@ -104,10 +98,19 @@ class Mixes:
         self._known[name] = known
         return known, 1.0
 
+    async def _read(self, part: AdapterEntry) -> None:
+        """Wait until a part has been read, if it never was: only then it is known what it is made of."""
+        try:
+            await self._names.read(part, now=False)
+        except AdapterError:
+            if isinstance(part.error, AdapterError):
+                self._table.of(part.label).fail(part.error, asyncio.get_running_loop().time())
+            raise
+
     def _declare(self, mix: Mix, now: float) -> AdapterEntry:
         """Make a mix known. Its size is about that of its parts together."""
         self._made += 1
-        name = self._names.of(mix.name)
+        name = self._table.of(mix.name)
         entry = name.declare("mix:" + mix.name, files=mix, number=self._made)
         parts = parts_of(entry)
         self._residency.set_size(entry, sum(e.nbytes for e in parts), sum(e.slot_nbytes for e in parts))
@@ -150,7 +153,7 @@ class Mixes:
     def _retire(self, name: str, now: float) -> None:
         entry = self._known.pop(name)
         if not entry.retired:
-            self._names.of(name).retire(entry, now)
+            self._table.of(name).retire(entry, now)
 
 
 def _is_used(entry: AdapterEntry) -> bool:

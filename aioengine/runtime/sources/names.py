@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from weakref import WeakValueDictionary
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.adapters.resolvers.sources import NAME_RULE
+from aioengine.core.adapters.name import AdapterName
 from aioengine.core.state import AdapterEntry, where_is
-from aioengine.errors import AdapterError, AdapterNotFound, frameless
-from aioengine.request import Wanted
+from aioengine.errors import AdapterNotFound, frameless
+from aioengine.request import RequestOptions
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.sources.lookup import Lookups
-from aioengine.runtime.sources.mixes import Mixes
 from aioengine.schedulers.policy import Location
 
 
@@ -24,36 +24,28 @@ class AdapterNames:
         self, loop: EngineLoop, resolver: AdapterResolver | None, resolve_timeout: float | None
     ) -> None:
         self._loop = loop
-        self._residency = loop.core.residency
         self.lookups = Lookups(loop, resolver, resolve_timeout)
         self.table = loop.core.residency.names
-        self._readers: Counter[int] = Counter()
-        """Number of callers that wait for a version to be read, by uid."""
-        self._locks = WeakValueDictionary[str, asyncio.Lock]()
-        """Those of names that are being changed."""
-        self.mixes = Mixes(self._residency, self.acquire, self._read_part)
 
     # What a request asks for
 
-    def check_wanted(self, adapter: Wanted) -> tuple[str | None, AdapterEntry | None]:
+    def check_wanted(self, options: RequestOptions) -> tuple[str, AdapterEntry | None]:
         """Check what a request asks for before any work is done for it. Returns the (first) adapter's name,
         and the version if nothing has to be looked up or mixed.
 
         Raises AdapterNotFound for a name that is neither registered nor resolvable. For an adapter that has
         failed more than once in a row, raises its last error again for a while."""
         entry: AdapterEntry | None = None
-        names = [adapter] if isinstance(adapter, str) else list(adapter or ())
-        for name in names:
+        for name in options.named:
             entry = self.find(name)
             if entry is None or entry.location is Location.DISK:
                 self.table.of(name).check_worth_a_try(self._loop.now())
-        label = names[0].partition("@")[0] if names else None
-        return label, entry if isinstance(adapter, str) else None
+        return options.named[0].partition("@")[0], None if options.mix else entry
 
-    def where(self, adapter: Wanted) -> str:
+    def where(self, names: Sequence[str]) -> str:
         """Name what a request asks for and where it is, for the message of an error."""
         places = []
-        for name in [adapter] if isinstance(adapter, str) else list(adapter or ()):
+        for name in names:
             try:
                 entry = self.find(name)
             except AdapterNotFound:  # unloaded since
@@ -63,7 +55,7 @@ class AdapterNames:
 
     def check_lives(self, entry: AdapterEntry) -> None:
         """Raise AdapterNotFound if an acquired version has been removed since."""
-        if entry.uid not in self._residency.entries:
+        if entry.uid not in self.table.entries:
             raise AdapterNotFound("it was unloaded while the request was prepared", name=entry.label)
 
     # Versions
@@ -82,9 +74,10 @@ class AdapterNames:
             raise self.table.not_found(name)
         return None
 
-    def lock(self, name: str) -> asyncio.Lock:
+    def lock(self, known: AdapterName) -> AbstractAsyncContextManager[None]:
         """Return the lock under which versions of a name are looked up or read."""
-        return self._locks.setdefault(name, asyncio.Lock())
+        known.lock = known.lock or asyncio.Lock()
+        return known.lock
 
     async def acquire(self, name: str, tenant: str | None = None) -> AdapterEntry:
         """Return the current version; if there is none, register what is found for ``tenant``. Raises as
@@ -104,7 +97,7 @@ class AdapterNames:
         """
 
         def is_read() -> bool:
-            lives = entry.uid in self._residency.entries
+            lives = entry.uid in self.table.entries
             if entry.location in (Location.CPU, Location.SLOT) if now else (entry.digest or not lives):
                 return True
             if entry.error is not None:
@@ -113,23 +106,14 @@ class AdapterNames:
 
         if not now and entry.digest:
             return
-        self._readers[entry.uid] += 1
+        entry.readers += 1
         try:
             if now or (entry.wanted_since is None and not entry.retired):
-                self._residency.want(entry, self._loop.now(), pin=pin)
+                self.table.of(entry.label).load(self._loop.now(), entry, pin=pin)
                 self._loop.wake()
             await self._loop.until(is_read, entry.label)
         finally:
-            self._readers -= Counter({entry.uid: 1})
-            if entry.uid not in self._readers and not entry.pinned:
+            entry.readers -= 1
+            if not entry.readers and not entry.pinned:
                 # A pinned adapter is read again after a loss of the device.
                 self.table.forget_want(entry)
-
-    async def _read_part(self, entry: AdapterEntry) -> None:
-        """Wait until a part of a mix has been read, if it never was."""
-        try:
-            await self.read(entry, now=False)
-        except AdapterError:
-            if isinstance(entry.error, AdapterError):
-                self.table.of(entry.label).fail(entry.error, self._loop.now())
-            raise
