@@ -20,31 +20,27 @@ class Traits(NamedTuple):
     """What tells the values of one schema from those of another."""
 
     types: frozenset[str]
-    constants: Constants | None
-    """The only values; None if unknown."""
-    tags: dict[str, Constants]
-    """Required property -> its only values, where these are known."""
+    constants: dict[str | None, Constants]
+    """Required property, or None for the value itself -> its only values, where these are known."""
 
     @classmethod
     def by(cls, schema: Any) -> Traits:
         """Look at a schema."""
         if not isinstance(schema, dict):
-            return cls(frozenset() if schema is False else _TYPES, None, {})
+            return cls(frozenset() if schema is False else _TYPES, {})
         properties = schema.get("properties")
         inner = properties if isinstance(properties, dict) else {}
-        found = {name: _constants(inner.get(name)) for name in required_names(schema)[:_MAX_COMPARED]}
-        tags = {name: constants for name, constants in found.items() if constants is not None}
-        return cls(types(schema), _constants(schema), tags)
+        places = {None: schema} | {name: inner.get(name) for name in required_names(schema)[:_MAX_COMPARED]}
+        found = {place: _constants(value) for place, value in places.items()}
+        constants = {place: values for place, values in found.items() if values is not None}
+        return cls(types(schema), constants)
 
     def excludes(self, other: Traits) -> bool:
         """Whether it is clear that no value satisfies both."""
-        if self.constants is not None and other.constants is not None:
-            return not self.constants & other.constants
         common = self.types & other.types
-        if common != {"object"}:
-            return not common
-        both = islice((name for name in self.tags if name in other.tags), _MAX_NAMES)
-        return any(not self.tags[name] & other.tags[name] for name in both)
+        places = [place for place in self.constants if place is None or common == {"object"}]
+        both = islice((place for place in places if place in other.constants), 1 + _MAX_NAMES)
+        return not common or any(self.constants[at].isdisjoint(other.constants[at]) for at in both)
 
 
 def _constants(schema: Any) -> Constants | None:

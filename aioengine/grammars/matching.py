@@ -43,6 +43,8 @@ class Grammar:
         """The constraints that follow the grammar now, and their tenants."""
         self.failure: str | None = None
         """Why it can no longer be used."""
+        self.ends = 0
+        """How often the worker has ended while it computed the text's masks."""
         self.numbers = count()
 
     def fail(self, why: str) -> None:
@@ -90,7 +92,8 @@ class GrammarConstraint:
             return
         tokens = seen[len(self._known) if goes_on else 0 :]
         number = next(place.worker.numbers)
-        ask = Ask(number, place.number, self._row, self._tenant, tokens, afresh=not goes_on)
+        owner, afresh = self._tenant, not goes_on
+        ask = Ask(number, place.number, self._row, owner, tokens, afresh=afresh, slow=self.slow)
         self._asked, self._asked_at = place.worker.ask(ask), time.monotonic()
         self._place, self._known = place, seen
 

@@ -23,10 +23,13 @@ START_SECONDS = 60.0
 """Time limit for Python to start and read the tokenizer, even on a very busy machine."""
 
 
+LOST = "the process that compiles and follows grammars was lost"
+
+
 class WorkerLost(EngineOverloaded):
     """The worker, or the child that tried the text, ended for a reason other than the grammar."""
 
-    def __init__(self, what: str = "the process that compiles and follows grammars was lost") -> None:
+    def __init__(self, what: str = LOST) -> None:
         super().__init__(f"{what}; try again later")
 
 
@@ -44,17 +47,17 @@ class WorkerProcess:
         self._asked: dict[int, Future[Any]] = {}
         self._orders = SimpleQueue[wire.Message | None]()  # as garbage is collected, others may be put
         self._connection, theirs = Pipe()
-        self._doing, self._said = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-        passed = (theirs.fileno(), self._doing.fileno())
+        self._notes = tempfile.TemporaryFile()  # noqa: SIM115
+        """What the worker says while it starts, and then the text whose masks it computes."""
         folders = [folder or os.getcwd() for folder in sys.path if isinstance(folder, str)]
         with theirs:
             self._process = subprocess.Popen(
                 # Without -P a file in the current folder might take the place of a module.
-                [sys.executable, "-P", "-m", "aioengine.grammars.worker", *map(str, passed)],
+                [sys.executable, "-P", "-m", "aioengine.grammars.worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
-                stdout=self._said,
-                stderr=self._said,
-                pass_fds=passed,
+                stdout=self._notes,
+                stderr=self._notes,
+                pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
             )
         self._receiver = threading.Thread(target=self._receive, name="aioengine-grammars", daemon=True)
@@ -75,8 +78,8 @@ class WorkerProcess:
         except TimeoutError:
             why = f"its process did not start within {START_SECONDS:g} s"
         except WorkerLost:
-            worker._said.seek(0)
-            lines = worker._said.read().decode(errors="replace").strip().splitlines()
+            worker._notes.seek(0)
+            lines = worker._notes.read().decode(errors="replace").strip().splitlines()
             why = f"its process ended while it started ({lines[-1][-500:] if lines else 'it said nothing'})"
         except BaseException:
             await worker.close()
@@ -133,10 +136,9 @@ class WorkerProcess:
             for number in list(self._asked):
                 self._lose(number)
             self._orders.put(None)
-            doing = os.pread(self._doing.fileno(), wire.TEXT.size, 0)
-            self._doing.close()
+            doing = os.pread(self._notes.fileno(), wire.TEXT.size, 0)
             with suppress(RuntimeError):  # the loop is closed, and the engine gone
-                self.on_loss(*wire.TEXT.unpack(doing) if doing else (0,))
+                self.on_loss(*wire.TEXT.unpack(doing) if len(doing) == wire.TEXT.size else (0,))
 
     def _lose(self, number: int) -> None:
         asked = self._asked.pop(number, None)

@@ -11,9 +11,9 @@ from typing import Any
 from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, RequestInvalid
 from aioengine.grammars.limits import GrammarLimits, MiB
 from aioengine.grammars.matching import Grammar, GrammarConstraint, Place
-from aioengine.grammars.process import WorkerLost, WorkerProcess
+from aioengine.grammars.process import LOST, WorkerLost, WorkerProcess
 from aioengine.grammars.wire import Compile, Compiled, Drop, Hello
-from aioengine.tasks import WorkInTurns, end_tasks
+from aioengine.tasks import Background, WorkInTurns, end_tasks
 
 MEMORY_SECONDS = 0.5
 """Seconds between two looks at the memory of all grammars."""
@@ -22,18 +22,12 @@ MAX_OF_A_TENANT = 2
 """Compiles at a time, of all tenants and of one."""
 MAX_ENDS = 2
 """A text is refused after the worker has ended this often while it computed the text's masks."""
-MAX_REMEMBERED = 256
-"""Texts that are remembered for that."""
 
 _STOPPED = "the engine was stopped, and guided decoding with it"
 
 logger = logging.getLogger("aioengine")
 
 Tenant = str | None
-
-
-class TooMuch(RequestInvalid):
-    """The grammar exceeded its limits."""
 
 
 class Grammars:
@@ -43,8 +37,8 @@ class Grammars:
         tokenizer: Returns the content of the model's ``tokenizer.json``; called in a thread.
         vocab: Number of the model's logits.
         eos: Tokens that end an output.
-        told: Called after each compile with its outcome ("compiled", "limit", "invalid", "overloaded" or
-            "failed") and seconds of wall time.
+        told: Called after each compile with its outcome ("compiled", "limit", "invalid" or "failed") and
+            seconds of wall time.
 
     Nothing is started before it is needed. All methods are called on one loop.
     """
@@ -68,10 +62,8 @@ class Grammars:
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         """Grammars by text, the least recently used first."""
         self._compiles = WorkInTurns[str, Grammar](MAX_COMPILES, MAX_OF_A_TENANT)
-        self._ends: OrderedDict[str, int] = OrderedDict()
-        """How often the worker has ended with a text."""
         self._watch: asyncio.TimerHandle | None = None
-        self._again: set[asyncio.Task[None]] = set()
+        self._again = Background()
         """Compiles of texts that were lost."""
         self._is_closed = False
 
@@ -122,53 +114,38 @@ class Grammars:
 
     async def _in_turn(self, text: str) -> Grammar:
         """Compile the text, in a tenant's turn."""
-        if (kept := self._usable(text)) is not None:  # for another tenant, meanwhile
-            return kept
+        if (grammar := self._usable(text)) is not None:  # for another tenant, meanwhile
+            return grammar
+        grammar = self._kept.get(text)
+        if grammar is not None and grammar.ends >= MAX_ENDS:
+            raise RequestInvalid(grammar.failure or "")
         clock = asyncio.get_running_loop().time
         began = clock()
-        try:
-            try:
-                grammar = await self._compile(text)
-            except WorkerLost:
-                grammar = await self._compile(text)
-        except Exception as error:
-            if not isinstance(error, AioEngineError):
-                logger.exception("a grammar could not be compiled")
-            kinds = {TooMuch: "limit", RequestInvalid: "invalid", EngineOverloaded: "overloaded"}
-            outcomes = (name for kind, name in kinds.items() if isinstance(error, kind))
-            self._told(next(outcomes, "failed"), clock() - began)
-            raise
-        self._told("compiled", clock() - began)
-        return grammar
-
-    async def _compile(self, text: str) -> Grammar:
-        """Compile one text. Raises EngineOverloaded, RequestInvalid, ConfigError, WorkerLost."""
-        if self._ends.get(text, 0) >= MAX_ENDS:
-            raise TooMuch("the grammar has ended the process that compiles and follows grammars")
-        worker = await self._live_worker()
-        number = next(worker.numbers)
-        seconds = self.limits.compile_wall_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                done: Compiled = await asyncio.wrap_future(worker.ask(Compile(number, text)))
-        except BaseException as error:
-            worker.tell(Drop(number))
-            if not isinstance(error, TimeoutError):
-                raise
-            raise TooMuch(f"the grammar takes more than {seconds:g} s to compile (machine busy?)") from None
-        if done.outcome == "limit":
-            raise TooMuch(f"the grammar {done.why}")
-        if done.outcome == "invalid":
-            raise RequestInvalid(f"the grammar cannot be used: {done.why}")
-        if done.outcome == "failed":
-            raise WorkerLost(done.why)
+        worker, done = await self._compile(text)
+        if done.outcome == "failed":  # perhaps not because of the grammar
+            worker, done = await self._compile(text)
+        self._told(done.outcome, clock() - began)
+        if done.outcome != "compiled":
+            why = f"the grammar {done.why}"
+            raise WorkerLost(done.why) if done.outcome == "failed" else RequestInvalid(why)
         grammar = self._kept.get(text)
         if grammar is None or grammar.failure:
             grammar = self._kept[text] = Grammar(text, self.limits.mask_wall_seconds)
-        grammar.place, grammar.memory = Place(worker, number), done.memory
+        grammar.place, grammar.memory = Place(worker, done.number), done.memory
         self._kept.move_to_end(text)
         self._make_room()
         return grammar
+
+    async def _compile(self, text: str) -> tuple[WorkerProcess, Compiled]:
+        worker = await self._live_worker()
+        number = next(worker.numbers)
+        try:
+            return worker, await asyncio.wrap_future(worker.ask(Compile(number, text)))
+        except WorkerLost:
+            return worker, Compiled(number, "failed", LOST)
+        except asyncio.CancelledError:
+            worker.tell(Drop(number))
+            raise
 
     async def _live_worker(self) -> WorkerProcess:
         loop = asyncio.get_running_loop()
@@ -192,15 +169,12 @@ class Grammars:
         for text, grammar in list(self._kept.items()):
             if grammar.place.worker.alive:
                 continue
-            if grammar.place.number == doing:
-                self._ends[text] = self._ends.pop(text, 0) + 1
-                if len(self._ends) > MAX_REMEMBERED:
-                    self._ends.popitem(last=False)
             grammar.memory = 0
-            if grammar.rows:
-                task = asyncio.create_task(self._compile_again(grammar), name="aioengine-grammars")
-                self._again.add(task)
-                task.add_done_callback(self._again.discard)
+            grammar.ends += grammar.place.number == doing
+            if grammar.ends >= MAX_ENDS:  # it is kept, so that it is refused
+                grammar.fail("the grammar has ended the process that compiles and follows grammars")
+            elif grammar.rows:
+                self._again.spawn(self._compile_again(grammar), name="aioengine-grammars")
             else:
                 del self._kept[text]
 
@@ -245,7 +219,7 @@ class Grammars:
     async def close(self) -> None:
         """End the worker and wait for its end. Callers that wait for a compile get EngineStopped."""
         self._is_closed = True
-        await end_tasks([*self._compiles.shared.close(EngineStopped(_STOPPED)), *self._again])
+        await end_tasks([*self._compiles.shared.close(EngineStopped(_STOPPED)), *self._again.tasks])
         if self._watch is not None:
             self._watch.cancel()
         for grammar in self._kept.values():

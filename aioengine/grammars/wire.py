@@ -58,6 +58,8 @@ class Ask(Message, tag=4):
     """Owners take turns."""
     tokens: list[int]
     afresh: bool
+    slow: bool
+    """Whether the row's last mask took long; such rows give way to others."""
 
 
 class Forget(Message, tag=5):

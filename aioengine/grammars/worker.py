@@ -1,5 +1,5 @@
-"""The worker: ``python -m aioengine.grammars.worker CONNECTION DOING``, a socket and a file. It ends with the
-engine.
+"""The worker: ``python -m aioengine.grammars.worker CONNECTION``, a socket. It ends with the engine. In the
+file that is its standard output it notes the text for which it works.
 
 A text is first tried in a child, which the system ends at any bound. What has passed is compiled here in a
 thread, where llguidance lets go of the interpreter; the main loop computes masks, for each owner in turn.
@@ -8,7 +8,6 @@ thread, where llguidance lets go of the interpreter; the main loop computes mask
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import resource
 import selectors
@@ -23,6 +22,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
+import psutil
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
@@ -34,9 +34,6 @@ STACK = 64 * MiB
 """Stack size in bytes. The compiler is recursive; a thousand levels of a JSON schema take about 8 MiB."""
 OVERHEAD = STACK + 64 * MiB
 """Bytes of address space that any thread takes: its stack and its malloc arena."""
-SLOW_SECONDS = 0.005
-SLOW_MASKS = 4
-"""A text whose masks take longer than this on average, over at least this many, is a slow one."""
 MAX_FORCED = 31
 """Maximum forced tokens in an answer. A step computes all of them, while other requests' tokens wait."""
 FORCING_SECONDS = 0.003
@@ -48,10 +45,9 @@ GROWS_SECONDS = 0.0005
 MAX_REASON = 2000
 """Maximum characters of a reason."""
 NICE = 5
-LONG_NICE = 10
-"""Nice values of compiles, so that the model's threads go first."""
+"""Nice value of a trial, and of the compile after a long one, so that the model's threads go first."""
 LONG_SECONDS = 0.5
-"""Seconds after which a compile has the second one."""
+"""A shorter compile is not nice: for moments it holds the interpreter, for which masks would wait."""
 # Measured with ambiguous grammars; the properties of an object need items of a row.
 LIMITS = LLParserLimits(
     step_max_items=5_000, step_lexer_fuel=50_000, max_lexer_states=100_000, verbose_errors=False
@@ -64,16 +60,18 @@ def main() -> None:
     # values (sched(7), autogroup).
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGPROF, signal.SIGALRM):  # of the bounds on a trial
+        signal.signal(number, signal.SIG_DFL)
     os.setpgid(0, 0)
     _end_with_parent()
     threading.stack_size(STACK)
-    thread = threading.Thread(target=_serve, args=(Connection(int(sys.argv[1])), int(sys.argv[2])))
+    thread = threading.Thread(target=_serve, args=(Connection(int(sys.argv[1])),))
     thread.start()
     thread.join()
     os._exit(0)
 
 
-def _serve(connection: Connection, doing: int) -> None:
+def _serve(connection: Connection) -> None:
     with suppress(OSError, EOFError):
         [hello] = wire.orders.decode(connection.recv_bytes())
         assert isinstance(hello, Hello)
@@ -83,9 +81,9 @@ def _serve(connection: Connection, doing: int) -> None:
             why = f"{type(error).__name__}: {error}"[:MAX_REASON]
             connection.send_bytes(wire.encode([Compiled(hello.number, "failed", why)]))
             return
-        _silence()
+        worker = _Worker(connection, _take_output(), tokenizer, hello.limits)
         connection.send_bytes(wire.encode([Compiled(hello.number, "compiled")]))
-        _Worker(connection, doing, tokenizer, hello.limits).run()
+        worker.run()
 
 
 class _Text:
@@ -96,20 +94,14 @@ class _Text:
         self.memory = memory
         """Bytes: those of its trial, and by which the process has grown with its masks."""
         self.rows: dict[int, LLMatcher] = {}
-        self.count = 0
-        self.spent = 0.0
-        """Seconds of all masks."""
-        self.is_slow = False
-        """Whether its masks have taken long on average; this does not change again, so that no ask of a row
-        is answered before an earlier one."""
 
 
 class _Worker:
     def __init__(
-        self, connection: Connection, doing: int, tokenizer: LLTokenizer, limits: GrammarLimits
+        self, connection: Connection, notes: int, tokenizer: LLTokenizer, limits: GrammarLimits
     ) -> None:
         self._connection = connection
-        self._doing = doing
+        self._notes = notes
         self._tokenizer = tokenizer
         self._limits = limits
         self._texts: dict[int, _Text | None] = {}
@@ -117,7 +109,8 @@ class _Worker:
         self._trials: dict[int, int] = {}
         """Process ids of the children that try texts, by the texts' numbers."""
         self._asked: tuple[OrderedDict[str | None, deque[Ask]], ...] = (OrderedDict(), OrderedDict())
-        """Masks to compute, by owner; those of slow texts are apart, and give way to the others."""
+        """Masks to compute, by owner; those of slow rows are apart, and give way to the others. Whether a row
+        is slow does not change while it waits, so its answers keep their order."""
         self._memory = _memory()
         self._sending = threading.Lock()
         self._watch = selectors.DefaultSelector()
@@ -142,12 +135,11 @@ class _Worker:
 
     def _receive(self) -> None:
         for order in wire.orders.decode(self._connection.recv_bytes()):
-            text = self._texts.get(order.text if isinstance(order, Ask) else order.number)
             if isinstance(order, Ask):
-                is_slow = text is not None and text.is_slow
-                self._asked[is_slow].setdefault(order.owner, deque()).append(order)
-            elif isinstance(order, Forget) and text is not None:
-                text.rows.pop(order.row, None)
+                self._asked[order.slow].setdefault(order.owner, deque()).append(order)
+            elif isinstance(order, Forget):
+                if (text := self._texts.get(order.number)) is not None:
+                    text.rows.pop(order.row, None)
             elif isinstance(order, Compile):
                 self._texts[order.number] = None
                 self._try(order)
@@ -185,15 +177,12 @@ class _Worker:
         _end_with_parent()
         _limit_memory(self._limits.memory + OVERHEAD)
         before = _memory()
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, self._limits.compile_seconds)
+        signal.setitimer(signal.ITIMER_REAL, self._limits.compile_wall_seconds)
         os.nice(NICE)
-        threading.stack_size(2**18)
-        nicer = (os.PRIO_PROCESS, os.getpid(), LONG_NICE)
-        threading.Timer(LONG_SECONDS, os.setpriority, nicer).start()
-        why = _reason(LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS))
-        grown = max(0, _memory() - before)
-        return Compiled(order.number, "invalid" if why else "compiled", why, grown)
+        if why := _reason(LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)):
+            return Compiled(order.number, "invalid", f"cannot be used: {why}")
+        return Compiled(order.number, "compiled", memory=max(0, _memory() - before))
 
     def _tried(self, order: Compile, reading: Connection, began: float) -> None:
         self._watch.unregister(reading)
@@ -217,6 +206,8 @@ class _Worker:
         limits = self._limits
         if status in (-signal.SIGPROF, -signal.SIGXCPU):
             return "limit", f"takes more than {limits.compile_seconds:g} s of processor time to compile"
+        if status == -signal.SIGALRM:
+            return "limit", f"takes more than {limits.compile_wall_seconds:g} s to compile (machine busy?)"
         if status in (0, -signal.SIGABRT):
             return "limit", f"takes more than {limits.memory // MiB} MiB to compile"
         if status in (-signal.SIGSEGV, -signal.SIGBUS):
@@ -225,14 +216,13 @@ class _Worker:
 
     def _compile(self, order: Compile, tried: Compiled, is_long: bool) -> None:
         """Compile a text that has passed its trial; in a thread."""
-        # A short one is no nicer: for moments it holds the interpreter, for which masks would wait.
         if sys.platform == "linux" and is_long:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LONG_NICE)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         matcher = LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)
         if order.number in self._texts:
             self._texts[order.number] = _Text(matcher, tried.memory)
         why = _reason(matcher)
-        self._tell(Compiled(order.number, "invalid", why) if why else tried)
+        self._tell(Compiled(order.number, "invalid", f"cannot be used: {why}") if why else tried)
 
     # Masks
 
@@ -240,16 +230,13 @@ class _Worker:
         text = self._texts.get(ask.text)
         if text is None:
             return Mask(ask.number, b"", [], 0.0, 0, "the grammar was dropped")
-        os.pwrite(self._doing, wire.TEXT.pack(ask.text), 0)
+        os.pwrite(self._notes, wire.TEXT.pack(ask.text), 0)
         began = time.thread_time()
         mask, why = self._mask(text, ask)
         waiting = sum(map(len, self._asked[0].values()))
         forced = _forced(text.rows[ask.row], mask, FORCING_SECONDS / (1 + waiting)) if mask else []
         seconds = time.thread_time() - began
-        os.pwrite(self._doing, wire.TEXT.pack(0), 0)
-        text.count += 1
-        text.spent += seconds
-        text.is_slow = text.is_slow or text.spent > max(text.count, SLOW_MASKS) * SLOW_SECONDS
+        os.pwrite(self._notes, wire.TEXT.pack(0), 0)
         if seconds > GROWS_SECONDS:
             before, self._memory = self._memory, _memory()
             text.memory += max(0, self._memory - before)
@@ -362,8 +349,7 @@ def _limit_memory(count: int) -> None:
     """Bound the address space to ``count`` bytes more than now. Systems other than Linux may not enforce
     it."""
     if sys.platform == "linux":
-        with open("/proc/self/statm") as file:
-            most = int(file.read().split()[0]) * mmap.PAGESIZE + count
+        most = psutil.Process().memory_info().vms + count
         _, highest = resource.getrlimit(resource.RLIMIT_AS)
         most = most if highest == resource.RLIM_INFINITY else min(most, highest)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -372,19 +358,18 @@ def _limit_memory(count: int) -> None:
 
 def _memory() -> int:
     """Return the bytes that the process takes, without those of files where the system tells them apart."""
-    if sys.platform != "linux":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with open("/proc/self/statm") as file:
-        _, resident, of_files = map(int, file.read().split()[:3])
-    return (resident - of_files) * mmap.PAGESIZE
+    info = psutil.Process().memory_info()
+    return int(info.rss) - int(getattr(info, "shared", 0))
 
 
-def _silence() -> None:
-    """Silence the library's output. Clients cause it, so it does not belong in the server's log."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
+def _take_output() -> int:
+    """Return the file of the standard output, emptied. From now on the library's output is lost: clients
+    cause it, so it does not belong in the server's log."""
+    notes, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for known in (0, 1, 2):
         os.dup2(nowhere, known)
-    os.close(nowhere)
+    os.ftruncate(notes, 0)
+    return notes
 
 
 if __name__ == "__main__":

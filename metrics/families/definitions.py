@@ -129,9 +129,9 @@ engine_state{state} gauge: 1 for the state that the engine is in: starting, read
 build_info{version,kernels,python,torch,model_impl,quantization,batch_invariant} gauge: 1; the labels say what
     runs here.
 executor_restarts counter: Times that the model's processes were lost and started again.
-grammar_compiles{outcome=compiled|invalid|limit|overloaded|failed} counter: Grammars compiled for guided
-    decoding, by outcome: compiled, invalid (malformed or not supported), limit (it took too much), overloaded
-    (no room), failed.
+grammar_compiles{outcome=compiled|invalid|limit|failed} counter: Grammars compiled for guided decoding, by
+    outcome: compiled, invalid (malformed or not supported), limit (it took too much), failed (its process was
+    lost).
 grammar_compile_seconds histogram request: Time of a compile, waiting for its turn left out.
 grammars_kept gauge: Compiled grammars that are kept.
 log_dropped counter: Lines of the server's log that were dropped because the earlier ones were not read.

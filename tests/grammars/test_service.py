@@ -445,7 +445,7 @@ async def test_a_text_that_ends_the_worker_again_and_again_is_refused() -> None:
             assert await mask(row)
             place = service._kept[text].place
             os.kill(worker().pid, signal.SIGSTOP)
-            os.pwrite(place.worker._doing.fileno(), TEXT.pack(place.number), 0)  # it is busy with the text
+            os.pwrite(place.worker._notes.fileno(), TEXT.pack(place.number), 0)  # it is busy with the text
             worker().kill()
             await until(lambda: service.kept == 0)
         with pytest.raises(ValueError, match="ended the process"):
