@@ -10,14 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import selectors
 import signal
 import sys
 import threading
 import time
 from collections import OrderedDict, deque
 from contextlib import suppress
-from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import NoReturn
@@ -112,22 +110,21 @@ class _Worker:
         """Masks to compute, by owner; those of slow rows are apart, and give way to the others. Whether a row
         is slow does not change while it waits, so its answers keep their order."""
         self._memory = _memory()
-        self._sending = threading.Lock()
-        self._watch = selectors.DefaultSelector()
+        self._sending, self._computing = threading.Lock(), threading.Lock()
         _limit_memory(limits.total_memory + 8 * OVERHEAD)
 
     def run(self) -> NoReturn:
         """Serve until the engine is gone, which raises EOFError or OSError."""
-        self._watch.register(self._connection, selectors.EVENT_READ, self._receive)
         while True:
-            for key, _ in self._watch.select(0 if any(self._asked) else None):
-                key.data()
+            if not any(self._asked) or self._connection.poll():
+                self._receive()
             answers = []
             until = time.monotonic() + TOGETHER_SECONDS
             while any(self._asked) and time.monotonic() < until:
                 queue = self._asked[0] or self._asked[1]
                 owner, asks = queue.popitem(last=False)
-                answers.append(self._answer(asks.popleft()))
+                with self._computing:
+                    answers.append(self._answer(asks.popleft()))
                 if asks:
                     queue[owner] = asks
             if answers:
@@ -142,11 +139,12 @@ class _Worker:
                     text.rows.pop(order.row, None)
             elif isinstance(order, Compile):
                 self._texts[order.number] = None
-                self._try(order)
+                threading.Thread(target=self._compile, args=(order,), daemon=True).start()
             elif isinstance(order, Drop):
                 self._texts.pop(order.number, None)
-                if (pid := self._trials.get(order.number)) is not None:
-                    os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the id is still its own
+                with self._computing:
+                    if (pid := self._trials.get(order.number)) is not None:
+                        os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the id is still its own
 
     def _tell(self, *answers: wire.Answer) -> None:
         with self._sending:
@@ -154,24 +152,43 @@ class _Worker:
 
     # Compiling
 
-    def _try(self, order: Compile) -> None:
+    def _compile(self, order: Compile) -> None:
+        """Compile a text that passes its trial; in a thread."""
+        began = time.monotonic()
+        said = self._tried(order)
+        if said.outcome == "compiled" and order.number in self._texts:
+            if sys.platform == "linux" and time.monotonic() - began > LONG_SECONDS:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            matcher = LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)
+            if order.number in self._texts:
+                self._texts[order.number] = _Text(matcher, said.memory)
+        else:
+            self._texts.pop(order.number, None)
+        self._tell(said)
+
+    def _tried(self, order: Compile) -> Compiled:
         """Compile the text in a child, which any bound may end."""
-        reading, writing = Pipe(duplex=False)
-        with writing:
+        said: wire.Answer | None = None
+        with self._computing:  # no mask is, whose locks would stay locked in the child
             try:
-                pid = os.fork()
+                reading, writing = Pipe(duplex=False)
+                with writing:
+                    pid = os.fork()
+                    if pid == 0:
+                        with suppress(BaseException):
+                            self._connection.close()  # the engine sees at once when this process has ended
+                            writing.send_bytes(wire.encode([self._trial(order)]))
+                        os._exit(0)
             except OSError as error:
-                self._tell(Compiled(order.number, "failed", f"no process could be started: {error}"))
-                return
-            if pid == 0:
-                with suppress(BaseException):
-                    self._connection.close()  # the engine sees at once when this process has ended
-                    writing.send_bytes(wire.encode([self._trial(order)]))
-                os._exit(0)
-        self._trials[order.number] = pid
-        self._watch.register(
-            reading, selectors.EVENT_READ, partial(self._tried, order, reading, time.monotonic())
-        )
+                return Compiled(order.number, "failed", f"no process could be started: {error}")
+            self._trials[order.number] = pid
+        with reading, suppress(EOFError):
+            [said] = wire.answers.decode(reading.recv_bytes())
+        with self._computing:
+            _, status = os.waitpid(self._trials.pop(order.number), 0)
+        if isinstance(said, Compiled):
+            return said
+        return Compiled(order.number, *self._ended_by(os.waitstatus_to_exitcode(status)))
 
     def _trial(self, order: Compile) -> Compiled:
         _end_with_parent()
@@ -183,23 +200,6 @@ class _Worker:
         if why := _reason(LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)):
             return Compiled(order.number, "invalid", f"cannot be used: {why}")
         return Compiled(order.number, "compiled", memory=max(0, _memory() - before))
-
-    def _tried(self, order: Compile, reading: Connection, began: float) -> None:
-        self._watch.unregister(reading)
-        said: wire.Answer | None = None
-        with reading, suppress(EOFError):
-            [said] = wire.answers.decode(reading.recv_bytes())
-        _, status = os.waitpid(self._trials.pop(order.number), 0)
-        if said is None:
-            outcome, why = self._ended_by(os.waitstatus_to_exitcode(status))
-            said = Compiled(order.number, outcome, why)
-        assert isinstance(said, Compiled)
-        if said.outcome == "compiled" and order.number in self._texts:
-            is_long = time.monotonic() - began > LONG_SECONDS
-            threading.Thread(target=self._compile, args=(order, said, is_long), daemon=True).start()
-        else:
-            self._texts.pop(order.number, None)
-            self._tell(said)
 
     def _ended_by(self, status: int) -> tuple[Outcome, str]:
         """Explain the end of a child that has said nothing."""
@@ -213,16 +213,6 @@ class _Worker:
         if status in (-signal.SIGSEGV, -signal.SIGBUS):
             return "limit", "is nested too deeply to be compiled: its compiler's stack is full"
         return "failed", f"the process that compiled the grammar was lost (status {status})"
-
-    def _compile(self, order: Compile, tried: Compiled, is_long: bool) -> None:
-        """Compile a text that has passed its trial; in a thread."""
-        if sys.platform == "linux" and is_long:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        matcher = LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)
-        if order.number in self._texts:
-            self._texts[order.number] = _Text(matcher, tried.memory)
-        why = _reason(matcher)
-        self._tell(Compiled(order.number, "invalid", f"cannot be used: {why}") if why else tried)
 
     # Masks
 
