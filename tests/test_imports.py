@@ -205,7 +205,7 @@ def _imports_of(path: Path) -> Iterator[Import]:
     hidden = {
         id(node)
         for test in ast.walk(tree)
-        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
+        if isinstance(test, ast.If) and getattr(test.test, "id", "") == "TYPE_CHECKING"
         for part in test.body
         for node in ast.walk(part)
     }
