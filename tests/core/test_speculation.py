@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-import pytest
 from support.full_sim import FullSim
 
 from aioengine import events
@@ -85,28 +84,6 @@ def test_a_text_that_repeats_itself_takes_fewer_steps() -> None:
     proposals = [e for e in seen if isinstance(e, events.TokensProposed)]
     assert 0 < sum(e.accepted for e in proposals) <= sum(e.proposed for e in proposals)
     assert {e.adapter for e in proposals} == {"a", "b"}
-
-
-@pytest.mark.parametrize("speculation", ["none", "ngram"])
-def test_forced_tokens_take_no_step_of_their_own(speculation: str) -> None:
-    """... and are computed beside the next one, within a step's tokens and beside prompts."""
-
-    def answers(*, constrained: bool) -> tuple[list[Text], int]:
-        limits = LIMITS._replace(speculation=speculation, max_model_len=200, num_blocks=80)  # type: ignore[arg-type]
-        sim = FullSim(limits, next_token=periodic)
-        requests = [
-            sim.add(prompt=[3 + i] * (1 + 9 * i), max_tokens=20 + i, constrained=constrained and i != 1)
-            for i in range(6)
-        ]
-        while sim.core.requests:
-            batch = sim.settle()
-            if batch is not None:
-                assert sum(len(work.tokens) for work in batch.sequences) <= limits.max_num_batched_tokens
-        return [request.tokens[request.prompt_len :] for request in requests], sim.core.step
-
-    (expected, steps), (found, fewer) = answers(constrained=False), answers(constrained=True)
-    assert found == expected
-    assert fewer < steps
 
 
 def test_random_text_is_left_alone() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -167,21 +166,6 @@ async def test_a_request_that_is_tokenized_while_its_adapter_is_replaced(tmp_pat
         )
         with pytest.raises(AdapterNotFound):
             await engine.load_adapter("x@1")
-
-
-async def test_new_content_at_the_same_path(tiny: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    shutil.copytree(tiny.adapters["rank-3"], path)
-    async with make_engine(tiny) as engine:
-        first = await engine.load_adapter("x", path)
-        await engine.complete([4, 5], greedy(), adapter="x")
-        shutil.rmtree(path)
-        shutil.copytree(tiny.adapters["qv-only"], path)
-        second = await engine.load_adapter("x", replace=True)
-        assert (second.version, second.path) == (2, str(path))
-        assert second.digest != first.digest
-        out = await engine.complete([4, 5], greedy(), adapter="x")
-        assert out.token_ids == tiny.expected([4, 5], 24, "qv-only")
 
 
 async def test_the_same_content_is_a_new_version_that_keeps_its_blocks(

@@ -30,25 +30,6 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.events import AdapterFailed
-from aioengine.executors.thread import ThreadDevice
-
-
-async def test_a_device_that_fails_to_begin_the_second_step_of_a_run(
-    make_engine: MakeEngine, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin, begun = ThreadDevice.begin, []
-
-    def once(*arguments: Any) -> None:
-        begun.append(arguments)
-        if len(begun) > 1:
-            raise RuntimeError("no second step")
-        begin(*arguments)
-
-    async with make_engine(tiny) as engine:
-        monkeypatch.setattr(ThreadDevice, "begin", once)
-        with pytest.raises(EngineDead, match="no second step"):
-            await engine.complete([1, 2, 3], greedy(4))
-        assert engine.state == "dead" and len(begun) == 2
 
 
 @pytest.fixture
@@ -118,16 +99,6 @@ async def test_files(case: str, tiny: Tiny, make_engine: MakeEngine, folder: Pat
         assert out.token_ids == tiny.expected([4, 5], 8, "rank-3")
 
 
-async def expect_error(
-    engine: AsyncEngine, name: str, kind: type[AioEngineError], *words: str
-) -> AioEngineError:
-    error = await error_of(engine.complete([4, 5], greedy(4), adapter=name))
-    assert type(error) is kind, error
-    for word in words:
-        assert word in str(error)
-    return error
-
-
 @pytest.mark.slow
 async def test_a_disk_that_hangs(tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path) -> None:
     """Its requests fail after the timeout, and the place for a read is free again. While it hangs others of
@@ -178,19 +149,6 @@ async def test_stopping_does_not_wait_for_a_disk_that_hangs(
                 await engine.stop()
                 assert {type(error) for error in await asyncio.gather(*waiting)} == {EngineStopped}
             engine.check_invariants()
-
-
-async def test_an_error_that_nobody_thought_of(
-    tiny: Tiny, make_engine: MakeEngine, reads: Reads, folder: Path
-) -> None:
-    def fail() -> None:
-        raise ZeroDivisionError("a bug")
-
-    reads.before["bad"] = fail
-    async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
-        engine.register_adapter("bad", folder)
-        error = await expect_error(engine, "bad", AdapterLoadError, "'bad'", str(folder), "a bug")
-        assert isinstance(error.__cause__, ZeroDivisionError)
 
 
 @pytest.mark.parametrize("registered", [False, True])

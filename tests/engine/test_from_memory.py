@@ -24,7 +24,6 @@ from aioengine import AsyncEngine
 from aioengine.errors import (
     AdapterInvalid,
     AdapterLoadError,
-    AdapterNotFound,
     AdapterTooLarge,
     ConfigError,
     EngineStopped,
@@ -111,28 +110,6 @@ async def test_of_a_live_model(tiny: Tiny, make_engine: MakeEngine) -> None:
             await engine.load_adapter_state("policy", model, adapter_name="other")
         with pytest.raises(AdapterInvalid, match=r"expected a peft\.PeftModel"):
             await engine.load_adapter_state("policy", base)
-
-
-async def test_replaced_in_traffic_and_addressed_by_version(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        await load(engine, "x", tiny.adapters["rank-3"])
-        stream = engine.generate(PROMPT, greedy(60), adapter="x")
-        first = await anext(stream)
-        info = await load(engine, "x", tiny.adapters["qv-only"], replace=True)
-        assert info.version == 2
-        old, new, latest = await asyncio.gather(*(tokens(engine, name) for name in ("x@1", "x@2", "x")))
-        assert old == tiny.expected(PROMPT, 8, "rank-3")
-        assert new == latest == tiny.expected(PROMPT, 8, "qv-only")
-        output = [*first.token_ids]
-        async for out in stream:
-            output = out.token_ids
-        assert output == tiny.expected(PROMPT, 60, "rank-3")
-        with pytest.raises(AdapterNotFound, match="the current one is 2"):
-            await tokens(engine, "x@1")
-        for name in ("x@3", "x@02", "x@", "@1", "y@1", "x@1@2"):
-            with pytest.raises(AdapterNotFound):
-                await tokens(engine, name)
-        engine.check_invariants()
 
 
 async def test_held_memory_is_bounded_and_given_back(tiny: Tiny, make_engine: MakeEngine) -> None:

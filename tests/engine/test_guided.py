@@ -87,28 +87,6 @@ async def test_texts_that_are_tokens_of_their_own(
             assert (output.finish_reason, output.text in allowed) == ("stop", True), output
 
 
-async def test_a_preempted_request_goes_on_in_its_format(tiny_text: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny_text, kv_cache_memory="64KiB", max_model_len=64) as engine:
-        guide = Guide(engine)
-        one = SamplingParams(max_tokens=50, temperature=1.0, seed=0)
-        outputs = await asyncio.gather(
-            *[
-                engine.complete(
-                    f"prompt {i}",
-                    SamplingParams(
-                        max_tokens=50, temperature=1.0, seed=i, constraint=await guide.regex("[a-f]{40}z")
-                    ),
-                )
-                for i in range(6)
-            ]
-        )
-        assert one.constraint is None
-        assert engine.stats().preemptions > 0
-        for output in outputs:
-            assert len(output.text) == 41 and output.text.endswith("z")
-            assert set(output.text[:40]) <= set("abcdef")
-
-
 class Digits:
     """Digits only. Its answers are late for every second and third output, twice and once."""
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
-from support.failure_harness import Reads, until
+from support.failure_harness import until
 from support.mixed_adapters import added_model, generated, scaled_model
 from support.process_harness import NothingLeft
 from support.selection import mostly_slow
@@ -22,7 +22,6 @@ from aioengine.errors import (
     AdapterInvalid,
     AdapterNotFound,
     AdapterTooLarge,
-    AioEngineError,
     EngineOverloaded,
     RequestInvalid,
 )
@@ -109,48 +108,6 @@ async def test_a_new_version_and_an_unload(tiny: Tiny, make_engine: MakeEngine) 
         assert last.finish_reason == "length"
         await engine.complete(PROMPT, greedy(1))
         assert engine.resident() == []
-        engine.check_invariants()
-
-
-async def test_parts_that_are_read_for_several_callers(
-    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    """They are read as long as one of the callers waits, and a failure counts once. While "slow" is read,
-    nothing else is."""
-    reads = Reads(monkeypatch)
-    async with make_engine(tiny, max_concurrent_loads=1) as engine:
-        for name in ("rank-3", "qv-only", "rank-4"):
-            engine.register_adapter(name, tiny.adapters[name])
-        engine.register_adapter("slow", tiny.adapters["rank-3"])
-        engine.register_adapter("bad", tmp_path)
-        residency = engine._core.residency
-
-        def begin(name: str, weight: float) -> asyncio.Task[Any]:
-            return asyncio.create_task(
-                engine.complete(PROMPT, greedy(1), adapter={name: weight, "slow": 0.5})
-            )
-
-        def wanted(*names: str) -> bool:
-            return {name for name, e in residency.current.items() if e.wanted_since is not None} == set(names)
-
-        with reads.hang("slow") as gate:
-            first = asyncio.create_task(engine.complete(PROMPT, greedy(1), adapter="slow"))
-            await gate.reached()
-            alone = asyncio.create_task(engine.complete(PROMPT, greedy(1), adapter="bad"))
-            names = ("rank-3", "qv-only", "rank-4", "bad")
-            lost = [begin(name, weight) for name in names for weight in (0.5, 0.25)]
-            lost += [asyncio.create_task(engine.load_adapter("rank-4")), begin("qv-only", 1.0)]
-            await until(lambda: wanted(*names))
-            kept = [lost.pop(index) for index in (9, 7, 5)]
-            for task in lost:
-                task.cancel()
-            await asyncio.gather(*lost, return_exceptions=True)
-            assert wanted("qv-only", "rank-4", "bad")
-        results = await asyncio.gather(first, *kept, alone, return_exceptions=True)
-        assert [isinstance(result, AioEngineError) for result in results] == [False, False, True, False, True]
-        assert residency.names.of("bad").failures == 1
-        assert wanted() and "rank-3" not in reads.count
-        await asyncio.gather(*(begin(name, 0.5) for name in ("rank-3", "qv-only", "rank-4")))
         engine.check_invariants()
 
 

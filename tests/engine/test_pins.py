@@ -12,7 +12,6 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy
 
 from aioengine import AdapterInfo, AsyncEngine
 from aioengine.errors import (
-    AdapterLoadError,
     AdapterNotFound,
     ConfigError,
     EngineOverloaded,
@@ -38,31 +37,6 @@ async def occupied(engine: AsyncEngine, tiny: Tiny, *names: str) -> AsyncIterato
     finally:
         for stream in streams:
             await stream.aclose()
-
-
-async def test_steady_traffic_does_not_keep_it_out(tiny: Tiny, make_engine: MakeEngine) -> None:
-    """Requests come without pause for the adapter in the only slot: it is closed to them."""
-    async with make_engine(tiny, max_loras=1) as engine:
-        engine.register_adapter("busy", tiny.adapters["rank-3"])
-        done = False
-
-        async def traffic() -> int:
-            count = 0
-            while not done:
-                with contextlib.suppress(EngineOverloaded):
-                    await engine.complete([4, 5], greedy(8), adapter="busy")
-                    count += 1
-            return count
-
-        users = [asyncio.create_task(traffic()) for _ in range(4)]
-        while engine.stats().requests_finished < 4:
-            await asyncio.sleep(0.001)
-        engine.register_adapter("p", tiny.adapters["rank-4"])
-        pinned = await engine.pin_adapter("p", force=True)
-        assert pinned.location == "slot"
-        done = True
-        assert sum(await asyncio.gather(*users)) >= 4
-        engine.check_invariants()
 
 
 async def test_a_cancelled_pin_is_none(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -103,24 +77,6 @@ async def test_a_pin_ends_if_it_is_unpinned_unloaded_or_the_engine_stops(
         await engine.stop()
         with pytest.raises(EngineStopped):
             await stopped
-
-
-async def test_a_copy_that_fails_ends_the_pin(
-    tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with make_engine(tiny) as engine:
-        await engine.load_adapter("p", tiny.adapters["rank-4"])
-
-        async def fail(uid: int, slot: int, offset: int) -> float:
-            raise RuntimeError("no copy today")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(engine._built.device, "place", fail)
-            with pytest.raises(AdapterLoadError, match="no copy today"):
-                await engine.pin_adapter("p")
-        assert not info(engine, "p").pinned
-        out = await engine.complete([4, 5], greedy(4), adapter="p")
-        assert out.token_ids == tiny.expected([4, 5], 4, "rank-4")
 
 
 async def test_one_slot_stays_free_unless_it_is_forced(tiny: Tiny, make_engine: MakeEngine) -> None:

@@ -125,36 +125,6 @@ async def test_a_worker_that_is_killed_fails_all_at_once_and_leaves_nothing(
 
 
 @pytest.mark.usefixtures("faulty")
-async def test_a_worker_that_is_killed_while_it_is_idle_or_reads(
-    tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
-) -> None:
-    async with make_engine(tiny, executor="process") as engine:
-        loading = asyncio.create_task(engine.load_adapter("hang", tiny.adapters["rank-3"]))
-        await until(lambda: engine.stats().cpu_adapters == 1)
-        os.kill(worker_pids()[0], signal.SIGKILL)
-        assert isinstance(await error_of(loading), EngineDead)
-        assert engine.state == "dead"
-    await nothing_left.check()
-
-
-@pytest.mark.usefixtures("faulty")
-@pytest.mark.slow
-async def test_a_read_that_hangs_is_given_up_and_others_go_on(
-    tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
-) -> None:
-    async with make_engine(tiny, executor="process", load_timeout=1.0) as engine:
-        error = await error_of(engine.load_adapter("hang", tiny.adapters["rank-3"]))
-        assert isinstance(error, AdapterLoadError) and "load_timeout=1" in str(error)
-        out = await engine.complete([5, 6], greedy(5))
-        assert out.token_ids == tiny.expected([5, 6], 5)
-        error = await error_of(engine.load_adapter("hang", tiny.adapters["rank-3"]))
-        assert "an earlier read of this folder hangs" in str(error)
-        info = await engine.load_adapter("good", tiny.adapters["rank-4"], pin=True)
-        assert (info.location, info.rank) == ("slot", 4)
-    await nothing_left.check()
-
-
-@pytest.mark.usefixtures("faulty")
 async def test_a_step_that_raises_is_the_engines_end(
     tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
 ) -> None:
@@ -239,22 +209,6 @@ async def test_two_engines_at_once_and_signals_for_the_terminal(
         out = await two.complete([5, 6], greedy(5))
         assert out.token_ids == tiny.expected([5, 6], 5)
     await nothing_left.check()
-
-
-@pytest.mark.slow
-def test_on_uvloop(tiny: Tiny, make_engine: MakeEngine) -> None:
-    import uvloop
-
-    async def main() -> None:
-        async with make_engine(tiny, executor="process", tensor_parallel_size=2) as engine:
-            out = await engine.complete([5, 6], greedy(5))
-            assert out.token_ids == tiny.expected([5, 6], 5)
-            os.kill(worker_pids()[1], signal.SIGKILL)
-            assert isinstance(await error_of(engine.complete([5, 6], greedy(100))), EngineDead)
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
-    assert not worker_pids()
 
 
 PROGRAM = """

@@ -105,15 +105,6 @@ async def test_a_deadline_covers_the_search(resolving: MakeResolving) -> None:
         assert resolver.cancelled == ["r"]
 
 
-async def test_a_late_mix_says_where_each_part_is(tiny: Tiny, resolving: MakeResolving) -> None:
-    resolver = Gated({"x": tiny.adapters["rank-3"]}, held={"r"})
-    async with resolving(resolver) as engine:
-        await engine.load_adapter("x")
-        places = r"for adapter 'r' \(not looked up yet\), for adapter 'x' \(location: cpu\)"
-        with pytest.raises(DeadlineExceeded, match=places):
-            await engine.complete([4], adapter={"x@1": 0.5, "r": 0.5}, deadline=0.01)
-
-
 @pytest.mark.slow
 async def test_a_search_has_a_time_limit(tiny: Tiny, resolving: MakeResolving) -> None:
     """What hangs fails, makes room for others, and is not asked for at every request after that."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
 from support.steady_device import Steady
@@ -15,15 +14,15 @@ from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
 from aioengine.core import Core
 from aioengine.errors import AdapterLoadError
-from aioengine.events import Event, RequestEnded, StepFinished
-from aioengine.executors.base import Device, Ended
+from aioengine.events import Event, RequestEnded
+from aioengine.executors.base import Device
 from aioengine.lab.simulation.clock import NothingToWaitFor, VirtualTimeLoop
 from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Location
-from aioengine.step import LoadedAdapter, ReadOrder, StepBatch
+from aioengine.step import LoadedAdapter, ReadOrder
 from aioengine.testing import LIMITS
 
 
@@ -106,24 +105,6 @@ def test_retries_wait_in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
     run(FCFS(), main, Flaky(LoRAConfig(load_retries=3, load_timeout=None)))
     (end,) = seen
     assert isinstance(end, RequestEnded) and end.reason == "length" and end.time > 150
-
-
-def test_the_time_of_a_decision_leaves_out_what_the_policy_is_asked_during_the_step() -> None:
-    class Asks(Steady):
-        def begin(self, batch: StepBatch, ended: Ended) -> None:
-            steppers[0].core.guard.seconds += 5.0
-            super().begin(batch, ended)
-
-    async def main(stepper: EngineLoop) -> None:
-        steppers.append(stepper)
-        stepper.listeners.add(found.append, StepFinished)
-        add(stepper, "r")
-        await stepper.until(lambda: not stepper.core.requests)
-
-    steppers: list[EngineLoop] = []
-    found: list[Any] = []
-    run(FCFS(), main, Asks())
-    assert [event.policy_seconds < 5.0 for event in found] == [True] * 3
 
 
 class Asks(SchedulerPolicy):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import EngineOverloaded
-from aioengine.tasks import SharedWork, WorkInTurns, end_tasks, run_to_completion, together
+from aioengine.tasks import SharedWork, WorkInTurns, run_to_completion, together
 
 
 class Failed(Exception):
@@ -77,17 +76,6 @@ def test_together_leaves_none_behind(turns: list[int], failing: int | None, canc
             assert cancel_after is not None
 
     asyncio.run(run())
-
-
-async def test_the_end_of_tasks_is_awaited_and_their_errors_are_dropped(
-    recwarn: pytest.WarningsRecorder,
-) -> None:
-    log: list[str] = []
-    tasks = [asyncio.create_task(work(turns, log, fails=True)) for turns in (1, 100)]
-    await asyncio.wait(tasks[:1])
-    await end_tasks(tasks)
-    await end_tasks([])
-    assert log == ["ended", "ended"] and tasks[1].cancelled()
 
 
 async def test_owners_take_turns() -> None:

@@ -58,7 +58,7 @@ class Model:
         with torch.inference_mode():
             return self.decoder.forward(inputs)
 
-    def step(self, rows: Sequence[Row], affine: Sequence[bool] = ()) -> Tensor:
+    def step(self, rows: Sequence[Row]) -> Tensor:
         """Everything from a batch to its logits."""
         from aioengine.kernels import AttentionPlan, LoRABatch, Span
         from aioengine.kernels.transfer import send
@@ -78,7 +78,7 @@ class Model:
 
         def batch(rows: Sequence[Row], counts: Sequence[int]) -> LoRABatch:
             slots = [row.slot for row in rows]
-            return LoRABatch(slots, counts, self.ranks, META, slot_affine=affine or [False] * len(self.ranks))
+            return LoRABatch(slots, counts, self.ranks, META, slot_affine=[False] * len(self.ranks))
 
         inputs = StepInputs(
             token_ids,
@@ -183,27 +183,6 @@ MODELS = (
     "half sharded",
     "fully sharded",
 )
-
-
-def forwards() -> dict[str, list[str]]:
-    """Faults by model."""
-    return {name: _forwards(name) for name in MODELS}
-
-
-def _forwards(name: str) -> list[str]:
-    """Faults of prefill, decode, mixed, base, and unsampled steps, and of recorded ones."""
-    model = _models(name)
-    affine = [False, True, True, *[False] * 5]
-    mixed = [Row(-1, 0, 40), Row(-1, 70, 1), Row(0, 10, 1), Row(1, 0, 30), Row(1, 33, 1), Row(2, 500, 5)]
-    model.step(mixed, affine)
-    model.step(mixed)
-    model.step([row._replace(sample=False) for row in mixed], affine)
-    model.step([row._replace(slot=-1) for row in mixed])
-    model.step([Row(slot, 100 + slot, 1) for slot in range(-1, 8)])
-    model.step([Row(3, 0, 300)])
-    model.recorded(5, 64)
-    assert sum(model.gpu.launches.values()) > 50
-    return model.gpu.faults
 
 
 def exchanges(steps: str) -> dict[str, list[list[str]]]:
@@ -332,4 +311,5 @@ def working_memory() -> list[tuple[str, int, int]]:
             model.step(rows)  # what is made at the first step stays
             kind = "mixed" if len(rows) > 2 else "prompts"
             found.append((f"{name}, {kind}", planned.activations, peak_of("meta", partial(model.step, rows))))
+            assert not model.gpu.faults
     return found

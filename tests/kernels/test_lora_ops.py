@@ -36,9 +36,12 @@ def cases(
     widths = draw(st.sampled_from(all_widths))
     slot_affine = draw(st.just([]) | st.lists(st.booleans(), min_size=slots, max_size=slots))
     targeted = draw(st.lists(st.sampled_from(range(len(widths))), min_size=1, unique=True).map(sorted))
+    count = len(sequences)
+    scale = st.sampled_from([1.0, 0.5, -1.25, 0.0, 0.7])
     return make_case(
         sequences, ranks, max_rank, widths=widths, targeted=targeted, dtype=dtype,
         slot_affine=slot_affine, seed=draw(st.integers(0, 1000)), n_in=draw(st.sampled_from(inputs)),
+        scales=draw(st.none() | st.lists(scale, min_size=count, max_size=count)),
     )  # fmt: skip
 
 
@@ -56,8 +59,8 @@ def test_reference_is_the_definition(case: Case) -> None:
             if slot >= 0:
                 rank = case.ranks[slot]
                 a_j = case.a[slot, j * max_rank : j * max_rank + rank]
-                expected_h[t, j, :rank] = a_j @ case.x[t]
-                delta = b_j[slot, :, :rank] @ (a_j @ case.x[t])
+                expected_h[t, j, :rank] = case.scale_of_token[t] * (a_j @ case.x[t])
+                delta = b_j[slot, :, :rank] @ expected_h[t, j, :rank]
                 y_j = expected_y[t, offset : offset + b_j.shape[1]]
                 y_j += delta
                 if case.slot_affine and case.slot_affine[slot]:
@@ -103,7 +106,7 @@ def test_int8_matrices_are_whole_numbers_times_scales(case: Case) -> None:
                 rank = case.ranks[slot]
                 a, b, scale = rounded(case.a[slot, j * max_rank :][:rank], b_j[slot, :, :rank])
                 delta = (b.double() @ torch.diag(scale.double()) @ a.double() @ case.x[t].double()).float()
-                expected[t, offset : offset + b_j.shape[1]] += delta
+                expected[t, offset : offset + b_j.shape[1]] += case.scale_of_token[t] * delta
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -207,6 +210,15 @@ def test_a_batch_that_cannot_be_right_is_refused(slots: list[int], ranks: list[i
         LoRABatch(slots, [1] * len(slots), ranks)
 
 
+def test_scales_of_one_are_the_usual_batch() -> None:
+    """Whatever is said of rows without an adapter."""
+    usual = LoRABatch([-1, 0, 2, 2], [3, 1, 2, 1], [4, 0, 8], slot_affine=[True, False, False])
+    scales = [0.5, 1.0, 1.0, 1.0]
+    found = LoRABatch([-1, 0, 2, 2], [3, 1, 2, 1], [4, 0, 8], slot_affine=[True, False, False], scales=scales)
+    assert (found.segments, found.affine, found.width) == (usual.segments, usual.affine, usual.width)
+    assert not found.is_weighted and found.num_tokens == usual.num_tokens
+
+
 def test_the_backend_is_chosen_by_name_then_environment_then_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -294,9 +306,8 @@ def test_int8_gives_a_token_the_same_bits_alone(dtype: torch.dtype, data: st.Dat
     exact = reference.lora_shrink(case.x, case.int8_pool, case.batch)
     scale = exact.float().abs().max().clamp(min=1.0) if exact.numel() else 1.0
     torch.testing.assert_close(h / scale, exact / scale, rtol=1e-2, atol=1e-2)
-    for t, slot in enumerate(case.slot_of_token):
-        one = LoRABatch([slot], [1], case.ranks)
-        y = case.y[t : t + 1].clone()
+    for t in range(len(case.x)):
+        y, one = case.y[t : t + 1].clone(), case.alone(t)
         alone = cpu.lora_shrink(case.x[t : t + 1], pool, one)
         cpu.lora_expand(alone, pool, y, one)
         same(y[0], together[t])
@@ -320,9 +331,8 @@ def test_a_packed_linear_gives_a_token_the_same_bits_alone(
     weight = torch.randn(case.y.shape[1], case.x.shape[1], generator=torch.Generator().manual_seed(1))
     adapted = AdaptedLinear(PackedWeight.pack(weight.to(dtype)), None, pool)
     together = adapted(case.x, case.batch)
-    for t, slot in enumerate(case.slot_of_token):
-        one = LoRABatch([slot], [1], case.ranks, slot_affine=case.slot_affine)
-        same(adapted(case.x[t : t + 1], one)[0], together[t])
+    for t in range(len(case.x)):
+        same(adapted(case.x[t : t + 1], case.alone(t))[0], together[t])
 
 
 def same(found: Tensor, expected: Tensor) -> None:

@@ -9,17 +9,14 @@ from pathlib import Path
 import msgspec
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from aioengine.errors import ConfigError, PolicyError
+from aioengine.errors import ConfigError
 from aioengine.lab import Comparison, Experiment, WorkloadSpec, compare, estimates, load_results, run
 from aioengine.lab.analysis.measures import MEASURES, find_measure
-from aioengine.lab.analysis.statistics import estimate, paired
+from aioengine.lab.analysis.statistics import estimate
 from aioengine.lab.analysis.summary import flatten
 from aioengine.lab.report.compare_page import (
     Compare,
-    draw_compare,
     load_compare,
     places,
     rankings,
@@ -51,13 +48,6 @@ def test_the_interval_is_students() -> None:
     assert estimate([2.0]) == (2.0, None, None, 1)
     with pytest.raises(ValueError, match="no values"):
         estimate([])
-
-
-@given(st.lists(st.floats(1.0, 100.0), min_size=2, max_size=8), st.floats(0.5, 5.0))
-def test_what_all_seeds_share_cancels_out(values: list[float], more: float) -> None:
-    found = paired([value + more for value in values], values)
-    assert found is not None and found.low is not None
-    assert found.mean == pytest.approx(more) and found.low == pytest.approx(more, abs=1e-6)
 
 
 def test_estimates_are_of_each_setting() -> None:
@@ -133,29 +123,6 @@ def test_only_who_is_better_than_all_others_is_the_best() -> None:
     ]
 
 
-def test_intervals_are_written_as_their_means() -> None:
-    texts = {
-        ("ttft_seconds.p99", 0.38, 0.0012): "± 0.00 s",
-        ("ttft_seconds.p99", 0.0042, 0.02): "± 20.0 ms",
-        ("ttft_seconds.p99", 40.3, 3.84): "± 4 s",
-        ("output_tokens_per_second", 32.64, 0.0282): "± 0.0",
-        ("output_tokens_per_second", 2008.0, 137.2): "± 137",
-        ("swaps.slot_copies_per_request", 0.2004, 0.0355): "± 0.035",
-        ("hits.slot_share", 0.24, 0.08): "± 8 pp",
-        ("fairness.adapters.jain_latency", 0.9, 0.0117): "± 0.012",
-    }
-    for (name, mean, half), text in texts.items():
-        assert find_measure(name).interval_text(mean, half) == text
-
-
-def test_differences_of_shares_are_in_points() -> None:
-    (ranking,) = rankings(made({"a": [0.2, 0.21], "b": [0.3, 0.31]}, "hits.slot_share"))
-    cells = {row.name: row.cells[0] for row in ranking.rows}
-    assert cells["b"][:1] + cells["b"][2:] == ("30%", "+10 pp", "good") and cells["a"].difference is None
-    (ranking,) = rankings(made({"a": [2.0, 2.1], "b": [1.0, 1.1]}))
-    assert [row.cells[0].difference for row in ranking.rows] == ["−49%", None]
-
-
 def test_figures_that_reports_show_are_in_summaries(tmp_path: Path) -> None:
     flat = flatten(run(BASE, tmp_path).summary)
     assert {measure.name for measure in MEASURES} <= set(flat)
@@ -216,17 +183,6 @@ def test_the_report_ranks(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_figures_have_panels_for_up_to_four_numbers_of_slots(tmp_path: Path) -> None:
-    many = msgspec.structs.replace(BASE, cpu_loras=6)
-    compare(grid(experiment=many, policies=["fcfs", "oracle"], slots=[1, 2, 3, 4, 5]), tmp_path)
-    found = load_compare(tmp_path)
-    rows = {figure.name: figure.spec["datasets"]["rows"] for figure in draw_compare(found)}
-    assert list(rows) == ["ranking", "slots", "ttft"]
-    assert {row["setting"] for row in rows["ttft"]} == {"1 slot", "3 slots", "5 slots"}
-    assert {row["slots"] for row in rows["slots"]} == {1, 2, 3, 4, 5}
-
-
-@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(
         "import os\nfrom aioengine.schedulers.policies.fcfs import FCFS\n"
@@ -245,15 +201,6 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
     assert found.results["requests_finished"].to_list() == [None, 30.0, None, None]
     pytest.importorskip("vl_convert", reason="of the extra")
     assert b"3 of 4 runs failed" in write_compare_report(out).read_bytes()
-
-
-@pytest.mark.slow
-def test_what_no_run_can_do_without_is_known_before_any_begins(tmp_path: Path) -> None:
-    compare(grid(seeds=[0, 1]), tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    with pytest.raises(PolicyError, match="did you mean 'fcfs'"):
-        compare(grid(policies=["fcfs", "fcsf"]), tmp_path)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
 
 
 @pytest.mark.slow

@@ -8,8 +8,6 @@ from itertools import islice, pairwise
 from statistics import mean, median, pstdev
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.arrivals import parse_arrivals
@@ -21,7 +19,7 @@ from aioengine.lab.workload.lengths import (
     parse_view,
 )
 from aioengine.lab.workload.popularity import Choose, parse_popularity, zipf
-from aioengine.lab.workload.random_streams import Weighted, gamma, normal, shuffle, stream
+from aioengine.lab.workload.random_streams import stream
 
 PROCESSES = ("poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=8,on=2,off=6", "diurnal:rate=2,period=600")
 DRAWS = 40_000
@@ -100,33 +98,6 @@ def test_they_are_the_same_for_ever() -> None:
         "onoff:rate=8,on=2,off=6": [0.070833, 0.138577, 0.321602],
         "diurnal:rate=2,period=600": [0.893711, 1.144689, 1.154744],
     }
-
-
-@pytest.mark.slow
-def test_normal_and_gamma_have_their_moments() -> None:
-    rng = stream(3, "moments")
-    drawn = [normal(rng) for _ in range(50_000)]
-    assert (mean(drawn), pstdev(drawn)) == pytest.approx((0.0, 1.0), abs=0.02)
-    for shape in (0.0625, 0.5, 1.0, 7.0):
-        drawn = [gamma(rng, shape) for _ in range(50_000)]
-        assert mean(drawn) == pytest.approx(shape, rel=0.05)
-        assert pstdev(drawn) ** 2 == pytest.approx(shape, rel=0.1)
-
-
-def test_shuffles_are_fair() -> None:
-    rng = stream(4, "shuffles")
-    seen: Counter[tuple[int, ...]] = Counter()
-    for _ in range(6000):
-        items = [0, 1, 2]
-        shuffle(rng, items)
-        seen[tuple(items)] += 1
-    assert len(seen) == 6 and all(900 < count < 1100 for count in seen.values())
-
-
-@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=50).filter(any), st.integers())
-def test_nothing_of_weight_0_is_drawn(weights: list[float], seed: int) -> None:
-    table, rng = Weighted(weights), stream(seed, "x")
-    assert all(weights[table.draw(rng)] > 0 for _ in range(20))
 
 
 @pytest.mark.parametrize(

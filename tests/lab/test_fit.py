@@ -87,13 +87,6 @@ def test_fit_names_the_coefficients() -> None:
             assert seconds == pytest.approx(expected, rel=0.05)
 
 
-def test_a_rank_may_cost_less_than_a_smaller_one() -> None:
-    made = steps_of([1.0] * 7 + [1.0, 0.1, 1.0, 1.0], 1)
-    (_, small), (_, large) = fit_steps(timed(made))[0].adapter
-    assert small == pytest.approx(5e-4, rel=0.05)
-    assert large == pytest.approx(2e-4, rel=0.05)
-
-
 def test_what_is_between_two_timings_is_not_made_up() -> None:
     """With nothing timed from 2 to 63 tokens the curve is straight there."""
     steps = StepCosts(linears=((0.0, 0.01), (1000.0, 1.01)))

@@ -16,7 +16,6 @@ from aioengine.core import CoreLimits
 from aioengine.core.state import Status
 from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.schedulers import Decision, Place, SchedulerPolicy, SchedulerView
-from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.testing import LIMITS, Sim
 
 MIXED = "8:.7,16:.2,64:.1"
@@ -159,23 +158,6 @@ def test_nothing_is_asked_after_an_admission_that_leaves_nothing_to_decide() -> 
     for _ in range(5):
         sim.settle(step_seconds=0.1)
     assert count() == 2
-
-
-class AdmitsOne(FCFS):
-    """Changes the decision of another policy, whose word is not its own."""
-
-    def schedule(self, view: SchedulerView) -> Decision:
-        decision = super().schedule(view)
-        return decision._replace(admit=decision.admit[:1])
-
-
-def test_what_another_policy_says_of_its_own_decision_does_not_count() -> None:
-    sim = Sim(LIMITS, AdmitsOne())
-    for _ in range(3):
-        sim.add(max_tokens=8)
-    sim.settle()
-    sim.settle()
-    assert len(sim.core.running) == 2
 
 
 scenes = st.fixed_dictionaries(

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lab_files import request, sample, write_files
+from support.lab_files import sample, write_files
 
 from aioengine.errors import ConfigError
-from aioengine.lab.analysis.measures import change_text, policy_label, seconds_text, share_text, shorten
 from aioengine.lab.analysis.summary import summarize
 from aioengine.lab.report.charts import images
 from aioengine.lab.report.run_page import MOST_STAYS, PLOTS, load_run, thin, write_report
@@ -116,18 +115,6 @@ def test_a_timeline_of_many_stays_shows_a_part(tmp_path: Path) -> None:
     assert len(timeline.spec["datasets"]["rows"]) == MOST_STAYS
 
 
-def test_the_difference_of_service_is_drawn(tmp_path: Path) -> None:
-    requests = [
-        request(f"{name}{i}", name, i * 1.0, admitted=90.0, ended=100.0) for i in (0, 1) for name in "ab"
-    ]
-    for service, difference in (({"a": 90, "b": 10}, 80), ({"a": 50, "b": 50}, 0)):
-        samples = [sample(time, service if time == 4.0 else {}) for time in (2.0, 4.0, 6.0)]
-        run = load_run(write_files(tmp_path / str(difference), requests, samples=samples))
-        figure = PLOTS["fairness"](run)
-        assert f"differ by {difference} tokens" in figure.title
-        assert max(row["tokens"] for row in figure.spec["datasets"]["gaps"]) == difference
-
-
 def test_the_most_that_waited_is_drawn(tmp_path: Path) -> None:
     samples = [sample(i + 1.0, {}, waiting=99 if i == 501 else 1) for i in range(1000)]
     samples.append(sample(1000.01, {}, running=0, waiting=0))
@@ -135,18 +122,3 @@ def test_the_most_that_waited_is_drawn(tmp_path: Path) -> None:
     table = thin(run.frames.samples)
     assert table.height == 250 and table["most_waiting"].max() == 99.0 > max(table["waiting"])
     assert table["time"][-1] == 1000.01 and table["running"][-1] > 0.9, "no drop for the last hundredth"
-
-
-def test_numbers_and_names() -> None:
-    assert policy_label("vllm+lru") == "vllm+lru"
-    assert policy_label("some/where/my_policy.py:Shortest") == "my_policy.py:Shortest"
-    shares = [share_text(share) for share in (None, 0.0, 0.004, 0.42, 0.996, 1.0)]
-    assert shares == ["–", "0%", "0.4%", "42%", "99.6%", "100%"]
-    changes = [change_text(x) for x in (0.1, -0.1, 0.996, 0.004, -0.0002, 0)]
-    assert changes == ["+10%", "−10%", "+99.6%", "+0.4%", "±0%", "±0%"]
-    times = [seconds_text(seconds) for seconds in (None, 0.0042, 0.0999, 0.42, 9.99, 4200.0)]
-    assert times == ["–", "4.2 ms", "0.10 s", "0.42 s", "10 s", "4,200 s"]
-    assert shorten("adapter-012") == "adapter-012"
-    short = shorten("a-very-long-name-of-an-adapter-012")
-    assert len(short) == 18 and short.endswith("-012")
-    assert shorten("a\nb") == "a?b"

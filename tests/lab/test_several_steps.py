@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.lab_sim import config, costs
 
-from aioengine import RequestOutput, SamplingParams, events
+from aioengine import SamplingParams, events
 from aioengine.core.core import Core, Step
 from aioengine.lab import Experiment, WorkloadSpec, run
-from aioengine.lab.costs.model import Stage
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.device import SimulatedDevice
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -142,70 +139,6 @@ def test_most_steps_are_not_taken_one_by_one(replicas: int | None, rate: float, 
         experiment, repeats=True, decided=jumped
     )
     assert jumped[0] < taken[0] * share
-
-
-Deed = tuple[Literal["look", "add", "cancel"], float]
-"""What is done, and the seconds before it. None is a multiple of a step's."""
-deeds = st.lists(
-    st.tuples(
-        st.sampled_from(["look", "look", "add", "cancel"]),
-        st.integers(1, 250).map(lambda n: n * 0.00117 + 2**0.5 / 3000),
-    ),
-    min_size=1,
-    max_size=12,
-)
-
-
-def seen(deeds: Sequence[Deed], *, repeats: bool) -> list[tuple[float, ...]]:
-    """What one sees of an engine while requests come, are cancelled and end."""
-
-    async def main() -> list[tuple[float, ...]]:
-        found: list[tuple[float, ...]] = []
-        loop = asyncio.get_running_loop()
-
-        def hear(event: events.Event) -> None:
-            if not isinstance(event, (events.LoopLag, events.StepFinished)):  # by who takes steps
-                found.append((event.time, len(type(event).__name__)))
-
-        model = costs(disk=Stage(0.0713, 1e9, slowdown=1.3), slot=Stage(0.0317, 1e9, slowdown=1.7))
-        async with SimulatedEngine(config(max_num_seqs=3, max_num_batched_tokens=16), model) as engine:
-            engine.add_adapters([AdapterShape(name, 8) for name in "ab"])
-            engine.add_listener(hear)
-            running: list[asyncio.Task[RequestOutput]] = []
-            for kind, seconds in deeds:
-                await asyncio.sleep(seconds)
-                if kind == "add":
-                    number = len(running)
-                    engine.lengths[f"r{number}"] = 7 + 9 * number
-                    wanted = engine.complete(
-                        [0] * (3 + 5 * number),
-                        SamplingParams(max_tokens=90),
-                        adapter=(None, "a", "b")[number % 3],
-                        request_id=f"r{number}",
-                    )
-                    running.append(asyncio.create_task(wanted))
-                elif kind == "cancel" and running:
-                    running[len(running) // 2].cancel()
-                else:
-                    stats = engine.stats()
-                    found.append((loop.time(), stats.output_tokens, stats.kv_blocks_free, stats.steps))
-                    found.append((stats.running, stats.waiting, stats.uncomputed_tokens))
-            for task in running:
-                with suppress(asyncio.CancelledError):
-                    found.append((loop.time(), len((await task).token_ids)))
-            engine.check_invariants()
-        return sorted(found)  # what was looked at late is told of late
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SimulatedDevice, "repeats", repeats)
-        return run_in_virtual_time(main())
-
-
-@settings(max_examples=60, deadline=None)
-@given(deeds)
-@pytest.mark.slow
-def test_who_looks_in_between_sees_the_same(deeds: Sequence[Deed]) -> None:
-    assert seen(deeds, repeats=True) == seen(deeds, repeats=False)
 
 
 def test_one_event_tells_of_equal_steps() -> None:

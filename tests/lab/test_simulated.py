@@ -149,15 +149,6 @@ def test_what_a_cold_request_takes() -> None:
     assert last == pytest.approx(moves + 5 * STEP)
 
 
-def test_an_output_ends_with_max_tokens_before_its_length() -> None:
-    async def main(engine: SimulatedEngine) -> tuple[str | None, int]:
-        engine.lengths["r"] = 50
-        out = await engine.complete([0], SamplingParams(max_tokens=20), request_id="r")
-        return out.finish_reason, len(out.token_ids)
-
-    assert on_engine(main) == ("length", 20)
-
-
 def test_what_is_expected_must_be_tokens() -> None:
     async def main(engine: SimulatedEngine) -> None:
         for bad in (0, -3, 2.0, True, "7"):
@@ -210,19 +201,6 @@ def test_loads_and_copies_slow_the_steps_down(monkeypatch: pytest.MonkeyPatch) -
     assert steps[80:] == pytest.approx([STEP] * 70)
 
 
-def test_a_step_costs_what_is_in_it() -> None:
-    async def main(engine: SimulatedEngine) -> tuple[float, float]:
-        out = await engine.complete([0] * 100, SamplingParams(max_tokens=2))
-        assert out.first_token is not None
-        assert out.last_token is not None
-        return out.first_token, out.last_token
-
-    steps = StepCosts(linears=((1, 0.001), (2, 0.002)), decode_kv=0.00001)
-    first, last = on_engine(main, model=costs(steps=steps))
-    assert first == pytest.approx(0.1)
-    assert last - first == pytest.approx(0.001 + 101 * 0.00001)
-
-
 def test_errors_of_adapters_are_the_real_ones() -> None:
     async def main(engine: SimulatedEngine) -> None:
         with pytest.raises(AdapterTooLarge, match="rank 64 is above max_lora_rank=16"):
@@ -232,21 +210,5 @@ def test_errors_of_adapters_are_the_real_ones() -> None:
             await engine.complete([0], adapter="stranger")
         await engine.complete([0], adapter="a")
         engine.check_invariants()
-
-    on_engine(main)
-
-
-def test_stopped_in_the_middle_of_everything() -> None:
-    """With a step, a read and a copy under way."""
-
-    async def main(engine: SimulatedEngine) -> None:
-        tasks = [
-            asyncio.create_task(engine.complete([0], SamplingParams(max_tokens=500), adapter=name))
-            for name in (None, "a", "b")
-        ]
-        await asyncio.sleep(0.9)
-        await engine.stop()
-        errors = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(error).__name__ for error in errors] == ["EngineStopped"] * 3
 
     on_engine(main)

@@ -75,10 +75,10 @@ def experiment(rate: float, **fields: Any) -> Experiment:
 
 def test_replicas_are_added_until_it_holds_and_no_more_than_may_be(tmp_path: Path) -> None:
     objectives = parse_objectives(["ttft_p99=0.5"])
-    sizing = Sizing(experiment(25, slots=1), objectives, tmp_path, seeds=2, jobs=2)
+    sizing = Sizing(experiment(25, slots=1), objectives, tmp_path, seeds=1)
     assert sizing.find(1, 1) is None
     assert [trial.holds is True for trial in sizing.trials.values()] == [False]
-    found = sizing.find(1, 8)
+    found = sizing.find(1, 4)
     assert found is not None and found > 1
     assert sizing.trials[found].holds is True and sizing.trials[found - 1].holds is not True
     assert Sizing(experiment(1.0), objectives[1:], tmp_path, seeds=1).find(1, 3) == 1

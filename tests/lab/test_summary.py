@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.lab_files import REQUESTS, SAMPLES, request, sample, write_files
+from support.lab_files import request, sample, write_files
 
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.fairness import by_client, jain, max_min, service_gap
-from aioengine.lab.analysis.summary import flatten, summarize
+from aioengine.lab.analysis.summary import summarize
 from aioengine.lab.runs.rows import BASE, load_frames
 
 
@@ -87,13 +87,6 @@ def test_an_empty_run_has_figures_too(tmp_path: Path) -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_numbers_have_names(folder: Path) -> None:
-    flat = flatten(summarize(folder))
-    assert flat["ttft_seconds.max"] == 4.0
-    assert not any("by_reason" in name or "by_adapter" in name for name in flat)
-    assert all(value is None or isinstance(value, (int, float)) for value in flat.values())
-
-
 def test_files_that_are_none_of_a_run(folder: Path) -> None:
     (folder / "slots.csv").write_text("a,b\n")
     with pytest.raises(ConfigError, match=r"slots\.csv: no file of a run"):
@@ -101,12 +94,6 @@ def test_files_that_are_none_of_a_run(folder: Path) -> None:
     (folder / "slots.csv").unlink()
     with pytest.raises(ConfigError, match=r"slots\.csv: no such file"):
         load_frames(folder)
-
-
-def test_frames_are_the_records(folder: Path) -> None:
-    frames = load_frames(folder)
-    assert [tuple(row) for row in frames.requests.iter_rows()] == [tuple(row) for row in REQUESTS]
-    assert [tuple(row) for row in frames.samples.iter_rows()] == [tuple(row) for row in SAMPLES]
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=50))

@@ -11,7 +11,6 @@ import torch
 from support.any_models import WITHOUT_EFFECT
 from support.mixed_adapters import check_mix
 from support.moe_adapters import MoeModel
-from support.selection import mostly_slow
 from support.served_models import engine_of, prompt
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
@@ -59,8 +58,10 @@ def build(root: Path, family: str) -> MoeModel:
     return model
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("family", mostly_slow(CASES, *list(CASES)[:2]))
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [*((family, "cpu") for family in CASES), ("deepseek_v3", "torch"), ("gpt_oss", "torch")],
+)
 @pytest.mark.slow
 async def test_a_family(family: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All adapters side by side, with swaps; twice, so that slots and prefixes are reused."""

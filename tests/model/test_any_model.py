@@ -82,24 +82,6 @@ def test_a_model_without_linears_for_adapters_says_so(tmp_path: Path) -> None:
         plan_memory(read_spec(tmp_path, "transformers"), engine, device="cpu")
 
 
-class RenamedConfig(transformers.LlamaConfig):
-    model_type = "a-llama-by-another-name"
-
-
-class RenamedForCausalLM(transformers.LlamaForCausalLM):
-    config_class = RenamedConfig
-
-
-async def test_a_model_type_that_is_unknown_here_but_registered_with_transformers(tmp_path: Path) -> None:
-    auto: Any = transformers
-    auto.AutoConfig.register(RenamedConfig.model_type, RenamedConfig, exist_ok=True)
-    auto.AutoModelForCausalLM.register(RenamedConfig, RenamedForCausalLM, exist_ok=True)
-    model = build_any(tmp_path, RenamedConfig.model_type)
-    async with engine_of(model.folder, model_impl="auto") as engine:
-        await check(model, engine)
-        assert engine.info.model_impl == "transformers"
-
-
 async def test_an_unknown_model_type_of_a_known_class(tmp_path: Path) -> None:
     model = build_any(tmp_path, "llama")
     edit(model.folder, model_type="unheard-of")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -252,55 +251,3 @@ def test_a_view_reads_like_a_copy(
     later = OutputView(history, len(prompt), draft)
     expected = [*history[len(prompt) :], *draft]
     assert later.begins_with(view) == (expected[: len(copy)] == copy)
-
-
-class Counted(list[int]):
-    """Tokens that count how many of them are read."""
-
-    read = 0
-
-    def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        self.read += len(found) if isinstance(index, slice) else 1
-        return found
-
-    def __iter__(self) -> Any:
-        self.read += len(self)
-        return super().__iter__()
-
-
-class Incremental:
-    """Follows the output by what is new, and ends it after the sum of its tokens."""
-
-    def __init__(self) -> None:
-        self.seen = self.sum = 0
-
-    def allowed(self, output: Sequence[int]) -> bytes:
-        self.sum += sum(output[self.seen :])
-        self.seen = len(output)
-        return b"\xff" * 40
-
-
-class IncrementalLater(Incremental):
-    slow = False
-
-    def begin(self, output: Sequence[int]) -> None:
-        self.allowed(output)
-
-    def poll(self, output: Sequence[int], seconds: float) -> bytes | None:
-        return self.allowed(output)
-
-
-@pytest.mark.parametrize("constraint", [Incremental(), IncrementalLater()])
-def test_a_token_costs_the_same_after_any_number_of_them(constraint: Incremental) -> None:
-    history = Counted(range(20))
-    work = dataclasses.replace(row(SamplingParams(constraint=constraint)), history=history)
-    reads = []
-    for token in range(1000):
-        before = history.read
-        constraints.begin([work])
-        assert constraints.collect([work], alone=True, vocab=100).found
-        reads.append(history.read - before)
-        history.append(token)
-    assert reads[0] == 19 and set(reads[1:]) == {1}
-    assert constraint.sum == sum(range(1, 20)) + sum(range(999))

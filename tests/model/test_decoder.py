@@ -11,7 +11,6 @@ import pytest
 import torch
 from support.tiny_models import build_model, reference_generate, reference_logits
 
-from aioengine.model.files.hf_config import read_spec
 from aioengine.step import Sampled, SequenceWork
 
 MakeDriver = Callable[..., Any]
@@ -114,36 +113,6 @@ def test_greedy_output_equals_transformers(
     assert len(set(expected)) > 8, "degenerate model: the comparison would prove little"
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "qwen2-sliding", "qwen3"])
-@pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_chunked_prefill_gives_the_same_tokens(
-    variant: str, chunk: int, models: Callable[[str], Path], make_driver: MakeDriver
-) -> None:
-    model = models(variant)
-    driver = make_driver(model)
-    sequence = driver.add(prompt(2, 33))
-    driver.run(sequence, new_tokens=6, chunk=chunk)
-    assert sequence.output == reference_generate(model, prompt(2, 33), 6)
-
-
-@pytest.mark.parametrize("variant", ["llama", "mistral-sliding", "qwen2-sliding", "gemma2", "olmo3"])
-@pytest.mark.slow
-def test_prefill_and_decode_mix_in_a_batch(
-    variant: str, models: Callable[[str], Path], make_driver: MakeDriver
-) -> None:
-    """Sequences of very different lengths join while others decode; chunks and rows interleave."""
-    model = models(variant)
-    driver = make_driver(model)
-    prompts = [prompt(3, 40), prompt(4, 1), prompt(5, 150), prompt(6, 9)]
-    early, short, long, late = (driver.add(p) for p in prompts)
-    driver.step((early, 40), (short, 1))
-    driver.step((long, 50), (early, 1), (short, 1))
-    driver.step((early, 1), (long, 60), (short, 1), (late, 9))
-    driver.run(early, short, long, late, new_tokens=24, chunk=13)
-    for sequence, p in zip((early, short, long, late), prompts, strict=True):
-        assert sequence.output == reference_generate(model, p, 24)
-
-
 @pytest.mark.parametrize("variant", ["llama", "mistral-sliding"])
 def test_what_other_cells_of_the_cache_hold_does_not_matter(
     variant: str, models: Callable[[str], Path], make_driver: MakeDriver
@@ -197,27 +166,3 @@ def test_half_precision_logits_are_close(
         expected = reference_logits(model, prompt(3, 30))[-1]
         error = (logits.float() - expected).norm() / expected.norm()
         assert error < tolerance
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_allocated_bytes_are_what_the_spec_says(
-    variant: str, models: Callable[[str], Path], make_driver: MakeDriver
-) -> None:
-    model = models(variant)
-    spec = read_spec(model)
-    runner = make_driver(model, dtype=torch.bfloat16, num_blocks=6, block_size=8).runner
-    assert runner.model.nbytes == spec.num_parameters() * 2
-    assert runner.kv_cache.nbytes == spec.kv_bytes_per_token(2) * 6 * 8
-
-
-def test_blocks_shared_with_another_sequence_serve_as_its_prefix(
-    models: Callable[[str], Path], make_driver: MakeDriver
-) -> None:
-    model = models("llama")
-    driver = make_driver(model)
-    first = driver.add(prompt(7, 20))
-    driver.run(first, new_tokens=2)
-    second = driver.add(prompt(7, 16) + prompt(8, 7))
-    second.blocks, second.computed = first.blocks[:4], 16
-    driver.run(second, new_tokens=8)
-    assert second.output == reference_generate(model, prompt(7, 16) + prompt(8, 7), 8)

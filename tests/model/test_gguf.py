@@ -66,21 +66,6 @@ def test_float_tensors_come_back_exactly(tmp_path: Path, family: str, kind: str,
         assert torch.equal(tensor, expected[name].to(stored)), name
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_quantised_tensors_come_back_within_half_a_step(tmp_path: Path, family: str) -> None:
-    model = tiny_model(family)
-    tensors = read_all(write_gguf(tmp_path / "m.gguf", model, family, "Q8_0"))
-    for name, expected in model.state_dict().items():
-        assert tensors[name].dtype == torch.float32
-        if expected.ndim == 1:
-            assert torch.equal(tensors[name], expected)
-            continue
-        blocks = expected.reshape(-1, 32)
-        step = blocks.abs().amax(-1, keepdim=True) / 127
-        error = (tensors[name].reshape(-1, 32) - blocks).abs()
-        assert (error <= 0.6 * step).all(), name  # the step itself is stored in float16
-
-
 def test_tied_embeddings_have_no_head(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tiny_model("llama", tie_word_embeddings=True), "llama")
     assert read_spec(path).tie_embeddings
@@ -129,12 +114,6 @@ def test_spec_of_a_llama(tmp_path: Path) -> None:
     assert (spec.num_heads, spec.num_kv_heads, spec.rms_norm_eps, spec.max_position) == (4, 2, 1e-5, 256)
     assert (spec.family, spec.dtype, spec.rope) == ("llama", "float32", RopeSpec())
     assert (spec.bos_token_id, spec.eos_token_ids) == (1, (2, 7))
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_the_spec_counts_the_parameters_that_come(tmp_path: Path, family: str) -> None:
-    path = write_gguf(tmp_path / "m.gguf", tiny_model(family), family)
-    assert read_spec(path).num_parameters() == sum(t.numel() for t in read_all(path).values())
 
 
 def test_a_sliding_window_makes_it_a_mistral(tmp_path: Path) -> None:

@@ -78,32 +78,6 @@ def served(
     return model, adapters
 
 
-def test_adapters_and_base_rows_mixed_equal_peft_one_by_one(
-    served: tuple[Path, dict[str, Path]], make_driver: MakeDriver
-) -> None:
-    model, adapters = served
-    num_slots = len(ADAPTERS) + 2
-    driver = make_driver(
-        model, max_loras=num_slots, max_lora_rank=16, kernels="torch", target_modules=TARGETABLE_MODULES
-    )
-    slots = dict(zip(ADAPTERS, random.Random(0).sample(range(num_slots), len(ADAPTERS)), strict=True))
-    for name, slot in slots.items():
-        driver.load(slot, adapters[name])
-
-    work: list[tuple[str | None, list[int], Any]] = []
-    served_by: list[str | None] = [*ADAPTERS, None, "all", None, "dora", "rank-8", "bias"]
-    for i, who in enumerate(served_by):
-        tokens = prompt(i, 5 + 2 * i)
-        work.append((who, tokens, driver.add(tokens, slots[who] if who else -1)))
-    driver.run(*(sequence for *_, sequence in work), new_tokens=NEW, chunk=20)
-
-    for who, tokens, sequence in work:
-        adapter = adapters[who] if who else None
-        expected = expected_output(model, tuple(tokens), NEW, adapter)
-        assert sequence.output == expected, who
-        assert adapter is None or expected != expected_output(model, tuple(tokens), NEW, None), who
-
-
 def test_logits_equal_pefts(served: tuple[Path, dict[str, Path]], make_driver: MakeDriver) -> None:
     """In one batch, and so do those of the base model beside them."""
     model, adapters = served

@@ -6,7 +6,6 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from support.tiny_models import build_model
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.model.files.hf_config import read_spec
-from aioengine.model.slots.image import SERIAL_ELEMENTS, AdapterImage, build_image
+from aioengine.model.slots.image import AdapterImage, build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.spec import EMBEDDING_MODULES, LORA_MODULES, NO_LAYER, TARGETABLE_MODULES, ModelSpec
@@ -180,27 +179,3 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(spec: ModelSpec
     assert not any(pool.memory.memory.any() for pool in (slots, elsewhere, elastic))
     with pytest.raises(ConfigError, match="norm"):
         LoRASlots(spec, 2, 4, ("q_proj", "norm"), torch.float32, CPU)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rank", [1, 3, 32])
-@pytest.mark.slow
-def test_copies_are_cut_into_what_torch_does_in_the_calling_thread(
-    spec: ModelSpec, dtype: torch.dtype, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    large = msgspec.structs.replace(spec, intermediate_size=5 * SERIAL_ELEMENTS + 3, num_layers=1)
-    slots = LoRASlots(large, 2, 32, ("down_proj", "up_proj"), dtype, CPU)
-    adapter, affine = make_adapter(large, {(0, "down_proj"): rank, (0, "up_proj"): rank}, [(0, "up_proj")])
-    image = build_image(slots.layout, adapter, affine, dtype)
-    sizes: list[int] = []
-    real = torch._foreach_copy_
-
-    def counted(targets: list[Tensor], sources: list[Tensor]) -> None:
-        sizes.extend(source.numel() for source in sources)
-        real(targets, sources)
-
-    monkeypatch.setattr(torch, "_foreach_copy_", counted)
-    slots.write(1, image)
-    assert max(sizes) <= SERIAL_ELEMENTS
-    check_content(slots, 1, adapter.tensors, affine)
-    assert not slots.memory.memory[: slots.layout.elements].any()

@@ -142,11 +142,13 @@ def check(
     assert {outcome.compiled for outcome in (found, *others)} == {compiled}
 
 
-PLAIN = ["llama", "mistral", "qwen2", "qwen3", "one-kv-head", "granite", "phi3"]
+HALF, FULLY = False, True
+PLAIN = [("llama", HALF), ("mistral", FULLY), ("qwen3", HALF), ("qwen3", FULLY), ("one-kv-head", FULLY)]
+PLAIN += [("granite", HALF), ("phi3", FULLY)]
+"""Models and modes of sharding."""
 
 
-@pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", mostly_slow(PLAIN, "qwen3", "phi3"))
+@pytest.mark.parametrize(("model", "fully_sharded"), mostly_slow_rows(PLAIN, ("qwen3", FULLY)))
 @pytest.mark.slow
 def test_two_ranks_give_the_tokens_and_logits_of_one(
     two: Ranks, root: Path, model: str, fully_sharded: bool
@@ -154,8 +156,7 @@ def test_two_ranks_give_the_tokens_and_logits_of_one(
     check(two, root, model, fully_sharded)
 
 
-@pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", mostly_slow(["by-three", "phi3-by-three"], "by-three"))
+@pytest.mark.parametrize(("model", "fully_sharded"), [("by-three", HALF), ("phi3-by-three", FULLY)])
 @pytest.mark.slow
 def test_three_ranks_give_the_tokens_and_logits_of_one(
     three: Ranks, root: Path, model: str, fully_sharded: bool
@@ -164,11 +165,11 @@ def test_three_ranks_give_the_tokens_and_logits_of_one(
     check(three, root, model, fully_sharded)
 
 
-COMPILED = ["qwen2", "qwen3", "one-kv-head", "gemma2", "gemma3", "phi3", "glm4"]
+COMPILED = [("qwen2", FULLY), ("qwen3", HALF), ("qwen3", FULLY), ("one-kv-head", HALF), ("gemma2", FULLY)]
+COMPILED += [("gemma3", HALF), ("phi3", FULLY), ("glm4", HALF)]
 
 
-@pytest.mark.parametrize("fully_sharded", [False, True])
-@pytest.mark.parametrize("model", mostly_slow(COMPILED, "qwen3"))
+@pytest.mark.parametrize(("model", "fully_sharded"), mostly_slow_rows(COMPILED, ("qwen3", FULLY)))
 @pytest.mark.usefixtures("cpu_library")
 @pytest.mark.slow
 def test_so_they_do_in_compiled_steps(two: Ranks, root: Path, model: str, fully_sharded: bool) -> None:
@@ -191,10 +192,12 @@ def test_int8_adapters_on_two_ranks(two: Ranks, root: Path, kernels: str) -> Non
     assert 0 < error < 0.02
 
 
-@pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize(
-    ("model", "quantization"),
-    mostly_slow_rows([("qwen2", "int8"), ("gemma3", "int8"), ("llama", "int4")], ("qwen2", "int8")),
+    ("model", "quantization", "fully_sharded"),
+    mostly_slow_rows(
+        [("qwen2", "int8", FULLY), ("gemma3", "int8", HALF), ("llama", "int4", FULLY)],
+        ("qwen2", "int8", FULLY),
+    ),
 )
 @pytest.mark.usefixtures("cpu_library")
 def test_quantized_weights_on_two_ranks(
@@ -212,12 +215,11 @@ def test_quantized_weights_on_two_ranks(
     assert 0 < shared < 1.2 * whole
 
 
-@pytest.mark.parametrize("fully_sharded", mostly_slow([False, True], True))
 @pytest.mark.usefixtures("cpu_library")
 @pytest.mark.slow
-def test_shares_that_compiled_steps_do_not_cover(three: Ranks, root: Path, fully_sharded: bool) -> None:
+def test_shares_that_compiled_steps_do_not_cover(three: Ranks, root: Path) -> None:
     """A third of the vocabulary is not in whole vectors: the library's operations, one by one."""
-    check(three, root, "by-three", fully_sharded, "cpu")
+    check(three, root, "by-three", FULLY, "cpu")
 
 
 @pytest.mark.usefixtures("cpu_library")
@@ -282,10 +284,12 @@ def test_bytes_sent_are_those_of_the_formulas(two: Ranks, root: Path) -> None:
             assert two.run(traffic, script, fully_sharded=fully_sharded) == [expected, expected]
 
 
-@pytest.mark.parametrize("fully_sharded", [False, True])
 @pytest.mark.parametrize(
-    ("model", "quantization"),
-    [*((name, "none") for name in ("qwen3", "mistral", "one-kv-head", "glm4")), ("qwen2", "int8")],
+    ("model", "quantization", "fully_sharded"),
+    [
+        *(("qwen3", "none", HALF), ("mistral", "none", FULLY), ("one-kv-head", "none", FULLY)),
+        *(("glm4", "none", HALF), ("qwen2", "int8", FULLY)),
+    ],
 )
 @pytest.mark.usefixtures("cpu_library")
 def test_the_plan_is_what_each_rank_allocates(

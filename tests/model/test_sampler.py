@@ -2,23 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fake_cuda import FakeCuda
 from support.sampler_rows import row, tokens
-from torch.overrides import TorchFunctionMode
 
 from aioengine.model import sampler
 from aioengine.model.penalties import Penalties
 from aioengine.model.sampler import sample, uniform
 from aioengine.request import SamplingParams
-from aioengine.step import Sampled, SequenceWork
 
 VOCABULARIES = (7, 100, 20000)  # below, around and beyond the sampler's block and candidate counts
 
@@ -59,31 +54,6 @@ def test_greedy_is_argmax(dtype: torch.dtype) -> None:
     mixed = [row(greedy) if i % 2 else row(SamplingParams(temperature=1.0)) for i in range(5)]
     assert tokens(logits, mixed)[1::2] == logits.argmax(-1).tolist()[1::2]
     assert torch.equal(logits, before)
-
-
-@pytest.mark.slow
-@settings(max_examples=100, deadline=None)
-@given(
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.sampled_from([64, 192, 512, 1536]),
-    st.lists(
-        st.sets(st.sampled_from([-3.5, -1.0, -0.0, 0.0, 1e-3, 2.0, 3e4]), min_size=1), min_size=1, max_size=4
-    ),
-    st.sampled_from([None, None, math.nan, -math.nan, math.inf, -math.inf]),
-    st.randoms(use_true_random=False),
-)
-def test_the_first_of_the_largest(
-    dtype: torch.dtype, vocab: int, kinds: list[set[float]], odd: float | None, rng: random.Random
-) -> None:
-    """Of rows with few different values, of one sign or both, whatever another row holds."""
-    values = [[rng.choice(sorted(kind)) for _ in range(vocab)] for kind in kinds]
-    if odd is not None:
-        values[rng.randrange(len(kinds))][rng.randrange(vocab)] = odd
-    logits = torch.tensor(values).to(dtype)
-    for found, scores in zip(sample(logits, [row(SamplingParams())] * len(kinds)), values, strict=True):
-        largest = math.nan if any(map(math.isnan, scores)) else max(scores)
-        assert (found.error is None) == math.isfinite(largest)
-        assert found.token == (scores.index(largest) if math.isfinite(largest) else -1)
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -268,55 +238,6 @@ def test_banned_tokens_are_never_drawn() -> None:
     logits[:, [3, 70]] = 0.0
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=50)):
         assert set(tokens(logits, [row(params, seed=s) for s in range(200)])) == {3, 70}
-
-
-class Asked(TorchFunctionMode):
-    """Notes what the host asks of tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__", "cpu"):
-            self.names.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_host_asks_for_tokens_once() -> None:
-    """On a GPU, where each question waits for the device."""
-    asked: list[str] = []
-
-    def sample_there(logits: torch.Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
-        with FakeCuda():
-            there = logits.to("cuda")
-            with Asked() as noted:
-                found = sample(there, rows)
-            asked[:] = noted.names
-            return found
-
-    logits = torch.randn(6, 20000, generator=torch.Generator().manual_seed(0)) * 4
-    greedy, random = row(SamplingParams()), row(SamplingParams(temperature=0.5, top_p=0.9), seed=3)
-    penalised = row(SamplingParams(repetition_penalty=1.5, logit_bias={5: 1.0}), history=[1, 2, 3])
-    sample_there(logits, [greedy] * 6)
-    assert asked == ["tolist"]
-    sample_there(logits, [greedy, random, greedy, random, random, greedy])
-    assert asked == ["tolist"]
-    tied = torch.randn(64, 131072, generator=torch.Generator().manual_seed(1)).mul(4).bfloat16()
-    limited = [row(SamplingParams(temperature=0.7, top_k=50, top_p=0.95), seed=s) for s in range(64)]
-    values = tied.float().topk(50).values
-    assert (values[:, 1:] == values[:, :-1]).any(dim=-1).sum() > 50  # so many rows have equal logits
-    sample_there(tied, limited)
-    assert asked == ["tolist"]
-    sample_there(logits, [penalised, greedy, penalised, greedy, greedy, greedy])
-    assert asked == ["tolist"]
-    logits[1] = math.nan
-    results = sample_there(logits, [greedy, random, random, penalised, greedy, random])
-    assert asked == ["tolist", "item"], "one more to say what is wrong"
-    assert [result.token >= 0 for result in results] == [True, False, True, True, True, True]
-    scored = row(SamplingParams(temperature=0.5, top_p=0.9, logprobs=5), seed=3)
-    sample_there(logits[2:], [greedy, scored, random, penalised])
-    assert asked == ["tolist"] * 2, "log-probabilities are asked for together"
 
 
 @given(st.data())

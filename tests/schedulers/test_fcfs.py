@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from support.policy_cases import order_of
 
 from aioengine import events
@@ -22,28 +21,6 @@ def test_order_of_arrival_among_what_can_run() -> None:
     order = order_of(sim)
     assert order[:2] == ["r1", "r3"], "what waits for its adapter is skipped, not waited for"
     assert order.index("r2") < order.index("r4")
-
-
-@pytest.mark.parametrize("cpu_capacity", [1, 2])
-def test_a_cold_adapter_gets_its_turn_although_a_busy_one_never_pauses(cpu_capacity: int) -> None:
-    max_wait, step, tokens = 1.0, 0.05, 8
-    sim = Sim(LIMITS._replace(num_slots=1, cpu_capacity=cpu_capacity), FCFS(max_wait=max_wait))
-    sim.register("busy")
-    sim.register("cold")
-    sim.add("busy", max_tokens=tokens)
-    for _ in range(3):
-        sim.settle(step_seconds=step)
-    arrival = sim.now
-    cold = sim.add("cold", max_tokens=tokens)
-    for _ in range(200):
-        sim.add("busy", max_tokens=tokens)
-        sim.settle(step_seconds=step)
-        if cold.admitted is not None:
-            break
-    assert cold.admitted is not None, "starved"
-    # The bound: 2 max_wait, one longest generation, and the steps that reading and copying take.
-    assert cold.admitted - arrival <= 2 * max_wait + (tokens + 4) * step
-    assert cold.admitted - arrival >= max_wait, "not before it had aged: a busy slot is not taken early"
 
 
 def test_all_cold_adapters_get_their_turn_in_order_of_arrival() -> None:

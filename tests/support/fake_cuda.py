@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -99,15 +99,11 @@ class FakeCuda(contextlib.ExitStack):
         """The current stream by thread; the first one if it is not here."""
         self.waits = 0
         """How often the host waited for the device, or read a value from it."""
-        self.uploads = 0
-        """Copies to the device."""
         self.staged = 0
         """Copies, meant to be asynchronous, of memory that is not page-locked: the driver may wait."""
         self.wrong_device: list[str] = []
         """Calls in threads whose current device is another one."""
         self.races: list[str] = []
-        self.between: Callable[[], None] | None = None
-        """Called between two operations on the device, as another thread could run then."""
         self._watched: list[Watched] = []
         """In the order of addresses."""
         self._busy = False
@@ -180,14 +176,6 @@ class FakeCuda(contextlib.ExitStack):
         yield
         self.thread.device = before
 
-    @contextlib.contextmanager
-    def unnoticed(self) -> Iterator[None]:
-        """Read values for the test's own use: neither orders nor counts."""
-        waits, self._busy = self.waits, True
-        clock = dict(self.thread.clock)
-        yield
-        self.waits, self._busy, self.thread.clock = waits, False, clock
-
     def wait(self) -> None:
         """Let the host wait for the current stream."""
         self.waits += 1
@@ -214,7 +202,6 @@ class FakeCuda(contextlib.ExitStack):
 
     def access(self, function: Any, arguments: Sequence[Any], options: dict[str, Any], actor: Actor) -> None:
         """Note what an operation reads and writes."""
-        indexed = _indexed(function, arguments)
         for argument, schema in zip(arguments, function._schema.arguments, strict=False):
             alias = schema.alias_info
             for tensor in tensors(argument):
@@ -224,8 +211,7 @@ class FakeCuda(contextlib.ExitStack):
                 if function.is_view or (alias is not None and not alias.is_write):
                     continue
                 write = alias is not None and alias.is_write
-                ranges = indexed if argument is arguments[0] and indexed is not None else _hull(tensor)
-                if (other := watched.touch(ranges, actor, write)) is not None:
+                if (other := watched.touch(_hull(tensor), actor, write)) is not None:
                     did = "written" if write else "read"
                     self.races.append(f"{watched.name}: {did} by {actor.name} ({function}), {other}")
 
@@ -234,30 +220,6 @@ def _hull(tensor: Tensor) -> np.ndarray:
     """[1, 2] first and last + 1 address of a tensor."""
     length = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr() + np.array([[0, length * tensor.itemsize]])
-
-
-def _indexed(function: Any, arguments: Sequence[Any]) -> np.ndarray | None:
-    """[n, 2] addresses that are touched of the first argument, if the operation takes rows of it by index."""
-    name = function._schema.name.removeprefix("aten::")
-    if name in ("index_select", "index_copy_", "index_fill_"):
-        if arguments[1] != 0:
-            return None
-        indices = [arguments[2]]
-    elif name in ("index", "index_put_", "_index_put_impl_"):
-        indices = list(arguments[1])
-    else:
-        return None
-    if any(i is None or i.dtype not in (torch.int64, torch.int32) for i in indices):
-        return None
-    tensor: Tensor = arguments[0]
-    at = sum(
-        (i.long() * s for i, s in zip(indices, tensor.stride(), strict=False)),
-        torch.zeros((), dtype=torch.int64),
-    )
-    rest = zip(tensor.shape[len(indices) :], tensor.stride()[len(indices) :], strict=True)
-    length = 1 + sum((n - 1) * s for n, s in rest)
-    begins = np.unique(np.asarray(at.flatten().tolist(), np.int64))
-    return tensor.data_ptr() + np.stack([begins, begins + length], axis=1) * tensor.itemsize
 
 
 class Stream(Actor):
@@ -364,14 +326,7 @@ class _Functions(TorchFunctionMode):
         if pinned:
             self._world.called("pinned memory")
         out = function(*args, **kwargs)
-        if (between := self._world.between) is not None and is_there(out):
-            self._world.between = None
-            with self:
-                between()
-            self._world.between = between
         if there and isinstance(out, Tensor):
-            if function is torch.tensor:
-                self._world.uploads += 1
             out._there = True
             self._world.live.note([out])
         if pinned:
@@ -381,7 +336,6 @@ class _Functions(TorchFunctionMode):
     def _copy(self, to: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
         world = self._world
         torch.ops.aten.copy_(to, source)  # belongs to the stream, because one of the two does
-        world.uploads += is_there(to)
         host = source if is_there(to) else to
         if not non_blocking:
             world.wait()

@@ -7,7 +7,6 @@ and reading a value on the host fails.
 
 from __future__ import annotations
 
-import collections
 import functools
 import importlib
 from collections.abc import Sequence
@@ -27,18 +26,14 @@ class FakeGpu:
     """What was launched since :func:`install`."""
 
     def __init__(self) -> None:
-        self.launches: collections.Counter[str] = collections.Counter()
         self.variants: dict[str, int] = {}
         """Compiled kernels by JIT key, in order: the number of the step that needed each."""
         self.faults: list[str] = []
         """Arguments on another device, and grids that no GPU takes."""
         self.step = -1
-        self.checks = True
-        """Whether arguments and grids are looked at, which takes longer than a launch."""
 
     def reset(self) -> None:
         """Forget launches and faults, but not what is compiled."""
-        self.launches.clear()
         self.faults = []
 
     def compiled(self, source: Any) -> None:
@@ -46,9 +41,6 @@ class FakeGpu:
         self.variants.setdefault(repr(key), self.step)
 
     def launched(self, name: str, grid: Sequence[int], arguments: Sequence[object]) -> None:
-        self.launches[name] += 1
-        if not self.checks:
-            return
         for value in arguments:
             if isinstance(value, torch.Tensor) and value.device.type != "meta":
                 self.faults.append(f"{name}: a tensor on {value.device}")

@@ -26,6 +26,8 @@ class Case(NamedTuple):
     offsets: list[int]
     slot_affine: list[bool]
     """The slots that scale and shift; what ``affine`` holds for the others is NaN."""
+    scales: list[float] | None = None
+    """By which each sequence's adapter is multiplied; None: by one."""
 
     @property
     def batch(self) -> LoRABatch:
@@ -34,6 +36,7 @@ class Case(NamedTuple):
             [n for _, n in self.sequences],
             self.ranks,
             slot_affine=self.slot_affine,
+            scales=self.scales,
         )
 
     @property
@@ -89,6 +92,18 @@ class Case(NamedTuple):
     def slot_of_token(self) -> list[int]:
         return [slot for slot, count in self.sequences for _ in range(count)]
 
+    @property
+    def scale_of_token(self) -> list[float]:
+        scales = self.scales or [1.0] * len(self.sequences)
+        return [scale for scale, (_, count) in zip(scales, self.sequences, strict=True) for _ in range(count)]
+
+    def alone(self, token: int) -> LoRABatch:
+        """The batch of one token."""
+        scales = None if self.scales is None else [self.scale_of_token[token]]
+        return LoRABatch(
+            [self.slot_of_token[token]], [1], self.ranks, slot_affine=self.slot_affine, scales=scales
+        )
+
 
 def make_case(
     sequences: Sequence[tuple[int, int]],
@@ -101,6 +116,7 @@ def make_case(
     slot_affine: Sequence[bool] = (),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    scales: Sequence[float] | None = None,
 ) -> Case:
     """``widths`` are the slices of the fused output, of which the adapters target ``targeted``."""
     generator = torch.Generator().manual_seed(seed)
@@ -126,7 +142,8 @@ def make_case(
     starts = [sum(widths[:j]) for j in targeted]
     y = randn(tokens, sum(widths))
     x = randn(tokens, n_in)
-    return Case(sorted(sequences), list(ranks), x, a, b, affine, y, starts, list(slot_affine))
+    made = Case(sorted(sequences), list(ranks), x, a, b, affine, y, starts, list(slot_affine))
+    return made._replace(scales=None if scales is None else list(scales))
 
 
 def rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -68,23 +68,6 @@ class Usage(NamedTuple):
     shared_bytes: int
     ptx: str
     """NVIDIA's assembler, or AMD's."""
-    ttgir: str
-    """Triton's own form of it, in which tensors have layouts."""
-
-    def in_loops(self, operation: str) -> list[str]:
-        """Return the lines of ``ttgir`` with this operation that each turn of a loop passes."""
-        found, blocks = [], list[str]()
-        for line in self.ttgir.splitlines():
-            inner = [block for block in blocks if block in ("scf.for", "scf.if")]
-            if inner[-1:] == ["scf.for"] and re.search(rf"\b{re.escape(operation)}\b", line):
-                found.append(line.strip())
-            opened = line.count("{") - line.count("}")
-            if opened > 0:
-                kind = re.search(r"scf\.(for|if)\b", line)
-                blocks += [kind[0] if kind else ""] * opened
-            elif opened < 0:
-                del blocks[opened:]
-        return found
 
 
 def usage_of(source: ASTSource, target: GPUTarget, num_warps: int, num_stages: int) -> Usage:
@@ -101,7 +84,7 @@ def usage_of(source: ASTSource, target: GPUTarget, num_warps: int, num_stages: i
         text = asm["amdgcn"]
         numbers = {name: int(n) for name, n in re.findall(r"\.(vgpr\w*_count):\s+(\d+)", text)}
         registers, spilled = numbers["vgpr_count"], 4 * numbers["vgpr_spill_count"]
-    return Usage(registers, spilled, compiled.metadata.shared, text, asm["ttgir"])
+    return Usage(registers, spilled, compiled.metadata.shared, text)
 
 
 def _reporting(backend: object = None, stages: dict[str, Any] | None = None, *_: object) -> tuple[str, str]:
