@@ -16,7 +16,7 @@ import pytest
 from support.waiting import until
 
 from aioengine.adapters import loader as loaders
-from aioengine.adapters.loader import MAX_HANGING, BaseLoader
+from aioengine.adapters.loader import BaseLoader
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AioEngineError
@@ -135,23 +135,6 @@ def hanging() -> Any:
     read = Hanging()
     yield read
     read.release.set()
-
-
-@pytest.mark.slow
-async def test_when_many_reads_hang_no_more_are_started(
-    hanging: Hanging, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loaders, "MAX_HANGING_IN_FOLDER", MAX_HANGING)
-    monkeypatch.setattr(loaders, "GRACE_SECONDS", 0.0)
-    loader = loader_of(FakeStore(dead=hanging), timeout=0.5)
-    await asyncio.gather(*(load(loader, i, "dead") for i in range(MAX_HANGING)), return_exceptions=True)
-    threads = set(threading.enumerate())
-    with pytest.raises(AdapterLoadError, match=rf"{MAX_HANGING} earlier reads hang.*/adapters/dead"):
-        await load(loader, 99, "good")
-    assert set(threading.enumerate()) <= threads
-    hanging.release.set()
-    await loader.close()
-    assert (await load(loader, 99, "good")).digest == "good"
 
 
 async def test_reads_that_were_only_cancelled_are_waited_for(

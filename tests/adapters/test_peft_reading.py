@@ -8,8 +8,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from support.peft_files import CONFIG, PREFIX, SPEC, WEIGHTS, edit_config, read, refused
 
-from aioengine.errors import AdapterInvalid, AdapterLoadError
+from aioengine.errors import AdapterLoadError
 
 # B of q_proj at rank 16 has 65536 elements: as many as there are 16-bit floats, and more than one piece.
 WIDE = msgspec.structs.replace(SPEC, hidden_size=4096, num_heads=512, num_layers=1)
@@ -71,52 +69,11 @@ def test_overflow_by_scaling_is_found_wherever_it_is(tmp_path: Path) -> None:
     assert read(tmp_path, WIDE, dtype=torch.bfloat16).tensors[0, "q_proj"][1].isfinite().all()
 
 
-def test_dtypes_mixed_in_one_file(tmp_path: Path) -> None:
-    a, b = torch.randn(16, 32), torch.randn(32, 16).bfloat16()
-    keys = {f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight": a + i for i in (0, 1)}
-    keys |= {f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_B.weight": b + i for i in (0, 1)}
-    write(tmp_path, keys)
-    for slot in DTYPES:
-        for (layer, _), pair in read(tmp_path, dtype=slot).tensors.items():
-            assert torch.equal(pair[0], (a + layer).to(slot))
-            assert torch.equal(pair[1], (b + layer).to(slot))
-
-
 def test_digest_is_sha256_of_both_files(adapter: Path) -> None:
     content = (adapter / CONFIG).read_bytes() + (adapter / WEIGHTS).read_bytes()
     assert read(adapter).digest == hashlib.sha256(content).hexdigest()
     for _ in range(100):  # the weights are converted while they are hashed
         assert read(adapter, dtype=torch.bfloat16).digest == hashlib.sha256(content).hexdigest()
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
-@pytest.mark.slow
-def test_reading_starts_no_team_of_threads(tmp_path: Path) -> None:
-    """A team per loader thread would take the cores from the model's step."""
-    a, b = torch.randn(16, 4096), torch.randn(4096, 16)
-    write(tmp_path, {f"{PREFIX}.lora_A.weight": a, f"{PREFIX}.lora_B.weight": b}, lora_alpha=5)
-    script = """if True:
-        import msgspec, os, sys, time, torch
-        from aioengine.adapters.store import AdapterStore
-        from aioengine.model.slots.layout import SlotLayout
-        from aioengine.model.spec import ModelSpec
-        def threads():
-            return len(os.listdir("/proc/self/task"))
-        spec = msgspec.json.decode(sys.argv[2], type=ModelSpec)
-        torch.set_num_threads(4)
-        before = threads()
-        for dtype in (torch.float32, torch.bfloat16):
-            store = AdapterStore(SlotLayout(spec, 16, ["q_proj"]), dtype=dtype, weights=None)
-            store.finish(store.begin("a", sys.argv[1]))
-        deadline = time.monotonic() + 60
-        while threads() != before:  # a thread that was joined is listed for a moment longer
-            assert time.monotonic() < deadline, "reading"
-            os.sched_yield()
-        torch.zeros(1 << 20).add_(1)
-        assert threads() == before + 3, "the proof that teams can be seen"
-    """
-    arguments = [sys.executable, "-c", script, str(tmp_path), msgspec.json.encode(WIDE).decode()]
-    subprocess.run(arguments, check=True, timeout=120)
 
 
 # -- disks ---------------------------------------------------------------------------------------
@@ -163,14 +120,6 @@ def test_a_disk_that_fails(adapter: Path, disk: Any, file: str, code: int, trans
     error = failure(adapter)
     assert error.transient is transient
     assert file in str(error) and os.strerror(code) in str(error)
-
-
-def test_missing_files_are_not_worth_a_retry(adapter: Path) -> None:
-    assert not failure(adapter / "nowhere").transient
-    (adapter / WEIGHTS).unlink()
-    with pytest.raises(AdapterInvalid) as caught:
-        read(adapter)
-    assert not caught.value.transient
 
 
 def test_short_reads(adapter: Path, disk: Any) -> None:

@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, make, read, refused
+from support.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, read, refused
 
 from aioengine.adapters.resolvers.filesystem import FilesystemResolver
 from aioengine.errors import AdapterInvalid, AdapterNotFound
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    make(tmp_path / "sql", target_modules=["q_proj"])
-    return tmp_path / "sql"
 
 
 def test_a_merged_model(adapter: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import kernels_reference as reference
 from support import layer_cases
 from support.layer_cases import LayerCase
 from support.selection import mostly_slow_rows
@@ -27,6 +26,7 @@ from aioengine.kernels.cpu import build, shared_library, structs
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.kernels.cpu.quantized import QuantizedWeight
+from aioengine.kernels.portable import plain as reference
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -129,7 +129,7 @@ def test_norm_and_activation(lib: ctypes.CDLL, dtype: torch.dtype, rows: int, si
 
 @functools.cache
 def expected_of(case: LayerCase) -> list[Tensor]:
-    """The oracle's answer: once for all instruction sets, since it takes long."""
+    """Plain torch's answer: once for all instruction sets, since it takes long."""
     return layer_cases.run(reference, case)
 
 

@@ -1,4 +1,4 @@
-"""The experts' linears and the adapters on them: every backend against the oracle.
+"""The experts' linears and the adapters on them: every backend against plain torch.
 
 ``test_triton.py`` runs this file in Triton's interpreter, too, and on a machine with a GPU it runs there.
 """
@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import kernels_reference as reference
 
 from aioengine.kernels import (
     ExpertPlan,
@@ -25,6 +24,7 @@ from aioengine.kernels import (
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.packed import PackedWeight
 from aioengine.kernels.cpu.quantized import QuantizedWeight
+from aioengine.kernels.portable import plain as reference
 from aioengine.kernels.slots import Column
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import kernels_reference as reference
 from support.layer_cases import Layer, LayerCase, close, run
 from support.tiny_models import build_model
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LayerCache, Rotation, Span, get_backend
+from aioengine.kernels.portable import plain as reference
 from aioengine.memory_plan import plan_memory
 from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
@@ -34,7 +34,7 @@ BACKEND = get_backend(DEVICE, NAME)
 
 
 class Rounding:
-    """The oracle, over a cache in whose place numbers are rounded to float8."""
+    """Plain torch, over a cache in whose place numbers are rounded to float8."""
 
     name = "rounding"
     paged_attention = staticmethod(reference.paged_attention)

@@ -1,4 +1,4 @@
-"""The LoRA operations: the oracle against the definition, and every other backend against the oracle."""
+"""The LoRA operations: plain torch against the definition, and every other backend against it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import kernels_reference as reference
 from support.lora_cases import Case, apply, make_case, rounded, turned
 from torch import Tensor
 
 from aioengine.kernels import LoRABatch, available_backends, get_backend
+from aioengine.kernels.portable import plain as reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 BACKENDS = available_backends("cpu")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import kernels_reference as reference
 from support.layer_cases import LayerCase, close, run
 from support.triton_here import DEVICE, examples, needs_triton
 
 from aioengine.kernels import get_backend
+from aioengine.kernels.portable import plain as reference
 
 attention = pytest.importorskip("aioengine.kernels.triton.attention")
 pytestmark = needs_triton

@@ -1,4 +1,4 @@
-"""The Triton kernels against the oracle: in Triton's interpreter (TRITON_INTERPRET=1), or on a GPU.
+"""The Triton kernels against plain torch: in Triton's interpreter (TRITON_INTERPRET=1), or on a GPU.
 
 The interpreter is chosen when triton is imported, for the whole process, so on a machine without a GPU
 ``test_triton.py`` runs this file in a process of its own. Blocks are small here, so that small batches have
@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import kernels_reference as reference
 from support.lora_cases import Case, apply, make_case
 from support.triton_here import DEVICE, examples, needs_triton
 from torch import Tensor
 
 from aioengine.kernels import LoRABatch
+from aioengine.kernels.portable import plain as reference
 from aioengine.kernels.triton.plan import TilePlan
 from aioengine.kernels.triton.table import ExpandConfig, ShrinkConfig
 
