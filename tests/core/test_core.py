@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
 
 import pytest
 
@@ -49,38 +48,6 @@ def test_an_adapter_is_read_copied_and_only_then_used() -> None:
     assert batch is not None
     assert [work.slot for work in batch.sequences] == [0]
     assert batch.slot_ranks == [8, 0]
-
-
-def test_long_prompts_are_prefilled_in_chunks_beside_decodes() -> None:
-    sim = Sim()
-    first = sim.add(max_tokens=20)
-    sim.settle()
-    long = sim.add(prompt=list(range(2, 42)))
-    chunks = []
-    while long.computed < long.prompt_len:
-        batch = sim.settle()
-        assert batch is not None
-        work = {w.request_id: w for w in batch.sequences}
-        assert len(work[first.id].tokens) == 1, "a decode is never delayed by a prefill"
-        assert sum(len(w.tokens) for w in batch.sequences) <= LIMITS.max_num_batched_tokens
-        chunks.append(len(work[long.id].tokens))
-        assert work[long.id].sample == (sum(chunks) == 40)
-    assert chunks == [15, 15, 10]
-
-
-def test_versions_never_come_again_however_many_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aioengine.core.adapters.name.MAX_REMEMBERED", 4)
-    sim, rng = Sim(), random.Random(0)
-    last: dict[str, int] = {}
-    for _ in range(500):
-        name = f"a{rng.randrange(12)}"
-        entry = sim.core.residency.names.of(name).declare("/a")
-        assert entry.version > last.get(name, 0)
-        last[name] = entry.version
-        sim.core.residency.names.of(entry.label).replace(entry, sim.now)
-        if rng.random() < 0.5:
-            sim.core.residency.names.of(entry.label).retire(entry, sim.now)
-        sim.core.residency.sweep(sim.now)
 
 
 def test_replaced_version_finishes_what_it_accepted_and_is_then_freed() -> None:
@@ -135,14 +102,6 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
     assert sim.core.next_due() is None
     assert "for adapter 'a' (location: loading)" in str(errors[0])
     assert "adapter" not in str(errors[1])
-
-
-def test_stop_tokens_end_of_sequence_and_length() -> None:
-    sim = Sim(LIMITS._replace(eos_token_ids=(next_token([5, 6]),)))
-    sim.add(prompt=[5, 6], max_tokens=9)
-    sim.add(prompt=[5, 7], max_tokens=2)
-    sim.run()
-    assert sim.ended == {"r1": "stop", "r2": "length"}
 
 
 def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:

@@ -20,7 +20,6 @@ from aioengine.errors import (
     DeadlineExceeded,
     EngineOverloaded,
     EngineStopped,
-    RequestInvalid,
 )
 
 
@@ -179,15 +178,6 @@ async def test_stops_and_logprobs(tiny_text: Tiny, make_engine: MakeEngine) -> N
         )
         assert by_text.text == full.text[: full.text.index(stop)]
         assert (by_text.finish_reason, by_text.stop_reason) == ("stop", stop)
-
-
-async def test_chat_messages_are_rendered(tiny_text: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny_text) as engine:
-        chat = await engine.complete([{"role": "user", "content": "hi"}], greedy(4))
-        text = await engine.complete("<user>hi", greedy(4))
-        assert chat.prompt_token_ids == text.prompt_token_ids
-        with pytest.raises(RequestInvalid, match="role"):
-            await engine.complete([{"content": "hi"}], greedy(4))
 
 
 @pytest.mark.timed

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.mixed_adapters import scaled_model
 from support.peft_files import edit_config, edit_weights
-from support.process_harness import NothingLeft
 from support.tiny_models import ALL_MODULES
 
 from aioengine import AsyncEngine, SamplingParams
@@ -196,18 +195,6 @@ async def test_preempted_in_the_middle(
             close(result.vector, states.mean(0).detach())
         assert engine.stats().preemptions > 0
         engine.check_invariants()
-
-
-@pytest.mark.usefixtures("faulty")
-@pytest.mark.slow
-async def test_two_ranks(
-    tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft, heads: dict[int, Trained]
-) -> None:
-    async with make_engine(tiny, executor="process", tensor_parallel_size=2) as engine:
-        info = await engine.load_adapter("h", heads[3].folder)
-        assert info.labels == 3
-        close((await engine.classify(PROMPTS[2], "h")).logits, heads[3].logits(PROMPTS[2]))
-    await nothing_left.check()
 
 
 async def refused(engine: AsyncEngine, run: Any, kind: type[AioEngineError], words: str) -> None:

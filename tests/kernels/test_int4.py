@@ -89,7 +89,7 @@ def test_it_is_the_product_with_what_it_stands_for(
 @pytest.mark.parametrize("k", [16, 48, 96, 576])
 @pytest.mark.slow
 def test_rows_are_the_weight_in_effect(dtype: torch.dtype, int8: bool, k: int) -> None:
-    x, w, _ = inputs(5, 64, k, dtype)
+    _, w, _ = inputs(5, 64, k, dtype)
     packed = pack(w, int8=int8)
     rows = packed.rows(0, 64)
     assert rows.dtype == dtype

@@ -1,4 +1,4 @@
-"""What a layer does beside its linears and adapters: plain torch against the definitions, and every other backend against it.
+"""What a layer does beside its linears and adapters: plain torch by definition, other backends by it.
 
 ``test_triton.py`` runs this file in Triton's interpreter, too, and on a machine with a GPU it runs there.
 """

@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from support.lab_sim import Fixed, MemorySink, Played, config, costs, played
 
 from aioengine.errors import ConfigError
 from aioengine.lab.fleet.conditions import Conditions, Fault, fleet_config
 from aioengine.lab.fleet.fleet import SimulatedFleet
-from aioengine.lab.runs.comparison import Comparison, compare
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.runs.replay import replay_on_fleet
 from aioengine.lab.runs.simulate import run
@@ -217,20 +215,3 @@ def test_the_summary_keeps_its_keys_and_gains_the_fleet(tmp_path: Path) -> None:
 def test_bad_values_are_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         experiment(**fields)
-
-
-@pytest.mark.slow
-def test_routers_side_by_side(tmp_path: Path) -> None:
-    several = Comparison(
-        experiment=experiment(),
-        policies=["fcfs"],
-        slots=[2],
-        scales=[1.0],
-        seeds=[0],
-        routers=["least_loaded", "affinity"],
-    )
-    assert [task.experiment.router for task in several.tasks(tmp_path)] == ["least_loaded", "affinity"]
-    found = compare(several, tmp_path)
-    assert found.results["policy"].to_list() == ["least_loaded", "affinity"] and not found.failures
-    with pytest.raises(ConfigError, match="give replicas"):
-        msgspec.structs.replace(several, experiment=experiment(replicas=None))

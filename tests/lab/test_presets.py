@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from support.any_models import config_of
-from support.quantized_checkpoints import gptq, write_quantized
 
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
@@ -12,9 +11,6 @@ from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import available_presets, load_costs
 from aioengine.lab.costs.roofline import DEVICES, estimate
 from aioengine.lab.costs.steps import StepShape
-from aioengine.lab.runs.experiment import Experiment
-from aioengine.lab.runs.simulate import run
-from aioengine.lab.workload.spec import WorkloadSpec
 from aioengine.memory_plan import plan_memory
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.spec import SUPPORTED_ARCHITECTURES
@@ -52,21 +48,6 @@ def test_presets_are_sound(name: str) -> None:
     assert (
         costs.plan(EngineConfig(model=name, lora=LoRAConfig(max_loras=4, max_lora_rank=16))).num_blocks > 64
     )
-
-
-@pytest.mark.parametrize("name", available_presets())
-def test_presets_are_plausible(name: str) -> None:
-    """In every one: batching pays, context and adapters cost, and a disk is slower than memory."""
-    costs = load_costs(name)
-    step = costs.step_seconds
-    assert step(decode(8, 100)) < 8 * step(decode(1, 100)), "a batch is cheaper than one after the other"
-    assert step(decode(1, 100)) <= step(decode(8, 100)) < step(decode(32, 100))
-    assert step(decode(8, 100)) < step(decode(8, 2000)), "keys and values are read"
-    assert step(decode(8, 100)) < step(decode(8, 100, adapters=8)) < 2 * step(decode(8, 100))
-    assert step(decode(8, 100, 1)) <= step(decode(8, 100, 8)) <= step(decode(8, 100, 8, rank=64))
-    assert step(prefill(512)) < step(prefill(1024)) < 512 * step(decode(2, 1)), "prompts are computed at once"
-    nbytes = costs.adapter_nbytes(16)
-    assert costs.slot.seconds(nbytes) < costs.disk.seconds(nbytes) < 1
 
 
 def test_an_8b_model_has_the_sizes_that_are_published() -> None:
@@ -110,18 +91,6 @@ def test_any_native_model_has_an_estimate(family: str, tmp_path: Path) -> None:
     assert 0 < costs.step_seconds(decode(1, 20)) < costs.step_seconds(decode(4, 20, 2))
 
 
-def test_weights_are_read_as_they_are_stored(tmp_path: Path) -> None:
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
-    pair = write_quantized(tmp_path, gptq(ordered=False), config)
-    packed, plain = (load_costs(f"{folder}@h100") for folder in pair)
-    for costs in (packed, plain):
-        spec = costs.spec
-        read = spec.weights_bytes(4, "none") - spec.vocab_size * spec.hidden_size * 4
-        assert costs.steps.linears[0][1] == pytest.approx(read / (0.8 * H100_SXM.bandwidth), rel=1e-3)
-    assert packed.steps.linears[0][1] < 0.8 * plain.steps.linears[0][1]
-    assert written(packed, tmp_path) == packed
-
-
 def test_several_gpus_share_each_layer_and_sum_their_results(tmp_path: Path) -> None:
     link, layers, hidden = 0.8 * 450e9, LLAMA3_8B.num_layers, LLAMA3_8B.hidden_size
     one, two, four = (estimate(f"x{n}", LLAMA3_8B, H100_SXM, n) for n in (1, 2, 4))
@@ -142,18 +111,6 @@ def test_several_gpus_share_each_layer_and_sum_their_results(tmp_path: Path) -> 
     assert plan.num_ranks == 4
     assert plan.bytes_of("base weights") < 0.3 * one.plan(config).bytes_of("base weights")
     assert written(four, tmp_path) == four
-
-
-def test_a_simulated_engine_is_divided_as_its_cost_model_says(tmp_path: Path) -> None:
-    estimate("two", LLAMA3_8B, H100_SXM, 2).write(tmp_path / "two.json")
-    workload = WorkloadSpec(arrivals="poisson:rate=4", limit=20, adapters=4)
-    seconds = {}
-    for preset in ("llama3-8b-h100", str(tmp_path / "two.json")):
-        found = run(Experiment(workload=workload, preset=preset, slots=2), tmp_path / "run")
-        assert found.summary["requests_finished"] == 20
-        seconds[preset] = found.summary["inter_token_seconds"]["mean"]
-    one, two = seconds.values()
-    assert 0.5 * one < two < 0.8 * one
 
 
 def test_estimates_that_there_are_not(tmp_path: Path) -> None:

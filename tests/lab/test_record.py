@@ -245,29 +245,6 @@ async def test_a_full_disk_ends_the_recording_only(
     assert writer.rows == 1
 
 
-async def test_a_write_that_fails_leaves_whole_lines(tmp_path: Path) -> None:
-    """The disk takes ten bytes of what it is given, and then no more."""
-    resource = pytest.importorskip("resource")
-    path = tmp_path / "trace.jsonl"
-    engine = Engine()
-    writer = writer_on(engine, path)
-    engine.add("a")
-    engine.end("a")
-    writer.flush()
-    while not path.read_bytes():
-        await asyncio.sleep(0.001)
-    engine.add("b")
-    engine.end("b")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
-    try:
-        await writer.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert writer.failed
-    assert [row["adapter"] for row in lines(path)] == ["a"]
-
-
 @contextmanager
 def full_pipe(path: Path) -> Iterator[FileIO]:
     """Who writes to it next waits until it is read from."""

@@ -15,8 +15,8 @@ from support.lab_files import sample, write_files
 from aioengine.errors import ConfigError
 from aioengine.lab.analysis.summary import summarize
 from aioengine.lab.report.charts import images
-from aioengine.lab.report.run_page import MOST_STAYS, PLOTS, load_run, thin, write_report
-from aioengine.lab.runs.rows import SlotSpan, load_frames
+from aioengine.lab.report.run_page import PLOTS, load_run, thin, write_report
+from aioengine.lab.runs.rows import load_frames
 
 pytest.importorskip("vl_convert", reason="of the extra")
 
@@ -105,14 +105,6 @@ def test_a_run_without_anything_has_figures(tmp_path: Path) -> None:
     figures = [draw(empty) for draw in PLOTS.values()]
     assert [figure.name for figure in figures] == list(PLOTS)
     assert all(images(figure, ["png"])["png"] for figure in figures)
-
-
-def test_a_timeline_of_many_stays_shows_a_part(tmp_path: Path) -> None:
-    count = MOST_STAYS + 100
-    spans = [SlotSpan(i % 2, f"adapter-{i % 30}", i * 1.0, i + 0.1, i + 1.0, 1) for i in range(count)]
-    timeline = PLOTS["timeline"](load_run(write_files(tmp_path, spans=spans)))
-    assert f"shown are {MOST_STAYS:,}" in timeline.title
-    assert len(timeline.spec["datasets"]["rows"]) == MOST_STAYS
 
 
 def test_the_most_that_waited_is_drawn(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import timeit
 from itertools import accumulate
 
 import msgspec
@@ -101,18 +100,6 @@ def test_more_work_never_takes_less_time(steps: StepCosts, shape: StepShape, fie
     step_seconds = StepTimes(steps)
     more = step_seconds(shape._replace(**{field: getattr(shape, field) + 1}))
     assert 0 <= step_seconds(shape) <= more or more == pytest.approx(step_seconds(shape))
-
-
-@given(step_costs, shapes)
-def test_adapters_never_take_less_than_nothing(steps: StepCosts, shape: StepShape) -> None:
-    step_seconds = StepTimes(steps)
-    assert step_seconds(shape._replace(adapters=())) <= step_seconds(shape)
-
-
-def test_a_step_is_priced_in_microseconds() -> None:
-    step_seconds = StepTimes(StepCosts(linears=((1.0, 1.0), (100.0, 2.0))))
-    best = min(timeit.repeat(lambda: step_seconds(SHAPE), number=2000, repeat=5)) / 2000
-    assert best < 10e-6, "it is asked once a step of hundreds of thousands"
 
 
 # What is refused

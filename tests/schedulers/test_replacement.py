@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 
@@ -11,7 +11,6 @@ from aioengine.core.state import AdapterEntry
 from aioengine.schedulers import compose, load_policy
 from aioengine.schedulers.parts.base import Replacement
 from aioengine.schedulers.parts.replacement import GDSF, LFU, LRU
-from aioengine.schedulers.policy import PolicyEvent
 from aioengine.step import LoadedAdapter
 from aioengine.testing import LIMITS, Sim
 
@@ -55,12 +54,6 @@ class SizedSim(Sim):
         found = self.of(events.AdapterEvicted)
         return "".join(e.adapter for e in found if e.level == "slot")  # type: ignore[attr-defined]
 
-    def turn_out(self, name: str) -> None:
-        slot = self.entry(name).slot
-        assert slot is not None
-        self.core.slots.evict(self.core.slots.slots[slot], self.now)
-        self.take_events()
-
     def entry(self, name: str) -> AdapterEntry:
         return self.core.residency.current[name]
 
@@ -89,20 +82,6 @@ def test_lfu_forgets_what_was_used_long_ago() -> None:
         sim.use("c")
     assert fading.evicted() == "a"
     assert lasting.evicted() == "b"
-
-
-def counted(half_life: float, times: Sequence[float]) -> LFU:
-    lfu = LFU(half_life)
-    for now in times:
-        lfu.on_event(PolicyEvent("request_admitted", now, adapter="a"))
-    return lfu
-
-
-def test_counts_are_what_the_formula_says() -> None:
-    fading = counted(10.0, (0.0, 10.0, 10.0, 30.0))
-    assert fading.count("a", 40.0) == pytest.approx(2**-4 + 2 * 2**-3 + 2**-1)
-    assert fading.count("never", 40.0) == 0
-    assert counted(0, range(1000)).count("a", 1e9) == pytest.approx(1000)
 
 
 def test_gdsf_counts_what_loading_costs() -> None:
@@ -136,29 +115,6 @@ def test_gdsf_inflation_lets_go_of_what_was_popular_once() -> None:
     assert "a" in gdsf.evicted()
     assert gdsf.evicted().index("a") <= uses_of_a
     assert "a" not in lfu.evicted(), "b and c were used less often, 4 times each"
-
-
-def test_gdsf_inflation_is_not_raised_by_an_eviction_that_it_did_not_choose() -> None:
-    sim = SizedSim(gdsf := GDSF(), slots=2)
-    sim.have("a")
-    sim.use("aaaa")
-    sim.turn_out("a")
-    assert sim.evicted() == "a"
-    assert gdsf.slots.inflation == 0.0
-
-
-def test_gdsf_inflation_is_not_raised_by_a_score_from_before_the_last_use() -> None:
-    sim = SizedSim(gdsf := GDSF(), slots=2)
-    for name in "abc":
-        sim.have(name)
-    sim.use("abbb" + "c")  # a and b are scored, and a goes
-    assert sim.evicted() == "a"
-    inflation = gdsf.slots.inflation
-    assert inflation > 0
-    sim.use("b")
-    sim.turn_out("b")
-    assert sim.evicted() == "ab"
-    assert gdsf.slots.inflation == inflation
 
 
 def test_gdsf_forgets_adapters_that_were_unloaded_while_in_a_slot() -> None:
