@@ -8,7 +8,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
 from multiprocessing.connection import Connection, wait
@@ -18,21 +17,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from support.driver import Driver, Running
 from support.preloaded import CONTEXT
 from support.step_tokens import tokens_of
 from torch import Tensor, distributed
 
-from aioengine.adapters.store import AdapterStore
+from aioengine.adapters.peft.dora import Draft
 from aioengine.errors import AdapterError
 from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import DistributedGroup, Group, Shard
 from aioengine.model.parallel.group import count as count_in
-from aioengine.model.slots.image import AdapterImage
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import TARGETABLE_MODULES, Quantization
-from aioengine.request import SamplingParams
-from aioengine.step import Sampled, SequenceWork, StepBatch
+from aioengine.step import Sampled, SequenceWork, StepResult
 
 SECONDS = 120.0
 """After so long a job has hung, and its processes are killed."""
@@ -154,31 +152,20 @@ class Outcome(NamedTuple):
     """Whether steps were calls into the compiled library."""
 
 
-@dataclass
-class _Sequence:
-    tokens: list[int]
-    slot: int
-    prompt_len: int
-    blocks: list[int] = field(default_factory=list)
-    computed: int = 0
-
-
 def play(group: Group, script: Script) -> Outcome:
     """Greedy. What rank 0 samples is told to the others."""
     stage = Stage(group, script)
-    everything: list[_Sequence] = []
-    active: list[_Sequence] = []
+    everything: list[Running] = []
+    active: list[Running] = []
     for phase in script.phases:
         active = [sequence for sequence in active if sequence.slot not in phase.loads]
         for slot, folder in phase.loads.items():
             stage.load(slot, folder)
-        added = [_Sequence(list(tokens), slot, len(tokens)) for tokens, slot in phase.prompts]
+        added = [stage.add(tokens, slot) for tokens, slot in phase.prompts]
         everything += added
         active += added
-        goals = {id(s): len(s.tokens) + phase.tokens for s in active}
-        while pending := [s for s in active if len(s.tokens) < goals[id(s)]]:
-            stage.step(pending, script.chunk)
-    outputs, logits = [s.tokens[s.prompt_len :] for s in everything], [x.numpy() for x in stage.logits]
+        stage.run(*active, new_tokens=phase.tokens, chunk=script.chunk)
+    outputs, logits = [s.output for s in everything], [x.numpy() for x in stage.logits]
     return Outcome(outputs, logits, stage.runner.model.compiled)
 
 
@@ -204,7 +191,7 @@ def fail_in_exchange(group: Group, script: Script) -> str:
 
     group.all_reduce = failing  # type: ignore[method-assign]
     try:
-        stage.runner.execute(stage.batch([_Sequence([5, 6, 7], -1, 3)], 10))
+        stage.runner.execute(stage.batch((stage.add([5, 6, 7]), 3)))
     except ConnectionError as error:
         return f"{error} after {next(calls)} calls"
     return "nothing"
@@ -260,10 +247,10 @@ def traffic(group: Group, script: Script) -> tuple[int, int, int, int]:
     phase = script.phases[0]
     for slot, folder in phase.loads.items():
         stage.load(slot, folder)
-    sequences = [_Sequence(list(tokens), slot, len(tokens)) for tokens, slot in phase.prompts]
+    work = [(stage.add(tokens, slot), len(tokens)) for tokens, slot in phase.prompts]
     assert isinstance(group, CountingGroup)
     group.reset()
-    stage.runner.execute(stage.batch(sequences, 10**9))
+    stage.runner.execute(stage.batch(*work))
     return group.all_reduces, group.all_gathers, group.nbytes, sum(len(tokens) for tokens, _ in phase.prompts)
 
 
@@ -282,84 +269,45 @@ def times_held(layouts: Sequence[SlotLayout], module: str) -> tuple[NDArray[Any]
     return weight, a, b
 
 
-class Stage:
-    """A runner with its adapters, stepped by hand."""
-
-    BLOCK_SIZE = 16
+class Stage(Driver):
+    """A runner of one rank with its adapters, stepped by hand."""
 
     def __init__(self, group: Group, script: Script) -> None:
         self.logits: list[Tensor] = []
-        self.runner = build_runner(
+        self._group = group
+        lora_dtype = torch.int8 if script.int8_adapters else script.dtype
+        runner = build_runner(
             read_spec(script.model),
             script.model,
             dtype=script.dtype,
             device=f"cuda:{group.shard.rank}" if script.device == "cuda" else script.device,
             num_blocks=128,
-            block_size=self.BLOCK_SIZE,
+            block_size=16,
             max_loras=script.max_loras,
             max_lora_rank=script.max_rank,
             target_modules=script.target_modules,
-            lora_dtype=torch.int8 if script.int8_adapters else script.dtype,
+            lora_dtype=lora_dtype,
             sample=self._sample,
             kernels=script.kernels,
             quantization=script.quantization,
             group=group,
         )
-        slots, weights = self.runner.lora_slots, self.runner.model.base_weight
-        assert slots is not None
-        self.store = AdapterStore(slots.layout, dtype=slots.dtype, affine_dtype=script.dtype, weights=weights)
-        self._group = group
-        self._ranks = [0] * script.max_loras
-        self._next_block = 0
+        super().__init__(runner, lora_dtype)
 
-    def load(self, slot: int, folder: Path) -> AdapterImage:
-        draft = self.store.begin(folder.name, str(folder))
+    def share(self, draft: Draft) -> None:
         if squares := draft.squares:  # with processes for ranks, the engine carries them
             mine = torch.frombuffer(bytearray(squares), dtype=torch.float32).to(self.runner.model.device)
             for theirs in self._group.all_gather(mine[None], dim=0):
                 draft.add(bytes(theirs.cpu().view(torch.uint8).tolist()))
-        image = self.store.finish(draft)
-        slots = self.runner.lora_slots
-        assert slots is not None
-        slots.write(slot, image)
-        self._ranks[slot] = image.rank
-        return image
 
-    def batch(self, sequences: Sequence[_Sequence], chunk: int) -> StepBatch:
-        ordered = sorted(sequences, key=lambda s: s.slot)
-        return StepBatch(0, [self._work(s, chunk) for s in ordered], self._ranks)
-
-    def step(self, sequences: Sequence[_Sequence], chunk: int) -> None:
-        ordered = sorted(sequences, key=lambda s: s.slot)
-        result = self.runner.execute(self.batch(ordered, chunk))
+    def sampled(self, result: StepResult) -> list[Sequence[int]]:
         tokens = [-1 if not found else found[0] for found in tokens_of(result)]
         sampled = torch.tensor(tokens, device=self.runner.model.device)
         if self._group.shard.rank > 0:
             assert not result.tokens, "rank 0 samples"
             sampled.zero_()
         self._group.all_reduce(sampled)
-        for sequence, token in zip(ordered, sampled.tolist(), strict=True):
-            sequence.computed = min(sequence.computed + chunk, len(sequence.tokens))
-            if token >= 0:
-                sequence.tokens.append(token)
-
-    def _work(self, s: _Sequence, chunk: int) -> SequenceWork:
-        stop = min(s.computed + chunk, len(s.tokens))
-        while len(s.blocks) * self.BLOCK_SIZE < stop:
-            s.blocks.append(self._next_block)
-            self._next_block += 1
-        return SequenceWork(
-            request_id="",
-            slot=s.slot,
-            tokens=s.tokens[s.computed : stop],
-            start=s.computed,
-            block_table=list(s.blocks),
-            sample=stop == len(s.tokens),
-            params=SamplingParams(),
-            seed=0,
-            history=list(s.tokens),
-            prompt_len=s.prompt_len,
-        )
+        return [[token] if token >= 0 else [] for token in sampled.tolist()]
 
     def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
         self.logits.append(logits.to("cpu", copy=True))
