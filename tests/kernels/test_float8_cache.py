@@ -44,7 +44,8 @@ class Rounding:
         qkv: Tensor, norms: HeadNorms | None, rotation: Rotation, cache: LayerCache, plan: AttentionPlan
     ) -> None:
         reference.rope_store(qkv, norms, rotation, cache, plan)
-        for tensor in cache:
+        fresh = qkv[:, -2 * cache.keys.shape[2] :]  # prompts that begin attend to these
+        for tensor in (*cache, fresh):
             tensor.copy_(tensor.to(torch.float8_e4m3fn).to(tensor.dtype))
 
 

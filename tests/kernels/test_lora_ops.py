@@ -41,7 +41,7 @@ def cases(
     return make_case(
         sequences, ranks, max_rank, widths=widths, targeted=targeted, dtype=dtype,
         slot_affine=slot_affine, seed=draw(st.integers(0, 1000)), n_in=draw(st.sampled_from(inputs)),
-        scales=draw(st.none() | st.lists(scale, min_size=count, max_size=count)),
+        scales=draw(st.just([]) | st.lists(scale, min_size=count, max_size=count)),
     )  # fmt: skip
 
 

@@ -26,8 +26,8 @@ class Case(NamedTuple):
     offsets: list[int]
     slot_affine: list[bool]
     """The slots that scale and shift; what ``affine`` holds for the others is NaN."""
-    scales: list[float] | None = None
-    """By which each sequence's adapter is multiplied; None: by one."""
+    scales: Sequence[float] = ()
+    """By which each sequence's adapter is multiplied; if there are none, by one."""
 
     @property
     def batch(self) -> LoRABatch:
@@ -99,7 +99,7 @@ class Case(NamedTuple):
 
     def alone(self, token: int) -> LoRABatch:
         """The batch of one token."""
-        scales = None if self.scales is None else [self.scale_of_token[token]]
+        scales = [self.scale_of_token[token]] if self.scales else ()
         return LoRABatch(
             [self.slot_of_token[token]], [1], self.ranks, slot_affine=self.slot_affine, scales=scales
         )
@@ -116,7 +116,7 @@ def make_case(
     slot_affine: Sequence[bool] = (),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    scales: Sequence[float] | None = None,
+    scales: Sequence[float] = (),
 ) -> Case:
     """``widths`` are the slices of the fused output, of which the adapters target ``targeted``."""
     generator = torch.Generator().manual_seed(seed)
@@ -142,8 +142,7 @@ def make_case(
     starts = [sum(widths[:j]) for j in targeted]
     y = randn(tokens, sum(widths))
     x = randn(tokens, n_in)
-    made = Case(sorted(sequences), list(ranks), x, a, b, affine, y, starts, list(slot_affine))
-    return made._replace(scales=None if scales is None else list(scales))
+    return Case(sorted(sequences), list(ranks), x, a, b, affine, y, starts, list(slot_affine), scales)
 
 
 def rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
