@@ -48,7 +48,7 @@ def on_device(case: Case) -> Case:
 
 def batch_of(case: Case) -> LoRABatch:
     slots, counts = zip(*case.sequences, strict=True)
-    return LoRABatch(slots, counts, case.ranks, DEVICE, slot_affine=case.slot_affine, scales=case.scales)
+    return LoRABatch(slots, counts, case.ranks, DEVICE, slot_affine=case.slot_affine)
 
 
 def run(
@@ -107,7 +107,6 @@ def small_cases(draw: st.DrawFn) -> Case:
     return make_case(
         sequences, ranks, max_rank, n_in=draw(st.sampled_from([5, 16, 70])), widths=widths, targeted=targeted,
         slot_affine=slot_affine, seed=draw(st.integers(0, 1000)),
-        scales=draw(st.just([]) | st.just([0.5, -2.0, 1.0, 0.7, 0.0][: len(sequences)])),
     )  # fmt: skip
 
 
@@ -217,3 +216,17 @@ def test_embedding(dtype: torch.dtype) -> None:
     expected = reference.lora_embed(ids, case.pool, case.batch)
     found = lora.lora_embed(ids.to(DEVICE), on_device(case).pool, batch_of(case))
     assert torch.equal(found.cpu(), expected)
+
+
+def test_scales() -> None:
+    """What each token's adapter adds is multiplied."""
+    case = make_case([(0, 20), (1, 2), (2, 1)], [5, 16, 3], 16)
+    slots, counts, scales = [-1, 0, 1, 1], [3, 2, 1, 17], [0.5, -2.0, 1.0, 0.7]
+    results = []
+    for backend, here, where in ((lora, on_device(case), DEVICE), (reference, case, "cpu")):
+        y, batch = here.y.clone(), LoRABatch(slots, counts, case.ranks, where, scales=scales)
+        backend.lora_expand(backend.lora_shrink(here.x, here.pool, batch), here.pool, y, batch)
+        tokens = torch.arange(len(y), device=where) % case.a.shape[2]
+        results.append([y.cpu(), backend.lora_embed(tokens, here.pool, batch).cpu()])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
