@@ -153,16 +153,19 @@ class _Worker:
     # Compiling
 
     def _compile(self, order: Compile) -> None:
-        """Compile a text that passes its trial; in a thread."""
+        """Compile a text that passes its trial, and answer whatever happens; in a thread."""
         began = time.monotonic()
-        said = self._tried(order)
-        if said.outcome == "compiled" and order.number in self._texts:
-            if sys.platform == "linux" and time.monotonic() - began > LONG_SECONDS:
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-            matcher = LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)
-            if order.number in self._texts:
-                self._texts[order.number] = _Text(matcher, said.memory)
-        else:
+        try:
+            said = self._tried(order)
+            if said.outcome == "compiled" and order.number in self._texts:
+                if sys.platform == "linux" and time.monotonic() - began > LONG_SECONDS:
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+                matcher = LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)
+                if order.number in self._texts:
+                    self._texts[order.number] = _Text(matcher, said.memory)
+        except Exception as error:
+            said = Compiled(order.number, "failed", f"{type(error).__name__}: {error}"[:MAX_REASON])
+        if said.outcome != "compiled":
             self._texts.pop(order.number, None)
         self._tell(said)
 
