@@ -3,7 +3,8 @@ nothing."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import pytest_asyncio
@@ -15,35 +16,28 @@ pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 SMALL = {"--max-model-len": "500", "--kv-cache-memory": "16MiB", "--dtype": "float32"}
 
 
-def kind_of(attack: Attack) -> tuple[bool, str | None]:
-    """What the server has to have: attacks that need the same share one."""
-    return attack.keys, attack.template
-
-
-KINDS = list(dict.fromkeys(map(kind_of, ATTACKS)))
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def target(request: pytest.FixtureRequest, tiny_text: Tiny) -> AsyncIterator[Target]:
-    keys, template = request.param
-    flags = KEYS if keys else ()
-    tiny = {"model": tiny_text.model, "example": tiny_text.adapters["a"], "changed": SMALL}
-    async with attacked(*flags, template=template, **tiny) as found:  # type: ignore[arg-type]
-        await found.ask(structured_outputs={"regex": "warm"})
+async def target_of(tiny_text: Tiny) -> AsyncIterator[Callable[[Attack], Awaitable[Target]]]:
+    """Attacks that need the same of a server share one, which starts with the first of them."""
+    servers: dict[tuple[bool, str | None], Target] = {}
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def found(attack: Attack) -> Target:
+            kind = attack.keys, attack.template
+            if kind not in servers:
+                flags = KEYS if attack.keys else ()
+                tiny = {"model": tiny_text.model, "example": tiny_text.adapters["a"], "changed": SMALL}
+                serving = attacked(*flags, template=attack.template, **tiny)  # type: ignore[arg-type]
+                servers[kind] = await stack.enter_async_context(serving)
+                await servers[kind].ask(structured_outputs={"regex": "warm"})
+            return servers[kind]
+
         yield found
 
 
-@pytest.mark.parametrize(
-    ("target", "attack"),
-    [
-        pytest.param(kind, attack, id=attack.name)
-        for kind in KINDS
-        for attack in ATTACKS
-        if kind_of(attack) == kind
-    ],
-    indirect=["target"],
-)
-async def test_nobody_else_notices(target: Target, attack: Attack) -> None:
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+async def test_nobody_else_notices(attack: Attack, target_of: Callable[[Attack], Awaitable[Target]]) -> None:
+    target = await target_of(attack)
     line, wrong, _ = await row(attack, target)
     print(line)
     assert not wrong
