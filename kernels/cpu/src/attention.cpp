@@ -7,8 +7,8 @@
 // Cache layout, for each block and key head, block_size a multiple of 16 (L lanes of head_dim):
 //   keys    [block_size / 16][L][16 keys]           a vector holds one lane of 16 keys
 //   values  [block_size / PER_LANE][head_dim]       a lane holds one dimension of 1 or 2 neighbouring keys
-// Where there are tile registers, keys are their right operands as they lie, 16 lanes of 16 keys each; values are brought together
-// first. So it is for prompts and for single tokens, whose bits may not depend on which it is.
+// Where there are tile registers, keys are their right operands as they lie, 16 lanes of 16 keys each, and values too, with the
+// 8 lanes of 16 keys. So it is for prompts and for single tokens, whose bits may not depend on which it is.
 //
 // In int8 a lane is two bytes whatever the element type, and the block's scales follow (quantized_cache.h). Queries and
 // weights are then quantized to int16, each row of them by itself, and products are whole numbers.
@@ -199,30 +199,22 @@ void scores_of_tiles(const uint32_t* q, const Chunk& at, long lanes, const Chunk
   }
 }
 
-// Brings the values of a chunk together, so that 32 keys fill a register, whose product takes as long for 16; zeros follow the
-// last key, because what is there may be anything. Meanwhile the values of the chunk that comes next are fetched.
+// out[rows][head_dim] += weights x values, over the panels that have keys. Zeros follow the last key.
 template <int H>
-void gather_values(const Chunk& at, long count, long head_dim, const Chunk* next, uint32_t* out) {
-  for (long k = 0; k < (count + 2 * LANES - 1) / (2 * LANES) * LANES; k++, out += head_dim) {
-    const long p = k / (LANES / 2), begin = k % (LANES / 2) * head_dim;
-    for (long d = 0; d < head_dim; d += LANES) {
-      if (next != nullptr) __builtin_prefetch(next->values[p] + begin + d, 0, H == 1 ? 3 : 2);
-      store(out + d, 2 * k < count ? load(at.values[p] + begin + d) : vu{});
-    }
-  }
-}
-
-// out[rows][head_dim] += weights x values, which are together, over `count` keys.
-template <int H>
-void accumulate_of_tiles(const uint32_t* weights, const uint32_t* values, long count, long head_dim, float* out) {
+void accumulate_of_tiles(const uint32_t* weights, const Chunk& at, int panels, long head_dim, const Chunk* next, float* out) {
   const long row_bytes = head_dim * long(sizeof(float));
   for (long d = 0; d < head_dim; d += 2 * LANES) {
     const auto sums = [&](auto i) { return out + i / 2 * TILE_ROWS * head_dim + d + i % 2 * LANES; };
     unrolled<2 * H>([&](auto i) { load_tile<i>(sums(i), row_bytes); });
-    for (long k = 0; 2 * k < count; k += LANES)
-      add_tile_products<Bf16, H, 2, LEFT, RIGHT>(
-          [&](auto h) { load_tile<LEFT>(weights + h * TILE_ROWS * (KEYS / 2) + k, KEYS * long(sizeof(uint16_t))); },
-          [&](auto i) { load_tile<RIGHT>(values + k * head_dim + d + i * LANES, row_bytes); });
+    for (int p = 0; p < panels; p++) {
+      for (long k = 0; next != nullptr && k < LANES / 2; k++)
+        for (int i = 0; i < 2; i++) __builtin_prefetch(next->values[p] + k * head_dim + d + i * LANES, 0, H == 1 ? 3 : 2);
+      add_tile_products<Bf16, H, 2, HALF_LEFT, HALF_RIGHT>(
+          [&](auto h) {
+            load_tile<HALF_LEFT>(weights + h * TILE_ROWS * (KEYS / 2) + p * (LANES / 2), KEYS * long(sizeof(uint16_t)));
+          },
+          [&](auto i) { load_tile<HALF_RIGHT>(at.values[p] + d + i * LANES, row_bytes); });
+    }
     unrolled<2 * H>([&](auto i) { store_tile<i>(sums(i), row_bytes); });
   }
 }
@@ -344,7 +336,7 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
     const Chunk* fetch = more || next != nullptr ? &now_at : nullptr;
 #if defined(AIO_TILES)
     if (tiled) {
-      scratch.tiles.use(int(two ? LANES : rows));
+      scratch.tiles.use(int(two ? LANES : rows), true);
       (two ? scores_of_tiles<2> : scores_of_tiles<1>)(q, here, lanes, fetch, scratch.scores);
     }
 #endif
@@ -406,8 +398,15 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
       for (long r = 0; r < rows; r++)
         for (long d = 0; decay[r] != 1.0f && d < a.head_dim; d += LANES)
           storef(out + r * a.head_dim + d, loadf(out + r * a.head_dim + d) * decay[r]);
-      (two ? gather_values<2> : gather_values<1>)(here, count, a.head_dim, fetch, scratch.values);
-      (two ? accumulate_of_tiles<2> : accumulate_of_tiles<1>)(scratch.weights, scratch.values, count, a.head_dim, out);
+      Chunk whole = here;
+      const int panels = int((count + LANES - 1) / LANES);
+      if (const long keys = count % LANES; keys > 0) {  // what follows the last key may be anything
+        const long words = (keys + 1) / 2 * a.head_dim;
+        std::memcpy(scratch.values, here.values[panels - 1], words * sizeof(uint32_t));
+        std::memset(scratch.values + words, 0, (LANES / 2 * a.head_dim - words) * sizeof(uint32_t));
+        whole.values[panels - 1] = scratch.values;
+      }
+      (two ? accumulate_of_tiles<2> : accumulate_of_tiles<1>)(scratch.weights, whole, panels, a.head_dim, fetch, out);
     }
 #endif
     for (long r = 0; !tiled && r < rows; r += 4) {
@@ -453,7 +452,7 @@ void attention(const Attention& a, int threads) {
     constexpr int EACH = Steps<T>::COUNT > Steps<Int16>::COUNT ? Steps<T>::COUNT : Steps<Int16>::COUNT;
     constexpr long WORDS = MAX_ROWS / T::PER_LANE * EACH * long(sizeof(uint32_t));
     Scratch scratch;
-    scratch.values = room<VALUES>(KEYS / 2 * a.head_dim * long(sizeof(uint32_t)));
+    scratch.values = room<VALUES>(LANES / 2 * a.head_dim * long(sizeof(uint32_t)));
     scratch.q = room<QUERIES>(WORDS * a.head_dim), scratch.weights = room<WEIGHTS>(WORDS * KEYS);
     scratch.out = (float*)room<OUTPUTS>(MAX_ROWS * a.head_dim * long(sizeof(float)));
     // Tasks that a thread takes together: many, because what comes next is known only among them.
