@@ -102,7 +102,7 @@ class AdapterNames:
                 return True
             if entry.error is not None:
                 raise frameless(entry.error)
-            return False
+            return now and lives and entry.location is Location.DISK and entry.wanted_since is None
 
         if not now and entry.digest:
             return
