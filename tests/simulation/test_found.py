@@ -84,6 +84,21 @@ def test_who_joins_a_read_waits_for_the_one_that_fits() -> None:
     assert run_in_virtual_time(main()) < 10
 
 
+@pytest.mark.parametrize("replace", [False, True])
+def test_who_waits_for_a_read_sees_it_although_another_takes_its_place_at_once(replace: bool) -> None:
+    """It was waited for for ever: nobody wanted what had been read, and it was not in the cache."""
+
+    async def main() -> list[str]:
+        shapes = [AdapterShape(name, 8, 50_000) for name in "ab"]
+        async with SimulatedEngine(config(max_cpu_lora_bytes=72_000), costs()) as engine:
+            engine.add_adapters(shapes)
+            async with asyncio.timeout(60):
+                loads = [engine.load_adapter(name, replace=replace) for name in "ab"]
+                return [info.name for info in await asyncio.gather(*loads)]
+
+    assert run_in_virtual_time(main()) == ["a", "b"]
+
+
 class ReadAll(Prefetch):
     """Reads every adapter, although nobody waits for it."""
 
