@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import msgspec
 
 from aioengine.config import EngineConfig, LoRAConfig
+from aioengine.fleet.config import FleetConfig
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.fleet.conditions import fleet_config
 from aioengine.lab.fleet.fleet import SimulatedFleet
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -120,7 +120,7 @@ async def _closed_loop(router: str, users: int, each: int) -> tuple[list[int], f
     config = EngineConfig(model="llama3-8b-h100", lora=LoRAConfig(max_loras=4, max_cpu_loras=16))
     rng = random.Random(0)
     fleet = SimulatedFleet(
-        fleet_config(config, replicas=2, router=router), lambda: SimulatedEngine(config, costs)
+        FleetConfig(engine=config, replicas=2, router=router), lambda: SimulatedEngine(config, costs)
     )
     async with fleet:
         fleet.add_adapters([AdapterShape("hot", 16)])

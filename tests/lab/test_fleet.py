@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.faulty_fleet import Conditions, Fault, FaultyFleet, fleet_config
 from support.lab_sim import Fixed, MemorySink, Played, config, costs, played
 
 from aioengine.errors import ConfigError
-from aioengine.lab.fleet.conditions import Conditions, Fault, fleet_config
-from aioengine.lab.fleet.fleet import SimulatedFleet
+from aioengine.lab.fleet.fleet import SimulatedFleet, Watch
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.lab.runs.replay import replay_on_fleet
 from aioengine.lab.runs.simulate import run
@@ -37,26 +37,26 @@ def play_fleet(
     **fields: Any,
 ) -> tuple[Played, SimulatedFleet, MemorySink]:
     kept = MemorySink()
+    told = fleet_config(
+        config(**fields),
+        start_seconds=(conditions or Conditions()).start_seconds,
+        replicas=replicas,
+        router=router,
+        placement=placement,
+        autoscale=autoscale,
+        silent_seconds=silent_seconds,
+        migration_limit=migration_limit,
+    )
 
-    async def main() -> SimulatedFleet:
-        return await replay_on_fleet(
-            workload,
-            kept,
-            config=fleet_config(
-                config(**fields),
-                start_seconds=(conditions or Conditions()).start_seconds,
-                replicas=replicas,
-                router=router,
-                placement=placement,
-                autoscale=autoscale,
-                silent_seconds=silent_seconds,
-                migration_limit=migration_limit,
-            ),
-            make_engine=lambda: SimulatedEngine(config(**fields), costs()),
-            conditions=conditions,
-        )
+    def make_engine() -> SimulatedEngine:
+        return SimulatedEngine(config(**fields), costs())
 
-    fleet = run_in_virtual_time(main())
+    def open_fleet(watch: Watch) -> SimulatedFleet:
+        if conditions is None:
+            return SimulatedFleet(told, make_engine, watch=watch)
+        return FaultyFleet(told, make_engine, conditions, watch=watch)
+
+    fleet = run_in_virtual_time(replay_on_fleet(workload, kept, open_fleet=open_fleet))
     return played(kept), fleet, kept
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import msgspec
@@ -39,13 +38,12 @@ def azure(tmp_path: Path, rows: str = ROWS, name: str = "trace.csv") -> Path:
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_azure_rows(tmp_path: Path, newline: str, packed: bool) -> None:
+def test_azure_rows(tmp_path: Path, newline: str) -> None:
     """Times are exact to the 7th digit, before and after midnight, with a zone or without."""
     last = f"{ROWS}2023-11-17T00:00:00Z,5,6\n\n2023-11-17 00:00:00.000000001+00:00,7,8"
     path = azure(tmp_path, last)
     content = path.read_bytes().replace(b"\n", newline.encode())
-    path.write_bytes(gzip.compress(content) if packed else b"\xef\xbb\xbf" + content)
+    path.write_bytes(b"\xef\xbb\xbf" + content)
     rows = list(read_trace(path))
     first = rows[0].time
     midnight = (((24 - 18) * 60 - 17) * 60 - 3) * 10**9 - 979_960_000
@@ -115,10 +113,6 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
         list(read_trace(tmp_path / "nowhere.csv"))
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         list(read_trace(tmp_path))
-    path = azure(tmp_path)
-    path.write_bytes(gzip.compress(path.read_bytes())[:-12])
-    with pytest.raises(ConfigError, match="cannot be read: "):
-        list(read_trace(path))
 
 
 names = st.none() | st.text(min_size=1, max_size=8)

@@ -9,11 +9,10 @@ import os
 import random
 
 import pytest
+from support.faulty_fleet import Conditions, Fault, FaultyFleet, fleet_config
 from support.lab_sim import MB, Fixed, MemorySink, config, costs
 
 from aioengine.lab.costs.model import Stage
-from aioengine.lab.fleet.conditions import Conditions, Fault, fleet_config
-from aioengine.lab.fleet.fleet import SimulatedFleet
 from aioengine.lab.runs.replay import replay_on_fleet
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -44,26 +43,26 @@ def test_seed(seed: int) -> None:
     conditions = conditions._replace(scale_seconds=0.25, start_seconds=rng.choice([0.0, 0.5, 3.0]))
     kept = MemorySink()
 
-    async def main() -> SimulatedFleet:
-        return await replay_on_fleet(
-            Fixed(arrivals, [AdapterShape(name, 8) for name in "abcd"]),
-            kept,
-            config=fleet_config(
-                config(max_num_seqs=4),
-                start_seconds=conditions.start_seconds,
-                replicas=replicas,
-                router=router,
-                placement=placement,
-                autoscale=scaling,
-                silent_seconds=rng.choice([1.5, 3.0]),
-                migration_limit=rng.choice([0, 3, 100]),
-                placement_seconds=rng.choice([0.5, 10.0]),
-            ),
-            make_engine=lambda: SimulatedEngine(config(max_num_seqs=4), MODEL),
-            conditions=conditions,
-        )
-
-    found = run_in_virtual_time(main())
+    told = fleet_config(
+        config(max_num_seqs=4),
+        start_seconds=conditions.start_seconds,
+        replicas=replicas,
+        router=router,
+        placement=placement,
+        autoscale=scaling,
+        silent_seconds=rng.choice([1.5, 3.0]),
+        migration_limit=rng.choice([0, 3, 100]),
+        placement_seconds=rng.choice([0.5, 10.0]),
+    )
+    workload = Fixed(arrivals, [AdapterShape(name, 8) for name in "abcd"])
+    playing = replay_on_fleet(
+        workload,
+        kept,
+        open_fleet=lambda watch: FaultyFleet(
+            told, lambda: SimulatedEngine(config(max_num_seqs=4), MODEL), conditions, watch=watch
+        ),
+    )
+    found = run_in_virtual_time(playing)
     assert not found.failures, found.failures
     assert sorted(row.request_id for row in kept.requests) == sorted(f"r{i}" for i in range(len(arrivals)))
     for row in kept.requests:

@@ -10,12 +10,11 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter, Token
 
-from aioengine.checks import read_json
 from aioengine.cli.struct_flags import FieldsOf, Flags, flag_set
 from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
-from aioengine.lab.runs.experiment import Experiment
-from aioengine.lab.workload.spec import WorkloadSpec, read_workload
+from aioengine.lab.runs.experiment import Experiment, read_values
+from aioengine.lab.workload.spec import WorkloadSpec
 
 
 def _numbers(kind: Any, tokens: Sequence[Token]) -> list[float]:
@@ -61,7 +60,7 @@ def make_experiment(
 
     Raises ConfigError for errors in the file or the flags.
     """
-    values = _read(file)
+    values = {} if file is None else read_values(file)
     spec = values.get("workload") or {} if base is None else msgspec.to_builtins(base)
     if not isinstance(spec, Mapping):
         raise ConfigError(f"{file}: workload={spec!r}: must be an object")
@@ -72,19 +71,6 @@ def make_experiment(
     )
     source = "flags" if file is None else f"{file} and flags" if asked or fields else str(file)
     return Experiment.from_dict({**values, **fields, "workload": {**spec, **asked}}, source=source)
-
-
-def _read(file: Path | None) -> Mapping[str, Any]:
-    if file is None:
-        return {}
-    if file.suffix == ".toml":
-        return {"workload": msgspec.to_builtins(read_workload(file))}
-    values = read_json(file)
-    for key in ("comparison", "experiment"):
-        values = values.get(key, values)
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file}: {key}={values!r}: must be an object")
-    return values
 
 
 def check_out(out: Path, mark: str) -> None:

@@ -34,7 +34,7 @@ from aioengine.tasks import run_to_completion
 ALL_AT_ONCE = "poisson:rate=100000"
 
 
-def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) -> Experiment:
+def validation_experiment(preset: str = "smollm2-135m-cpu") -> Experiment:
     """Make an experiment that :func:`validate` suits: a small model, and half as many adapters again as
     slots.
 
@@ -58,7 +58,6 @@ def validation_experiment(preset: str = "smollm2-135m-cpu", *, seed: int = 0) ->
         max_num_seqs=32,
         max_model_len=512,
         kv_cache_memory="512MiB",
-        seed=seed,
     )
 
 

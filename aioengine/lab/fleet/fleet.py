@@ -13,7 +13,7 @@ from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.members import Members
-from aioengine.lab.fleet.conditions import Conditions, Fault
+from aioengine.lab.costs.model import CostModel
 from aioengine.lab.fleet.replica import Handle, SimulatedReplica, ask
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape
@@ -25,6 +25,8 @@ from aioengine.tasks import Background
 Watch = Callable[[SimulatedEngine, int], Callable[[float], None]]
 START_SECONDS = 1.0
 """Seconds from a fleet's start, in which its replicas report for the first time, to the start of its run."""
+DELAY = 0.001
+"""Seconds that a message takes, each way, on one network."""
 
 
 class Scaled(NamedTuple):
@@ -38,13 +40,15 @@ class Scaled(NamedTuple):
 
 
 class SimulatedFleet:
-    """Fleet of simulated engines behind one gateway, under the given :class:`Conditions`.
+    """Fleet of simulated engines behind one gateway.
 
     >>> async with SimulatedFleet(FleetConfig(engine=config, replicas=3), make_engine) as fleet:
     ...     await fleet.complete([0] * 100, SamplingParams(), adapter="a", request_id="r0")
 
     Args:
-        make_engine: Makes a replica's engine; it is called again when a replica that died is started.
+        make_engine: Makes a replica's engine.
+        start_seconds: Seconds from the decision to add a replica until it takes requests, because its model
+            must be read first.
         watch: Called with each started engine and its replica's index, before it gets any request. Returns a
             function to call when that engine has stopped, with the time.
     """
@@ -53,12 +57,14 @@ class SimulatedFleet:
         self,
         config: FleetConfig,
         make_engine: Callable[[], SimulatedEngine],
-        conditions: Conditions | None = None,
         *,
+        start_seconds: float = 30.0,
         watch: Watch = lambda engine, index: lambda now: None,
     ) -> None:
         self.config = config
-        self.conditions = conditions or Conditions()
+        self.delay = DELAY
+        self.scale_seconds = 1.0
+        """Seconds between two decisions of the scaling policy."""
         self.rejected = 0
         """Requests that the router rejected, or for which there was no replica."""
         self.by_replica = [0] * config.replicas
@@ -70,12 +76,13 @@ class SimulatedFleet:
         self.scaled: Scaled | None = None
         """What the scaling policy did; None without one."""
         self._plans = routing.PlacementGuard(routing.load_placement(config.placement))
-        self._make_engine = make_engine
+        self.make_engine = make_engine
+        self._start_seconds = start_seconds
         self._watch = watch
         self._shapes: list[AdapterShape] = []
         self._replicas: dict[str, SimulatedReplica] = {}
         """All that were ever started, by name; one that is started again has another name."""
-        self._current: dict[int, SimulatedReplica] = {}
+        self.living: dict[int, SimulatedReplica] = {}
         """Those that live, by index."""
         self._starting: set[int] = set()
         self._starts: Counter[int] = Counter()
@@ -90,7 +97,6 @@ class SimulatedFleet:
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         time = self._loop.time
-        self._began = time()
         self.members = Members(self.config, Handle(self._replicas), gateway="lab", clock=time)
         self.dispatcher = Dispatcher(self.members, timer=time, processor=time)
         # Every replica reads the same: a version is one content.
@@ -98,11 +104,10 @@ class SimulatedFleet:
         self.dispatcher.on_route = self._routed
         self.members.start(self._watch_replicas)
         for index in range(self.config.replicas):
-            await self._start(index)
+            await self.start_replica(index)
         while len(self.members.members) < self.config.replicas:
             await self.members.change()
         self._background.spawn(self._plan_always())
-        self._background.spawn(self._disturb())
         if self.config.autoscale is not None:
             self._background.spawn(self._scale(routing.load_autoscaler(self.config.autoscale)))
         return self
@@ -110,8 +115,13 @@ class SimulatedFleet:
     async def __aexit__(self, *exc: object) -> None:
         await self._background.end()
         await self.members.stop(EngineStopped("the fleet was stopped"))
-        for replica in list(self._current.values()):
-            await self._stop(replica)
+        for replica in list(self.living.values()):
+            await self.stop_replica(replica)
+
+    @property
+    def costs(self) -> CostModel:
+        """The engines' cost model."""
+        return next(iter(self.living.values())).engine.costs
 
     @property
     def state(self) -> routing.FleetState:
@@ -146,11 +156,10 @@ class SimulatedFleet:
         """Register adapters that have a size and no contents, with every replica."""
         shapes = list(shapes)
         self._shapes += shapes
-        costs = next(iter(self._current.values())).engine.costs
         for shape in shapes:
-            nbytes = costs.adapter_nbytes(shape.rank) if shape.nbytes is None else shape.nbytes
+            nbytes = self.costs.adapter_nbytes(shape.rank) if shape.nbytes is None else shape.nbytes
             self.state.add_adapter(shape.name, nbytes)
-        for replica in self._current.values():
+        for replica in self.living.values():
             replica.engine.add_adapters(shapes)
 
     async def complete(
@@ -185,7 +194,7 @@ class SimulatedFleet:
 
     def check_invariants(self) -> None:
         """Assert the invariants of every live engine and of the gateway's knowledge."""
-        for replica in self._current.values():
+        for replica in self.living.values():
             replica.engine.check_invariants()
         known = set(self.state.view.replicas)
         for name, adapter in self.state.view.adapters.items():
@@ -194,10 +203,17 @@ class SimulatedFleet:
 
     # Replicas
 
-    async def _start(self, index: int) -> None:
+    def make_replica(self, index: int, name: str) -> SimulatedReplica:
+        """Make a replica, which is started then."""
+        return SimulatedReplica(index, name, self.make_engine, self.delay)
+
+    async def start_replica(self, index: int) -> None:
+        """Start a replica with empty caches, unless there is one of this index, or one is being started."""
+        if index in self.living or index in self._starting:
+            return
         again = f"+{self._starts[index]}" if self._starts[index] else ""
         self._starts[index] += 1
-        replica = SimulatedReplica(index, f"replica-{index:04}{again}", self._make_engine, self.conditions)
+        replica = self.make_replica(index, f"replica-{index:04}{again}")
         self._starting.add(index)
         try:
             await replica.start(self.config)
@@ -206,11 +222,11 @@ class SimulatedFleet:
         replica.engine.use_lengths(self.lengths)
         replica.engine.add_adapters(self._shapes)
         self._unwatch[replica.name] = self._watch(replica.engine, index)
-        self._current[index] = self._replicas[replica.name] = replica
-        self._tell_replicas()
+        self.living[index] = self._replicas[replica.name] = replica
+        self.tell_replicas()
 
-    async def _stop(self, replica: SimulatedReplica) -> None:
-        del self._current[replica.index]
+    async def stop_replica(self, replica: SimulatedReplica) -> None:
+        del self.living[replica.index]
         await replica.stop()
         self._unwatch.pop(replica.name)(self._loop.time())
 
@@ -218,9 +234,9 @@ class SimulatedFleet:
         self._tell = told
         return lambda: None
 
-    def _tell_replicas(self) -> None:
+    def tell_replicas(self) -> None:
         """Tell the gateway which replicas there are, as Serve does."""
-        self._tell({replica.name for replica in self._current.values()} - self._draining)
+        self._tell({replica.name for replica in self.living.values()} - self._draining)
 
     def _routed(self, seconds: float, route: routing.Route) -> None:
         for replica in route.replicas[:1]:
@@ -239,28 +255,6 @@ class SimulatedFleet:
                 if move.kind != "unload":  # the cache first drops adapters that are not used
                     self._background.spawn(ask(self._replicas[move.replica], move.kind, move.adapter))
 
-    async def _disturb(self) -> None:
-        start = self._began + START_SECONDS
-        for fault in sorted(self.conditions.faults):
-            await asyncio.sleep(max(start + fault.time - self._loop.time(), 0.0))
-            await self._happen(fault)
-
-    async def _happen(self, fault: Fault) -> None:
-        replica = self._current.get(fault.replica)
-        if replica is None:
-            if fault.kind == "start" and fault.replica not in self._starting:
-                await self._start(fault.replica)
-        elif fault.kind == "kill":
-            await replica.link.kill()
-            await self._stop(replica)
-            self._loop.call_later(self.conditions.detect_seconds, self._tell_replicas)
-        elif fault.kind == "cut":
-            await replica.link.cut()
-        elif fault.kind == "heal":
-            replica.link.heal()
-        elif fault.kind == "drain":
-            await replica.drain()
-
     # Scaling, as Serve does it
 
     async def _scale(self, policy: routing.WaitingWork) -> None:
@@ -268,9 +262,9 @@ class SimulatedFleet:
         wanted, since = self.config.replicas, self._loop.time()
         self._adding, self.scaled = 0, Scaled()
         while True:
-            await asyncio.sleep(self.conditions.scale_seconds)
+            await asyncio.sleep(self.scale_seconds)
             done, now = self.scaled, self._loop.time()
-            alive = sum(replica.name not in self._draining for replica in self._current.values())
+            alive = sum(replica.name not in self._draining for replica in self.living.values())
             waiting = 0 if alive else self._waiting
             before, wanted = wanted, policy.replicas(self.state.view, wanted, waiting=waiting).replicas
             # Those that died are replaced, too.
@@ -283,26 +277,26 @@ class SimulatedFleet:
 
     async def _add_replica(self) -> None:
         """Start one more replica, at the index of a removed one if there is one."""
-        await asyncio.sleep(self.conditions.start_seconds)
-        taken = self._current.keys() | self._starting
+        await asyncio.sleep(self._start_seconds)
+        taken = self.living.keys() | self._starting
         index = next((i for i in range(len(self.by_replica)) if i not in taken), len(self.by_replica))
         if index == len(self.by_replica):
             self.by_replica.append(0)
         with suppress(AioEngineError):
-            await self._start(index)
+            await self.start_replica(index)
         self._adding -= 1
 
     async def _remove_replica(self) -> None:
         """Drain the replica with the least to do, and stop it when it has finished."""
-        living = {replica.name: replica for replica in self._current.values()}
+        living = {replica.name: replica for replica in self.living.values()}
         there = [view for view in self.state.view.accepting if view.replica_id in living]
         if not there:
             return
         least = min(there, key=lambda view: (view.running + view.waiting, view.replica_id))
         replica = living[least.replica_id]
         self._draining.add(replica.name)
-        self._tell_replicas()
+        self.tell_replicas()
         while self.members.channel(replica.name) is not None:
             await self.members.change()
-        if self._current.get(replica.index) is replica:
-            await self._stop(replica)
+        if self.living.get(replica.index) is replica:
+            await self.stop_replica(replica)

@@ -17,7 +17,6 @@ from aioengine.lab.report.charts import Figure, Row, figure, shares_up_to
 from aioengine.lab.report.page import versions_text, write_report_files
 from aioengine.lab.runs.comparison import Failure, estimates, load_results, read_comparison
 from aioengine.lab.runs.rows import load_frame
-from aioengine.lab.runs.simulate import ageing_text
 
 COLUMNS = (
     "ttft_seconds.mean",
@@ -124,7 +123,7 @@ def write_compare_report(folder: str | Path, rank_by: str = DEFAULT_RANKING, *, 
         runs=results.height,
         failures=[Failure(*row) for row in failed],
         rankings=list(rankings(compare)),
-        note=_note(compare, seeds, ageing_text(comparison.policies)),
+        note=_note(compare, seeds),
         versions=versions_text(read_json(described)),
         example=results["folder"][0],
     )
@@ -187,17 +186,14 @@ def _cell(row: Mapping[str, Any] | None, measure: Measure) -> Cell:
     return Cell(measure.text(mean), interval, text, verdict)
 
 
-def _note(compare: Compare, seeds: int, ageing: str) -> str:
-    ageing = f"{ageing[0].upper()}{ageing[1:]}."
+def _note(compare: Compare, seeds: int) -> str:
     if seeds == 1:
-        return (
-            "One seed: there are no intervals, and places may be chance. With --seeds 5 there are. " + ageing
-        )
+        return "One seed: there are no intervals, and places may be chance. With --seeds 5 there are."
     return (
         "± is half of a 95% interval of the mean over the seeds (Student's t). Policies share a place (1=) "
         "if the interval of their difference to the best of them, paired by seed, includes 0; bold is who "
         f"has the first place alone. In colour: the difference to {compare.policies[0]}, where its interval "
-        "leaves out 0, in percent of its mean; of shares, as their ±, in percentage points (pp). " + ageing
+        "leaves out 0, in percent of its mean; of shares, as their ±, in percentage points (pp)."
     )
 
 

@@ -21,7 +21,7 @@ from aioengine.lab.analysis.summary import flatten
 from aioengine.lab.costs.presets import load_costs
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.pool import Outcome, Task, run_all
-from aioengine.lab.runs.simulate import Say, ageing_text, fitting
+from aioengine.lab.runs.simulate import Say, check_policy, fitting
 
 KEYS = ("policy", "slots", "scale")
 """Fields that distinguish settings, beside the seed."""
@@ -127,7 +127,8 @@ def compare(
     # What all runs need is checked before any of them begins.
     experiment = comparison.experiment
     fitting(experiment, load_costs(experiment.preset).plan(experiment.engine_config()), say)
-    ageing_text(comparison.policies)
+    for policy in comparison.policies:
+        check_policy(policy)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "comparison.json").exists():  # else what is below "runs" is somebody else's

@@ -15,7 +15,7 @@ from aioengine.config import EngineConfig, LoRAConfig, refuse_removed
 from aioengine.errors import ConfigError
 from aioengine.lab.workload.draw import OfferedWorkload
 from aioengine.lab.workload.requests import Workload
-from aioengine.lab.workload.spec import WorkloadSpec
+from aioengine.lab.workload.spec import WorkloadSpec, read_workload
 from aioengine.schedulers.routing import DEFAULT_PLACEMENT, DEFAULT_ROUTER
 
 if TYPE_CHECKING:
@@ -128,15 +128,17 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def fleet_config(self, replicas: int) -> FleetConfig:
         """Return the configuration of a simulated fleet of these engines. Raises ConfigError."""
-        from aioengine.lab.fleet.conditions import fleet_config
+        from aioengine.fleet.config import FleetConfig
 
-        return fleet_config(
-            self.engine_config(),
-            start_seconds=self.start_seconds,
+        return FleetConfig(
+            engine=self.engine_config(),
             replicas=replicas,
             router=self.router,
             placement=self.placement,
             autoscale=self.autoscale,
+            replay=False,
+            step_seconds=1e9,  # none counts as hung
+            replica_wait_seconds=30.0 + self.start_seconds,
         )
 
     @classmethod
@@ -150,7 +152,18 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read ``experiment.json`` of a run, or a JSON file with the fields of this struct."""
-        values = read_json(path)
-        inner = values.get("experiment")
-        return cls.from_dict(inner if isinstance(inner, dict) else values, source=str(path))
+        """Read an experiment; see :func:`read_values`."""
+        return cls.from_dict(read_values(path), source=str(path))
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """Return the fields of an experiment in a file: in ``experiment.json`` of a run, ``comparison.json``, a
+    JSON file that has these fields alone, or a TOML file with a workload. Raises ConfigError."""
+    if Path(path).suffix == ".toml":
+        return {"workload": msgspec.to_builtins(read_workload(path))}
+    values = read_json(path)
+    for key in ("comparison", "experiment"):
+        values = values.get(key, values)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {key}={values!r}: must be an object")
+    return values

@@ -11,9 +11,7 @@ from typing import TypedDict, Unpack
 
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AioEngineError, EngineDead, EngineStopped
-from aioengine.fleet.config import FleetConfig
-from aioengine.lab.fleet.conditions import Conditions
-from aioengine.lab.fleet.fleet import START_SECONDS, SimulatedFleet
+from aioengine.lab.fleet.fleet import START_SECONDS, SimulatedFleet, Watch
 from aioengine.lab.runs.recorder import PolicyWatch, Recorder
 from aioengine.lab.runs.rows import Sink
 from aioengine.lab.simulation.engine import SimulatedEngine
@@ -99,9 +97,7 @@ async def replay_on_fleet(
     workload: Workload,
     sink: Sink,
     *,
-    config: FleetConfig,
-    make_engine: Callable[[], SimulatedEngine],
-    conditions: Conditions | None = None,
+    open_fleet: Callable[[Watch], SimulatedFleet],
     listener: PolicyWatch | None = None,
     **watching: Unpack[Watching],
 ) -> SimulatedFleet:
@@ -109,19 +105,19 @@ async def replay_on_fleet(
     because it knows what happened.
 
     Args:
-        make_engine: Makes the engine of one replica.
+        open_fleet: Makes the fleet, which calls what it is given as ``watch``.
         listener: Called with the events of all replicas' engines.
 
     Raises what :func:`replay` raises.
     """
-    conditions = conditions or Conditions()
     start = asyncio.get_running_loop().time() + START_SECONDS
-    first = make_engine()
-    slots = 0 if first.config.lora is None else first.config.lora.max_loras
-    recorder = Recorder(sink, workload, start=start, slots=slots, delay=conditions.delay, listener=listener)
-    async with SimulatedFleet(config, make_engine, conditions, watch=recorder.watch) as fleet:
+    fleet = open_fleet(lambda engine, index: recorder.watch(engine, index))
+    lora = fleet.config.engine.lora
+    slots = 0 if lora is None else lora.max_loras
+    recorder = Recorder(sink, workload, start=start, slots=slots, delay=fleet.delay, listener=listener)
+    async with fleet:
         fleet.add_adapters(workload.adapters)
-        requests = SimulatedRequests(first.costs.spec.vocab_size)
+        requests = SimulatedRequests(fleet.costs.spec.vocab_size)
         sender = _Sender(fleet, recorder, workload, requests, start, fleet.lengths, **watching)
         await sender.send_all()
         fleet.check_invariants()

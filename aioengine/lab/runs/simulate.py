@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +15,7 @@ import msgspec
 from aioengine.errors import ConfigError, PolicyError
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.presets import load_costs
-from aioengine.lab.fleet.conditions import Conditions
-from aioengine.lab.fleet.fleet import START_SECONDS
+from aioengine.lab.fleet.fleet import START_SECONDS, SimulatedFleet, Watch
 from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.provenance import provenance
 from aioengine.lab.runs.recorder import PolicyWatch
@@ -29,10 +27,7 @@ from aioengine.lab.workload.extra import needs_extra
 from aioengine.lab.workload.requests import COUNTED, Arrival, TooLong, Workload, count_too_long
 from aioengine.memory_plan import MemoryPlan
 from aioengine.schedulers import SchedulerPolicy, load_policy
-from aioengine.schedulers.policies.fcfs import FCFS
 
-NEVER = 1e12
-"""Seconds; no request waits this long."""
 Say = Callable[[str], None]
 """Callback with a warning, before anything runs."""
 
@@ -153,30 +148,13 @@ async def simulate(
             await replay(engine, workload, sink, listener=watch, **watching)
             engine.check_invariants()
             return None
-    fleet = await replay_on_fleet(
-        workload,
-        sink,
-        config=experiment.fleet_config(replicas),
-        make_engine=make_engine,
-        conditions=Conditions(start_seconds=experiment.start_seconds),
-        listener=watch,
-        **watching,
-    )
+    fleet_config, start_seconds = experiment.fleet_config(replicas), experiment.start_seconds
+
+    def open_fleet(told: Watch) -> SimulatedFleet:
+        return SimulatedFleet(fleet_config, make_engine, start_seconds=start_seconds, watch=told)
+
+    fleet = await replay_on_fleet(workload, sink, open_fleet=open_fleet, listener=watch, **watching)
     return fleet.summary()
-
-
-def ageing_text(policies: Sequence[Policy]) -> str:
-    """Describe after which time each policy serves a waiting request out of turn. Raises PolicyError if there
-    is no such policy."""
-    waits = {}
-    for spec in policies:
-        policy = check_policy(spec)
-        wait = policy.max_wait if isinstance(policy, FCFS) else math.inf
-        waits[policy_label(spec)] = f"after {wait:g} s" if wait < NEVER else "none"
-    text = ", ".join(f"{wait} in {name}" for name, wait in waits.items())
-    if len(set(waits.values())) == 1:
-        text = f"{next(iter(waits.values()))} in all policies"
-    return f"ageing (requests that have waited this long are served out of turn): {text}"
 
 
 def check_policy(spec: Policy) -> SchedulerPolicy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Unpack
@@ -58,10 +57,6 @@ class SimulatedEngine(AsyncEngine):
             costs, token=TOKEN, end_token=self._end_token, max_rank=max_rank, one_size=one_size
         )
 
-    async def start(self, *, progress: LoadProgress | None = None) -> None:
-        self._flush: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        await super().start(progress=progress)
-
     async def _build(self, work: ThreadPoolExecutor, progress: LoadProgress | None) -> Built:
         return Built(
             spec=self._spec,
@@ -103,32 +98,16 @@ class SimulatedEngine(AsyncEngine):
         params: SamplingParams | None = None,
         **keywords: Unpack[RequestKeywords],
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the first output and the last one: what is between is only told at a :meth:`flush`."""
+        """Yield the first output and the last one."""
         self.settle()
         stream = await self._submit(prompt, params, keywords)
         try:
-            new = await stream.next()
-            while True:
-                yield new
-                if new.finished:
-                    return
-                ended = asyncio.ensure_future(stream.last())
-                first: list[asyncio.Future[Any]] = [ended, self._flush]
-                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-                if ended.done():
-                    new = ended.result()
-                else:
-                    ended.cancel()
-                    new = stream.so_far()
-                    new.answer.note_seen(new)
+            first = await stream.next()
+            yield first
+            if not first.finished:
+                yield await stream.last()
         finally:
             self._loop.abort(stream.request)
-
-    def flush(self) -> None:
-        """Have the readers of all requests get the tokens up to now."""
-        self.settle()
-        flush, self._flush = self._flush, asyncio.get_running_loop().create_future()
-        flush.set_result(None)
 
     def stats(self) -> EngineStats:
         self.settle()

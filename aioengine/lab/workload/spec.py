@@ -41,8 +41,8 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     trace: Text | None = None
-    """A file: CSV as the Azure LLM inference traces, or JSON lines, or either as gzip;
-    see :mod:`aioengine.lab.workload.traces`."""
+    """A file: CSV as the Azure LLM inference traces, or JSON lines; see
+    :mod:`aioengine.lab.workload.traces`."""
     arrivals: Text | None = None
     """"poisson:rate=2", "gamma:rate=2,cv=4", "onoff:rate=2,on=10,off=30" (2 a second in bursts of 10 s, on
     average, 30 s apart) or "diurnal:rate=2,period=86400,depth=0.8"; rates in requests a second."""

@@ -1,5 +1,4 @@
-"""Reads traces of requests, row by row, whatever their length. A file's content shows its form; any may be
-gzip:
+"""Reads traces of requests, row by row, whatever their length. A file's content shows its form:
 
 - CSV with the columns ``TIMESTAMP``, ``ContextTokens``, ``GeneratedTokens``: the Azure LLM inference traces
   of 2023-11-16, code and conversation, published under CC-BY (Patel et al., "Splitwise: Efficient Generative
@@ -13,13 +12,11 @@ Rows must be in order of time. Every error is a ConfigError that names the file 
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, BinaryIO, NamedTuple, cast
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -32,7 +29,6 @@ MAX_LINE = 2**20
 """Bytes; no row is longer, so a file of another kind is not read into memory as one line."""
 
 _SECOND = 10**9
-_GZIP = b"\x1f\x8b"
 _FRACTION = re.compile(r"(?:\.(\d{1,9}))?(?:Z|\+00:?00)?")
 Time = Annotated[float, Meta(ge=0, le=1e11)]
 Tokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -132,7 +128,7 @@ def read_trace(path: str | Path) -> Iterator[TraceRow]:
     last = parse = None
     line = 0
     try:
-        with _open(path) as file:
+        with open(path, "rb") as file:
             while raw := file.readline(MAX_LINE):
                 line += 1
                 if len(raw) == MAX_LINE:
@@ -151,9 +147,8 @@ def read_trace(path: str | Path) -> Iterator[TraceRow]:
                     )
                 last = row.time
                 yield row
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ConfigError(f"trace {path}: cannot be read: {reason}") from error
+    except OSError as error:
+        raise ConfigError(f"trace {path}: cannot be read: {error.strerror}") from error
     except (ConfigError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         text = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
         raise ConfigError(f"trace {path}, line {line}: {text}") from error
@@ -176,12 +171,6 @@ def scan_trace(path: str | Path, *, limit: int | None = None, seconds: float | N
         if rows == limit:
             break
     return TraceSummary(rows, first, last, tuple(sorted(names)))
-
-
-def _open(path: str | Path) -> BinaryIO:
-    with open(path, "rb") as file:
-        packed = file.read(len(_GZIP)) == _GZIP
-    return cast("BinaryIO", gzip.open(path, "rb")) if packed else open(path, "rb")
 
 
 def _parser(first: bytes) -> Callable[[bytes], TraceRow]:
