@@ -257,12 +257,12 @@ def test_every_room_is_installed() -> None:
 BUDGETS = {
     "aioengine/*.py": 2_900,  # aim: 2_400
     "aioengine/adapters": 3_600,
-    "aioengine/cli": 3_850,  # aim: 3_200
+    "aioengine/cli": 3_600,  # aim: 3_200
     "aioengine/core": 4_400,
     "aioengine/executors": 1_850,
     "aioengine/fleet": 4_550,  # aim: 4_200
     "aioengine/grammars": 1_600,  # aim: 1_100
-    "aioengine/lab": 7_850,  # aim: 7_500
+    "aioengine/lab": 7_700,  # aim: 7_500
     "aioengine/model": 10_350,  # aim: 9_000
     "aioengine/runtime": 2_750,  # aim: 2_700
     "aioengine/server": 6_400,  # aim: 6_300
@@ -271,7 +271,7 @@ BUDGETS = {
     "kernels": 11_750,  # aim: 10_300, and 1_200 for AMX and Arm
     "metrics": 3_600,
     "schedulers": 4_500,
-    "tests": 60_750,  # aim: 52_000
+    "tests": 60_900,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

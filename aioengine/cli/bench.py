@@ -82,13 +82,15 @@ def _config(flags: EngineFlags, requests: int, tokens: int, adapters: int, rank:
     """Return the configuration that the file and the flags set. What they leave open has room for all that
     is measured."""
     values, source = flags.settings()
-    given = EngineConfig.from_dict(values, source=source)
-    lora = dict(values.get("lora", {}))
-    lora.setdefault("max_loras", min(adapters, lora.get("max_cpu_loras", adapters)))
-    lora.setdefault("max_cpu_loras", max(adapters, lora["max_loras"]))
-    lora.setdefault("max_lora_rank", min(size for size in ALLOWED_RANKS if size >= rank))
+    EngineConfig.from_dict(values, source=source)  # which checks them
+    lora = values.get("lora", {})
+    lora = {
+        "max_loras": min(adapters, lora.get("max_cpu_loras", adapters)),
+        "max_cpu_loras": max(adapters, lora.get("max_loras", adapters)),
+        "max_lora_rank": min(size for size in ALLOWED_RANKS if size >= rank),
+        **lora,
+    }
     values = {"max_model_len": tokens, "max_num_seqs": requests, **values, "lora": lora}
-    values["max_num_batched_tokens"] = max(given.max_num_batched_tokens, values["max_num_seqs"])
     values["enable_prefix_caching"] = False  # every run computes every prompt
     return EngineConfig.from_dict(values, source=source)
 
@@ -126,10 +128,10 @@ def _print(results: dict[str, list[Measured]], work: str, config: EngineConfig) 
 
     title = f"{work}, {config.model_name}, {config.dtype}, quantization {config.quantization}; {machine()}"
     columns = ("variant", ">output tok/s (median)", ">min .. max", ">median TTFT", ">of base")
-    base = median(rate for rate, _ in results["base"])
-    rows = []
+    rows, base = [], 0.0
     for name, runs in results.items():
         rates, ttfts = zip(*runs, strict=True)
         rate, spread = median(rates), f"{min(rates):.1f} .. {max(rates):.1f}"
+        base = base or rate
         rows.append((name, f"{rate:.1f}", spread, f"{median(ttfts):.2f} s", f"{rate / base:.0%}"))
     print_table(columns, rows, title)

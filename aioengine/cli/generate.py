@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -104,25 +103,18 @@ def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) 
     """Return the adapter's name in the engine; a folder or a Hub id is added to ``adapters``."""
     if adapter.startswith("hf:"):
         name = adapter.removeprefix("hf:").split("@")[0]
-        adapters[name] = adapter
-        return name
-    if not adapter:
-        raise RequestInvalid("--adapter '': is empty; give a name, a folder, or hf:owner/name")
-    path = Path(adapter)
-    if path.is_dir():
-        name = path.resolve().name
-        if name in adapters:
-            raise RequestInvalid(
-                f"--adapter {adapter}: --lora-modules already has an adapter {name!r}; use that name"
-            )
-        adapters[name] = str(path)
-        return name
-    if config.lora is not None and config.lora.adapter_root is not None:
+    elif adapter and Path(adapter).is_dir():
+        name = Path(adapter).resolve().name
+    elif adapter and config.lora is not None and config.lora.adapter_root is not None:
         return adapter
-    known = ", ".join(adapters) or "none given"
-    raise AdapterNotFound(
-        f"no --lora-modules entry of this name ({known}) and no folder of this path", name=adapter
-    )
+    else:
+        known = ", ".join(adapters) or "none given"
+        raise AdapterNotFound(
+            f"no --lora-modules entry of this name ({known}) and no folder of this path", name=adapter
+        )
+    if adapters.setdefault(name, adapter) != adapter:
+        raise RequestInvalid(f"--adapter {adapter}: --lora-modules has another adapter {name!r}")
+    return name
 
 
 async def _print_text(
@@ -136,9 +128,7 @@ async def _print_text(
         logger = logging.getLogger("aioengine")
         logger.addFilter(is_other)
         try:
-            async for out in engine.generate(
-                request.prompt, request.params, adapter=request.adapter, **request.scheduling
-            ):
+            async for out in engine.generate(request.prompt, request.params, **request.options):
                 print(out.text_delta, end="", flush=True)
         finally:
             logger.removeFilter(is_other)
@@ -159,28 +149,26 @@ async def run_batch(
     allows. These are enough for a policy to choose from, and few enough for a batch of any length.
     """
     turns = asyncio.Semaphore(min(4 * config.max_num_seqs, config.max_waiting or sys.maxsize))
-    ended, failed = count(1), False
+    total, failed = len(requests), False
     async with started(config, adapters, record=recording.record) as engine:
-        # Nothing is shown beside answers that go to the terminal.
-        with nullcontext() if sys.stdout.isatty() else progress("requests") as show:
 
-            async def answer(request: Request) -> dict[str, Any]:
-                async with turns:
-                    found = await _answer(engine, request)
-                done = next(ended)
-                if show is not None:
-                    show(done, len(requests), f"{done}/{len(requests)}")
-                return found
+        async def answer(request: Request) -> dict[str, Any]:
+            async with turns:
+                return await _answer(engine, request)
 
-            tasks = [asyncio.create_task(answer(request)) for request in requests]
-            try:
-                for task in tasks:
+        tasks = [asyncio.create_task(answer(request)) for request in requests]
+        try:
+            # Nothing is shown beside answers that go to the terminal.
+            with nullcontext() if sys.stdout.isatty() else progress("requests") as show:
+                for done, task in enumerate(tasks, start=1):
                     line = await task
                     failed = failed or "error" in line
                     out.write(msgspec.json.encode(line) + b"\n")
                     out.flush()
-            finally:
-                await end_tasks(tasks)
+                    if show is not None:
+                        show(done, total, f"{done}/{total}")
+        finally:
+            await end_tasks(tasks)
     return 1 if failed else 0
 
 
@@ -189,7 +177,7 @@ async def _answer(engine: AsyncEngine, request: Request) -> dict[str, Any]:
 
     async def one(index: int) -> RequestOutput:
         params = for_choice(request.params, index)
-        return await engine.complete(request.prompt, params, adapter=request.adapter, **request.scheduling)
+        return await engine.complete(request.prompt, params, **request.options)
 
     try:
         outputs = await together([one(index) for index in range(request.n)])

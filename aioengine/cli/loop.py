@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from aioengine.cli.process import process
@@ -17,7 +17,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
     Ctrl-C cancels it. Raises KeyboardInterrupt if that has ended it.
     """
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=None if sys.platform == "win32" else _uvloop) as runner:
         try:
             return runner.run(_cancellable(main))
         except asyncio.CancelledError:
@@ -33,9 +33,7 @@ async def _cancellable(main: Coroutine[Any, Any, T]) -> T:
         return await main
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if sys.platform == "win32":
-        return None
+def _uvloop() -> asyncio.AbstractEventLoop:
     import uvloop
 
-    return uvloop.new_event_loop
+    return uvloop.new_event_loop()

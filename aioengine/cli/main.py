@@ -26,7 +26,7 @@ from cyclopts.config import Env
 from aioengine import errors
 from aioengine.cli.config.sources import PREFIX, sources
 from aioengine.cli.flags import CommonFlags, in_flags
-from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter
+from aioengine.cli.help import EXIT_CODES, HELP_ALL, HELP_FLAGS, CompactFormatter, shown_default
 from aioengine.cli.process import EXIT_FAILED, EXIT_INTERRUPTED, output_failure, process
 from aioengine.cli.serving.log import configure_logging, print_line
 from aioengine.config import refuse_removed
@@ -44,9 +44,9 @@ _WHILE_RUNNING = (
 """Errors that end a command after its start; other errors of this package say why it could not start."""
 
 GROUPS = {
-    "config": "Check and show a server's configuration.",
+    "config": "Check a server's configuration.",
     "fleet": "Inspect a fleet, and drain replicas.",
-    "keys": "Create and check a server's API keys.",
+    "keys": "Create a server's API keys.",
     "lab": "Evaluate scheduling policies on traces in simulated time, with the serving engine.",
     "policies": "List the scheduler policies and their parts, or check one.",
 }
@@ -55,7 +55,6 @@ GROUPS = {
 COMMANDS = {
     "bench": ("bench", ["", "--adapters 8 32 --quantization int8"]),
     "config check": ("config.commands", ["--config server.toml --port 9000"]),
-    "config show": ("config.commands", ["--config server.toml"]),
     "demo": ("demo", ["", "--requests 24 --max-tokens 64"]),
     "fleet status": ("fleet.command", [""]),
     "fleet adapters": ("fleet.command", [""]),
@@ -69,7 +68,6 @@ COMMANDS = {
         ["--tenant alice >> keys.toml", "--tenant a --scope adapters --adapter 'a/*'"],
     ),
     "keys hash": ("serving.keys", ["< key.txt"]),
-    "keys check": ("serving.keys", ["keys.toml"]),
     "lab run": (
         "lab.run",
         ["--trace azure_code.csv --adapters 200 --out results", "--arrivals gamma:rate=4,cv=4 --limit 2000"],
@@ -81,7 +79,6 @@ COMMANDS = {
     "lab rerun": ("lab.folders", ["results"]),
     "lab new": ("lab.folders", ["my_study"]),
     "lab size": ("lab.size", ["--workload workload.toml --slo ttft_p99=2.0 itl_p95=0.05"]),
-    "lab report": ("lab.folders", ["results --rank-by latency_seconds.mean"]),
     "lab calibrate": ("lab.live", ["--out this-machine.json"]),
     "lab record": ("serve", ["requests.jsonl --model path/to/model --lora-modules sql=path/to/sql"]),
     "lab validate": ("lab.live", ["--calibrate this-machine.json"]),
@@ -93,7 +90,7 @@ COMMANDS = {
 }
 """The commands: each with its module, which has a function of the command's last name, and arguments of its
 examples."""
-_OF_A_SERVER = ("serve", "lab record", "config check", "config show")
+_OF_A_SERVER = ("serve", "config check")
 """Commands that take the configuration of a server."""
 
 
@@ -112,7 +109,7 @@ def build_app(*, full_help: bool = False, unknown: list[str] | None = None) -> A
         help_format="plaintext",
         help_formatter=CompactFormatter(full=full_help),
         help_epilogue=f"{_examples('')}\n\nFlags of a command: aioengine COMMAND --help\n{EXIT_CODES}",
-        default_parameter=Parameter(negative_iterable=()),
+        default_parameter=Parameter(negative_iterable=(), show_default=shown_default),
         group_arguments=flags,
         group_parameters=flags,
         version_flags=["--version"],
@@ -168,10 +165,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debug = common.debug
         common.configure_logging()
         command, bound, beside_flags = app.parse_args(rest)
-        if "engine" in bound.signature.parameters:
-            for name, value in os.environ.items():
-                if name.startswith(PREFIX):
-                    refuse_removed({name.removeprefix(PREFIX).lower(): value}, f"{name}: ")
         server = bound.arguments.get("server") if rest[:1] == ("serve",) else None
         if server is not None and server.log_format == "json":  # errors before it serves are JSON, too
             configure_logging("json", common.log_level or "info")

@@ -14,19 +14,15 @@ from aioengine.checks import check_value, nearest
 from aioengine.errors import RequestInvalid
 from aioengine.request import Prompt, RequestOptions, SamplingParams, Wanted
 
-_KINDS: dict[str, Any] = {
+_OWN: dict[str, Any] = {
     "id": str | int,
     "prompt": str | list[int],
     "messages": list[dict[str, Any]],
-    "adapter": str | dict[str, float] | None,
     "n": Annotated[int, Meta(ge=1, le=128)],
-    "priority": int,
-    "deadline": float,
-    "tenant": str,
 }
-"""Fields of a line beside those of SamplingParams."""
-_SCHEDULING = ("priority", "deadline", "tenant")
-_LIKE_LEFT_OUT = ("n", *_SCHEDULING)
+"""Fields of a line beside those of RequestOptions and of SamplingParams."""
+_OPTIONS = ("adapter", "priority", "deadline", "tenant")
+_LIKE_LEFT_OUT = ("n", "priority", "deadline", "tenant")
 """Fields that null leaves as the flags have them."""
 _SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name != "constraint")
 
@@ -36,11 +32,15 @@ class Request(NamedTuple):
 
     id: str | int
     prompt: Prompt
-    adapter: Wanted
     params: SamplingParams
     n: int
-    scheduling: dict[str, Any]
-    """Arguments of ``AsyncEngine.generate`` that were given: priority, deadline, tenant."""
+    options: dict[str, Any]
+    """Arguments of ``AsyncEngine.generate`` that were given: adapter, priority, deadline, tenant."""
+
+    @property
+    def adapter(self) -> Wanted:
+        adapter: Wanted = self.options["adapter"]
+        return adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,46 +56,37 @@ class Defaults:
     def request(self, line: Mapping[str, Any], index: int) -> Request:
         """Return the request that the fields of a line describe, the ``index``-th. Raises RequestInvalid if
         they are wrong."""
-        known = (*_KINDS, *_SAMPLING)
+        known = (*_OWN, *_OPTIONS, *_SAMPLING)
         for name in line:
             if name not in known:
                 near = nearest(name, known)
                 raise RequestInvalid(f"unknown field {name!r}{near}; there are {', '.join(known)}")
         own = {name: v for name, v in line.items() if v is not None or name not in _LIKE_LEFT_OUT}
         fields = {"id": index, "adapter": None, "n": 1, **self.fields, **own}
-        for name, kind in _KINDS.items():
+        for name, kind in _OWN.items():
             if name in fields:
                 check_value(name, fields[name], kind, RequestInvalid)
-        RequestOptions(adapter=fields["adapter"])  # which checks it
-        return Request(
-            id=fields["id"],
-            prompt=self._prompt(fields),
-            adapter=fields["adapter"],
-            params=SamplingParams(**_of(fields, _SAMPLING)),
-            n=fields["n"],
-            scheduling=_of(fields, _SCHEDULING),
-        )
+        options, sampling = ({n: fields[n] for n in of if n in fields} for of in (_OPTIONS, _SAMPLING))
+        RequestOptions(**options)  # which checks them
+        prompt, params = self._prompt(fields), SamplingParams(**sampling)
+        return Request(fields["id"], prompt, params, fields["n"], options)
 
     def _prompt(self, fields: Mapping[str, Any]) -> Prompt:
         if ("prompt" in fields) == ("messages" in fields):
             raise RequestInvalid('give either "prompt" or "messages"')
+        system: list[dict[str, Any]] = []
+        if self.system is not None:
+            system = [{"role": "system", "content": self.system}]
         if "messages" in fields:
             messages: list[dict[str, Any]] = fields["messages"]
             has_system = any(message.get("role") == "system" for message in messages)
-            return messages if has_system else [*self._system_message(), *messages]
+            return messages if has_system else [*system, *messages]
         prompt: str | list[int] = fields["prompt"]
-        if not self.chat and self.system is None:
+        if not self.chat and not system:
             return prompt
         if not isinstance(prompt, str):
             raise RequestInvalid("--chat and --system need a text prompt, but this prompt is token ids")
-        return [*self._system_message(), {"role": "user", "content": prompt}]
-
-    def _system_message(self) -> list[dict[str, Any]]:
-        return [] if self.system is None else [{"role": "system", "content": self.system}]
-
-
-def _of(fields: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: fields[name] for name in names if name in fields}
+        return [*system, {"role": "user", "content": prompt}]
 
 
 def parse_lines(lines: Iterable[bytes], defaults: Defaults, source: str = "standard input") -> list[Request]:

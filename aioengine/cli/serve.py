@@ -11,9 +11,10 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from cyclopts import Parameter
 
 from aioengine.checks import format_bytes
 from aioengine.cli.config.checked import Checked, FleetFlags, ServerFlags, check_all, is_loopback
@@ -70,10 +71,7 @@ def serve(
 def record(
     file: Given,
     /,
-    *,
-    server: ServerFlags = ServerFlags(),
-    engine: EngineFlags = EngineFlags(),
-    parse_again: ParseAgain = None,
+    *flags: Annotated[str, Parameter(allow_leading_hyphen=True)],
     log_level: LogLevel = None,
 ) -> int:
     """Serve, and append a line per request to a file for --trace.
@@ -82,11 +80,12 @@ def record(
 
     Args:
         file: JSON lines; may be an earlier recording, to which lines are added.
+        flags: Flags of aioengine serve.
     """
-    recording = RecordFlags(record=file)
-    return serve(
-        server=server, engine=engine, recording=recording, parse_again=parse_again, log_level=log_level
-    )
+    from aioengine.cli.main import main  # which has imported this
+
+    level = [] if log_level is None else ["--log-level", log_level]
+    return main(["serve", "--record", str(file), *level, *flags])
 
 
 async def _serve(checked: Checked, record: Path | None, log: BackgroundHandler, reloader: Reloader) -> int:

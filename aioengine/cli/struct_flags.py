@@ -24,7 +24,7 @@ import msgspec
 from cyclopts import Group, Parameter
 from docstring_parser import parse_from_object
 
-from aioengine.cli.help import FOLDED, with_default
+from aioengine.cli.help import FOLDED
 
 T = TypeVar("T")
 
@@ -86,9 +86,10 @@ def flag_set(
                 if left_out or name in annotations:
                     continue
                 default = field.default if defaults else None
-                text = with_default(texts.get(name, ""), None if defaults else _default(field.default))
                 kind = kind | None if default is None else kind
-                annotations[name] = Annotated[kind, Parameter(group=group(of, name), help=text)]
+                text = _default(field.default)
+                parameter = Parameter(group=group(of, name), help=texts.get(name, ""), show_default=text)
+                annotations[name] = Annotated[kind, parameter]
                 setattr(cls, name, default)
         first = {name: place for place, name in enumerate(shown or ())}
         cls.__annotations__ = dict(sorted(annotations.items(), key=lambda one: first.get(one[0], len(first))))
@@ -103,10 +104,10 @@ def given(flags: object, struct: type[msgspec.Struct] | None = None) -> dict[str
     return {name: value for name in names if (value := vars(flags).get(name)) is not None}
 
 
-def _default(value: Any) -> str | None:
-    """Return a default as help shows it."""
+def _default(value: Any) -> str | bool:
+    """Return a default as help shows it; False: it does not."""
     shown = isinstance(value, str | int | float) and not isinstance(value, bool) and value not in ("", "auto")
-    return str(value) if shown else None
+    return str(value) if shown else False
 
 
 def _flag_type(hint: Any) -> Any:

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Annotated, Any
@@ -18,12 +18,12 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from aioengine import __version__
 from aioengine.adapters.read_threads import start_read
-from aioengine.cli.board import NARROW, board, cut_table, slots_table
 from aioengine.cli.flags import Switch
 from aioengine.cli.loop import run
 from aioengine.cli.tables import output_console
@@ -35,6 +35,8 @@ OTHER_LINES = 12
 """Lines of the screen that neither slots nor requests have: numbers, heads of tables, and gaps."""
 SAME_START = 1.0
 """Seconds by which the time at which a process began may seem to change, because clocks are corrected."""
+_CUT = ("request", "route", "tenant", "adapter")
+"""Columns that are made narrow first."""
 _COUNTED = (("requests/s", "requests_finished"), ("tokens/s", "output_tokens"), ("loads/s", "slot_loads"))
 
 
@@ -56,7 +58,7 @@ def top(
     key = key or os.environ.get(KEY_VARIABLE)
     console = output_console()
     if once:
-        console.print(frame(look(url, key), None, console.width))
+        console.print(frame(look(url, key), None))
         return 0
     run(_watch(console, partial(look, url, key), every))
     return 0
@@ -67,16 +69,19 @@ async def _watch(console: Console, see: Callable[[], dict[str, Any]], every: flo
     # Ctrl-C ends this at once, although a server that stands still keeps a thread waiting.
     before, now = None, await start_read("aioengine-top", see)
     seen, error = time.monotonic(), None
-    with board(console, screen=True) as show:
+    with ExitStack() as ending:
+        screen = None
+        if console.is_terminal:
+            screen = ending.enter_context(Live(console=console, screen=True, auto_refresh=False))
         while True:
-            picture = frame(now, before, console.width, console.height if show else None)
+            picture = frame(now, before, console.height if screen else None)
             if error is not None:
                 age = f"{error}; this is {time.monotonic() - seen:.0f} s old:"
                 picture = Group(Text(age, style="bold red"), picture)
-            if show is None:
+            if screen is None:
                 console.print(picture, "")
             else:
-                show(picture)
+                screen.update(picture, refresh=True)
             await asyncio.sleep(every)
             try:
                 before, now, error = now, await start_read("aioengine-top", see), None
@@ -108,17 +113,15 @@ def look(url: str, key: str | None) -> dict[str, Any]:
         reason = getattr(error, "reason", error)  # what urllib has put into an error of its own
         raise ConfigError(f"{url}: no aioengine server answers there: {reason or repr(error)}") from error
     try:
-        frame(found, found, 80)
+        frame(found, found)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{url}: no aioengine server of this version answers there") from error
     return found  # type: ignore[no-any-return] # what can be drawn
 
 
-def frame(now: dict[str, Any], before: dict[str, Any] | None, width: int, height: int | None = None) -> Group:
-    """Draw the server's state; rates are counted from ``before``, the previous answer.
-
-    ``width`` is in columns, ``height`` in lines; without a height there is no screen.
-    """
+def frame(now: dict[str, Any], before: dict[str, Any] | None, height: int | None = None) -> Group:
+    """Draw the server's state, on a screen of ``height`` lines if it is given. Rates are counted from
+    ``before``, the previous answer."""
     stats = now["stats"]
     used = stats["kv_blocks"] - stats["kv_blocks_free"]
     limit = stats["max_waiting"]
@@ -136,7 +139,7 @@ def frame(now: dict[str, Any], before: dict[str, Any] | None, width: int, height
         room = max(2, height - OTHER_LINES)
         most_slots = min(len(slots), max(room // 2, room - len(requests)))
         most_requests = room - most_slots
-    tables = slots_table(slots, most_slots, width), Text(), _requests(requests, most_requests, width)
+    tables = _slots(slots, most_slots), Text(), _requests(requests, most_requests)
     return Group(*map(Text, lines), Text(), *tables)
 
 
@@ -151,13 +154,12 @@ def _rates(now: dict[str, Any], before: dict[str, Any] | None) -> str:
     return "   ".join(f"{count / seconds:.1f} {name}" for name, count in more)
 
 
-def _requests(requests: list[dict[str, Any]], most: int, width: int) -> Table:
-    narrow = width < NARROW
+def _requests(requests: list[dict[str, Any]], most: int) -> Table:
     rows = [
         {
             "seconds": f"{one['seconds']:.1f}",
-            "request": str(one.get("request_id"))[: 8 if narrow else None],
-            **({} if narrow else {"route": str(one.get("route") or "")}),
+            "request": str(one.get("request_id")),
+            "route": str(one.get("route") or ""),
             "tenant": str(one.get("tenant") or ""),
             "adapter": str(one.get("adapter") or ""),
             "prompt": str(one.get("prompt_tokens", "")),
@@ -165,4 +167,39 @@ def _requests(requests: list[dict[str, Any]], most: int, width: int) -> Table:
         }
         for one in requests
     ]
-    return cut_table(rows, most, width)
+    return _table(rows, most)
+
+
+def _slots(slots: list[dict[str, Any]], most: int) -> Table:
+    """Return a table of the slots; if there are more than ``most``, of those in which most requests run."""
+    if len(slots) > most:
+        slots = sorted(slots, key=lambda slot: (-slot["running"], slot["adapter"] is None))
+    of_fleet = any(slot.get("replica") is not None for slot in slots)
+    rows = [
+        {
+            **({"replica": str(slot.get("replica") or "")} if of_fleet else {}),
+            "slot": str(slot["index"]),
+            "state": slot["state"].lower(),
+            "adapter": "" if slot["adapter"] is None else f"{slot['adapter']} (v{slot['version']})",
+            "running": str(slot["running"]),
+            "pinned": "pinned" if slot["pinned"] else "",
+        }
+        for slot in slots
+    ]
+    return _table(rows, most)
+
+
+def _table(rows: list[dict[str, str]], most: int) -> Table:
+    """Return a table of ``most`` rows, with a last line for the number of further ones. What clients and
+    tenants name is cut where the terminal is narrow, so that the numbers are seen."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    columns = list(rows[0]) if rows else []
+    for column in columns:
+        table.add_column(Text(column, no_wrap=True), no_wrap=column not in _CUT)  # such are made narrow last
+    shown = [*rows[:most]]
+    if len(rows) > most:
+        first = next(column for column in columns if column in _CUT)
+        shown.append(dict.fromkeys(columns, "") | {first: f"and {len(rows) - most} more"})
+    for row in shown:
+        table.add_row(*(Text(text, no_wrap=True, overflow="ellipsis") for text in row.values()))
+    return table

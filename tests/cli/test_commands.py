@@ -52,7 +52,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["lab", "calibrate", "here"], "'here': aioengine lab calibrate takes no such value"),
         (["generate", "hi", "--n", "2"], "--json"),
         (["generate", "hi", "--adapter", "nobody"], "nobody"),
-        (["generate", "hi", "--adapter", ""], "--adapter '': is empty"),
+        (["generate", "hi", "--adapter", ""], "adapter '': no"),
         (["generate", "--lora-modules", "a=b", "hi"], "after --"),
         (["demo", "--adapters", "/nowhere"], "/nowhere"),
         (["demo", "--requests", "0"], "--requests"),

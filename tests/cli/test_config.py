@@ -40,7 +40,7 @@ def file(tmp_path: Path, tiny_text: Tiny) -> Path:
 
 
 def shown(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
-    assert main(["config", "show", *flags]) == 0
+    assert main(["config", "check", *flags]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -81,7 +81,7 @@ def test_mistyped_variables_are_named(
 
 @pytest.mark.parametrize(
     ("command", "line", "status"),
-    [("show", "", 0), ("check --port x", "", 2), ("check --port 0", "[server]\nprt = 1\n", 2)],
+    [("check", "", 0), ("check --port x", "", 2), ("check --port 0", "[server]\nprt = 1\n", 2)],
 )
 def test_mistyped_variables_are_named_once_whatever_else_is_wrong(
     command: str,
@@ -179,7 +179,7 @@ def test_one_text_is_a_list_of_one() -> None:
 
 def test_a_good_file_is_good(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "check", "--config", str(file)]) == 0
-    assert "good" in capsys.readouterr().out
+    assert "good" in capsys.readouterr().err
 
 
 def test_the_table_of_a_fleet_makes_one(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from support.cli_programs import run_script
 
 from aioengine.cli.main import main
-from aioengine.lab import Experiment
+from aioengine.lab import Experiment, write_report
 
 SMALL = ["--arrivals", "poisson:rate=20", "--limit", "20", "--adapters", "5", "--output-tokens", "8"]
 SYSTEM = ["--cpu-loras", "4"]
@@ -45,7 +44,7 @@ def test_a_run_and_the_same_again(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads((out / "summary.json").read_text())["requests_finished"] == 20
     same = ["--experiment", str(out / "experiment.json"), "--no-report", "--out", str(again)]
     assert main(["lab", "run", *same]) == 0 and not (again / "report.html").exists()
-    assert main(["lab", "report", str(again)]) == 0
+    write_report(again)
     files = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
     assert len(files) == 12
     for file in files:
@@ -97,10 +96,10 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert heard.err.count("failed: its process was killed by signal 9") == 2
     assert "3 slots: by time to first token, p99" in heard.out
     file = ["--experiment", str(out / "comparison.json"), "--policy", "vllm+lru"]
+    file += ["--rank-by", "latency_seconds.mean"]
     assert main(["lab", "compare", *file, "--jobs", "1", "--out", str(again)]) == 0
     found = json.loads((again / "comparison.json").read_text())["comparison"]
     assert (found["policies"], found["slots"], found["seeds"]) == (["vllm+lru"], [2, 3], [0])
-    assert main(["lab", "report", str(again), "--rank-by", "latency_seconds.mean"]) == 0
     assert "2 slots: by whole answer, mean" in (again / "report.html").read_text()
 
 
@@ -117,8 +116,6 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", *SMALL, "--policy", "fcfs,"], "--policy"),
         (["compare", *SMALL, "--seeds", "0"], "for --seeds. Must be >= 1"),
         (["compare", *SMALL, "--jobs", "0"], "for --jobs. Must be >= 1"),
-        (["report", "/nowhere"], "experiment.json"),
-        (["validate", "--loads", ""], "--loads"),
         (["validate", "--calibrate", "c.json", "--preset", "smollm2-135m-cpu"], "--preset has no effect"),
         (["validate", "--calibrate", "no/c.json"], "there is no folder no"),
     ],
@@ -197,9 +194,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 
 def test_record_is_serve_with_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("aioengine.cli.serve.serve", lambda **flags: asked.append(flags) or 0)
+    asked: list[list[str]] = []
+    monkeypatch.setattr("aioengine.cli.main.main", lambda arguments: asked.append(arguments) or 0)
     assert main(["lab", "record", "requests.jsonl", "--max-loras", "7", "--port", "0"]) == 0
-    (flags,) = asked
-    assert flags["recording"].record == Path("requests.jsonl")
-    assert (flags["engine"].max_loras, flags["server"].port) == (7, 0)
+    assert asked == [["serve", "--record", "requests.jsonl", "--max-loras", "7", "--port", "0"]]

@@ -37,7 +37,7 @@ def test_a_line_with_everything() -> None:
         }
     )
     assert (request.id, request.prompt, request.adapter, request.n) == ("x", "Hi", "sql", 3)
-    assert request.scheduling == {"priority": 2, "deadline": 1.5, "tenant": "t"}
+    assert request.options == {"adapter": "sql", "priority": 2, "deadline": 1.5, "tenant": "t"}
     params = request.params
     assert (params.seed, params.logprobs, params.max_tokens, params.stop) == (4, 2, 7, ("end",))
     assert params.logit_bias == {5: -1.0}
@@ -73,9 +73,9 @@ def test_a_line_wins_over_flags_field_by_field() -> None:
         fields=flags,
     )
     assert (given.adapter, given.n, given.params.temperature) == ("sql", 2, 0.5)
-    assert given.scheduling == {"priority": 1, "tenant": "flag"}
+    assert given.options == {"adapter": "sql", "priority": 1, "tenant": "flag"}
     assert (own.adapter, own.n, own.params.temperature, own.params.max_tokens) == (None, 1, 1.0, 5)
-    assert own.scheduling == {"priority": 1, "tenant": "line"}
+    assert own.options == {"adapter": None, "priority": 1, "tenant": "line"}
 
 
 def test_a_byte_order_mark_and_empty_lines_are_no_matter() -> None:
@@ -113,7 +113,7 @@ def test_chat_and_system_apply_to_lines() -> None:
         ([{"prompt": "a", "constraint": 1}], "unknown field 'constraint'"),
         ([{"prompt": "a", "n": 0}], "n=0: must be >= 1"),
         ([{"prompt": "a", "priority": 1.5}], "priority=1.5: must be an integer"),
-        ([{"prompt": "a", "adapter": 3}], "adapter=3: must be text, or a table"),
+        ([{"prompt": "a", "adapter": 3}], "adapter=3: must be text"),
         ([{"prompt": ["a"]}], r"prompt\[0\]='a': must be an integer"),
         ([{"messages": "a"}], "messages='a': must be a list"),
         ([b'{"prompt": "\xff"}'], "line 1"),

@@ -65,7 +65,7 @@ def seen(
 
 def drawn(now: dict[str, Any], before: dict[str, Any] | None, width: int, height: int | None = None) -> str:
     picture = io.StringIO()
-    Console(file=picture, width=width).print(frame(now, before, width, height))
+    Console(file=picture, width=width).print(frame(now, before, height))
     return picture.getvalue()
 
 
@@ -166,11 +166,11 @@ def test_both_tables_have_room_on_every_screen(height: int, slots: int, requests
 
 
 @given(width=st.integers(20, 200))
-@example(width=100)  # nearly wide enough for whole ids
+@example(width=100)
 def test_a_narrow_terminal_still_shows_the_numbers(width: int) -> None:
     text = drawn(seen(slots=3, requests=2), None, width, 24)
     if width >= 60:
-        assert " 9.0 rrrrrrrr " in f" {' '.join(text.split())} ".replace("r" * 36, "r" * 8)
+        assert any(line.startswith("9.0 ") and "rrr" in line for line in text.splitlines())
         assert all(head in text for head in ("seconds", "request", "tenant", "adapter", "prompt", "output"))
     assert all(len(line) <= width for line in text.splitlines())
     assert "running 16 of 64" in text.replace("\n", " ")

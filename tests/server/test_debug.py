@@ -39,7 +39,7 @@ async def test_open_requests(serve: Serve) -> None:
         assert one["status"] == 200 and now["state"] == "running" and now["stats"]["running"] == 1
         seen = await asyncio.to_thread(look, served.url, "sk-root")
         picture = io.StringIO()
-        Console(file=picture, width=120).print(frame(seen, now, 120))
+        Console(file=picture, width=120).print(frame(seen, now))
         assert MODEL in picture.getvalue() and "tokens/s" in picture.getvalue()
         assert "alice" not in picture.getvalue() and "ready" in picture.getvalue()
         await stream.close()

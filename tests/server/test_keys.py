@@ -563,7 +563,7 @@ async def test_a_trusted_proxy_says_who_the_client_is(serve: Serve) -> None:
 # The command
 
 
-def test_the_command_makes_hashes_and_checks(
+def test_the_command_makes_keys_and_hashes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "keys.toml"
@@ -577,14 +577,10 @@ def test_the_command_makes_hashes_and_checks(
     first, second = parse_keys_file(file.read_bytes(), source="x").keys
     assert (first.tenant, first.scopes, second.adapters) == ('al"ice', ("metrics",), ("team/*", "b"))
     assert second.hash == hash_key(key)
-    assert main(["keys", "check", str(file)]) == 0
-    assert "team/*" in capsys.readouterr().out
     assert main(["keys", "new", "--tenant", "x", "--scope", "generat"]) == 2
     assert "scopes[0]: Invalid enum value 'generat'" in capsys.readouterr().err
     for text, code in ((key, 0), ("short", 2)):
         monkeypatch.setattr("sys.stdin", __import__("io").StringIO(f"{text}\n"))
         assert main(["keys", "hash"]) == code
     assert capsys.readouterr().out.strip() == hash_key(key)
-    file.write_text("[[keys]]\n")
-    assert main(["keys", "check", str(file)]) == 2
     assert tomllib.loads(made.out)["keys"][0]["tenant"] == 'al"ice'

@@ -1,4 +1,4 @@
-"""``aioengine config``: checks and shows the configuration of a server.
+"""``aioengine config check``: checks the configuration of a server, and shows it.
 
 One TOML file has everything: the fields of EngineConfig at its top, those of LoRAConfig in ``[lora]``, and
 the flags of ``aioengine serve`` in ``[server]``. Environment variables (``AIOENGINE_`` and a flag's name)
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from aioengine.cli.config.checked import ELSEWHERE, FleetFlags, ServerFlags, check_all, server_config
+from aioengine.cli.config.checked import ELSEWHERE, FleetFlags, ServerFlags, check_all
 from aioengine.cli.flags import EngineFlags
 from aioengine.cli.policies import check_named
 from aioengine.errors import ConfigError
@@ -27,10 +27,10 @@ def check(
     engine: EngineFlags = EngineFlags(),
     fleet: FleetFlags = FleetFlags(),
 ) -> int:
-    """Check a configuration and its paths as serve would, without starting anything.
+    """Check a configuration and its paths as serve would, without starting anything, and print it as JSON.
 
-    Whether the memory and the device of this machine suffice is not checked, nor a model on the Hub, which is
-    fetched at the start.
+    Printed are the file, the environment and the flags together, without API keys. Whether the memory and the
+    device of this machine suffice is not checked, nor a model on the Hub, which is fetched at the start.
     """
     checked = check_all(server, engine, fleet)
     config = checked.config
@@ -46,28 +46,13 @@ def check(
         device = "cuda" if config.device == "cuda" else "cpu"
         # This machine's memory and devices may not be those of the one that serves.
         plan_memory(spec_from_config(config), config, device=device, available_bytes=sys.maxsize)
-    print("the configuration is good")
-    return 0
-
-
-def show(
-    *,
-    server: ServerFlags = ServerFlags(),
-    engine: EngineFlags = EngineFlags(),
-    fleet: FleetFlags = FleetFlags(),
-) -> int:
-    """Print the effective configuration as JSON: the file, the environment and the flags together.
-
-    API keys are left out.
-    """
-    config, adapters = server_config(engine), engine.adapters()
-    replicas = fleet.fleet_config(config, adapters, engine)
-    own = {} if replicas is None else msgspec.structs.asdict(replicas)
+    own = {} if checked.replicas is None else msgspec.structs.asdict(checked.replicas)
     shown = {
         "engine": config,
         "fleet": {name: value for name, value in own.items() if name not in ELSEWHERE} or None,
         "server": {**vars(server), "api_key": None, "admin_key": None},
-        "adapters": adapters,
+        "adapters": checked.adapters,
     }
     print(msgspec.json.format(msgspec.json.encode(shown, enc_hook=str), indent=2).decode())
+    print("the configuration is good", file=sys.stderr)
     return 0

@@ -14,6 +14,7 @@ from cyclopts.argument import ArgumentCollection
 from cyclopts.config import Dict, Env
 
 from aioengine.checks import nearest, read_toml
+from aioengine.config import refuse_removed
 from aioengine.errors import ConfigError
 from aioengine.server.settings import refuse_unknown_fields
 
@@ -44,9 +45,12 @@ def sources(unknown: list[str]) -> tuple[Source, Source]:
         Env(PREFIX, command=False)(app, commands, arguments)
         flags = (name for argument in arguments if argument.parse for name in argument.names)
         known = sorted(PREFIX + name for name in (*map(_variable, flags), *_READ_ELSEWHERE))
-        for name in sorted(os.environ):
-            if name.startswith(PREFIX) and name not in known:
-                unknown.append(f"{name}: no flag has this variable{nearest(name, known)}; it has no effect")
+        for name, value in sorted(os.environ.items()):
+            if name.startswith(PREFIX):
+                refuse_removed({name.removeprefix(PREFIX).lower(): value}, f"{name}: ")
+                if name not in known:
+                    near = nearest(name, known)
+                    unknown.append(f"{name}: no flag has this variable{near}; it has no effect")
         for token in (token for argument in arguments for token in argument.tokens):
             if token.keyword == f"{PREFIX}PORT" and token.value.startswith(_SERVICE_LINKS):
                 raise ConfigError(

@@ -14,7 +14,7 @@ from aioengine.errors import ConfigError
 from aioengine.fleet.existing import answering, existing_fleet
 from aioengine.info import AdapterInfo
 
-AppName = Annotated[str, Parameter(name="--app-name", help="Name of the Serve application (aioengine).")]
+AppName = Annotated[str, Parameter(name="--app-name", help="Name of the Serve application.")]
 
 
 def status(*, app_name: AppName = "aioengine") -> int:

@@ -70,7 +70,6 @@ def compare(*, flags: CompareFlags = CompareFlags()) -> int:
     from aioengine.lab.analysis.measures import find_measure
     from aioengine.lab.report.compare_page import load_compare, write_compare_report
     from aioengine.lab.runs import comparison as runs
-    from aioengine.lab.runs.simulate import ageing_text
 
     find_measure(flags.rank_by)
     comparison = _comparison(flags)
@@ -89,7 +88,6 @@ def compare(*, flags: CompareFlags = CompareFlags()) -> int:
         warn(f"run {failure.folder}: {'' if failure.invalid else 'failed: '}{failure.error}")
     if len(found.failures) < found.results.height:
         print_rankings(load_compare(flags.out, flags.rank_by))
-        print(ageing_text(comparison.policies))
         print(f"report: {write_compare_report(flags.out, flags.rank_by)}")
     print(f"files:  {flags.out}")
     if any(failure.invalid for failure in found.failures):

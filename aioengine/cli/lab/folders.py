@@ -1,16 +1,15 @@
-"""Commands of the lab for folders: a new study, a run again, and its report."""
+"""Commands of the lab for folders: a new study, and a run again."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from aioengine.cli.flags import Given, Switch
+from aioengine.cli.flags import Given
 from aioengine.cli.lab.flags import check_out
 from aioengine.cli.lab.run import simulated
 from aioengine.cli.process import EXIT_FAILED
 from aioengine.cli.progress import progress
-from aioengine.errors import ConfigError
 
 
 def new(folder: Given, /) -> int:
@@ -25,30 +24,6 @@ def new(folder: Given, /) -> int:
         print(file)
     print(f"next: aioengine policies check {folder / 'policy.py'}:MyPolicy")
     print(f"      python {folder / 'compare.py'}")
-    return 0
-
-
-def report(folder: Given, /, *, rank_by: str = "ttft_seconds.p99", vector: Switch = False) -> int:
-    """Redraw the figures and report.html of a run or a comparison.
-
-    Args:
-        folder: The folder that was given to --out.
-        rank_by: Measure that a comparison's policies are ranked by.
-        vector: Write the figures as PDF and SVG too, and captions with all parameters.
-    """
-    from aioengine.lab.report.compare_page import write_compare_report
-    from aioengine.lab.report.run_page import write_report
-
-    if (folder / "comparison.json").exists():
-        page = write_compare_report(folder, rank_by, vector=vector)
-    elif (folder / "experiment.json").exists():
-        page = write_report(folder, vector=vector)
-    else:
-        raise ConfigError(
-            f"{folder}: has no experiment.json and no comparison.json; 'aioengine lab run' and "
-            "'aioengine lab compare' write them into --out"
-        )
-    print(f"report: {page}")
     return 0
 
 

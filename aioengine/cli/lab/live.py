@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from aioengine.cli.flags import DEFAULT_MODEL, Given
-from aioengine.cli.lab.flags import Floats, make_experiment
+from aioengine.cli.flags import DEFAULT_MODEL, Count, Given
+from aioengine.cli.lab.flags import Floats
 from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED
 from aioengine.cli.progress import progress
@@ -49,61 +50,43 @@ def calibrate(*, out: Given = Path("costs.json"), live: LiveFlags = LiveFlags())
     return 0
 
 
-@flag_set("Validation", 4)
-class ValidateFlags(Flags):
-    preset: str | None = None
-    """Cost model of this machine: a file of lab calibrate, or a preset (smollm2-135m-cpu)."""
-    calibrate: Given | None = None
-    """Make the cost model meanwhile, in turns with the live runs, and write it to this file."""
-    loads: Floats | None = None
-    """Loads, as shares of the engine's capacity; "" keeps an experiment's arrivals (0.4,0.8)."""
-    repeats: int = 3
-    """Runs of each load, each with a different workload; figures are over all of them."""
-    max_error: float = 0.1
-    """Exit with 1 if the error of a figure is larger than this."""
-    experiment: Path | None = None
-    """Use workload and engine of this experiment.json, instead of small ones."""
-    seed: int | None = None
-    """Seed of the workload."""
-
-
-def validate(*, flags: ValidateFlags = ValidateFlags(), live: LiveFlags = LiveFlags()) -> int:
+def validate(
+    *,
+    preset: str | None = None,
+    calibrate: Given | None = None,
+    loads: Floats | None = None,
+    repeats: Count = 3,
+    max_error: float = 0.1,
+    live: LiveFlags = LiveFlags(),
+) -> int:
     """Run the same workload live and simulated, and print the differences.
 
     It takes some minutes, ten with --calibrate. No other program should run on the machine meanwhile.
+
+    Args:
+        preset: Cost model of this machine: a file of lab calibrate, or a preset (smollm2-135m-cpu).
+        calibrate: Make the cost model meanwhile, in turns with the live runs, and write it to this file.
+        loads: Loads, as shares of the engine's capacity (0.4,0.8).
+        repeats: Runs of each load, each with a different workload; figures are over all of them.
+        max_error: Exit with 1 if the error of a figure is larger than this.
     """
     from aioengine.lab.calibration.validate import validate_async, validation_experiment
 
-    if flags.calibrate is not None and flags.preset is not None:
+    if calibrate is not None and preset is not None:
         raise ConfigError("--calibrate makes the cost model, so --preset has no effect: give one of them")
-    preset = flags.preset or DEFAULT_PRESET
-    loads = [0.4, 0.8] if flags.loads is None else flags.loads
-    if flags.experiment is not None:
-        experiment = make_experiment(flags.experiment, flags, preset=preset)
-    elif loads:
-        experiment = validation_experiment(preset, seed=flags.seed or 0)
-    else:
-        raise ConfigError("--loads '': needs the arrivals of an --experiment")
+    experiment = validation_experiment(preset or DEFAULT_PRESET)
+    options: dict[str, Any] = {"loads": loads or (0.4, 0.8), "repeats": repeats, **given(live)}
     with progress("validating") as show:
-        found = run(
-            validate_async(
-                experiment,
-                loads=loads,
-                repeats=flags.repeats,
-                calibrate=flags.calibrate,
-                progress=show,
-                **given(live),
-            )
-        )
+        found = run(validate_async(experiment, calibrate=calibrate, progress=show, **options))
     rows = []
     for one in found:
         for name, error in one.errors.items():
             figures = (f"{getattr(side, name):.4g}" for side in (one.live, one.simulated))
             rows.append((one.load, name, *figures, f"{error:+.1%}"))
-    title = f"{flags.calibrate or preset}: live and simulated"
+    title = f"{calibrate or experiment.preset}: live and simulated"
     print_table(("load", "figure", ">live", ">simulated", ">error"), rows, title)
     worst = max(abs(error) for one in found for error in one.errors.values())
-    if worst > flags.max_error:
+    if worst > max_error:
         print(f"aioengine: off by {worst:.1%}, more than --max-error allows", file=sys.stderr)
         return EXIT_FAILED
     return 0

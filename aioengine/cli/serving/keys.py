@@ -1,14 +1,11 @@
-"""``aioengine keys``: makes API keys for ``serve --keys``, and checks the keys file."""
+"""``aioengine keys``: makes API keys for ``serve --keys``."""
 
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
-from pathlib import Path
 
 import msgspec
 
-from aioengine.cli.tables import print_table
 from aioengine.errors import ConfigError
 from aioengine.server.access import clients, keys
 
@@ -52,29 +49,3 @@ def hash() -> int:
         )
     print(clients.hash_key(key))
     return 0
-
-
-def check(file: Path) -> int:
-    """Check a keys file, and list what it allows.
-
-    Args:
-        file: Keys file, as for serve --keys.
-    """
-    found = keys.read_keys_file(file)
-    rows = []
-    for entry in found.keys:
-        models = [*(["base"] if entry.base_model else []), *entry.adapters]
-        expires = "" if entry.expires is None else entry.expires.isoformat()
-        if entry.expires is not None and entry.expires <= datetime.now(UTC):
-            expires += " (expired)"
-        texts = " ".join(entry.scopes), " ".join(models), expires, _limits(entry.limits)
-        rows.append((entry.hash[:15], entry.tenant, *texts))
-    for tenant, limits in found.tenants.items():
-        rows.append(("", tenant, "all its keys", "", "", _limits(limits)))
-    print_table(("hash", "tenant", "scopes", "models", "expires", "limits"), rows)
-    return 0
-
-
-def _limits(limits: keys.Limits) -> str:
-    values = msgspec.structs.asdict(limits)
-    return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
