@@ -125,7 +125,6 @@ INNER_ROOMS: dict[str, set[str]] = {
         "files.methods",
         "generic",
         "parallel",
-        "sampling",
         "slots",
         "text",
     },

@@ -45,9 +45,9 @@ class AdaptedLinears:
     def split_inputs(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
         """Return all outputs of a linear that is split over its inputs: [T, the rank's inputs] -> [T,
         out]."""
-        y = self._kernels.linear(x, linear.weight, None if self._parallel else linear.bias)
+        y = self._kernels.linear(x, linear.weight, self.own_bias(linear))
         self._adapt_inputs(x, y, pool, batch)
-        return self.total(y, linear.bias if self._parallel else None, pool, batch)
+        return self.total(y, pool, batch)
 
     def summand(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
         """Return the rank's summand of the outputs of a linear that is split over its inputs, for sums that
@@ -89,7 +89,7 @@ class AdaptedLinears:
             if absent is not None:
                 h.masked_fill_(absent[:, None, None], 0)
             self._add_summand(h, pool, hidden, batch)
-        return self.total(hidden, None, pool, batch)
+        return self.total(hidden, pool, batch)
 
     def _adapt_inputs(self, x: Tensor, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> None:
         """Add B A x to the rank's summand ``y``; gain and shift are left out."""
@@ -102,12 +102,10 @@ class AdaptedLinears:
             self.sum(h, batch)
         self._kernels.lora_expand(h, pool, y, batch)
 
-    def total(self, y: Tensor, bias: Tensor | None, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
-        """Add up the ranks' ``y`` [T, out], in place; then add the bias, and apply gain and shift."""
+    def total(self, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
+        """Add up the ranks' ``y`` [T, out], in place; then apply gain and shift."""
         if self._parallel:
             self.group.all_reduce(y)
-        if bias is not None:
-            y += bias
         if pool is not None:
             self._affine(y, pool, batch)
         return y

@@ -104,15 +104,14 @@ def build_runner(
             turned=backend.name == "cpu" and lora_dtype in (None, dtype, torch.int8),
         )
     model: Model
-    uncovered: str | None = f"backend {backend.name!r}"
-    if backend.name == "cpu":
-        uncovered = coverage.not_covered(
-            local,
-            dtype=_name(dtype),
-            lora_dtype=None if slots is None else _name(lora_dtype or dtype),
-            block_size=block_size,
-            shard=shard,
-        )
+    uncovered = coverage.not_covered(
+        local,
+        backend.name,
+        dtype=_name(dtype),
+        lora_dtype=None if slots is None else _name(lora_dtype or dtype),
+        block_size=block_size,
+        shard=shard,
+    )
     if isinstance(spec, GenericSpec):
         from aioengine.model.generic import probe  # these import transformers
         from aioengine.model.generic.model import GenericModel

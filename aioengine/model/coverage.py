@@ -17,15 +17,12 @@ DTYPES = ("bfloat16", "float32")
 
 
 def not_covered(
-    spec: ModelSpec,
-    *,
-    dtype: str,
-    lora_dtype: str | None,
-    block_size: int,
-    shard: Shard,
+    spec: ModelSpec, backend: str, *, dtype: str, lora_dtype: str | None, block_size: int, shard: Shard
 ) -> str | None:
     """Return why the compiled step cannot run this model, or this rank's share of one, with these settings;
     None if it can. ``lora_dtype`` is None without adapters."""
+    if backend != "cpu":
+        return f"backend {backend!r}"
     if spec.impl != "native":
         return "models that transformers runs"
     for what, size in spec.mlp_sizes.items():
@@ -121,23 +118,19 @@ def planned_variance(
     from aioengine.kernels.cpu.build import obstacle
     from aioengine.kernels.dispatch import ENV
 
-    backend, missing = os.environ.get(ENV, "cpu"), obstacle()
-    if backend == "cpu" and missing is not None:
+    backend = os.environ.get(ENV, "cpu" if device == "cpu" else "triton")
+    if backend == "cpu" and (missing := obstacle()) is not None:
         backend = f"torch ({missing})"
     lora, size = config.lora, config.tensor_parallel_size
     shard = Shard(0, size, lora is not None and lora.fully_sharded_loras)
-    if device != "cpu":
-        reason: str | None = f"device {device}"
-    elif backend != "cpu":
-        reason = f"backend {backend}"
-    else:
-        reason = not_covered(
-            Partition(spec, shard).local,
-            dtype=dtype,
-            lora_dtype=None if lora is None else lora_dtype,
-            block_size=config.block_size,
-            shard=shard,
-        )
+    reason = not_covered(
+        Partition(spec, shard).local,
+        backend,
+        dtype=dtype,
+        lora_dtype=None if lora is None else lora_dtype,
+        block_size=config.block_size,
+        shard=shard,
+    )
     found = variance(reason, size)
     check_invariant(config, found)
     return found

@@ -264,7 +264,7 @@ class Decoder(Model):
             scores = Scores(spec.window(i), spec.attention_scale, spec.attention_cap, layer.sinks)
             attended = kernels.paged_attention(qkv, kv, plan, scores)
             delta = end(linears["o"], attended, pools.get("o"), lora)
-            delta = self._norm_outputs(delta, norm("attention_output"))
+            delta = self._sum(delta, None, norm("attention_output"))
 
             x = self._sum(hidden, delta, norm("mlp_input"))
             if layer.mixture is not None:
@@ -272,7 +272,7 @@ class Decoder(Model):
             else:
                 x = self._activate(begin(linears["gate_up"], x, pools.get("gate_up"), lora))
                 delta = end(linears["down"], x, pools.get("down"), lora)
-            delta = self._norm_outputs(delta, norm("mlp_output"))
+            delta = self._sum(delta, None, norm("mlp_output"))
         return LastLayer(hidden, delta)
 
     def _sum(self, hidden: Tensor, delta: Tensor | None, norm: Tensor | None) -> Tensor:
@@ -282,12 +282,6 @@ class Decoder(Model):
             of = Norm(norm, spec.rms_norm_eps, spec.norm_offset)
             return self.kernels.add_rms_norm(hidden, delta, of, spec.residual_scale)
         return hidden if delta is None else hidden.add_(delta, alpha=spec.residual_scale)
-
-    def _norm_outputs(self, x: Tensor, norm: Tensor | None) -> Tensor:
-        if norm is None:
-            return x
-        of = Norm(norm, self.spec.rms_norm_eps, self.spec.norm_offset)
-        return self.kernels.add_rms_norm(x, None, of)
 
     def logits(self, last: LastLayer, rows: Tensor, lora: LoRABatch) -> Tensor:
         x, slots = self.normed(last, rows), self.slots

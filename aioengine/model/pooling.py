@@ -98,34 +98,26 @@ def pool(
 
     Returns what each gives, by index.
     """
-    rows: list[int] = []
-    parts: list[tuple[int, SequenceWork, Kind, Head | None, int]] = []
+    parts: list[tuple[int, SequenceWork, Kind, Head | None, Sequence[int]]] = []
     found: dict[int, Pooled] = {}
-    begin = 0
+    end = 0
     for index, work in enumerate(sequences):
-        count, asked = len(work.tokens), work.params.pooling
-        if asked is not None:
-            own = kinds[work.slot] if work.slot >= 0 else None
-            head = None
-            if asked == "classify":
-                head = heads[work.slot] if work.slot >= 0 else None
-                if head is None:
-                    found[index] = Pooled([], "the adapter has no trained classification head")
-            kind: Kind = own or ("last" if asked == "classify" else default)
-            if asked == "mean" or asked == "last" or asked == "cls":
-                kind = asked
-            wanted = list(_rows(kind, work, begin, count)) if index not in found else []
-            rows += wanted
-            parts.append((index, work, kind, head, len(wanted)))
-        begin += count
-    if not rows:
-        return found
-    hidden = normed(rows).float()
-    at = 0
-    for index, work, kind, head, count in parts:
-        mine, at = hidden[at : at + count], at + count
-        if index in found or not count:
+        begin, asked = end, work.params.pooling
+        end += len(work.tokens)
+        own, head = (kinds[work.slot], heads[work.slot]) if work.slot >= 0 else (None, None)
+        kind: Kind = own or ("last" if asked == "classify" else default)
+        if asked == "classify" and head is None:
+            found[index] = Pooled([], "the adapter has no trained classification head")
             continue
+        if asked == "mean" or asked == "last" or asked == "cls":
+            kind = asked
+        if asked is not None and (rows := _rows(kind, work, begin, end)):
+            parts.append((index, work, kind, head if asked == "classify" else None, rows))
+    if not parts:
+        return found
+    hidden = normed([row for *_, rows in parts for row in rows]).float()
+    each = hidden.split([len(rows) for *_, rows in parts])
+    for (index, work, kind, head, _), mine in zip(parts, each, strict=True):
         value = mine.sum(0)
         if kind == "mean":
             value = value / len(work.history)
@@ -137,12 +129,12 @@ def pool(
     return found
 
 
-def _rows(kind: Kind, work: SequenceWork, begin: int, count: int) -> Sequence[int]:
+def _rows(kind: Kind, work: SequenceWork, begin: int, end: int) -> Sequence[int]:
     match kind:
         case "mean":
-            return range(begin, begin + count)
+            return range(begin, end)
         case "last":
-            return [begin + count - 1] if work.sample else []
+            return [end - 1] if work.sample else []
         case "cls":
             return [begin] if work.start == 0 else []
 

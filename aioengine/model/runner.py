@@ -17,6 +17,7 @@ from torch import Tensor
 from aioengine.kernels import AttentionPlan, LoRABatch, Span
 from aioengine.kernels.plan.decodes import DecodeTables
 from aioengine.kernels.transfer import send
+from aioengine.model import constraints
 from aioengine.model.drafted import sample_drafted
 from aioengine.model.model import LastLayer, Model, StepInputs
 from aioengine.model.parallel.group import Group
@@ -24,7 +25,6 @@ from aioengine.model.penalties import Penalties
 from aioengine.model.pooling import Kind, Pooled, pool
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
-from aioengine.model.sampling import constraints
 from aioengine.model.spec import ModelSpec
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult

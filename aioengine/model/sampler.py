@@ -8,8 +8,8 @@ put through the inverse CDF. So a request draws the same tokens in any batch and
 Top-k, top-p and min-p each keep the n most likely tokens for some n, so together they keep the
 smallest n. Tokens are ranked by descending probability, equals by ascending id, and drawn in rank order:
 so a draw lands near the top, where few edges between tokens lie that a rounding could move it across.
-Where the most likely few do not decide, a CPU finds the token by sums over buckets (`sampling/ranks.py`) and
-a GPU sorts the row.
+Where the most likely few do not decide, a CPU finds the token by sums over buckets (`ranks.py`) and a GPU
+sorts the row.
 
 On a GPU the host waits once, for the tokens of all rows together; and once more for log-probabilities, for
 draws that have to look at all tokens, and for constraints.
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from aioengine.kernels.portable import plain
 from aioengine.kernels.transfer import send
+from aioengine.model.constraints import Masks, collect
 from aioengine.model.penalties import Penalties
-from aioengine.model.sampling.constraints import Masks, collect
-from aioengine.model.sampling.ranks import Ranks
+from aioengine.model.ranks import Ranks
 from aioengine.request import SamplingParams, TokenLogprob
 from aioengine.step import Sampled, SequenceWork
 
@@ -71,33 +71,28 @@ def sample(
         if min(tokens) >= 0:
             return [Sampled(token) for token in tokens]
     changed = [i for i, row in enumerate(rows) if row.params.changes_logits or not row.params.greedy]
-    results: dict[int, Sampled] = {}
-    forced: dict[int, Sequence[int]] = {}
-    if changed:
-        tokens, chosen, masks = _choose(logits, best, rows, changed, penalties or Penalties())
-        finite = [token >= 0 for token in tokens]
-        _assign(tokens, changed, chosen)
-        results |= {changed[i]: Sampled(-1, error=why, fault="request") for i, why in masks.failed.items()}
-        results |= {changed[i]: Sampled(-1, late=True) for i in masks.late}
-        forced = {changed[i]: after for i, after in masks.forced.items()}
-    else:
-        tokens = best.tolist()
-        finite = [token >= 0 for token in tokens]
-    results |= {
+    tokens, chosen, masks = _choose(logits, best, rows, changed, penalties or Penalties())
+    results = {
         i: Sampled(-1, error=f"the model's output is not finite: largest logit {logits[i].max().item()}")
-        for i in (i for i, known in enumerate(finite) if not known)
+        for i, token in enumerate(tokens)
+        if token < 0
     }
+    _assign(tokens, changed, chosen)
+    for i, why in masks.failed.items():
+        results.setdefault(changed[i], Sampled(-1, error=why, fault="request"))
+    for i in masks.late:
+        results.setdefault(changed[i], Sampled(-1, late=True))
     scored = [i for i, row in enumerate(rows) if i not in results and row.params.logprobs is not None]
     logprobs: dict[int, TokenLogprob] = {}
     if scored:
         entries = token_logprobs(_rows(logits, scored), [tokens[i] for i in scored], _MAX_LOGPROBS)
         for i, entry in zip(scored, entries, strict=True):
             logprobs[i] = msgspec.structs.replace(entry, top=entry.top[: rows[i].params.logprobs])
-    found = [results.get(i) or Sampled(tokens[i], logprobs.get(i)) for i in range(len(rows))]
-    for i, after in forced.items():
-        if i not in results:
-            found[i] = found[i]._replace(forced=tuple(after))
-    return found
+    forced = {changed[i]: tuple(after) for i, after in masks.forced.items()}
+    return [
+        results.get(i) or Sampled(tokens[i], logprobs.get(i), forced=forced.get(i, ()))
+        for i in range(len(rows))
+    ]
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[TokenLogprob]:
@@ -138,6 +133,8 @@ def _choose(
     """Return ``best`` [N], the plain argmax of each row (-1: not finite), and the tokens of the rows that are
     something else with what became of their constraints, by index in ``changed``."""
     work = [rows[i] for i in changed]
+    if not changed:
+        return best.tolist(), [], Masks({}, set(), {}, {})
     # The only copy of the logits. Later operations work in place: new pages cost more than arithmetic.
     scores = _rows(logits, changed).to(torch.float32, copy=True)
     _apply_bias(scores, work)

@@ -433,9 +433,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def pair_tokens(self) -> float:
-        """A pair of a query and a key in all layers, in tokens through the linears, by multiplications."""
-        linears = sum(n_in * n_out for n_in, n_out in map(self.linear, LORA_MODULES))
-        return 2 * self.q_size / linears
+        """A pair of a query and a key in all layers, in tokens through the model, by multiplications: a first
+        estimate, in which all experts count."""
+        heads = sum(self.num_heads * (shape.key_dim + shape.value_dim) for shape in self.kv_shapes())
+        return heads / self.num_parameters()
 
     def kv_bytes_per_token(self, dtype_bytes: int, *, int8: bool = False) -> int:
         """Return the cache's bytes for a token, with so many for each element; in ``int8`` one for each, and

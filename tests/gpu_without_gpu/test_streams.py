@@ -25,7 +25,7 @@ from aioengine.model.decode_graphs import CudaGraphs
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.linear import WeightRows
 from aioengine.model.pooling import Head
-from aioengine.model.slots.copy import Copy, StreamCopier
+from aioengine.model.slots.copy import StreamCopier
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
@@ -50,7 +50,7 @@ def test_writes_are_ordered_and_in_any_thread_of_the_right_device() -> None:
                 images.append(allocate(64).view(torch.float32).fill_(number))
                 told = world.now()
             with world.in_thread("copy", told):
-                copier.write([Copy(slot, images[-1])])
+                copier.write([(slot, images[-1])])
                 told = world.now()
             world.hear(told)
         assert (slot == 2).all() and not world.races and not world.wrong_device
@@ -93,9 +93,9 @@ def test_a_failed_write_is_waited_for() -> None:
     """What it reads may be freed afterwards."""
     with FakeCuda() as world:
         copier = StreamCopier(torch.device("cuda"))
-        good = Copy(torch.zeros(4, device="cuda"), torch.ones(4))
+        good = (torch.zeros(4, device="cuda"), torch.ones(4))
         with pytest.raises(RuntimeError):
-            copier.write([good, Copy(torch.zeros(4, device="cuda"), torch.ones(5))])
+            copier.write([good, (torch.zeros(4, device="cuda"), torch.ones(5))])
         assert world.waits and world.thread.clock["stream 1"] >= world.streams[1].clock["stream 1"] - 1
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support import sampler_rows
 
 from aioengine.errors import RequestInvalid
+from aioengine.model import constraints
 from aioengine.model.sampler import sample
-from aioengine.model.sampling import constraints
 from aioengine.request import SamplingParams
 from aioengine.step import OutputView, Sampled
 

@@ -145,37 +145,23 @@ def test_an_adapter_of_the_largest_rank_everywhere_fills_its_slot(spec: ModelSpe
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(spec: ModelSpec) -> None:
     slots = LoRASlots(spec, 2, 4, ("q_proj", "v_proj"), torch.float32, CPU)
-    q = spec.linear("q_proj")
+    n_in, n_out = spec.linear("q_proj")
+    tensors = {(0, "q_proj"): (torch.ones(4, n_in), torch.ones(n_out, 4))}
 
-    def pair(rank: int, n_in: int = q.in_features) -> tuple[Tensor, Tensor]:
-        return torch.ones(rank, n_in), torch.ones(q.out_features, rank)
+    def image(of: LoRASlots) -> AdapterImage:
+        adapter = SimpleNamespace(rank=4, digest="", tensors=tensors)
+        return build_image(of.layout, adapter, {}, torch.float32)
 
-    def image(rank: int, tensors: dict[Key, Any], affine: dict[Key, Tensor]) -> AdapterImage:
-        adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors)
-        return build_image(slots.layout, adapter, affine, torch.float32)
-
-    good = {(0, "q_proj"): pair(4)}
-    refused: list[tuple[int, dict[Any, Any], dict[Any, Any], str]] = [
-        (513, {(0, "q_proj"): pair(513)}, {}, "exceeds 512"),
-        (4, good | {(0, "up_proj"): pair(4)}, {}, "up_proj.*target_modules"),
-        (4, good | {(9, "q_proj"): pair(4)}, {}, "layer 9"),
-        (4, good | {(1, "q_proj"): pair(4, 63)}, {}, r"expected .*found \(4, 63\)"),
-        (2, good, {}, "rank <= 2"),
-        (4, good, {(0, "q_proj"): torch.ones(2, 3)}, r"gain and shift.*found \(2, 3\)"),
-    ]
-    for rank, tensors, affine, message in refused:
-        with pytest.raises(ConfigError, match=message):
-            image(rank, tensors, affine)
     for slot in (2, -1):
         with pytest.raises(ConfigError, match="max_loras=2"):
-            slots.write(slot, image(4, good, {}))
+            slots.write(slot, image(slots))
     elsewhere = LoRASlots(spec, 2, 8, ("q_proj", "v_proj"), torch.float32, CPU)
     with pytest.raises(ConfigError, match="another model, max_lora_rank or target_modules"):
-        elsewhere.write(0, image(4, good, {}))
+        elsewhere.write(0, image(slots))
     elastic = LoRASlots(spec, 2, 4, ("q_proj", "v_proj"), torch.float32, CPU, nbytes=4096)
     for offset in (2112, -64):
         with pytest.raises(ConfigError, match="memory of 4096 bytes"):
-            elastic.write(0, image(4, good, {}), offset)
+            elastic.write(0, image(elastic), offset)
     assert not any(pool.memory.memory.any() for pool in (slots, elsewhere, elastic))
     with pytest.raises(ConfigError, match="norm"):
         LoRASlots(spec, 2, 4, ("q_proj", "norm"), torch.float32, CPU)

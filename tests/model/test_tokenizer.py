@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from aioengine.errors import ConfigError, PromptTooLong, RequestInvalid
-from aioengine.model.text.detokenizer import Detokenizer, TextStream
+from aioengine.model.text.detokenizer import Detokenizer, TextStream, special_tokens
 from aioengine.model.text.tokenizer import Tokenizer
 
 SENTENCES = [
@@ -96,7 +96,7 @@ def test_deltas_add_up_to_the_decoded_whole(
 ) -> None:
     tokenizer, chunks = data
     whole = tokenizer.decode([t for c in chunks for t in c], skip_special_tokens=skip)
-    stream, text = Detokenizer(tokenizer, skip), ""
+    stream, text = Detokenizer(tokenizer, special_tokens(tokenizer) if skip else frozenset()), ""
     for chunk in chunks:
         text += stream.push(chunk)
         assert whole.startswith(text)
@@ -123,7 +123,7 @@ def test_stop_strings_cut_at_the_earliest(
     whole = tokenizer.decode([t for c in chunks for t in c])
     found = [whole.find(s) for s in stop if s in whole]
     expected = whole[: min(found)] if found else whole
-    stream, text = TextStream(Detokenizer(tokenizer, True), tuple(stop)), ""
+    stream, text = TextStream(Detokenizer(tokenizer, special_tokens(tokenizer)), tuple(stop)), ""
     for chunk in chunks:
         delta = stream.push(chunk)
         text += delta.text
@@ -142,7 +142,7 @@ def feed(stream: TextStream, tokenizer: tokenizers.Tokenizer, text: str) -> list
 
 def test_text_is_emitted_as_soon_as_it_is_certain() -> None:
     tokenizer = KINDS["byte_level"]
-    stream = TextStream(Detokenizer(tokenizer, True), ("###",))
+    stream = TextStream(Detokenizer(tokenizer, special_tokens(tokenizer)), ("###",))
     assert "".join(d.text for d in feed(stream, tokenizer, "abc #")) == "abc "
     assert "".join(d.text for d in feed(stream, tokenizer, "x")) == "#x"
     deltas = feed(stream, tokenizer, "y###z")
@@ -163,7 +163,7 @@ def test_a_long_output_decodes_in_bounded_windows() -> None:
             return KINDS["byte_level"].decode(ids, skip_special_tokens=skip_special_tokens)
 
     counting = Counting()
-    stream = Detokenizer(counting, True)  # type: ignore[arg-type]
+    stream = Detokenizer(counting)  # type: ignore[arg-type]
     broken = KINDS["byte_level"].encode("🙂", add_special_tokens=False).ids[0]
     for _ in range(300):
         stream.push([broken])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aioengine.model.buffer import Allocate, pageable
+from aioengine.model.parallel.group import take
 from aioengine.model.slots.image import AdapterImage, build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.pool import LoRASlots
@@ -31,9 +32,8 @@ def random_image(
 
     tensors, gains = {}, {}
     for key, place in layout.places.items():
-        rows, inputs = layout.held(key[1], rank)[0]
-        outputs = layout.held(key[1], rank)[1][0]
-        tensors[key] = randn(rows, inputs), randn(outputs, rank)
+        share, (n_in, n_out) = layout.share(key[1]), layout.spec.linear(key[1])
+        tensors[key] = randn(rank, n_in)[share.a], take(randn(n_out, rank), share.b)
         if affine:
             gains[key] = randn(2, place.num_outputs)
     adapter = SimpleNamespace(rank=rank, digest="", tensors=tensors)

@@ -30,7 +30,7 @@ from aioengine.executors.process.wire import (
 )
 from aioengine.executors.process.workers import Workers
 from aioengine.memory_plan import MemoryPlan
-from aioengine.model.sampling import constraints
+from aioengine.model import constraints
 from aioengine.step import LoadedAdapter, ReadOrder, SequenceWork, StepBatch, StepResult
 
 logger = logging.getLogger("aioengine")

@@ -42,7 +42,7 @@ class Mixture:
         out = plan.total(self._through_experts(x[plan.tokens], plan, pools, lora), weights)
         if SHARED_GATE in self.linears:
             out += self._through_shared(x, pools, lora)
-        return self.adapted.total(out, None, None, lora)
+        return self.adapted.total(out, None, lora)
 
     def _through_experts(
         self, x: Tensor, plan: ExpertPlan, pools: Mapping[str, LoRAPool], lora: LoRABatch

@@ -117,11 +117,3 @@ class MixtureSpec(ModelSpec, frozen=True, kw_only=True):
             if layer != NO_LAYER and not module.startswith("experts."):
                 name = self.module_name(layer, module)
                 yield BareParameter(name.replace(f".{names.block}.", ".mlp."), "weight", ((name,),))
-
-    @property
-    def pair_tokens(self) -> float:
-        h = self.hidden_size
-        modules = (*self.fused(0)["qkv"], *self.fused(0)["o"])
-        attention = sum(n_in * n_out for n_in, n_out in map(self.linear, modules))
-        experts = 3 * h * (self.experts_per_token * self.expert_size + self.shared_size) + h * self.experts
-        return 2 * self.q_size / (attention + experts)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,29 +18,18 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-class _File:
-    """A file that is opened, with torch, when the first of its tensors is read."""
+def _read(
+    path: Path, opened: Callable[[], Any], key: str, shape: tuple[int, ...], part: Sequence[slice]
+) -> Tensor:
+    """Read a part of a tensor of this shape. Raises :class:`ConfigError`, naming the file."""
+    from safetensors import SafetensorError
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    @cached_property
-    def _opened(self) -> Any:
-        from safetensors import safe_open
-
-        return safe_open(self._path, framework="pt")
-
-    def read(self, key: str, shape: tuple[int, ...], part: Sequence[slice]) -> Tensor:
-        """Read a part of a tensor of this shape. Raises :class:`ConfigError`, naming the file."""
-        from safetensors import SafetensorError
-
-        whole = all(len(range(n)[piece]) == n for n, piece in zip(shape, part, strict=True))
-        try:
-            opened = self._opened
-            tensor: Tensor = opened.get_tensor(key) if whole else opened.get_slice(key)[tuple(part)]
-        except (OSError, SafetensorError) as error:
-            raise unreadable(self._path, error) from error
-        return tensor
+    whole = all(len(range(n)[piece]) == n for n, piece in zip(shape, part, strict=True))
+    try:
+        tensor: Tensor = opened().get_tensor(key) if whole else opened().get_slice(key)[tuple(part)]
+    except (OSError, SafetensorError) as error:
+        raise unreadable(path, error) from error
+    return tensor
 
 
 def tensors(folder: Path) -> dict[str, Stored]:
@@ -54,7 +43,7 @@ def tensors(folder: Path) -> dict[str, Stored]:
             raise ConfigError(
                 f"{path}: no such file; the model folder must contain {SINGLE}, or {INDEX} and its shards"
             )
-        file = _File(path)
+        own = cache(partial(safe_open, path, framework="pt"))  # when the first of its tensors is read
         try:
             with safe_open(path, framework="np") as opened:
                 keys = set(opened.keys())
@@ -63,7 +52,7 @@ def tensors(folder: Path) -> dict[str, Stored]:
                         raise ConfigError(f"{path}: {key} is stored twice; expected each parameter once")
                     piece = opened.get_slice(key)
                     shape = tuple(piece.get_shape())
-                    found[key] = Stored(shape, partial(file.read, key, shape), piece.get_dtype())
+                    found[key] = Stored(shape, partial(_read, path, own, key, shape), piece.get_dtype())
         except (OSError, SafetensorError) as error:
             raise unreadable(path, error) from error
         if absent := sorted(expected - keys):

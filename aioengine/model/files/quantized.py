@@ -12,10 +12,9 @@ import msgspec
 from aioengine.errors import ConfigError
 from aioengine.model.experts.spec import MixtureSpec
 from aioengine.model.files.folder import tensors
-from aioengine.model.files.methods.awq import awq
 from aioengine.model.files.methods.compressed_tensors import compressed_tensors
 from aioengine.model.files.methods.fp8 import fp8
-from aioengine.model.files.methods.gptq import gptq
+from aioengine.model.files.methods.gptq import awq, gptq
 from aioengine.model.files.methods.scheme import BlocksOf
 from aioengine.model.files.packing import Packing
 from aioengine.model.files.stacked_experts import unstacked

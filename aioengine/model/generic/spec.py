@@ -133,13 +133,3 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     def weights_bytes(self, dtype_bytes: int, quantization: Quantization) -> int:
         more = self.float32_parameters * max(4 - dtype_bytes, 0)
         return super().weights_bytes(dtype_bytes, quantization) + more
-
-    @property
-    def pair_tokens(self) -> float:
-        inner = sum(
-            self.shapes[x.module].in_features * self.shapes[x.module].out_features
-            for x in self.adapted
-            if not x.bare
-        )
-        heads = sum(self.num_heads * (shape.key_dim + shape.value_dim) for shape in self.kv)
-        return heads / (inner or self.parameters)

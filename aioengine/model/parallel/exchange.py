@@ -68,7 +68,7 @@ class StepExchange:
 
     def _exchange(self, what: Exchange, pool: LoRAPool | None) -> None:
         if what == Exchange.TOTAL:
-            self._adapted.total(self._scratch.x, None, pool, self._inputs.lora)
+            self._adapted.total(self._scratch.x, pool, self._inputs.lora)
             return
         assert pool is not None
         batch, memory = self._inputs.sample_lora if pool is self._head else self._inputs.lora, self._scratch.h

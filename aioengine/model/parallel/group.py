@@ -38,11 +38,6 @@ Ranges = tuple[slice, ...]
 below each other, of each of which a rank has a part."""
 
 
-def count(ranges: Ranges, size: int) -> int:
-    """Return how many of ``size`` elements are in the ranges."""
-    return sum(len(range(size)[part]) for part in ranges)
-
-
 def take(tensor: Tensor, ranges: Ranges) -> Tensor:
     """Return rows of ``tensor`` [n, ...]: a view if there is one range, else a copy."""
     if len(ranges) == 1:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aioengine.model.slots.image import serial_pieces
 
-
-class Copy(NamedTuple):
-    """Two tensors of one size without gaps."""
-
-    to: Tensor
-    source: Tensor
+Copy = tuple[Tensor, Tensor]
+"""Target and source: two tensors of one size without gaps."""
 
 
 class SlotCopier:

@@ -15,11 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aioengine.errors import ConfigError
 from aioengine.kernels.slots import Column
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.pooling import Head, Kind
-from aioengine.model.slots.layout import MAX_RANK, Elements, SlotLayout
+from aioengine.model.slots.layout import Elements, SlotLayout
 from aioengine.model.slots.tokens import TokenTables, TrainedTokens
 
 SERIAL_ELEMENTS = 32_000
@@ -162,10 +161,9 @@ def build_image(
 
     ``affine`` gives gain and shift [2, out] of the modules that have them, ``scalings`` what B is multiplied
     by where that is not 1, and ``tokens`` the trained tokens, if there are any. In int8, a row or a column
-    that is not finite gets a scale of NaN, so that it is not served as something else. Raises
-    :class:`ConfigError` if the adapter does not fit the layout.
+    that is not finite gets a scale of NaN, so that it is not served as something else. What reads an adapter
+    has checked that it fits the layout.
     """
-    _check(layout, adapter, affine)
     holds = layout.holds
     shape = image_shape(
         layout,
@@ -174,7 +172,7 @@ def build_image(
         torch.int8 if holds.int8 else dtype,
         None if tokens is None else tokens.tables,
     )
-    data = image_memory(shape.elements, shape.dtype, allocate)
+    data = allocate(shape.nbytes).view(shape.dtype)
     if not _exact(layout, adapter):
         torch._foreach_zero_(serial_pieces(data))
     numbers = data.view(dtype)  # of what is never int8
@@ -215,11 +213,6 @@ def build_image(
     if copies:
         torch._foreach_copy_([to for to, _ in copies], [values for _, values in copies])
     return AdapterImage(shape, data, adapter.rank, adapter.digest, bool(affine))
-
-
-def image_memory(elements: int, dtype: torch.dtype, allocate: Allocate) -> Tensor:
-    """Return memory for an image, with any content: [elements]."""
-    return allocate(elements * dtype.itemsize).view(dtype)
 
 
 def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
@@ -267,29 +260,6 @@ def _exact(layout: SlotLayout, adapter: Adapter) -> bool:
     """Whether every matrix has the inputs and outputs of its place. Of a vocabulary that does not divide by
     the ranks of a group, the last rank has less."""
     return all((a.shape[1], len(b)) == layout.places[key].shape for key, (a, b) in adapter.tensors.items())
-
-
-def _check(layout: SlotLayout, adapter: Adapter, affine: Mapping[Key, Tensor]) -> None:
-    if adapter.rank > MAX_RANK:
-        raise ConfigError(f"adapter rank {adapter.rank} exceeds {MAX_RANK}")
-    for layer, module in (*adapter.tensors, *affine):
-        if (layer, module) not in layout.places:
-            raise ConfigError(
-                f"adapter tensors of layer {layer}, {module}: the slots hold {', '.join(layout.modules)} "
-                f"of {layout.spec.num_layers} layers; add the module to target_modules"
-            )
-    kinds = {(module, b.shape[1]) for (_, module), (_, b) in adapter.tensors.items()}
-    held = {kind: layout.held(*kind) for kind in kinds}  # of all layers
-    for (layer, module), (a, b) in adapter.tensors.items():
-        expected, rank = held[module, b.shape[1]], b.shape[1]
-        if (a.shape, b.shape) != expected or rank > adapter.rank:
-            raise ConfigError(
-                f"adapter tensors of layer {layer}, {module}: expected A and B of shapes {expected} with "
-                f"rank <= {adapter.rank}, found {tuple(a.shape)} and {tuple(b.shape)}"
-            )
-    for (layer, module), values in affine.items():
-        if values.shape != (2, layout.num_held_outputs(module)):
-            raise ConfigError(f"gain and shift of layer {layer}, {module}: found {tuple(values.shape)}")
 
 
 _LARGEST = 127

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from aioengine.model.parallel.group import SOLO, Ranges, Shard, count
+from aioengine.model.parallel.group import SOLO, Ranges, Shard
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import NO_LAYER, LinearShape, ModelSpec
 
@@ -148,16 +148,6 @@ class SlotLayout:
         share = -(-self.max_rank // size)
         return Place(LinearShape(n_in, n_out), share, share * size, n_out)
 
-    def held(self, module: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the shapes of what the slot holds of A and B, for an adapter of ``rank``."""
-        n_in, n_out = self.spec.linear(module)
-        (rows, inputs), outputs, _ = self._shares[module]
-        return (len(range(rank)[rows]), len(range(n_in)[inputs])), (count(outputs, n_out), rank)
-
-    def num_held_outputs(self, module: str) -> int:
-        """Return the outputs whose gain and shift the slot holds."""
-        return count(self._shares[module].outputs, self.spec.linear(module).out_features)
-
     def share(self, module: str) -> Share:
         """Return the part of an adapter's matrices for ``module`` that the slot holds."""
         rank, size, full = self.shard
@@ -198,13 +188,3 @@ class SlotLayout:
             elements = self.spec.layers_with(module) * self._shapes[module].elements(self.holds)
             found[kind] = found.get(kind, 0) + elements
         return found
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, SlotLayout):
-            return NotImplemented
-        return self is other or (
-            (self.max_rank, self.modules, self.spec, self.shard, self.holds, self.max_tokens)
-            == (other.max_rank, other.modules, other.spec, other.shard, other.holds, other.max_tokens)
-        )
-
-    __hash__ = None  # type: ignore[assignment] # so Python marks what has no hash

@@ -12,7 +12,7 @@ from aioengine.kernels.slots import ALIGNMENT, LoRAPool, SlotMemory
 from aioengine.model.buffer import Buffer
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.pooling import Head, Kind
-from aioengine.model.slots.copy import Copy, SlotCopier, StreamCopier
+from aioengine.model.slots.copy import SlotCopier, StreamCopier
 from aioengine.model.slots.image import AdapterImage, elements_of
 from aioengine.model.slots.layout import FusedPlace, SlotLayout
 from aioengine.model.slots.tokens import SlotTokens, ids_of
@@ -132,7 +132,7 @@ class LoRASlots:
         """
         if not 0 <= slot < self.max_loras:
             raise ConfigError(f"slot {slot}: there are max_loras={self.max_loras} slots")
-        if image.shape.layout != self.layout:
+        if image.shape.layout is not self.layout:
             raise ConfigError(
                 "the adapter was prepared for slots of another model, max_lora_rank or target_modules, or of "
                 "another lora_dtype"
@@ -146,7 +146,7 @@ class LoRASlots:
                 f"memory of {self.nbytes} bytes"
             )
         rows, counted = memory.rows(torch.tensor(image.shape.rows, dtype=torch.int64), begin)
-        copies = [Copy(memory.memory[begin:end], image.data), Copy(memory.device_table[slot], counted)]
+        copies = [(memory.memory[begin:end], image.data), (memory.device_table[slot], counted)]
         head, trained = image.head, image.shape.tokens
         # Only where embeddings can be trained the layout knows them.
         columns = slice(0) if trained is None else self.layout.partition.vocabulary

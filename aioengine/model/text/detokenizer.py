@@ -31,21 +31,12 @@ def special_tokens(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
 
 class Detokenizer:
     """Decodes one sequence as it grows. The concatenated results of :meth:`push` and a final
-    :meth:`finish` equal ``tokenizer.decode(all_ids, skip_special_tokens=...)``.
-
-    ``special`` is the result of :func:`special_tokens`, if the caller has it already.
+    :meth:`finish` equal ``tokenizer.decode(all_ids, skip_special_tokens=...)``, where true means that
+    ``skipped`` are the :func:`special_tokens`.
     """
 
-    def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer,
-        skip_special_tokens: bool,
-        special: frozenset[int] | None = None,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._skipped: frozenset[int] = frozenset()
-        if skip_special_tokens:
-            self._skipped = special_tokens(tokenizer) if special is None else special
+    def __init__(self, tokenizer: tokenizers.Tokenizer, skipped: frozenset[int] = frozenset()) -> None:
+        self._tokenizer, self._skipped = tokenizer, skipped
         self._window: list[int] = []
         self._is_byte: list[bool] = []
         self._emitted = 0

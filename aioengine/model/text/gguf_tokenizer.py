@@ -71,7 +71,7 @@ def _byte_level_bpe(file: GGUFFile) -> Tokenizer | None:
     if splitter is None:
         return None
     vocab = {token: i for i, token in enumerate(file.require("tokenizer.ggml.tokens"))}
-    merges = [_merge_pair(merge) for merge in file.require("tokenizer.ggml.merges")]
+    merges = [merge.partition(" ")[::2] for merge in file.require("tokenizer.ggml.merges")]
     ignore_merges = pre in ("llama-bpe", "llama3")
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
     if pre == "qwen2":
@@ -79,11 +79,6 @@ def _byte_level_bpe(file: GGUFFile) -> Tokenizer | None:
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _merge_pair(merge: str) -> tuple[str, str]:
-    left, _, right = merge.partition(" ")
-    return left, right
 
 
 def _splitter(pre: str) -> pre_tokenizers.PreTokenizer | None:

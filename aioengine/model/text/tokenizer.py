@@ -163,7 +163,7 @@ class Tokenizer:
         return None
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        return Detokenizer(self._tokenizer, skip_special_tokens, self._special_ids)
+        return Detokenizer(self._tokenizer, self._special_ids if skip_special_tokens else frozenset())
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
