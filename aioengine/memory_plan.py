@@ -16,7 +16,7 @@ from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.coverage import check_int8_adapters, check_kv_cache
-from aioengine.model.cuda.working_memory import working_memory
+from aioengine.model.cuda.working_memory import DETAILS, working_memory
 from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import Shard
@@ -158,7 +158,7 @@ def plan_memory(
     if device != "cpu":
         working = working_memory(spec, local, config, dtype_bytes=dtype_bytes, max_model_len=max_model_len)
         less = "lower max_num_batched_tokens or max_num_seqs"
-        parts = (Part(*row, less) for row in working.rows())
+        parts = (Part(name, DETAILS[name], size, less) for name, size in working.items() if size)
         plan = msgspec.structs.replace(plan, parts=(*plan.parts, *parts))
     plan = _with_blocks(plan, config)
     plan.check_it_fits()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
 
@@ -15,7 +16,6 @@ class References:
         self._root = root
         own = root.get("$id") if isinstance(root, dict) else None
         self._id = own if isinstance(own, str) else ""
-        self._anchors: dict[str, Any] | None = None
         self._targets: dict[str, Any] = {}
         """The targets that were looked for: a long pointer takes long."""
 
@@ -26,7 +26,7 @@ class References:
         if reference not in self._targets:
             place = reference.removeprefix(self._id)
             is_pointer = place in ("", "#") or place.startswith("#/")
-            self._targets[reference] = self._pointed_at(place) if is_pointer else self._anchored(place)
+            self._targets[reference] = self._pointed_at(place) if is_pointer else self._anchors.get(place)
         if not isinstance(self._targets[reference], (dict, bool)):
             raise RequestInvalid(
                 f"the schema's reference {reference[:200]!r} leads to no schema within it; "
@@ -44,14 +44,13 @@ class References:
             found = found.get(key) if isinstance(found, dict) else None
         return found
 
-    def _anchored(self, anchor: str) -> Any:
-        if self._anchors is None:
-            self._anchors = {}
-            found = [self._root]
-            for value in found:
-                if isinstance(value, dict):
-                    self._anchors[f"#{value.get('$anchor')}"] = value
-                    found.extend(value.values())
-                elif isinstance(value, list):
-                    found.extend(value)
-        return self._anchors.get(anchor)
+    @cached_property
+    def _anchors(self) -> dict[str, Any]:
+        anchors, found = dict[str, Any](), [self._root]
+        for value in found:
+            if isinstance(value, dict):
+                anchors[f"#{value.get('$anchor')}"] = value
+                found.extend(value.values())
+            elif isinstance(value, list):
+                found.extend(value)
+        return anchors

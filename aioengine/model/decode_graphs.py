@@ -85,11 +85,6 @@ class DecodeSteps:
                     self._recorded[step, kind] = record(partial(self._compute, step, kind))
 
     @property
-    def nbytes(self) -> int:
-        """Device memory of inputs and logits; what recorded steps compute in is not counted."""
-        return self._logits.nbytes + sum(step.nbytes for step in self.recorded)
-
-    @property
     def recorded(self) -> list[RecordedStep]:
         """Steps of all sizes, decodes first."""
         return [*self._decodes, *self._mixed]

@@ -136,11 +136,6 @@ class RecordedStep:
     def table_width(self) -> int:
         return self._shape.table_width
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of device memory."""
-        return self._buffer.nbytes
-
     def fill(
         self,
         token_ids: Sequence[int],

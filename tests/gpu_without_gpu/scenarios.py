@@ -310,6 +310,8 @@ def working_memory() -> list[tuple[str, int, int]]:
             )
             model.step(rows)  # what is made at the first step stays
             kind = "mixed" if len(rows) > 2 else "prompts"
-            found.append((f"{name}, {kind}", planned.activations, peak_of("meta", partial(model.step, rows))))
+            found.append(
+                (f"{name}, {kind}", planned["activations"], peak_of("meta", partial(model.step, rows)))
+            )
             assert not model.gpu.faults
     return found

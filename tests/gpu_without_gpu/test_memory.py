@@ -23,7 +23,7 @@ from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.kernels.weight import PlainWeight, Weight
 from aioengine.memory_plan import available_memory, plan_memory
-from aioengine.model.cuda.working_memory import WORKSPACE_BYTES, WorkingMemory, working_memory
+from aioengine.model.cuda.working_memory import DETAILS, WORKSPACE_BYTES, working_memory
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.linear import WeightRows
 from aioengine.model.penalties import Penalties
@@ -33,7 +33,7 @@ from aioengine.request import SamplingParams
 from aioengine.runtime.warm_up import first_requests, kernel_shapes, largest_step
 from aioengine.step import SequenceWork
 
-STEPS = WorkingMemory.__struct_fields__
+STEPS = tuple(DETAILS)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_sampling_takes_what_is_planned(params: list[SamplingParams], dtype: tor
                 for i in range(rows)
             ]
             sample(logits.to("cuda"), work, penalties)
-        assert world.live.peak <= planned.sampling
+        assert world.live.peak <= planned["sampling"]
         assert world.live.now <= 2**16
 
 
@@ -107,11 +107,11 @@ def test_reading_an_adapter_takes_what_is_planned(format: str, module: str, rank
     """Norms of DoRA over a quantized weight, of which a piece is expanded at a time."""
     spec = msgspec.structs.replace(_llama(), num_layers=2)
     lora = LoRAConfig(max_loras=4, max_lora_rank=rank, target_modules=[module])
-    plain = _planned(spec, EngineConfig(model="none", lora=lora)).reads
+    plain = _planned(spec, EngineConfig(model="none", lora=lora))["reads"]
     packed = {f"model.layers.{layer}.self_attn.q_proj": None for layer in range(2)}
     spec = msgspec.structs.replace(spec, packed=packed)
-    planned = _planned(spec, EngineConfig(model="none", lora=lora)).reads
-    assert _planned(spec, EngineConfig(model="none", lora=None)).reads == 0
+    planned = _planned(spec, EngineConfig(model="none", lora=lora))["reads"]
+    assert _planned(spec, EngineConfig(model="none", lora=None))["reads"] == 0
     n, k = spec.linear(module).out_features, spec.linear(module).in_features
     made = quantize(format, torch.randn(256, k), 128)
     made = {name: tensor.repeat(n // 256, 1) for name, tensor in made.items()}
@@ -133,15 +133,16 @@ def test_reading_an_adapter_takes_what_is_planned(format: str, module: str, rank
 def test_graphs_streams_and_ranks_are_counted() -> None:
     spec, lora = _llama(), LoRAConfig(max_loras=4)
     base = _planned(spec, EngineConfig(model="none", cuda_graphs=False, lora=None))
-    assert base.workspaces == WORKSPACE_BYTES and base.graphs == base.exchange == 0
+    assert base["workspaces"] == WORKSPACE_BYTES and base["graphs"] == base["exchange"] == 0
     recorded = _planned(spec, EngineConfig(model="none", lora=lora))
-    assert recorded.workspaces == 3 * WORKSPACE_BYTES  # the steps', the recordings', and DoRA's
+    assert recorded["workspaces"] == 3 * WORKSPACE_BYTES  # the steps', the recordings', and DoRA's
     plain = _planned(spec, EngineConfig(model="none", lora=None))
-    assert recorded.graphs > plain.graphs > 2 * 64 * spec.vocab_size * 2
+    assert recorded["graphs"] > plain["graphs"] > 2 * 64 * spec.vocab_size * 2
     two = EngineConfig(model="none", lora=None, executor="process", tensor_parallel_size=2)
     ranks = _planned(spec, two)
-    assert ranks.exchange > 100 * 2**20 and ranks.graphs > plain.graphs  # exchanges are launches, too
-    assert sum(size for _, _, size in recorded.rows()) == recorded.nbytes
+    assert (
+        ranks["exchange"] > 100 * 2**20 and ranks["graphs"] > plain["graphs"]
+    )  # exchanges are launches, too
 
 
 @settings(max_examples=50, deadline=None)
@@ -161,7 +162,7 @@ def test_the_kv_cache_leaves_them_their_room(available: int, seqs: int, tokens: 
         return
     parts = plan.bytes_of("base weights", "slot pool", "KV blocks", *STEPS)
     assert plan.total_bytes == parts <= available
-    assert plan.bytes_of(*STEPS) == _planned(_llama(), config).nbytes
+    assert plan.bytes_of(*STEPS) == sum(_planned(_llama(), config).values())
 
 
 @pytest.mark.parametrize("slot_memory", [None, "1MiB"])

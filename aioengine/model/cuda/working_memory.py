@@ -1,12 +1,10 @@
-"""WorkingMemory: what steps take on a CUDA device beside weights, slots and KV blocks. No torch here.
+"""What steps take on a CUDA device beside weights, slots and KV blocks. No torch here.
 
 Activations and sampling are upper bounds, computed from the shapes of the largest step. What the driver, NCCL
 and cuBLAS take are estimates, which the engine compares with what was taken once it has started.
 """
 
 from __future__ import annotations
-
-import msgspec
 
 from aioengine.checks import format_bytes
 from aioengine.config import EngineConfig, LoRAConfig
@@ -54,7 +52,7 @@ EXPANDED_BYTES = _PIECE_ELEMENTS * 20
 Counted also where the kernels read all of its weights as they are stored."""
 
 
-_DETAILS = {
+DETAILS = {
     "activations": "the layers at the largest step",
     "sampling": "logits of all sequences, and what is computed of them",
     "graphs": "recorded steps and the driver's part of them (estimate)",
@@ -62,26 +60,7 @@ _DETAILS = {
     "exchange": "NCCL's buffers (estimate)",
     "reads": "DoRA's norms, of one adapter at a time",
 }
-
-
-class WorkingMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes in bytes, on each device: of the parts in ``_DETAILS``."""
-
-    activations: int
-    sampling: int
-    graphs: int
-    workspaces: int
-    exchange: int
-    reads: int
-
-    @property
-    def nbytes(self) -> int:
-        """Sum of all parts."""
-        return sum(msgspec.structs.astuple(self))
-
-    def rows(self) -> list[tuple[str, str, int]]:
-        """Return (part, what it is, bytes) for a table."""
-        return [(name, _DETAILS[name], size) for name, size in msgspec.structs.asdict(self).items() if size]
+"""The parts, and what each is."""
 
 
 def sizes(most: int) -> list[int]:
@@ -103,8 +82,9 @@ def mixed_sizes(most: int) -> tuple[int, ...]:
 
 def working_memory(
     spec: ModelSpec, local: ModelSpec, config: EngineConfig, *, dtype_bytes: int, max_model_len: int
-) -> WorkingMemory:
-    """Plan for an engine with this configuration. ``local`` is a rank's share of ``spec``."""
+) -> dict[str, int]:
+    """Return the bytes of each part on each device, for an engine with this configuration. ``local`` is a
+    rank's share of ``spec``."""
     lora, size, rows = config.lora, config.tensor_parallel_size, config.max_num_seqs
     logits = rows * spec.vocab_size
     scratch = _SCRATCH_BYTES + _split_bytes(local, max_model_len) + EXPANDED_BYTES * bool(local.packed)
@@ -122,14 +102,14 @@ def working_memory(
         inputs = 4 * (width * (sum(sizes(rows)) + len(mixed) * rows) + 32 * sum(mixed))
         driver = (len(sizes(rows)) + len(mixed)) * kinds * launches * GRAPH_NODE_BYTES
         graphs = max(rows, *mixed) * each + scratch + 2 * logits * dtype_bytes + inputs + driver
-    return WorkingMemory(
-        activations=tokens * most + scratch,
-        sampling=logits * (SAMPLED_BYTES + dtype_bytes) + PIECE_BYTES,
-        graphs=graphs,
-        workspaces=(1 + recorded + (lora is not None)) * WORKSPACE_BYTES,
-        exchange=EXCHANGE_BYTES if size > 1 else 0,
-        reads=0 if lora is None else _read_bytes(local, lora),
-    )
+    return {
+        "activations": tokens * most + scratch,
+        "sampling": logits * (SAMPLED_BYTES + dtype_bytes) + PIECE_BYTES,
+        "graphs": graphs,
+        "workspaces": (1 + recorded + (lora is not None)) * WORKSPACE_BYTES,
+        "exchange": EXCHANGE_BYTES if size > 1 else 0,
+        "reads": 0 if lora is None else _read_bytes(local, lora),
+    }
 
 
 def _largest_rank(lora: LoRAConfig) -> int:

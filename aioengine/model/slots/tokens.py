@@ -72,11 +72,17 @@ class SlotTokens:
         columns: slice,
         begin: int,
     ) -> None:
-        self.begin = begin
-        self._memory, self._hidden = memory, hidden
+        floats = memory.floats(memory.dtype)
+        begin //= memory.dtype.itemsize if memory.int8 else 1
+
+        def rows(first: int, count: int) -> Tensor:
+            """Return rows [count, hidden], a view."""
+            return floats[begin + first * hidden :][: count * hidden].view(count, hidden)
+
         self._ids, self._columns = ids
-        self._first = tables.embedding.first
-        self._head_first = tables.head.first + bisect_left(tables.head.ids, columns.start)
+        self._embeddings = rows(tables.embedding.first, len(self._ids))
+        own = bisect_left(tables.head.ids, columns.start)
+        self._head = rows(tables.head.first + own, len(self._columns))
 
     @property
     def embeds(self) -> bool:
@@ -91,9 +97,8 @@ class SlotTokens:
     def embed(self, token_ids: Tensor, hidden: Tensor) -> None:
         """Replace the embeddings ``hidden`` [n, hidden] of the trained ones among ``token_ids`` [n]."""
         at = torch.searchsorted(self._ids, token_ids).clamp_(max=len(self._ids) - 1)
-        rows = self._rows(self._first, len(self._ids))
         trained = (self._ids[at] == token_ids)[:, None]
-        hidden.copy_(torch.where(trained, rows[at].to(hidden.dtype), hidden))
+        hidden.copy_(torch.where(trained, self._embeddings[at].to(hidden.dtype), hidden))
 
     def logits(self, x: Tensor, logits: Tensor, kernels: Backend) -> None:
         """Replace the trained tokens' columns of ``logits`` [n, this rank's tokens]; ``x`` [n, hidden] is
@@ -103,25 +108,11 @@ class SlotTokens:
     def _products(self, x: Tensor, kernels: Backend) -> Tensor:
         """Return the products of ``x`` [n, hidden] and the head's rows: [n, rows]. As an adapter's A, where
         that makes them independent of n."""
-        count = len(self._columns)
         if kernels.name != "cpu":
-            return linear(x, self._rows(self._head_first, count).to(x.dtype))
-        memory = SlotMemory(self._floats, 1, 1, count)
-        memory.table[0, 0, Column.A] = self._offset + self._head_first * self._hidden
+            return linear(x, self._head.to(x.dtype))
+        count, hidden = self._head.shape
+        memory = SlotMemory(self._head.view(-1), 1, 1, count)
         memory.table[0, 0, Column.A_RANK] = count
-        pool = LoRAPool(memory, ("lm_head",), 0, self._hidden, (0,), (0,), (0,), (0,))
+        pool = LoRAPool(memory, ("lm_head",), 0, hidden, (0,), (0,), (0,), (0,))
         batch = LoRABatch.of([Segment(0, 0, len(x), count)], (), len(x), x.device)
         return kernels.lora_shrink(x, pool, batch)[:, 0, :count]
-
-    def _rows(self, first: int, count: int) -> Tensor:
-        """Return the rows [count, hidden], a view."""
-        begin = self._offset + first * self._hidden
-        return self._floats[begin : begin + count * self._hidden].view(count, self._hidden)
-
-    @property
-    def _floats(self) -> Tensor:
-        return self._memory.floats(self._memory.dtype)
-
-    @property
-    def _offset(self) -> int:
-        return self.begin // (self._memory.dtype.itemsize if self._memory.int8 else 1)

@@ -39,11 +39,12 @@ LOOK_AGAIN = 32
 """Steps of a template between two readings of the clock."""
 
 
-def read_chat_template(path: Path) -> tuple[str, ChatTemplate]:
-    """Read and compile a template's file. Raises ConfigError."""
+def read_chat_template(path: Path) -> str:
+    """Read a template's file. Raises ConfigError also if it does not compile."""
     try:
         source = path.read_text(encoding="utf-8")
-        return source, ChatTemplate(source)
+        ChatTemplate(source)
+        return source
     except (OSError, ValueError) as error:
         raise ConfigError(f"chat_template {path}: cannot be read: {error}") from error
     except (jinja2.TemplateError, RecursionError) as error:

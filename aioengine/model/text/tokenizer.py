@@ -48,8 +48,6 @@ class Tokenizer:
         """Special tokens by their names: ``bos_token``, ``eos_token``, ..."""
         self.chat_template = chat_template
         """Source of the chat template."""
-        self._compiled: ChatTemplate | None = None
-        self._token_bytes: TokenBytes | None = None
         self._longest = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
         """Bytes of the longest token."""
 
@@ -70,7 +68,7 @@ class Tokenizer:
             found = build_tokenizer(file)
             tokenizer = None if found is None else cls(found, chat_template=file.chat_template)
         if tokenizer is not None and chat_template is not None:
-            tokenizer.chat_template, tokenizer._compiled = read_chat_template(Path(chat_template))
+            tokenizer.chat_template = read_chat_template(Path(chat_template))
         return tokenizer
 
     @classmethod
@@ -198,36 +196,34 @@ class Tokenizer:
                 )
             return text[: text.rindex(mark)]
         variables = {"add_generation_prompt": True, **self.special_tokens, **variables}
-        return self._template().render({**variables, "messages": messages})
+        return self._template.render({**variables, "messages": messages})
 
     @functools.cached_property
     def added_tokens(self) -> Mapping[str, int]:
         """Ids of tokens, special or not, that are found in a text before it is tokenized."""
         return {token.content: id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items()}
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of text that a token stands for; they need not be whole characters. Empty for ids
-        outside the vocabulary."""
-        if self._token_bytes is None:
-            self._token_bytes = TokenBytes(self._tokenizer)
-        return self._token_bytes(token_id)
+    @functools.cached_property
+    def token_bytes(self) -> TokenBytes:
+        """Function that returns the bytes of text that a token stands for; they need not be whole characters.
+        Empty for ids outside the vocabulary."""
+        return TokenBytes(self._tokenizer)
 
     def to_json(self) -> str:
         """Return the content of a ``tokenizer.json`` that makes this tokenizer."""
         text: str = self._tokenizer.to_str()
         return text
 
+    @functools.cached_property
     def _template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise RequestInvalid("the model has no chat template; give the prompt as text or token ids")
-        if self._compiled is None:
-            try:
-                self._compiled = ChatTemplate(self.chat_template)
-            except (jinja2.TemplateError, RecursionError) as error:
-                raise RequestInvalid(
-                    f"the model's chat template does not compile: {error}; give the prompt as text"
-                ) from error
-        return self._compiled
+        try:
+            return ChatTemplate(self.chat_template)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise RequestInvalid(
+                f"the model's chat template does not compile: {error}; give the prompt as text"
+            ) from error
 
 
 def _marked(content: str | list[dict[str, Any]], mark: str) -> str | list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from aioengine.model.files.methods import scheme
 from aioengine.model.files.methods.fp8 import fp8
@@ -22,16 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-
-
-class _Settings(NamedTuple):
-    """What a group of modules says of its weights."""
-
-    format: str
-    bits: int
-    symmetric: bool
-    group: int
-    block: list[int] | None
 
 
 def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.BlocksOf:
@@ -49,8 +39,8 @@ def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.BlocksOf
         raise method.setting(
             "config_groups", list(settings), "different settings for groups are not supported"
         )
-    bits, group = first.bits, first.group
-    float_blocks = fp8(path, {"quant_method": "compressed-tensors", "weight_block_size": first.block})
+    _, bits, symmetric, group, block = first
+    float_blocks = fp8(path, {"quant_method": "compressed-tensors", "weight_block_size": block})
 
     def blocks_of(module: str, stored: Mapping[str, Stored]) -> StoredBlocks | None:
         words = stored.get("weight_packed")
@@ -72,7 +62,7 @@ def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.BlocksOf
         packing = Packing(
             format="int4" if four else "int8",
             group=group,
-            zeros=not first.symmetric,
+            zeros=not symmetric,
             middle=8 if four else 0,
         )
         groups = packing.groups(k)
@@ -101,7 +91,11 @@ def compressed_tensors(path: Path, config: Mapping[str, Any]) -> scheme.BlocksOf
     return blocks_of
 
 
-def _settings(name: str, group: Any, config: Mapping[str, Any], method: scheme.Method) -> _Settings:
+def _settings(
+    name: str, group: Any, config: Mapping[str, Any], method: scheme.Method
+) -> tuple[str, int, bool, int, list[int] | None]:
+    """Return what a group of modules says of its weights: format, bits, whether they are symmetric, inputs of
+    a group, and sides of a block."""
     where = f"config_groups.{name}"
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
@@ -119,4 +113,4 @@ def _settings(name: str, group: Any, config: Mapping[str, Any], method: scheme.M
     if not isinstance(size, int):
         raise method.setting(f"{where}.weights.group_size", size, "must be an integer")
     block = weights.get("block_structure") if strategy == "block" else None
-    return _Settings(stored, bits, bool(weights.get("symmetric", True)), max(size, 0), block)
+    return stored, bits, bool(weights.get("symmetric", True)), max(size, 0), block
