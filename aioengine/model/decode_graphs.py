@@ -15,7 +15,7 @@ exchanged for that.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
@@ -30,11 +30,13 @@ from aioengine.kernels.triton.recorded_step import RecordedShape, RecordedStep
 from aioengine.kernels.triton.table import SHORT, expand_config, shrink_config
 from aioengine.model.cuda.working_memory import sizes
 from aioengine.model.model import Model, StepInputs
-from aioengine.model.parallel.group import Record, Step
 from aioengine.model.slots.pool import LoRASlots
 from aioengine.step import SequenceWork
 
-__all__ = ["CudaGraphs", "DecodeLimits", "DecodeSteps", "Record", "Step"]
+Step = Callable[[], object]
+Record = Callable[[Step], Step]
+"""Function that records a step. It returns a function that computes the step again, from and into the same
+memory."""
 
 
 class DecodeLimits(NamedTuple):

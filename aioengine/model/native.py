@@ -294,7 +294,8 @@ class _Workspace:
     def __init__(self, size: tuple[int, int], memory: Mapping[str, Tensor]) -> None:
         self.size = size
         self._memory = memory
-        self.step: structs.Step = structs.Step(tokens=size[0], **_pointers(**memory))
+        addresses = {name: tensor.data_ptr() for name, tensor in memory.items()}
+        self.step: structs.Step = structs.Step(tokens=size[0], **addresses)
         self.hidden, self.best = memory["hidden"], memory["best"]
         self.angles = memory["cos"], memory["sin"]
         self.scratch = Scratch(memory["x"], memory["h"].view(-1), memory.get("rows_h"))
@@ -342,11 +343,6 @@ class _Segments:
             affine=self._affine.data_ptr(),
             affine_count=len(batch.affine),
         )
-
-
-def _pointers(**tensors: Tensor) -> dict[str, int]:
-    assert all(tensor.is_contiguous() for tensor in tensors.values())
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def _packing(quantization: Quantization) -> Callable[[Weight], Weight]:

@@ -182,10 +182,6 @@ def _assign(target: list[int], places: Sequence[int], values: Sequence[int]) -> 
         target[place] = value
 
 
-def _is_filtered(params: SamplingParams, vocab: int) -> bool:
-    return 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0
-
-
 def _apply_bias(scores: Tensor, rows: Sequence[SequenceWork]) -> None:
     """Add each row's ``logit_bias`` to ``scores`` [N, vocab] in place."""
     vocab = scores.shape[1]
@@ -313,7 +309,7 @@ class _Draw:
         target = _sent(torch.tensor([self._draws[i] for i in pending], dtype=torch.float64), x)
         row = torch.arange(len(pending), device=x.device)
         mass = ends[row, keep - 1]
-        plain = [not _is_filtered(p, vocab) for p in params]
+        plain = [not (0 < p.top_k < vocab or p.top_p < 1.0 or p.min_p > 0.0) for p in params]
         if width < vocab and any(plain):  # no filter: the mass is known, and most draws are near the top
             unfiltered = _sent(torch.tensor(plain), x)
             mass = torch.where(unfiltered, all_mass, mass)

@@ -14,8 +14,8 @@ from support import fake_gpu
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from aioengine.model.decode_graphs import DecodeSteps
-    from aioengine.model.parallel.group import Group, Record, Shard
+    from aioengine.model.decode_graphs import DecodeSteps, Record
+    from aioengine.model.parallel.group import Group, Shard
 
 DTYPE = torch.bfloat16
 META = torch.device("meta")

@@ -6,18 +6,11 @@ No torch is imported with this module: planning needs :class:`Shard` alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
-
-
-Step = Callable[[], object]
-Record = Callable[[Step], Step]
-"""Function that records a step. It returns a function that computes the step again, from and into the same
-memory."""
 
 
 class Shard(NamedTuple):

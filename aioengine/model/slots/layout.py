@@ -24,8 +24,6 @@ from aioengine.model.parallel.group import SOLO, Ranges, Shard
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.spec import NO_LAYER, LinearShape, ModelSpec
 
-__all__ = ["MAX_RANK", "Elements", "FusedPlace", "Place", "Share", "SlotLayout"]
-
 INT8_UNIT = 16
 """Bytes."""
 _SCALE_BYTES = 4
@@ -128,13 +126,12 @@ class SlotLayout:
         self.places = {
             (fused.layer, module): self._shapes[module] for fused in self.fused for module in fused.modules
         }
-        self.matrix_elements = sum(self.matrix_elements_by_module.values())
-        """Elements of the LoRA matrices, which begin the slot."""
         self.affine_elements = sum(holds.values(2 * place.num_outputs) for place in self.places.values())
         """One slot's elements for DoRA and biases: two for every output of every module."""
         self.token_elements = holds.values(max_tokens * spec.hidden_size)
         """One slot's elements for ``max_tokens`` rows."""
-        self.elements = self.matrix_elements + self.affine_elements + self.token_elements
+        matrices = sum(self.matrix_elements_by_module.values())
+        self.elements = matrices + self.affine_elements + self.token_elements
         """Elements of a slot that has room for ``max_rank`` everywhere."""
         self.index = {key: index for index, key in enumerate(self.places)}
         """Number of each place; those of a fused linear follow each other."""
