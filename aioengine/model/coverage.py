@@ -49,24 +49,19 @@ def not_covered(
 def check_kv_cache(dtype: str, spec: ModelSpec, backend: str) -> None:
     """Raise ConfigError if a backend ("cpu", "triton", ...) has no cache of this ``kv_cache_dtype`` for a
     model."""
-    where = {"int8": "the compiled CPU step", "fp8": "the Triton kernels on CUDA"}
-    if dtype == "auto":
+    where, backends, other = {
+        "auto": ("every backend", (backend,), ""),
+        "int8": ("the compiled CPU step", ("cpu", "torch"), "fp8"),
+        "fp8": ("the Triton kernels on CUDA, or plain torch,", ("triton", "torch"), "int8"),
+    }[dtype]
+    native = spec.impl == "native"
+    if dtype == "auto" or (native and backend in backends):
         return
-    if spec.impl != "native":
-        raise ConfigError(
-            f"kv_cache_dtype={dtype!r}: it is for {where[dtype]}, and transformers runs this model; set "
-            "kv_cache_dtype='auto'"
-        )
-    if dtype == "int8" and backend == "triton":
-        raise ConfigError(
-            f"kv_cache_dtype='int8': only {where[dtype]} has it; on CUDA set kv_cache_dtype='fp8', which "
-            "takes as much, or 'auto'"
-        )
-    if dtype == "fp8" and backend not in ("triton", "torch"):
-        raise ConfigError(
-            f"kv_cache_dtype='fp8': only {where[dtype]} have it, and plain torch, but not {backend!r}; set "
-            f"kv_cache_dtype={'int8' if backend == 'cpu' else 'auto'!r}"
-        )
+    by = f"{backend!r} computes here" if native else "transformers runs this model"
+    raise ConfigError(
+        f"kv_cache_dtype={dtype!r}: only {where} has it, and {by}; set "
+        f"kv_cache_dtype={other if native else 'auto'!r}"
+    )
 
 
 def check_int8_adapters(dtype: str) -> None:
