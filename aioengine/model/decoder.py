@@ -151,24 +151,23 @@ class Decoder(Model):
         head = self.embed_tokens if spec.tie_embeddings else memory.matrix((NO_LAYER, "lm_head"))
         self.head = Linear(head, None)
         self._nbytes = sum(parameter.nbytes for parameter in self.parameters().values())
-        self._nbytes += sum(weight.nbytes for weight in self.block_weights().values())
 
     @property
     def nbytes(self) -> int:
         return self._nbytes
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Return every parameter that is not in blocks under its Hugging Face name, as a view of where it is
-        stored.
+    def parameters(self) -> dict[str, Tensor | BlockWeight]:
+        """Return every parameter under its Hugging Face name, as a view of where it is stored, or, if it is
+        quantized in the file or while it is loaded, as blocks.
 
-        Views and :meth:`block_weights` cover the decoder's weights exactly once; a tied head appears as the
-        embedding. To be called before they are packed.
+        They cover the decoder's weights exactly once; a tied head appears as the embedding. To be called
+        before they are packed.
         """
-        out = {"model.norm.weight": self.norm}
+        out: dict[str, Tensor | BlockWeight] = {"model.norm.weight": self.norm}
         for layer_number, module, rows, bias in self._matrices():
             name = self.spec.module_name(layer_number, module)
-            if not isinstance(rows.weight, BlockWeight):
-                out[f"{name}.weight"] = rows.weight.rows(rows.begin, rows.end)
+            own = rows.weight
+            out[f"{name}.weight"] = own if isinstance(own, BlockWeight) else own.rows(rows.begin, rows.end)
             if bias is not None:
                 out[f"{name}.bias"] = bias
         for i, layer in enumerate(self.layers):
@@ -181,15 +180,6 @@ class Decoder(Model):
             if layer.sinks is not None:
                 out[f"{prefix}.self_attn.sinks"] = layer.sinks
         return out
-
-    def block_weights(self) -> dict[str, BlockWeight]:
-        """Return the weights that are quantized in the file or while they are loaded, by their Hugging Face
-        names."""
-        return {
-            f"{self.spec.module_name(layer, module)}.weight": rows.weight
-            for layer, module, rows, _ in self._matrices()
-            if isinstance(rows.weight, BlockWeight)
-        }
 
     def _matrices(self) -> Iterator[tuple[int, str, WeightRows, Tensor | None]]:
         """Yield (layer, module, weight, bias) of all matrices, a tied head's as the embedding's."""

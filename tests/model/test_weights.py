@@ -27,7 +27,8 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
 def load(model: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     decoder = plain_decoder(read_spec(model), dtype)
     load_weights(decoder, model)
-    return decoder.parameters()
+    found = decoder.parameters()
+    return {name: one for name, one in found.items() if isinstance(one, torch.Tensor)}
 
 
 def edit(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -43,8 +43,7 @@ def load_weights(decoder: Decoder, path: Path, progress: LoadProgress | None = N
     Raises :class:`ConfigError`, naming the file and the key, unless every expected parameter arrives
     exactly once, in the expected shape, and nothing unknown does.
     """
-    parameters: dict[str, Tensor | BlockWeight] = {**decoder.parameters(), **decoder.block_weights()}
-    partition = decoder.partition
+    parameters, partition = decoder.parameters(), decoder.partition
     every = _checkpoint(path, partition.whole)
     if decoder.spec.tie_embeddings:
         _check_tied(path, every)
