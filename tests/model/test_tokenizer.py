@@ -177,8 +177,8 @@ def test_encode_and_decode() -> None:
     assert ids[0] == 0
     assert tokenizer.encode("Grüße 🙂", add_special_tokens=False) == ids[1:]
     assert tokenizer.decode(ids) == "Grüße 🙂"
-    stream = tokenizer.detokenizer(skip_special_tokens=False)
-    assert stream.push(ids) + stream.finish() == "<|bos|>Grüße 🙂"
+    stream = tokenizer.text_stream(False, ())
+    assert stream.push(ids).text + stream.finish() == "<|bos|>Grüße 🙂"
     for bad in ("\ud800", None, 3):
         with pytest.raises(RequestInvalid, match="valid text"):
             tokenizer.encode(bad)  # type: ignore[arg-type]

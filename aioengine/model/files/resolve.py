@@ -10,6 +10,7 @@ import msgspec
 from aioengine.checks import nearest
 from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
+from aioengine.model.files import hf_config
 from aioengine.model.files.embedded import EMBEDDED_MODEL, embedded_model_dir
 from aioengine.model.files.sources import HubId, download, explain, has_hub, parse_hub_id
 from aioengine.model.spec import ModelImpl, ModelSpec, Quantization
@@ -60,25 +61,20 @@ def read_spec(path: Path, impl: ModelImpl = "auto", quantization: Quantization =
     ``quantization``, the checkpoint's quantized weights are expanded, and quantized again. Raises ConfigError
     if the model cannot be run in this way.
     """
-    spec = _read_spec(path, impl)
-    return spec if quantization == "none" else msgspec.structs.replace(spec, packed={})
-
-
-def _read_spec(path: Path, impl: ModelImpl) -> ModelSpec:
     if impl == "transformers":
         return _generic(path)
     if path.suffix == ".gguf":
-        from aioengine.model.files import gguf
+        from aioengine.model.files import gguf  # imports torch
 
-        return gguf.read_spec(gguf.GGUFFile(path))
-    from aioengine.model.files import hf_config
-
-    try:
-        return hf_config.read_spec(path)
-    except hf_config.NotNative as error:
-        if impl == "native":
-            raise
-        return _generic(path, error)
+        spec = gguf.read_spec(gguf.GGUFFile(path))
+    else:
+        try:
+            spec = hf_config.read_spec(path)
+        except hf_config.NotNative as error:
+            if impl == "native":
+                raise
+            return _generic(path, error)
+    return spec if quantization == "none" else msgspec.structs.replace(spec, packed={})
 
 
 def _generic(path: Path, error: ConfigError | None = None) -> ModelSpec:

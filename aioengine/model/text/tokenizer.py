@@ -160,9 +160,6 @@ class Tokenizer:
             known.add(token)
         return None
 
-    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        return Detokenizer(self._tokenizer, self._special_ids if skip_special_tokens else frozenset())
-
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
         return special_tokens(self._tokenizer)
@@ -171,7 +168,8 @@ class Tokenizer:
         self, skip_special_tokens: bool, stop: tuple[str, ...], include_stop: bool = False
     ) -> TextStream:
         """Create a text stream for one request's output."""
-        return TextStream(self.detokenizer(skip_special_tokens), stop, include_stop)
+        skipped = self._special_ids if skip_special_tokens else frozenset()
+        return TextStream(Detokenizer(self._tokenizer, skipped), stop, include_stop)
 
     def render_chat(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         """Render the prompt for the assistant's next turn; other threads go on meanwhile.
