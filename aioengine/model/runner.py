@@ -224,10 +224,7 @@ class ModelRunner:
             token_ids += tokens
             if work.sample and work.params.pooling is None:
                 asking.append(i)
-                if work.draft:
-                    sample_rows += range(end - 1 - len(work.draft), end)
-                else:
-                    sample_rows.append(end - 1)
+                sample_rows += range(end - 1 - len(work.draft), end)
         ids, rows = send([_tensor(token_ids), _tensor(sample_rows)], self.model.device)
         tables = [work.block_table for work in batch.sequences]
         lora = sample_lora = self._lora_batch(batch, range(len(spans)), [span.length for span in spans])
