@@ -12,6 +12,7 @@ import torch
 _HUGE_PAGE = 2 << 20
 _LINE = 64
 _ARENA_BYTES = 256 << 20
+CPU = torch.device("cpu")
 
 Allocate = Callable[[int], torch.Tensor]
 """Function that returns a uint8 tensor of a number of bytes (> 0). Its memory is freed when no tensor refers
@@ -73,14 +74,17 @@ class Arena:
     """Tensors that follow each other in large buffers, each of which lives as long as any of its own.
 
     What every step reads is best in huge pages, or the processor looks up where tens of thousands of small
-    ones are.
+    ones are. On a GPU each tensor has memory of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
+        self._device = device
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def take(self, nbytes: int) -> torch.Tensor:
         """Return the next ``nbytes`` (> 0) as uint8, aligned to a cache line; they are zero until written."""
+        if self._device.type != "cpu":
+            return torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
         if nbytes > len(self._rest):
             # Only what is used of it becomes memory.
             self._rest = Buffer(max(nbytes, _ARENA_BYTES)).tensor

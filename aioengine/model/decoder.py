@@ -47,7 +47,7 @@ class _Memory:
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self._spec, self._dtype, self._device = spec, dtype, device
-        self._arena = Arena() if device.type == "cpu" else None
+        self._take = Arena(device).take
 
     def matrix(self, *modules: tuple[int, str]) -> Weight:
         """Return a weight of (layer, module)s that read the same input: theirs, one after the other."""
@@ -81,11 +81,6 @@ class _Memory:
             group=packing.group or k,
             middle=packing.middle,
         )
-
-    def _take(self, nbytes: int) -> Tensor:
-        if self._arena is None:
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        return self._arena.take(nbytes)
 
 
 class Decoder(Model):

@@ -41,13 +41,8 @@ class KVCache:
             for layer in spec.kv_shapes()
             for heads, dim in (layer[:2], layer[2:])
         ]
-        if device.type == "cpu":
-            arena = Arena()
-            tensors = [
-                arena.take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape) for shape in shapes
-            ]
-        else:
-            tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        take = Arena(device).take
+        tensors = [take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape) for shape in shapes]
         self.k, self.v = tensors[::2], tensors[1::2]
 
     @property
