@@ -26,7 +26,7 @@ namespace {
 constexpr int PANELS = 4;             // panels of 16 keys between two updates of the softmax
 constexpr int KEYS = PANELS * LANES;   // keys in a chunk
 constexpr int REGISTERS_OF_KEYS = PANELS * PER_VECTOR;
-constexpr int MAX_ROWS = 32;          // query rows (token, head) of a task
+constexpr int MAX_ROWS = 64;           // query rows (token, head) of a task
 constexpr float NONE = -INFINITY;
 constexpr float LOG2_E = 1.44269504f;  // scores are multiplied by it, and e^x is then 2^x
 constexpr vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -179,7 +179,7 @@ void accumulate_int8(const uint32_t* weights, const Chunk& at, long count, long 
 }
 
 #if defined(AIO_TILES)
-static_assert(MAX_ROWS == 2 * TILE_ROWS);
+constexpr int ROWS_OF_TILES = 2 * TILE_ROWS;  // rows in tile registers at a time
 
 // Scores of up to 16 * H query rows against the keys, in tile registers.
 template <int H>
@@ -293,7 +293,7 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
   const long first_position = span[2] + task.token, last_position = first_position + task.tokens - 1;
 
   uint32_t* q = scratch.q;
-  [[maybe_unused]] const bool tiled = in_tiles<T>(a), two = rows > LANES;
+  const bool tiled = in_tiles<T>(a);
   const int each = tiled ? 1 : a.int8 ? Steps<Int16>::COUNT : Steps<T>::COUNT;  // words of a lane
   float scale[MAX_ROWS], factor[MAX_ROWS];
   long position_of[MAX_ROWS];
@@ -336,8 +336,10 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
     const Chunk* fetch = more || next != nullptr ? &now_at : nullptr;
 #if defined(AIO_TILES)
     if (tiled) {
-      scratch.tiles.use(int(two ? LANES : rows), true);
-      (two ? scores_of_tiles<2> : scores_of_tiles<1>)(q, here, lanes, fetch, scratch.scores);
+      scratch.tiles.use(int(rows < LANES ? rows : LANES), true);
+      for (long r = 0; r < rows; r += ROWS_OF_TILES)
+        (rows - r > TILE_ROWS ? scores_of_tiles<2> : scores_of_tiles<1>)(q + r * lanes, here, lanes, r == 0 ? fetch : nullptr,
+                                                                         scratch.scores + r * KEYS);
     }
 #endif
     for (long r = 0; !tiled && r < rows; r += 4) {
@@ -406,7 +408,9 @@ __attribute__((noinline)) void attend(const Attention& a, const Task& task, cons
         std::memset(scratch.values + words, 0, (LANES / 2 * a.head_dim - words) * sizeof(uint32_t));
         whole.values[panels - 1] = scratch.values;
       }
-      (two ? accumulate_of_tiles<2> : accumulate_of_tiles<1>)(scratch.weights, whole, panels, a.head_dim, fetch, out);
+      for (long r = 0; r < rows; r += ROWS_OF_TILES)
+        (rows - r > TILE_ROWS ? accumulate_of_tiles<2> : accumulate_of_tiles<1>)(
+            weights_of(r), whole, panels, a.head_dim, r == 0 ? fetch : nullptr, out + r * a.head_dim);
     }
 #endif
     for (long r = 0; !tiled && r < rows; r += 4) {
