@@ -50,36 +50,6 @@ def test_overruns_are_counted_and_then_the_safe_policy_takes_over() -> None:
     assert "Slow took more than 10 ms 3 times" in replaced.reason  # type: ignore[attr-defined]
 
 
-MEDDLING: dict[str, Callable[[Any], object]] = {
-    "set a time": lambda view: setattr(view, "now", 0.0),
-    "replace the slots": lambda view: setattr(view, "slots", ()),
-    "set a slot": lambda view: setattr(view.slots[0], "adapter", None),
-    "delete an adapter": lambda view: view.adapters.pop("a"),
-    "set an adapter": lambda view: setattr(view.adapters["a"], "pinned", True),
-    "set a request": lambda view: setattr(next(iter(view.waiting)), "max_tokens", 0),
-    "empty a queue": lambda view: view.waiting.clear(),
-    "empty the batch": lambda view: view.running.clear(),
-}
-
-
-@pytest.mark.parametrize("case", MEDDLING)
-def test_meddling_changes_nothing(case: str) -> None:
-    class Meddles(SchedulerPolicy):
-        def schedule(self, view: SchedulerView) -> Decision:
-            MEDDLING[case](view)
-            return FCFS().schedule(view)
-
-    def outputs(policy: SchedulerPolicy) -> list[list[int]]:
-        sim = Sim(policy=policy, strict=False)
-        sim.register("a")
-        requests = [sim.add(name) for name in (None, "a", None, "a")]
-        sim.run()
-        assert set(sim.ended.values()) == {"length"}
-        return [request.tokens for request in requests]
-
-    assert outputs(Meddles()) == outputs(FCFS())
-
-
 COLLECTIONS: dict[str, Callable[[list[str]], Any]] = {
     "a deque": deque,
     "a UserList": UserList,

@@ -4,9 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.engine_fixtures import make_engine, tiny, tiny_of
 from support.selection import mostly_slow
 
 from aioengine.kernels.cpu import build, shared_library
+
+__all__ = ["make_engine", "tiny", "tiny_of"]
 
 LEVELS = sorted({next(iter(build.levels())), "generic"})
 

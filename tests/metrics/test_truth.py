@@ -1,25 +1,20 @@
-"""Scripted runs: every number in the exposition is what the recorded events say it must be."""
+"""Random runs: every number in the exposition is what the recorded events say it must be."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, prompt_of, tiny, tiny_of
 from support.metric_script import Samples, by_label, collected, value
 from support.metric_truth import Truth
 
-from aioengine import AsyncEngine, EngineStats
+from aioengine import EngineStats
 from aioengine import events as e
-from aioengine.errors import AdapterError, AdapterLoadError
 from aioengine.metrics import EngineMetrics
 from aioengine.metrics.families import definitions
 from aioengine.runtime.stats import Counters
 from aioengine.testing import LIMITS, Sim
-
-__all__ = ["make_engine", "tiny", "tiny_of"]  # fixtures
 
 
 def assert_true(found: Samples, record: list[e.Event]) -> None:
@@ -144,90 +139,3 @@ def test_the_core_under_random_events() -> None:
     # The runs together have everything in them that is hard to count.
     assert {e.AdapterFailed, e.AdapterEvicted, e.AdapterUnloaded, e.RequestPreempted} <= kinds
     assert results == {"used", "wasted", "late", "waited on the CPU"}
-
-
-async def scripted_run(engine: AsyncEngine, tiny: Tiny) -> None:
-    """Swaps, a hot swap, a failed load, an abort, a pin, an unloaded adapter, and the base model."""
-    names = ["rank-3", "rank-4", "qv-only", "rslora", "regex"]
-    for name in names:
-        engine.register_adapter(name, tiny.adapters[name])
-    engine.register_adapter("broken", "/nowhere")
-    await engine.load_adapter("regex")
-    tasks = [
-        asyncio.create_task(
-            engine.complete(prompt_of(i, 6 + i), greedy(6 + i % 5), adapter=[None, *names][i % 6])
-        )
-        for i in range(18)
-    ]
-    aborted = engine.generate([5, 6], greedy(100), adapter="rank-3", request_id="leaves")
-    await anext(aborted)
-    await engine.abort("leaves")
-    await aborted.aclose()
-    with pytest.raises(AdapterLoadError):
-        await engine.complete([1, 2], greedy(2), adapter="broken")
-    await engine.load_adapter("rank-4", tiny.adapters["all-linear"], replace=True)
-    with pytest.raises(AdapterError):
-        await engine.load_adapter("rank-3", "/nowhere", replace=True)
-    await engine.pin_adapter("qv-only")
-    await asyncio.gather(*tasks)
-    await engine.complete([7, 8], greedy(3), adapter="rank-4")
-    await engine.unload_adapter("rslora")
-    await engine.unpin_adapter("qv-only")
-
-
-@pytest.mark.slow
-async def test_an_engine(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny, max_loras=2, max_cpu_loras=3) as engine:
-        record: list[e.Event] = []
-        scrapes = 0
-        loop = asyncio.get_running_loop()
-
-        def scrape() -> None:
-            """Between two of the loop's callbacks, as a scrape comes."""
-            nonlocal scrapes
-            scrapes += 1
-            assert_occupancy(collected(engine.metrics), engine.stats())
-
-        def listen(event: e.Event) -> None:
-            record.append(event)
-            loop.call_soon(scrape)
-
-        errors: list[object] = []
-        loop.set_exception_handler(lambda _loop, context: errors.append(context))
-        engine.add_listener(listen)
-        await scripted_run(engine, tiny)
-        async with asyncio.timeout(60):
-            while engine.stats().running or not any(isinstance(event, e.LoopLag) for event in record):
-                await asyncio.sleep(0)
-        found, stats = collected(engine.metrics), engine.stats()
-        listed = {info.name: info for info in engine.adapters()}
-        loop.set_exception_handler(None)
-        record = list(record)  # what happens while it stops is not in ``found``
-
-    assert not errors
-    assert scrapes > 100
-    assert_true(found, record)
-    assert_gauges(found, record)
-    # Residency is what the slot table and the CPU cache hold.
-    resident = {
-        (dict(labels)["adapter"], dict(labels)["level"], dict(labels)["pinned"])
-        for name, labels in found
-        if name == "aioengine_lora_adapter_loaded"
-    }
-    assert resident == {
-        (info.name, info.location, str(info.pinned).lower())
-        for info in listed.values()
-        if info.location in ("slot", "cpu")
-    }
-    assert {name for name, level, _ in resident if level == "slot"} == {
-        slot.adapter for slot in stats.slots if slot.state == "READY"
-    }
-    assert value(found, "lora_adapters") == len(listed)
-    # Each token but a request's first comes an interval after another.
-    firsts = sum(isinstance(event, e.FirstToken) for event in record)
-    intervals = sum(by_label(found, "request_inter_token_seconds_count", "adapter").values())
-    assert intervals == stats.output_tokens - firsts
-    assert sum(by_label(found, "step_seconds_count", "phase").values()) == stats.steps
-    decided = value(found, "policy_decision_seconds_sum")
-    scheduled = value(found, "schedule_seconds_sum")
-    assert decided is not None and scheduled is not None and 0 < decided < scheduled

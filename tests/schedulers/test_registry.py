@@ -25,7 +25,6 @@ from aioengine.schedulers.parts.replacement import GDSF
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.registry import available
 from aioengine.schedulers.routing import load_router
-from aioengine.testing import LIMITS, Sim
 
 NAMES = sorted(set(available_policies()) - {"oracle"})
 
@@ -34,17 +33,6 @@ def composed(spec: Any) -> Composed:
     policy = load_policy(spec)
     assert isinstance(policy, Composed)
     return policy
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_name_is_a_policy_that_serves(name: str) -> None:
-    sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=3), load_policy(name))
-    for adapter in "abcd":
-        sim.register(adapter)
-    for i in range(12):
-        sim.add((None, "a", "b", "c", "d")[i % 5], priority=i % 3, deadline=100.0 + i, tenant=f"t{i % 2}")
-    sim.run()
-    assert set(sim.ended.values()) == {"length"}
 
 
 @pytest.mark.parametrize("name", [*NAMES, "priority+priority"])

@@ -49,6 +49,7 @@ class Hostile(SchedulerPolicy):
             lambda: setattr(view.slots[0], "running", 0),
             lambda: setattr(view, "slots", ()),
             lambda: view.running.clear(),  # type: ignore[attr-defined]
+            lambda: setattr(next(iter(view.adapters.values())), "pinned", True),
             lambda: view.adapters.clear(),  # type: ignore[attr-defined]
             lambda: setattr(next(iter(view.waiting)), "arrival", -1.0),
         ]
