@@ -20,7 +20,6 @@ _SIGNATURES = {
     "aio_pack": (c_int, c_void_p, c_void_p, c_long, c_long, c_int),
     "aio_gather": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_long, c_int),
     "aio_product": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_int),
-    "aio_adapted_linear": (c_int, c_void_p, c_void_p, c_void_p, c_long, c_int),
     "aio_quantize": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
     "aio_dequantize": (*(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_long, c_int),),
     "aio_turn_blocks": (c_void_p, c_long, c_long, c_long, c_long, c_long, c_int),

@@ -26,7 +26,6 @@ def cases(
     draw: st.DrawFn,
     dtype: torch.dtype = torch.float32,
     all_widths: Sequence[tuple[int, ...]] = WIDTHS,
-    inputs: Sequence[int] = (24,),
 ) -> Case:
     max_rank = draw(st.sampled_from([1, 4, 16, 64, 320, 512]))
     slots = draw(st.integers(1, 6))
@@ -40,7 +39,7 @@ def cases(
     scale = st.sampled_from([1.0, 0.5, -1.25, 0.0, 0.7])
     return make_case(
         sequences, ranks, max_rank, widths=widths, targeted=targeted, dtype=dtype,
-        slot_affine=slot_affine, seed=draw(st.integers(0, 1000)), n_in=draw(st.sampled_from(inputs)),
+        slot_affine=slot_affine, seed=draw(st.integers(0, 1000)),
         scales=draw(st.just([]) | st.lists(scale, min_size=count, max_size=count)),
     )  # fmt: skip
 
@@ -239,40 +238,8 @@ def test_the_backend_is_chosen_by_name_then_environment_then_default(
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 @pytest.mark.slow
-def test_a_packed_linear_with_its_adapters(dtype: torch.dtype, int8: bool, data: st.DataObject) -> None:
-    """It is the linear, and then the adapters, however often it is used."""
-    from support.adapted_linear import AdaptedLinear, fits
-
-    from aioengine.kernels.cpu.packed import PackedWeight
-
-    case = data.draw(cases(dtype, [(32, 16, 16), (48,), (16, 16, 16, 80)]))
-    batch, pool = case.batch, case.int8_pool if int8 else case.pool
-    assert fits(pool, dtype)
-    n = case.y.shape[1]
-    generator = torch.Generator().manual_seed(1)
-    weight, bias = torch.randn(n, case.x.shape[1], generator=generator), torch.randn(n, generator=generator)
-    adapted = AdaptedLinear(PackedWeight.pack(weight.to(dtype, copy=True)), bias.to(dtype), pool)
-    for _ in range(2):
-        found = adapted(case.x, batch).float()
-        expected = torch.nn.functional.linear(case.x, weight.to(dtype), bias.to(dtype))
-        h = reference.lora_shrink(case.x, pool, batch)
-        reference.lora_expand(h, pool, expected, batch)
-        reference.lora_affine(expected, pool, batch)
-        check([found], [expected.float()], 1e-4 if dtype == torch.float32 else 2e-2)
-
-
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("int8", [False, True])
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-@pytest.mark.slow
 def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data: st.DataObject) -> None:
-    from support.adapted_linear import AdaptedLinear
-
-    from aioengine.kernels.cpu.packed import PackedWeight
-
-    case = data.draw(cases(dtype, [*WIDTHS, (32, 16, 16), (48,), (16, 16, 16, 80)]))
+    case = data.draw(cases(dtype, [*WIDTHS, (48,), (16, 16, 16, 80)]))
     plain, batch = case.int8_pool if int8 else case.pool, case.batch
     pool, cpu = turned(plain), get_backend("cpu", "cpu")
     for slot in range(len(case.ranks)):
@@ -283,11 +250,6 @@ def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data
     cpu.lora_expand(h, pool, found, batch)
     cpu.lora_expand(h, plain, expected, batch)
     same(found, expected)
-    if any(width % 16 for width in plain.widths):
-        return
-    weight = torch.randn(case.y.shape[1], case.x.shape[1], generator=torch.Generator().manual_seed(1))
-    packed = PackedWeight.pack(weight.to(dtype))
-    same(AdaptedLinear(packed, None, pool)(case.x, batch), AdaptedLinear(packed, None, plain)(case.x, batch))
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
@@ -311,28 +273,6 @@ def test_int8_gives_a_token_the_same_bits_alone(dtype: torch.dtype, data: st.Dat
         alone = cpu.lora_shrink(case.x[t : t + 1], pool, one)
         cpu.lora_expand(alone, pool, y, one)
         same(y[0], together[t])
-
-
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("int8", [False, True])
-@settings(max_examples=20, deadline=None)
-@given(data=st.data())
-def test_a_packed_linear_gives_a_token_the_same_bits_alone(
-    dtype: torch.dtype, int8: bool, data: st.DataObject
-) -> None:
-    """Whichever tokens of other adapters it shares a tile with."""
-    from support.adapted_linear import AdaptedLinear
-
-    from aioengine.kernels.cpu.packed import PackedWeight
-
-    case = data.draw(cases(dtype, [(32, 16, 16), (48,), (96, 48)], (24, 100, 130)))
-    pool = turned(case.int8_pool if int8 else case.pool)
-    weight = torch.randn(case.y.shape[1], case.x.shape[1], generator=torch.Generator().manual_seed(1))
-    adapted = AdaptedLinear(PackedWeight.pack(weight.to(dtype)), None, pool)
-    together = adapted(case.x, case.batch)
-    for t in range(len(case.x)):
-        same(adapted(case.x[t : t + 1], case.alone(t))[0], together[t])
 
 
 def same(found: Tensor, expected: Tensor) -> None:
