@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.layer_cases import Layer, LayerCase, close, run
+from support.step_runs import StepRun
 from support.tiny_models import build_model
 from torch import Tensor
 
@@ -21,11 +21,7 @@ from aioengine.errors import ConfigError
 from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LayerCache, Rotation, Span, get_backend
 from aioengine.kernels.portable import plain as reference
 from aioengine.memory_plan import plan_memory
-from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
-from aioengine.model.runner import ModelRunner
-from aioengine.request import SamplingParams
-from aioengine.step import Sampled, SequenceWork, StepBatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -121,40 +117,20 @@ def test_attention_is_to_the_rounded_keys_and_values(
 
 def test_logits_are_close_and_a_value_that_is_not_finite_is_seen(tmp_path: Path) -> None:
     model = build_model(tmp_path / "model", "llama", num_hidden_layers=2)
-    found = {}
+    found, tokens = {}, list(range(5, 26))
     for fp8 in (False, True):
-        runner, logits = runner_of(model, fp8)
-        runner.execute(step(0))
-        found[fp8] = logits[-1]
+        run = StepRun(
+            model, device=DEVICE, num_blocks=16, block_size=16, kernels=NAME,
+            kv_cache_dtype="fp8" if fp8 else "auto",
+        )  # fmt: skip
+        found[fp8] = run.execute([(-1, 0, tokens[:20], [0, 1])])
         if fp8:
-            assert runner.kv_cache.nbytes * 4 == 16 * 16 * 2 * 2 * 2 * 16 * 4  # a quarter of float32's
-            runner.kv_cache.v[0][0, 3] = 0x7F
-            runner.execute(step(20))
-            assert logits[-1].isnan().all()
+            cache = run.runner.kv_cache
+            assert cache.nbytes * 4 == 16 * 16 * 2 * 2 * 2 * 16 * 4  # a quarter of float32's
+            cache.v[0][0, 3] = 0x7F
+            assert run.execute([(-1, 20, tokens, [0, 1])]).isnan().all()
     off = (found[True] - found[False]).norm() / found[False].norm()
     assert 1e-4 < off < 0.1
-
-
-def runner_of(model: Path, fp8: bool) -> tuple[ModelRunner, list[Tensor]]:
-    logits: list[Tensor] = []
-
-    def keep(found: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
-        logits.append(found.float().cpu())
-        return [Sampled(0) for _ in rows]
-
-    runner = build_runner(
-        *(read_spec(model), model), dtype=torch.float32, device=DEVICE, num_blocks=16, block_size=16,
-        kernels=NAME, sample=keep, kv_cache_dtype="fp8" if fp8 else "auto",
-    )  # fmt: skip
-    return runner, logits
-
-
-def step(start: int) -> StepBatch:
-    """20 tokens of a sequence, or the one after them."""
-    ids = list(range(5, 26))
-    tokens = ids[:20] if start == 0 else ids[20:]
-    work = SequenceWork("a", -1, tokens, start, [0, 1], True, SamplingParams(), 0, ids, 20)
-    return StepBatch(0, [work], ())
 
 
 def test_the_plan_has_half_the_bytes_of_16_bits(tmp_path: Path) -> None:

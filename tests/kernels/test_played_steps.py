@@ -12,17 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.random_slots import fill_slot, random_image
+from support.random_slots import random_image
+from support.step_runs import StepRun
 from support.tiny_models import build_model
 from support.triton_here import DEVICE, needs_triton
 from torch import Tensor
 
-from aioengine.model.build import build_runner
 from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, Step
-from aioengine.model.files.resolve import read_spec
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
-from aioengine.request import SamplingParams
-from aioengine.step import Sampled, SequenceWork, StepBatch
 
 pytest.importorskip("triton")
 pytestmark = needs_triton
@@ -37,31 +34,22 @@ def model() -> Path:
     return build_model(Path(tempfile.mkdtemp()), "qwen3", num_hidden_layers=2)
 
 
-class Run:
-    """A runner with random adapters, and what its steps gave."""
+class Run(StepRun):
+    """Its steps count how often they are played."""
 
     def __init__(self, *, played: bool, slots: bool = True, mixed: tuple[int, ...] = ()) -> None:
-        self.logits = torch.empty(0)
         self.played: list[int] = []
-        spec = read_spec(model())
-        self.runner = build_runner(
-            *(spec, model()), dtype=torch.float32, device=DEVICE, num_blocks=BLOCKS, block_size=4,
-            max_loras=len(RANKS) if slots else 0, max_lora_rank=8, kernels="triton", sample=self._sample,
-            fixed_decode=DecodeLimits(MOST, 64, mixed) if played else None,
+        super().__init__(
+            *(model(), RANKS if slots else ()), affine=AFFINE, device=DEVICE, num_blocks=BLOCKS, block_size=4,
+            kernels="triton", fixed_decode=DecodeLimits(MOST, 64, mixed) if played else None,
             record=self._record,
         )  # fmt: skip
-        if self.runner.lora_slots is not None:
-            self.fill_slots()
-        for cache in (*self.runner.kv_cache.k, *self.runner.kv_cache.v):
-            cache.fill_(float("nan"))
+        self.fill_caches(float("nan"))
         self.played.clear()
 
-    def fill_slots(self) -> None:
-        slots = self.runner.lora_slots
-        assert slots is not None
-        generator = torch.Generator().manual_seed(1)
-        for slot, rank in enumerate(RANKS):
-            fill_slot(slots, slot, rank, generator, affine=slot == AFFINE)
+    def fill_caches(self, value: float) -> None:
+        for cache in (*self.runner.kv_cache.k, *self.runner.kv_cache.v):
+            cache.fill_(value)
 
     def _record(self, step: Step) -> Step:
         """As on a GPU, and counts how often it is played."""
@@ -73,24 +61,15 @@ class Run:
 
         return again
 
-    def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
-        assert len(logits) == len(rows)
-        self.logits = logits.float().cpu()
-        return [Sampled(int(token)) for token in self.logits.argmax(-1)]
-
-    def step(
-        self, sequences: Sequence[tuple[int, int, int]], sample: bool = True, unasked: int = -1
-    ) -> Tensor:
-        """One step over (slot, position, tokens); sequence i has blocks of its own, scattered. The sequence
-        ``unasked`` asks for no token."""
+    def step(self, sequences: Sequence[tuple[int, int, int]], unasked: Sequence[int] = ()) -> Tensor:
+        """One step over (slot, position, tokens); sequence i has blocks of its own, scattered."""
         work = []
         for i, (slot, start, count) in enumerate(sequences):
-            ids = [(11 * i + 7 * position) % 200 + 5 for position in range(start, start + count)]
-            table = [(7 * (8 * i + j)) % BLOCKS for j in range(-(-(start + count) // 4))]
-            asks = sample and i != unasked
-            work.append(SequenceWork(str(i), slot, ids, start, table, asks, SamplingParams(), 0, ids, 0))
-        self.runner.execute(StepBatch(0, work, RANKS))
-        return self.logits
+            tokens = [(11 * i + 7 * position) % 200 + 5 for position in range(start + count)]
+            work.append(
+                (slot, start, tokens, [(7 * (8 * i + j)) % BLOCKS for j in range(-(-len(tokens) // 4))])
+            )
+        return self.execute(work, unasked)
 
     def caches(self) -> list[Tensor]:
         return [cache.cpu() for cache in (*self.runner.kv_cache.k, *self.runner.kv_cache.v)]
@@ -130,8 +109,7 @@ def test_what_a_step_left_behind_does_not_reach_a_smaller_one(runs: tuple[Run, R
     played, eager = runs
     full = [(slot, 20, 1) for slot in (-1, 0, 1, 1, 2)]
     for run in runs:
-        for cache in (*run.runner.kv_cache.k, *run.runner.kv_cache.v):
-            cache.fill_(0.5)
+        run.fill_caches(0.5)
         run.step(full)
     for fewer in ([(-1, 21, 1), (0, 21, 1), (1, 21, 1)], [(-1, 22, 1)]):
         close(played.step(fewer), eager.step(fewer))
@@ -167,7 +145,7 @@ def test_what_is_no_decode_step_is_not_played() -> None:
     run = Run(played=True, slots=False)
     run.step([(-1, 0, 3), (-1, 0, 2)])
     run.step([(-1, 3, 1), (-1, 2, 2)])
-    run.step([(-1, 4, 1), (-1, 4, 1)], sample=False)
+    run.step([(-1, 4, 1), (-1, 4, 1)], unasked=(0, 1))
     run.step([(-1, 1, 1)] * (MOST + 1))
     assert not run.played
     run.step([(-1, 5, 1), (-1, 5, 1)])
@@ -175,13 +153,13 @@ def test_what_is_no_decode_step_is_not_played() -> None:
 
 
 MIXED = {
-    "prompts": ([(-1, 0, 9), (0, 0, 3), (1, 0, 7)], -1),
-    "beside decodes": ([(-1, 8, 1), (0, 12, 1), (0, 0, 8), (1, 9, 6), (1, 5, 1)], 3),
-    "that scale and shift": ([(-1, 0, 2), (0, 3, 5), (2, 4, 9), (2, 7, 1)], 1),
-    "base alone": ([(-1, 7, 1), (-1, 0, 11)], -1),
-    "full": ([(-1, 0, 12), (0, 0, 11), (2, 3, 1)], -1),
+    "prompts": ([(-1, 0, 9), (0, 0, 3), (1, 0, 7)], ()),
+    "beside decodes": ([(-1, 8, 1), (0, 12, 1), (0, 0, 8), (1, 9, 6), (1, 5, 1)], (3,)),
+    "that scale and shift": ([(-1, 0, 2), (0, 3, 5), (2, 4, 9), (2, 7, 1)], (1,)),
+    "base alone": ([(-1, 7, 1), (-1, 0, 11)], ()),
+    "full": ([(-1, 0, 12), (0, 0, 11), (2, 3, 1)], ()),
 }
-"""Sequences, and which of them asks for no token."""
+"""Sequences, and which of them ask for no token."""
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +172,10 @@ def test_played_mixed_steps_are_those_of_the_eager_model(mixed: tuple[Run, Run],
     """Also after other steps, whose rows and tiles are padding now."""
     (played, eager), (sequences, unasked) = mixed, MIXED[case]
     for run in mixed:
-        for cache in (*run.runner.kv_cache.k, *run.runner.kv_cache.v):
-            cache.fill_(0.5)
+        run.fill_caches(0.5)
     found = played.step(sequences, unasked=unasked)
     close(found, eager.step(sequences, unasked=unasked))
-    assert len(found) == len(sequences) - (unasked >= 0) and len(played.played) == 1
+    assert len(found) == len(sequences) - len(unasked) and len(played.played) == 1
     played.played.clear()
     for ours, theirs in zip(played.caches(), eager.caches(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -208,5 +185,5 @@ def test_mixed_steps_of_other_sizes_are_not_played(mixed: tuple[Run, Run]) -> No
     played, eager = mixed
     for step in ([(-1, 0, 25)], [(-1, 0, 2)] * (MOST + 1)):
         close(played.step(step), eager.step(step))
-    played.step([(-1, 0, 3), (0, 0, 3)], sample=False)
+    played.step([(-1, 0, 3), (0, 0, 3)], unasked=(0, 1))
     assert not played.played

@@ -10,19 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.random_slots import fill_slot
 from support.selection import mostly_slow
+from support.step_runs import StepRun
 from support.tiny_models import build_model
 from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.cpu import build
 from aioengine.model import coverage, rope
-from aioengine.model.build import build_runner
-from aioengine.model.files.resolve import read_spec
 from aioengine.model.spec import Quantization
-from aioengine.request import SamplingParams
-from aioengine.step import Sampled, SequenceWork, StepBatch
+from aioengine.step import Sampled, SequenceWork
 
 pytestmark = pytest.mark.skipif(build.shutil.which("c++") is None, reason="needs a C++ compiler")
 BLOCKS = 64
@@ -35,9 +32,7 @@ def model() -> Path:
     return build_model(Path(tempfile.mkdtemp()), "llama")
 
 
-class Run:
-    """A runner whose slots are random, and the logits of its last step."""
-
+class Run(StepRun):
     def __init__(
         self,
         dtype: torch.dtype,
@@ -48,33 +43,20 @@ class Run:
         whole: bool = True,
         int8_cache: bool = False,
     ) -> None:
-        self.logits = torch.empty(0)
-        spec, self.ranks = read_spec(model()), ranks
-        self.runner = build_runner(
-            *(spec, model()), dtype=dtype, device="cpu", num_blocks=BLOCKS, block_size=16,
-            max_loras=len(ranks), max_lora_rank=max(ranks), kernels=kernels, quantization=quantization,
-            sample=self._sample, kv_cache_dtype="int8" if int8_cache else "auto",
+        super().__init__(
+            *(model(), ranks), dtype=dtype, num_blocks=BLOCKS, block_size=16, kernels=kernels,
+            quantization=quantization, kv_cache_dtype="int8" if int8_cache else "auto",
         )  # fmt: skip
         assert (self.runner.model.compiled) == (kernels == "cpu" and whole)
-        assert self.runner.lora_slots is not None
-        generator = torch.Generator().manual_seed(1)
-        for slot, rank in enumerate(ranks):
-            fill_slot(self.runner.lora_slots, slot, rank, generator)
-
-    def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
-        self.logits = logits.float()
-        return [Sampled(0) for _ in rows]
 
     def __call__(self, sequences: Sequence[tuple[int, int]]) -> Tensor:
+        """Logits after whole prompts, of (slot, tokens)."""
         work, used = [], 0
-        for i, (slot, tokens) in enumerate(sequences):
-            ids = [(7 * i + 3 * j) % 200 + 5 for j in range(tokens)]
-            table = list(range(used, used + tokens // 16 + 1))
-            used += len(table)
-            params = SamplingParams()
-            work.append(SequenceWork(str(i), slot, ids, 0, table, True, params, 0, ids, tokens))
-        self.runner.execute(StepBatch(0, work, list(self.ranks)))
-        return self.logits
+        for i, (slot, count) in enumerate(sequences):
+            table = range(used, used + count // 16 + 1)
+            work.append((slot, 0, [(7 * i + 3 * j) % 200 + 5 for j in range(count)], table))
+            used = table.stop
+        return self.execute(work)
 
 
 @pytest.mark.parametrize("sequences", [FEW, LONG])
@@ -124,11 +106,11 @@ def test_angles_that_are_not_kept_are_the_same(
 class Greedy(Run):
     """Asks for the most likely tokens, again, and for those of other logits."""
 
-    def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
+    def sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
         assert self.runner.model.compiled
         argmax = self.runner.model.argmax
         self.best = [argmax(of).tolist() for of in (logits, logits, -logits, logits)]
-        return super()._sample(logits, rows)
+        return super().sample(logits, rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,7 +6,6 @@ In Triton's interpreter, by way of ``test_triton.py``, or on a GPU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.quantized_checkpoints import Quantize, awq, float8, gptq, write_quantized
-from support.random_slots import fill_slot
+from support.step_runs import StepRun
 from support.tiny_models import build_model
 from support.triton_here import DEVICE, examples, needs_triton
 from torch import Tensor
@@ -24,12 +23,9 @@ from aioengine.kernels import ExpertPlan
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.portable.dequantize import codes, scales
 from aioengine.kernels.weight import PlainWeight
-from aioengine.model.build import build_runner
 from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.spec import ModelSpec, Quantization
-from aioengine.request import SamplingParams
-from aioengine.step import Sampled, SequenceWork, StepBatch
 
 blocks = pytest.importorskip("aioengine.kernels.triton.blocks")
 experts = pytest.importorskip("aioengine.kernels.triton.experts")
@@ -220,27 +216,12 @@ def test_a_model_with_adapters_is_exact_relative_to_what_its_checkpoint_stands_f
 
 def logits_of(path: Path, spec: ModelSpec, kernels: str) -> Tensor:
     """Logits of a base row and of two with adapters, through the kernel if there are blocks and Triton."""
-    logits: list[Tensor] = []
-
-    def keep(found: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
-        logits.append(found.float().cpu())
-        return [Sampled(0) for _ in rows]
-
-    runner = build_runner(
-        *(spec, path), dtype=torch.float32, device=DEVICE, num_blocks=16, block_size=16,
-        max_loras=2, max_lora_rank=8, kernels=kernels, sample=keep,
+    run = StepRun(
+        *(path, (8, 3)), affine=1, spec=spec, device=DEVICE, num_blocks=16, block_size=16, kernels=kernels
     )  # fmt: skip
-    assert runner.lora_slots is not None
-    for slot, rank in enumerate((8, 3)):
-        fill_slot(runner.lora_slots, slot, rank, torch.Generator().manual_seed(slot), affine=slot == 1)
     if kernels == "triton":
-        linears = runner.model.layers[0].linears.values()
+        linears = run.runner.model.layers[0].linears.values()
         parts = [part for linear in linears for part in getattr(linear.weight, "parts", [linear.weight])]
         assert all(isinstance(part, BlockWeight) and blocks.covers(part) for part in parts)
     ids = list(range(5, 25))
-    works = [
-        SequenceWork(str(i), slot, ids[i:], 0, [2 * i, 2 * i + 1], True, SamplingParams(), i, ids, 20)
-        for i, slot in enumerate((-1, 0, 1))
-    ]
-    runner.execute(StepBatch(0, works, (8, 3)))
-    return logits[0]
+    return run.execute([(slot, 0, ids[i:], [2 * i, 2 * i + 1]) for i, slot in enumerate((-1, 0, 1))])

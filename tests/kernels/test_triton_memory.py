@@ -16,17 +16,14 @@ import torch
 from support.any_models import build_any
 from support.random_slots import random_image
 from support.served_models import check, engine_of
+from support.step_runs import StepRun
 from support.tiny_models import build_model
 from support.triton_here import DEVICE, examples, needs_triton
 from torch import Tensor
 
 from aioengine.core.adapters.arena import GRANULE
-from aioengine.model.build import build_runner
 from aioengine.model.decode_graphs import DecodeLimits
-from aioengine.model.files.resolve import read_spec
 from aioengine.model.slots.image import AdapterImage
-from aioengine.request import SamplingParams
-from aioengine.step import Sampled, SequenceWork, StepBatch
 
 pytest.importorskip("triton")
 pytestmark = needs_triton
@@ -44,34 +41,26 @@ def model() -> Path:
     return build_model(Path(tempfile.mkdtemp()), "llama", num_hidden_layers=1)
 
 
-class Run:
-    """A runner, and the logits of its last step."""
-
+class Run(StepRun):
     def __init__(self, slot_memory: int | None, *, played: bool) -> None:
-        self.logits = torch.empty(0)
-        self.runner = build_runner(
-            *(read_spec(model()), model()), dtype=DTYPE, device=DEVICE, num_blocks=16, block_size=BLOCK,
-            max_loras=len(RANKS), max_lora_rank=8, kernels="triton", sample=self._sample,
+        super().__init__(
+            *(model(), RANKS), dtype=DTYPE, device=DEVICE, num_blocks=16, block_size=BLOCK, kernels="triton",
             slot_memory=slot_memory, fixed_decode=DecodeLimits(4, 64) if played else None,
             record=None if DEVICE == "cuda" else lambda step: step,
         )  # fmt: skip
         assert self.runner.lora_slots is not None
         self.slots = self.runner.lora_slots
 
-    def _sample(self, logits: Tensor, rows: Sequence[SequenceWork]) -> list[Sampled]:
-        self.logits = logits.cpu()
-        return [Sampled(0) for _ in rows]
+    def fill_slots(self) -> None:
+        """The test does."""
 
     def step(self, start: int, count: int) -> Tensor:
         """Compute ``count`` tokens of the base model's sequence, and of one for each slot."""
         work = []
         for slot in range(-1, len(RANKS)):
-            table = list(range(3 * (slot + 1), 3 * (slot + 2)))
-            ids = [(11 * slot + 7 * position) % 200 + 20 for position in range(start + count)]
-            params = SamplingParams()
-            work.append(SequenceWork(str(slot), slot, ids[start:], start, table, True, params, 0, ids, 0))
-        self.runner.execute(StepBatch(0, work, RANKS))
-        return self.logits
+            tokens = [(11 * slot + 7 * position) % 200 + 20 for position in range(start + count)]
+            work.append((slot, start, tokens, range(3 * (slot + 1), 3 * (slot + 2))))
+        return self.execute(work)
 
 
 def places(images: Sequence[AdapterImage], nbytes: int, rng: random.Random) -> list[int]:
