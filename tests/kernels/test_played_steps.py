@@ -66,9 +66,8 @@ class Run(StepRun):
         work = []
         for i, (slot, start, count) in enumerate(sequences):
             tokens = [(11 * i + 7 * position) % 200 + 5 for position in range(start + count)]
-            work.append(
-                (slot, start, tokens, [(7 * (8 * i + j)) % BLOCKS for j in range(-(-len(tokens) // 4))])
-            )
+            table = [(7 * (8 * i + j)) % BLOCKS for j in range(-(-len(tokens) // 4))]
+            work.append((slot, start, tokens, table))
         return self.execute(work, unasked)
 
     def caches(self) -> list[Tensor]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES
 from safetensors.torch import load_file, save_file
-from support.tiny_gguf import finish, gguf_writer, interleaved, tensor_name
+from support.tiny_gguf import finish, gguf_writer, in_order, stored_parameters
 from support.tiny_models import build_model
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -238,24 +238,18 @@ def random_blocks(kind: str, n: int, k: int, seed: int) -> np.ndarray[Any, Any]:
 def write_blocks(root: Path, model: Any, arch: str, kind_of: Callable[[str], str]) -> Pair:
     """``model`` as a GGUF file whose matrices are of the types that ``kind_of`` says for their GGUF names."""
     root.mkdir(exist_ok=True)
-    path, config = root / "model.gguf", model.config
+    path = root / "model.gguf"
     writer = gguf_writer(path, model, arch, {})
-    state = dict(model.state_dict())
-    for seed, (name, parameter) in enumerate(state.items()):
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        stored, data = tensor_name(name), parameter.numpy()
-        kind = gguf.GGMLQuantizationType[kind_of(stored) if data.ndim > 1 else "F32"]
+    for seed, (name, parameter) in enumerate(stored_parameters(model, arch)):
+        data = parameter.numpy()
+        kind = gguf.GGMLQuantizationType[kind_of(name) if data.ndim > 1 else "F32"]
         try:
             raw = gguf.quants.quantize(data, kind)
         except NotImplementedError:
             raw = random_blocks(kind.name, *data.shape, seed)
         if data.ndim > 1:
             parameter.copy_(torch.from_numpy(gguf.quants.dequantize(raw, kind).reshape(data.shape).copy()))
-        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            raw = interleaved(raw, heads)
-        writer.add_tensor(stored, raw, raw_dtype=kind)
+        writer.add_tensor(name, in_order(raw, name, arch, model.config), raw_dtype=kind)
     finish(writer)
     model.save_pretrained(root / "expanded")
     return Pair(path, root / "expanded")

@@ -18,7 +18,7 @@ from aioengine.step import Sampled, SequenceWork, StepBatch
 
 
 class StepRun:
-    """A runner with an adapter of each of ``ranks`` in its slots, and the logits [N, vocab] of the last step."""
+    """A runner with adapters of these ranks in its slots, and the logits [N, vocab] of its last step."""
 
     def __init__(
         self,

@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+import transformers
+from gguf.tensor_mapping import get_tensor_name_map
 from tokenizers import Tokenizer
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-_CLASSES: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
-_NAMES = [
-    ("model.embed_tokens", "token_embd"),
-    ("model.norm", "output_norm"),
-    ("lm_head", "output"),
-    ("model.layers.", "blk."),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-]
+_FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 def tiny_model(family: str, **overrides: Any) -> Any:
     """A random transformers model of two layers, hidden size 64, with random norms and biases."""
-    config_class, model_class = _CLASSES[family]
+    config_class, model_class = (
+        getattr(transformers, f"{_FAMILIES[family]}{kind}") for kind in ("Config", "ForCausalLM")
+    )
     fields = {
         "vocab_size": 96,
         "hidden_size": 64,
@@ -83,21 +59,12 @@ def write_gguf(
     ``metadata`` adds or replaces keys (written by type), ``tensors`` adds float32 tensors, and
     ``tokenizer`` is passed to :func:`add_tokenizer`.
     """
-    config = model.config
     writer = gguf_writer(path, model, arch, metadata or {})
     add_tokenizer(writer, tokenizer or {})
-    quant = gguf.GGMLQuantizationType[kind]
-    for name, parameter in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        data = parameter.numpy()
-        if arch == "llama" and "q_proj" in name:
-            data = interleaved(data, config.num_attention_heads)
-        if arch == "llama" and "k_proj" in name:
-            data = interleaved(data, config.num_key_value_heads)
-        name = tensor_name(name)
-        matrix_kind = quant if data.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(data, matrix_kind), raw_dtype=matrix_kind)
+    for name, parameter in stored_parameters(model, arch):
+        quant = gguf.GGMLQuantizationType[kind if parameter.ndim > 1 else "F32"]
+        data = in_order(gguf.quants.quantize(parameter.numpy(), quant), name, arch, model.config)
+        writer.add_tensor(name, data, raw_dtype=quant)
     for name, data in (tensors or {}).items():
         writer.add_tensor(name, data)
     finish(writer)
@@ -138,11 +105,22 @@ def add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any], rope_theta: float
     writer.add_eos_token_id(1)
 
 
-def tensor_name(name: str) -> str:
-    """GGUF's name of a parameter."""
-    for ours, theirs in _NAMES:
-        name = name.replace(ours, theirs)
-    return name
+def stored_parameters(model: Any, arch: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters by their names in the file, without a tied head."""
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = get_tensor_name_map(kind, model.config.num_hidden_layers)
+    for name, parameter in model.state_dict().items():
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            yield names.get_name(name, try_suffixes=(".weight", ".bias")), parameter
+
+
+def in_order(
+    data: np.ndarray[Any, Any], name: str, arch: str, config: transformers.PreTrainedConfig
+) -> np.ndarray[Any, Any]:
+    """Rows as the file has them."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    part = name.split(".")[-2]
+    return interleaved(data, heads[part]) if arch == "llama" and part in heads else data
 
 
 def write_tokenizer_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
