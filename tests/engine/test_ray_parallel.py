@@ -63,14 +63,6 @@ async def test_two_ranks_give_the_tokens_of_one_and_are_replaced_when_one_dies(
     await until(lambda: not nodes.workers("RankActor"))
 
 
-async def test_more_ranks_than_the_cluster_has_room_for(
-    nodes: Nodes, tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "START_SECONDS", 0.5)
-    engine = make_engine(tiny, executor="ray", tensor_parallel_size=4)
-    await refused(engine, ConfigError, r"no room for 4 ranks .* within 0\.5 s; lower tensor_parallel_size")
-
-
 async def test_room_that_others_use(
     nodes: Nodes, tiny: Tiny, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +76,7 @@ async def test_room_that_others_use(
         before = placement_group_table().keys()
         monkeypatch.setattr(workers, "START_SECONDS", 0.5)
         engine = make_engine(tiny, executor="ray", tensor_parallel_size=2)
-        await refused(engine, ConfigError, r"no room for 2 ranks .* within 0\.5 s; lower")
+        await refused(engine, ConfigError, r"no room for 2 ranks .* within 0\.5 s; lower tensor_parallel_size")
         new = placement_group_table().keys() - before
         await until(lambda: all(placement_group_table()[group]["state"] == "REMOVED" for group in new))
         assert new and ray.is_initialized(), "this process was connected before"

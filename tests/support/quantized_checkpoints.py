@@ -240,7 +240,7 @@ def write_blocks(root: Path, model: Any, arch: str, kind_of: Callable[[str], str
     root.mkdir(exist_ok=True)
     path = root / "model.gguf"
     writer = gguf_writer(path, model, arch, {})
-    for seed, (name, parameter) in enumerate(stored_parameters(model, arch)):
+    for seed, (name, parameter) in enumerate(stored_parameters(model)):
         data = parameter.numpy()
         kind = gguf.GGMLQuantizationType[kind_of(name) if data.ndim > 1 else "F32"]
         try:

@@ -61,7 +61,7 @@ def write_gguf(
     """
     writer = gguf_writer(path, model, arch, metadata or {})
     add_tokenizer(writer, tokenizer or {})
-    for name, parameter in stored_parameters(model, arch):
+    for name, parameter in stored_parameters(model):
         quant = gguf.GGMLQuantizationType[kind if parameter.ndim > 1 else "F32"]
         data = in_order(gguf.quants.quantize(parameter.numpy(), quant), name, arch, model.config)
         writer.add_tensor(name, data, raw_dtype=quant)
@@ -105,10 +105,10 @@ def add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any], rope_theta: float
     writer.add_eos_token_id(1)
 
 
-def stored_parameters(model: Any, arch: str) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_parameters(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters by their names in the file, without a tied head."""
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    names = get_tensor_name_map(kind, model.config.num_hidden_layers)
+    arch = gguf.MODEL_ARCH[model.config.model_type.upper()]
+    names = get_tensor_name_map(arch, model.config.num_hidden_layers)
     for name, parameter in model.state_dict().items():
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
             yield names.get_name(name, try_suffixes=(".weight", ".bias")), parameter
