@@ -76,7 +76,9 @@ async def test_room_that_others_use(
         before = placement_group_table().keys()
         monkeypatch.setattr(workers, "START_SECONDS", 0.5)
         engine = make_engine(tiny, executor="ray", tensor_parallel_size=2)
-        await refused(engine, ConfigError, r"no room for 2 ranks .* within 0\.5 s; lower tensor_parallel_size")
+        await refused(
+            engine, ConfigError, r"no room for 2 ranks .* within 0\.5 s; lower tensor_parallel_size"
+        )
         new = placement_group_table().keys() - before
         await until(lambda: all(placement_group_table()[group]["state"] == "REMOVED" for group in new))
         assert new and ray.is_initialized(), "this process was connected before"

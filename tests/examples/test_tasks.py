@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import runpy
-import sqlite3
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,15 +42,6 @@ def test_no_training_prompt_is_an_evaluation_prompt(name: str) -> None:
     assert {item.prompt for item in train}.isdisjoint({item.prompt for item in evaluation})
 
 
-def test_the_words_of_the_splits_are_disjoint() -> None:
-    for words in (tasks.FIRST_NAMES, tasks.LAST_NAMES, tasks.CITIES, tasks.JOBS, tasks.PRODUCTS):
-        assert set(words["train"]).isdisjoint(words["eval"])
-    unseen = {*tasks.FIRST_NAMES["eval"], *tasks.LAST_NAMES["eval"], *tasks.CITIES["eval"]}
-    for name in TASKS:
-        seen = {word.strip(".,:()?") for i in items_of(name, "train", 2000) for word in i.prompt.split()}
-        assert seen.isdisjoint(unseen), name
-
-
 @every_task
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_the_checker_accepts_the_answer_and_nothing_like_it(name: str, split: str) -> None:
@@ -69,25 +58,6 @@ def test_the_checker_accepts_the_answer_and_nothing_like_it(name: str, split: st
         if item.answer != other.answer:
             assert not task.check(item, other.answer)
 
-
-# --- sql -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("split", ["train", "eval"])
-def test_every_sql_answer_runs(split: str) -> None:
-    database = sqlite3.connect(":memory:")
-    database.execute("CREATE TABLE employees (age, salary, city, department)")
-    database.execute("CREATE TABLE products (price, stock, category, supplier)")
-    database.execute("CREATE TABLE orders (total, quantity, city, status)")
-    answers = {item.answer for item in items_of("sql", split)}
-    for answer in answers:
-        database.execute(answer)
-    clauses = Counter(word for answer in answers for word in answer.split())
-    assert {"WHERE", "GROUP", "ORDER", "COUNT(*)"} <= clauses.keys()
-    database.close()
-
-
-# --- what else is right --------------------------------------------------------------------------
 
 SQL = "SELECT age FROM employees WHERE city = 'Rome'"
 JSON = {"name": "Sofia Park", "age": 30}
@@ -113,32 +83,6 @@ def test_spelling_is_free_and_meaning_is_not(
     check = TASKS[name].check
     assert all(check(tasks.Item("", answer), text) for text in right)
     assert not any(check(tasks.Item("", answer), text) for text in wrong)
-
-
-# --- sentiment -----------------------------------------------------------------------------------
-
-
-def test_sentiments_are_balanced_and_not_told_by_one_word() -> None:
-    items = items_of("sentiment", "train", 1500)
-    counts = Counter(item.answer for item in items)
-    assert counts.keys() == {"positive", "negative", "neutral"}
-    assert min(counts.values()) > 400
-    labels_with_great = {item.answer for item in items if "great" in item.prompt}
-    assert labels_with_great == {"positive", "negative", "neutral"}
-
-
-# --- pirate --------------------------------------------------------------------------------------
-
-
-def test_pirate_rules() -> None:
-    assert (
-        tasks.to_pirate("Hello Anton, my friend and your boss are looking for the box of money.")
-        == "Ahoy Anton, me matey an' yer cap'n be lookin' for th' box o' doubloons. Arr!"
-    )
-    assert tasks.to_pirate("The house is near you, yes.") == "Th' ship be near ye, aye. Arr!"
-
-
-# --- the adapters --------------------------------------------------------------------------------
 
 
 @every_task
