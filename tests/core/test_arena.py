@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.core.adapters.arena import GRANULE, Arena, find_room
@@ -61,7 +61,6 @@ def test_the_smallest_hole_that_has_room_is_taken() -> None:
     arena.check()
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.data())
 @pytest.mark.slow
 def test_the_neighbours_that_go_are_those_of_which_the_last_in_order_comes_first(data: st.DataObject) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.steady_device import Steady
@@ -202,7 +202,6 @@ async def test_a_flood_of_names_delays_no_other_tenants_lookup(
         max_size=80,
     )
 )
-@settings(max_examples=60, deadline=None)
 def test_lookups_are_bounded_and_shared_and_all_end_whatever_happens(
     ops: list[tuple[str, int, str]],
 ) -> None:

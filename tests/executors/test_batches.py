@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.full_sim import FullSim
 
@@ -57,7 +57,6 @@ class Both:
         return len(frame(Request(7, step)))
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1))
 @pytest.mark.slow
 def test_both_sides_agree_on_every_batch(seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine import errors
@@ -22,7 +22,6 @@ def returned(error: BaseException) -> Exception:
     return wire.unpack_error(report.error)
 
 
-@settings(deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from([errors.AdapterInvalid, errors.AdapterTooLarge, errors.AdapterLoadError]),
     reason=st.text(),

@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize as gguf_dequantize
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.live_bytes import peak_of
 from torch.nn import functional as F
@@ -138,7 +138,6 @@ def check_products(weight: BlockWeight) -> None:
         torch.testing.assert_close(weight.linear(x, bias), plain.linear(x, bias), rtol=0.02, atol=0.02)
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 20), min_size=1, max_size=5),
     formats=st.lists(st.sampled_from([*ALL, "plain"]), min_size=1, max_size=3),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support import layer_cases
 from support.layer_cases import LayerCase
@@ -48,7 +48,6 @@ def close(found: Tensor, expected: Tensor, *, scale: float = 1.0) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=60, deadline=None)
 @given(rows=st.integers(0, 70), panels=st.integers(1, 8), lanes=st.integers(1, 40), bias=st.booleans())
 def test_packed_linear(dtype: torch.dtype, rows: int, panels: int, lanes: int, bias: bool) -> None:
     n, k = panels * 16, lanes * (4 // dtype.itemsize)

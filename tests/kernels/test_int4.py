@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.rotated_weights import rotate, round_rows
 from torch import Tensor
@@ -51,7 +51,6 @@ def unpack(packed: Int4Weight) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 70),
     panels=st.integers(1, 7),

@@ -12,7 +12,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.layer_cases import Layer, LayerCase, close, run
 from torch.nn import functional as F
@@ -33,7 +33,6 @@ from aioengine.kernels.portable import plain as reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else available_backends("cpu")
-EXAMPLES = 10 if INTERPRETED else 60
 UNTURNED = Rotation(torch.ones(9, 1, 8), torch.zeros(9, 1, 8))
 DTYPES = [torch.float32, torch.bfloat16]
 TINY = {"hidden_size": 8, "intermediate_size": 8, "num_local_experts": 1}
@@ -71,7 +70,6 @@ def cases(draw: st.DrawFn, longest: int) -> LayerCase:
 
 
 @every_backend
-@settings(max_examples=EXAMPLES, deadline=None)
 @given(case=cases(longest=20 if INTERPRETED else 90))
 @pytest.mark.slow
 def test_attention_equals_the_reference(device: str, name: str, case: LayerCase) -> None:
@@ -124,7 +122,6 @@ def test_norm_and_activation(device: str, name: str, dtype: torch.dtype, rows: i
 
 
 @every_backend
-@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from([1, 15, 64, 511, 512, 530, 1536]),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.lora_cases import Case, apply, make_case, rounded, turned
 from torch import Tensor
@@ -44,7 +44,6 @@ def cases(
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
 @given(cases())
 @pytest.mark.slow
 def test_reference_is_the_definition(case: Case) -> None:
@@ -79,7 +78,6 @@ def check(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("int8", [False, True])
-@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 @pytest.mark.slow
 def test_backends_equal_the_reference(
@@ -89,7 +87,6 @@ def test_backends_equal_the_reference(
     check(apply(get_backend("cpu", name), case, int8=int8), apply(reference, case, int8=int8), tolerance)
 
 
-@settings(max_examples=40, deadline=None)
 @given(cases())
 @pytest.mark.slow
 def test_int8_matrices_are_whole_numbers_times_scales(case: Case) -> None:
@@ -158,7 +155,6 @@ def test_a_token_that_is_not_finite_stays_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=60, deadline=None)
 @given(case=cases(), data=st.data())
 @pytest.mark.slow
 def test_embedding_is_shrink_of_one_hot_tokens(name: str, case: Case, data: st.DataObject) -> None:
@@ -235,7 +231,6 @@ def test_the_backend_is_chosen_by_name_then_environment_then_default(
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
-@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 @pytest.mark.slow
 def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data: st.DataObject) -> None:
@@ -254,7 +249,6 @@ def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 @pytest.mark.slow
 def test_int8_gives_a_token_the_same_bits_alone(dtype: torch.dtype, data: st.DataObject) -> None:

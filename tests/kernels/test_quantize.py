@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,7 +17,6 @@ def expanded(format: str, values: Tensor, group: int) -> Tensor:
     return weight.rows(0, weight.n)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     format=st.sampled_from(["int8", "fp8", "int4"]),
     group=st.sampled_from([8, 16, 32, 64]),

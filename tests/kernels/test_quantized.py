@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.rotated_weights import rotate, round_rows
 from torch import Tensor
@@ -74,7 +74,6 @@ def linear(
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 70),
     panels=st.integers(1, 7),

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.quantized_checkpoints import Quantize, awq, float8, gptq, write_quantized
 from support.step_runs import StepRun
 from support.tiny_models import build_model
-from support.triton_here import DEVICE, examples, needs_triton
+from support.triton_here import DEVICE, needs_triton
 from torch import Tensor
 
 from aioengine.kernels import ExpertPlan
@@ -30,7 +30,6 @@ from aioengine.model.spec import ModelSpec, Quantization
 blocks = pytest.importorskip("aioengine.kernels.triton.blocks")
 experts = pytest.importorskip("aioengine.kernels.triton.experts")
 pytestmark = needs_triton
-EXAMPLES = examples(25, 200)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the largest value: that of rounding the result, and of summing in float32."""
 
@@ -84,7 +83,6 @@ def expanded(weight: BlockWeight) -> Tensor:
     return whole if weight.group_of is None else whole.to(weight.dtype).double()
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.data())
 def test_products_are_those_of_the_expanded_weight(data: st.DataObject) -> None:
     format = data.draw(st.sampled_from(list(blocks.FORMATS)))
@@ -109,7 +107,6 @@ def test_products_are_those_of_the_expanded_weight(data: st.DataObject) -> None:
     assert error < TOLERANCE[dtype] * (2 if ordered else 1)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 20), min_size=1, max_size=4),
     formats=st.lists(st.sampled_from([*blocks.FORMATS, "plain"]), min_size=1, max_size=2),

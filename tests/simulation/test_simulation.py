@@ -10,7 +10,7 @@ from simulation.scenario import run
 
 from aioengine import events
 
-RUNS = int(os.environ.get("AIOENGINE_FUZZ_RUNS", "200"))  # make fuzz runs more
+RUNS = int(os.environ.get("AIOENGINE_FUZZ_RUNS", "100"))  # make fuzz runs more
 SEED = os.environ.get("AIOENGINE_FUZZ_SEED")
 ONE_SEED = pytest.mark.skipif(SEED is not None, reason="AIOENGINE_FUZZ_SEED asks for that scenario alone")
 
@@ -20,7 +20,7 @@ def test_faults_by_seed() -> None:
     happened: Counter[type[events.Event]] = Counter()
     for seed in range(RUNS) if SEED is None else [int(SEED)]:
         happened.update(map(type, run(seed)))
-    if SEED is None and RUNS >= 200:  # none of it may quietly stop happening
+    if SEED is None and RUNS >= 100:  # none of it may quietly stop happening
         rare = {
             kind.__name__: happened[kind]
             for kind in (
