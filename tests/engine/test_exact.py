@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
-from support.selection import mostly_slow
+from support.selection import mostly_slow_rows
 from support.tiny_models import ALL_MODULES, build_adapter, build_model
 
 from aioengine import events
 from aioengine.errors import AdapterInvalid
 from aioengine.model.spec import EMBEDDING_MODULES
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PATHS: dict[str, dict[str, Any]] = {
     "whole-prompts": {"enable_prefix_caching": False},
     "chunked-prefill": {"max_num_batched_tokens": 16, "max_num_seqs": 8},
@@ -33,11 +32,16 @@ DORA_BIAS_AND_EMBEDDINGS: dict[str, dict[str, Any]] = {
     "everything": {"r": 6, "target_modules": [*ALL_MODULES, *EMBEDDING_MODULES], "use_dora": True},
 }
 """PEFT configurations; peft warns of some, and they are served exactly."""
+MIXED = [
+    *(("qwen3", path) for path in PATHS),
+    *(("llama", path) for path in ("whole-prompts", "preempted")),
+    *(("mistral", path) for path in ("chunked-prefill", "slots-by-bytes")),
+    *(("qwen2", path) for path in ("paced-prefill", "preempted")),
+]
 KV_TOKEN_BYTES = {"llama": 768, "mistral": 768, "qwen2": 768, "qwen3": 1536}
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "qwen3"))
+@pytest.mark.parametrize(("family", "path"), mostly_slow_rows(MIXED, *MIXED[: len(PATHS)]))
 async def test_base_and_all_adapters_mixed(
     family: str, path: str, tiny_of: Callable[[str], Tiny], make_engine: MakeEngine
 ) -> None:
