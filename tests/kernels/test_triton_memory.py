@@ -63,6 +63,15 @@ class Run(StepRun):
         return self.execute(work)
 
 
+def images_of(run: Run, seed: int) -> list[AdapterImage]:
+    """Return the adapters of a seed, prepared for this runner's slots."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        random_image(run.slots.layout, rank, generator, DTYPE, affine=slot == AFFINE)
+        for slot, rank in enumerate(RANKS)
+    ]
+
+
 def places(images: Sequence[AdapterImage], nbytes: int, rng: random.Random) -> list[int]:
     """Return where each adapter begins, so that none overlaps another."""
     taken: list[tuple[int, int]] = []
@@ -80,14 +89,11 @@ def places(images: Sequence[AdapterImage], nbytes: int, rng: random.Random) -> l
 def test_bits_do_not_depend_on_where_adapters_are(distance: str, played: bool) -> None:
     """Beside a runner whose adapters keep their places, and with NaN wherever nothing is."""
     for seed in range(SEEDS):
-        generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+        rng = random.Random(seed)
         still, moving = Run(None, played=False), Run(SLOT_BYTES[distance], played=played)
-        images = [
-            random_image(still.slots.layout, rank, generator, DTYPE, affine=slot == AFFINE)
-            for slot, rank in enumerate(RANKS)
-        ]
-        for slot, image in enumerate(images):
+        for slot, image in enumerate(images_of(still, seed)):
             still.slots.write(slot, image)
+        images = images_of(moving, seed)
         for start, count in ((0, 5), (5, 1), (6, 1), (7, 1)):
             if distance == "near":
                 moving.slots.memory.memory.fill_(float("nan"))

@@ -82,15 +82,14 @@ def _beat_on(loop: asyncio.AbstractEventLoop, path: str) -> None:
 
 
 def _watched_loop() -> asyncio.AbstractEventLoop:
-    factory = _factory()
-    loop = asyncio.new_event_loop() if factory is None else factory()
+    loop = _new_loop()
     if FILE in os.environ:
         _beat_on(loop, os.environ[FILE])
     return loop
 
 
-_factory = cli_loop._loop_factory
+_new_loop = cli_loop._uvloop
 
 if __name__ == "__main__":
-    cli_loop._loop_factory = lambda: _watched_loop
+    cli_loop._uvloop = _watched_loop
     run()
