@@ -82,7 +82,7 @@ def _config(flags: EngineFlags, requests: int, tokens: int, adapters: int, rank:
     """Return the configuration that the file and the flags set. What they leave open has room for all that
     is measured."""
     values, source = flags.settings()
-    EngineConfig.from_dict(values, source=source)  # which checks them
+    given = EngineConfig.from_dict(values, source=source)
     lora = values.get("lora", {})
     lora = {
         "max_loras": min(adapters, lora.get("max_cpu_loras", adapters)),
@@ -91,6 +91,7 @@ def _config(flags: EngineFlags, requests: int, tokens: int, adapters: int, rank:
         **lora,
     }
     values = {"max_model_len": tokens, "max_num_seqs": requests, **values, "lora": lora}
+    values["max_num_batched_tokens"] = max(given.max_num_batched_tokens, values["max_num_seqs"])
     values["enable_prefix_caching"] = False  # every run computes every prompt
     return EngineConfig.from_dict(values, source=source)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
-import torch
 
 from aioengine.errors import ConfigError
 from aioengine.step import SequenceWork
@@ -117,7 +116,7 @@ def pool(
     if not parts:
         return found
     hidden = normed([row for *_, rows in parts for row in rows]).float()
-    each = torch.split(hidden, [len(rows) for *_, rows in parts])
+    each = hidden.split_with_sizes([len(rows) for *_, rows in parts])
     for (index, work, kind, head, _), mine in zip(parts, each, strict=True):
         value = mine.sum(0)
         if kind == "mean":

@@ -17,7 +17,7 @@ from aioengine.tasks import Background
 
 
 def fleet_config(engine: EngineConfig, *, start_seconds: float = 30.0, **fields: Any) -> FleetConfig:
-    """As an experiment's."""
+    """Return the settings that an experiment gives its fleet."""
     own = {"replay": False, "step_seconds": 1e9, "replica_wait_seconds": 30.0 + start_seconds}
     return FleetConfig(**{"engine": engine, **own, **fields})
 
