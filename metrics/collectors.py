@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -139,8 +140,10 @@ class EngineMetrics(Collector):
         if type(event) is events.StepFinished and len(self._pending) < _STEPS_TOGETHER:
             return  # the next step waits for this one; whoever reads metrics applies what there is
         if not self._applying:
-            self._applying = self._on_loop.soon(self._apply)
-            if not self._applying:
+            try:
+                asyncio.get_running_loop().call_soon(self._apply)
+                self._applying = True
+            except RuntimeError:  # there is no loop
                 self._apply()
 
     def _apply(self) -> None:
@@ -204,7 +207,7 @@ class EngineMetrics(Collector):
             self._labels.used(event.adapter)
 
     def _request_admitted(self, event: events.RequestAdmitted) -> None:
-        wait = self._tracker.admitted(event)
+        wait = None if event.adapter is None else self._tracker.admitted(event)
         if event.resumed:
             return
         label = self._labels.of(event.adapter)
@@ -228,8 +231,10 @@ class EngineMetrics(Collector):
         self._store.inc("speculation_accepted_tokens", (label,), event.accepted)
 
     def _request_ended(self, event: events.RequestEnded) -> None:
-        self._tracker.ended(event)
-        self.http.ended(event)
+        if event.adapter is not None:
+            self._tracker.ended(event)
+        if event.tenant is not None:
+            self.http.ended(event.tenant, event)
         label = self._labels.of(event.adapter)
         now = self._clock()
         self._store.observe_request("request_e2e_seconds", event.seconds, label, event.request_id, now)

@@ -40,13 +40,12 @@ class HttpMetrics:
         self._store.inc("http_responses", (route, str(status), code or ""))
         self._store.inc("tenant_http_responses", (self._tenants.of(tenant), str(status)))
 
-    def ended(self, event: events.RequestEnded) -> None:
+    def ended(self, tenant: str, event: events.RequestEnded) -> None:
         """Count a tenant's request."""
-        if event.tenant is not None:
-            label = self._tenants.of(event.tenant)
-            self._store.inc("tenant_requests", (label, event.reason))
-            self._store.inc("tenant_prompt_tokens", (label,), event.prompt_tokens)
-            self._store.inc("tenant_generation_tokens", (label,), event.output_tokens)
+        label = self._tenants.of(tenant)
+        self._store.inc("tenant_requests", (label, event.reason))
+        self._store.inc("tenant_prompt_tokens", (label,), event.prompt_tokens)
+        self._store.inc("tenant_generation_tokens", (label,), event.output_tokens)
 
     def families(self, engine: str) -> Iterator[Family]:
         yield from self._store.families(engine)

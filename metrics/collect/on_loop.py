@@ -31,15 +31,6 @@ class OnLoop:
         self._thread = threading.get_ident()
         self._timeout = timeout
 
-    def soon(self, function: Callable[[], object]) -> bool:
-        """Schedule ``function`` on the loop and return True; False if there is no
-        loop, or it is not running. For callers on the loop's thread."""
-        loop = self._loop
-        if loop is None or not loop.is_running():
-            return False
-        loop.call_soon(function)
-        return True
-
     def call(self, function: Callable[[], T]) -> T:
         """Return ``function()``. Raises TimeoutError if the loop is too busy to run it."""
         loop = self._loop
