@@ -33,6 +33,9 @@ class Device(ABC):
     restart: Callable[[], Coroutine[Any, Any, None]] | None = None
     """Starts it again with only the model, after a loss; None: that is not possible. Raises EngineDead if it
     fails for good. If it is cancelled, nothing runs."""
+    forget: Callable[[str], None] | None = None
+    """Notes that the request of this id has ended: it is in no further batch, and the id may be used again.
+    None: it has no memory of requests."""
     on_loss: Callable[[EngineDead], None] | None = None
     """Called on the loop when it is lost, whether a step is in flight or not; set by who runs it."""
 
@@ -62,9 +65,6 @@ class Device(ABC):
     @abstractmethod
     def drop(self, uid: int) -> None:
         """Free an adapter's memory in the CPU cache. A copy under way still completes."""
-
-    def forget(self, request_id: str) -> None:  # noqa: B027 # a device without a memory of requests
-        """Note that a request has ended. It is in no further batch, and its id may be used again."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -87,7 +87,8 @@ class EngineLoop:
             self._free_retired()
             return
         self.publish()
-        self._device.interrupt()
+        if self._device.repeats:
+            self._device.interrupt()
         self._wake.set()
 
     def abort(self, request: Request) -> None:
@@ -140,7 +141,8 @@ class EngineLoop:
         elif isinstance(event, events.AdapterEvent):
             self._ask_again(event.adapter)
         elif isinstance(event, events.RequestEnded):
-            self._device.forget(event.request_id)
+            if self._device.forget is not None:
+                self._device.forget(event.request_id)
             self._ask_again(None)
 
     async def stop(self) -> None:

@@ -31,8 +31,9 @@ async def warm_up(device: Device, plan: MemoryPlan, config: EngineConfig) -> lis
         for batch in (*kernel_shapes(plan, config), largest_step(plan, config)):
             await run_step(device, batch)
             batches.append(batch)
-    for name in {work.request_id for batch in batches for work in batch.sequences}:
-        device.forget(name)
+    if device.forget is not None:
+        for name in {work.request_id for batch in batches for work in batch.sequences}:
+            device.forget(name)
     return steps
 
 
