@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.cpu.cores import threads
+from aioengine.kernels.cpu.shared_library import load
 from aioengine.kernels.cpu.structs import PHASES
 from aioengine.model.spec import LORA_MODULES, ModelSpec
 from benchmarks.kernels.steps import Steps

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.cores import threads
 from aioengine.kernels.cpu.packed import DTYPES, PANEL, LibraryWeight, PackedWeight, is_bf16, pointer
-from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.cpu.shared_library import load
 from aioengine.kernels.cpu.structs import FORMATS, Part
 
 _LAYOUT = {

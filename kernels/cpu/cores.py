@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 ENV = "OMP_NUM_THREADS"
 
 
@@ -37,6 +39,11 @@ class Cores(NamedTuple):
         """Return the number of threads where torch has ``asked`` of them: that, unless it is torch's
         default."""
         return asked if ENV in os.environ or asked != self.logical else self.threads
+
+
+def threads() -> int:
+    """Return the number of threads of a step: as many as torch was told to use, else what the cores say."""
+    return cores().chosen(torch.get_num_threads())
 
 
 @functools.cache

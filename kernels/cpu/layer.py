@@ -10,8 +10,9 @@ from torch import Tensor
 
 from aioengine.kernels.backend import HeadNorms, LayerCache, Norm, Rotation, Scores
 from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.cores import threads
 from aioengine.kernels.cpu.packed import DTYPES, PANEL, LibraryWeight, is_bf16, pointer
-from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.cpu.shared_library import load
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.plan.experts import ExpertPlan
 from aioengine.kernels.portable import plain

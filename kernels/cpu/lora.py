@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.cores import threads
 from aioengine.kernels.cpu.packed import DTYPES, is_bf16
-from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.cpu.shared_library import load
 from aioengine.kernels.plan.lora import LoRABatch, Segment
 from aioengine.kernels.portable import grouped
 from aioengine.kernels.portable.grouped import lora_embed

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.cpu import structs
-from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.cpu.cores import threads
+from aioengine.kernels.cpu.shared_library import load
 
 PANEL = 16
 DTYPES = (torch.bfloat16, torch.float32)

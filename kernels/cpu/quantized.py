@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.cpu import structs
+from aioengine.kernels.cpu.cores import threads
 from aioengine.kernels.cpu.packed import DTYPES, PANEL, LibraryWeight, is_bf16, pointer
-from aioengine.kernels.cpu.shared_library import load, threads
+from aioengine.kernels.cpu.shared_library import load
 
 BLOCK = 64
 """Number of inputs that are rotated together where activations are int8, too; fewer if it does not divide

@@ -9,10 +9,9 @@ import re
 from ctypes import c_float, c_int, c_long, c_void_p
 from pathlib import Path
 
-import torch  # before the library: its OpenMP runtime must be the one that both use
+import torch  # noqa: F401 # before the library: its OpenMP runtime must be the one that both use
 
 from aioengine.kernels.cpu.build import PREBUILT, Unavailable, better_level, compiled, described_level, levels
-from aioengine.kernels.cpu.cores import cores
 
 logger = logging.getLogger("aioengine")
 
@@ -123,8 +122,3 @@ def openmp_runtimes() -> set[str]:
             return set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)\b\S*)", maps.read()))
     except OSError:
         return set()
-
-
-def threads() -> int:
-    """Return the number of threads of a step: as many as torch was told to use, else see ``cores.py``."""
-    return cores().chosen(torch.get_num_threads())

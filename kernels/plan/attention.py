@@ -41,7 +41,6 @@ class AttentionPlan(Derivable):
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
         self.spans: tuple[Span, ...] = tuple(spans)
         self.block_size = block_size
         self._tables = tables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
@@ -11,8 +12,9 @@ T = TypeVar("T")
 class Derivable:
     """Metadata of one step that remembers what was derived from it."""
 
-    def __init__(self) -> None:
-        self._derived: dict[Any, Any] = {}
+    @cached_property
+    def _derived(self) -> dict[Any, Any]:
+        return {}
 
     def derive(self, build: Callable[[Self], T]) -> T:
         """Return ``build(self)``, which is called once and kept."""

@@ -46,7 +46,6 @@ class LoRABatch(Derivable):
         slot_affine: Sequence[bool] = (),
         scales: Sequence[float] = (),
     ) -> None:
-        super().__init__()
         self.device = torch.device(device)
         self.num_tokens = sum(counts)
         segments: list[Segment] = []

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from aioengine.kernels.plan.attention import AttentionPlan, Span
-from aioengine.kernels.plan.derived import Derivable
 from aioengine.kernels.plan.lora import LoRABatch
 from aioengine.kernels.transfer import HostBuffer
 from aioengine.kernels.triton.launch import power_of_two
@@ -223,7 +222,6 @@ class _RecordedAttention(AttentionPlan):
     """A plan without spans on the host; only a backend that does not read them can use it."""
 
     def __init__(self, fields: _Fields, block_size: int, queries: list[Tiles], *, padded: bool) -> None:
-        Derivable.__init__(self)
         self.spans, self.padded = (), padded
         self.block_size, self.device = block_size, fields.tables.device
         self.positions, self.cells, self.tables = fields.positions, fields.cells, fields.tables

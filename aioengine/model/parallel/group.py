@@ -42,7 +42,7 @@ def take(tensor: Tensor, ranges: Ranges) -> Tensor:
 
 def rank_threads(size: int) -> int:
     """Return each of ``size`` ranks' share of the threads that a step here would have, at least 1."""
-    from aioengine.kernels.cpu.shared_library import threads
+    from aioengine.kernels.cpu.cores import threads
 
     return max(1, threads() // size)
 
