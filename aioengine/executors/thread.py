@@ -16,7 +16,7 @@ from aioengine.config import LoRAConfig
 from aioengine.errors import DeviceError
 from aioengine.executors.base import Device, Ended
 from aioengine.executors.parts import write_slot
-from aioengine.model.cuda.failures import typed_failures
+from aioengine.model.cuda.failures import device_error
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 if TYPE_CHECKING:
@@ -48,10 +48,9 @@ class ThreadDevice(BaseLoader, Device):
     def _run(self, batch: StepBatch, ended: Ended, loop: asyncio.AbstractEventLoop) -> None:
         result: StepResult | Exception
         try:
-            with typed_failures():
-                result = self.runner.execute(batch)
+            result = self.runner.execute(batch)
         except BaseException as error:
-            result = for_the_loop(error, "a step")
+            result = for_the_loop(device_error(error) or error, "a step")
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(ended, result)
 

@@ -26,8 +26,6 @@ def sample_drafted(
         sample: Called with rows of ``logits`` and what they follow: sequences whose ``draft`` is only what
             stands before the row's token.
     """
-    if not any(work.draft for work in works):
-        return [(token,) for token in sample(logits, works)]
     begins = list(accumulate((1 + len(work.draft) for work in works), initial=0))
     rows: list[tuple[int, int]] = []
     """(sequence, how much of its draft stands before it)"""

@@ -16,11 +16,12 @@ from aioengine.kernels import LoRABatch, LoRAPool, PlainWeight, Weight
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.blocks import PackedBlocks
+from aioengine.kernels.cpu.cores import threads
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.lora import segment_table, slots_struct
 from aioengine.kernels.cpu.packed import LibraryWeight, PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
-from aioengine.kernels.cpu.shared_library import has_int8_products, load, threads
+from aioengine.kernels.cpu.shared_library import has_int8_products, load
 from aioengine.kernels.plan.decodes import DecodeTables
 from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder
@@ -30,11 +31,13 @@ from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.model import LastLayer, StepInputs
 from aioengine.model.parallel.exchange import SUMMED, Scratch, StepExchange, between
-from aioengine.model.rope import KnownAngles
+from aioengine.model.rope import Ropes
 from aioengine.model.spec import ModelSpec, Quantization
 
 _LINEARS = ("qkv", "o", "gate_up", "down")
 """Linears of a layer that has no experts."""
+KNOWN_POSITIONS = 2**14
+"""Positions whose angles are kept, if steps need them: 8 MiB where 64 pairs are rotated."""
 
 
 class NativeDecoder(Decoder):
@@ -67,6 +70,7 @@ class NativeDecoder(Decoder):
         self._workspace: _Workspace | None = None
         """That of the last step, for as long as others are as large."""
         self._angles = KnownAngles(self.ropes)
+        self._angle_sizes = len(spec.ropes), self.ropes.half
         self._finds = not self._parallel and spec.logit_divisor == 1 and spec.logit_cap is None
         """Whether steps find the most likely tokens: where nothing is done to the head's outputs."""
         self._found: tuple[Tensor, Tensor] | None = None
@@ -159,10 +163,11 @@ class NativeDecoder(Decoder):
         self._found = self._last = None
         logits = torch.empty(len(inputs.sample_rows), self.spec.vocab_size, dtype=self.dtype)
         self._run(inputs, logits)
-        finished = self.finish_logits(logits)
-        if self._finds and self._workspace is not None:
-            self._found = finished, self._workspace.best
-        return finished
+        if not self._finds:
+            return self.finish_logits(logits)
+        if self._workspace is not None:
+            self._found = logits, self._workspace.best
+        return logits
 
     def decode_again(self, tables: DecodeTables, steps: int) -> Tensor | None:
         if self._last is None or not self._finds:
@@ -176,7 +181,7 @@ class NativeDecoder(Decoder):
             step.token_ids, step.spans, step.tables = tables.ids, tables.spans, tables.tables
             step.table_width, step.best = tables.width, tables.best.data_ptr()
             tables.known_to = step
-        step.seconds = pointer(self.seconds)
+        step.seconds = None if self.seconds is None else self.seconds.data_ptr()
         self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
         self._found = logits, tables.best
         return logits
@@ -218,7 +223,7 @@ class NativeDecoder(Decoder):
             for own, computed in zip(space.angles, self.ropes.cos_sin(plan.positions), strict=True):
                 own.copy_(computed)
         step.angles_cos, step.angles_sin, step.positions = angles or (None, None, 0)
-        step.seconds = pointer(self.seconds)
+        step.seconds = None if self.seconds is None else self.seconds.data_ptr()
         step.best = space.best.data_ptr() if self._finds else None
         decodes = len(logits) == len(inputs.token_ids) == len(tables)
         if decodes and not (step.embedded or angles is None or self._parallel):
@@ -240,8 +245,8 @@ class NativeDecoder(Decoder):
         sizes |= {"wide": self._wide, "narrow": self._narrow}
         memory = {name: torch.empty(tokens, size, dtype=self.dtype) for name, size in sizes.items()}
         memory |= _mixture_scratch(spec, tokens, width, self.dtype)
-        for name in ("cos", "sin"):
-            memory[name] = torch.empty(len(spec.ropes), tokens, 1, self.ropes.half)
+        ropes, half = self._angle_sizes
+        memory |= {name: torch.empty(ropes, tokens, 1, half) for name in ("cos", "sin")}
         memory |= {name: torch.empty(tokens, dtype=torch.int64) for name in ("cells", "best")}
         memory["last"] = torch.empty(tokens, dtype=torch.uint8)
         return _Workspace((tokens, width), memory)
@@ -285,6 +290,26 @@ class NativeDecoder(Decoder):
             id=len(self._pools) - 1,
             slice=(structs.LoraSlice * structs.MAX_SLICES)(*slices),
         )
+
+
+class KnownAngles:
+    """Cosines and sines of the first positions, of which steps in the compiled library take what they need:
+    small operations of torch take longer than that."""
+
+    def __init__(self, ropes: Ropes) -> None:
+        self._ropes = ropes
+        self._cos, self._sin = ropes.cos_sin(torch.arange(0))
+
+    def until(self, positions: int) -> tuple[int, int, int] | None:
+        """Return the addresses of cosines and sines, and of how many positions they are; None if steps with
+        so many positions have to compute their own."""
+        if positions > KNOWN_POSITIONS:
+            return None
+        known = self._cos.shape[1]
+        if positions > known:
+            known = min(max(positions, 2 * known), KNOWN_POSITIONS)
+            self._cos, self._sin = self._ropes.cos_sin(torch.arange(known))
+        return self._cos.data_ptr(), self._sin.data_ptr(), known
 
 
 class _Workspace:

@@ -53,7 +53,7 @@ class Penalties:
 
     def __init__(self) -> None:
         self._seen: dict[str, SeenTokens] = {}
-        """Counts of the last step's requests, by request id."""
+        """Counts of the requests of the last step that had penalties, by request id."""
 
     def apply(self, scores: Tensor, rows: Sequence[SequenceWork]) -> None:
         """Penalise ``scores`` [N, vocab], float32, in place."""

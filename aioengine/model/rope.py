@@ -12,9 +12,6 @@ from torch import Tensor
 
 from aioengine.model.spec import ModelSpec, RopeSpec
 
-KNOWN_POSITIONS = 2**14
-"""Positions whose angles a CPU keeps, if steps need them: 8 MiB where 64 pairs are rotated."""
-
 
 class Ropes:
     """The R rotations of a model (:attr:`ModelSpec.ropes`): frequencies, and factors on cos and sin."""
@@ -41,26 +38,6 @@ class Ropes:
         angles = positions.to(torch.float32)[:, None, None] * self._frequencies
         cos, sin = angles.cos(), angles.sin()
         return (cos.mul_(self._scaling), sin.mul_(self._scaling)) if self._scales else (cos, sin)
-
-
-class KnownAngles:
-    """Cosines and sines of the first positions, of which steps in the compiled library take what they need:
-    small operations of torch take longer than that."""
-
-    def __init__(self, ropes: Ropes) -> None:
-        self._ropes = ropes
-        self._cos, self._sin = ropes.cos_sin(torch.arange(0))
-
-    def until(self, positions: int) -> tuple[int, int, int] | None:
-        """Return the addresses of cosines and sines, and of how many positions they are; None if steps with
-        so many positions have to compute their own."""
-        if positions > KNOWN_POSITIONS:
-            return None
-        known = self._cos.shape[1]
-        if positions > known:
-            known = min(max(positions, 2 * known), KNOWN_POSITIONS)
-            self._cos, self._sin = self._ropes.cos_sin(torch.arange(known))
-        return self._cos.data_ptr(), self._sin.data_ptr(), known
 
 
 def inverse_frequencies(spec: RopeSpec, dim: int) -> Tensor:

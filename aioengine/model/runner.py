@@ -102,7 +102,9 @@ class ModelRunner:
         scored: dict[int, list[TokenLogprob]] = {}
         pooled: dict[int, Pooled] = {}
         if batch.sequences:
-            if self.group.shard.rank == 0 and not plain:
+            if self.group.shard.rank == 0 and any(
+                work.params.constraint is not None for work in batch.sequences
+            ):
                 constraints.begin(batch.sequences)
             if self.lora_slots is not None:
                 self.lora_slots.before_step()
@@ -112,7 +114,7 @@ class ModelRunner:
                     self.lora_slots.after_step()
                 if asking and self.group.shard.rank == 0:
                     works = [batch.sequences[i] for i in asking]
-                    for i, tokens in zip(asking, sample_drafted(logits, works, self._sample), strict=True):
+                    for i, tokens in zip(asking, self._sampled(logits, works), strict=True):
                         found[i] = tokens
                 else:
                     self._wait()
@@ -122,6 +124,12 @@ class ModelRunner:
                 found[i] = (Sampled(-1, error=error, fault="request"),)
         values = {i: part.values for i, part in pooled.items()}
         return StepResult.of(found)._replace(scored=scored, pooled=values)
+
+    def _sampled(self, logits: Tensor, works: Sequence[SequenceWork]) -> Sequence[Sequence[Sampled]]:
+        """Return the tokens of each sequence: one, or more if proposed tokens are right."""
+        if any(work.draft for work in works):
+            return sample_drafted(logits, works, self._sample)
+        return [(token,) for token in self._sample(logits, works)]
 
     def _decode_again(self, batch: StepBatch) -> StepResult | None:
         """Decode with the sequences of the last step. Returns None if it is not such a step, or not in the
@@ -148,7 +156,7 @@ class ModelRunner:
             if min(tokens) >= 0:
                 return StepResult(tokens, [1] * len(tokens), ())
         with torch.inference_mode():
-            return StepResult.of([(one,) for one in self._sample(logits, rows)])
+            return StepResult.of(self._sampled(logits, rows))
 
     def _wait(self) -> None:
         """Wait until the device has finished a step from which nothing is read back. So the time of a step is

@@ -132,14 +132,16 @@ def _choose(
 ) -> tuple[list[int], list[int], Masks]:
     """Return ``best`` [N], the plain argmax of each row (-1: not finite), and the tokens of the rows that are
     something else with what became of their constraints, by index in ``changed``."""
-    work = [rows[i] for i in changed]
+    work, masks = [rows[i] for i in changed], Masks({}, set(), {}, {})
     if not changed:
-        return best.tolist(), [], Masks({}, set(), {}, {})
+        return best.tolist(), [], masks
     # The only copy of the logits. Later operations work in place: new pages cost more than arithmetic.
     scores = _rows(logits, changed).to(torch.float32, copy=True)
     _apply_bias(scores, work)
-    penalties.apply(scores, work)
-    masks = _apply_constraints(scores, work, alone=len(work) == len(rows))
+    if any(row.params.has_penalties for row in work):
+        penalties.apply(scores, work)
+    if any(row.params.constraint is not None for row in work):
+        masks = _apply_constraints(scores, work, alone=len(work) == len(rows))
     _ban_the_end(scores, work)
     tokens = [0] * len(work)
     greedy = [i for i, row in enumerate(work) if row.params.greedy]

@@ -1,4 +1,4 @@
-"""Writes into a slot while the model steps on others: in the calling thread alone, or on a CUDA stream."""
+"""Writes into a slot of a GPU while the model steps on others: on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -7,41 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aioengine.model.slots.image import serial_pieces
-
 Copy = tuple[Tensor, Tensor]
 """Target and source: two tensors of one size without gaps."""
 
 
-class SlotCopier:
+class StreamCopier:
     """Carries out the writes of :class:`aioengine.model.slots.pool.LoRASlots`, one at a time, for slots in
-    CPU memory. Steps that read other slots go on in the other cores.
-
-    A team of OpenMP threads for a copy would fight for the cores with the step's own team, so the copy
-    is made of pieces that torch works on in the calling thread. They are handed over in one call, and the
-    GIL is released throughout.
-    """
-
-    def write(self, copies: Sequence[Copy], new: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Copy from CPU memory to the slots', and return copies of ``new`` there, in memory of their own.
-        All is done when it returns."""
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        for to, source in copies:
-            targets += serial_pieces(to.view(-1))
-            sources += serial_pieces(source.view(-1))
-        torch._foreach_copy_(targets, sources)
-        return list(new)
-
-    def before_step(self) -> None:
-        """Order a step that is about to be enqueued after all writes that have returned."""
-
-    def after_step(self) -> None:
-        """Order writes that come after a step that has just been enqueued."""
-
-
-class StreamCopier(SlotCopier):
-    """Copier for slots in CUDA memory, which copies on a separate stream, beside the steps.
+    CUDA memory: on a separate stream, beside the steps.
 
     Images should be page-locked, or the copies are not asynchronous. A write returns when the device has
     finished it, known by an event on which the calling thread sleeps. That thread is never the step's:
@@ -60,6 +32,8 @@ class StreamCopier(SlotCopier):
         """Recorded after each step; before the first one, waiting for it is waiting for nothing."""
 
     def write(self, copies: Sequence[Copy], new: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Copy from CPU memory to the slots', and return copies of ``new`` there, in memory of their own.
+        All is done when it returns."""
         # A new thread's device is the first one, where this process may have no business.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # torch has no types for it
@@ -76,8 +50,10 @@ class StreamCopier(SlotCopier):
         return there
 
     def before_step(self) -> None:
+        """Order a step that is about to be enqueued after all writes that have returned."""
         if self._written is not None:
             torch.cuda.current_stream(self._device).wait_event(self._written)
 
     def after_step(self) -> None:
+        """Order writes that come after a step that has just been enqueued."""
         self._stepped.record(torch.cuda.current_stream(self._device))

@@ -7,7 +7,7 @@ scale for each row of a matrix: LLM.int8(), Dettmers et al., 2022, https://arxiv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -218,6 +218,21 @@ def build_image(
 def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
     """Cut a 1-D tensor into views that torch works on in the calling thread."""
     return torch.split(flat, SERIAL_ELEMENTS)
+
+
+def copy_serially(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy to targets from sources, two tensors of one size without gaps each, in the calling thread alone.
+    Steps that read other slots go on in the other cores.
+
+    A team of OpenMP threads for a copy would fight for the cores with the step's own team. All pieces are
+    handed over in one call, and the GIL is released throughout.
+    """
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for to, source in copies:
+        targets += serial_pieces(to.view(-1))
+        sources += serial_pieces(source.view(-1))
+    torch._foreach_copy_(targets, sources)
 
 
 def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

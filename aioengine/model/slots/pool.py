@@ -12,8 +12,8 @@ from aioengine.kernels.slots import ALIGNMENT, LoRAPool, SlotMemory
 from aioengine.model.buffer import Buffer
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.pooling import Head, Kind
-from aioengine.model.slots.copy import SlotCopier, StreamCopier
-from aioengine.model.slots.image import AdapterImage, elements_of
+from aioengine.model.slots.copy import StreamCopier
+from aioengine.model.slots.image import AdapterImage, copy_serially, elements_of
 from aioengine.model.slots.layout import FusedPlace, SlotLayout
 from aioengine.model.slots.tokens import SlotTokens, ids_of
 from aioengine.model.spec import NO_LAYER, ModelSpec
@@ -62,7 +62,8 @@ class LoRASlots:
         )
         self._outputs = [place.shape.out_features for place in layout.places.values()]
         """Of the matrices B, by place."""
-        self._copier = StreamCopier(device) if device.type == "cuda" else SlotCopier()
+        self._copier = StreamCopier(device) if device.type == "cuda" else None
+        """None: slots in CPU memory, of which each is written in the calling thread."""
         self.has_affine = [False] * max_loras
         """Whether each slot's adapter scales or shifts outputs (DoRA, ``lora_bias``)."""
         self.heads: list[Head | None] = [None] * max_loras
@@ -116,11 +117,13 @@ class LoRASlots:
 
     def before_step(self) -> None:
         """Wait for the copies that a step needs. The thread that is about to enqueue the step calls this."""
-        self._copier.before_step()
+        if self._copier is not None:
+            self._copier.before_step()
 
     def after_step(self) -> None:
         """Order writes after a step that has just been enqueued; called on the step's thread and stream."""
-        self._copier.after_step()
+        if self._copier is not None:
+            self._copier.after_step()
 
     def write(self, slot: int, image: AdapterImage, offset: int | None = None) -> None:
         """Put an adapter into a slot; ``offset`` is where it begins in the memory, in bytes; None: where the
@@ -152,7 +155,11 @@ class LoRASlots:
         columns = slice(0) if trained is None else self.layout.partition.vocabulary
         ids = [] if trained is None else ids_of(trained, columns)
         parts = [] if head is None else [part for part in head if part is not None]
-        there = self._copier.write(copies, [*ids, *parts])
+        if self._copier is None:
+            copy_serially(copies)
+            there = [*ids, *parts]
+        else:
+            there = self._copier.write(copies, [*ids, *parts])
         ids, there = there[: len(ids)], there[len(ids) :]
         if memory.turned:
             from aioengine.kernels.cpu.lora import turn
