@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aioengine.errors import ConfigError
 from aioengine.kernels.cpu import build
-from aioengine.model import coverage, rope
+from aioengine.model import coverage, native
 from aioengine.model.spec import Quantization
 from aioengine.step import Sampled, SequenceWork
 
@@ -99,7 +99,7 @@ def test_angles_that_are_not_kept_are_the_same(
     sequences: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = Run(torch.bfloat16, "cpu", (16, 8))([(min(slot, 1), tokens) for slot, tokens in sequences])
-    monkeypatch.setattr(rope, "KNOWN_POSITIONS", 0)
+    monkeypatch.setattr(native, "KNOWN_POSITIONS", 0)
     assert torch.equal(kept, Run(torch.bfloat16, "cpu", (16, 8))([(min(s, 1), n) for s, n in sequences]))
 
 
