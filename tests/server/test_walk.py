@@ -27,7 +27,7 @@ FILES = {"A chat": 65, "A cold adapter": 93}
 """The most files of the package that each may run through, whatever room they are in: it is 63 and 91, and
 one or two more where a decision of the policy is late, say."""
 HEART = re.compile(r"schedulers/|aioengine/(?:\w+\.py|(?:adapters|core|executors|runtime)/)")
-MOST_OF_HEART = 32
+MOST_OF_HEART = 31
 """The most files of the rooms that are the engine, in a chat."""
 LINES = {"A chat": 13_700, "A cold adapter": 18_600}
 """The most lines of these files."""
