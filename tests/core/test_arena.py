@@ -22,7 +22,7 @@ def test_many_random_placements_keep_the_stated_bound() -> None:
     arena = Arena(200 * SIZES[1])
     held: list[int] = []
     failed = 0
-    for turn in range(100_000):
+    for turn in range(20_000):
         nbytes = SIZES[int(draw() ** 3 * 4)] - int(draw() * 100)
         offset = arena.allocate(nbytes)
         while offset is None:
@@ -34,11 +34,11 @@ def test_many_random_placements_keep_the_stated_bound() -> None:
             arena.release(held.pop())
             offset = arena.allocate(nbytes)
         held.append(offset)
-        if turn % 2_000 == 0:
+        if turn % 1_000 == 0:
             arena.check()
             assert sorted(held) == sorted(arena.regions)
     arena.check()
-    assert failed > 1000, "or nothing was tight"
+    assert failed > 500, "or nothing was tight"
     for offset in held:
         arena.release(offset)
     assert arena.free == arena.largest_hole == arena.size

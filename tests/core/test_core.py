@@ -1,22 +1,13 @@
 from __future__ import annotations
 
-import asyncio
 import itertools
 
 import pytest
 
 from aioengine import events
-from aioengine.core.state import Status
 from aioengine.errors import DeadlineExceeded
-from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView
-from aioengine.testing import LIMITS, Sim, next_token
-
-
-def expected_output(prompt: list[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
+from aioengine.schedulers import Decision, Place, SchedulerPolicy, SchedulerView
+from aioengine.testing import LIMITS, Sim
 
 
 class Scripted(SchedulerPolicy):
@@ -31,55 +22,6 @@ class Scripted(SchedulerPolicy):
 
 def refusals(sim: Sim) -> list[str]:
     return [event.reason for event in sim.of(events.PolicyRefused)]  # type: ignore[attr-defined]
-
-
-def test_an_adapter_is_read_copied_and_only_then_used() -> None:
-    sim = Sim()
-    entry = sim.register("a")
-    sim.add("a")
-    assert sim.schedule() is None
-    assert sim.loads == [entry]
-    sim.finish_load()
-    assert sim.schedule() is None
-    assert [(move.entry, move.slot) for move in sim.copies] == [(entry, 0)]
-    assert entry.location is Location.CPU
-    sim.finish_copy()
-    batch = sim.schedule()
-    assert batch is not None
-    assert [work.slot for work in batch.sequences] == [0]
-    assert batch.slot_ranks == [8, 0]
-
-
-def test_replaced_version_finishes_what_it_accepted_and_is_then_freed() -> None:
-    sim = Sim()
-    old = sim.register("a")
-    first = sim.add("a", max_tokens=6)
-    for _ in range(3):
-        sim.settle()
-    new = sim.register("a")
-    second = sim.add("a")
-    assert (first.adapter, second.adapter) == (old, new)
-    assert (old.name, new.name) == ("a@1", "a")
-    sim.run()
-    sim.settle()
-    assert old.uid not in sim.core.residency.entries
-    unloaded = sim.of(events.AdapterUnloaded)
-    assert [(e.adapter, e.version) for e in unloaded] == [("a", 1)]  # type: ignore[attr-defined]
-    assert list(sim.on_cpu) == [new.uid]
-
-
-def test_ending_a_request_in_flight_keeps_its_blocks_until_the_step_is_back() -> None:
-    sim = Sim()
-    request = sim.add()
-    sim.schedule()
-    free = sim.core.blocks.num_free
-    sim.core.end(request, "abort", sim.now)
-    assert request.status is Status.ENDED
-    assert sim.core.blocks.num_free == free
-    sim.core.check()
-    sim.finish_step()
-    assert sim.core.blocks.num_free == LIMITS.num_blocks
-    assert sim.ended == {"r1": "abort"}
 
 
 def test_deadlines_end_waiting_and_running_requests() -> None:
@@ -104,21 +46,6 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
     assert "adapter" not in str(errors[1])
 
 
-def test_pinned_adapters_go_to_a_slot_unasked_and_stay() -> None:
-    sim = Sim()
-    pinned = sim.register("p")
-    sim.core.residency.names.of(pinned.label).load(sim.now, pinned)
-    sim.core.residency.names.of(pinned.label).pin(sim.now)
-    for _ in range(3):
-        sim.settle()
-    assert pinned.location is Location.SLOT
-    for name in "abcd":
-        sim.register(name)
-        sim.add(name)
-    sim.run()
-    assert pinned.location is Location.SLOT
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -140,22 +67,6 @@ def test_a_malformed_decision_falls_back_to_the_safe_policy(answer: object) -> N
     sim.add()
     assert sim.schedule() is not None
     assert len(sim.of(events.PolicyFailed)) == 1
-
-
-def test_a_policy_that_raises_is_survived() -> None:
-    class Raises(SchedulerPolicy):
-        def schedule(self, view: SchedulerView) -> Decision:
-            raise RuntimeError("bug")
-
-        def on_event(self, event: object) -> None:
-            raise asyncio.CancelledError("another")
-
-    sim = Sim(policy=Raises(), strict=False)
-    sim.add()
-    sim.run()
-    assert sim.ended == {"r1": "length"}
-    errors = {e.error for e in sim.of(events.PolicyFailed)}  # type: ignore[attr-defined]
-    assert errors == {"Raises: RuntimeError: bug", "Raises.on_event: CancelledError: another"}
 
 
 def test_each_bad_item_is_refused_alone() -> None:
@@ -186,27 +97,6 @@ def test_each_bad_item_is_refused_alone() -> None:
     ]
 
 
-@pytest.mark.parametrize("leaves", ["preempted", "aborted"])
-def test_a_request_that_resumes_with_one_token_and_leaves_is_in_no_further_batch(leaves: str) -> None:
-    """All but its last token is in the prefix cache. The batch after it is not the batch before."""
-    both, none = Decision(admit=["r1", "r2"]), Decision()
-    last = Decision(preempt=["r2"]) if leaves == "preempted" else none
-    sim = Sim(policy=Scripted(both, Decision(preempt=["r2"]), Decision(admit=["r2"]), last))
-    size = sim.core.limits.block_size
-    for start in (3, 4):
-        sim.add(prompt=[start] * size, max_tokens=20)
-    batches = []
-    for step in range(4):
-        if step == 3 and leaves == "aborted":
-            sim.core.end(sim.core.requests["r2"], "abort", sim.now)
-        batch = sim.schedule()
-        assert batch is not None
-        batches.append([work.request_id for work in batch.sequences])
-        sim.finish_step()
-    assert batches == [["r1", "r2"], ["r1"], ["r1", "r2"], ["r1"]]
-    sim.core.check()
-
-
 def test_slots_that_must_not_be_taken_are_refused() -> None:
     sim = Sim(LIMITS._replace(num_slots=2, cpu_capacity=4))
     for name in "abc":
@@ -231,17 +121,3 @@ def test_slots_that_must_not_be_taken_are_refused() -> None:
         "place_no_slot",
     ]
     sim.core.check()
-
-
-def test_an_admission_that_does_not_fit_is_not_overtaken() -> None:
-    sim = Sim(LIMITS._replace(num_blocks=16))
-    sim.add(prompt=[3] * 40, max_tokens=8)
-    sim.settle()
-    big = sim.add(prompt=[4] * 30)
-    small = sim.add(prompt=[5])
-    sim.settle()
-    assert big.status is Status.WAITING
-    assert small.status is Status.WAITING
-    sim.run()
-    admitted = [e.request_id for e in sim.of(events.RequestAdmitted)]  # type: ignore[attr-defined]
-    assert admitted == ["r1", "r2", "r3"]

@@ -40,27 +40,6 @@ def entry_of(sim: Sim, name: str) -> AdapterEntry:
     return sim.core.residency.current[name]
 
 
-def test_what_does_not_fit_beside_what_runs_is_read_again_when_there_is_room() -> None:
-    sim = Sim(BOUNDED)
-    have(sim, a=2000, b=1800)
-    running = sim.add("a", max_tokens=20)
-    for _ in range(3):
-        sim.settle()
-    waiting = sim.add("b")
-    sim.settle()
-    while sim.loads:
-        sim.finish_load()
-    assert entry_of(sim, "b").location is Location.DISK
-    assert entry_of(sim, "b").nbytes == 1800, "known now"
-    for _ in range(5):
-        sim.settle()
-    assert not sim.loads, "it is not read again for nothing"
-    sim.run()
-    assert sim.ended == {running.id: "length", waiting.id: "length"}
-    reads = [e.adapter for e in sim.of(events.AdapterLoading)]  # type: ignore[attr-defined]
-    assert reads == ["a", "b", "b"]
-
-
 def test_what_can_never_fit_fails_those_who_wait_for_it_and_leaves_no_memory_behind() -> None:
     sim = Sim(BOUNDED)
     have(sim, a=1000, huge=3001)
@@ -157,25 +136,6 @@ def test_what_must_stay_is_no_candidate() -> None:
     sim.core.residency.start_load(entry_of(sim, "new"), sim.now + 1.0, set())
     assert policy.asked == [["idle", "other"]]
     assert "idle" not in on_cpu(sim)
-
-
-def test_policies_hear_of_retirement_and_of_leaving_the_cache() -> None:
-    policy = Chooses([])
-    sim = Sim(LIMITS, policy)
-    sim.register("a")
-    sim.add("a", max_tokens=6)
-    for _ in range(3):
-        sim.settle()
-    sim.register("a")
-    sim.run()
-    sim.settle()
-    assert policy.told == [
-        ("loaded", "a", None),
-        ("placed", "a", None),
-        ("retired", "a@1", "a"),
-        ("evicted", "a@1", None),
-        ("dropped", "a@1", None),
-    ]
 
 
 def test_a_load_asked_for_by_name_has_its_turn_although_the_policy_always_has_something_to_read() -> None:

@@ -6,9 +6,8 @@ import pytest
 from support.full_sim import FullSim
 
 from aioengine import events
-from aioengine.core.adapters.placing import PIN_RETRY_SECONDS
 from aioengine.core.limits import CoreLimits
-from aioengine.errors import AdapterChanged, AdapterTooLarge, EngineOverloaded
+from aioengine.errors import AdapterChanged, AdapterTooLarge
 from aioengine.schedulers import load_policy
 from aioengine.schedulers.policy import Location
 from aioengine.testing import LIMITS
@@ -114,29 +113,15 @@ def test_it_is_refused_where_it_never_has_room(size: int, limits: dict[str, int]
     assert isinstance(sim.errors[request.id], AdapterTooLarge) and words in str(sim.errors[request.id])
 
 
-def test_it_is_refused_where_pinned_adapters_lie_in_the_way() -> None:
-    sim = core_with("a", "b", "c", "large", limits=SLOT)
-    sim.sizes["large"] = 2500
-    for name in "abc":
-        sim.core.residency.names.of(name).load(sim.now, pin=name == "b")
-        while sim.core.residency.current[name].location is Location.DISK:
-            sim.settle()
-        sim.add(name)
-        sim.run()
-    sim.now += PIN_RETRY_SECONDS
-    request = sim.add("large")
-    sim.run()
-    error = sim.errors[request.id]
-    assert isinstance(error, EngineOverloaded) and "pinned adapters leave 2,000" in str(error)
-
-
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("policy", ["fcfs", "fair", "lpm", "slora", "drr", "chameleon"])
-def test_no_policy_keeps_it_out(policy: str) -> None:
-    """Beside steady requests for as many adapters as there are slots."""
-    sim = FullSim(SLOT._replace(max_num_seqs=8), load_policy(policy))
+def test_no_policy_keeps_it_out(policy: str, shared: bool) -> None:
+    """Beside steady requests for as many adapters as have room; slots may share their memory."""
+    limits = SLOT._replace(num_slots=6, cpu_capacity=12, slot_memory=4096) if shared else SLOT
+    sim = FullSim(limits._replace(max_num_seqs=8), load_policy(policy))
     for name in (*"abcd", "large"):
         sim.register(name)
-    sim.sizes["large"] = 1900
+        sim.sizes[name] = 1900 if name == "large" else 1000
     request, step = None, 0
     while request is None or sim.core.requests.get(request.id) is request:
         for number, name in enumerate("abcd"):
@@ -167,17 +152,3 @@ def test_their_share_of_the_slots_bounds_them() -> None:
         assert len(made) <= 2
     assert sim.core.residency.current["mine"].location is Location.SLOT
     assert len(made) == 2
-
-
-def test_one_that_is_larger_than_the_share_takes_the_place_of_all_others() -> None:
-    limits = SLOT._replace(num_slots=4, cpu_capacity=4)
-    sim = core_with("a", "b", "c", "mine", limits=limits)
-    sim.add("mine", tenant="quiet")
-    sim.run()
-    for names in (("a", "b"), ("a", "b", "c"), ("b", "c")):
-        request = sim.add(sim.mix(*names, tenant="loud"), tenant="loud")
-        sim.run()
-        assert sim.ended[request.id] == "length"
-        made = [entry.label for entry in sim.core.cpu.entries.values() if entry.owner is not None]
-        assert made == [sim.mix(*names, tenant="loud")]
-    assert sim.core.residency.current["mine"].location is not Location.DISK

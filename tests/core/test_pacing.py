@@ -16,7 +16,7 @@ SETTINGS = settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phas
 """To shrink a failing example takes minutes, and the machine's numbers say enough."""
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=8)  # each takes half a second
 @given(
     machine=MACHINES,
     forced=st.integers(1, 40),
@@ -162,29 +162,6 @@ def test_short_prompts_share_steps(
     assert len(sim.batches) - before <= 2 * sum(lengths) / GRAIN + 1
 
 
-@pytest.mark.parametrize("decodes", [0, 4])
-def test_one_word_behind_thirty_texts(decodes: int) -> None:
-    """The prefix cache has all of these but a token."""
-    sim = PacedSim(MIDDLING, max_num_seqs=64)
-    sim.slowness = 100.0  # a single token takes a quarter of the target
-    known = list(range(10, 330))
-    sim.add(prompt=known, max_tokens=1)
-    for _ in range(decodes):
-        sim.prompt(50, 2000)
-    for _ in range(60):
-        sim.prompt(20)
-        sim.one_step()
-    while len(sim.core.requests) > decodes:
-        sim.one_step()
-    for own in range(30):
-        sim.add(prompt=[*known, 1000 + own], max_tokens=1)
-    last = sim.prompt(1)
-    before = len(sim.batches)
-    while last.first_token is None:
-        sim.one_step()
-    assert len(sim.batches) - before <= 2
-
-
 def test_a_step_that_takes_for_ever_is_soon_forgotten() -> None:
     sim = PacedSim(MIDDLING)
     sim.prompt(100, 500)
@@ -229,17 +206,6 @@ def test_a_slower_machine_is_believed_at_once(machine: Machine, drop: float, dec
         after.append(sim.seconds[-1] / alone)
     assert after[1] < 1.35 * max(1.0, drop / 4)
     assert max(after[2:]) < 1.35
-
-
-def test_without_a_target_prompts_are_computed_in_order() -> None:
-    sim = PacedSim(MIDDLING, max_step_seconds=None)
-    first, second = sim.prompt(3000), sim.prompt(3000)
-    for _ in range(2):
-        sim.one_step()
-    assert [len(work.tokens) for work in sim.batches[0].sequences] == [2048]
-    assert [len(work.tokens) for work in sim.batches[1].sequences] == [952, 1096]
-    assert first.first_token is not None
-    assert second.first_token is None
 
 
 @SETTINGS

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioengine import events
 from aioengine.testing import LIMITS, Sim
 
 
@@ -31,7 +29,6 @@ SENT = st.builds(
 
 
 @given(st.lists(SENT, min_size=2, max_size=20))
-@pytest.mark.slow
 def test_all_that_may_be_shared_is_and_nothing_else(requests: list[Sent]) -> None:
     sim = Sim(LIMITS._replace(num_blocks=1000, cpu_capacity=100))
     size = LIMITS.block_size
@@ -49,18 +46,3 @@ def test_all_that_may_be_shared_is_and_nothing_else(requests: list[Sent]) -> Non
         shared = next((i for i, block in enumerate(usable) if block not in known), len(usable))
         assert request.cached_tokens == shared * size
         known.update(blocks)
-
-
-@given(st.text("01:ab", min_size=1, max_size=4), st.text("01:ab", min_size=1, max_size=4))
-def test_a_preempted_request_finds_its_own_blocks_again(salt: str, other: str) -> None:
-    sim = Sim(LIMITS._replace(num_blocks=100))
-    request = sim.add(prompt=[5] * 9, max_tokens=3, cache_salt=salt)
-    sim.settle()
-    sim.core.batcher.preempt(request, sim.now)
-    sim.run()
-    [first, resumed] = [e for e in sim.events if isinstance(e, events.RequestAdmitted)]
-    assert (first.cached_tokens, resumed.cached_tokens) == (0, 8)
-    assert sim.core.batcher.preemptions == 1
-    late = sim.add(prompt=[5] * 9, cache_salt=other)
-    sim.run()
-    assert late.cached_tokens == (8 if salt == other else 0)

@@ -8,7 +8,6 @@ import pytest
 
 from aioengine import events
 from aioengine.core.adapters.arena import GRANULE
-from aioengine.errors import AdapterTooLarge
 from aioengine.schedulers import Decision, Location, Place, SchedulerPolicy, SchedulerView, load_policy
 from aioengine.testing import LIMITS, Sim
 
@@ -154,80 +153,9 @@ def test_idle_neighbours_leave_where_only_the_holes_are_too_small() -> None:
     sim.core.check()
 
 
-def test_an_adapter_that_is_larger_than_the_memory_is_refused_when_it_is_read() -> None:
-    sim = MemorySim()
-    sim.sizes["huge"] = MEMORY + 1
-    entry = sim.register("huge")
-    sim.core.residency.names.of(entry.label).load(sim.now, entry)
-    sim.schedule()
-    sim.finish_load()
-    error = entry.error
-    assert isinstance(error, AdapterTooLarge)
-    assert all(text in str(error) for text in ("2,049 bytes", "2,048 in all", "raise LoRAConfig.slot_memory"))
-
-
-def test_a_pinned_adapter_gets_room_although_everything_is_busy() -> None:
-    sim = MemorySim()
-    sim.read(a=4, b=4, p=5)
-    sim.decide(["a", "b"])
-    for name in "ab":
-        for _ in range(3):
-            sim.add(name, max_tokens=8)
-    sim.decide([])
-    sim.core.residency.names.of("p").pin(sim.now)
-    for _ in range(40):
-        sim.add("a", max_tokens=8)
-        sim.decide([])
-        if sim.core.residency.current["p"].slot is not None:
-            break
-    assert sim.core.residency.current["p"].location is Location.SLOT
-
-
 def cold(sim: Sim, name: str, size: int) -> None:
     sim.sizes[name] = size * GRANULE
     sim.register(name)
-
-
-def test_the_default_policy_gives_up_small_adapters_for_a_large_one_that_has_waited_long() -> None:
-    """Those that are always busy are closed, as many as its bytes take, and no newcomer comes before it."""
-    sim = Sim(ELASTIC, load_policy("fcfs:max_wait=0.3"))
-    for i in range(8):
-        cold(sim, f"s{i}", 1)
-    cold(sim, "large", 6)
-    large = None
-    for turn in range(400):
-        for i in range(8):
-            if turn % 3 == i % 3:
-                sim.add(f"s{i}", max_tokens=3)
-        if turn == 40:
-            large = sim.add("large", max_tokens=2)
-        sim.settle(step_seconds=0.02)
-        if large is not None and large.id in sim.ended:
-            break
-    assert large is not None and sim.ended[large.id] == "length"
-    assert turn < 250, "2 max_wait for those that have just come, and a few generations"
-
-
-def test_a_large_adapter_gets_room_between_running_ones() -> None:
-    """There are bytes enough for it, but in holes between adapters that are never idle together."""
-    limits = ELASTIC._replace(num_slots=8, max_num_seqs=8, max_num_batched_tokens=64, num_blocks=60)
-    sim = Sim(limits, load_policy("fcfs:max_wait=0.3"))
-    for i in range(8):
-        cold(sim, f"s{i}", 1)
-        sim.add(f"s{i}", max_tokens=2)
-    sim.run()
-    cold(sim, "large", 4)
-    request = None
-    for turn in range(400):
-        for i in (1, 3, 5, 7):
-            if turn % 2 == i // 2 % 2:
-                sim.add(f"s{i}", max_tokens=4)
-        if turn == 20:
-            request = sim.add("large", max_tokens=2)
-        sim.settle(step_seconds=0.02)
-        if request is not None and request.id in sim.ended:
-            break
-    assert request is not None and sim.ended[request.id] == "length"
 
 
 def test_size_aware_replacement_keeps_many_small_adapters_rather_than_one_large() -> None:

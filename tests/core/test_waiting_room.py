@@ -54,20 +54,6 @@ def prompt(tokens: int) -> list[int]:
     return [10] * tokens
 
 
-def test_long_prompts_are_bounded_by_their_tokens() -> None:
-    sim = Sim(LIMITS._replace(max_waiting_tokens=100, max_waiting_tokens_per_tenant=80))
-    accepted = [sim.add(tenant="hog", prompt=prompt(30)) for _ in range(2)]
-    with pytest.raises(EngineOverloaded, match=r"'hog'.*max_waiting_tokens_per_tenant=80") as caught:
-        sim.add(tenant="hog", prompt=prompt(30))
-    assert caught.value.bound == "tenant"
-    accepted.append(sim.add(tenant="hog", prompt=prompt(20)))
-    accepted += [sim.add(tenant="b", prompt=prompt(5)) for _ in range(4)]
-    assert sim.core.room.tokens == 100 and not endings(sim), "the bound is kept, and nobody was displaced"
-    sim.run()
-    assert all(sim.ended[request.id] == "length" for request in accepted)
-    assert sim.core.room.tokens == 0
-
-
 def test_those_beside_a_flood_of_long_prompts_get_their_part() -> None:
     sim = Sim(LIMITS._replace(max_waiting_tokens=100))
     hog = [sim.add(tenant="hog", prompt=prompt(20)) for _ in range(5)]
