@@ -136,6 +136,7 @@ async def test_each_request_is_one_record(serve: Serve, caplog: pytest.LogCaptur
     assert 0 < fields["ttft"] <= fields["seconds"]
     assert "\n" not in refused.getMessage()
     assert refused.fields["error"] == "model_not_found"  # type: ignore[attr-defined]
+    assert 'param=model reason="' in refused.getMessage()
     assert (done.levelno, probe.levelno) == (logging.INFO, logging.DEBUG)
     for record in caplog.records:
         assert "sk-one" not in record.getMessage() and "Hello" not in record.getMessage()

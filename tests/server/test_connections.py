@@ -117,28 +117,6 @@ async def test_output_that_is_not_taken_is_gathered_in_one_chunk(
         assert chunks[-1] == b"data: [DONE]\n\n"
 
 
-@pytest.mark.slow
-async def test_draining_finishes_what_was_accepted(serve: Serve) -> None:
-    async with serve(max_model_len=500) as served:
-        stream = await served.client.completions.create(
-            model=MODEL, prompt="Hello", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
-        )
-        first = await anext(aiter(stream))
-        draining = asyncio.create_task(served.app.drain())
-        await until(lambda: served.app.context.draining)
-        refused = await served.http.post("/v1/completions", json=LONG)
-        assert refused.status_code == 503
-        assert refused.headers["retry-after"]
-        assert refused.json()["error"]["code"] == "unavailable"
-        assert (await served.http.get("/ready")).status_code == 503
-        assert (await served.http.get("/health")).status_code == 200
-        assert not draining.done()
-        rest = [chunk async for chunk in stream]
-        assert rest[-1].choices[0].finish_reason == "length"
-        assert first.choices[0].finish_reason is None
-        await asyncio.wait_for(draining, 60)
-
-
 async def test_mounted_in_another_application(tiny_text: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny_text) as engine:
         app = Starlette(

@@ -91,22 +91,6 @@ async def test_a_body_in_another_encoding_is_told_which_one_to_use(encoding: str
         assert "must be UTF-8 without a byte order mark" in answer.json()["error"]["message"]
 
 
-ELSEWHERE: list[tuple[Any, ...]] = [
-    ("GET", "/nothing", 404),
-    ("GET", "/v1/completions", 405),
-    ("POST", "/v1/nothing", 404),
-    ("GET", "/v1/models/nobody", 404),
-]
-
-
-@pytest.mark.slow
-async def test_paths_and_methods(serve: Serve) -> None:
-    async with serve() as served:
-        for method, path, status in ELSEWHERE:
-            answer = await served.http.request(method, path)
-            assert answer.status_code == status and answer.json()["error"]["message"], path
-
-
 async def test_a_probe_may_ask_for_the_headers_alone(serve: Serve) -> None:
     async with serve() as served:
         for path, status in (("/health", 200), ("/v1/models", 200), ("/nothing", 404), ("/tokenize", 405)):
@@ -202,36 +186,6 @@ async def test_overload_says_whose_it_is(serve: Serve) -> None:
         for task in (first, third):
             task.cancel()
         await running.aclose()
-
-
-async def test_long_prompts_are_refused_to_whom_they_concern(serve: Serve) -> None:
-    keys = {"ka": "a", "kb": "b"}
-    prompt = [5, 6, 7, 8] * 10
-    async with serve(max_num_seqs=1, max_waiting_tokens=100, **LONG, settings={"api_keys": keys}) as served:
-        running = served.engine.generate("busy", greedy(500))
-        await anext(running)
-
-        def ask(key: str, **fields: Any) -> asyncio.Task[httpx.Response]:
-            body = {"model": MODEL, "prompt": prompt, "max_tokens": 1, **fields}
-            headers = {"authorization": f"Bearer {key}"}
-            return asyncio.create_task(served.http.post("/v1/completions", json=body, headers=headers))
-
-        asked = [ask("ka")]
-        await until(lambda: served.engine.stats().waiting_tokens == 40)
-        asked.append(ask("ka"))
-        await until(lambda: served.engine.stats().waiting_tokens == 80)
-        refused = await ask("ka")
-        assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (429, True)
-        assert refused.json()["error"]["code"] == "engine_overloaded"
-        asked.append(ask("kb", prompt=[prompt[:20]] * 7, stream=True))  # 140 tokens, and never more than 50
-        displaced = await asked.pop(1)
-        assert displaced.status_code == 429 and "of your tenant" in displaced.text
-        found = (await served.http.get("/metrics", headers={"authorization": "Bearer ka"})).text
-        assert 'aioengine_waiting_tokens_limit{engine="default"} 100.0' in found
-        await running.aclose()
-        answers = await asyncio.gather(*asked)
-        assert [answer.status_code for answer in answers] == [200, 200]
-        assert "error" not in answers[-1].text and answers[-1].text.count('"finish_reason":"length"') == 7
 
 
 async def test_the_deadline_is_a_timeout(serve: Serve) -> None:

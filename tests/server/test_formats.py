@@ -141,30 +141,6 @@ async def test_an_answer_is_taken_apart(
         assert calls[0]["function"] == call["function"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "paint"}}])
-@pytest.mark.slow
-async def test_required_calls_are_in_the_familys_form(
-    choice: Any, name: str, built: Callable[[str], Tiny], make_engine: MakeEngine
-) -> None:
-    async with make_engine(built(name), max_model_len=500) as engine, served_by(engine) as served:
-        body = {**CHAT, "tools": TOOLS, "tool_choice": choice, "return_token_ids": True, "seed": 1}
-        [found] = (await posted(served, "/v1/chat/completions", body))["choices"]
-        [call] = found["message"]["tool_calls"]
-        assert found["finish_reason"] == "tool_calls" and not found["message"]["content"]
-        assert (
-            call["function"]["name"] == "paint"
-            and json.loads(call["function"]["arguments"])["color"] is not None
-        )
-        assert engine.tokenizer is not None
-        written = engine.tokenizer.decode(found["token_ids"], False)
-        begin = {
-            "qwen3": '<tool_call>\n{"name": "paint", "arguments": {',
-            "gpt-oss": "<|channel|>commentary to=functions.paint <|constrain|>json<|message|>{",
-        }
-        assert written.startswith(begin[name])
-
-
 @pytest.mark.slow
 async def test_reasoning_that_the_prompt_begins(
     built: Callable[[str], Tiny], make_engine: MakeEngine

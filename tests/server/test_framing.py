@@ -164,6 +164,7 @@ OTHER_PROTOCOLS: list[tuple[Any, ...]] = [
     (b"GET /health HTTP/1.2\r\n\r\n", (400, 505)),
     (b"GET /health HTTP/3\r\n\r\n", (400, 505)),
     (b"CONNECT x:443 HTTP/1.1\r\n\r\n", (400, 404, 405)),
+    (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", (414,)),
 ]
 
 
@@ -173,11 +174,3 @@ async def test_other_protocols_are_refused(serve: Serve) -> None:
         for data, status in OTHER_PROTOCOLS:
             [found] = await statuses(served.url, data + NEXT * 3)
             assert found in status
-
-
-@pytest.mark.parametrize(("version", "found"), [(b"1.0", [200]), (b"1.1", [100, 200])])
-@pytest.mark.slow
-async def test_only_new_clients_are_told_to_go_on(version: bytes, found: list[int], serve: Serve) -> None:
-    head = HEAD.replace(b"1.1", version) + b"expect: 100-continue\r\nconnection: close\r\n"
-    async with serve() as served:
-        assert await statuses(served.url, head + LENGTH + b"\r\n\r\n" + BODY) == found

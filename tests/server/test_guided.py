@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +190,6 @@ async def test_one_call_unless_more_are_asked_for(stream: bool, serve: Serve) ->
         assert await answers(served, stream, **wanted) == ("", [], "length")
 
 
-@pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"type": "object", "properties": {}}])
-@pytest.mark.slow
-async def test_a_function_without_parameters_gets_none(parameters: Any, serve: Serve) -> None:
-    async with serve(max_model_len=400) as served:
-        for choice in ("required", named("f"), allowed("required", "f")):
-            wanted: Any = chat(tools=[with_parameters(parameters)], tool_choice=choice)
-            _, [call], reason = await answers(served, False, **wanted)
-            assert (call.function.arguments, reason) == ("{}", "tool_calls")
-
-
 async def test_a_format_of_text_has_no_effect_on_calls(serve: Serve) -> None:
     format_ = {"type": "json_schema", "json_schema": {"name": "y", "schema": {"const": "text"}}}
     async with serve(max_model_len=400) as served:
@@ -210,17 +199,6 @@ async def test_a_format_of_text_has_no_effect_on_calls(serve: Serve) -> None:
             assert (text, call.function.arguments, reason) == ("", "{}", "tool_calls")
         wanted = chat(tools=[with_parameters(None)], tool_choice="auto", response_format=format_)
         assert await answers(served, False, **wanted) == ('"text"', [], "stop")
-
-
-@pytest.mark.slow
-async def test_only_allowed_tools_are_called(serve: Serve) -> None:
-    async with serve(max_model_len=400) as served:
-        for seed in range(4):
-            wanted: Any = chat(tools=TOOLS, tool_choice=allowed("required", "stop"), seed=seed)
-            _, [call], _ = await answers(served, False, **wanted)
-            assert call.function.name == "stop"
-        wanted = chat(tools=TOOLS, tool_choice=allowed("auto", "stop"), max_tokens=3)
-        assert (await answers(served, False, **wanted))[2] in ("stop", "length")
 
 
 @pytest.mark.slow
@@ -283,56 +261,13 @@ async def test_a_long_list_of_what_is_not_enforced_is_cut(
         assert max(map(len, caplog.messages)) < 3000
 
 
-@pytest.fixture
-def hermes(tiny_text: Tiny, tmp_path: Path) -> Tiny:
-    """The tiny model with a chat template that shows tools and asks for tagged calls."""
-    model = tmp_path / "model"
-    shutil.copytree(tiny_text.model, model)
-    (model / "chat_template.jinja").write_text(
+async def test_history_as_clients_write_it(tiny_text: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(
         "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}"
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments.color }}</tool_call>{% endfor %}"
-        "{% endfor %}"
-    )
-    return tiny_text._replace(model=model)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.slow
-async def test_tagged_calls_are_taken_out_of_the_text(
-    stream: bool, hermes: Tiny, make_engine: MakeEngine
-) -> None:
-    call = '<tool_call>\n{"name": "paint", "arguments": {"color": "red", "count": 1}}\n</tool_call>'
-    outputs = {"choice": [f"On it.{call}"]}
-    async with make_engine(hermes, max_model_len=500) as engine, served_by(engine) as served:
-        arguments = chat(tools=TOOLS, extra_body={"structured_outputs": outputs})
-        text, calls, reason = await answers(served, stream, **arguments)
-        assert (text, reason) == ("On it.", "tool_calls")
-        [found] = calls
-        assert found.function.name == "paint"
-        assert json.loads(found.function.arguments) == {"color": "red", "count": 1}
-
-        # and the conversation goes on with it
-        assistant = {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": [found.model_dump(exclude={"index"})],
-        }
-        tool = {"role": "tool", "tool_call_id": found.id, "content": "done"}
-        tokens = await served.http.post("/tokenize", json={"messages": [*USER, assistant, tool]})
-        back = await served.http.post("/detokenize", json={"tokens": tokens.json()["tokens"]})
-        assert back.json()["prompt"] == "user:Hiassistant:<tool_call>red</tool_call>tool:done"
-        shown = await served.http.post("/tokenize", json={"messages": USER, "tools": TOOLS})
-        back = await served.http.post("/detokenize", json={"tokens": shown.json()["tokens"]})
-        assert back.json()["prompt"] == "paint;stop;user:Hi"
-
-
-async def test_history_as_clients_write_it(hermes: Tiny, make_engine: MakeEngine) -> None:
-    template = (
         "{% for m in messages %}{{ m.role }}:{{ m.content }}"
         "{% for c in m.tool_calls or [] %}({{ c.function.arguments | tojson }}){% endfor %};{% endfor %}"
     )
-    (hermes.model / "chat_template.jinja").write_text(template)
     call = {"id": "1", "type": "function", "function": {"name": "stop", "arguments": ""}}
     messages = [
         *USER,
@@ -341,10 +276,14 @@ async def test_history_as_clients_write_it(hermes: Tiny, make_engine: MakeEngine
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
         {"role": "assistant", "content": None, "refusal": "Never."},
     ]
-    async with make_engine(hermes, max_model_len=500) as engine, served_by(engine) as served:
-        tokens = await served.http.post("/tokenize", json={"messages": messages})
+    async with (
+        make_engine(tiny_text, max_model_len=500, chat_template=str(template)) as engine,
+        served_by(engine) as served,
+    ):
+        tokens = await served.http.post("/tokenize", json={"messages": messages, "tools": TOOLS})
         back = await served.http.post("/detokenize", json={"tokens": tokens.json()["tokens"]})
-        assert back.json()["prompt"] == "user:Hi;assistant:({});tool:ok;assistant:No.;assistant:Never.;"
+    shown = "paint;stop;user:Hi;assistant:({});tool:ok;assistant:No.;assistant:Never.;"
+    assert back.json()["prompt"] == shown
 
 
 async def test_another_chat_template(tiny_text: Tiny, make_engine: MakeEngine, tmp_path: Path) -> None:

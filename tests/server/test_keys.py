@@ -9,7 +9,6 @@ import logging
 import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import httpx
@@ -25,7 +24,7 @@ from aioengine.cli.main import main
 from aioengine.errors import ConfigError
 from aioengine.server.access import gate, keys
 from aioengine.server.access.clients import Admission, Bucket, Meter, hash_key
-from aioengine.server.access.keys import SCOPES, KeysFile, KeysWatch, parse_keys_file
+from aioengine.server.access.keys import SCOPES, parse_keys_file
 from aioengine.server.errors import ApiError
 
 LOADED = "aioengine_config_last_reload_successful"
@@ -460,58 +459,6 @@ async def test_a_disk_that_hangs_is_told_and_leaves_the_keys(
         async with asyncio.timeout(60):
             while (await served.http.get("/v1/models", headers=bearer("new"))).status_code != 200:
                 await asyncio.sleep(0.005)
-
-
-@pytest.mark.parametrize("what", ["thread", "use", "open"])
-async def test_whatever_fails_once_the_keys_are_watched_further(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The file is not touched again, and yet its keys are used once there is no fault any more."""
-    monkeypatch.setattr(keys, "POLL_SECONDS", 0.001)
-    file = tmp_path / "keys.toml"
-    file.write_text(keys_text({"KEY": "old", "tenant": "t"}))
-    used: list[str] = []
-    faults, failed = 0, 0
-
-    def fail(at: str) -> None:
-        nonlocal failed
-        if at == what and faults > failed:
-            failed += 1
-            raise (
-                RuntimeError("can't start new thread") if at != "open" else OSError(24, "Too many open files")
-            )
-
-    def use(found: KeysFile) -> None:
-        fail("use")
-        used.append(found.keys[0].hash)
-
-    start, opened = Thread.start, Path.open
-
-    def start_or_fail(thread: Thread) -> None:
-        if thread.name.startswith("aioengine-keys"):
-            fail("thread")
-        start(thread)
-
-    def open_or_fail(path: Path, *args: Any, **keywords: Any) -> Any:
-        if path == file:
-            fail("open")
-        return opened(path, *args, **keywords)
-
-    monkeypatch.setattr(Thread, "start", start_or_fail)
-    monkeypatch.setattr(Path, "open", open_or_fail)
-    watch = KeysWatch(str(file), use)
-    running = asyncio.create_task(watch.run())
-    try:
-        faults = 3
-        fresh = tmp_path / "fresh"
-        fresh.write_text(keys_text({"KEY": "new", "tenant": "t"}))
-        fresh.replace(file)
-        await until(lambda: running.done() or (failed == 3 and used[-1] == hash_key("new") and watch.good))
-        assert not running.done()
-    finally:
-        running.cancel()
-    complaints = [r.getMessage() for r in caplog.records if "stay as they were" in r.getMessage()]
-    assert len(complaints) == 1, "it is told, and once"
 
 
 def test_keys_beside_the_file_and_missing_files_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from typing import Any
 
 import pytest
 from support.raw_http import POST as HEAD
@@ -81,22 +80,6 @@ async def test_who_asks_before_sending_is_told(size: int, status: bytes, serve: 
             writer.write(BODY)
             assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)).startswith(b"HTTP/1.1 200")
         writer.close()
-
-
-REFUSED: list[tuple[Any, ...]] = [
-    (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", b"414"),
-    (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 300 + b"\r\n", b"431"),
-    (b"GET / HTTP/1.1\r\na: " + b"b" * 70_000 + b"\r\n\r\n", b"431"),
-    (HEAD + b"content-length: 1\r\ncontent-length: 2\r\n\r\n", b"400"),
-]
-
-
-@pytest.mark.slow
-async def test_refused_by_the_protocol(serve: Serve) -> None:
-    async with serve() as served:
-        for request_, status in REFUSED:
-            answer = await answered(served.url, request_ + b"GET / HTTP/1.1\r\n\r\n" * 1000)
-            assert answer.startswith(b"HTTP/1.1 " + status)
 
 
 async def test_lines_that_end_in_another_way_get_one_answer_at_most(serve: Serve) -> None:
