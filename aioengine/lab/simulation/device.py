@@ -6,6 +6,7 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 
 from aioengine.errors import AdapterLoadError, AdapterTooLarge
@@ -15,12 +16,7 @@ from aioengine.lab.costs.steps import StepTimes, step_shape
 from aioengine.lab.simulation.clock import VirtualTimeLoop, resolution
 from aioengine.lab.simulation.transfers import SharedStage
 from aioengine.lab.workload.requests import AdapterShape
-from aioengine.step import (
-    LoadedAdapter,
-    ReadOrder,
-    StepBatch,
-    StepResult,
-)
+from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
 MOST_STEPS = 32
 """Steps that are under way at a time, at most: more would often be reckoned in vain, because something
@@ -29,32 +25,20 @@ ENDLESS = -(1 << 40)
 """Length of an output that goes on until ``max_tokens``: no step reaches it."""
 
 
+@dataclass(slots=True, eq=False)
 class _Flight:
     """Steps under way, one after the other: what is known of them in advance."""
 
-    __slots__ = ("batch", "begin", "ended", "ending", "ends", "loop", "most", "timer")
-
-    timer: asyncio.TimerHandle
+    loop: asyncio.AbstractEventLoop
+    batch: StepBatch
+    ended: Ended
+    begin: float
+    ends: list[float]
+    most: int
+    """Number of the step in which sequences may end, those with the indices ``ending``."""
+    ending: list[int]
+    timer: asyncio.TimerHandle = field(init=False)
     """For the end of the last one."""
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        batch: StepBatch,
-        ended: Ended,
-        begin: float,
-        ends: list[float],
-        most: int,
-        ending: list[int],
-    ) -> None:
-        self.loop = loop
-        self.batch = batch
-        self.ended = ended
-        self.begin = begin
-        self.ends = ends
-        self.most = most
-        """Number of the step in which sequences may end, those with the indices ``ending``."""
-        self.ending = ending
 
 
 class SimulatedDevice(Device):
