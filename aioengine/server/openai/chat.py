@@ -55,9 +55,12 @@ async def start_chat(
         max_tokens=defaults.bounded(room) if asked is None else asked,
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
     )
-    if formats.needs_special_tokens(bool(tools.tools)):  # parsers look for them
+    is_text = not (tools.tools or formats.tools or formats.reasoning)  # with nothing in it to look for
+    if not is_text and formats.needs_special_tokens(bool(tools.tools)):  # parsers look for them
         params = msgspec.structs.replace(params, skip_special_tokens=False)
     answer = Answer(call, data, [prompt], params, form, prefix=prefix)
+    if is_text:
+        return answer, [None] * len(answer)
     is_thinking = False
     if form is None and formats.reasoning == "think":
         is_thinking = context.tokenizer.decode(prompt[-16:], False).rstrip().endswith(THINK)
