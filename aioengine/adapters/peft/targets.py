@@ -12,10 +12,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
-from aioengine.adapters.peft.config import PeftLoraConfig
+from aioengine.adapters.peft.config import MERGE, PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, invalid_config, invalid_weights, too_large
 from aioengine.adapters.peft.folding.embeddings import EmbeddingParts
-from aioengine.adapters.peft.unsupported import MERGE
 from aioengine.adapters.peft.values import HEAD_KINDS, Part, Place
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape

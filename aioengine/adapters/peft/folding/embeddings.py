@@ -13,9 +13,8 @@ from collections.abc import Callable, Mapping, Set
 import torch
 from torch import Tensor
 
-from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, PeftLoraConfig, named_by
+from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, MERGE, PeftLoraConfig, named_by
 from aioengine.adapters.peft.folder import CONFIG_FILE, invalid_config, invalid_weights
-from aioengine.adapters.peft.unsupported import MERGE
 from aioengine.adapters.peft.values import Part, is_finite
 from aioengine.model.slots.image import SERIAL_ELEMENTS, serial_copies
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
