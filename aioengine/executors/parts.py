@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +10,6 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.memory_plan import MemoryPlan, plan_memory, resolve_device
 from aioengine.model.coverage import check_invariant
-from aioengine.model.cuda.failures import copy_error
 from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.resolve import read_spec, resolve_model
 from aioengine.model.parallel.group import SOLO, Group, Shard, SoloGroup
@@ -20,7 +18,6 @@ from aioengine.model.spec import ModelSpec
 if TYPE_CHECKING:
     from aioengine.adapters.store import AdapterStore
     from aioengine.model.runner import ModelRunner
-    from aioengine.model.slots.image import AdapterImage
 
 
 class PartsPlan(NamedTuple):
@@ -139,18 +136,3 @@ def build_parts(
         affine_dtype=dtype,
     )
     return Parts(runner, store)
-
-
-def write_slot(runner: ModelRunner, image: AdapterImage, slot: int, offset: int) -> float:
-    """Copy an adapter into a slot that nothing reads; returns the seconds it took. Raises DeviceError if the
-    device has failed."""
-    slots = runner.lora_slots
-    assert slots is not None, "a slot was written while LoRA is off"
-    start = time.perf_counter()
-    try:
-        slots.write(slot, image, offset)
-    except Exception as error:
-        if (failure := copy_error(error)) is None:
-            raise
-        raise failure from error
-    return time.perf_counter() - start

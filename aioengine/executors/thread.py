@@ -15,7 +15,6 @@ from aioengine.adapters.read_threads import Progress, for_the_loop, start_read
 from aioengine.config import LoRAConfig
 from aioengine.errors import DeviceError
 from aioengine.executors.base import Device, Ended
-from aioengine.executors.parts import write_slot
 from aioengine.model.cuda.failures import device_error
 from aioengine.step import LoadedAdapter, ReadOrder, StepBatch, StepResult
 
@@ -70,7 +69,7 @@ class ThreadDevice(BaseLoader, Device):
     async def place(self, uid: int, slot: int, offset: int) -> float:
         image, loop = self.store.images[uid], asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._copy_thread, write_slot, self.runner, image, slot, offset)
+            return await loop.run_in_executor(self._copy_thread, self.runner.write, image, slot, offset)
         except DeviceError as error:
             if self.on_loss is not None:  # no step need be in flight that would tell
                 self.on_loss(error)

@@ -18,6 +18,7 @@ from aioengine.kernels import AttentionPlan, LoRABatch, Span
 from aioengine.kernels.plan.decodes import DecodeTables
 from aioengine.kernels.transfer import send
 from aioengine.model import constraints
+from aioengine.model.cuda.failures import copy_error
 from aioengine.model.drafted import sample_drafted
 from aioengine.model.model import LastLayer, Model, StepInputs
 from aioengine.model.parallel.group import Group
@@ -31,6 +32,7 @@ from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.decode_graphs import DecodeSteps
+    from aioengine.model.slots.image import AdapterImage
 
 PIECE_BYTES = 2**25
 """Bytes of float32 logits that are computed at a time to score prompts; there are up to three such
@@ -95,6 +97,19 @@ class ModelRunner:
             result = self._execute(batch)
         self._last = batch.sequences
         return result._replace(seconds=(time.perf_counter() - began,))
+
+    def write(self, image: AdapterImage, slot: int, offset: int) -> float:
+        """Copy an adapter into a slot that nothing reads, in any thread; returns the seconds it took. Raises
+        DeviceError if the device has failed."""
+        assert self.lora_slots is not None, "a slot was written while LoRA is off"
+        start = time.perf_counter()
+        try:
+            self.lora_slots.write(slot, image, offset)
+        except Exception as error:
+            if (failure := copy_error(error)) is None:
+                raise
+            raise failure from error
+        return time.perf_counter() - start
 
     def _execute(self, batch: StepBatch) -> StepResult:
         plain = all(work.params.is_plain for work in batch.sequences)  # nearly always

@@ -27,7 +27,7 @@ import msgspec
 from aioengine.adapters.loader import enough_memory
 from aioengine.adapters.read_threads import Progress
 from aioengine.errors import DeviceError
-from aioengine.executors.parts import build_parts, plan_parts, write_slot
+from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.executors.process import wire
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.cuda.failures import device_error
@@ -87,7 +87,7 @@ class Worker:
             case wire.Place():
                 # Before the copy's turn: it may be dropped until then.
                 image = self._store.images[message.uid]
-                copy = partial(write_slot, self._runner, image, message.slot, message.offset)
+                copy = partial(self._runner.write, image, message.slot, message.offset)
                 self._copy_thread.submit(self._answer, number, copy)
             case wire.Start():
                 self._between_steps(number, partial(self._start, message))
