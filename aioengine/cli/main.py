@@ -80,16 +80,23 @@ COMMANDS = {
     "lab new": ("lab.folders", ["my_study"]),
     "lab size": ("lab.size", ["--workload workload.toml --slo ttft_p99=2.0 itl_p95=0.05"]),
     "lab calibrate": ("lab.live", ["--out this-machine.json"]),
-    "lab record": ("serve", ["requests.jsonl --model path/to/model --lora-modules sql=path/to/sql"]),
     "lab validate": ("lab.live", ["--calibrate this-machine.json"]),
     "plan": ("plan", ["--model path/to/model", "--config engine.toml --max-loras 16 --max-lora-rank 64"]),
     "policies": ("policies", [""]),
     "policies check": ("policies", ["my_policy.py:MyPolicy", "edf+gdsf --runs 20"]),
     "serve": ("serve", ["--lora-modules sql=path/to/sql", "--adapter-root adapters/ --keys keys.toml"]),
-    "top": ("top", ["", "--url http://replica-3:8000 --every 5"]),
 }
 """The commands: each with its module, which has a function of the command's last name, and arguments of its
 examples."""
+REMOVED = {
+    "config schema": "aioengine config check names each field that is wrong",
+    "config show": "aioengine config check prints the values in effect",
+    "keys check": "aioengine config check --keys FILE checks the file",
+    "lab record": "aioengine serve --record FILE does it",
+    "lab report": "call write_report(DIR) of aioengine.lab",
+    "top": "the server's page (/) shows slots and queues, and GET /debug/requests the open requests",
+}
+"""Commands that earlier versions had, and what to do instead."""
 _OF_A_SERVER = ("serve", "config check")
 """Commands that take the configuration of a server."""
 
@@ -190,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             listed = app[asked[0]] if asked else app
             for name in listed:
                 listed[name]
-        _refuse_removed_flags(tokens)
+        _refuse_removed(tokens)
         command, bound, _ = app.meta.parse_args(tokens)
         with needs_extra() if tokens[:1] == ["lab"] else nullcontext():
             result = command(*bound.args, **bound.kwargs)
@@ -210,7 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else EXIT_OK
 
 
-def _refuse_removed_flags(tokens: Sequence[str]) -> None:
+def _refuse_removed(tokens: Sequence[str]) -> None:
+    """Raise ConfigError for a command or a flag that earlier versions had."""
+    for command, instead in REMOVED.items():
+        if list(tokens[: command.count(" ") + 1]) == command.split():
+            raise errors.ConfigError(f"aioengine {command} was removed: {instead}")
     for token, following in pairwise([*tokens, ""]):
         if token == "--":
             return

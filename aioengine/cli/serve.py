@@ -11,16 +11,15 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from cyclopts import Parameter
 
 from aioengine.checks import format_bytes
 from aioengine.cli.config.checked import Checked, FleetFlags, ServerFlags, check_all, is_loopback
 from aioengine.cli.config.reload import Reloader
 from aioengine.cli.config.sources import LogLevel, ParseAgain
-from aioengine.cli.flags import EngineFlags, Given, RecordFlags
+from aioengine.cli.flags import EngineFlags, RecordFlags
 from aioengine.cli.fleet.started import started_fleet
 from aioengine.cli.loop import run
 from aioengine.cli.process import EXIT_FAILED, process
@@ -66,26 +65,6 @@ def serve(
         return run(_serve(checked, recording.record, log, Reloader(checked, read_again)))
     finally:
         log.close()
-
-
-def record(
-    file: Given,
-    /,
-    *flags: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    log_level: LogLevel = None,
-) -> int:
-    """Serve, and append a line per request to a file for --trace.
-
-    The same as serve --record FILE. It writes times, lengths and names, and never any text.
-
-    Args:
-        file: JSON lines; may be an earlier recording, to which lines are added.
-        flags: Flags of aioengine serve.
-    """
-    from aioengine.cli.main import main  # which has imported this
-
-    level = [] if log_level is None else ["--log-level", log_level]
-    return main(["serve", "--record", str(file), *level, *flags])
 
 
 async def _serve(checked: Checked, record: Path | None, log: BackgroundHandler, reloader: Reloader) -> int:

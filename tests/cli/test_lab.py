@@ -191,10 +191,3 @@ def test_the_example(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "200 finished" in done.stdout and (tmp_path / "vllm" / "report.html").exists()
-
-
-def test_record_is_serve_with_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-    monkeypatch.setattr("aioengine.cli.main.main", lambda arguments: asked.append(arguments) or 0)
-    assert main(["lab", "record", "requests.jsonl", "--max-loras", "7", "--port", "0"]) == 0
-    assert asked == [["serve", "--record", "requests.jsonl", "--max-loras", "7", "--port", "0"]]

@@ -1,17 +1,9 @@
-"""``/debug/...`` and ``aioengine top``: what a running server is doing."""
+"""``/debug/...``: what a running server is doing."""
 
 from __future__ import annotations
 
-import asyncio
-import io
-
 import pytest
-from rich.console import Console
-from support.server_fixtures import MODEL, Serve, until
-
-from aioengine.cli.main import main
-from aioengine.cli.top import frame, look
-from aioengine.errors import ConfigError
+from support.server_fixtures import Serve, until
 
 KEYS = {"api_keys": {"sk-user": "alice"}, "admin_keys": {"sk-root": "ops"}}
 
@@ -37,24 +29,6 @@ async def test_open_requests(serve: Serve) -> None:
         assert one["adapter"] == "a" and one["tenant"] == "ops" and one["route"] == "/v1/completions"
         assert one["stream"] and one["prompt_tokens"] == 3 and one["output_tokens"] >= 1
         assert one["status"] == 200 and now["state"] == "running" and now["stats"]["running"] == 1
-        seen = await asyncio.to_thread(look, served.url, "sk-root")
-        picture = io.StringIO()
-        Console(file=picture, width=120).print(frame(seen, now))
-        assert MODEL in picture.getvalue() and "tokens/s" in picture.getvalue()
-        assert "alice" not in picture.getvalue() and "ready" in picture.getvalue()
         await stream.close()
         await until(lambda: not served.app.context.open_requests)
         assert (await served.http.get("/debug/requests")).json()["requests"] == []
-
-
-async def test_top_prints_once_and_says_what_is_missing(
-    serve: Serve, capsys: pytest.CaptureFixture[str]
-) -> None:
-    async with serve(settings=KEYS) as served:
-        arguments = ["top", "--once", "--url", served.url]
-        assert await asyncio.to_thread(main, [*arguments, "--key", "sk-root"]) == 0
-        assert "running 0 of 16" in capsys.readouterr().out
-        assert await asyncio.to_thread(main, [*arguments, "--key", "sk-user"]) == 2
-        assert "scope admin" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="no aioengine server"):
-        look("http://127.0.0.1:1", None)

@@ -20,7 +20,7 @@ from aioengine.server.settings import refuse_unknown_fields
 
 PREFIX = "AIOENGINE_"
 _READ_ELSEWHERE = (
-    *("API_KEYS", "ADMIN_KEYS", "KEY", "DEBUG", "LOG_LEVEL"),
+    *("API_KEYS", "ADMIN_KEYS", "DEBUG", "LOG_LEVEL"),
     *("KERNELS", "PREBUILD_KERNELS", "CPU_LEVEL", "CPU_SANITIZE"),
 )
 """Variables that no flag of the command has: keys, what every command takes, and how kernels are chosen and
