@@ -15,7 +15,7 @@ import msgspec
 from aioengine import __version__
 from aioengine.adapters.read_threads import SharedRead
 from aioengine.adapters.resolvers.base import AdapterResolver
-from aioengine.config import EngineConfig
+from aioengine.config import WAITING_BOUNDS, EngineConfig
 from aioengine.core import Core
 from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
@@ -308,17 +308,15 @@ class AsyncEngine(AdapterOps, RequestOps):
     def share_limits(self, ledger: object) -> None:
         """Do nothing: only the gateways of a fleet share the limits of a server's keys."""
 
-    def change_limits(self, **bounds: Any) -> None:
-        """Change bounds on waiting requests (``config.WAITING_BOUNDS``), for new ones. Raises ConfigError,
-        and changes nothing, if one is not valid."""
-        self.config = msgspec.structs.replace(self.config, **bounds)
+    def change_settings(self, **changes: Any) -> None:
+        """Change fields of the configuration: ``policy``, from the next step on, and the bounds on waiting
+        requests (``config.WAITING_BOUNDS``), for new ones. Raises ConfigError or PolicyError, and changes
+        nothing, if one is not valid."""
+        config = msgspec.structs.replace(self.config, **changes)
+        if "policy" in changes:
+            self._core.guard.change(assemble.choose_policy(config, None))
+        bounds = {name: changes[name] for name in WAITING_BOUNDS if name in changes}
         self._core.room.limits = self._core.room.limits._replace(**bounds)
-
-    def change_policy(self, policy: str) -> None:
-        """Use another scheduling policy from the next step on. Raises PolicyError, and changes nothing, if
-        there is none of that name."""
-        config = msgspec.structs.replace(self.config, policy=policy)
-        self._core.guard.change(assemble.choose_policy(config, None))
         self.config = config
         self._loop.wake()
 

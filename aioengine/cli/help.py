@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts.help import DefaultFormatter, PanelSpec
@@ -43,5 +44,6 @@ class CompactFormatter(DefaultFormatter):
 
 
 def shown_default(value: Any) -> str | None:
-    """Return how help shows a default, if it says anything."""
-    return None if value is None or value is False else str(value)
+    """Return how help shows a default; None: it says nothing."""
+    says = isinstance(value, str | int | float | Path) and not isinstance(value, bool)
+    return str(value) if says and value not in ("", "auto") else None

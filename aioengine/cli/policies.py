@@ -29,10 +29,7 @@ def check_named(policy: str | dict[str, Any]) -> None:
 
 
 def policies() -> int:
-    """List the scheduler policies, and the parts to compose one from.
-
-    A policy is named alone (fcfs), with options (fcfs:max_wait=2), by parts (edf+gdsf+lookahead), or by path
-    (package.module:Class)."""
+    """List the scheduler policies, and the parts to compose one from."""
     console = output_console()
     sections = {
         "whole policies": "policy",
@@ -46,20 +43,17 @@ def policies() -> int:
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for info in available(kind).values():
-            details = "".join(f"\n{detail}" for detail in _details_of(info))
-            table.add_row(
-                Text(f"  {info.name}", style="bold"), Text(info.summary).append(details, style="dim")
-            )
+            name, about = Text(f"  {info.name}", style="bold"), Text(info.summary)
+            table.add_row(name, about.append(_details_of(info), style="dim"))
         console.print(Text(title, style="bold underline"))
         console.print(table, "")
-    print(
-        " ".join((policies.__doc__ or "").split("\n\n")[1].replace("A policy is named", "Name one").split())
-    )
+    print("Name one alone (fcfs), with options (fcfs:max_wait=2), by parts (edf+gdsf+lookahead), or by path")
+    print("(package.module:Class).")
     return 0
 
 
-def _details_of(info: PolicyInfo) -> list[str]:
-    """Return what there is to know of a policy beside its summary."""
+def _details_of(info: PolicyInfo) -> str:
+    """Return what there is to know of a policy beside its summary, each on a line of its own."""
     lab_only = "future:" in info.options
     details = {
         "lab only": "it must know all arrivals beforehand, as in a trace" if lab_only else None,
@@ -68,7 +62,7 @@ def _details_of(info: PolicyInfo) -> list[str]:
         "worst case": info.worst_case,
         "from": info.source,
     }
-    return [f"{name}: {text}" for name, text in details.items() if text]
+    return "".join(f"\n{name}: {text}" for name, text in details.items() if text)
 
 
 def check(policy: str, /, *, runs: Count = 5) -> int:

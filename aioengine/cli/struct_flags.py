@@ -24,7 +24,7 @@ import msgspec
 from cyclopts import Group, Parameter
 from docstring_parser import parse_from_object
 
-from aioengine.cli.help import FOLDED
+from aioengine.cli.help import FOLDED, shown_default
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ def flag_set(
                     continue
                 default = field.default if defaults else None
                 kind = kind | None if default is None else kind
-                text = _default(field.default)
+                text = shown_default(field.default) or False
                 parameter = Parameter(group=group(of, name), help=texts.get(name, ""), show_default=text)
                 annotations[name] = Annotated[kind, parameter]
                 setattr(cls, name, default)
@@ -102,12 +102,6 @@ def given(flags: object, struct: type[msgspec.Struct] | None = None) -> dict[str
     """Return the flags that were given, by name; with ``struct``, those for its fields."""
     names = vars(flags) if struct is None else struct.__struct_fields__
     return {name: value for name in names if (value := vars(flags).get(name)) is not None}
-
-
-def _default(value: Any) -> str | bool:
-    """Return a default as help shows it; False: it does not."""
-    shown = isinstance(value, str | int | float) and not isinstance(value, bool) and value not in ("", "auto")
-    return str(value) if shown else False
 
 
 def _flag_type(hint: Any) -> Any:

@@ -29,7 +29,7 @@ async def test_any_policy_after_any_other(tiny: Tiny, make_engine: MakeEngine) -
                 for i in range(6)
             ]
             await asyncio.sleep(0)
-            engine.change_policy(policy)
+            engine.change_settings(policy=policy)
             assert engine.config.policy == policy
             for i, task in enumerate(running):
                 expected = tiny.expected(prompt_of(i, 5), 8, names[i % 3])
@@ -41,5 +41,5 @@ async def test_one_that_there_is_not_changes_nothing(tiny: Tiny, make_engine: Ma
     async with make_engine(tiny) as engine:
         before = engine.config.policy
         with pytest.raises(PolicyError, match="fcsf"):
-            engine.change_policy("fcsf")
+            engine.change_settings(policy="fcsf")
         assert engine.config.policy == before

@@ -27,26 +27,14 @@ READ_SECONDS = 30.0
 """Files that take longer to read are given up: their disk may hang."""
 
 
-class Reloadable(msgspec.Struct, frozen=True, kw_only=True):
-    """What can change while a server runs, beside its adapters and its certificate: fields of the engine's
-    configuration, and of ``[server]``. (The keys file is read again by itself, whenever it changes.)"""
-
-    max_waiting: int | None
-    max_waiting_per_tenant: int | None
-    max_waiting_tokens: int | None
-    max_waiting_tokens_per_tenant: int | None
-    policy: str | dict[str, Any]
-
-    served_model_name: list[str] | None
-    max_body_bytes: int | None
-    max_choices: int
-    default_max_tokens: int | None
-    open_objects: bool
-    any_whitespace: bool
-    lenient_schemas: bool
-    request_timeout: float | None
-    read_timeout: float
-    stuck_step_seconds: float
+RELOADABLE = (
+    *(*WAITING_BOUNDS, "policy"),
+    *("served_model_name", "max_body_bytes", "max_choices", "default_max_tokens"),
+    *("open_objects", "any_whitespace", "lenient_schemas"),
+    *("request_timeout", "read_timeout", "stuck_step_seconds"),
+)
+"""What can change while a server runs, beside its adapters and its certificate: fields of the engine's
+configuration, and of ``[server]``. (The keys file is read again by itself, whenever it changes.)"""
 
 
 class Reloader:
@@ -103,12 +91,13 @@ class Reloader:
             for name in sorted(moved):
                 await engine.prepare_adapter(name, paths[name])
                 undo.callback(engine.discard_adapter, name)
-            if now.config.policy != engine.config.policy:
-                engine.change_policy(str(now.config.policy))
+            changes = {name: getattr(now.config, name) for name in (*WAITING_BOUNDS, "policy")}
+            engine.change_settings(
+                **{name: value for name, value in changes.items() if value != getattr(engine.config, name)}
+            )
             undo.pop_all()
         # Nothing can fail from here on.
         self._before = now
-        engine.change_limits(**{name: getattr(now.config, name) for name in WAITING_BOUNDS})
         app.change(now.settings)
         for name in moved:
             engine.commit_adapter(name)
@@ -133,7 +122,7 @@ async def _read_in_time(read: Callable[[], T]) -> T:
 
 
 def _reloadable(setting: str) -> bool:
-    return setting.removeprefix("[server] ") in Reloadable.__struct_fields__
+    return setting.removeprefix("[server] ") in RELOADABLE
 
 
 def _differing(one: Checked, other: Checked) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 from cyclopts import Parameter
 
 from aioengine.checks import read_json
@@ -99,28 +100,27 @@ def _comparison(flags: CompareFlags) -> Comparison:
     """Make the comparison from the flags, which override --experiment. Raises ConfigError."""
     from aioengine.lab.runs.comparison import Comparison, read_comparison
 
-    file = flags.experiment
-    before = None
+    file, before = flags.experiment, dict[str, Any]()
     if file is not None and file.suffix != ".toml" and "comparison" in read_json(file):
-        before = read_comparison(file)
+        before = msgspec.structs.asdict(read_comparison(file))
     policies, routers = split_policies(flags.policy or ()), split_policies(filter(None, [flags.router]))
     # The experiment has the first of each.
     asked = {"policy": policies, "router": routers, "slots": flags.slots, "scale": flags.scale}
     own: dict[str, Any] = {name: values[0] if values else None for name, values in asked.items()}
     experiment = make_experiment(file, flags, **own)
-    # Where routers are compared, engines have the same policy unless flags say otherwise.
-    default = ["fcfs", "vllm+lru"] if file is None and not routers else [experiment.policy]
-    seeds = before.seeds if before else [0, 1, 2]
-    if before is None or flags.seeds is not None or flags.seed is not None:
-        seeds = list(range(experiment.seed, experiment.seed + (flags.seeds or len(seeds))))
-    return Comparison(
-        experiment=experiment,
-        policies=[*(policies or (before.policies if before else default))],
-        slots=flags.slots or (before.slots if before else [experiment.slots]),
-        scales=flags.scale or (before.scales if before else [experiment.workload.scale]),
-        seeds=seeds,
-        routers=routers or (before.routers if before else []),
-    )
+    values = before or {
+        # Where routers are compared, engines have the same policy unless flags say otherwise.
+        "policies": ["fcfs", "vllm+lru"] if file is None and not routers else [experiment.policy],
+        "slots": [experiment.slots],
+        "scales": [experiment.workload.scale],
+        "seeds": range(3),
+    }
+    given = {"policies": policies, "slots": flags.slots, "scales": flags.scale, "routers": routers}
+    values |= {name: value for name, value in given.items() if value}
+    if not before or flags.seeds is not None or flags.seed is not None:
+        count = flags.seeds or len(values["seeds"])
+        values["seeds"] = list(range(experiment.seed, experiment.seed + count))
+    return Comparison(**{**values, "experiment": experiment})
 
 
 def split_policies(texts: Iterable[str]) -> list[str]:
