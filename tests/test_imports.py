@@ -254,9 +254,9 @@ def test_every_room_is_installed() -> None:
 
 
 BUDGETS = {
-    "aioengine/*.py": 2_900,  # aim: 2_400
+    "aioengine/*.py": 2_880,  # aim: 2_400
     "aioengine/adapters": 3_600,
-    "aioengine/cli": 3_600,  # aim: 3_200
+    "aioengine/cli": 3_350,  # aim: 3_200
     "aioengine/core": 4_400,
     "aioengine/executors": 1_850,
     "aioengine/fleet": 4_550,  # aim: 4_200
