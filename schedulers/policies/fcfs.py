@@ -101,9 +101,10 @@ class FCFS(SchedulerPolicy):
                     if take:
                         return plan  # what becomes free is for this adapter, however long others wait
                     break
-        if plan.ask_again is not None and any(held.kind == WANTED for held in plan.held):
-            waited = (adapters[name].oldest_arrival or 0.0 for name in cold_by_arrival(view))
-            plan.ask_again = next((t for at in waited if (t := at + self.take_after) > now), inf)
+        waited = (adapters[name].oldest_arrival or 0.0 for name in cold_by_arrival(view))
+        next_take = next((t for at in waited if (t := at + self.take_after) > now), inf)
+        if plan.ask_again is not None and next_take < inf and any(h.kind == WANTED for h in plan.held):
+            plan.ask_again = next_take
         return plan
 
 
@@ -129,19 +130,14 @@ class SlotPlan:
         self.free = 0
         self._free_bytes = view.memory.free if view.memory.elastic else None
         self._left: Mapping[str | None, int] = {}
-        self._wanted, self._ready = list[str](), list[tuple[SlotView, str, AdapterView, float]]()
-        adapters, ready, loading = view.adapters, SlotState.READY, SlotState.LOADING
+        self._wanted = list[str]()
+        adapters, loading = view.adapters, SlotState.LOADING
         for slot in view.slots:
             name = slot.adapter
             if name is None:
                 self.free += 1
-                continue
-            state, adapter = slot.state, adapters[name]
-            oldest = adapter.oldest_arrival
-            if oldest is not None and state is not loading:
+            elif slot.state is not loading and adapters[name].oldest_arrival is not None:
                 self._wanted.append(name)
-            if state is ready and not adapter.pinned:
-                self._ready.append((slot, name, adapter, inf if oldest is None else oldest))
         self.closes = bool(self._wanted) and view.free_seqs > 0
 
     @property
@@ -168,11 +164,15 @@ class SlotPlan:
     @cached_property
     def held(self) -> list[HeldSlot]:
         """The slots that can be given to others, the best first."""
-        placed, settled, found = self._policy.placed, self._view.now - self._policy.stay, list[HeldSlot]()
-        left = self._left = self._view.tokens_left if self.closes else {}
-        for slot, name, adapter, oldest in self._ready:
+        view, placed, found = self._view, self._policy.placed, list[HeldSlot]()
+        left = self._left = view.tokens_left if self.closes else {}
+        for slot in view.slots:
+            name = slot.adapter
+            if name is None or slot.state is not SlotState.READY or (adapter := view.adapters[name]).pinned:
+                continue
+            oldest = inf if adapter.oldest_arrival is None else adapter.oldest_arrival
             if adapter.running:
-                kind = SETTLING if placed.get(name, -inf) > settled else BUSY
+                kind = SETTLING if placed.get(name, -inf) > view.now - self._policy.stay else BUSY
                 value: float = left.get(name, 0)
             else:
                 kind, value = UNWANTED if oldest == inf else WANTED, self._score(slot, adapter)
