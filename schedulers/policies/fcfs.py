@@ -129,6 +129,8 @@ class SlotPlan:
         self.ask_again: float | None = inf
         self.free = 0
         self._free_bytes = view.memory.free if view.memory.elastic else None
+        self._full, self._cpu_bytes = view.cpu_room <= 0, view.cpu_bytes_room
+        self.tight = self._full or self._cpu_bytes is not None  # the CPU cache may lack room
         self._left: Mapping[str | None, int] = {}
         self._wanted = list[str]()
         adapters, loading = view.adapters, SlotState.LOADING
@@ -146,20 +148,9 @@ class SlotPlan:
         leaving = {*self.closed, *self.evict}
         return [None, *(name for name in self._wanted if name not in leaving)]
 
-    @cached_property
-    def full(self) -> bool:
-        """Whether the CPU cache has no room for one more adapter."""
-        return self._view.cpu_room <= 0
-
-    @property
-    def tight(self) -> bool:
-        """Whether it may lack room for one."""
-        return self.full or self._view.cpu_bytes_room is not None
-
     def lack(self, adapter: AdapterView) -> int:
         """Return the bytes that must leave the CPU cache before the adapter can be read; 0 if it has room."""
-        room = self._view.cpu_bytes_room
-        return max(0 if room is None else adapter.bytes - room, int(self.full))
+        return max(0 if self._cpu_bytes is None else adapter.bytes - self._cpu_bytes, int(self._full))
 
     @cached_property
     def held(self) -> list[HeldSlot]:
