@@ -32,14 +32,16 @@ class Process:
 
     def __init__(self) -> None:
         self.interrupted = False
+        self.hung_up = False
+        """Whether SIGHUP has come while a server was starting."""
         self._cancel: Callable[[], object] | None = None
 
     def install(self) -> None:
         """Take over Ctrl-C and the standard streams."""
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored in a shell's background job
             signal.signal(signal.SIGINT, self._on_interrupt)
-        if sys.argv[1:2] == ["serve"]:  # where it means "read the configuration again", which is not read yet
-            signal.signal(signal.SIGHUP, lambda signum, frame: None)
+        if sys.argv[1:2] == ["serve"]:  # where it means "read the configuration again"
+            signal.signal(signal.SIGHUP, self._on_hangup)
         _open_missing_streams()
         # With a buffer whatever PYTHONUNBUFFERED says: what cannot be written stays in it.
         encoding = getattr(sys.stdout, "encoding", "utf-8")
@@ -64,6 +66,9 @@ class Process:
         if failure.errno == errno.EPIPE:  # its reader has gone: nothing is said, as by other tools
             _exit_now(EXIT_BROKEN_PIPE)
         _exit_now(EXIT_FAILED, f"cannot write to standard output: {failure.strerror}")
+
+    def _on_hangup(self, signum: int, frame: FrameType | None) -> None:
+        self.hung_up = True
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         """Cancel the command; exit at once if there is nothing to cancel, or at the second call."""

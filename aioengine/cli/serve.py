@@ -22,7 +22,7 @@ from aioengine.cli.config.sources import LogLevel, ParseAgain
 from aioengine.cli.flags import EngineFlags, RecordFlags
 from aioengine.cli.fleet.started import started_fleet
 from aioengine.cli.loop import run
-from aioengine.cli.process import EXIT_FAILED
+from aioengine.cli.process import EXIT_FAILED, process
 from aioengine.cli.progress import started
 from aioengine.cli.serving.background import BackgroundHandler
 from aioengine.cli.serving.log import configure_logging
@@ -84,6 +84,8 @@ async def _serve(checked: Checked, record: Path | None, log: BackgroundHandler, 
             logger.info("requests are traced, and their spans are sent by OTLP over HTTP")
             after_engine.push_async_callback(end_tracing, traces)
         ending.enter_context(signals.handled(signal.SIGHUP))
+        if process.hung_up:
+            signals.reload.set()
         url = await ending.enter_async_context(listening(entrance, checked.listen))
         opened: contextlib.AbstractAsyncContextManager[AsyncEngine | FleetClient]
         if replicas is None:
