@@ -85,13 +85,11 @@ class PromptTooLong(RequestInvalid):
 
 class EngineOverloaded(AioEngineError):
     """A bound on waiting requests is reached; try again later. ``bound`` is that of the "server" or of the
-    request's "tenant"; "pinned": pinned adapters leave no room for it; None: another. ``waiting`` requests
-    are under it, if that is known."""
+    request's "tenant"; "pinned": pinned adapters leave no room for it; None: another."""
 
-    def __init__(self, message: str, *, bound: Bound | None = None, waiting: int | None = None) -> None:
+    def __init__(self, message: str, *, bound: Bound | None = None) -> None:
         super().__init__(message)
         self.bound = bound
-        self.waiting = waiting
 
 
 class RequestRejected(AioEngineError):

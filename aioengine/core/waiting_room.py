@@ -75,7 +75,7 @@ class WaitingRoom:
         has = self._all.sums[tenant]
         if own is not None and has >= own:
             text = f"{has} requests of tenant {tenant!r} are waiting, and it may have {own}; retry later, or "
-            raise EngineOverloaded(f"{text}raise max_waiting_per_tenant", bound="tenant", waiting=has)
+            raise EngineOverloaded(f"{text}raise max_waiting_per_tenant", bound="tenant")
         bound = self.limits.max_waiting
         if bound is not None and len(self) >= bound:
             named = f"{len(self)} requests are waiting and max_waiting={bound}"
@@ -110,8 +110,7 @@ class WaitingRoom:
             bound = "server" if tenants == 1 else "tenant"
         else:
             return
-        waiting = len(self) if bound == "server" else self._all.sums[tenant]
-        raise EngineOverloaded(f"{named}; retry later, or raise it", bound=bound, waiting=waiting)
+        raise EngineOverloaded(f"{named}; retry later, or raise it", bound=bound)
 
     def _count_tokens(self, newcomer: Reservation, tokens: int, now: float) -> None:
         """Count the newcomer's tokens, and displace what makes the prompts too long, except the newcomer."""
@@ -132,14 +131,13 @@ class WaitingRoom:
         places = self._all
         victim = places.newest_of_largest()
         if victim is None or places.sums[newcomer] + 1 >= places.sums[victim.tenant]:
-            text = f"{named}; retry later, or raise this bound"
-            raise EngineOverloaded(text, bound="server", waiting=len(self))
+            raise EngineOverloaded(f"{named}; retry later, or raise this bound", bound="server")
         return victim
 
     def _displace(self, victim: Reservation, text: str, now: float) -> None:
         victim.leave()
         text += ", and another's took this one's place; retry later"
-        victim.displaced(EngineOverloaded(text, bound="tenant", waiting=self._all.sums[victim.tenant]), now)
+        victim.displaced(EngineOverloaded(text, bound="tenant"), now)
 
     def leave(self, reservation: Reservation) -> None:
         """Give the reservation's place back, if it has one."""

