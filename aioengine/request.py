@@ -61,7 +61,6 @@ class StartedConstraint(TokenConstraint, Protocol):
 Wanted = str | Mapping[str, float] | None
 """Adapter that a request names, or several with weights; None is the base model."""
 
-LATEST = "@latest"  # in place of a version: the current one
 MAX_MIXED = 8  # adapters in one mix
 _Text = Annotated[
     str, Meta(pattern=r"\A[^\ud800-\udfff]+\Z", extra={"is": "text, not empty and without lone surrogates"})
@@ -197,8 +196,6 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if isinstance(self.adapter, Mapping):
             mix = _checked_mix(self.adapter)
             set_(self, "adapter", next(iter(mix)) if [*mix.values()] == [1.0] else mix)
-        elif isinstance(self.adapter, str):
-            set_(self, "adapter", self.adapter.removesuffix(LATEST))
         check_fields(self, RequestInvalid)
 
     @property
@@ -218,11 +215,8 @@ def _checked_mix(weights: Mapping[str, float]) -> dict[str, float]:
     for name, weight in weights.items():
         check_value("adapter", name, _Text, RequestInvalid)
         check_value(f"adapter[{name!r}]", weight, _Bias, RequestInvalid)
-    mix: dict[str, float] = {}
-    for name in sorted(weights, key=lambda name: (name.partition("@")[0], name)):  # as without versions
-        current = name.removesuffix(LATEST)
-        mix[current] = mix.get(current, 0.0) + weights[name]
-    return mix
+    ordered = sorted(weights, key=lambda name: (name.partition("@")[0], name))  # as without versions
+    return {name: float(weights[name]) for name in ordered}
 
 
 class RequestKeywords(TypedDict, total=False):
@@ -246,33 +240,6 @@ class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """The most likely (token id, logprob) pairs, best first; as many as ``logprobs`` asked for."""
-
-
-class Embedding(msgspec.Struct, kw_only=True, frozen=True):
-    """Result of ``embed``: [hidden] or [dimensions] numbers."""
-
-    vector: list[float]
-    prompt_tokens: int
-    adapter: str | None = None
-
-
-class Classification(msgspec.Struct, kw_only=True, frozen=True):
-    """Result of ``classify``: [labels] numbers, and the name of the most likely label. Of one label, the
-    probability is the sigmoid of the logit."""
-
-    logits: list[float]
-    probabilities: list[float]
-    label: str
-    prompt_tokens: int
-    adapter: str | None = None
-
-
-class Scores(msgspec.Struct, kw_only=True, frozen=True):
-    """Result of ``score``: one number for each document, in their order."""
-
-    scores: list[float]
-    prompt_tokens: int
-    adapter: str | None = None
 
 
 def _tuple(value: Any) -> Any:

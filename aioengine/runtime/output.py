@@ -1,10 +1,12 @@
-"""RequestOutput: what comes back of a request, part by part."""
+"""What comes back: a request's output, part by part; vectors, labels and scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import msgspec
 
 from aioengine.request import FinishReason, TokenLogprob
 
@@ -117,3 +119,30 @@ class RequestOutput:
 
 SoFar = Callable[[], RequestOutput | None]
 """Function that returns a request's output so far; None: there is none yet."""
+
+
+class Embedding(msgspec.Struct, kw_only=True, frozen=True):
+    """Result of ``embed``: [hidden] or [dimensions] numbers."""
+
+    vector: list[float]
+    prompt_tokens: int
+    adapter: str | None = None
+
+
+class Classification(msgspec.Struct, kw_only=True, frozen=True):
+    """Result of ``classify``: [labels] numbers, and the name of the most likely label. Of one label, the
+    probability is the sigmoid of the logit."""
+
+    logits: list[float]
+    probabilities: list[float]
+    label: str
+    prompt_tokens: int
+    adapter: str | None = None
+
+
+class Scores(msgspec.Struct, kw_only=True, frozen=True):
+    """Result of ``score``: one number for each document, in their order."""
+
+    scores: list[float]
+    prompt_tokens: int
+    adapter: str | None = None

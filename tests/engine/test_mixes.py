@@ -255,19 +255,18 @@ async def test_mixes_on_two_ranks(
     await nothing_left.check()
 
 
-async def test_a_name_with_latest(tiny: Tiny, make_engine: MakeEngine) -> None:
+async def test_a_name_with_a_version(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
         engine.register_adapter("x", tiny.adapters["rank-3"])
-        for name in ("x@latest", "x@1", {"x@latest": 1.0}):
+        for name in ("x@1", {"x": 1.0}):
             output = await engine.complete(PROMPT, greedy(8), adapter=name)
             assert (output.adapter, output.token_ids) == ("x", tiny.expected(PROMPT, 8, "rank-3"))
         await engine.load_adapter("x", tiny.adapters["qv-only"], replace=True)
-        for name in ("x@latest", "x@2"):
-            output = await engine.complete(PROMPT, greedy(8), adapter=name)
-            assert output.token_ids == tiny.expected(PROMPT, 8, "qv-only")
-        half = await engine.complete(PROMPT, greedy(8), adapter={"x": 0.25, "x@latest": 0.25})
+        output = await engine.complete(PROMPT, greedy(8), adapter="x@2")
+        assert output.token_ids == tiny.expected(PROMPT, 8, "qv-only")
+        half = await engine.complete(PROMPT, greedy(8), adapter={"x": 0.25, "x@2": 0.25})
         assert half.token_ids == expected(tiny, {"qv-only": 0.5}, 8)
-        for gone in ("x@1", "x@3", "y@1", "y@latest", "x@"):
+        for gone in ("x@1", "x@3", "y@1", "x@"):
             with pytest.raises(AdapterNotFound):
                 await engine.complete(PROMPT, greedy(1), adapter=gone)
 

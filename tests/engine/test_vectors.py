@@ -169,7 +169,7 @@ async def test_scaled(tiny: Tiny, make_engine: MakeEngine, heads: dict[int, Trai
             options = {"num_labels": labels, "pad_token_id": 2}
             scaled = Trained(head.folder, scaled_model(tiny.model, {head.folder: 0.5}, auto, **options))
             close((await engine.classify(PROMPTS[2], {name: 0.5})).logits, scaled.logits(PROMPTS[2]))
-        [score] = (await engine.score(PROMPTS[1], [PROMPTS[0]], {"h1@latest": 1.0})).scores
+        [score] = (await engine.score(PROMPTS[1], [PROMPTS[0]], {"h1": 1.0})).scores
         assert score == pytest.approx((await engine.score(PROMPTS[1], [PROMPTS[0]], "h1")).scores[0])
         with pytest.raises(AdapterInvalid, match="a classification head"):
             await engine.classify(PROMPTS[0], {"h1": 0.5, "h3": 0.5})

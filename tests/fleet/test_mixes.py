@@ -58,7 +58,7 @@ async def test_mixes_and_scales(fleet: FleetHere, tiny_text: Tiny, adapters: Pat
     held = [{info.name for info in replica.engine.resident()} for replica in fleet.replicas.values()]
     assert not {name for name in held[0] & held[1] if "*" in name}, "each was asked for where it is"
     assert {info.name for info in fleet.client.adapters()} == {"a", "b"}
-    assert await complete(fleet, {"b@latest": 1.0}) == of_peft(tiny_text, adapters, {"b": 1.0})
+    assert await complete(fleet, {"b": 1.0}) == of_peft(tiny_text, adapters, {"b": 1.0})
     assert await complete(fleet, {"a": 0.5, "b@1": 0.25}) == of_peft(
         tiny_text, adapters, {"a": 0.5, "b": 0.25}
     )
@@ -73,7 +73,7 @@ async def test_versions(fleet: FleetHere, tiny_text: Tiny, adapters: Path) -> No
     """A replaced version lives where requests still wait for it, and only there."""
     of_a, of_b = (of_peft(tiny_text, adapters, {name: 1.0}) for name in "ab")
     client = fleet.client
-    for name in ("a", "a@1", "a@latest"):
+    for name in ("a", "a@1"):
         assert await complete(fleet, name) == of_a
     old = (await client.load_adapter("x", str(adapters / "a"))).digest
     runs = [asyncio.create_task(client.complete(PROMPT, greedy(50), adapter="x@1")) for _ in range(60)]

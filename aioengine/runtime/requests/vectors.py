@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
-from aioengine import request as requests
 from aioengine.checks import check_value
 from aioengine.errors import RequestInvalid
-from aioengine.runtime.output import RequestOutput
+from aioengine.request import PoolingKind, Prompt, RequestOptions, SamplingParams, Wanted
+from aioengine.runtime.output import Classification, Embedding, RequestOutput, Scores
 from aioengine.runtime.text_work import SHORT
 from aioengine.tasks import together
 
@@ -24,12 +24,12 @@ MAX_DOCUMENTS = 1024
 """Maximum documents of one call of ``score``."""
 
 
-def pooling_params(pooling: requests.PoolingKind | None) -> requests.SamplingParams:
+def pooling_params(pooling: PoolingKind | None) -> SamplingParams:
     """Return the parameters of a request for a vector. Raises RequestInvalid."""
-    return requests.SamplingParams(max_tokens=0, pooling="auto" if pooling is None else pooling)
+    return SamplingParams(max_tokens=0, pooling="auto" if pooling is None else pooling)
 
 
-def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | None) -> requests.Embedding:
+def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | None) -> Embedding:
     """Cut the vector to its first ``dimensions``, as models that are trained for it allow
     (arXiv:2205.13147), and bring it to length 1. Raises RequestInvalid if it has not as many."""
     vector = output.pooled or []
@@ -40,16 +40,16 @@ def embedding_of(output: RequestOutput, *, normalize: bool, dimensions: int | No
     if normalize:
         norm = _norm(vector)
         vector = [number / norm for number in vector]
-    return requests.Embedding(vector=vector, prompt_tokens=output.prompt_tokens, adapter=output.adapter)
+    return Embedding(vector=vector, prompt_tokens=output.prompt_tokens, adapter=output.adapter)
 
 
-def classification_of(output: RequestOutput, names: Sequence[str]) -> requests.Classification:
+def classification_of(output: RequestOutput, names: Sequence[str]) -> Classification:
     """Turn logits into a classification. ``names`` are the labels'; if they are not as many, it is
     transformers' own "LABEL_0", ..."""
     logits = output.pooled or []
     probabilities = probabilities_of(logits)
     best = max(range(len(logits)), key=logits.__getitem__)
-    return requests.Classification(
+    return Classification(
         logits=logits,
         probabilities=probabilities,
         label=names[best] if len(names) == len(logits) else f"LABEL_{best}",
@@ -67,9 +67,13 @@ def probabilities_of(logits: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def cosines(vectors: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]]) -> list[float]:
-    """Return the cosine of each pair of vectors, which are given by their indices. There may be thousands, so
-    nothing is done number by number in Python; and torch may not be in this process. Blocking."""
+def scores_of(outputs: Sequence[RequestOutput], labels: int, pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """Score pairs of texts. With a head of one label each output is that of a pair; without, ``pairs`` has
+    indices of outputs, whose vectors are compared. There may be thousands, so nothing is done number by
+    number in Python; and torch may not be in this process. Blocking."""
+    if labels:
+        return [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
+    vectors = [output.pooled or [] for output in outputs]
     norms = [_norm(vector) for vector in vectors]
     return [
         sum(map(mul, vectors[first], vectors[second])) / (norms[first] * norms[second])
@@ -86,10 +90,10 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def scaled_adapter(wanted: requests.Wanted) -> str | None:
+def scaled_adapter(wanted: Wanted) -> str | None:
     """Return the only adapter that is asked for; None for the base model and for a mix of several, which has
     no head."""
-    names = requests.RequestOptions(adapter=wanted).named
+    names = RequestOptions(adapter=wanted).named
     return names[0] if len(names) == 1 else None
 
 
@@ -112,10 +116,10 @@ async def score(
     engine: EngineClient,
     query: str | list[int],
     documents: Sequence[str | list[int]],
-    adapter: requests.Wanted,
+    adapter: Wanted,
     tenant: str | None,
     **keywords: Any,
-) -> requests.Scores:
+) -> Scores:
     """Score documents against a query; see ``AsyncEngine.score``. With a head of one label, the head scores
     each pair (a cross-encoder). What takes long is done in the threads of the engine's ``text_work``."""
     _check_documents(query, documents)
@@ -126,25 +130,23 @@ async def score(
             "classify"
         )
 
-    def complete(prompt: requests.Prompt, pooling: requests.PoolingKind | None) -> Awaitable[RequestOutput]:
+    def complete(prompt: Prompt, pooling: PoolingKind | None) -> Awaitable[RequestOutput]:
         return engine.complete(prompt, pooling_params(pooling), adapter=adapter, tenant=tenant, **keywords)
 
-    if labels == 1:
+    if labels:
         pair = partial(_pair_tokens, engine, query)
         prompts = [
             await engine.text_work.run(len(query) + len(document), partial(pair, document), tenant)
             for document in documents
         ]
         outputs = await together([complete(prompt, "classify") for prompt in prompts])
-        scores = [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
     else:
         outputs = await together([complete(text, None) for text in (query, *documents)])
-        vectors = [output.pooled or [] for output in outputs]
-        pairs = [(0, index) for index in range(1, len(outputs))]
-        size = SHORT + sum(map(len, vectors))
-        scores = await engine.text_work.run(size, lambda: cosines(vectors, pairs), tenant)
+    pairs = [(0, index) for index in range(1, len(outputs))]
+    size = SHORT + sum(len(output.pooled or ()) for output in outputs)
+    scores = await engine.text_work.run(size, lambda: scores_of(outputs, labels, pairs), tenant)
     tokens = sum(output.prompt_tokens for output in outputs)
-    return requests.Scores(scores=scores, prompt_tokens=tokens, adapter=outputs[0].adapter)
+    return Scores(scores=scores, prompt_tokens=tokens, adapter=outputs[0].adapter)
 
 
 def _pair_tokens(engine: EngineClient, query: str | list[int], document: str | list[int]) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from aioengine.errors import RequestInvalid
 from aioengine.grammars.budget import SchemaBudget
 from aioengine.grammars.schemas import PreparedSchema, SchemaOptions, arguments_schema, prepare_schema
-from aioengine.guided import Guide
+from aioengine.guided import SCHEMA_SIZE, Guide
 from aioengine.request import TokenConstraint
 from aioengine.server.errors import invalid, needed
 from aioengine.server.formats.calls import AnswerFormats, CallText
@@ -43,7 +43,7 @@ class Form(NamedTuple):
         """Build constraints for so many choices, one after the other. Also returns the requirements that are
         not enforced. Raises an ApiError that names the field."""
         try:
-            wanted, not_enforced = await guide.in_thread(self.write, tenant)
+            wanted, not_enforced = await guide.text_work.run(SCHEMA_SIZE, self.write, tenant)
             return [await self.compile(guide, wanted, tenant=tenant) for _ in range(count)], not_enforced
         except RequestInvalid as error:
             raise invalid(self.param, str(error)) from error

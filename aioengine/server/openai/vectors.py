@@ -14,13 +14,7 @@ from msgspec import Meta
 
 from aioengine.request import PoolingKind
 from aioengine.runtime.output import RequestOutput
-from aioengine.runtime.requests.vectors import (
-    classification_of,
-    cosines,
-    embedding_of,
-    pooling_params,
-    sigmoid,
-)
+from aioengine.runtime.requests.vectors import classification_of, embedding_of, pooling_params, scores_of
 from aioengine.server.answer import Answer
 from aioengine.server.context import Call
 from aioengine.server.errors import invalid
@@ -165,23 +159,17 @@ async def rerank(call: Call, data: RerankRequest) -> Annotated[Answer, Ranked]:
         text = f"its head has {labels} labels, but a rank needs a head of one label, or none; use /classify"
         raise invalid("model", text)
     kind: PoolingKind = "classify" if labels else "auto"
+    places: list[tuple[int, int]] = []
     if labels:
         prompts = await encode_pairs(call, [(query, text) for text in texts])
-
-        def scores_of(outputs: Sequence[RequestOutput]) -> list[float]:
-            return [sigmoid((output.pooled or [0.0])[0]) for output in outputs]
-
     else:
         unique = list(dict.fromkeys((query, *texts)))  # each is computed once
         prompts = await encode(call, unique, special=data.add_special_tokens is not False, field="documents")
         place = {text: index for index, text in enumerate(unique)}
         places = [(0, place[text]) for text in texts]
 
-        def scores_of(outputs: Sequence[RequestOutput]) -> list[float]:
-            return cosines([output.pooled or [] for output in outputs], places)
-
     def ranked(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        scores = scores_of(outputs)
+        scores = scores_of(outputs, labels, places)
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[:top_n]
         documents = [None if shown is None else Document(text=shown[index]) for index in best]
         results = [
