@@ -13,36 +13,26 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import msgspec
 
 from aioengine import __version__
+from aioengine.adapters.peft.held import HeldAdapters
 from aioengine.adapters.read_threads import SharedRead
 from aioengine.adapters.resolvers.base import AdapterResolver
 from aioengine.config import WAITING_BOUNDS, EngineConfig
 from aioengine.core import Core
 from aioengine.errors import ConfigError, EngineDead, EngineStopped
 from aioengine.events import Event
+from aioengine.executors.warm_up import warm_up
 from aioengine.info import EngineInfo, EngineState, EngineStats, LoadProgress
 from aioengine.model.pooling import read_label_names
-from aioengine.request import (
-    Classification,
-    Embedding,
-    PoolingKind,
-    Prompt,
-    RequestKeywords,
-    SamplingParams,
-    Scores,
-    Wanted,
-)
+from aioengine.request import PoolingKind, Prompt, RequestKeywords, SamplingParams, Wanted
 from aioengine.runtime import assemble
-from aioengine.runtime.adapters import AdapterOps
-from aioengine.runtime.held import HeldAdapters
 from aioengine.runtime.loop import EngineLoop
-from aioengine.runtime.output import RequestOutput, SoFar
+from aioengine.runtime.output import Classification, Embedding, RequestOutput, Scores, SoFar
 from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.mixes import Mixes
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters
 from aioengine.runtime.submit import RequestOps
 from aioengine.runtime.text_work import TextWork
-from aioengine.runtime.warm_up import warm_up
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.tasks import run_to_completion
 
@@ -52,7 +42,7 @@ if TYPE_CHECKING:
     from aioengine.metrics import EngineMetrics
 
 
-class AsyncEngine(AdapterOps, RequestOps):
+class AsyncEngine(RequestOps):
     """One base model with many adapters, on one event loop.
 
     >>> async with AsyncEngine(EngineConfig(model="smollm2-135m")) as engine:
@@ -134,11 +124,10 @@ class AsyncEngine(AdapterOps, RequestOps):
             raise EngineStopped("the engine was stopped while it was starting")
         from aioengine.metrics import EngineMetrics  # prometheus_client is slow to import
 
-        self._work = work
         self._built: assemble.Built = built
         self.plan, self.tokenizer = built.plan, built.tokenizer
         self.model_spec, self.model_path = built.spec, built.model_path
-        self.info = assemble.engine_info(__version__, built)
+        self.info = assemble.engine_info(__version__, self.config, built)
         timer = asyncio.get_running_loop().time if built.virtual else time.perf_counter
         self._core = Core(
             assemble.core_limits(self.config, built),
@@ -200,9 +189,8 @@ class AsyncEngine(AdapterOps, RequestOps):
             await close()
         await self._built.device.close()
         await self.text_work.close()  # or else the next line would hold up the loop
-        self._work.shutdown(wait=True)
         self._held.close()
-        del self._built, self._work
+        del self._built
         self._state = "stopped"
 
     async def drain(self) -> None:
@@ -378,14 +366,3 @@ class AsyncEngine(AdapterOps, RequestOps):
     def check_invariants(self) -> None:
         """Assert the core's invariants; for tests and debugging."""
         self._core.check()
-
-    def _check_running(self) -> None:
-        if self._loop.dead is not None:
-            raise self._loop.dead
-        if self._state != "running":
-            raise EngineStopped(f"the engine accepts no new requests: it is {self._state}")
-
-    def _check_lora(self) -> None:
-        self._check_running()
-        if self.config.lora is None:
-            raise ConfigError("lora=None: this engine was configured without adapters")

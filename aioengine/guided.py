@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from aioengine.errors import ConfigError, RequestInvalid
 from aioengine.grammars.limits import GrammarLimits
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from aioengine.runtime.client import EngineClient
 
 logger = logging.getLogger("aioengine.guided")
-
-T = TypeVar("T")
 
 SCHEMA_SIZE = 2**15
 """Reading a schema counts as a text of so many characters."""
@@ -49,11 +47,7 @@ class Guide:
             raise ConfigError(f"guided decoding needs a tokenizer, and {engine.config.model} has none")
         self._from = llguidance.LLMatcher
         self._grammars = engine.grammars(limits)
-        self._text_work = engine.text_work
-
-    async def in_thread(self, work: Callable[[], T], tenant: str | None = None) -> T:
-        """Run ``work()``, which makes a grammar's text, in a thread for texts, where tenants take turns."""
-        return await self._text_work.run(SCHEMA_SIZE, work, tenant)
+        self.text_work = engine.text_work
 
     async def json_schema(
         self,
@@ -65,7 +59,7 @@ class Guide:
         """Constrain the output to JSON that conforms to ``schema``, by default compact and without undeclared
         properties."""
         chosen = options or SchemaOptions()
-        prepared = await self.in_thread(lambda: prepare_schema(schema, chosen), tenant)
+        prepared = await self.text_work.run(SCHEMA_SIZE, lambda: prepare_schema(schema, chosen), tenant)
         if prepared.not_enforced:
             logger.warning("a JSON schema's %s: not enforced", ", ".join(prepared.not_enforced))
         return await self.prepared_schema(prepared, tenant=tenant)

@@ -23,7 +23,7 @@ from aioengine.model.parallel.group import Shard
 from aioengine.model.parallel.partition import Partition
 from aioengine.model.slots.cpu_bound import cpu_bound
 from aioengine.model.slots.layout import Elements, SlotLayout
-from aioengine.model.spec import DTYPE_BYTES, ModelSpec, Quantization
+from aioengine.model.spec import DTYPE_BYTES, ModelSpec
 
 MAX_AUTO_MODEL_LEN = 8192
 MAX_AUTO_KV_ON_CPU = 4 * 2**30
@@ -54,7 +54,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     lora_dtype: str
-    quantization: Quantization = "none"
     max_model_len: int
     num_blocks: int
     block_size: int
@@ -65,7 +64,6 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """A slot for the largest rank in all targeted modules."""
     slot_memory: int | None = None
     """Bytes that the slots share; None: slots of one size."""
-    cpu_capacity: int = 0
     cpu_max_bytes: int | None = None
     """The CPU cache's bound in bytes, if it has one: a rank's part."""
     available_bytes: int
@@ -144,7 +142,6 @@ def plan_memory(
         device=device,
         dtype=dtype,
         lora_dtype=dtype,
-        quantization=config.quantization,
         max_model_len=max_model_len,
         num_blocks=0,
         block_size=config.block_size,
@@ -209,7 +206,6 @@ def _with_slots(plan: MemoryPlan, spec: ModelSpec, lora: LoRAConfig, shard: Shar
         num_slots=slots,
         slot_bytes=slot_bytes,
         slot_memory=lora.slot_memory if isinstance(lora.slot_memory, int) else None,
-        cpu_capacity=lora.cpu_capacity,
         cpu_max_bytes=bound,
         parts=(*plan.parts, *parts),
     )

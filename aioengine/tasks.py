@@ -14,9 +14,9 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
-async def run_to_completion(work: Awaitable[T], *, unless: Callable[[], bool] = lambda: False) -> T:
+async def run_to_completion(work: Awaitable[T]) -> T:
     """Run ``work``, which would leave threads or processes behind, to completion despite cancellation; raise
-    that then, and drop the result. If ``unless()`` is true at a cancellation, ``work`` is cancelled, too."""
+    that then, and drop the result."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -24,8 +24,6 @@ async def run_to_completion(work: Awaitable[T], *, unless: Callable[[], bool] = 
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
             cancelled = error
-            if unless():
-                task.cancel()
     if cancelled is not None:
         await end_tasks([task])
         raise cancelled

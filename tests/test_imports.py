@@ -254,16 +254,16 @@ def test_every_room_is_installed() -> None:
 
 
 BUDGETS = {
-    "aioengine/*.py": 2_880,  # aim: 2_400
-    "aioengine/adapters": 3_600,
+    "aioengine/*.py": 2_790,  # aim: 2_400
+    "aioengine/adapters": 3_640,
     "aioengine/cli": 3_350,  # aim: 3_200
     "aioengine/core": 4_400,
-    "aioengine/executors": 1_850,
+    "aioengine/executors": 1_880,
     "aioengine/fleet": 4_550,  # aim: 4_200
     "aioengine/grammars": 1_600,  # aim: 1_100
     "aioengine/lab": 7_650,  # aim: 7_500
     "aioengine/model": 10_000,  # aim: 9_000
-    "aioengine/runtime": 2_750,  # aim: 2_700
+    "aioengine/runtime": 2_590,
     "aioengine/server": 6_400,  # aim: 6_300
     "benchmarks": 3_600,
     "examples, docs, setup": 1_100,
@@ -277,7 +277,7 @@ than its aim, the number is what it has: it only falls. Raising one takes a comm
 elsewhere."""
 HEART = ("*.py", "adapters", "core", "executors", "runtime")
 """The rooms of the package that are the engine; with the schedulers they may have this many together:"""
-HEART_BUDGET = 19_900
+HEART_BUDGET = 19_750
 
 
 def room_of(path: str) -> str:

@@ -154,7 +154,7 @@ def _log_engine(engine: AsyncEngine) -> None:
         "tensor_parallel_size": config.tensor_parallel_size,
         "policy": config.policy if isinstance(config.policy, str) else type(config.policy).__name__,
         "slots": plan.num_slots,
-        "cpu_adapters": plan.cpu_capacity,
+        "cpu_adapters": 0 if config.lora is None else config.lora.cpu_capacity,
         "kv_tokens": plan.num_blocks * plan.block_size,
         "kv_memory": format_bytes(plan.num_blocks * plan.block_bytes),
         "max_num_seqs": config.max_num_seqs,

@@ -108,8 +108,6 @@ class AdapterEntry(Version):
     """Whom it was made for; None: for everybody."""
     scalable: bool = True
     """Whether a step can multiply what it adds by a number."""
-    held: bool = False
-    """Whether it is published only on demand, and not when it has been read."""
     slot: int | None = None
     """The slot that holds it or is being written with it."""
     rank: int = 0
@@ -133,8 +131,6 @@ class AdapterEntry(Version):
     last_used: float = 0.0
     wanted_since: float | None = None
     """Set while a caller, and not a waiting request, asks for a load."""
-    pin_when_read: bool = False
-    """Whether that load asked for a pin as well."""
     error: Exception | None = None
     """Error of its last read or copy; None after a success, or after another request for a load. While it is
     set, the adapter is read only on demand, never prefetched."""

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aioengine.adapters.peft.held import HeldAdapter, hold_files, hold_tensors
+from aioengine.adapters.peft.held import HeldAdapter, HeldAdapters, hold_files, hold_tensors, state_of
 from aioengine.adapters.resolvers.sources import check_same_path, checked_path
+from aioengine.config import EngineConfig
 from aioengine.core import Core
 from aioengine.core.adapters.name import AdapterName, NameTable
 from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry
-from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, frameless
-from aioengine.info import AdapterInfo, is_mix
+from aioengine.errors import (
+    AdapterInvalid,
+    AdapterLoadError,
+    AdapterNotFound,
+    ConfigError,
+    EngineStopped,
+    frameless,
+)
+from aioengine.info import AdapterInfo, EngineState, is_mix
 from aioengine.model.files.sources import is_source
-from aioengine.runtime.held import HeldAdapters, state_of
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.mixes import Mixes, held_of, parts_of
@@ -33,9 +39,11 @@ if TYPE_CHECKING:
     from aioengine.step import BytesLike
 
 
-class AdapterOps(ABC):
+class AdapterOps:
     """An engine's operations on adapters; those that wait can be cancelled at any point."""
 
+    config: EngineConfig
+    _state: EngineState
     _core: Core
     _loop: EngineLoop
     _mixes: Mixes
@@ -46,9 +54,18 @@ class AdapterOps(ABC):
     def _table(self) -> NameTable:
         return self._core.residency.names
 
-    @abstractmethod
+    def _check_running(self) -> None:
+        """Raise an error if the engine accepts no requests."""
+        if self._loop.dead is not None:
+            raise self._loop.dead
+        if self._state != "running":
+            raise EngineStopped(f"the engine accepts no new requests: it is {self._state}")
+
     def _check_lora(self) -> None:
-        """Raise an error if the engine does not run, or has no adapters."""
+        """Raise an error if the engine accepts no requests, or has no adapters."""
+        self._check_running()
+        if self.config.lora is None:
+            raise ConfigError("lora=None: this engine was configured without adapters")
 
     # Registering and loading
 
@@ -160,7 +177,13 @@ class AdapterOps(ABC):
                     entry = await self._names.acquire(name)
                 else:
                     entry = await self._new_version(known, source)
-                await self._read(entry, known, pin=pin)
+                await self._read(entry, known)
+                if entry.life is Life.NEW:
+                    known.replace(entry, self._loop.now())
+                if pin:
+                    known.pin(self._loop.now())
+                    known.load(self._loop.now())  # it may have left the cache again
+                self._loop.wake()
             if pin:
                 await self._loop.until(lambda: self._is_in_slot(name), name)
         return self._info(name)
@@ -199,12 +222,11 @@ class AdapterOps(ABC):
         where = await self._names.lookups.locate(known.label, source)
         return known.declare(where, source=source)
 
-    async def _read(self, entry: AdapterEntry, known: AdapterName, *, pin: bool) -> None:
-        """Have a version read, and published unless it is held. If that fails, a new one goes."""
+    async def _read(self, entry: AdapterEntry, known: AdapterName) -> None:
+        """Have a version read. If that fails, a new one goes."""
         try:
-            await self._names.read(entry, now=True, pin=pin)
+            await self._names.read(entry, now=True)
         except BaseException:
-            entry.pin_when_read = False  # others may still want it, but without a pin
             if known.current is not entry and not entry.retired:
                 known.retire(entry, self._loop.now())
                 self._loop.wake()
@@ -234,9 +256,8 @@ class AdapterOps(ABC):
         async with self._loading(name) as known:
             self.discard_adapter(name)
             entry = await self._new_version(known, source)
-            entry.held = True
             if read:
-                await self._read(entry, known, pin=False)
+                await self._read(entry, known)
             known.prepared = entry
             self._table.keep(known)
         return entry.info

@@ -126,11 +126,11 @@ def choose_policy(config: EngineConfig, policy: SchedulerPolicy | None) -> Sched
     return policy
 
 
-def engine_info(version_: str, built: Built) -> EngineInfo:
+def engine_info(version_: str, config: EngineConfig, built: Built) -> EngineInfo:
     """Describe what runs here, and log it."""
     from importlib.metadata import version  # slow to import
 
-    plan, variance = built.plan, built.device.variance
+    variance = built.device.variance
     invariance = "on" if variance is None else f"off ({variance})"
     logger.info("kernels: %s; batch invariance: %s", built.device.kernels or "none", invariance)
     return EngineInfo(
@@ -139,7 +139,7 @@ def engine_info(version_: str, built: Built) -> EngineInfo:
         python=platform.python_version(),
         torch=version("torch"),
         model_impl=built.spec.impl,
-        quantization=plan.quantization,
+        quantization=config.quantization,
         batch_invariant=variance is None,
     )
 
@@ -151,7 +151,7 @@ def core_limits(config: EngineConfig, parts: Built) -> CoreLimits:
         max_step_seconds = CPU_STEP_SECONDS
     return CoreLimits(
         num_slots=plan.num_slots,
-        cpu_capacity=plan.cpu_capacity,
+        cpu_capacity=0 if lora is None else lora.cpu_capacity,
         max_loads=1 if lora is None else lora.max_concurrent_loads,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,

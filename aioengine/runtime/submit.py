@@ -4,52 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from aioengine.core import Core
 from aioengine.core.step_results import finish_reason
 from aioengine.core.waiting_room import Reservation
 from aioengine.errors import DeadlineExceeded, EngineOverloaded, PromptTooLong, RequestInvalid
 from aioengine.memory_plan import MemoryPlan
 from aioengine.model.spec import ModelSpec
 from aioengine.request import Prompt, RequestKeywords, RequestOptions, SamplingParams
-from aioengine.runtime.loop import EngineLoop
+from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.output_stream import OutputStream
 from aioengine.runtime.requests.continuation import Replayed
-from aioengine.runtime.sources.mixes import Mixes
-from aioengine.runtime.sources.names import AdapterNames
-from aioengine.runtime.text_work import TextWork, tokenize
+from aioengine.runtime.text_work import TextWork, check_vocabulary, token_ids, tokenize
 
 if TYPE_CHECKING:
     from aioengine.model.text.tokenizer import Tokenizer
 
 
-class RequestOps(ABC):
-    """An engine's acceptance of requests."""
+class RequestOps(AdapterOps):
+    """Adds an engine's acceptance of requests."""
 
-    _core: Core
-    _loop: EngineLoop
-    _mixes: Mixes
-    _names: AdapterNames
     _numbers: Iterator[int]
     """For the names of requests that have none."""
     model_spec: ModelSpec
     plan: MemoryPlan
     text_work: TextWork
     tokenizer: Tokenizer | None
-
-    @abstractmethod
-    def _check_running(self) -> None:
-        """Raise an error if the engine accepts no requests."""
-
-    @cached_property
-    def _token_type(self) -> type[list[int]]:
-        return list[Annotated[int, msgspec.Meta(ge=0, lt=self.model_spec.vocab_size)]]
 
     async def _submit(
         self, prompt: Prompt, params: SamplingParams | None, keywords: RequestKeywords
@@ -71,7 +55,9 @@ class RequestOps(ABC):
         named, entry = (None, None) if adapter is None else self._names.check_wanted(options)
         self._check_params(params)
         # A request that can never run must get this error, and not "try again later".
-        tokens = self._token_ids(prompt, params)
+        tokens = token_ids(prompt, vocab=self.model_spec.vocab_size, limit=self.plan.max_model_len)
+        if tokens is not None:
+            self._check_length(tokens, params)
         size = None if tokens is None else len(tokens)
         try:
             reservation = self._core.reserve(options.tenant, named, arrival, size)
@@ -97,7 +83,7 @@ class RequestOps(ABC):
                         limit=self.plan.max_model_len, tokenizer=self.tokenizer, work=self.text_work,
                     )  # fmt: skip
                     self._check_length(tokens, params)
-                    self._check_vocabulary("prompt", (min(tokens), max(tokens)))
+                    check_vocabulary("prompt", (min(tokens), max(tokens)), self.model_spec.vocab_size)
                     self._core.weigh(reservation, len(tokens), loop.time())
                     self._loop.publish()
                 self._check_output(output, len(tokens), params)
@@ -106,8 +92,6 @@ class RequestOps(ABC):
                 if adapter is not None and not at_once:  # what was found may have been replaced
                     entry, scale = await self._mixes.acquire(adapter, reservation.tenant, loop.time())
             self._check_running()  # it may have changed while a text was tokenized or an adapter resolved
-            if entry is not None:
-                self._names.check_lives(entry)
             if request_id in self._core.requests:
                 raise RequestInvalid(f"request_id={request_id!r} is in use by a request that has not ended")
         except BaseException:
@@ -135,21 +119,6 @@ class RequestOps(ABC):
 
     # Checks
 
-    def _token_ids(self, prompt: object, params: SamplingParams) -> list[int] | None:
-        """Copy and check a prompt of token ids; None for a text or chat messages."""
-        if not isinstance(prompt, list):
-            return None
-        if len(prompt) > self.plan.max_model_len and type(prompt[0]) is int:
-            raise PromptTooLong(len(prompt), self.plan.max_model_len)  # before they are looked at one by one
-        try:
-            tokens = msgspec.convert(prompt, self._token_type)  # one pass, in a fifth of the time of several
-        except msgspec.ValidationError:
-            if set(map(type, prompt)) <= {int}:
-                self._check_vocabulary("prompt", prompt)
-            return None
-        self._check_length(tokens, params)
-        return tokens
-
     def _check_length(self, tokens: list[int], params: SamplingParams) -> None:
         if not tokens:
             raise RequestInvalid("the prompt is empty: it must have at least one token")
@@ -158,8 +127,8 @@ class RequestOps(ABC):
 
     def _check_params(self, params: SamplingParams) -> None:
         """Check the parameters that depend on the model."""
-        self._check_vocabulary("logit_bias:", params.logit_bias)
-        self._check_vocabulary("stop_token_ids:", params.stop_token_ids)
+        check_vocabulary("logit_bias:", params.logit_bias, self.model_spec.vocab_size)
+        check_vocabulary("stop_token_ids:", params.stop_token_ids, self.model_spec.vocab_size)
         if params.stop and self.tokenizer is None:
             raise RequestInvalid(f"stop={params.stop!r}: needs a tokenizer, and the model has none")
 
@@ -171,13 +140,7 @@ class RequestOps(ABC):
             raise RequestInvalid(
                 f"output: its {made} tokens and the prompt's {prompt_len} are more than max_model_len={limit}"
             )
-        self._check_vocabulary("output:", output)
-
-    def _check_vocabulary(self, what: str, tokens: Collection[int]) -> None:
-        size = self.model_spec.vocab_size
-        for token in tokens:
-            if not 0 <= token < size:
-                raise RequestInvalid(f"{what} token {token} is outside the vocabulary 0..{size - 1}")
+        check_vocabulary("output:", output, self.model_spec.vocab_size)
 
 
 @contextlib.asynccontextmanager

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sized
+import functools
+from collections.abc import Callable, Collection, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from heapq import heappop, heappush
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
-from aioengine.errors import EngineStopped, RequestInvalid
+import msgspec
+from msgspec import Meta
+
+from aioengine.errors import EngineStopped, PromptTooLong, RequestInvalid
 from aioengine.request import Prompt
 
 if TYPE_CHECKING:
@@ -140,6 +144,33 @@ class TextWork:
         self._begin()
 
 
+def token_ids(prompt: object, *, vocab: int, limit: int) -> list[int] | None:
+    """Return a copy of a prompt that is token ids; None for another one. Raises RequestInvalid for an id that
+    is not below ``vocab``; PromptTooLong beyond ``limit`` ids."""
+    if not isinstance(prompt, list):
+        return None
+    if len(prompt) > limit and type(prompt[0]) is int:
+        raise PromptTooLong(len(prompt), limit)  # before they are looked at one by one
+    try:
+        return msgspec.convert(prompt, _ids_below(vocab))  # one pass, in a fifth of the time of several
+    except msgspec.ValidationError:
+        if set(map(type, prompt)) <= {int}:
+            check_vocabulary("prompt", prompt, vocab)
+        return None
+
+
+@functools.cache
+def _ids_below(vocab: int) -> type[list[int]]:
+    return list[Annotated[int, Meta(ge=0, lt=vocab)]]
+
+
+def check_vocabulary(what: str, tokens: Iterable[int], vocab: int) -> None:
+    """Raise RequestInvalid for the first token that the model does not know."""
+    for token in tokens:
+        if not 0 <= token < vocab:
+            raise RequestInvalid(f"{what} token {token} is outside the vocabulary 0..{vocab - 1}")
+
+
 async def tokenize(
     prompt: Prompt, owner: str | None, *, limit: int, tokenizer: Tokenizer | None, work: TextWork
 ) -> list[int]:
@@ -156,25 +187,6 @@ async def tokenize(
         size, encode = len(prompt), partial(tokenizer.encode, prompt, limit=limit)
     else:
         messages: Any = prompt
-        size = SHORT + _size_of_chat(messages, limit)  # never on the loop: a template may take any time
+        size = SHORT + size_of_json(messages)  # never on the loop: a template may take any time
         encode = lambda: tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)  # noqa: E731
     return await work.run(size, encode, owner)
-
-
-def _size_of_chat(messages: list[Any], limit: int) -> int:
-    """Return the size of a chat, arguments of calls included.
-
-    Raises RequestInvalid if there are more messages, or parts of a message, than a prompt can have tokens,
-    because a template's work grows with their number.
-    """
-    for message in messages[: limit + 1]:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and len(content) > limit:
-            raise RequestInvalid(
-                f"a message has {len(content)} parts, and at most {limit} are allowed: join them"
-            )
-    if len(messages) > limit:
-        raise RequestInvalid(
-            f"{len(messages)} messages: at most {limit} are allowed, as many as a prompt may have tokens"
-        )
-    return size_of_json(messages)

@@ -21,7 +21,7 @@ from support.device_memory import DeviceMemory
 from support.hostile_policies import Hostile
 from support.rows import RowSim, model
 
-from aioengine.core.adapters.version import LIVES, STATES, Change, ChangeNotAllowed
+from aioengine.core.adapters.version import LIVES, STATES, Change, ChangeNotAllowed, Life
 from aioengine.core.state import AdapterEntry, Status
 from aioengine.core.waiting_room import Reservation
 from aioengine.errors import EngineOverloaded
@@ -65,7 +65,7 @@ class CoreMachine(RuleBasedStateMachine):
     ) -> None:
         self.hostile = hostile
         self.versions: list[AdapterEntry] = []
-        """Declared, and not published by hand."""
+        """Declared, and not published yet."""
         policy = Hostile(seed) if hostile else FCFS(max_wait=0.5)
         limits = LIMITS._replace(num_blocks=blocks, cpu_max_bytes=max_bytes, speculation=speculation)
         limits = limits._replace(slot_bytes=slot_bytes, prefix_caching=caching)
@@ -263,24 +263,27 @@ class CoreMachine(RuleBasedStateMachine):
     def replace(self, name: str) -> None:
         self.sim.register(name)
 
-    @rule(name=st.sampled_from(NAMES), found=st.booleans(), pin=st.booleans(), give_up=st.booleans())
-    def load_a_version_that_is_published_once_it_is_read(
-        self, name: str, found: bool, pin: bool, give_up: bool
-    ) -> None:
-        residency = self.sim.core.residency
-        entry = residency.names.of(name).declare("/elsewhere", source="" if found else None)
-        residency.names.of(entry.label).load(self.sim.now, entry, pin=pin and self.may_pin(name))
+    @rule(name=st.sampled_from(NAMES), found=st.booleans())
+    def load_a_version(self, name: str, found: bool) -> None:
+        known = self.sim.core.residency.names.of(name)
+        entry = known.declare("/elsewhere", source="" if found else None)
+        known.load(self.sim.now, entry)
         self.versions.append(entry)
-        if give_up:
-            for version in self.versions:
-                if not version.retired and residency.current.get(name) is not version:
-                    residency.names.of(version.label).retire(version, self.sim.now)
-            self.versions.clear()
+
+    @rule(give_up=st.booleans())
+    def publish_the_versions_that_were_read(self, give_up: bool) -> None:
+        """Those that were not may be given up."""
+        for entry in [entry for entry in self.versions if entry.life is Life.NEW]:
+            known = self.sim.core.residency.names.of(entry.label)
+            if entry.location is Location.CPU:
+                known.replace(entry, self.sim.now)
+            elif give_up:
+                known.retire(entry, self.sim.now)
+        self.versions = [entry for entry in self.versions if entry.life is Life.NEW]
 
     def may_pin(self, name: str) -> bool:
         """One slot is left for the others."""
-        entries = self.sim.core.residency.entries.values()
-        return all(e.label == name for e in entries if e.pinned or e.pin_when_read)
+        return all(e.label == name for e in self.sim.core.residency.entries.values() if e.pinned)
 
     @rule(name=st.sampled_from(NAMES))
     def unload(self, name: str) -> None:
@@ -298,9 +301,11 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), pin=st.booleans())
     def want(self, name: str, pin: bool) -> None:
-        residency = self.sim.core.residency
-        if name in residency.current:
-            residency.names.of(name).load(self.sim.now, pin=pin and self.may_pin(name))
+        known = self.sim.core.residency.names.of(name)
+        if known.current is not None:
+            known.load(self.sim.now)
+            if pin and self.may_pin(name):
+                known.pin(self.sim.now)
 
     @invariant()
     def holds(self) -> None:

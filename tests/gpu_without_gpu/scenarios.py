@@ -257,8 +257,8 @@ def jit_keys(steps: str) -> tuple[int, list[tuple[int, str]]]:
 def _first_steps(slots: int, rank: int) -> list[list[Row]]:
     """Steps that an engine with these slots takes when it starts."""
     from aioengine import EngineConfig, LoRAConfig
+    from aioengine.executors.warm_up import first_requests, kernel_shapes, largest_step
     from aioengine.memory_plan import MemoryPlan
-    from aioengine.runtime.warm_up import first_requests, kernel_shapes, largest_step
 
     config = EngineConfig(model="none", lora=LoRAConfig(max_loras=slots, max_lora_rank=rank))
     plan = MemoryPlan(

@@ -19,6 +19,7 @@ from aioengine import EngineConfig, LoRAConfig
 from aioengine.adapters.peft.dora import rows_of
 from aioengine.errors import ConfigError
 from aioengine.executors.parts import PartsPlan, build_parts
+from aioengine.executors.warm_up import first_requests, kernel_shapes, largest_step
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
 from aioengine.kernels.weight import PlainWeight, Weight
@@ -30,7 +31,6 @@ from aioengine.model.penalties import Penalties
 from aioengine.model.sampler import sample
 from aioengine.model.spec import ModelSpec
 from aioengine.request import SamplingParams
-from aioengine.runtime.warm_up import first_requests, kernel_shapes, largest_step
 from aioengine.step import SequenceWork
 
 STEPS = tuple(DETAILS)

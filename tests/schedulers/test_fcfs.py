@@ -63,7 +63,8 @@ def test_an_adapter_that_found_only_pieces_of_memory_fits_beside_a_pinned_one_la
     sim.sizes = {"pinned": GRANULE, "idle": GRANULE, "busy": GRANULE, "large": 2 * GRANULE}
     for name in sim.sizes:
         sim.register(name)
-    sim.core.residency.names.of("pinned").load(sim.now, pin=True)
+    sim.core.residency.names.of("pinned").load(sim.now)
+    sim.core.residency.names.of("pinned").pin(sim.now)
     sim.settle()
     for name, tokens in (("idle", 1), ("busy", 40)):
         sim.add(name, max_tokens=tokens)

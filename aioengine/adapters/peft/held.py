@@ -7,15 +7,21 @@ cache or the workers were lost. The caller may change the tensors as soon as the
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
+import sys
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from aioengine.adapters.peft.folder import CONFIG_FILE, MAX_CONFIG_BYTES, failed, invalid, naming
+from aioengine.adapters.resolvers.sources import check_name
+from aioengine.errors import AdapterInvalid, AdapterLoadError, EngineStopped
 from aioengine.step import HeldFiles
 
 if TYPE_CHECKING:
@@ -44,6 +50,44 @@ class HeldAdapter:
         self._close()
 
 
+class HeldAdapters:
+    """An engine's adapters that are given in memory. They are copied one at a time, in the thread of
+    ``work``; all copies together may take ``most`` bytes."""
+
+    def __init__(self, work: ThreadPoolExecutor, most: int) -> None:
+        self._work = work
+        self._most = most
+        self._numbers = count(1)
+        self._living: weakref.WeakSet[HeldAdapter] = weakref.WeakSet()
+        self._closed = False
+
+    async def copy(self, name: str, hold: Callable[..., HeldAdapter]) -> HeldAdapter:
+        """Copy an adapter with ``hold(name, path, room=...)``. If the caller is cancelled, the copy still
+        ends, and is freed then."""
+        path = f"memory:{next(self._numbers)}"
+        check_name(name, path)
+        return await asyncio.get_running_loop().run_in_executor(self._work, self._copy, name, path, hold)
+
+    def _copy(self, name: str, path: str, hold: Callable[..., HeldAdapter]) -> HeldAdapter:
+        if self._closed:
+            raise EngineStopped("the engine was stopped before the adapter was copied")
+        living = [held.nbytes for held in self._living if held.alive]
+        if len(living) >= MAX_HELD:
+            why = f"there are {len(living)} adapters that were given in memory, which is the maximum"
+            todo = "unload some, or load this one from a folder"
+            raise AdapterLoadError(f"{why}: {todo}", name=name, path=path)
+        held = hold(name, path, room=self._most - sum(living))
+        self._living.add(held)
+        return held
+
+    def close(self) -> None:
+        """Wait for the copy under way, and free all, because the engine has stopped."""
+        self._closed = True
+        self._work.shutdown(wait=True)
+        for held in self._living:
+            held.release()
+
+
 def hold_tensors(
     name: str, path: str, tensors: Mapping[str, Tensor], config: object, *, room: int
 ) -> HeldAdapter:
@@ -63,6 +107,23 @@ def hold_tensors(
     with naming(name, path):
         text = _config_text(config)
         return _held(path, text, *file_of(tensors), room)
+
+
+def state_of(model: object, adapter_name: str | None, name: str) -> tuple[dict[str, Tensor], object]:
+    """Return the tensors and the configuration of a ``peft.PeftModel``'s adapter; None is the active one.
+    ``name``: that of the adapter in the engine, for errors. Raises AdapterInvalid for another object."""
+    peft: Any = sys.modules.get("peft")  # a caller with such a model has imported peft
+    if peft is None or not isinstance(model, peft.PeftModel):
+        raise AdapterInvalid(f"model={type(model).__name__}: expected a peft.PeftModel", name=str(name))
+    live: Any = model
+    active = live.active_adapter if adapter_name is None else adapter_name
+    if active not in live.peft_config:
+        raise AdapterInvalid(
+            f"adapter_name={active!r}: the model has {', '.join(live.peft_config)}", name=str(name)
+        )
+    # Embeddings of the base model are not part of the adapter, and PEFT might ask the Hub for them.
+    state = peft.get_peft_model_state_dict(live, adapter_name=active, save_embedding_layers=False)
+    return state, live.peft_config[active]
 
 
 def hold_files(name: str, path: str, config: bytes, weights: memoryview, *, room: int) -> HeldAdapter:

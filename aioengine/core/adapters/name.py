@@ -99,9 +99,9 @@ class AdapterName:
         files: AdapterFiles | None = None,
         number: int | None = None,
     ) -> AdapterEntry:
-        """Declare a new version. No request can use it until it is published, which happens at the latest
-        when it has been read, unless it is ``held``. ``source``: what was looked up to find its path.
-        ``files``: read in place of a folder. ``number`` None: the next one."""
+        """Declare a new version. No request can use it until it is published, by :meth:`replace`.
+        ``source``: what was looked up to find its path. ``files``: read in place of a folder. ``number``
+        None: the next one."""
         if number is None:
             number = self.last_version = self.last_version + 1
             self.names.keep(self)
@@ -117,18 +117,16 @@ class AdapterName:
         self.replace(entry, now)
         return entry
 
-    def load(self, now: float, entry: AdapterEntry | None = None, *, pin: bool = False) -> None:
+    def load(self, now: float, entry: AdapterEntry | None = None) -> None:
         """Bring a version (None: the current one) to the CPU cache as soon as there is room, although no
-        request waits for it, and pin it there. If it is already being read and there is no room when it
-        arrives, it is read again. ``entry.error`` tells whether it failed."""
+        request waits for it. If it is already being read and there is no room when it arrives, it is read
+        again. ``entry.error`` tells whether it failed."""
         entry = entry or self.resolve()
+        entry.error = None
         if entry.location is Location.DISK or entry.location is Location.LOADING:
-            entry.error, entry.wanted_since, entry.pin_when_read = None, now, pin
+            entry.wanted_since = now
             self.names.wanted[entry.uid] = entry
             self.names.guard.changes += 1
-        elif pin:
-            entry.error = None
-            self.pin(now)
 
     def replace(self, entry: AdapterEntry, now: float) -> None:
         """Let new requests use this version, and give it its predecessor's pin. The predecessor only finishes
@@ -328,5 +326,4 @@ class NameTable:
     def forget_want(self, entry: AdapterEntry) -> None:
         """Note that no caller waits any more for a version to be read."""
         entry.wanted_since = None
-        entry.pin_when_read = False
         self.wanted.pop(entry.uid, None)

@@ -184,14 +184,9 @@ class Residency:
         if not self._make_room(entry, now):
             self.cpu.evict(entry, now)
             return None
-        pin = entry.pin_when_read
         self.names.forget_want(entry)
-        if entry.life is Life.NEW and not entry.held:
-            self.names.of(entry.label).replace(entry, now)
-        elif entry.published:
+        if entry.published:
             self._guard.tell("adapter_loaded", now, adapter=entry.name)
-        if pin:
-            self.names.of(entry.label).pin(now)
         return None
 
     def load_failed(

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from aioengine.errors import AioEngineError, PromptTooLong, RequestInvalid
+from aioengine.errors import AioEngineError
 from aioengine.fleet.wire import Delta, unpack_error
 from aioengine.info import mix_name, without_versions
 from aioengine.request import FinishReason, Prompt, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import Answer, RequestOutput
-from aioengine.runtime.text_work import TextWork, tokenize
+from aioengine.runtime.text_work import TextWork, token_ids, tokenize
 from aioengine.schedulers.routing import RouteRequest
 
 if TYPE_CHECKING:
@@ -151,12 +151,7 @@ async def tokens_of(
 ) -> list[int]:
     """Return a prompt's token ids, at most ``limit``; texts are tokenized off the loop, by tenant. Raises
     RequestInvalid."""
-    if isinstance(prompt, list) and set(map(type, prompt)) <= {int}:
-        if len(prompt) > limit:
-            raise PromptTooLong(len(prompt), limit)
-        ids: list[int] = list(prompt)  # type: ignore[arg-type] # all of them are ints
-        for token in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= token < 2**31:  # replicas compare with the model's vocabulary
-                raise RequestInvalid(f"prompt token {token} is outside the vocabulary")
+    ids = token_ids(prompt, vocab=2**31, limit=limit)  # replicas compare with the model's vocabulary
+    if ids is not None:
         return ids
     return await tokenize(prompt, tenant, limit=limit, tokenizer=tokenizer, work=work)

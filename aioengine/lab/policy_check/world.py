@@ -175,7 +175,7 @@ class World(Sim):
     def _pin(self, name: str) -> None:
         residency = self.core.residency
         known = residency.names.of(name)
-        pinned = [e for e in residency.entries.values() if e.pinned or e.pin_when_read]
+        pinned = [e for e in residency.entries.values() if e.pinned]
         if known.pinned:
             known.unpin(self.now)
         elif known.current is not None and len(pinned) + 1 < self._is.limits.num_slots:

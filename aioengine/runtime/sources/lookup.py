@@ -8,7 +8,6 @@ import os
 from aioengine import errors, events
 from aioengine.adapters.resolvers.base import AdapterResolver, SharedLookups, within
 from aioengine.adapters.resolvers.sources import fetch_source
-from aioengine.core.state import AdapterEntry
 from aioengine.runtime.loop import EngineLoop
 from aioengine.runtime.transfers import log_failure, reason_of, unexpected
 from aioengine.tasks import SharedWork, WorkInTurns
@@ -31,27 +30,25 @@ class Lookups:
         """It is asked for names that nobody has registered, if there is one."""
         self._timeout = timeout
         self._fetches = SharedLookups()
-        self._finds = WorkInTurns[str, AdapterEntry](MAX_LOOKUPS, MAX_OF_A_TENANT)
+        self._finds = WorkInTurns[str, None](MAX_LOOKUPS, MAX_OF_A_TENANT)
         self._asks = SharedWork[tuple[str, str], str]()
         """By name and source."""
 
-    async def find(self, name: str, tenant: str | None) -> AdapterEntry:
-        """Return the current version of a name, which is registered when it has been found. Raises as
-        :meth:`locate`."""
-        return await self._finds.result(tenant, name, lambda: self._register(name))
+    async def find(self, name: str, tenant: str | None) -> None:
+        """Find a name that has no version, and register what was found. Raises as :meth:`locate`."""
+        await self._finds.result(tenant, name, lambda: self._register(name))
 
-    async def _register(self, name: str) -> AdapterEntry:
+    async def _register(self, name: str) -> None:
         known = self._names.of(name)
         source = known.source or ""
         if known.current is None:
             where = await self.locate(name, source)
         if known.current is not None:  # found for another tenant
-            return known.current
+            return
         if source and known.source != source:  # unloaded meanwhile
             raise self._names.not_found(name)
-        entry = known.register(where, self._loop.now(), source=source)
+        known.register(where, self._loop.now(), source=source)
         self._loop.wake()
-        return entry
 
     async def locate(self, name: str, source: str) -> str:
         """Find the absolute path of the adapter's folder: the local copy of ``source`` ("hf:owner/name", or a

@@ -53,11 +53,6 @@ class AdapterNames:
             places.append(f" for adapter {name!r} (not looked up yet)" if entry is None else where_is(entry))
         return ",".join(places)
 
-    def check_lives(self, entry: AdapterEntry) -> None:
-        """Raise AdapterNotFound if an acquired version has been removed since."""
-        if entry.uid not in self.table.entries:
-            raise AdapterNotFound("it was unloaded while the request was prepared", name=entry.label)
-
     # Versions
 
     def find(self, name: str) -> AdapterEntry | None:
@@ -81,15 +76,15 @@ class AdapterNames:
 
     async def acquire(self, name: str, tenant: str | None = None) -> AdapterEntry:
         """Return the current version; if there is none, register what is found for ``tenant``. Raises as
-        :meth:`Lookups.find`."""
+        :meth:`Lookups.find`, and AdapterNotFound if it was unloaded meanwhile."""
         found = self.find(name)
         if found is None:
             label, at, version = name.partition("@")
-            found = await self.lookups.find(label, tenant)
-            found = self.table.of(label).resolve(version) if at else found
+            await self.lookups.find(label, tenant)
+            found = self.table.of(label).resolve(version if at else None)
         return found
 
-    async def read(self, entry: AdapterEntry, *, now: bool, pin: bool = False) -> None:
+    async def read(self, entry: AdapterEntry, *, now: bool) -> None:
         """Have a version read, and wait until it is in the CPU cache or, without ``now``, until it has ever
         been read. One that was replaced is read for its requests alone; without any it goes, unread.
 
@@ -109,7 +104,7 @@ class AdapterNames:
         entry.readers += 1
         try:
             if now or (entry.wanted_since is None and not entry.retired):
-                self.table.of(entry.label).load(self._loop.now(), entry, pin=pin)
+                self.table.of(entry.label).load(self._loop.now(), entry)
                 self._loop.wake()
             await self._loop.until(is_read, entry.label)
         finally:
