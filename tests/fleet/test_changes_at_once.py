@@ -4,13 +4,12 @@ replicas or on none, and no replica keeps what was prepared for one that failed.
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.adapter_infos import adapter_info
 from support.fleet_process import needs_ray
-from support.registry_actor import RegistryActor
+from support.registry_actor import FarRegistry, RegistryActor
 from support.small_fleet import Gateway, replica
 
 from aioengine.errors import AdapterLoadError
@@ -20,21 +19,6 @@ from aioengine.info import AdapterInfo
 from aioengine.lab.simulation.clock import run_in_virtual_time
 
 needs_ray()
-
-
-class Hangs:
-    """The registry, as a gateway reaches it, which does not answer ``call`` any more."""
-
-    def __init__(self, registry: Any, call: str = "") -> None:
-        self.registry, self.call = registry, call
-
-    def __getattr__(self, call: str) -> Any:
-        def remote(*arguments: Any) -> Any:
-            if call == self.call:
-                return asyncio.get_running_loop().create_future()
-            return getattr(self.registry, call).remote(*arguments)
-
-        return SimpleNamespace(remote=remote)
 
 
 async def gateway_to(ones: list[Any], registry: Any, before: Any = None) -> Gateway:
@@ -85,10 +69,10 @@ def test_one_of_two_that_prepare_goes_on(reads: tuple[float, float], after: floa
 def test_a_change_of_what_another_gateway_has_replaced_is_refused(what: str) -> None:
     async def main() -> None:
         registry, ones = RegistryActor(), await replicas_that_read(0.0, 0.0)
-        slow = Hangs(registry)
+        slow = FarRegistry(registry)
         first, second = await gateway_to(ones, slow), await gateway_to(ones, registry)
         await second.adapters.load_adapter("sql", "old")
-        slow.registry = SlowChange(registry)
+        slow.seconds["change"] = 5.0
         change = first.adapters.pin_adapter if what == "pin" else first.adapters.unload_adapter
         late = asyncio.ensure_future(change("sql"))
         await asyncio.sleep(1.0)
@@ -105,36 +89,22 @@ def test_a_change_of_what_another_gateway_has_replaced_is_refused(what: str) -> 
     run_in_virtual_time(main())
 
 
-class SlowChange:
-    """The registry, to which changes take some seconds."""
-
-    def __init__(self, registry: Any) -> None:
-        self._registry = registry
-
-    def __getattr__(self, call: str) -> Any:
-        async def remote(*arguments: Any) -> Any:
-            await asyncio.sleep(5.0 if call == "change" else 0.0)
-            return await getattr(self._registry, call).remote(*arguments)
-
-        return SimpleNamespace(remote=remote)
-
-
 @pytest.mark.parametrize("call", ["changes", "change"])
 def test_a_registry_that_hangs_is_said(call: str) -> None:
     """Ray does not restart it: a change must not wait for ever, and no replica has it."""
 
     async def main() -> None:
         loop, ones = asyncio.get_running_loop(), await replicas_that_read(1.0, 1.0)
-        registry = Hangs(RegistryActor())
+        registry = FarRegistry(RegistryActor())
         gateway = await gateway_to(ones, registry)
         await gateway.adapters.load_adapter("sql", "old")
-        registry.call, had = call, [dict(one.engine.has) for one in ones]
-        begun = loop.time()
+        had, begun = [dict(one.engine.has) for one in ones], loop.time()
+        registry.seconds[call] = 1e6
         with pytest.raises(AdapterLoadError, match="has not answered for 30 s; repeat") as told:
             await gateway.adapters.load_adapter("sql", "new", replace=True)
         assert told.value.transient and loop.time() - begun <= ANSWER_SECONDS + 1.0
         assert [(one.engine.has, one.engine.prepared) for one in ones] == [(has, {}) for has in had]
-        registry.call = ""
+        registry.seconds.clear()
         assert (await gateway.adapters.load_adapter("sql", "new", replace=True)).version > 1
         assert [one.engine.has for one in ones] == [{"sql": "new"}] * 2
         await gateway.adapters.stop_adapters()

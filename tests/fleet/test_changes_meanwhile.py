@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.fleet_process import needs_ray
-from support.registry_actor import RegistryActor
+from support.registry_actor import FarRegistry, RegistryActor
 from support.small_fleet import Gateway, replica
 
 from aioengine.errors import AdapterError, AdapterNotFound
@@ -67,7 +65,7 @@ def test_whatever_gateways_do_at_once_a_replica_has_what_the_registry_has(
 
         gateways = [Gateway(one, before), Gateway(one, before)]
         for gateway in gateways:
-            await gateway.adapters.start_adapters(SlowRegistry(actor, registry_seconds))
+            await gateway.adapters.start_adapters(FarRegistry(actor, any=registry_seconds))
         await asyncio.gather(*map(does, gateways, works))
         found = {entry.name: entry.version for entry in await actor.entries.remote()}
         assert one.engine.has.keys() == found.keys()
@@ -78,27 +76,6 @@ def test_whatever_gateways_do_at_once_a_replica_has_what_the_registry_has(
     run_in_virtual_time(main())
 
 
-# Wrong versions
-
-
-class SlowRegistry:
-    """The registry, whose answers take ``seconds``. ``asked``: when it was asked for changes."""
-
-    def __init__(self, actor: Any, seconds: float) -> None:
-        self.asked: list[float] = []
-        self.seconds = seconds
-        self._actor = actor
-
-    def __getattr__(self, name: str) -> Any:
-        async def remote(*arguments: Any) -> Any:
-            if name == "changes":
-                self.asked.append(asyncio.get_running_loop().time())
-            await asyncio.sleep(self.seconds)
-            return await getattr(self._actor, name).remote(*arguments)
-
-        return SimpleNamespace(remote=remote)
-
-
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 60.0], ids=["at once", "slow", "silent"])
 @pytest.mark.slow
 def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second(seconds: float) -> None:
@@ -107,9 +84,9 @@ def test_however_many_ask_for_wrong_versions_the_registry_is_asked_once_a_second
     async def main() -> None:
         one = await replica()
         gateway = Gateway(one)
-        await gateway.adapters.start_adapters(registry := SlowRegistry(RegistryActor(), 0.0))
+        await gateway.adapters.start_adapters(registry := FarRegistry(RegistryActor()))
         await gateway.load("sql")
-        registry.seconds = seconds
+        registry.seconds["any"] = seconds
         registry.asked.clear()
         loop = asyncio.get_running_loop()
         asks: list[asyncio.Task[None]] = []
@@ -137,7 +114,7 @@ def test_a_version_that_another_gateway_has_just_loaded_is_found_while_others_as
     async def main() -> None:
         actor, one = RegistryActor(), await replica()
         gateway, other = Gateway(one), Gateway(one)
-        await gateway.adapters.start_adapters(SlowRegistry(actor, 0.2))
+        await gateway.adapters.start_adapters(FarRegistry(actor, any=0.2))
         await other.adapters.start_adapters(actor)
         loop = asyncio.get_running_loop()
         asks: list[asyncio.Task[str]] = []

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.ray_head import RayHead
+from support.small_fleet import client_of
 from support.waiting import SECONDS, until
 
-from aioengine import EngineConfig
 from aioengine.errors import EngineDead, EngineStopped
-from aioengine.fleet import FleetConfig, cluster
+from aioengine.fleet import cluster
 from aioengine.fleet.gateway import head
-from aioengine.fleet.gateway.client import FleetClient
-
-grpc: Any = pytest.importorskip("grpc", reason="Ray has no wheel for this system or Python")
 
 
 @pytest.fixture
@@ -27,42 +23,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "LOST_SECONDS", 0.5)
 
 
-class Listener:
-    """Takes the place of Ray's head. While it ``hangs``, nobody answers."""
-
-    def __init__(self) -> None:
-        self.hangs = False
-
-    def open(self, port: int = 0) -> str:
-        methods = {"GetClusterId": grpc.unary_unary_rpc_method_handler(self._answer)}
-        self._server = grpc.server(ThreadPoolExecutor(4))
-        handler = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", methods)
-        self._server.add_generic_rpc_handlers((handler,))
-        address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
-        self._server.start()
-        return address
-
-    def _answer(self, _request: bytes, context: Any) -> bytes:
-        while self.hangs and context.is_active():
-            time.sleep(0.01)
-        return b""
-
-    async def close(self) -> None:
-        await asyncio.to_thread(self._server.stop(None).wait)
-
-
 @pytest.mark.usefixtures("quick")
 async def test_the_gateway_ends_when_its_requests_have() -> None:
-    listener = Listener()
+    listener = RayHead()
     address = listener.open()
-    plan: Any = None
-    client = FleetClient(FleetConfig(engine=EngineConfig(model="tiny")), None, plan, None, None)
-    client._state = "running"
+    client = client_of()
     client.watch_head(address)
     dead = asyncio.ensure_future(client.until_dead())
     call: Any = SimpleNamespace(ended=False, fail=lambda error: None)
     client._ids["open"] = call
-    await listener.close()
+    await asyncio.to_thread(listener.close)
     await until(lambda: client.failure is not None)
     assert client.state == "draining" and not dead.done()
     with pytest.raises(EngineStopped, match=f"Ray's head at {address} does not answer"):
@@ -70,7 +40,7 @@ async def test_the_gateway_ends_when_its_requests_have() -> None:
     listener.open(int(address.rpartition(":")[2]))  # it was started again, in time
     await until(lambda: client.failure is None)
     assert client.state != "draining" and not dead.done()
-    await listener.close()
+    await asyncio.to_thread(listener.close)
     await until(lambda: client.failure is not None)
     del client._ids["open"]
     assert isinstance(await dead, EngineDead)
@@ -79,7 +49,7 @@ async def test_the_gateway_ends_when_its_requests_have() -> None:
 
 
 async def test_a_head_that_hangs_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    listener = Listener()
+    listener = RayHead()
     watched = head.Head(listener.open())
     assert await watched.answers()
     listener.hangs = True
@@ -89,7 +59,7 @@ async def test_a_head_that_hangs_is_lost(monkeypatch: pytest.MonkeyPatch) -> Non
         assert "does not answer" in str(await watched.until_lost())
     listener.hangs = False
     assert await watched.is_back(lambda: True) and watched.failure is None
-    await listener.close()
+    await asyncio.to_thread(listener.close)
 
 
 def test_a_head_that_hangs_does_not_keep_ray_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,12 +78,10 @@ def test_a_head_that_hangs_does_not_keep_ray_from_its_end(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("quick")
 async def test_requests_that_take_too_long_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "FINISH_SECONDS", 0.1)
-    listener = Listener()
+    listener = RayHead()
     address = listener.open()
-    await listener.close()
-    plan: Any = None
-    client = FleetClient(FleetConfig(engine=EngineConfig(model="tiny")), None, plan, None, None)
-    client._state = "running"
+    await asyncio.to_thread(listener.close)
+    client = client_of()
     call: Any = SimpleNamespace(ended=False, fail=lambda error: None)
     client._ids["open"] = call
     client.watch_head(address)

@@ -4,38 +4,31 @@ gateways."""
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.adapter_infos import adapter_info
-from support.engine_fixtures import Tiny, greedy
-from support.fleet_here import fleet_here, small_engine
-from support.held_steps import HeldStep
-from support.waiting import until
+from support.small_fleet import join
 
 from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import AdapterChanged, AioEngineError
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.dispatcher import Dispatcher
-from aioengine.fleet.gateway.members import Member, Members
-from aioengine.fleet.registry import Entry
+from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Delta, Frame, Residency, Status, Submit, pack_error
 from aioengine.lab.simulation.clock import run_in_virtual_time
-from aioengine.request import RequestOptions, Wanted
-from aioengine.schedulers.routing import ReplicaLimits, Report
+from aioengine.request import RequestOptions
+from aioengine.schedulers.routing import Report
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
 NAMES = ("a", "b")
 """Adapters that were loaded through the fleet; "u" is found by its name, and so it has no numbers."""
 REPLICAS = 4
-LIMITS = ReplicaLimits(slots=2, max_running=8, kv_tokens=10_000)
 STATUS = Status(Report(0.0, 1, 0, 0, 1, 0, 100, {}), 0.0, False, "running")
 
 
@@ -132,13 +125,9 @@ class Fleet:
         for number in range(REPLICAS):
             replica = Replica(f"r{number}", {name: [1] for name in (*NAMES, "u")})
             self.replicas[replica.name] = replica
-            channel: Any = SimpleNamespace(replica=replica.name, calls={}, leaving=False)
+            channel = self.channels[replica.name] = join(self.members, replica.name)
             channel.send = replica.take
-            self.channels[replica.name] = channel
-            self.members.members[replica.name] = Member(channel, None)  # type: ignore[arg-type]
             self.members.members[replica.name].residency = replica.residency()
-            self.members.state.join(replica.name, LIMITS)
-        self.members.channel = self.channels.get  # type: ignore[assignment, method-assign]
         self.dispatcher = Dispatcher(self.members)
         self.dispatcher.digest_of = lambda name: (
             content_of(f"{name}@{self.known[name]}") if name in self.known else ""
@@ -162,7 +151,7 @@ class Fleet:
                 newest = max((r.held[name][-1] for r in self.replicas.values()), default=1)
                 self.known[name] = max(self.known[name], newest)
         elif event.kind == "lose" and runs is not None and len(self.replicas) > 1:
-            del self.replicas[runs.name], self.channels[runs.name], self.members.members[runs.name]
+            del self.replicas[runs.name], self.members._channels[runs.name], self.members.members[runs.name]
             self.members.state.leave(runs.name)
             self.members.on_loss(call, runs.name, "lost")
         while self.members.background.tasks and not call.ended:
@@ -222,51 +211,3 @@ def test_tokens_are_all_of_the_content_that_made_the_first(
                 return
 
     run_in_virtual_time(main())
-
-
-@pytest.mark.parametrize("lives", [True, False], ids=["the version lives", "the version is gone"])
-@pytest.mark.parametrize("wanted", ["a", {"a": 0.5}, {"a": 0.5, "b": 0.25}], ids=str)
-@pytest.mark.slow
-async def test_a_replica_knows_the_version_better_than_the_gateway(
-    wanted: Wanted, lives: bool, tiny_text: Tiny, adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A request has begun on one replica; on the other one, the adapter was replaced, which the gateway does
-    not know. The replaced version lives there only if another request runs on it; and a mix is one of current
-    versions."""
-    goes_on = lives and wanted != {"a": 0.5, "b": 0.25}
-    prompt, named = [5, 6, 7, 8], {name: str(adapters / name) for name in "ab"}
-    config = FleetConfig(engine=small_engine(tiny_text), replicas=2, adapters=named)
-    async with fleet_here(config, monkeypatch) as fleet:
-        client, there = fleet.client, fleet.replicas["r1"]
-        expected = (await client.complete(prompt, greedy(12), adapter=wanted)).token_ids
-        held, works = HeldStep(), list[asyncio.Task[Any]]()
-        # Adapters that were never read are read before a request for a mix of them waits.
-        await there.engine.complete(prompt, greedy(1), adapter="b")
-        if lives:
-            params = SamplingParams(temperature=0, max_tokens=1, constraint=held)
-            works.append(asyncio.create_task(there.engine.complete(prompt, params, adapter="a")))
-            await until(held.begun.is_set)
-        change = {"name": "a", "change": (1, "c"), "path": str(adapters / "b"), "read": False}
-        await there.adapter("prepare", change)
-        await there.adapter("sync", {"entries": [Entry("a", str(adapters / "b"), 2)], "change": (1, "c")})
-        member = client.members.members["r1"]
-        member.ready = False
-        client.members.state.drain("r1")
-        tokens: list[int] = []
-        failed: AioEngineError | None = None
-        try:
-            async for output in client.generate(prompt, greedy(12), adapter=wanted):
-                tokens += output.token_ids_delta
-                channel = client.members.channel("r0")
-                if channel is not None:
-                    assert len(tokens) < 12
-                    member.ready = True
-                    client.members.state.drain("r1", False)
-                    client.members._lose(channel, "lost", "for this test")
-                    await until(lambda: not goes_on or there.engine.stats().waiting > 0)
-                    held.go_on.set()
-        except AdapterChanged as error:
-            failed = error
-        await asyncio.gather(*works)
-        assert (failed is None) == goes_on and tokens == expected[: len(tokens)]
-        assert len(tokens) == 12 or not goes_on

@@ -6,30 +6,21 @@ import asyncio
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from support.adapter_infos import adapter_info
-from support.registry_actor import RegistryActor
+from support.registry_actor import FarRegistry, RegistryActor
 from support.s3_server import check_keys_after, s3, s3_server
+from support.small_fleet import Gateway, replica
 from support.waiting import SECONDS, until
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterLoadError, ConfigError
-from aioengine.fleet import registry
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway import entries
-from aioengine.fleet.gateway.adapters import FleetAdapters
-from aioengine.fleet.gateway.entries import KnownEntries
-from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
-from aioengine.info import AdapterInfo
-from aioengine.schedulers.routing import FleetState
 
 __all__ = ["s3", "s3_server"]
 
@@ -90,36 +81,28 @@ async def test_what_cannot_be_read_is_not_written_over(store: Any) -> None:
     assert await restored("memory://fleet") == ["sql"]
 
 
-class Gateway:
-    """A gateway to one replica, which can do whatever it is asked to."""
+CONFIG = FleetConfig(engine=EngineConfig(model="tiny"), adapters={"fixed": "fixed"})
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        config = FleetConfig(engine=EngineConfig(model="tiny"), adapters={"fixed": "fixed"})
-        handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._answer))
-        self.members = Members(config, handle, gateway="gateway")
-        self.members.members["r0"] = Member(SimpleNamespace(replica="r0"), None)  # type: ignore[arg-type]
-        self.adapters = FleetAdapters(config, self.members)
 
-    async def _answer(self, action: str, arguments: dict[str, Any], to: str) -> AdapterInfo | None:
-        self.asked.append((action, arguments))
-        return adapter_info(arguments["name"]) if action in ("load", "unload", "prepare", "pin") else None
+async def gateway_to_one(actor: RegistryActor) -> Gateway:
+    """A gateway to one replica."""
+    gateway = Gateway(await replica(CONFIG), config=CONFIG)
+    await gateway.adapters.start_adapters(actor)
+    return gateway
 
-    async def load(self, name: str, **flags: Any) -> None:
-        await self.adapters.load_adapter(name, name, **{"pin": False, "replace": False, **flags})
 
-    @property
-    def names(self) -> list[str]:
-        assert {*self.members.state.snapshot().adapters} == {info.name for info in self.adapters.adapters()}
-        return sorted(info.name for info in self.adapters.adapters())
+def names(gateway: Gateway) -> list[str]:
+    """Of the adapters that it knows."""
+    found = sorted(info.name for info in gateway.adapters.adapters())
+    assert sorted(gateway.members.state.snapshot().adapters) == found
+    return found
 
-    async def joins(self) -> list[Entry]:
-        """A replica joins; returns what it is told of."""
-        self.asked.clear()
-        for listener in self.members.on_join:
-            listener(member := Member(SimpleNamespace(replica="r1"), None))  # type: ignore[arg-type]
-        await until(lambda: member.ready)
-        return [entry for action, given in self.asked if action == "sync" for entry in given["entries"]]
+
+async def told(gateway: Gateway) -> list[Entry]:
+    """What a replica is told of that joins."""
+    gateway.asked.clear()
+    await gateway.joins()
+    return [entry for action, given in gateway.asked if action == "sync" for entry in given["entries"]]
 
 
 @pytest.fixture
@@ -131,19 +114,18 @@ async def test_a_change_that_cannot_be_saved(
     store: Any, actor: RegistryActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is refused before any replica has made it."""
-    gateway = Gateway()
-    await gateway.adapters.start_adapters(actor)
+    gateway = await gateway_to_one(actor)
 
     def denied(*arguments: Any, **options: Any) -> None:
         raise PermissionError("not yours")
 
     with monkeypatch.context() as patch:
         patch.setattr(type(store), "pipe_file", denied)
-        with pytest.raises(AdapterLoadError, match=r"nothing is changed.*access is denied") as told:
+        with pytest.raises(AdapterLoadError, match=r"nothing is changed.*access is denied") as caught:
             await gateway.load("a")
-        assert told.value.transient
-        assert "traceback" not in str(told.value)
-        assert gateway.names == ["fixed"]
+        assert caught.value.transient
+        assert "traceback" not in str(caught.value)
+        assert names(gateway) == ["fixed"]
     assert await restored("memory://fleet") == []
     await gateway.load("a")
     await gateway.load("b")
@@ -155,7 +137,7 @@ async def test_a_change_that_cannot_be_saved(
             with pytest.raises(AdapterLoadError, match="nothing is changed"):
                 await change("a")
         assert [action for action, _ in gateway.asked] == ["sync", "pin", "unpin", "sync"]
-    assert gateway.names == ["a", "b", "fixed"]
+    assert names(gateway) == ["a", "b", "fixed"]
     await gateway.adapters.unload_adapter("a")
     assert await restored("memory://fleet") == ["b"]
     await gateway.adapters.stop_adapters()
@@ -164,56 +146,22 @@ async def test_a_change_that_cannot_be_saved(
 async def test_a_gateway_hears_of_what_others_have_changed_and_of_nothing_else(
     store: Any, actor: RegistryActor
 ) -> None:
-    one, other = Gateway(), Gateway()
-    await one.adapters.start_adapters(actor)
-    await other.adapters.start_adapters(actor)
+    one, other = await gateway_to_one(actor), await gateway_to_one(actor)
     for name in "abc":
         await one.load(name)
     await one.adapters.unload_adapter("b", force=False)
-    assert other.names == ["fixed"]
-    assert [entry.name for entry in await other.joins()] == ["c", "a"]
-    assert other.names == one.names == ["a", "c", "fixed"]
+    assert names(other) == ["fixed"]
+    assert [entry.name for entry in await told(other)] == ["c", "a"]
+    assert names(other) == names(one) == ["a", "c", "fixed"]
     await one.load("a", replace=True)
     actor.answers.clear()
-    assert {(entry.name, entry.version) for entry in await other.joins()} == {("a", 2), ("c", 1)}
+    assert {(entry.name, entry.version) for entry in await told(other)} == {("a", 2), ("c", 1)}
     (changes,) = actor.answers
     assert [entry.name for entry in changes.entries] == ["a"], "not what it knows already"
     await one.adapters.unload_adapter("c", force=False)
     actor.restart()
-    assert [entry.name for entry in await other.joins()] == ["a"], "all of it, from the checkpoint"
-    assert other.names == ["a", "fixed"]
-
-
-@given(
-    changes=st.lists(st.tuples(st.sampled_from(["put", "remove", "look", "restart"]), st.integers(0, 5))),
-    kept=st.integers(1, 4),
-)
-@pytest.mark.slow
-def test_a_gateway_that_looks_knows_what_there_is(changes: list[tuple[str, int]], kept: int) -> None:
-    """Whatever was changed since it looked last, and however little of that is remembered."""
-
-    async def main() -> None:
-        files = fsspec.filesystem("memory")
-        files.store.clear()
-        actor = RegistryActor(lambda: AdapterRegistry("memory://fleet"))
-        known = KnownEntries({}, FleetState(lambda: 0.0))
-        there: dict[str, Entry] = {}
-        for number, (what, index) in enumerate([*changes, ("look", 0)]):
-            name = f"adapter-{index}"
-            if what == "put":
-                before, there[name] = there.get(name), Entry(name, name, number + 1)
-                assert await actor.change.remote(name, before, there[name]) == (True, there[name])
-            elif what == "remove":
-                assert await actor.change.remote(name, there.pop(name, None), None) == (True, None)
-            elif what == "restart":
-                actor.restart()
-            else:
-                await known.refresh(actor)
-                assert known.by_name == there
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "MAX_CHANGES", kept)
-        asyncio.run(main())
+    assert [entry.name for entry in await told(other)] == ["a"], "all of it, from the checkpoint"
+    assert names(other) == ["a", "fixed"]
 
 
 async def test_a_registry_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,13 +212,12 @@ class Hanging:
 async def test_who_reads_does_not_wait_for_a_write(
     store: Any, actor: RegistryActor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gateway = Gateway()
-    await gateway.adapters.start_adapters(actor)
+    gateway = await gateway_to_one(actor)
     hanging = Hanging(store, monkeypatch)
     writing = asyncio.ensure_future(actor.change.remote("a", None, Entry("a", "a", 1)))
     try:
         await until(hanging.begun.is_set)
-        assert not await gateway.joins() and not writing.done()
+        assert not await told(gateway) and not writing.done()
     finally:
         hanging.released.set()
         await writing
@@ -280,14 +227,9 @@ async def test_who_reads_does_not_wait_for_a_write(
 async def test_a_replica_gets_what_the_gateway_knows_if_the_registry_is_silent(
     actor: RegistryActor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Silent:
-        def __getattr__(self, name: str) -> Any:
-            return SimpleNamespace(remote=lambda *_: asyncio.Event().wait())
-
-    gateway = Gateway()
-    await gateway.adapters.start_adapters(actor)
+    gateway = await gateway_to_one(actor)
     await gateway.load("a")
     monkeypatch.setattr(entries, "REFRESH_SECONDS", 0.01)
-    gateway.adapters.registry = Silent()
-    assert [entry.name for entry in await gateway.joins()] == ["a"]
+    gateway.adapters.registry = FarRegistry(actor, any=60.0)
+    assert [entry.name for entry in await told(gateway)] == ["a"]
     assert "no answer within 0.01 s" in caplog.text

@@ -9,11 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.small_fleet import join
 
 from aioengine import EngineConfig
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.dispatcher import Dispatcher
-from aioengine.fleet.gateway.members import Member, Members
+from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.gateway.metrics import FleetMetrics
 from aioengine.metrics.families.definitions import ALL
 from aioengine.metrics.families.storage import Family
@@ -52,8 +53,7 @@ async def test_what_cannot_be_read_of_one_replica_is_left_out(other: bytes) -> N
     handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=scrape))
     members = Members(FleetConfig(engine=EngineConfig(model="tiny")), handle, gateway="gateway")
     for name in ("r0", "r1"):
-        channel: Any = SimpleNamespace(replica=name, calls={})
-        members.members[name] = Member(channel, None)  # type: ignore[arg-type]
+        join(members, name)
     metrics = FleetMetrics(members, Dispatcher(members), lambda: "running")
     metrics.start()
     text, _ = await asyncio.to_thread(metrics.expose, "text/plain")

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.fleet_cases import LIMITS, request
+from support.fleet_cases import request
 from support.fleet_process import needs_ray
 from support.registry_actor import RegistryActor
+from support.small_fleet import client_of, join
 from support.waiting import until
 
 from aioengine import EngineConfig
@@ -17,9 +18,8 @@ from aioengine.errors import RequestInvalid
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway import client as gateway_client
 from aioengine.fleet.gateway.adapters import FleetAdapters
-from aioengine.fleet.gateway.client import FleetClient
 from aioengine.fleet.gateway.dispatcher import Dispatcher
-from aioengine.fleet.gateway.members import Member, Members
+from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.gateway.metrics import GATEWAY, FleetMetrics
 
 needs_ray()
@@ -31,17 +31,10 @@ def config_of(**fields: Any) -> FleetConfig:
     return FleetConfig(engine=EngineConfig(model="tiny"), adapters={"real": "real"}, **fields)
 
 
-def with_replica(members: Members) -> Members:
-    channel: Any = SimpleNamespace(replica="r0", calls={}, send=lambda order: None, leaving=False)
-    members.members["r0"] = Member(channel, None)  # type: ignore[arg-type]
-    members._channels["r0"] = channel
-    members.state.join("r0", LIMITS)
-    return members
-
-
 def test_names_of_adapters_that_do_not_exist_get_no_series() -> None:
     """Not even while requests for them are on their way to a replica, which is then expected to load them."""
-    members = with_replica(Members(config_of(), None, gateway="gateway"))
+    members = Members(config_of(), None, gateway="gateway")
+    join(members, "r0")
     metrics = FleetMetrics(members, Dispatcher(members), lambda: "running")
     for name in NAMES:
         members.state.sent(request(name, name), "r0")
@@ -58,7 +51,8 @@ async def test_no_plan_has_them_loaded() -> None:
 
     handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
     config = config_of(placement="hrw", placement_seconds=0.01)
-    members = with_replica(Members(config, handle, gateway="gateway"))
+    members = Members(config, handle, gateway="gateway")
+    join(members, "r0")
     adapters = FleetAdapters(config, members)
     await adapters.start_adapters(RegistryActor())
     for name in (*NAMES, "real"):
@@ -69,17 +63,10 @@ async def test_no_plan_has_them_loaded() -> None:
     assert not any(members.state.view.adapters[name].target_holders for name in NAMES)
 
 
-def client_of() -> FleetClient:
-    plan: Any = SimpleNamespace(max_model_len=100)
-    client = FleetClient(config_of(), None, plan, None, None)
-    with_replica(client.members)
-    client._state = "running"
-    return client
-
-
 async def test_one_id_is_given_to_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where two ask for it while the first one is still being prepared."""
     client = client_of()
+    join(client.members, "r0")
 
     async def tokens_of(*_: Any, **__: Any) -> list[int]:
         await asyncio.sleep(0)
@@ -107,6 +94,7 @@ async def test_gateways_make_up_different_ids() -> None:
     ids = set[str]()
     for _ in range(2):
         client = client_of()
+        join(client.members, "r0")
         for _ in range(3):
             work = asyncio.ensure_future(anext(client.generate([5])))
             await asyncio.sleep(0.001)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.ray_head import RayHead
 
 from aioengine.errors import ConfigError
 from aioengine.executors.ray.address import check_address
-
-grpc: Any = pytest.importorskip("grpc")
 
 RIGHT, WRONG = "0123456789abcdef", "f" * 16
 
@@ -31,27 +28,10 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def heads() -> Iterator[dict[bool, str]]:
     """Addresses of a head that asks for a token, and of one that does not."""
-
-    def head(asks: bool) -> Any:
-        def answer(_request: bytes, context: Any) -> bytes:
-            shown = dict(context.invocation_metadata()).get("authorization")
-            if asks and shown != f"Bearer {RIGHT}":
-                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
-            return b""
-
-        methods = {"GetClusterId": grpc.unary_unary_rpc_method_handler(answer)}
-        server = grpc.server(ThreadPoolExecutor(1))
-        handler = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", methods)
-        server.add_generic_rpc_handlers((handler,))
-        return server
-
-    servers = {asks: head(asks) for asks in (True, False)}
-    found = {asks: f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}" for asks, server in servers.items()}
+    servers = {True: RayHead(RIGHT), False: RayHead()}
+    yield {asks: server.open() for asks, server in servers.items()}
     for server in servers.values():
-        server.start()
-    yield found
-    for server in servers.values():
-        server.stop(None)
+        server.close()
 
 
 def hold(token: str, where: str, home: Path) -> None:
@@ -98,11 +78,10 @@ def test_a_cluster_that_refuses(
 
 
 def test_another_server_of_grpc_is_no_head(home: Path) -> None:
-    server = grpc.server(ThreadPoolExecutor(1))
-    where = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
+    server = RayHead(another=True)
+    where = server.open()
     try:
         with pytest.raises(ConfigError, match=f"RAY_ADDRESS={where}: .*UNIMPLEMENTED"):
             check_address(where)
     finally:
-        server.stop(None)
+        server.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.adapter_infos import adapter_info
+from support.small_fleet import join
 
 from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import (
@@ -24,14 +25,13 @@ from aioengine.fleet.gateway.adapters import FleetAdapters
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.entries import listed
-from aioengine.fleet.gateway.members import Member, Members
+from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.registry import Entry
 from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import Delta, Residency, pack_error
 from aioengine.info import AdapterInfo, AdapterLocation
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions, Wanted
-from aioengine.schedulers.routing import ReplicaLimits
 
 pytest.importorskip("ray.exceptions", reason="Ray has no wheel for this system or Python")
 
@@ -49,14 +49,9 @@ def info(version: int, location: AdapterLocation = "cpu") -> AdapterInfo:
 
 def members_of(router: str = "affinity", /, **held: list[AdapterInfo]) -> tuple[Members, dict[str, Any]]:
     members = Members(FleetConfig(engine=EngineConfig(model="tiny"), router=router), None, gateway="gateway")
-    channels: dict[str, Any] = {}
+    channels = {name: join(members, name) for name in held}
     for name, infos in held.items():
-        channel: Any = SimpleNamespace(replica=name, calls={}, send=lambda order: None, leaving=False)
-        members.members[name] = Member(channel, None)  # type: ignore[arg-type]
         members.members[name].residency = Residency([], infos[-1:], infos[:-1])
-        members.state.join(name, ReplicaLimits(slots=2, max_running=8, kv_tokens=10_000))
-        channels[name] = channel
-    members.channel = channels.get  # type: ignore[assignment, method-assign]
     return members, channels
 
 
@@ -187,7 +182,7 @@ def gateway_of(
 
 async def test_a_call_that_nobody_waits_for_is_not_sent() -> None:
     """It had lost its replica, and waited for another one."""
-    members, channels = members_of(r0=[info(1)])
+    members, _ = members_of(r0=[info(1)])
     dispatcher, call = Dispatcher(members), call_of("sql")
     await dispatcher.place(call)
     del members.members["r0"]
@@ -195,8 +190,7 @@ async def test_a_call_that_nobody_waits_for_is_not_sent() -> None:
     members.on_loss(call, "r0", "lost")
     await asyncio.sleep(0)
     dispatcher.abandon(call)
-    members.members["r1"] = Member(channels["r0"], None)  # type: ignore[arg-type]
-    members.state.join("r1", ReplicaLimits(slots=2, max_running=8, kv_tokens=10_000))
+    join(members, "r1")
     members._tell_change()
     await asyncio.gather(*members.background.tasks)
     assert call.replica is None and not members.state.in_flight

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.adapter_infos import adapter_info
 from support.engine_fixtures import Tiny, greedy
 from support.fleet_here import ReplicaHere, small_engine
 from support.registry_actor import RegistryActor
+from support.small_fleet import Gateway, replica
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterError, AdapterNotFound
-from aioengine.fleet import versions
+from aioengine.fleet import registry, versions
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.gateway.adapters import FleetAdapters
-from aioengine.fleet.gateway.members import Member, Members
 from aioengine.fleet.registry import AdapterRegistry, Entry
 from aioengine.fleet.versions import SpentVersions
 from aioengine.fleet.wire import (
@@ -32,36 +30,12 @@ from aioengine.fleet.wire import (
     encode_orders,
     unpack_error,
 )
-from aioengine.info import AdapterInfo
 from aioengine.request import RequestOptions, Wanted, pack_params
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
 
 
-class Gateway:
-    """A gateway to the given replicas, in this process; ``replicas``: what each does with an adapter."""
-
-    def __init__(self, **replicas: Any) -> None:
-        self.replicas = replicas
-        handle = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._call))
-        config = FleetConfig(engine=EngineConfig(model="tiny"), adapters={"fixed": "fixed"})
-        self.members = Members(config, handle, gateway=f"gateway-{id(self)}")
-        self.adapters = FleetAdapters(config, self.members)
-        for name in replicas:
-            self.members.members[name] = Member(SimpleNamespace(replica=name), None)  # type: ignore[arg-type]
-
-    async def _call(self, action: str, arguments: dict[str, Any], to: str) -> Any:
-        return await self.replicas[to].adapter(action, dict(arguments))
-
-    async def joins(self, name: str) -> None:
-        """A replica is back, or new."""
-        for listener in self.members.on_join:
-            listener(self.members.members[name])
-        while not self.members.members[name].ready:
-            await asyncio.sleep(0)
-
-    async def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
-        return await self.adapters.load_adapter(name, path, pin=False, replace=replace)
+FIXED = FleetConfig(engine=EngineConfig(model="tiny"), adapters={"fixed": "fixed"})
 
 
 @pytest.fixture
@@ -86,7 +60,7 @@ async def test_replicas_that_have_counted_differently_agree(
     first, second = real
     one, two = str(adapters / "a"), str(adapters / "b")
     files = Tiny(tiny_text.model, {"a": adapters / "a", "b": adapters / "b"})
-    gateway = Gateway(first=first)
+    gateway = Gateway(first)
     await gateway.adapters.start_adapters(RegistryActor())
 
     async def tokens(replica: Any, adapter: str) -> list[int]:
@@ -97,25 +71,22 @@ async def test_replicas_that_have_counted_differently_agree(
 
     numbers = [(await gateway.load("sql", path, replace=True)).version for path in (one, two, one)]
     assert numbers == [1, 2, 3]
-    gateway.replicas["second"] = second
-    gateway.members.members["second"] = Member(SimpleNamespace(replica="second"), None)  # type: ignore[arg-type]
-    await gateway.joins("second")
+    gateway.replicas["r1"] = second
+    await gateway.joins("r1")
     of_one, of_two = files.expected([5, 6, 7], 6, "a"), files.expected([5, 6, 7], 6, "b")
     assert await tokens(first, "sql@3") == await tokens(second, "sql@3") == of_one
-    away = gateway.members.members.pop("second")
+    del gateway.members.members["r1"]
     await gateway.adapters.unload_adapter("sql", force=False)
-    assert (await gateway.load("sql", two, replace=False)).version == 4
-    gateway.members.members["second"] = away
-    await gateway.joins("second")
+    assert (await gateway.load("sql", two)).version == 4
+    await gateway.joins("r1")
     assert await tokens(first, "sql@4") == await tokens(second, "sql@4") == of_two != of_one
     for gone in ("sql@0", "sql@1", "sql@2", "sql@3"):
         with pytest.raises(AdapterNotFound, match="gone: the current one is 4"):
             await gateway.adapters.content(gone)
     assert [info.version for info in gateway.adapters.adapters() if info.name == "sql"] == [4]
-    gateway.members.members.pop("second")
+    del gateway.members.members["r1"]
     await gateway.adapters.unload_adapter("sql", force=False)
-    gateway.members.members["second"] = away
-    await gateway.joins("second")
+    await gateway.joins("r1")
     with pytest.raises(AdapterNotFound):
         await second.engine.complete([5], greedy(1), adapter="sql")
     await gateway.adapters.stop_adapters()
@@ -140,46 +111,11 @@ async def test_an_error_names_what_was_asked_for(real: Any, adapters: Path, name
 
 
 async def test_an_adapter_that_nobody_has_loaded_has_no_numbers() -> None:
-    gateway = Gateway(r0=Replica())
+    gateway = Gateway(await replica(FIXED), config=FIXED)
     await gateway.adapters.start_adapters(RegistryActor())
     with pytest.raises(AdapterNotFound, match="nobody has loaded 'sql' through the fleet"):
         await gateway.adapters.content("sql@1")
     assert await gateway.adapters.content("fixed@1") == "", "nobody has read it"
-
-
-class Replica:
-    """Takes whatever it is told to, and remembers which content each number of a name has had."""
-
-    def __init__(self) -> None:
-        self.told = {"fixed": 1}
-        self.named: set[tuple[str, int, str]] = set()
-        self._paths: dict[str, str] = {}
-        """What it has or has prepared, by name."""
-        self._count = 0
-
-    async def adapter(self, action: str, arguments: dict[str, Any]) -> Any:
-        name = arguments.get("name", "")
-        if action == "prepare":
-            self._paths[name] = arguments["path"]
-        elif action in ("unload", "forget"):
-            self.told.pop(name, None)
-            self._paths.pop(name, None)
-        elif action == "sync":
-            for entry in arguments["entries"]:
-                if self.told.get(entry.name, 0) < entry.version:
-                    self._takes(entry.name, entry.version, entry.path)
-            others = self.told.keys() - {"fixed", *(entry.name for entry in arguments["entries"])}
-            return {other: self.told[other] for other in others if arguments.get("whole")}
-        return self._info(name, self._paths.get(name) or arguments.get("path") or "")
-
-    def _takes(self, name: str, version: int, path: str) -> None:
-        self._count += 1
-        self._paths[name] = path
-        self.told[name] = version
-        self.named.add((name, version, path))
-
-    def _info(self, name: str, path: str) -> AdapterInfo:
-        return adapter_info(name, version=self._count, path=path, digest=path, location="disk")
 
 
 @settings(max_examples=25)
@@ -211,13 +147,15 @@ class Replica:
 @pytest.mark.slow
 def test_a_number_never_names_two_contents(changes: list[tuple[str, int, str]], remembered: int) -> None:
     """Two gateways change adapters in turn, the registry's process is lost, and gateways go and others come.
-    One of two replicas may be away."""
+    One of two replicas may be away. However little the registry remembers, gateways that look know what there
+    is."""
 
     async def main() -> None:
         fsspec.filesystem("memory").store.clear()
         actor = RegistryActor(lambda: AdapterRegistry("memory://fleet"))
-        made = {"r0": Replica(), "r1": Replica()}
-        gateways = [Gateway(**made), Gateway(**made)]
+        ones = [await replica(FIXED) for _ in range(2)]
+        gateways = [Gateway(ones[0], None, ones[1], config=FIXED) for _ in range(2)]
+        contents = defaultdict[tuple[str, int], set[str]](set)
         for gateway in gateways:
             await gateway.adapters.start_adapters(actor)
         for number, (what, which, name) in enumerate(changes):
@@ -233,27 +171,29 @@ def test_a_number_never_names_two_contents(changes: list[tuple[str, int, str]], 
                 actor.restart()
             elif what == "new gateway":
                 await gateway.adapters.stop_adapters()
-                gateways[which] = Gateway(**made)
+                gateways[which] = Gateway(ones[0], None, ones[1], config=FIXED)
                 await gateways[which].adapters.start_adapters(actor)
             elif what == "away":
                 for each in gateways:
-                    members = each.members.members
-                    gone = {"r0", "r1"} - members.keys()
+                    gone = each.replicas.keys() - each.members.members.keys()
                     if gone:
-                        members |= {r: Member(SimpleNamespace(replica=r), None) for r in gone}  # type: ignore[arg-type]
                         await each.joins(gone.pop())
                     else:
-                        del members[f"r{which}"]
+                        del each.members.members[f"r{which}"]
+            for one in ones:
+                for name, version in one._adapters._told.items():
+                    contents[name, version].add(one.engine.has.get(name, ""))
+        there = {entry.name: entry for entry in await actor.entries.remote()}
         for gateway in gateways:
+            known = gateway.adapters.known
+            await known.refresh(actor)
+            assert {name: entry for name, entry in known.by_name.items() if name != "fixed"} == there
             await gateway.adapters.stop_adapters()
-        contents: dict[tuple[str, int], set[str]] = {}
-        for replica in made.values():
-            for name, version, path in replica.named:
-                contents.setdefault((name, version), set()).add(path)
-        assert all(len(paths) == 1 for paths in contents.values()), contents
+        assert all(len(found) == 1 for found in contents.values()), contents
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(versions, "MAX_NAMES", remembered)
+        patch.setattr(registry, "MAX_CHANGES", remembered)
         asyncio.run(main())
 
 

@@ -39,3 +39,22 @@ class RegistryActor:
             return asyncio.shield(asyncio.ensure_future(call(*arguments)))
 
         return SimpleNamespace(remote=remote)
+
+
+class FarRegistry:
+    """The registry, as one gateway reaches it. ``seconds``: how long calls take, by name, and "any" for the
+    others. ``asked``: when it was asked for changes."""
+
+    def __init__(self, actor: Any, **seconds: float) -> None:
+        self.seconds = seconds
+        self.asked: list[float] = []
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        async def remote(*arguments: Any) -> Any:
+            if name == "changes":
+                self.asked.append(asyncio.get_running_loop().time())
+            await asyncio.sleep(self.seconds.get(name, self.seconds.get("any", 0.0)))
+            return await getattr(self._actor, name).remote(*arguments)
+
+        return SimpleNamespace(remote=remote)
