@@ -14,22 +14,6 @@ MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "c
 NO_EOS = {"ignore_eos": True}
 
 
-async def test_equals_the_engine(serve: Serve) -> None:
-    async with serve() as served:
-        expected = await served.engine.complete(MESSAGES, greedy(12), adapter="a")
-        answer = await served.client.chat.completions.create(
-            model="a", messages=MESSAGES, max_completion_tokens=12, temperature=0, extra_body=NO_EOS
-        )
-        [choice] = answer.choices
-        assert choice.message.role == "assistant"
-        assert choice.message.content == expected.text
-        assert choice.message.tool_calls is None
-        assert choice.finish_reason == "length"
-        assert answer.usage is not None
-        assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
-        assert answer.usage.completion_tokens == 12
-
-
 async def test_streaming_adds_up(serve: Serve) -> None:
     async with serve() as served:
         expected = await served.engine.complete(MESSAGES, greedy(12))

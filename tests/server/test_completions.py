@@ -27,29 +27,6 @@ async def test_equals_the_engine(adapter: str | None, serve: Serve) -> None:
         assert answer.usage.total_tokens == 17
 
 
-async def test_streaming_adds_up(serve: Serve) -> None:
-    async with serve() as served:
-        expected = await served.engine.complete(PROMPT, greedy(12))
-        stream = await served.client.completions.create(
-            model=MODEL,
-            prompt=PROMPT,
-            max_tokens=12,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
-        )
-        chunks = [chunk async for chunk in stream]
-        assert len({chunk.id for chunk in chunks}) == 1
-        *parts, last = chunks
-        assert "".join(part.choices[0].text for part in parts) == expected.text
-        assert [part.choices[0].finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
-        assert parts[-1].choices[0].finish_reason == "length"
-        assert last.choices == []
-        assert last.usage is not None
-        assert last.usage.completion_tokens == 12
-
-
 async def test_prompts_and_choices_come_in_order(serve: Serve) -> None:
     async with serve() as served:
 

@@ -12,7 +12,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from support.engine_fixtures import MakeEngine, Tiny
-from support.raw_http import HEALTH, POST, StubApp, address_of, connected, loops
+from support.raw_http import HEALTH, POST, StubApp, connected
 from support.server_fixtures import MODEL, Serve, until
 
 from aioengine import AsyncEngine
@@ -76,45 +76,6 @@ async def test_a_client_that_goes_away_with_requests_in_line(serve: Serve) -> No
         await until(lambda: "abort" in seen)
         await until(lambda: served.app.active == 0)
         assert seen.count("abort") == 1 and served.engine.stats().running == 0
-
-
-async def test_output_that_is_not_taken_is_gathered_in_one_chunk(
-    tiny_text: Tiny, make_engine: MakeEngine
-) -> None:
-    """Through bare ASGI, where the reader's pace is exact: blocked after the first chunk, it gets all the
-    rest as one more."""
-    async with make_engine(tiny_text) as engine:
-        app = create_app(engine, ServerSettings(served_model_names=[MODEL]))
-        body = json.dumps({**LONG, "max_tokens": 60, "stream": True}).encode()
-        go_on = asyncio.Event()
-        chunks: list[bytes] = []
-        requests = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive() -> Any:
-            for message in requests:
-                return message
-            await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            if message["type"] == "http.response.body":
-                chunks.append(message["body"])
-                if len(chunks) == 1:
-                    await go_on.wait()
-
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/completions",
-            "headers": [(b"content-type", b"application/json")],
-            "query_string": b"",
-            "root_path": "",
-        }
-        serving = asyncio.create_task(app(scope, receive, send))
-        await until(lambda: engine.stats().requests_finished == 1)
-        go_on.set()
-        await serving
-        assert len(chunks) == 3
-        assert chunks[-1] == b"data: [DONE]\n\n"
 
 
 async def test_mounted_in_another_application(tiny_text: Tiny, make_engine: MakeEngine) -> None:
@@ -239,35 +200,3 @@ async def test_no_part_of_a_request_grows_for_ever(serve: Serve) -> None:
             answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
             assert answer.startswith(b"HTTP/1.1 431")
             writer.close()
-
-
-async def test_chunks_of_a_byte_are_no_flood_of_headers(serve: Serve) -> None:
-    async with serve() as served:
-        body = json.dumps({**LONG, "max_tokens": 2}).encode().ljust(20_000)
-        chunks = b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in body) + b"0\r\na: b\r\n\r\n"
-        chunked = b"transfer-encoding: chunked\r\n\r\n"
-        reader, writer = await connected(served.url, POST + chunked + chunks)
-        answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
-        assert answer.startswith(b"HTTP/1.1 200")
-        writer.close()
-
-
-def test_many_that_connect_at_once_are_accepted_in_few_passes() -> None:
-    """On uvloop, too, which accepts one connection for each listening socket in a pass."""
-
-    async def passes() -> int:
-        app = StubApp()
-        async with listening(cast(Any, app), ListenSettings(port=0)) as url:
-            clients = [socket.create_connection(address_of(url)) for _ in range(128)]
-            for client in clients:
-                client.sendall(HEALTH)
-            count = 0
-            while app.seen < len(clients) and count < 1000:
-                await asyncio.sleep(0)
-                count += 1
-            for client in clients:
-                client.close()
-        return count
-
-    with asyncio.Runner(loop_factory=loops()[-1]) as runner:
-        assert runner.run(passes()) < 64

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import openai
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy
@@ -121,20 +120,6 @@ async def test_a_body_must_be_json(serve: Serve) -> None:
         assert nothing.status_code == 400
 
 
-async def test_overload_says_when_to_come_back(serve: Serve) -> None:
-    async with serve(max_num_seqs=1, max_waiting=1, **LONG) as served:
-        running = served.engine.generate("busy", greedy(500))
-        await anext(running)
-        waiting = asyncio.create_task(served.engine.complete("busy too", greedy(100)))
-        await until(lambda: served.engine.stats().waiting == 1)
-        with pytest.raises(openai.RateLimitError) as caught:
-            await served.client.completions.create(model=MODEL, prompt="x", stream=True)
-        assert caught.value.response.headers["retry-after"] == "1"
-        assert caught.value.code == "engine_overloaded"
-        waiting.cancel()
-        await running.aclose()
-
-
 class RejectsAll(FCFS):
     """Takes nobody in."""
 
@@ -175,7 +160,8 @@ async def test_overload_says_whose_it_is(serve: Serve) -> None:
         await until(lambda: served.engine.stats().waiting == 2)
         answer = await ask("ka")
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-        assert "of your tenant" in answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert error["code"] == "engine_overloaded" and "of your tenant" in error["message"]
         third = ask("kb")
         answer = await second
         assert answer.status_code == 429 and "of your tenant" in answer.json()["error"]["message"]
@@ -212,18 +198,6 @@ async def test_an_adapter_that_is_gone_is_not_asked_for_again(serve: Serve, tmp_
         answer = await served.http.post("/v1/completions", json={**OK, "model": "gone"})
         assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "false")
         assert answer.json()["error"]["code"] == "adapter_load_error"
-
-
-async def test_refusing_fields_costs_little(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The schema of a type takes ten milliseconds to make, for which everybody waits."""
-    asked: list[object] = []
-    find = msgspec.json.schema
-    monkeypatch.setattr(msgspec.json, "schema", lambda type_: asked.append(type_) or find(type_))
-    async with serve() as served:
-        for _ in range(3):
-            answer = await served.http.post("/v1/completions", json={"model": MODEL, "promt": "Hi"})
-            assert answer.status_code == 400 and "did you mean prompt?" in answer.text
-    assert len(asked) <= 1
 
 
 @pytest.mark.parametrize(

@@ -78,20 +78,6 @@ entries = st.fixed_dictionaries(
 )
 
 
-@given(st.lists(entries, min_size=1, max_size=5, unique_by=lambda entry: entry["hash"]))
-@pytest.mark.slow
-def test_what_is_written_is_what_is_read(written: list[dict[str, Any]]) -> None:
-    read = parse_keys_file(keys_text(*written).encode(), source="x")
-    assert len(read.keys) == len(written)
-    for entry, fields in zip(read.keys, written, strict=True):
-        for name, value in fields.items():
-            found = getattr(entry, name)
-            if name == "limits":
-                assert {k: getattr(found, k) for k in value} == value
-            else:
-                assert (list(found) if isinstance(found, tuple) else found) == value
-
-
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.datetimes(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -165,6 +151,7 @@ NEEDED = {
     "GET /v1/models, GET /v1/models/a": {"generate", "adapters"},
     ADAPTERS: {"adapters"},
     "GET /version, GET /docs/openapi.json": set(SCOPES),
+    "GET /debug/requests": set(),
 }
 ROUTES = [(*route.split(), scopes) for routes, scopes in NEEDED.items() for route in routes.split(",")]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,7 +24,7 @@ from support.server_process import serving
 
 from aioengine.errors import ConfigError
 from aioengine.server.run import ListenSettings, listening
-from aioengine.server.transport.tls import REST_SECONDS, Certificate, TlsListener
+from aioengine.server.transport.tls import Certificate
 
 
 async def subject_at(port: int) -> str:
@@ -208,22 +207,3 @@ def test_files_that_are_no_good_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=f"tls_cert='{one}', tls_key='{two}': .*{why}.*must be PEM"):
             Certificate(str(one), str(two))
-
-
-async def test_clients_that_abort_early_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not as if the system had no more descriptors, after which the listener rests."""
-    aborts, reached = iter([ConnectionAbortedError] * 20), asyncio.Event()
-
-    async def accept(bound: socket.socket) -> None:
-        for error in aborts:
-            raise error
-        reached.set()
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(asyncio.get_running_loop(), "sock_accept", accept)
-    with socket.socket() as bound:
-        listener = TlsListener(bound, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), cast(Any, None), 1.0)
-        async with asyncio.timeout(REST_SECONDS / 2):
-            await reached.wait()
-        listener.close()
-        await listener.wait_closed()
