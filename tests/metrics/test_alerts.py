@@ -113,9 +113,5 @@ def test_the_runbook_speaks_of_metrics_that_there_are() -> None:
     exported = {definition.exposed for definition in definitions.ALL.values()} | set(
         series_names(gateway_families())
     )
-    questions = [
-        line for line in page[: page.index("\n## ")].splitlines() if line.startswith("|") and "`" in line
-    ]
-    assert len(questions) == 12
     asked_for = set(re.findall(r"`((?:aioengine|process)_\w+)", page))
     assert asked_for and asked_for <= exported

@@ -44,6 +44,15 @@ async def test_metrics_in_both_formats(http: httpx.AsyncClient) -> None:
     assert "two 2.0" in some.text and "one" not in some.text
 
 
+async def test_one_engine_is_one_target(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/metrics/targets")
+    assert answer.headers["content-type"] == "application/json"
+    labels = {"__scheme__": "http", "__metrics_path__": "/metrics"}
+    assert answer.json() == [{"targets": ["engine"], "labels": labels}]
+    answer = await http.get("/metrics?replica=door")
+    assert answer.status_code == 404 and "there is no replica 'door'" in answer.text
+
+
 async def test_metrics_compressed(app: MetricsApp) -> None:
     sent: list[Any] = []
 

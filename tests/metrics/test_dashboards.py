@@ -65,25 +65,3 @@ def test_panels_are_complete(panel: dict[str, Any]) -> None:
         assert target["datasource"] == panel["datasource"]
         for variable in ("instance", "engine"):
             assert f'{variable}=~"${variable}"' in target["expr"]
-
-
-def test_what_must_be_on_the_dashboard() -> None:
-    shown = frozenset[str]().union(*(asked(t["expr"]).metrics for p in PANELS for t in p["targets"]))
-    assert shown >= {
-        "aioengine_lora_slot_info",
-        "aioengine_lora_cache_requests_total",
-        "aioengine_lora_swaps_total",
-        "aioengine_lora_swap_seconds_bucket",
-        "aioengine_request_adapter_wait_seconds_bucket",
-        "aioengine_request_ttft_seconds_bucket",
-        "aioengine_requests_waiting",
-        "aioengine_policy_refusals_total",
-        "aioengine_policy_errors_total",
-        "aioengine_kv_cache_usage_ratio",
-        "aioengine_step_tokens_total",
-        "aioengine_step_seconds_bucket",
-        "aioengine_event_loop_lag_seconds_bucket",
-    }
-    timeline = next(panel for panel in PANELS if panel["type"] == "state-timeline")
-    assert timeline["title"].startswith("Slot timeline")
-    assert {"datasource", "engine"} <= {variable["name"] for variable in BOARD["templating"]["list"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from support.metric_script import (
     added,
     admitted,
@@ -61,18 +60,6 @@ def test_the_least_used_adapter_makes_way_for_one_with_more_than_twice_its_reque
     assert prompt_tokens(made) == {"often": 10, "new": 5, "other": 15}
     request(made, "seldom")
     assert prompt_tokens(made) == {"often": 10, "new": 5, "other": 20}
-
-
-@pytest.mark.slow
-def test_equal_use_does_not_pass_a_label_to_and_fro() -> None:
-    made = metrics(labels=1)
-    request(made, "a")
-    seen = set()
-    for _ in range(50):
-        for name in ("a", "b"):
-            request(made, name)
-            seen.add(frozenset(prompt_tokens(made)))
-    assert seen == {frozenset({"a"}), frozenset({"a", "other"})}
 
 
 def test_sums_never_go_down_and_series_stay_bounded() -> None:

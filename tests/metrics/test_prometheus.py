@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import signal
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.process_harness import worker_pids
-from support.prometheus_server import BOUND, MISSING, Prometheus, alert_receiver, prometheus
-from support.server_process import serving
+from support.prometheus_server import BOUND, MISSING, Prometheus, prometheus
 from support.tiny_models import build_adapter, build_model
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
@@ -155,25 +151,6 @@ async def an_emptied_slot_is_free(server: Prometheus, engine: AsyncEngine) -> No
         for labels, _ in await server.query(expr):
             rows[labels["row"].split(" ", 1)[1]] = labels["adapter"]
     assert rows == {f"tiny {i:02}": "(free)" if i == index else adapter for i, adapter in slots.items()}
-
-
-@pytest.mark.slow
-async def test_a_dead_engine_raises_an_alert(model: Path, tmp_path: Path) -> None:
-    """From the process that is killed to what arrives at the one who is on call."""
-    flags = ("--executor", "process", "--keep-dead")
-    with alert_receiver() as alerts:
-        async with serving(model, *flags) as server:
-            target = server.url.removeprefix("http://")
-            async with prometheus(tmp_path, target, receiver=alerts.address) as observer:
-                await observer.wait('aioengine_engine_state{state="ready"} == 1', bool)
-                assert alerts.sent == []
-                for pid in worker_pids(server.process.pid):
-                    os.kill(pid, signal.SIGKILL)
-                async with asyncio.timeout(BOUND):
-                    while not (fired := alerts.named("AioengineDead")):
-                        await asyncio.sleep(0.05)
-    assert fired[0]["labels"]["severity"] == "critical" and fired[0]["labels"]["instance"] == target
-    assert fired[0]["annotations"]["summary"] == f"Engine default on {target} is dead"
 
 
 async def test_promtool_has_nothing_to_say_about_the_names(engine: AsyncEngine) -> None:

@@ -79,15 +79,6 @@ def test_equal_gaps_come_as_one_interval() -> None:
     assert len(sim.intervals) == 2
 
 
-def test_the_same_requests_again_and_again() -> None:
-    sim = sim_with("a")
-    for name in ("a", None, "a"):
-        sim.add(name, max_tokens=9)
-    step(sim, 1.0)
-    for now, gap in ((1.5, 0.5), (2.5, 1.0), (4.5, 2.0)):
-        assert step(sim, now) == {TokenInterval("a", gap, 0): 2, TokenInterval(None, gap, 0): 1}
-
-
 async def test_loop_lag_is_what_a_blocked_loop_was_late_by() -> None:
     found: list[float] = []
     measured = asyncio.Event()

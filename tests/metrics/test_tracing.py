@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, greedy, make_engine, tiny, tiny_of
@@ -103,49 +102,20 @@ def test_who_gives_up_in_the_queue(provider: TracerProvider, exporter: InMemoryS
     ]
 
 
-async def test_an_engine(
+async def test_what_fails_and_what_is_under_way_at_the_end(
     tiny: Tiny, make_engine: MakeEngine, provider: TracerProvider, exporter: InMemorySpanExporter
 ) -> None:
     async with make_engine(tiny) as engine:
-        engine.register_adapter("rank-3", tiny.adapters["rank-3"])
         engine.register_adapter("broken", "/nowhere")
         stop = trace_requests(engine, provider)
-        before = time.time()
-
-        async def handler(adapter: str | None) -> None:
-            with provider.get_tracer("app").start_as_current_span(f"handle {adapter}"):
-                await engine.complete([3, 4], greedy(4), adapter=adapter, request_id=f"for {adapter}")
-
-        await asyncio.gather(handler(None), handler("rank-3"))
         with pytest.raises(AdapterLoadError):
-            await engine.complete([1], adapter="broken", request_id="for broken")
+            await engine.complete([1], adapter="broken", request_id="broken")
         left = asyncio.create_task(engine.complete([9], greedy(100), request_id="left"))
         await asyncio.sleep(0)
         stop()
         await left
-        after = time.time()
-
-    spans = exporter.get_finished_spans()
-    roots = {
-        str(dict(span.attributes or {})["aioengine.request_id"]): span
-        for span in spans
-        if span.name == "aioengine.request"
-    }
-    assert roots.keys() == {"for None", "for rank-3", "for broken", "left"}
-    by_id = {span.context.span_id: span for span in spans if span.context}
-
-    def children(root: ReadableSpan) -> list[str]:
-        return [span.name for span in spans if span.parent and by_id.get(span.parent.span_id) is root]
-
-    assert children(roots["for None"]) == ["queue", "prefill", "decode"]
-    assert children(roots["for rank-3"]) == ["adapter_wait", "queue", "prefill", "decode"]
-    assert children(roots["for broken"]) == ["adapter_wait", "queue"]
-    for adapter in (None, "rank-3"):  # each a child of what its own caller was doing
-        parent = roots[f"for {adapter}"].parent
-        assert parent is not None and by_id[parent.span_id].name == f"handle {adapter}"
-    failed = roots["for broken"]
-    assert failed.status.status_code is StatusCode.ERROR
+    roots = [span for span in exporter.get_finished_spans() if span.name == "aioengine.request"]
+    failed, unended = roots
+    assert [dict(span.attributes or {})["aioengine.request_id"] for span in roots] == ["broken", "left"]
+    assert failed.status.status_code is StatusCode.ERROR and unended.status.status_code is StatusCode.UNSET
     assert [event.name for event in failed.events] == ["exception"]
-    for span in spans:
-        _, start, end = seconds(span)
-        assert before - 0.01 <= start <= end <= after + 0.01

@@ -1,4 +1,4 @@
-"""A real Prometheus with this project's rules, and a receiver for the alerts that it sends."""
+"""A real Prometheus with this project's rules."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import contextlib
 import json
 import re
 import shutil
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,27 +54,14 @@ class Prometheus(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def prometheus(
-    folder: Path, *targets: str, receiver: str | None = None, **scrape: Any
-) -> AsyncIterator[Prometheus]:
-    """A server with the rules of this project, on a free port, until the end of the block.
-
-    ``targets`` are HOST:PORT; ``scrape`` is more of the job's configuration. ``receiver`` is HOST:PORT of
-    what gets its alerts, as Alertmanager does.
-    """
+async def prometheus(folder: Path, target: str) -> AsyncIterator[Prometheus]:
+    """A server with the rules of this project, on a free port, until the end of the block. ``target`` is
+    HOST:PORT."""
     config: dict[str, Any] = {
         "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
         "rule_files": [str(RULES)],
-        "scrape_configs": [
-            {
-                "job_name": "aioengine",
-                "static_configs": [{"targets": list(targets)}] if targets else [],
-                **scrape,
-            }
-        ],
+        "scrape_configs": [{"job_name": "aioengine", "static_configs": [{"targets": [target]}]}],
     }
-    if receiver is not None:
-        config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [receiver]}]}]}
     (folder / "prometheus.yml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     log = folder / "prometheus.log"
     with log.open("w", encoding="utf-8") as output:
@@ -117,39 +102,3 @@ def is_ready(url: str) -> bool:
         if error.code != 503:
             raise
         return False
-
-
-class Alerts:
-    """``sent`` has what came, oldest first, as Alertmanager's API takes it."""
-
-    def __init__(self) -> None:
-        self.address = ""
-        self.sent: list[dict[str, Any]] = []
-
-    def named(self, name: str) -> list[dict[str, Any]]:
-        return [alert for alert in self.sent if alert["labels"]["alertname"] == name]
-
-
-@contextlib.contextmanager
-def alert_receiver() -> Iterator[Alerts]:
-    alerts = Alerts()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            alerts.sent += json.loads(self.rfile.read(int(self.headers["content-length"])))
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        alerts.address = f"127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield alerts
-        finally:
-            server.shutdown()
-            thread.join()
