@@ -64,16 +64,3 @@ def test_what_the_file_or_the_flags_set_is_kept(
     assert lora is not None
     found = lora.max_loras, lora.max_cpu_loras, lora.max_lora_rank
     assert (*found, config.max_num_seqs, config.max_model_len, config.max_num_batched_tokens) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--requests", "0"], "for --requests. Must be >= 1"),
-        (["--adapters", "0"], "for --adapters. Must be >= 1"),
-        (["--rank", "513"], "for --rank. Must be <= 512"),
-    ],
-)
-def test_what_is_wrong_is_named(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *flags]) == 2
-    assert says in capsys.readouterr().err

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import os
 import sys
-from operator import getitem
 from pathlib import Path
 
 import pytest
 from support.cli_programs import run_program, run_script
 
-from aioengine.cli.main import COMMANDS, build_app, main
+from aioengine.cli.main import main
 
 SMALL = ["--kv-cache-memory", "8MiB", "--dtype", "float32", "--device", "cpu"]
 
@@ -78,18 +76,6 @@ def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "aioengine: FOLDER is not given; see aioengine lab new --help\n"
     assert main(["plan", "--lora-modules"]) == 2
     assert capsys.readouterr().err == "aioengine: --lora-modules has no value; see aioengine plan --help\n"
-
-
-def test_every_flag_that_takes_several_values_takes_at_least_one() -> None:
-    app = build_app()
-    several = [
-        (argument.name, argument.parameter.consume_multiple)
-        for command in COMMANDS
-        for argument in functools.reduce(getitem, command.split(), app).assemble_argument_collection()
-        if argument.parameter.consume_multiple
-    ]
-    assert {"--lora-modules", "--target-modules", "--adapters", "--slo"} <= {name for name, _ in several}
-    assert {least for _, (least, _) in several} == {1}
 
 
 def test_debug_adds_the_traceback_and_changes_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

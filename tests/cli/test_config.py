@@ -79,24 +79,6 @@ def test_mistyped_variables_are_named(
     assert "AIOENGINE_KERNELS" not in said
 
 
-@pytest.mark.parametrize(
-    ("command", "line", "status"),
-    [("check", "", 0), ("check --port x", "", 2), ("check --port 0", "[server]\nprt = 1\n", 2)],
-)
-def test_mistyped_variables_are_named_once_whatever_else_is_wrong(
-    command: str,
-    line: str,
-    status: int,
-    file: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    file.write_text(file.read_text().replace("[server]\n", line or "[server]\n"))
-    monkeypatch.setenv("AIOENGINE_MAX_LORSA", "1")
-    assert main(["config", *command.split(), "--config", str(file)]) == status
-    assert capsys.readouterr().err.count("(did you mean 'AIOENGINE_MAX_LORAS'?)") == 1
-
-
 def test_a_variable_that_kubernetes_makes_of_a_service_is_explained_unless_the_flag_is_given(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,22 +272,6 @@ async def test_a_file_on_a_disk_that_hangs_is_given_up(
     with hanging(file):
         await reloader.reload(cast(Any, object()), app=cast(Any, None))
     assert "stays as it was: its files could not be read within 0.01 s" in caplog.text and not reloader.good
-
-
-def test_the_command_line_is_parsed_again_with_what_the_file_says_then(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    readers: list[reloads.Reloader] = []
-    monkeypatch.setattr("aioengine.cli.serve.configure_logging", lambda *given: None)
-    monkeypatch.setattr("aioengine.cli.serve._serve", lambda *arguments: readers.append(arguments[-1]))
-    monkeypatch.setattr("aioengine.cli.serve.run", lambda served: 0)
-    assert main(["serve", "--config", str(file), "--max-choices", "7"]) == 0
-    file.write_text(file.read_text().replace("max_num_seqs = 3", "max_num_seqs = 5") + "max_choices = 9\n")
-    now = readers[0]._read()
-    assert (now.config.max_num_seqs, now.flags.max_choices) == (5, 7)
-    file.write_text(f"{file.read_text()}default_max_tokens = 'x'\n")
-    with pytest.raises(ConfigError, match="default-max-tokens"):
-        readers[0]._read()
 
 
 @pytest.mark.parametrize(("given", "policy"), [(None, "fair"), ("fcfs", "fcfs"), ("vtc", "vtc")])

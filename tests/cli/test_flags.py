@@ -44,27 +44,6 @@ def test_flags_in_the_text_of_errors() -> None:
     assert in_flags(text) == "raise --max-lora-rank, or --max-waiting; see EngineConfig.lora"
 
 
-@pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        ("model = ", "not valid TOML"),
-        ("modle = 'x'", "modle"),
-        ("lora = 3", "lora"),
-        ("[lora]\nmax_lora = 3", "max_lora"),
-        ("max_cpu_loras = 3", "below a line [lora]"),
-        ("[lora]\nmax_cpu_loras = 'x'", "table lora: max_cpu_loras='x': must be an integer, or None"),
-        ("[lora]\nmax_lora_rank = 17", "max_lora_rank=17: allowed are 1, 2, 4"),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path: Path, content: str, part: str) -> None:
-    path = tmp_path / "bad.toml"
-    path.write_text(content)
-    with pytest.raises(ConfigError) as caught:
-        EngineFlags(config=path, max_loras=2).engine_config()
-    assert part in str(caught.value)
-    assert "bad.toml" in str(caught.value) and "$" not in str(caught.value)
-
-
 @pytest.mark.parametrize("given", [["a"], ["=x"], ["a="], ["a=x", "a=y"]])
 def test_bad_adapters(given: list[str]) -> None:
     with pytest.raises(ConfigError, match="--lora-modules"):

@@ -140,14 +140,6 @@ def test_output_that_cannot_be_written(redirection: str, reason: str, command: s
     assert done.stderr == f"aioengine: cannot write to standard output: {reason}\n"
 
 
-@pytest.mark.slow
-def test_the_reader_of_the_demo_goes_after_a_line(model: Path, adapters: Path) -> None:
-    arguments = ["--model", str(model), "--adapters", str(adapters), "--max-tokens", "400"]
-    done = run_shell("| head -1", "demo", *arguments)
-    assert (done.returncode, done.stderr) == (141, "")
-    assert done.stdout == f"Loading {model} ...\n"
-
-
 def test_no_standard_error() -> None:
     done = run_shell("2>&-", "plan", "--model", "/nowhere")
     assert (done.returncode, done.stdout) == (2, "")
