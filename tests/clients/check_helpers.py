@@ -6,13 +6,11 @@ What else OpenAI's and Anthropic's clients are asked for is in ``tests/server``,
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
-import json
 from typing import Any, Literal
 
 from harness import ADAPTER, BASE_URL, KEY, MODEL, URL, USER, WEATHER, check, main
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 QUESTION = "What is the weather in Paris?"
 SMALL: dict[str, Any] = {"max_tokens": 120, "temperature": 0}
@@ -51,46 +49,13 @@ class get_weather(BaseModel):  # the function's name
     city: str = Field(max_length=12)
 
 
+# openai
+
+
 def sync_client() -> Any:
     import openai
 
     return openai.OpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0)
-
-
-def async_client() -> Any:
-    import openai
-
-    return openai.AsyncOpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0)
-
-
-# openai
-
-
-@check("openai", "async: raw and streaming responses, a stream that is left")
-def openai_async() -> None:
-    async def run() -> None:
-        async with async_client() as client:
-            ask: dict[str, Any] = {"model": MODEL, "messages": USER, **SMALL}
-            raw = await client.chat.completions.with_raw_response.create(**ask)
-            answer = raw.parse()
-            assert raw.headers["x-request-id"] == answer._request_id
-            assert (await client.chat.completions.create(**ask))._request_id
-            async with client.chat.completions.with_streaming_response.create(**ask) as response:
-                again = json.loads(await response.read())
-            assert again["choices"][0]["message"]["content"] == answer.choices[0].message.content
-            counts = ("prompt_tokens", "completion_tokens", "total_tokens")  # cached ones may differ
-            assert [again["usage"][name] for name in counts] == [
-                getattr(answer.usage, name) for name in counts
-            ]
-            raw = await client.chat.completions.with_raw_response.create(**ask, stream=True)
-            chunks = [chunk async for chunk in raw.parse()]
-            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-            assert text == answer.choices[0].message.content
-            stream = await client.chat.completions.create(**{**ask, "max_tokens": 300}, stream=True)
-            await anext(aiter(stream))
-            await stream.close()
-
-    asyncio.run(run())
 
 
 @check("openai", "stream(): its events")
@@ -102,12 +67,6 @@ def openai_stream_events() -> None:
         final = stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done"} <= set(kinds)
     assert isinstance(final.choices[0].message.parsed, City)
-    some: dict[str, Any] = {**ask, "max_tokens": 400, "logprobs": True, "top_logprobs": 2, "n": 2}
-    with client.chat.completions.stream(**some, response_format=City) as stream:
-        kinds = [event.type for event in stream]
-        final = stream.get_final_completion()
-    assert {"logprobs.content.delta", "logprobs.content.done"} <= set(kinds) and len(final.choices) == 2
-    assert all(choice.logprobs.content for choice in final.choices)
     import openai
 
     tool = openai.pydantic_function_tool(get_weather)
@@ -142,50 +101,21 @@ def openai_parse() -> None:
 @check("openai", "fields that have no effect")
 def openai_fields() -> None:
     client = sync_client()
+    both: dict[str, Any] = {"metadata": {"a": "b"}, "parallel_tool_calls": True, "prompt_cache_key": "k"}
+    both |= {"prompt_cache_options": {"ttl": "30m"}, "safety_identifier": "s", "service_tier": "auto"}
+    both |= {"model": MODEL, "store": False, "user": "u"}
+    chat: dict[str, Any] = {"modalities": ["text"], "seed": 1, "stop": ["\n\n\n"], "verbosity": "medium"}
+    more = {"prompt_cache_retention": "24h"}
     answer = client.chat.completions.create(
-        model=MODEL,
-        messages=USER,
-        max_completion_tokens=5,
-        metadata={"a": "b"},
-        modalities=["text"],
-        parallel_tool_calls=True,
-        prompt_cache_key="k",
-        prompt_cache_options={"ttl": "30m"},
-        safety_identifier="s",
-        seed=1,
-        service_tier="auto",
-        store=False,
-        stop=["\n\n\n"],
-        user="u",
-        verbosity="medium",
-        extra_body={"prompt_cache_retention": "24h"},
+        messages=USER, max_completion_tokens=5, extra_body=more, **both, **chat
     )
     assert answer.choices[0].finish_reason
+    own: dict[str, Any] = {"include": ["reasoning.encrypted_content"], "max_tool_calls": 3, "top_logprobs": 0}
+    own |= {"reasoning": {"effort": "none", "summary": "auto"}, "text": {"verbosity": "low"}}
     answer = client.responses.create(
-        model=MODEL,
-        input=QUESTION,
-        max_output_tokens=16,
-        temperature=0,
-        include=["reasoning.encrypted_content"],
-        max_tool_calls=3,
-        metadata={"a": "b"},
-        parallel_tool_calls=True,
-        prompt_cache_key="k",
-        prompt_cache_options={"ttl": "30m"},
-        reasoning={"effort": "none", "summary": "auto"},
-        safety_identifier="s",
-        service_tier="auto",
-        store=False,
-        text={"verbosity": "low"},
-        top_logprobs=0,
-        truncation="disabled",
-        user="u",
+        input=QUESTION, max_output_tokens=16, temperature=0, truncation="disabled", **both, **own
     )
     assert answer.metadata == {"a": "b"} and answer.output_text
-    stream = client.responses.create(
-        model=MODEL, input=QUESTION, stream=True, stream_options={"include_obfuscation": False}
-    )
-    stream.close()
 
 
 @check("openai", "responses: stream() with a schema and with tools, a second turn")
@@ -217,17 +147,13 @@ def openai_responses() -> None:
     ]
     after = client.responses.create(**{**ask, "input": turn}, instructions="Be brief.", tools=[tool])
     assert after.output_text
-    with client.responses.with_streaming_response.create(**ask) as response:
-        assert response.headers["x-request-id"] and response.parse().output_text
 
 
 # anthropic
 
 
-def anthropic_fields() -> dict[str, Any]:
-    return {"model": MODEL, "max_tokens": 120, "messages": USER, "temperature": 0}
-
-
+ANTHROPIC: dict[str, Any] = {"model": MODEL, "max_tokens": 120, "messages": USER}
+ANTHROPIC["extra_body"] = {"temperature": 0}
 TOOL = {
     **{name: WEATHER["function"][name] for name in ("name", "description")},  # type: ignore[index]
     "input_schema": get_weather.model_json_schema(),
@@ -239,8 +165,7 @@ def anthropic_tools() -> None:
     import anthropic
 
     client = anthropic.Anthropic(base_url=URL, api_key=KEY, max_retries=0)
-    fields = {key: value for key, value in anthropic_fields().items() if key != "temperature"}
-    fields |= {"extra_body": {"temperature": 0}, "tools": [TOOL]}
+    fields = {**ANTHROPIC, "tools": [TOOL]}
     with client.messages.stream(**fields, tool_choice={"type": "any"}) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_message()
@@ -252,45 +177,19 @@ def anthropic_tools() -> None:
     after = client.messages.create(**{**fields, "messages": turns}, tool_choice={"type": "none"})
     assert [block.type for block in after.content] == ["text"]
     assert client.messages.count_tokens(model=MODEL, messages=turns, tools=[TOOL]).input_tokens > 10
-    raw = client.messages.with_raw_response.create(
-        **fields, tool_choice={"type": "tool", "name": TOOL["name"]}
-    )
-    assert raw.headers["x-request-id"] and raw.parse().stop_reason == "tool_use"
 
 
-@check("anthropic", "parse(), effort, cache_control, async, errors")
+@check("anthropic", "parse(), effort, cache_control, models")
 def anthropic_more() -> None:
     import anthropic
 
     client = anthropic.Anthropic(base_url=URL, api_key=KEY, max_retries=0)
-    fields = {"model": MODEL, "max_tokens": 120, "messages": USER, "extra_body": {"temperature": 0}}
+    fields = ANTHROPIC
     assert isinstance(client.messages.parse(**fields, output_format=City).parsed_output, City)
     assert client.messages.create(**fields, output_config={"effort": "low"}).content
     kept = {"type": "text", "text": "Be very brief. " * 20, "cache_control": {"type": "ephemeral"}}
     first, again = (client.beta.messages.create(**fields, system=[kept]) for _ in range(2))
     assert first.content and first.usage.input_tokens and again.usage.cache_read_input_tokens
-
-    async def run() -> None:
-        async with (
-            anthropic.AsyncAnthropic(base_url=URL, api_key=KEY, max_retries=0) as asking,
-            asking.messages.stream(**fields) as stream,
-        ):
-            text = "".join([part async for part in stream.text_stream])
-            assert (await stream.get_final_message()).content[0].text == text
-
-    asyncio.run(run())
-    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
-    for kind, wrong in (
-        (anthropic.NotFoundError, {"model": "nobody"}),
-        (anthropic.BadRequestError, {"messages": [{"role": "user", "content": [image]}]}),
-        (anthropic.BadRequestError, {"max_tokens": 0}),
-    ):
-        told: Any = None
-        try:
-            client.messages.create(**{**fields, **wrong})
-        except kind as error:
-            told = error.body
-        assert told and told["error"]["message"], wrong
     assert ADAPTER in {model.id for model in client.models.list()}
 
 
@@ -308,38 +207,20 @@ def anthropic_runner() -> None:
         return f"sunny in {city}"
 
     client = anthropic.Anthropic(base_url=URL, api_key=KEY, max_retries=0)
-    runner = client.beta.messages.tool_runner(
-        model=MODEL,
-        max_tokens=60,
-        messages=USER,
-        tools=[get_weather],
-        max_iterations=2,
-        extra_body={"temperature": 0},
-    )
+    runner = client.beta.messages.tool_runner(**ANTHROPIC, tools=[get_weather], max_iterations=2)
     assert runner.until_done().content
 
 
 # litellm
 
 
-@check("litellm", "tools, pydantic, text, both of Anthropic's routes, streams, errors, embeddings, rerank")
+@check("litellm", "tools, pydantic, text, both of Anthropic's routes, streams, embeddings, rerank")
 def litellm_all() -> None:
     import litellm
 
     route: dict[str, Any] = {"model": f"hosted_vllm/{MODEL}", "api_base": BASE_URL, "api_key": KEY, **SMALL}
-    made = litellm.completion(
-        messages=USER,
-        drop_params=True,
-        thinking={"type": "disabled"},
-        seed=1,
-        n=2,
-        **{**route, "model": f"openai/{MODEL}"},
-    )
-    assert len(made.choices) == 2
     made = litellm.completion(messages=USER, response_format=City, **route)
     City.model_validate_json(made.choices[0].message.content)
-    with contextlib.suppress(litellm.NotFoundError):
-        litellm.completion(messages=USER, **{**route, "model": "hosted_vllm/nobody"})
     text = {**route, "model": f"text-completion-openai/{MODEL}"}
     assert litellm.text_completion(prompt="Hello", **text).choices[0].text
     bridged = asyncio.run(litellm.anthropic.messages.acreate(messages=USER, **route))
@@ -410,7 +291,7 @@ def langchain_structured() -> None:
         assert list(model.stream(QUESTION))
 
 
-@check("langchain-openai", "bind_tools: every tool_choice, streams, log-probabilities, events")
+@check("langchain-openai", "bind_tools: tool_choice, streams, a second turn")
 def langchain_tools() -> None:
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_core.tools import tool
@@ -425,8 +306,6 @@ def langchain_tools() -> None:
     for choice, more in (("required", {}), (True, {"strict": True}), ("get_weather", one), (named, {})):
         model = chat_openai().bind_tools([get_weather], tool_choice=choice, **more)
         assert [call["name"] for call in model.invoke(QUESTION).tool_calls] == ["get_weather"]
-    for choice in ("auto", "none"):
-        assert chat_openai().bind_tools([get_weather], tool_choice=choice).invoke(QUESTION)
     model = chat_openai().bind_tools([get_weather], tool_choice="any")
     whole: Any = None
     for chunk in model.stream(QUESTION):
@@ -441,51 +320,24 @@ def langchain_tools() -> None:
     responses = chat_openai(use_responses_api=True).bind_tools([get_weather], tool_choice="any")
     [call] = responses.invoke(QUESTION).tool_calls
     assert call["name"] == "get_weather"
-    found = chat_openai(logprobs=True, top_logprobs=2).invoke(QUESTION)
-    assert found.response_metadata["logprobs"]["content"]
-
-    async def run() -> list[str]:
-        return [event["event"] async for event in chat_openai().astream_events(QUESTION)]
-
-    assert "on_chat_model_stream" in asyncio.run(run())
 
 
 # instructor
 
 
-@check("instructor", "every mode, iterables, parallel tools, async, Anthropic's")
+@check("instructor", "tools, schemas, parts of an answer, /v1/responses, Anthropic's")
 def instructor_modes() -> None:
     import anthropic
     import instructor
-    import openai
-    from instructor.core import IncompleteOutputException, InstructorRetryException
 
-    plain = openai.OpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0)
+    plain = sync_client()
     ask: dict[str, Any] = {"model": MODEL, "messages": USER, **SMALL, "max_retries": 0}
     modes = instructor.Mode
     for mode in (modes.TOOLS, modes.TOOLS_STRICT, modes.JSON_SCHEMA):
         client = instructor.from_openai(plain, mode=mode)
         shape = client.chat.completions.create(response_model=Shape, **{**ask, "max_tokens": 400})
         assert isinstance(shape, Shape), mode
-    for mode in (modes.JSON, modes.MD_JSON):  # without a schema: the model decides what comes
-        client = instructor.from_openai(plain, mode=mode)
-        came: list[Any] = []
-        client.on("completion:response", came.append)
-        with contextlib.suppress(InstructorRetryException, IncompleteOutputException):
-            client.chat.completions.create(response_model=City, **ask)
-        [answer] = came
-        choice = answer.choices[0]
-        if mode == modes.JSON and choice.finish_reason == "stop":
-            assert isinstance(json.loads(choice.message.content), dict)
-        assert choice.message.content and answer.usage.completion_tokens, mode
     client = instructor.from_openai(plain, mode=modes.TOOLS)
-    unread: list[Any] = []
-    try:
-        many = list(client.chat.completions.create_iterable(response_model=City, **ask))
-        assert all(isinstance(one, City) for one in many)
-    except ValidationError as error:
-        unread = [one["input"] for one in error.errors()]
-    assert unread in ([], [{}, {}])  # its schema does not require the list, and it reads "{}" as a city
     *_, last = client.chat.completions.create_partial(response_model=City, **ask)
     assert last.name is not None
     responses = instructor.from_openai(plain, mode=modes.RESPONSES_TOOLS)
@@ -499,17 +351,10 @@ def instructor_modes() -> None:
     )
     assert isinstance(made, City)
 
-    async def run() -> Any:
-        client = instructor.from_openai(async_client(), mode=modes.TOOLS)
-        return await client.chat.completions.create(response_model=City, **ask)
-
-    assert isinstance(asyncio.run(run()), City)
     own = instructor.from_anthropic(
         anthropic.Anthropic(base_url=URL, api_key=KEY, max_retries=0), mode=modes.ANTHROPIC_TOOLS
     )
-    fields = {"model": MODEL, "max_tokens": 120, "messages": USER, "max_retries": 0}
-    fields |= {"extra_body": {"temperature": 0}}
-    assert isinstance(own.messages.create(response_model=City, **fields), City)
+    assert isinstance(own.messages.create(response_model=City, max_retries=0, **ANTHROPIC), City)
 
 
 # pydantic-ai
@@ -568,8 +413,6 @@ def llama_index_more() -> None:
     assert asyncio.run(model.achat(chat)).message.content
     structured = model.as_structured_llm(City)
     assert isinstance(structured.chat(chat).raw, City)
-    *_, last = structured.stream_chat(chat)  # it does not require the call, so the model may write text
-    assert hasattr(last.raw, "is_capital")
     *_, last = model.stream_chat_with_tools([tool], chat_history=chat, tool_required=True)
     [call] = model.get_tool_calls_from_response(last)
     assert call.tool_name == "get_weather" and set(call.tool_kwargs) == {"city"}
@@ -581,6 +424,7 @@ def llama_index_more() -> None:
 @check("openai-agents", "both models: streams with tools, output by schema")
 def agents_all() -> None:
     import agents
+    import openai
 
     agents.set_tracing_disabled(True)
 
@@ -590,14 +434,13 @@ def agents_all() -> None:
         return f"sunny in {city}"
 
     async def run(kind: Any) -> None:
+        client = openai.AsyncOpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0)
         settings = agents.ModelSettings(max_tokens=120, temperature=0)
-        agent = agents.Agent(
-            name="a", model=kind(MODEL, async_client()), model_settings=settings, output_type=City
-        )
+        agent = agents.Agent(name="a", model=kind(MODEL, client), model_settings=settings, output_type=City)
         assert isinstance((await agents.Runner.run(agent, QUESTION)).final_output, City)
         settings = agents.ModelSettings(max_tokens=60, temperature=0, tool_choice="required")
         agent = agents.Agent(
-            name="a", model=kind(MODEL, async_client()), model_settings=settings, tools=[get_weather]
+            name="a", model=kind(MODEL, client), model_settings=settings, tools=[get_weather]
         )
         result = agents.Runner.run_streamed(agent, QUESTION, max_turns=3)
         kinds = [event.type async for event in result.stream_events()]

@@ -45,18 +45,8 @@ def served(log: Path) -> Iterator[str]:
     """The address of a server with the example adapters, in float32, so that log-probabilities can be
     compared."""
     modules = [f"{name}={ROOT / 'examples' / 'adapters' / name}" for name in ADAPTERS]
-    command = [
-        sys.executable,
-        "-m",
-        "aioengine",
-        "serve",
-        "--model",
-        MODEL,
-        "--port",
-        "0",
-        "--dtype",
-        "float32",
-    ]
+    command = [sys.executable, "-m", "aioengine", "serve", "--model", MODEL, "--port", "0"]
+    command += ["--dtype", "float32"]
     with log.open("wb") as file:
         process = subprocess.Popen([*command, "--lora-modules", *modules], stderr=file)
     try:
@@ -93,13 +83,8 @@ def outcomes(command: list[str], environment: dict[str, str]) -> Iterator[dict[s
             if isinstance(row, dict) and "check" in row:
                 yield row
     if code != 0:
-        yield {
-            "client": command[-1],
-            "version": "",
-            "check": "runs",
-            "error": errors.strip()[-300:],
-            "seconds": 0,
-        }
+        failed = {"client": command[-1], "version": "", "check": "runs", "seconds": 0}
+        yield {**failed, "error": errors.strip()[-300:]}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
