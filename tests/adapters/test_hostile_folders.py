@@ -7,76 +7,30 @@ import os
 import shutil
 import struct
 import tempfile
-import threading
 import time
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.machine import slowness
 from support.peft_files import CONFIG, PREFIX, WEIGHTS, edit_config, read
 
 from aioengine.adapters.peft.read import KnownPlans
 from aioengine.errors import AdapterError, AdapterInvalid, AdapterLoadError
 
-BIN = "adapter_model.bin"
-
-
-@contextmanager
-def lock() -> Iterator[Callable[[], float]]:
-    """For how long, in seconds, no other thread could run Python."""
-    found, done, started = [0.0], threading.Event(), threading.Event()
-
-    def tick() -> None:
-        last = time.perf_counter()
-        while not done.is_set():
-            time.sleep(0.002)
-            now = time.perf_counter()
-            found.append(now - last)
-            last = now
-            started.set()
-
-    ticking = threading.Thread(target=tick)
-    ticking.start()
-    started.wait()
-    try:
-        yield lambda: max(found)
-    finally:
-        done.set()
-        ticking.join()
-
-
-@contextmanager
-def memory() -> Iterator[Callable[[], int]]:
-    """How many bytes Python had allocated at the most."""
-    found = 0
-    tracemalloc.start()
-    try:
-        yield lambda: found
-    finally:
-        found = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-
 
 def refusal(folder: Path, **options: Any) -> AdapterError:
-    """Reads what is bad, and checks what that costs. Time is measured up to five times: machines are busy."""
-    with memory() as peak, pytest.raises(AdapterError) as caught:
+    """Reads what is bad, which takes little time. How much memory it takes, and whether others are held up,
+    is measured in ``tests/attacks``."""
+    began = time.thread_time()
+    with pytest.raises(AdapterError) as caught:
         read(folder, **options)
+    assert time.thread_time() - began < 2 * slowness()
     assert len(str(caught.value).encode()) <= 2000
-    assert peak() < 64 << 20
-    held = []
-    for _ in range(5):
-        began = time.perf_counter()
-        with lock() as longest, pytest.raises(AdapterError):
-            read(folder, **options)
-        held.append(longest())
-        if held[-1] < 0.1 and time.perf_counter() - began < 5:
-            return caught.value
-    raise AssertionError(f"the lock was held for {held} seconds")
+    return caught.value
 
 
 def write_header(folder: Path, header: object, data: bytes = b"") -> None:
@@ -193,17 +147,13 @@ CATASTROPHIC = [
     "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
 )
 def test_patterns_match_in_linear_time(adapter: Path, field: str, pattern: str) -> None:
-    """They match nothing, or are refused; either way it is soon over, and nobody is held up."""
+    """They match nothing, or are refused; either way it is soon over."""
     value: Any = {pattern: 3} if field.endswith("_pattern") and field != "layers_pattern" else pattern
     fields = {field: value} | ({"layers_to_transform": [0]} if field == "layers_pattern" else {})
     edit_config(adapter, **fields)
-    for attempt in range(3):
-        began = time.perf_counter()
-        with lock() as longest:
-            read_or_refuse(adapter)
-        if longest() < 0.1 and time.perf_counter() - began < 5:
-            return
-    raise AssertionError(f"{attempt + 1} times: the lock was held for {longest()} seconds")
+    began = time.thread_time()
+    read_or_refuse(adapter)
+    assert time.thread_time() - began < 2 * slowness()
 
 
 def read_or_refuse(folder: Path, **options: Any) -> None:
@@ -267,16 +217,3 @@ def test_any_header_is_refused(saved: Path, header: dict[str, Any], size: int, l
         with pytest.raises(AdapterError) as caught:
             read(folder)
         assert len(str(caught.value).encode()) <= 2000
-
-
-@settings(max_examples=60, deadline=None)
-@given(cut=st.floats(0, 1), file=st.sampled_from([CONFIG, WEIGHTS]), known=st.booleans())
-def test_any_truncation_is_refused(saved: Path, cut: float, file: str, known: bool) -> None:
-    contents: dict[str, KnownPlans] = {"known": {}} if known else {}
-    read(saved, **contents)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(shutil.copytree(saved, Path(name) / "sql"))
-        size = (folder / file).stat().st_size
-        os.truncate(folder / file, min(int(size * cut), size - 1))
-        with pytest.raises(AdapterInvalid):
-            read(folder, **contents)

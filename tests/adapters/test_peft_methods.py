@@ -1,44 +1,39 @@
-"""PEFT's methods: each is served exactly, folded exactly, or refused.
-
-``python tests/adapters/test_peft_methods.py`` writes the table of docs/adapters.md.
-"""
+"""PEFT's methods: each is served exactly, folded exactly, or refused."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from support.peft_files import CONFIG, WEIGHTS, edit_config, edit_weights, read, refused
-from support.peft_methods import FOLDED, changes, rows, save, table
+from support.peft_methods import FOLDED, changes, save
 
 from aioengine.errors import AdapterTooLarge
 
-PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "adapters.md"
-MARKS = (
-    "<!-- methods: written by python tests/adapters/test_peft_methods.py -->\n",
-    "<!-- end of methods -->\n",
-)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.slow
-def test_the_page_says_what_becomes_of_each() -> None:
-    """The installed PEFT may be another than the one that the page was written with: what only one of them
-    has is not compared, and a method that is new is refused."""
-    said = {}
-    for line in _table(PAGE.read_text()).splitlines()[2:]:
-        names, served, how = (cell.strip() for cell in line.strip("|").split("|"))
-        said |= dict.fromkeys(names.split(", ") if names[:5] != "LORA," else [names], (served, how))
-    for names, served, how in rows():
-        for name in names:
-            assert (served, how) == said.get(name, (served, how)), name
-            assert name in said or served == "no", name
-    assert len(said) > 50
+OTHERS = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {"LORA", *FOLDED})
+INITIAL = {True: "gaussian orthogonal eva", False: "pissa olora corda loftq"}
+"""Ways to begin with ``init_lora_weights``: whether what is saved is the whole change of the weights."""
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_no_other_method_is_taken_for_lora(adapter: Path, method: str) -> None:
+    edit_config(adapter, peft_type=method)
+    refused(adapter, CONFIG, "peft_type", method)
+
+
+@pytest.mark.parametrize("served", INITIAL)
+def test_ways_to_begin(adapter: Path, served: bool) -> None:
+    for way in INITIAL[served].split():
+        edit_config(adapter, init_lora_weights=way)
+        if served:
+            read(adapter)
+        else:
+            refused(adapter, CONFIG, "init_lora_weights", way)
 
 
 @pytest.mark.parametrize("method", sorted(FOLDED))
@@ -113,12 +108,3 @@ def test_what_is_wrong_with_a_folded_adapter_is_said(tmp_path: Path) -> None:
         (tmp_path / CONFIG).write_text(before)
     edit_config(tmp_path, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
     refused(tmp_path, "down_proj", "no weights for it")
-
-
-def _table(page: str) -> str:
-    return page.partition(MARKS[0])[2].partition(MARKS[1])[0]
-
-
-if __name__ == "__main__":
-    text = PAGE.read_text()
-    PAGE.write_text(text.replace(MARKS[0] + _table(text), MARKS[0] + table()))

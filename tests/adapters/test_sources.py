@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -66,19 +65,6 @@ def test_gone_denied_and_unknown(s3: Any, s3_server: str) -> None:
         assert not caught.value.transient
     finally:
         check_keys_after(s3_server, "inf")
-
-
-def test_nothing_of_a_refused_source_is_left(s3: Any, s3_server: str, tmp_path: Path) -> None:
-    """Refused in the middle of the fetch: no copy, and no part of one."""
-    put(s3, "a", FILES)
-    check_keys_after(s3_server, "2")
-    try:
-        with pytest.raises(AdapterLoadError, match=r"access is denied"):
-            fetch_source("a", "s3://lora/a")
-    finally:
-        check_keys_after(s3_server, "inf")
-    assert not any(files for _, _, files in os.walk(tmp_path) if set(files) & set(FILES))
-    assert fetch_source("a", "s3://lora/a").is_dir()
 
 
 def test_without_credentials(s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
