@@ -55,20 +55,6 @@ def test_never_more_adapters_than_clusters(clusters: int) -> None:
     assert most == clusters
 
 
-def test_order_of_arrival_within_the_batch() -> None:
-    sim = warm(slora(clusters=1), NAMES, WIDE._replace(max_num_seqs=2))
-    sim.add("a", max_tokens=20)
-    sim.settle()
-    requests = []
-    for name in ("b", "a", None, "a", "b"):
-        requests.append(sim.add(name, max_tokens=2))
-        sim.now += 0.001
-    for _ in range(10):
-        sim.settle()
-    admitted = [requests.index(r) for r in sorted(requests, key=lambda r: r.admitted or 9e9) if r.admitted]
-    assert admitted == [1, 2, 3], "those of the batch's adapter and of the base model, by arrival"
-
-
 @pytest.mark.parametrize("seqs", [1, 2, 4])
 def test_a_request_outside_the_batch_waits_for_its_age_and_one_generation(seqs: int) -> None:
     age, step, tokens = 1.0, 0.05, 8
@@ -100,20 +86,6 @@ def vllm_sim(limits: CoreLimits) -> Sim:
     for name in "ab":
         sim.register(name)
     return sim
-
-
-def test_an_idle_slot_goes_to_the_first_in_the_queue_at_once() -> None:
-    """Although a later request waits for the adapter that is in it, and is served when it comes back."""
-    sim = vllm_sim(LIMITS._replace(num_slots=1))
-    for name in "ba":  # both on the CPU, a in the slot
-        sim.add(name)
-        sim.run()
-    cold = sim.add("b")
-    sim.now += 0.001
-    warm = sim.add("a")
-    sim.run()
-    assert cold.admitted is not None and warm.admitted is not None
-    assert cold.admitted < warm.admitted
 
 
 def test_nothing_is_read_ahead() -> None:

@@ -36,19 +36,6 @@ def test_what_is_expected_goes_before_what_is_allowed() -> None:
     assert order_of(sim) == [short.id, long.id]
 
 
-def test_a_new_version_of_an_adapter_does_not_mix_up_the_queues() -> None:
-    sim = Sim(LIMITS._replace(max_num_seqs=1), compose(order=SJF()))
-    sim.register("a")
-    old = [sim.add("a", max_tokens=t) for t in (5, 2, 4)]
-    sim.register("a")
-    new = [sim.add("a", max_tokens=t) for t in (3, 6, 1)]
-    sim.run()
-    assert set(sim.ended.values()) == {"length"}
-    order = order_of(sim)
-    for batch, expected in ((old, (1, 2, 0)), (new, (2, 0, 1))):
-        assert [i for i in order if i in {r.id for r in batch}] == [batch[k].id for k in expected]
-
-
 def edf_sim(limits: CoreLimits) -> Sim:
     return Sim(limits, compose(order=EDF(), max_wait=1e9))
 
@@ -67,16 +54,3 @@ def test_the_adapter_of_the_most_urgent_request_gets_the_slot_first() -> None:
     relaxed, never, urgent = sim.add("a", deadline=80.0), sim.add("b"), sim.add("c", deadline=20.0)
     sim.run()
     assert order_of(sim) == [urgent.id, relaxed.id, never.id]
-
-
-def test_an_idle_slot_is_given_to_an_urgent_cold_request_at_once() -> None:
-    sim = edf_sim(LIMITS._replace(num_slots=1, cpu_capacity=2))
-    for name in "ba":  # both on the CPU, a in the slot
-        sim.register(name)
-        sim.add(name)
-        sim.run()
-    urgent = sim.add("b", deadline=sim.now + 1.0)
-    start = sim.now
-    sim.run(step_seconds=0.01)
-    assert urgent.admitted is not None
-    assert urgent.admitted - start <= 2 * 0.01, "one step to copy it"

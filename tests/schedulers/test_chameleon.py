@@ -81,30 +81,6 @@ def test_a_large_request_is_not_starved_by_small_ones() -> None:
     assert large_behind_small(FCFS()) > 10 * SMALL * STEP, "60 small ones, 4 at a time, are before it"
 
 
-def large_where_memory_is_short(age: float) -> float | None:
-    """Its prompt takes 12 of 16 blocks, of which the small ones' share of the places can hold 8."""
-    sim = warm(chameleon(age=age), num_blocks=16, max_num_seqs=8)
-    for _ in range(8):
-        sim.add("a", max_tokens=SMALL)
-        sim.settle(step_seconds=STEP)
-    large = sim.add("a", prompt=list(range(2, 50)), max_tokens=8)
-    for _ in range(200):
-        sim.add("a", max_tokens=SMALL)
-        sim.add("a", max_tokens=SMALL)
-        sim.settle(step_seconds=STEP)
-        if large.admitted is not None:
-            return waited(large)
-    return None
-
-
-def test_age_bounds_the_wait_even_where_memory_is_short() -> None:
-    assert large_where_memory_is_short(age=60.0) is None, "small ones take what others leave for 10 s"
-    for age in (1.0, 3.0):
-        wait = large_where_memory_is_short(age)
-        # Age; the few small ones that were before it; and the end of those that run at its turn.
-        assert wait is not None and age <= wait <= age + 2 * (SMALL + 1) * STEP
-
-
 def test_size_is_the_papers_product() -> None:
     order = ChameleonOrder(refresh=3)
     sizes = {"big": SimpleNamespace(bytes=800), "little": SimpleNamespace(bytes=200)}

@@ -77,13 +77,3 @@ def test_what_the_core_does_not_admit_is_not_charged() -> None:
     assert len(order) >= 12
     for taken in range(1, 13):
         assert abs(order[:taken].count("a") - order[:taken].count("b")) * 16 <= 8 + 2 * 16
-
-
-def test_a_newcomer_does_not_cut_a_turn_short() -> None:
-    sim = warm(drr(quantum=24), "abc", LIMITS._replace(max_num_seqs=1))
-    requests = [add_sized(sim, name, 8) for name in "aaaaaabbb"]
-    while len(adapters_in_order(sim, requests)) < 1:
-        sim.settle()
-    requests += [add_sized(sim, "c", 8) for _ in range(3)]
-    sim.run()
-    assert adapters_in_order(sim, requests) == "aaabbbcccaaa"

@@ -12,7 +12,6 @@ import pytest
 from support.policy_cases import TimedSim
 from support.selection import mostly_slow
 
-from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Request
 from aioengine.schedulers import load_policy
@@ -148,15 +147,6 @@ def test_those_who_name_no_tenant_are_one(tenants: tuple[str | None, str | None]
     assert max(steps) <= BOUND * 20
 
 
-def test_preempted_requests_are_few_and_all_end() -> None:
-    """A tenant that comes again and again costs the others little."""
-    _, sim, _ = seconds_of("fair", Flood(count=100, adapters=6, tokens=100), "mine", times=40)
-    preempted = sim.of(events.RequestPreempted)
-    assert len(preempted) <= 45
-    sim.run(steps=5000)
-    assert set(sim.ended.values()) == {"length"}
-
-
 @pytest.mark.parametrize("policy", ["fair", "vtc", "drr"])
 @pytest.mark.slow
 def test_more_tenants_than_slots_take_turns(policy: str) -> None:
@@ -168,15 +158,6 @@ def test_more_tenants_than_slots_take_turns(policy: str) -> None:
     sim.go(lambda: all(r.first_token is not None for r in firsts), 12 * 300 * 0.04)
     sim.run(steps=100_000, step_seconds=0.02)
     assert set(sim.ended.values()) == {"length"}
-
-
-def test_tenants_do_not_take_the_only_slot_from_each_other_before_it_is_used() -> None:
-    sim = TimedSim(LIMITS._replace(num_slots=1, max_num_seqs=1), load_policy("fair"))
-    for i in range(6):
-        sim.register(f"a{i}")
-    for i in range(24):
-        sim.add(f"a{i % 6}", max_tokens=40, tenant=f"t{i // 3 % 2}")
-    sim.go(lambda: len(sim.ended) == 24, 24 * 40 * 0.1)
 
 
 @pytest.mark.parametrize("tenant", [None, "a"])
@@ -199,18 +180,3 @@ def test_with_one_tenant_nothing_changes(tenant: str | None) -> None:
         return [str(event) for event in sim.events]
 
     assert told("fair") == told("fcfs")
-
-
-def test_a_policy_that_came_late_knows_who_waits() -> None:
-    """Nobody has told it of what happened before."""
-    sim = TimedSim(LIMITS._replace(max_num_seqs=4), load_policy("sjf"))
-    first = [sim.add(tenant="a", max_tokens=100) for _ in range(30)]
-    for _ in range(3):
-        sim.settle()
-    sim.core.guard.policy = load_policy("fair")
-    late = sim.add(tenant="b")
-    for _ in range(3):
-        sim.settle()
-    assert late.first_token is not None
-    sim.run(steps=5000)
-    assert all(sim.ended[r.id] == "length" for r in (*first, late))

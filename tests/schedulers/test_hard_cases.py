@@ -92,50 +92,7 @@ def test_base_requests_are_as_fast_as_without_adapters(name: str) -> None:
     assert sum(slot.entry is not None for slot in sim.core.slots.slots) == 2, "the adapters fill the slots"
 
 
-# (c) One tenant floods
-
-
-def service_gap(policy: SchedulerPolicy) -> tuple[float, float, float]:
-    """(largest difference of service, the bound, the service of the tenant who floods) while both wait."""
-    input_weight, output_weight, prompt_tokens, tokens = 1.0, 2.0, 6, 8
-    sim = Sim(LIMITS._replace(max_num_seqs=5), policy)
-    sim.register("a")
-    sim.register("b")
-    modest = [sim.add("b", prompt=[5, 6, 7], max_tokens=5, tenant="modest") for _ in range(2)]
-    flood: list[Request] = []
-
-    def service(requests: list[Request]) -> float:
-        begun = [r for r in requests if r.admitted is not None]
-        return sum(input_weight * r.prompt_len + output_weight * r.output_tokens for r in begun)
-
-    gap, base = 0.0, 0.0
-    for step in range(600):
-        if step % 2 == 0:
-            for token in (7, 9):
-                request = sim.add("a", prompt=[token] * prompt_tokens, max_tokens=tokens, tenant="flood")
-                flood.append(request)
-        while sum(r.admitted is None for r in modest) < 6:  # more than one step can admit
-            modest.append(sim.add("b", prompt=[5, 6, 7], max_tokens=5, tenant="modest"))
-        sim.settle()
-        if step == 20:  # both adapters are in
-            base = service(flood) - service(modest)
-        if step > 20:
-            gap = max(gap, abs(service(flood) - service(modest) - base))
-    batch_tokens = LIMITS.num_blocks * LIMITS.block_size
-    bound = 2 * max(input_weight * prompt_tokens, output_weight * batch_tokens)
-    return gap, bound, service(flood)
-
-
-@pytest.mark.slow
-def test_vtc_keeps_a_flooding_tenant_within_the_bound() -> None:
-    gap, bound, served = service_gap(load_policy("vtc"))
-    assert gap <= bound
-    assert served > 3 * bound, "long enough to show a drift"
-    unfair, _, _ = service_gap(FCFS())
-    assert unfair > bound, "the case is none: first come, first served is as fair"
-
-
-# (d) Deadlines
+# (c) Deadlines
 
 
 def deadlines_met(policy: SchedulerPolicy) -> int:

@@ -50,20 +50,6 @@ def test_nobody_makes_way_for_who_is_not_above_him_or_has_room(places: int, prio
     assert preempted(sim) == []
 
 
-def test_nor_for_a_request_whose_adapter_is_in_no_slot() -> None:
-    sim = priority_sim(LIMITS._replace(max_num_seqs=2, num_slots=1), PreemptLower())
-    for name in "ab":
-        sim.register(name)
-    low = [sim.add("a", max_tokens=30), sim.add("a", max_tokens=30)]
-    for _ in range(3):
-        sim.settle()
-    assert all(r.admitted is not None for r in low)
-    sim.add("b", priority=9)
-    for _ in range(5):
-        sim.settle()
-    assert preempted(sim) == [], "it could not run: its adapter has no slot"
-
-
 def test_lack_of_blocks_is_a_reason_too_and_enough_make_way() -> None:
     sim = priority_sim(LIMITS._replace(num_blocks=8, max_num_batched_tokens=64), PreemptLower())
     low = [sim.add(prompt=[40 + i] * 11, max_tokens=4) for i in range(2)]  # 3 blocks each

@@ -81,18 +81,6 @@ def test_preemption_is_not_charged_twice() -> None:
     assert order.counter("x") == 4 * (8 + 2 * 30)
 
 
-def test_aborted_requests_are_charged_for_what_they_got() -> None:
-    order = VTC()
-    sim = serial_sim(order)
-    running, waiting = add(sim, "x", prompt=4, tokens=20), add(sim, "y")
-    for _ in range(3):
-        sim.settle()
-    for request in (running, waiting):
-        sim.core.end(request, "abort", sim.now)
-    assert order.counter("x") == 4 + 2 * 3
-    assert order.counter("y") == 0
-
-
 def test_clients_that_are_gone_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vtc, "IDLE_LIMIT", 8)
     order = VTC()

@@ -70,6 +70,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.in_flight: dict[str, str] = {}
         self.requests: dict[str, RouteRequest] = {}
         self.late: list[tuple[str, Report]] = []
+        self.registered: set[str] = set()
 
     @rule(skew=st.sampled_from([0.0, 1e6, -1e6]), again=st.booleans())
     @precondition(lambda self: len(self.truth) < 5)
@@ -178,6 +179,20 @@ class FleetMachine(RuleBasedStateMachine):
         else:
             self.state.planned(snapshot, moves)
             assert not set(self.state.view.changed) - {None}
+
+    @rule(name=st.sampled_from("abcd"), known=st.booleans())
+    def register(self, name: str, known: bool) -> None:
+        (self.state.add_adapter if known else self.state.remove_adapter)(name)
+        (self.registered.add if known else self.registered.discard)(name)
+
+    @invariant()
+    def only_what_is_used_is_remembered(self) -> None:
+        """Clients make up names of adapters."""
+        used = {self.requests[one].adapter for one in self.in_flight} | self.registered
+        for name, adapter in self.state.view.adapters.items():
+            if adapter.holders or adapter.target_holders:
+                used.add(name)
+        assert used - {None} == self.state.view.adapters.keys()
 
     @invariant()
     def sound(self) -> None:
