@@ -2,46 +2,11 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.core.adapters.arena import GRANULE, Arena, find_room
-
-rounded = Arena(0).rounded
-SIZES = [rounded(n) for n in (GRANULE, 8 * 2500, 16 * 2500, 64 * 2500)]
-
-
-@pytest.mark.slow
-def test_many_random_placements_keep_the_stated_bound() -> None:
-    """Adapters of mixed ranks come and go; where one does not fit, less is free than the bound says."""
-    rng = random.Random(0)
-    draw = rng.random
-    arena = Arena(200 * SIZES[1])
-    held: list[int] = []
-    failed = 0
-    for turn in range(20_000):
-        nbytes = SIZES[int(draw() ** 3 * 4)] - int(draw() * 100)
-        offset = arena.allocate(nbytes)
-        while offset is None:
-            failed += 1
-            assert arena.free < (len(held) + 1) * rounded(nbytes)
-            assert arena.largest_hole < rounded(nbytes)
-            index = int(draw() * len(held))
-            held[index], held[-1] = held[-1], held[index]
-            arena.release(held.pop())
-            offset = arena.allocate(nbytes)
-        held.append(offset)
-        if turn % 1_000 == 0:
-            arena.check()
-            assert sorted(held) == sorted(arena.regions)
-    arena.check()
-    assert failed > 500, "or nothing was tight"
-    for offset in held:
-        arena.release(offset)
-    assert arena.free == arena.largest_hole == arena.size
 
 
 def test_the_smallest_hole_that_has_room_is_taken() -> None:

@@ -130,55 +130,6 @@ def test_a_short_prompt_passes_long_ones_and_none_stands_still(
         assert oldest.id in sim.ended or oldest.computed - computed >= min(GRAIN, remaining)
 
 
-@SETTINGS
-@given(
-    machine=MACHINES,
-    slowness=st.sampled_from([1.0, 10.0, 100.0]),
-    lengths=st.lists(st.integers(1, GRAIN), min_size=1, max_size=40),
-    decodes=st.integers(0, 12),
-    longs=st.integers(0, 2),
-)
-def test_short_prompts_share_steps(
-    machine: Machine, slowness: float, lengths: list[int], decodes: int, longs: int
-) -> None:
-    """However slow the machine is, and whether anybody decodes or not."""
-    sim = PacedSim(machine, max_num_seqs=64)
-    sim.slowness = slowness
-    for _ in range(decodes):
-        sim.prompt(50, 2000)
-    for _ in range(20):
-        sim.prompt(20)
-        sim.one_step()
-    while len(sim.core.requests) > decodes:
-        sim.one_step()
-    for _ in range(longs):
-        sim.prompt(6000)
-        sim.one_step()
-    shorts = [sim.prompt(tokens) for tokens in lengths]
-    before = len(sim.batches)
-    while any(short.first_token is None for short in shorts):
-        sim.one_step()
-    # Any two steps in a row have more than one smallest chunk of them.
-    assert len(sim.batches) - before <= 2 * sum(lengths) / GRAIN + 1
-
-
-def test_a_step_that_takes_for_ever_is_soon_forgotten() -> None:
-    sim = PacedSim(MIDDLING)
-    sim.prompt(100, 500)
-    sim.prompt(8000)
-    for _ in range(10):
-        sim.one_step()
-    assert sim.seconds[-1] == pytest.approx(TARGET, rel=0.1)
-    sim.slowness = 1000.0
-    sim.one_step()
-    sim.slowness = 1.0
-    sim.one_step()
-    assert sim.seconds[-1] >= TARGET / 4
-    for _ in range(12):
-        sim.one_step()
-    assert sim.seconds[-1] == pytest.approx(TARGET, rel=0.25)
-
-
 DROPS = st.floats(1.6, 8.0)
 """How many times slower a machine becomes all at once."""
 
