@@ -15,26 +15,70 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
+import re
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import psutil
-from endurance.target import ADAPTERS, Target, served
+import transformers
+from support.server_process import Serving, serving
+from support.tiny_chat import build_chat_model
+from support.tiny_models import build_adapter
 
+ADAPTERS = tuple(f"adapter-{i}" for i in range(6))
+FLAGS = ["--max-loras", "2", "--max-cpu-loras", "3", "--max-lora-rank", "8", "--max-num-seqs", "16"]
+FLAGS += ["--served-model-name", "tiny"]
 CLIENTS = 16
 ROUNDS = 6
 MEMORY = 24 * 2**20
 """Bytes that the last round may take more than the second; the allocator alone causes about 10 MiB."""
 SPARE = {"descriptors": 4, "threads": 2, "tasks": 2, "processes": 0}
 """Allowed differences: a connection that is being closed, a pool's thread that was not needed before."""
+
+
+class Target(NamedTuple):
+    """A running server, a client of it, and its adapters' folders."""
+
+    served: Serving
+    http: httpx.AsyncClient
+    root: Path
+
+    async def complete(self, model: str) -> httpx.Response:
+        body = {"model": model, "prompt": "Hello", "max_tokens": 8, "ignore_eos": True}
+        return await self.http.post("/v1/completions", json=body)
+
+    async def metric(self, name: str) -> float:
+        """Return the sum of its samples."""
+        text = (await self.http.get("/metrics")).text
+        return sum(map(float, re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)))
+
+
+@contextlib.asynccontextmanager
+async def target_in(folder: Path) -> AsyncIterator[Target]:
+    """Run a server whose model and adapters are made in ``folder``. One adapter is broken."""
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    model, root = build_chat_model(folder / "tiny"), folder / "adapters"
+    for seed, name in enumerate(ADAPTERS):
+        build_adapter(model, root / name, seed=seed, r=8)
+    broken = build_adapter(model, root / "broken", r=8) / "adapter_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        serving(model, *FLAGS, "--adapter-root", str(root)) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=30, trust_env=False, limits=limits) as http,
+    ):
+        yield Target(server, http, root)
 
 
 class Held(NamedTuple):
@@ -154,7 +198,8 @@ async def held(target: Target) -> Held:
             break
         await asyncio.sleep(0.1)
     await asyncio.sleep(0.3)
-    found = target.processes()
+    own = psutil.Process(target.served.process.pid)
+    found = [own, *own.children(recursive=True)]
     return Held(
         sum(process.num_fds() for process in found),
         sum(process.num_threads() for process in found),
@@ -200,7 +245,7 @@ async def soak(seconds: float, seed: int) -> list[str]:
         "| round | answers | fds | threads | tasks | processes | memory, MiB |\n|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
-        async with served(Path(folder)) as target:
+        async with target_in(Path(folder)) as target:
             for number in range(ROUNDS):
                 until = time.monotonic() + seconds / ROUNDS
                 clients = [Client(target, seed + number * CLIENTS + i, seen) for i in range(CLIENTS)]
@@ -210,7 +255,8 @@ async def soak(seconds: float, seed: int) -> list[str]:
                 cells = (number + 1, sum(seen.values()), *now[:4], f"{now.memory / 2**20:.0f}")
                 print(f"| {' | '.join(map(str, cells))} |", flush=True)
             wrong += leaks(rounds)
-            wrong += [f"the log has an error: {message}" for message in target.errors()]
+            errors = [line["message"] for line in target.served.lines if line.get("level") == "error"]
+            wrong += [f"the log has an error: {message}" for message in errors]
             target.served.process.send_signal(signal.SIGTERM)
             code = await target.served.end()
             if code != 0:
