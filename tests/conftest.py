@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the servers and workers that tests st
 
 import torch
 from hypothesis import settings
-from support import preloaded, selection
+from support import preloaded
 from support.quick_interpreter import quicken
 from support.ray_nodes import nodes
 
@@ -56,6 +56,8 @@ for folder in ("schedulers", "kernels", "metrics"):  # which lie beside aioengin
         "make test"
     )
 
+KINDS = ("slow", "timed")
+"""Markers that split the tests."""
 RAY = ("bad_model", "nodes", "serve_run", "serving", "serving_losses")
 """Files of tests/fleet that start Ray."""
 TIMED = [
@@ -159,12 +161,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    for kind in selection.KINDS:
-        parser.addoption(f"--{kind}", choices=selection.WANTED, default="with", help=f"tests that are {kind}")
+    for kind in KINDS:
+        choices = ("with", "without", "only")
+        parser.addoption(f"--{kind}", choices=choices, default="with", help=f"tests that are {kind}")
 
 
-def _wanted(config: pytest.Config) -> dict[str, str]:
-    return {kind: config.getoption(kind) for kind in selection.KINDS}
+def _keeps(config: pytest.Config, markers: Collection[str]) -> bool:
+    """Whether a test with these markers is wanted."""
+    wanted = {kind: config.getoption(kind) for kind in KINDS}
+    return all(how == "with" or (kind in markers) == (how == "only") for kind, how in wanted.items())
 
 
 @pytest.hookimpl(wrapper=True)
@@ -188,12 +193,10 @@ def is_timed(path: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """A file of which no test is wanted is not even imported."""
-    if collection_path.suffix != ".py" or collection_path.is_dir():
+    """A file that has none of the few timed tests is not even imported where only these are wanted."""
+    if config.getoption("timed") != "only" or collection_path.suffix != ".py":
         return None
-    known = ["timed"] if is_timed(collection_path) else []
-    kept = selection.may_keep(collection_path.read_text(), _wanted(config), known)
-    return None if kept else True
+    return None if is_timed(collection_path) or "timed" in collection_path.read_text() else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -207,11 +210,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         tests = Counter(item.path for item in items)
         places = {path: place for place, path in enumerate(LONG)}
         items.sort(key=lambda item: (places.get(item.path, len(LONG)), -tests[item.path], item.path))
-    wanted = _wanted(config)
     kept, left = [], []
     for item in items:
-        names = {marker.name for marker in item.iter_markers()}
-        (kept if selection.keeps(names, wanted) else left).append(item)
+        (kept if _keeps(config, {marker.name for marker in item.iter_markers()}) else left).append(item)
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = kept
