@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from itertools import count
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,56 +43,41 @@ class Ranks:
     def __init__(self, size: int, backend: str = "gloo") -> None:
         self.size = size
         self._backend = backend
-        self._processes: list[Any] = []
-        self._pipes: list[Connection] = []
+        self._pools: list[Any] = []
+        """One process each."""
 
     def run(self, job: Job, *arguments: Any, fully_sharded: bool = False) -> list[Any]:
         """What the job returns in each process. Raises the first one's error; all are killed then."""
-        if not self._processes:
+        if not self._pools:
             self._start()
-        for pipe in self._pipes:
-            pipe.send((job, arguments, fully_sharded))
-        results: dict[int, Any] = {}
-        while len(results) < self.size:
-            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in results}
-            ready = wait(list(waiting), SECONDS)
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                error: object = "the process died"
-                with contextlib.suppress(EOFError):
-                    results[waiting[pipe]], error = pipe.recv()
-                if error is not None:
-                    self.close()
-                    raise AssertionError(f"rank {waiting[pipe]}: {error}")
-            if not ready:
-                self.close()
-                raise AssertionError(f"ranks {list(waiting.values())} gave no answer in {SECONDS} s")
-        return [results[rank] for rank in range(self.size)]
+        ended: SimpleQueue[object] = SimpleQueue()
+        asked = job, arguments, fully_sharded
+        results = [pool.apply_async(_run, asked, {}, ended.put, ended.put) for pool in self._pools]
+        try:
+            for _ in results:
+                if isinstance(error := ended.get(timeout=SECONDS), Exception):
+                    raise error
+            return [result.get() for result in results]
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        if self._processes:
+        for pool in self._pools:
+            pool.terminate()
+            pool.join()
+        if self._pools:
             self._folder.cleanup()
-        for process in self._processes:
-            process.kill()
-            process.join()
-        for pipe in self._pipes:
-            pipe.close()
-        self._processes, self._pipes = [], []
+        self._pools = []
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         store = f"{self._folder.name}/store"
         for rank in range(self.size):
-            ours, theirs = CONTEXT.Pipe()
-            arguments = (self._backend, rank, self.size, store, theirs)
-            process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
+            self._pools.append(CONTEXT.Pool(1, _join, (self._backend, rank, self.size, store)))
 
 
-def _serve(backend: str, rank: int, size: int, store: str, pipe: Connection) -> None:
+def _join(backend: str, rank: int, size: int, store: str) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -103,17 +86,12 @@ def _serve(backend: str, rank: int, size: int, store: str, pipe: Connection) -> 
     file_store = distributed.FileStore(store, size)
     limit = timedelta(seconds=SECONDS)
     distributed.init_process_group(backend, store=file_store, rank=rank, world_size=size, timeout=limit)
+
+
+def _run(job: Job, arguments: Sequence[Any], fully_sharded: bool) -> Any:
     assert distributed.group.WORLD is not None
-    while True:
-        try:
-            job, arguments, fully_sharded = pipe.recv()
-        except EOFError:
-            return
-        group = CountingGroup(distributed.group.WORLD, Shard(rank, size, fully_sharded))
-        try:
-            pipe.send((job(group, *arguments), None))
-        except Exception:
-            pipe.send((None, traceback.format_exc()))
+    shard = Shard(distributed.get_rank(), distributed.get_world_size(), fully_sharded)
+    return job(CountingGroup(distributed.group.WORLD, shard), *arguments)
 
 
 class Phase(NamedTuple):
