@@ -12,28 +12,24 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+PEM = serialization.Encoding.PEM
+
 
 def ray_tls(folder: Path) -> dict[str, str]:
     """Ray's variables for TLS, with files in ``folder``."""
-    authority_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    authority = _name("authority")
-    root = (
-        _certificate(authority, authority, authority_key)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(authority_key, hashes.SHA256())
-    )
+    authority_key, key = _key(), _key()
     here = socket.gethostname()
     addresses = {"127.0.0.1", *socket.gethostbyname_ex(here)[2], _outward_address()}
     names = [x509.DNSName("localhost"), x509.DNSName(here)]
     names += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
-    node = (
-        _certificate(_name("node"), authority, key)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    files = {"CA_CERT": root.public_bytes(pem), "SERVER_CERT": node.public_bytes(pem), "SERVER_KEY": private}
+    authority = x509.BasicConstraints(ca=True, path_length=None)
+    files = {
+        "CA_CERT": _certificate("authority", authority_key, authority),
+        "SERVER_CERT": _certificate(
+            "node", key, x509.SubjectAlternativeName(names), issuer="authority", issuer_key=authority_key
+        ),
+        "SERVER_KEY": _private(key),
+    }
     found = {"RAY_USE_TLS": "1"}
     for name, content in files.items():
         file = folder / f"{name.lower()}.pem"
@@ -45,43 +41,44 @@ def ray_tls(folder: Path) -> dict[str, str]:
 def self_signed(folder: Path, name: str, until: datetime.datetime | None = None) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1, whose subject is ``name``, and its key: two PEM files in ``folder``, which
     replace those of an earlier call. It is valid for a day, or until ``until``."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = _key()
     here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    made = (
-        _certificate(_name(name), _name(name), key, until)
-        .add_extension(here, critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
     cert_file, key_file = folder / "cert.pem", folder / "key.pem"
-    cert_file.write_bytes(made.public_bytes(pem))
-    key_file.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
+    cert_file.write_bytes(_certificate(name, key, here, until=until))
+    key_file.write_bytes(_private(key))
     return cert_file, key_file
 
 
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+def _key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 
 
 def _certificate(
-    subject: x509.Name,
-    issuer: x509.Name,
+    subject: str,
     key: ec.EllipticCurvePrivateKey,
+    extension: x509.BasicConstraints | x509.SubjectAlternativeName,
+    *,
+    issuer: str | None = None,
+    issuer_key: ec.EllipticCurvePrivateKey | None = None,
     until: datetime.datetime | None = None,
-) -> x509.CertificateBuilder:
+) -> bytes:
+    """Signed by its own key, unless there is an issuer."""
     now = datetime.datetime.now(datetime.UTC)
-    until = now + datetime.timedelta(days=1) if until is None else until
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(min(now, until) - datetime.timedelta(days=1))
+    day = datetime.timedelta(days=1)
+    until = now + day if until is None else until
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, n)]) for n in (subject, issuer or subject)]
+    made = (
+        x509.CertificateBuilder(names[1], names[0], key.public_key(), x509.random_serial_number())
+        .not_valid_before(min(now, until) - day)
         .not_valid_after(until)
+        .add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        .sign(issuer_key or key, hashes.SHA256())
     )
+    return made.public_bytes(PEM)
 
 
 def _outward_address() -> str:

@@ -7,12 +7,11 @@ import contextlib
 import json
 import re
 import shutil
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import httpx
 
 RULES = Path(__file__).resolve().parents[2] / "metrics" / "alerts" / "aioengine.rules.yml"
 BOUND = 60.0
@@ -28,13 +27,8 @@ class Prometheus(NamedTuple):
     url: str
 
     async def get(self, path: str, **parameters: str) -> Any:
-        address = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-
-        def read() -> Any:
-            with urllib.request.urlopen(address, timeout=BOUND) as response:
-                return json.load(response)
-
-        answer = await asyncio.to_thread(read)
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=BOUND) as http:
+            answer = (await http.get(f"{self.url}/api/v1/{path}", params=parameters)).json()
         assert answer["status"] == "success", answer
         return answer["data"]
 
@@ -75,14 +69,14 @@ async def prometheus(folder: Path, target: str) -> AsyncIterator[Prometheus]:
         )
     try:
         async with asyncio.timeout(BOUND):
-            while (
-                found := re.search(r"msg=\"Listening on\" address=(127\.0\.0\.1:\d+)", log.read_text())
-            ) is None:
+            listens = re.compile(r'msg="Listening on" address=(127\.0\.0\.1:\d+)')
+            while (found := listens.search(log.read_text())) is None:
                 assert server.returncode is None, log.read_text()
                 await asyncio.sleep(0.05)
             server_url = f"http://{found[1]}"
-            while not await asyncio.to_thread(is_ready, server_url):  # it listens before it can answer
-                await asyncio.sleep(0.05)
+            async with httpx.AsyncClient(trust_env=False, verify=False, timeout=BOUND) as http:
+                while (await http.get(f"{server_url}/-/ready")).is_error:  # it listens before it can answer
+                    await asyncio.sleep(0.05)
         yield Prometheus(server_url)
     finally:
         if server.returncode is None:
@@ -92,13 +86,3 @@ async def prometheus(folder: Path, target: str) -> AsyncIterator[Prometheus]:
         except TimeoutError:
             server.kill()
             await server.wait()
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/-/ready", timeout=BOUND) as response:
-            return bool(response.status == 200)
-    except urllib.error.HTTPError as error:
-        if error.code != 503:
-            raise
-        return False
