@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
+import msgspec
 from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -83,76 +85,47 @@ def by_label(found: Samples, name: str, label: str) -> dict[str, float]:
 
 # Short forms of the events
 
+USUAL: dict[str, Any] = {
+    "time": 0.0,
+    "version": 1,
+    "path": "/x",
+    "rank": 8,
+    "nbytes": 1000,
+    "request_id": "r",
+    "prompt_tokens": 5,
+    "output_tokens": 7,
+    "cached_tokens": 3,
+    "queue_seconds": 0.3,
+    "resumed": False,
+    "reason": "stop",
+}
+"""Values of fields that a script does not give; others are None."""
 
-def registered(adapter: str, version: int = 1, replaces: int | None = None) -> events.Event:
-    return events.AdapterRegistered(time=0.0, adapter=adapter, version=version, path="/x", replaces=replaces)
+
+def short(kind: type[events.Event], *names: str, **usual: Any) -> Callable[..., events.Event]:
+    """Make events of this kind of the values of these fields, and of others by name."""
+
+    def made(*values: Any, **fields: Any) -> events.Event:
+        needed = [field.name for field in msgspec.structs.fields(kind) if field.required]
+        given = dict(zip(names, values, strict=False))
+        return kind(**{name: USUAL.get(name) for name in needed} | usual | given | fields)
+
+    return made
 
 
-def loaded(adapter: str, version: int = 1, seconds: float = 0.02, time: float = 0.0) -> events.Event:
-    return events.AdapterLoaded(
-        time=time, adapter=adapter, version=version, rank=8, nbytes=1000, seconds=seconds
-    )
-
-
-def placed(
-    adapter: str, index: int, version: int = 1, seconds: float = 0.004, time: float = 0.0
-) -> events.Event:
-    return events.AdapterPlaced(
-        time=time,
-        adapter=adapter,
-        version=version,
-        slot=index,
-        rank=8,
-        nbytes=1000,
-        seconds=seconds,
-    )
+registered = short(events.AdapterRegistered, "adapter")
+loaded = short(events.AdapterLoaded, "adapter", seconds=0.02)
+placed = short(events.AdapterPlaced, "adapter", "slot", seconds=0.004)
+unloaded = short(events.AdapterUnloaded, "adapter")
+added = short(events.RequestAdded, "adapter")
+admitted = short(events.RequestAdmitted, "adapter")
+first_token = short(events.FirstToken, "adapter", "request_id", seconds=0.4)
+ended = short(events.RequestEnded, "adapter", "reason", seconds=1.5)
 
 
 def evicted(adapter: str, index: int | None, version: int = 1, time: float = 0.0) -> events.Event:
     level = "cpu" if index is None else "slot"
     return events.AdapterEvicted(time=time, adapter=adapter, version=version, level=level, slot=index)
-
-
-def added(adapter: str | None, request_id: str = "r", time: float = 0.0) -> events.Event:
-    return events.RequestAdded(
-        time=time, request_id=request_id, adapter=adapter, prompt_tokens=5, tenant=None
-    )
-
-
-def admitted(
-    adapter: str | None, request_id: str = "r", time: float = 0.0, *, resumed: bool = False
-) -> events.Event:
-    return events.RequestAdmitted(
-        time=time,
-        request_id=request_id,
-        adapter=adapter,
-        slot=None,
-        cached_tokens=3,
-        queue_seconds=0.3,
-        resumed=resumed,
-    )
-
-
-def ended(adapter: str | None, reason: events.EndReason = "stop", request_id: str = "r") -> events.Event:
-    return events.RequestEnded(
-        time=0.0,
-        request_id=request_id,
-        adapter=adapter,
-        reason=reason,
-        error=None,
-        prompt_tokens=5,
-        output_tokens=7,
-        seconds=1.5,
-        tenant=None,
-    )
-
-
-def unloaded(adapter: str, version: int = 1) -> events.Event:
-    return events.AdapterUnloaded(time=0.0, adapter=adapter, version=version)
-
-
-def first_token(adapter: str | None, request_id: str = "r", seconds: float = 0.4) -> events.Event:
-    return events.FirstToken(time=0.0, request_id=request_id, adapter=adapter, seconds=seconds)
 
 
 def step(
