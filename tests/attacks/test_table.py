@@ -30,6 +30,7 @@ async def target_of(tiny_text: Tiny) -> AsyncIterator[Callable[[Attack], Awaitab
                 serving = attacked(*flags, template=attack.template, **tiny)  # type: ignore[arg-type]
                 servers[kind] = await stack.enter_async_context(serving)
                 await servers[kind].ask(structured_outputs={"regex": "warm"})
+                assert servers[kind].held.take().frozen > 100_000, "a collection would visit all of them"
             return servers[kind]
 
         yield found

@@ -109,6 +109,7 @@ ATTACKS = [
     Attack("A11 2,000 connections that ask and do not send", connections.asked_before_sent, "not measured"),
     Attack("A11 10 bodies of 200,000 chunks of a byte", connections.tiny_chunks, "not measured"),
     Attack("A11 128 choices in a stream, cut off, 20 at a time", connections.many_choices, "not measured"),
+    Attack("A11 header lines of 60 KB, of each name", connections.long_headers, "not measured"),
     Attack("A11 400 streams that nobody reads", connections.unread_streams, "not measured", memory=300),
     Attack("A14 lists of 10,000 names, and of all series", connections.lists, "held about 150 ms"),
     Attack(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import time
@@ -84,9 +85,37 @@ async def lists(target: Target) -> str:
 
 
 async def many_choices(target: Target) -> str:
-    """For a second, ask for 128 streams in one, with log-probabilities, and leave."""
+    """For a second, ask for 128 streams in one, with log-probabilities, and leave; then ask and stay."""
     ask = {"model": MODEL, "prompt": "Hi", "n": 128, "max_tokens": 500, "stream": True, "logprobs": 20}
-    return await begun_and_left(target, json.dumps(ask).encode(), seconds=1, at_once=20, longest=0.3)
+    left = await begun_and_left(target, json.dumps(ask).encode(), seconds=1, at_once=20, longest=0.3)
+    answer = await target.ask(n=128)
+    assert [choice["index"] for choice in answer.json()["choices"]] == list(range(128))
+    return left
+
+
+async def long_headers(target: Target) -> str:
+    """Send headers as long as they may be, in forms that are dear to take apart, to routes of each kind."""
+    names = [
+        *("accept", "accept-encoding", "authorization", "connection", "content-encoding", "content-type"),
+        *("cookie", "expect", "host", "last-event-id", "traceparent", "x-api-key", "x-request-id"),
+    ]
+    parts = ["a", " ", "a/b;q=0.1,", 'a;b="', "a=b; ", "Basic ", "%41", "\xff"]
+    routes = [
+        *("GET /metrics", "GET /v1/models", "GET /nowhere", "GET /docs", "PUT /health"),
+        *("POST /v1/completions", "POST /rerank", "POST /v1/upload_lora_adapter?lora_name=x"),
+    ]
+
+    async def status(route: str, name: str, part: str) -> str:
+        value = (part * (60_000 // len(part) + 1))[:60_000]
+        head = f"{route} HTTP/1.1\r\nconnection: close\r\n{name}: {value}\r\ncontent-length: 2\r\n\r\n"
+        reader, writer = await asyncio.open_connection(*target.served.address)
+        writer.write(head.encode("latin-1") + b"{}")
+        answer = await reader.read()
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 ") and answer[9:10] in b"24", (name, part, answer[:100])
+        return answer[9:12].decode()
+
+    return counted([await status(*one) for one in itertools.product(routes, names, parts)])
 
 
 async def unread_streams(target: Target) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import mmap
 import os
 import struct
@@ -27,7 +28,7 @@ STACKS = "AIOENGINE_HELD_STACKS"
 """File to which all threads' stacks are written during a long hold, if it is set."""
 LONG = 0.2
 """Seconds between two beats that are a long hold."""
-_NUMBERS = struct.Struct("dd")
+_NUMBERS = struct.Struct("ddd")
 
 
 class Hold(NamedTuple):
@@ -38,6 +39,8 @@ class Hold(NamedTuple):
     blocked: float
     """Time in which it neither ran nor waited for a processor: another thread had the interpreter, or it read
     a file."""
+    frozen: float
+    """How many objects its garbage collector leaves alone: those of the engine and its libraries."""
 
 
 class Held:
@@ -75,7 +78,8 @@ def _beat_on(loop: asyncio.AbstractEventLoop, path: str) -> None:
         blocked = time_ - last[0] - busy - (waited - last[2])
         last = time_, ran, waited
         before = _NUMBERS.unpack(map_[:])
-        map_[:] = _NUMBERS.pack(max(before[0], busy - INTERVAL), max(before[1], blocked - INTERVAL))
+        frozen = before[2] or gc.get_freeze_count()  # which counts them one by one
+        map_[:] = _NUMBERS.pack(max(before[0], busy - INTERVAL), max(before[1], blocked - INTERVAL), frozen)
         loop.call_later(INTERVAL, beat)
 
     loop.call_soon(beat)
