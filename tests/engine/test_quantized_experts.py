@@ -18,9 +18,9 @@ from support.quantized_checkpoints import (
     pack_quantized,
 )
 from support.selection import mostly_slow
-from support.served_models import engine_of, prompt
+from support.served_models import check, engine_of
 
-from aioengine import EngineConfig, SamplingParams
+from aioengine import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.kernels import available_backends
@@ -89,18 +89,11 @@ async def test_tokens_are_those_of_the_expanded_weights(
     kinds = {spec.kind_of(place[1]) for name in spec.packed if (place := spec.find_module(name))}
     assert {"experts", "o_proj"} <= {kind.split(".")[0] for kind in kinds}
     assert not kinds & {"gate", "shared_expert_gate"}, "routers are expanded"
-    prompts = {name: prompt(seed, 9 + 5 * seed) for seed, name in enumerate((None, *model.adapters))}
-    params = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=1)
     lora = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
     async with engine_of(packed, model_impl="auto", block_size=16, lora=lora) as engine:
         assert engine.info.model_impl == "native"
         assert engine.info.batch_invariant == (backend == "cpu"), "the compiled step runs it"
-        for name, folder in model.adapters.items():
-            engine.register_adapter(name, folder)
-        outputs = await model.check_served(engine, prompts, params)
-        for name, tokens in prompts.items() if backend == "cpu" else ():
-            alone = await engine.complete(tokens, params, adapter=name)
-            assert alone.logprobs == outputs[name].logprobs, "bits that depend on the batch"
+        await check(model, engine, alone=backend == "cpu")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,7 @@ import torch
 from support.any_models import WITHOUT_EFFECT
 from support.mixed_adapters import check_mix
 from support.moe_adapters import MoeModel
-from support.served_models import engine_of, prompt
+from support.served_models import check, engine_of, prompt
 
 from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterInvalid
@@ -67,15 +67,10 @@ async def test_a_family(family: str, backend: str, tmp_path: Path, monkeypatch: 
     """All adapters side by side, with swaps; twice, so that slots and prefixes are reused."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)
     model = build(tmp_path, family)
-    prompts = {name: prompt(seed, 5 + 3 * seed) for seed, name in enumerate((None, *model.adapters))}
-    params = SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
     lora = {"max_loras": 3, "max_cpu_loras": 3, "max_lora_rank": 8}
     async with engine_of(model.folder, lora=lora) as engine:
         assert engine.info.model_impl == "transformers"
-        for name, folder in model.adapters.items():
-            engine.register_adapter(name, folder)
-        await model.check_served(engine, prompts, params)
-        engine.check_invariants()
+        await check(model, engine)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash"])

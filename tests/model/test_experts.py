@@ -11,7 +11,7 @@ import torch
 from support.mixed_adapters import check_mix
 from support.moe_adapters import PARAMETERS, MoeModel
 from support.selection import mostly_slow
-from support.served_models import engine_of, prompt
+from support.served_models import check, engine_of, prompt
 
 from aioengine import EngineConfig, SamplingParams
 from aioengine.executors.parts import build_parts, plan_parts
@@ -56,20 +56,11 @@ async def test_a_family(case: str, backend: str, tmp_path: Path, monkeypatch: py
     """All forms of adapters in mixed batches, with swaps; twice, so that slots and prefixes are reused."""
     monkeypatch.setenv("AIOENGINE_KERNELS", backend)
     model = build(tmp_path, case)
-    prompts = {name: prompt(seed, 5 + 3 * seed) for seed, name in enumerate((None, *model.adapters))}
-    params = SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
     lora = {"max_loras": 3, "max_cpu_loras": 3, "max_lora_rank": 8}
     async with engine_of(model.folder, model_impl="auto", block_size=16, lora=lora) as engine:
         assert engine.info.model_impl == "native"
         assert engine.info.batch_invariant == (backend == "cpu")
-        for name, folder in model.adapters.items():
-            engine.register_adapter(name, folder)
-        outputs = await model.check_served(engine, prompts, params)
-        if backend == "cpu":
-            for name, tokens in prompts.items():
-                alone = await engine.complete(tokens, params, adapter=name)
-                assert alone.logprobs == outputs[name].logprobs, "bits that depend on the batch"
-        engine.check_invariants()
+        await check(model, engine, alone=backend == "cpu")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -127,18 +118,11 @@ async def test_quantized_experts(
     round_weights(model.base, quantization)
     model.add_by_peft("parameters", 3, target_modules=["v_proj"], target_parameters=PARAMETERS)
     model.add_by_module("dora", 8, (0, 1, 2), dora=True)
-    prompts = {name: prompt(seed, 9 + 5 * seed) for seed, name in enumerate((None, *model.adapters))}
-    params = SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
     lora = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
     settings: dict[str, Any] = {"block_size": 16, "lora": lora, "quantization": quantization}
     async with engine_of(model.folder, model_impl="native", **settings) as engine:
         assert engine.info.batch_invariant
-        for name, folder in model.adapters.items():
-            engine.register_adapter(name, folder)
-        outputs = await model.check_served(engine, prompts, params)
-        for name, tokens in prompts.items():
-            alone = await engine.complete(tokens, params, adapter=name)
-            assert alone.logprobs == outputs[name].logprobs, "bits that depend on the batch"
+        await check(model, engine, alone=True)
 
 
 @pytest.mark.parametrize("quantization", ["none", *FORMS, "fp8"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from support.any_models import config_of
 from support.moe_adapters import PARAMETERS, MoeModel
 from support.parallel_ranks import Phase, Ranks, Script, hold, play, times_held, traffic
 from support.selection import mostly_slow_rows
+from support.served_models import check as check_served
 from support.served_models import engine_of, prompt
 
-from aioengine import EngineConfig, LoRAConfig, SamplingParams
+from aioengine import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.executors.parts import plan_parts
 from aioengine.kernels import available_backends
@@ -206,16 +206,7 @@ def test_experts_that_do_not_divide_are_refused_with_the_sizes_that_do(tmp_path:
 async def test_an_engine_with_a_process_for_each_rank(root: Path) -> None:
     """Mixed batches, with swaps, and norms of DoRA that the engine carries from rank to rank."""
     model = model_of(root, "qwen2_moe")
-    names = [None, *model.adapters]
-    work = [(name, prompt(seed, 5 + 3 * seed)) for seed, name in enumerate(names)]
-    params = SamplingParams(max_tokens=5, ignore_eos=True)
     lora = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8, "fully_sharded_loras": True}
     settings: dict[str, Any] = {"executor": "process", "tensor_parallel_size": 2, "block_size": 16}
     async with engine_of(model.folder, model_impl="native", lora=lora, **settings) as engine:
-        for name, folder in model.adapters.items():
-            engine.register_adapter(name, folder)
-        outputs = await asyncio.gather(*(engine.complete(p, params, adapter=n) for n, p in work))
-        for (name, tokens), output in zip(work, outputs, strict=True):
-            logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
-            assert output.token_ids == logits.argmax(-1).tolist(), name
-        engine.check_invariants()
+        await check_served(model, engine)

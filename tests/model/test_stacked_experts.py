@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.moe_adapters import PARAMETERS, MoeModel
-from support.served_models import engine_of, prompt
+from support.served_models import check, engine_of, prompt
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -89,18 +88,11 @@ async def test_tokens_are_those_of_the_expanded_model(
     model = checkpoint(tmp_path)
     model.add_by_peft("parameters", 3, target_modules=["v_proj"], target_parameters=PARAMETERS)
     model.add_by_module("dora", 8, (0, 1, 2), dora=True)
-    params = SamplingParams(max_tokens=6, ignore_eos=True)
     lora = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
     async with engine_of(model.folder, model_impl="auto", block_size=16, lora=lora) as engine:
         assert engine.info.model_impl == "native"
         assert engine.info.batch_invariant == (backend == "cpu"), "the compiled step runs it"
-        for name, folder in model.adapters.items():
-            engine.register_adapter(name, folder)
-        work = [(name, prompt(seed, 20)) for seed, name in enumerate((None, *model.adapters, None))]
-        outputs = await asyncio.gather(*(engine.complete(p, params, adapter=name) for name, p in work))
-        for (name, tokens), output in zip(work, outputs, strict=True):
-            logits = model.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
-            assert output.token_ids == logits.argmax(-1).tolist(), name
+        await check(model, engine)
 
 
 @pytest.mark.usefixtures("preloaded_workers")

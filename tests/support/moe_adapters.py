@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,6 @@ from safetensors.torch import save_file
 from support.any_models import config_of, randomize
 from support.quantized_checkpoints import Quantize, quantize_model
 from torch import Tensor
-
-from aioengine import AsyncEngine, RequestOutput, SamplingParams
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 32}
 SIZES |= {"intermediate_size": 48, "shared_expert_intermediate_size": 48}
@@ -54,26 +51,6 @@ class MoeModel:
         with torch.no_grad():
             model = self._references[adapter]
             return model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
-
-    async def check_served(
-        self, engine: AsyncEngine, prompts: Mapping[str | None, list[int]], params: SamplingParams
-    ) -> dict[str | None, RequestOutput]:
-        """Complete a prompt for each adapter side by side, twice, so that slots and prefixes are reused, and
-        compare tokens and log-probabilities with the reference's. Returns the last outputs."""
-        outputs: list[RequestOutput] = []
-        for _ in range(2):
-            outputs = await asyncio.gather(
-                *(engine.complete(tokens, params, adapter=name) for name, tokens in prompts.items())
-            )
-            for (name, tokens), output in zip(prompts.items(), outputs, strict=True):
-                logits = self.logits([*tokens, *output.token_ids[:-1]], name)[len(tokens) - 1 :]
-                assert output.token_ids == logits.argmax(-1).tolist(), name
-                assert output.logprobs is not None
-                found = torch.tensor([entry.logprob for entry in output.logprobs])
-                expected = logits.log_softmax(-1).amax(-1)
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
-        assert engine.stats().cached_tokens > 0
-        return dict(zip(prompts, outputs, strict=True))
 
     def add_by_peft(self, name: str, seed: int, **settings: Any) -> None:
         """Add an adapter that peft makes, saves and applies."""
