@@ -9,7 +9,6 @@ from typing import Any
 
 import gguf
 import msgspec
-import numpy as np
 import pytest
 import torch
 from gguf.tensor_mapping import get_tensor_name_map
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from support.moe_adapters import NAMES, USUAL, MoeModel
 from support.selection import mostly_slow_rows
 from support.served_models import engine_of, prompt
-from support.tiny_gguf import add_sizes, finish, interleaved
+from support.tiny_gguf import ENDS, ModelWriter, finish
 
 from aioengine import SamplingParams
 from aioengine.errors import ConfigError
@@ -44,37 +43,17 @@ def write(model: MoeModel, kind: str, **metadata: int) -> Path:
     MXFP4 are experts alone, beside Q8_0, as in the files that GPT-OSS comes in."""
     config, arch = json.loads((model.folder / "config.json").read_text()), ARCHITECTURES[model.family]
     path = model.folder.parent / f"{kind}.gguf"
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    add_sizes(writer, config, config["rope_parameters"]["rope_theta"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
-    writer.add_expert_used_count(metadata.get("used", config["num_experts_per_tok"]))
-    if "moe_intermediate_size" in config and model.family.startswith("qwen"):
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    if model.family == "qwen2_moe":
-        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if model.family == "gpt_oss":
-        rope = config["rope_parameters"]
-        writer.add_sliding_window(config["sliding_window"])
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    own = gguf.MODEL_ARCH_NAMES[arch]
+    metadata = {f"{own}.{key}": value for key, value in metadata.items()}
+    writer = ModelWriter(path, own, config, ENDS | metadata)
     names = get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in _stacked(model, load_file(model.folder / "model.safetensors")).items():
         is_matrix = tensor.ndim > 1 and not name.endswith(("_exps.bias", "shared_expert_gate.weight"))
-        own = "Q8_0" if kind == "MXFP4" and tensor.ndim < 3 else kind
-        quant = gguf.GGMLQuantizationType[own if is_matrix else "F32"]
-        raw = gguf.quants.quantize(tensor.numpy(), quant)
-        tensor.copy_(torch.from_numpy(gguf.quants.dequantize(raw, quant).copy()))
-        if model.family == "mixtral":
-            for module, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-                raw = interleaved(raw, config[heads]) if module in name else raw
         stored = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         stored = f"{stored}.weight" if name.endswith(".sinks") else stored
-        raw = raw[0] if name.endswith("shared_expert_gate.weight") else raw
-        writer.add_tensor(stored, np.ascontiguousarray(raw), raw_dtype=quant)
+        data = tensor[0] if name.endswith("shared_expert_gate.weight") else tensor
+        kind_of = "Q8_0" if kind == "MXFP4" and tensor.ndim < 3 else kind
+        writer.store(stored, data, kind_of if is_matrix else "F32")
         _put(model, name, tensor)
     finish(writer)
     return path
@@ -154,6 +133,6 @@ async def test_a_gguf_file_is_the_model_that_it_was_made_of(family: str, kind: s
 
 
 def test_a_number_of_experts_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    path = write(MoeModel(tmp_path, "olmoe"), "F32", used=9)
+    path = write(MoeModel(tmp_path, "olmoe"), "F32", expert_used_count=9)
     with pytest.raises(ConfigError, match="num_experts_per_tok=9: must be <= num_experts=4"):
         read_spec(path)

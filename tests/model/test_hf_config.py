@@ -125,7 +125,7 @@ def test_end_of_sequence_ids_come_from_both_files(tmp_path: Path) -> None:
     assert spec_of(tmp_path, LLAMA).eos_token_ids == (9, 7, 8)
 
 
-@pytest.mark.parametrize("family", tiny_models.CONFIGS)
+@pytest.mark.parametrize("family", tiny_models.FAMILY)
 def test_a_folder_saved_by_transformers(tmp_path: Path, family: str) -> None:
     """What transformers saved describes just the parameters that it saved."""
     from safetensors.torch import load_file

@@ -10,12 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
-import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES
 from safetensors.torch import load_file, save_file
-from support.tiny_gguf import finish, gguf_writer, in_order, stored_parameters
 from support.tiny_models import build_model
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -215,41 +211,3 @@ def float8(
         )
 
     return quantize
-
-
-def random_blocks(kind: str, n: int, k: int, seed: int) -> np.ndarray[Any, Any]:
-    """Any codes of a GGUF type, with scales that make weights of about 0.2."""
-    rng = np.random.default_rng(seed)
-    size, nbytes = GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    raw = rng.integers(0, 256, (n, k // size, nbytes), dtype=np.uint8)
-    where, largest = {
-        "Q2_K": ((80, 82), 15 * 2),
-        "Q3_K": ((108,), 32 * 4),
-        "Q4_K": ((0, 2), 63 * 10),
-        "Q5_K": ((0, 2), 63 * 20),
-        "Q6_K": ((208,), 100 * 32),
-    }[kind]
-    for at in where:
-        scale = rng.uniform(0.2, 0.5, (n, k // size, 1)) / largest
-        raw[:, :, at : at + 2] = scale.astype(np.float16).view(np.uint8)
-    return raw.reshape(n, -1)
-
-
-def write_blocks(root: Path, model: Any, arch: str, kind_of: Callable[[str], str]) -> Pair:
-    """``model`` as a GGUF file whose matrices are of the types that ``kind_of`` says for their GGUF names."""
-    root.mkdir(exist_ok=True)
-    path = root / "model.gguf"
-    writer = gguf_writer(path, model, arch, {})
-    for seed, (name, parameter) in enumerate(stored_parameters(model)):
-        data = parameter.numpy()
-        kind = gguf.GGMLQuantizationType[kind_of(name) if data.ndim > 1 else "F32"]
-        try:
-            raw = gguf.quants.quantize(data, kind)
-        except NotImplementedError:
-            raw = random_blocks(kind.name, *data.shape, seed)
-        if data.ndim > 1:
-            parameter.copy_(torch.from_numpy(gguf.quants.dequantize(raw, kind).reshape(data.shape).copy()))
-        writer.add_tensor(name, in_order(raw, name, arch, model.config), raw_dtype=kind)
-    finish(writer)
-    model.save_pretrained(root / "expanded")
-    return Pair(path, root / "expanded")
