@@ -16,8 +16,8 @@ from support.tiny_gguf import interleaved, tiny_model, write_gguf
 
 from aioengine.lab.calibration.random_adapters import write_random_adapter
 from aioengine.model.files.resolve import read_spec
-from benchmarks.peers.beside import WORKERS, Work, agreement
-from benchmarks.peers.environments import PEERS, Peer, PeerFailed, Places, Variant, environment, run_logged
+from benchmarks.peers.beside import WORKERS, Work
+from benchmarks.peers.environments import PEERS, PeerFailed, run_logged
 from benchmarks.peers.gguf_files import write_adapter, write_bfloat16
 from benchmarks.peers.workers import job
 
@@ -37,35 +37,6 @@ def test_all_engines_get_the_same_prompts() -> None:
     assert Work(32, adapters=8).case(500)["adapters"] == [i % 8 for i in range(32)]
 
 
-def test_tokens_a_second_and_the_time_to_the_first() -> None:
-    assert Work(8).value(2.0) == 256
-    assert Work(1, 512, 1).value(0.25) == 250
-
-
-def test_first_tokens_are_compared() -> None:
-    first = {"a": {"8": [1, 2], "16": [3, 4]}, "b": {"8": [1, 2], "16": [3, 5]}, "failed": {}}
-    assert agreement(first) == "First tokens as those of the first: a 100%, b 75%.\n"
-
-
-def test_a_peer_is_installed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[list[str]] = []
-
-    def run(command: list[str], log: Path, environment: object = None) -> None:
-        ran.append(command)
-        (tmp_path / "engine").mkdir(exist_ok=True)
-
-    monkeypatch.setattr("benchmarks.peers.environments.run_logged", run)
-    places = Places(tmp_path, tmp_path)
-    engine = Peer({"one": Variant({})}, ("one==1",), unwanted=("two",))
-    python = environment("engine", engine, places)
-    assert python == tmp_path / "engine/bin/python"
-    assert [command[-1] for command in ran] == [str(tmp_path / "engine"), "one==1", "two"]
-    assert environment("engine", engine, places) == python and len(ran) == 3
-    environment("engine", engine._replace(packages=("one==2",), unwanted=()), places)
-    assert ran[-1][-1] == "one==2"
-    assert environment("aioengine", PEERS["aioengine"], places) == Path(sys.executable)  # it needs none
-
-
 def test_a_peer_that_fails_says_so(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with pytest.raises(PeerFailed, match=r"ended with 1, see .*log: no such engine"):
@@ -74,16 +45,16 @@ def test_a_peer_that_fails_says_so(tmp_path: Path) -> None:
     assert log.read_text() == "heard\n"
 
 
-def one_job(monkeypatch: pytest.MonkeyPatch, result: Path) -> dict[str, object]:
+def test_a_worker_times_what_was_asked_and_nothing_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = {"name": "c", "prompts": [[1], [2], [3]], "output": 6, "adapters": [1, None, 1]}
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"cases": [case]})))
-    monkeypatch.setattr(sys, "argv", ["worker", str(result)])
-    found: dict[str, object] = job.read_job()
-    return found
-
-
-def test_a_worker_times_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = one_job(monkeypatch, tmp_path / "result")
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "result")])
+    work = job.read_job()
+    with pytest.raises(ValueError, match="3 outputs of"):
+        job.run(work, "1.0", lambda case: [[0] * (case.output - 1)] * 3)
+    assert not (tmp_path / "result").exists()
     asked = []
 
     def generate(case: job.Case) -> list[list[int]]:
@@ -94,15 +65,6 @@ def test_a_worker_times_what_was_asked(tmp_path: Path, monkeypatch: pytest.Monke
     assert asked == [(4, {1: [0, 2], None: [1]}), (6, {1: [0, 2], None: [1]})]
     result = json.loads((tmp_path / "result").read_text())
     assert result["first"] == {"c": [11, 12, 13]} and result["seconds"]["c"] >= 0
-
-
-def test_a_worker_whose_engine_did_less_has_no_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = one_job(monkeypatch, tmp_path / "result")
-    with pytest.raises(ValueError, match="3 outputs of"):
-        job.run(work, "1.0", lambda case: [[0] * (case.output - 1)] * 3)
-    assert not (tmp_path / "result").exists()
 
 
 def test_gguf_files_for_llama_cpp(tmp_path: Path) -> None:
