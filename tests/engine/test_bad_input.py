@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.failure_harness import under_load
 
-from aioengine import AsyncEngine, SamplingParams
-from aioengine.errors import (
-    AdapterNotFound,
-    AioEngineError,
-    RequestInvalid,
-)
+from aioengine import SamplingParams
+from aioengine.errors import AdapterNotFound, AioEngineError, RequestInvalid
 
 
-@asynccontextmanager
-async def others_undisturbed(engine: AsyncEngine, tiny: Tiny) -> AsyncIterator[None]:
-    """Requests that run before, during and after; their tokens are exactly what they should be."""
-    engine.register_adapter("good", tiny.adapters["rslora"])
-    names = [None, "good", None, "good"]
-    tasks = [
-        asyncio.create_task(engine.complete(prompt_of(i, 5 + i), greedy(60), adapter=name))
-        for i, name in enumerate(names)
-    ]
-    await asyncio.sleep(0)
-    yield
-    for i, (name, task) in enumerate(zip(names, tasks, strict=True)):
-        expected = tiny.expected(prompt_of(i, 5 + i), 60, name and "rslora")
-        assert (await task).token_ids == expected
-    async with asyncio.timeout(60):  # what ended in flight is released with its step
-        while engine.stats().kv_blocks_free != engine.stats().kv_blocks:
-            await asyncio.sleep(0.001)
-    engine.check_invariants()
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
+async def test_bad_prompts(tiny: Tiny, make_engine: MakeEngine) -> None:
+    prompts: list[tuple[Any, str]] = [
         ([], "empty"),
         ([5] * 128, "max_model_len=128"),
         ([5, 256], "256 is outside the vocabulary"),
@@ -53,13 +27,11 @@ async def others_undisturbed(engine: AsyncEngine, tiny: Tiny) -> AsyncIterator[N
         (5, "must be str"),
         ([1.5], "no tokenizer.json"),
         (None, "must be str"),
-    ],
-)
-@pytest.mark.slow
-async def test_bad_prompts(prompt: Any, message: str, tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine, others_undisturbed(engine, tiny):
-        with pytest.raises(RequestInvalid, match=message):
-            await engine.complete(prompt, greedy())
+    ]
+    async with make_engine(tiny) as engine, under_load(engine, tiny):
+        for prompt, message in prompts:
+            with pytest.raises(RequestInvalid, match=message):
+                await engine.complete(prompt, greedy())
 
 
 async def test_no_token_beyond_the_vocabulary_gets_into_a_step(
@@ -138,7 +110,7 @@ def test_bad_sampling_values(field: str, value: Any) -> None:
 
 
 async def test_bad_request_arguments(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine, others_undisturbed(engine, tiny):
+    async with make_engine(tiny) as engine, under_load(engine, tiny):
         with pytest.raises(AdapterNotFound, match=r"'goood'.*known: good"):
             await engine.complete([1], adapter="goood")
         with pytest.raises(RequestInvalid, match="deadline"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,28 +11,14 @@ from typing import Any
 import pytest
 import uvloop
 from support.engine_fixtures import MakeEngine, Tiny, greedy
-from support.waiting import until
+from support.failure_harness import Held, assert_nothing_left
 
-from aioengine import AsyncEngine, SamplingParams
+from aioengine import SamplingParams
 from aioengine.errors import (
     DeadlineExceeded,
     EngineOverloaded,
     EngineStopped,
 )
-
-
-def assert_nothing_held(engine: AsyncEngine) -> None:
-    stats = engine.stats()
-    assert stats.running == stats.waiting == 0
-    assert stats.kv_blocks_free == stats.kv_blocks
-    assert all(slot.running == 0 for slot in stats.slots)
-    engine.check_invariants()
-
-
-async def until_idle(engine: AsyncEngine) -> None:
-    """What an ended request held goes with the step that it was in."""
-    await until(lambda: engine.stats().kv_blocks_free == engine.stats().kv_blocks)
-    assert_nothing_held(engine)
 
 
 async def test_streaming_adds_up(tiny_text: Tiny, make_engine: MakeEngine) -> None:
@@ -85,14 +69,8 @@ async def test_two_engines_in_one_process(tiny_of: Callable[[str], Tiny], make_e
 def test_runs_on_any_loop_and_leaves_nothing(
     loop_factory: Callable[[], Any], tiny: Tiny, make_engine: MakeEngine
 ) -> None:
-    def open_files() -> set[str]:
-        folder = "/proc/self/fd"
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        return {n for n in names if os.path.exists(f"{folder}/{n}")}  # not the listing's own
-
     async def main() -> None:
-        await asyncio.sleep(0)
-        threads, files = set(threading.enumerate()), open_files()
+        held = Held()
         async with make_engine(tiny) as engine:
             engine.register_adapter("x", tiny.adapters["rank-3"])
             out = await engine.complete([7, 7], greedy(), adapter="x")
@@ -101,11 +79,9 @@ def test_runs_on_any_loop_and_leaves_nothing(
             await asyncio.sleep(0)
         with pytest.raises(EngineStopped):
             await left_running
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert set(threading.enumerate()) <= threads
-        assert open_files() <= files
+        await held.settle()
 
-    tiny.expected([7, 7], 24, "rank-3")  # so that the reference opens its files before
+    list(tiny.expected([7, 7], 1, "rank-3"))  # so that the reference opens its files before
     for _ in range(2):
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(main())
@@ -139,7 +115,7 @@ async def test_deadlines_and_overload(tiny: Tiny, make_engine: MakeEngine) -> No
         refused = [r for r in results if isinstance(r, EngineOverloaded)]
         assert 1 <= len(refused) <= 3
         assert len(refused) + sum(not isinstance(r, BaseException) for r in results) == 5
-        await until_idle(engine)
+        await assert_nothing_left(engine)
 
 
 async def test_before_start_and_after_stop(tiny: Tiny, make_engine: MakeEngine) -> None:

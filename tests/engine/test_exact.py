@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, check_tokens, prompt_of, register
 from support.selection import mostly_slow_rows
 from support.tiny_models import ALL_MODULES, build_adapter, build_model
 
@@ -48,24 +48,16 @@ async def test_base_and_all_adapters_mixed(
     tiny = tiny_of(family)
     names = [None, *ADAPTERS, None, None]
     lengths = [29, 5, 17, 33, 9, 21, 13, 26, 2, 30, 20, 31]
-    prompts = [prompt_of(i, n) for i, n in enumerate(lengths)]
+    asked = [(prompt_of(i, n), name) for i, (n, name) in enumerate(zip(lengths, names, strict=True))]
     fields = dict(PATHS[path])
     if path == "preempted":  # little more than one request of the full length: they must take turns
         fields["kv_cache_memory"] = 72 * KV_TOKEN_BYTES[family]
     async with make_engine(tiny, **fields) as engine:
-        for name, folder in tiny.adapters.items():
-            engine.register_adapter(name, folder)
-        outputs = await asyncio.gather(
-            *(
-                engine.complete(prompt, greedy(), adapter=name)
-                for name, prompt in zip(names, prompts, strict=True)
-            )
-        )
+        register(engine, tiny)
+        outputs = await check_tokens(engine, tiny, asked)
+        assert {output.finish_reason for output in outputs} == {"length"}
         stats = engine.stats()
         engine.check_invariants()
-    for name, prompt, output in zip(names, prompts, outputs, strict=True):
-        assert output.token_ids == tiny.expected(prompt, 24, name), f"adapter {name}"
-        assert output.finish_reason == "length"
     assert stats.slot_loads >= len(ADAPTERS) > len(stats.slots), "fewer slots than adapters"
     assert (stats.preemptions > 0) == (path == "preempted")
 
@@ -90,22 +82,14 @@ async def test_dora_biases_and_embeddings_mixed_with_plain_adapters(
 ) -> None:
     names = [None, *DORA_BIAS_AND_EMBEDDINGS, None, "plain"]
     lengths = [29, 5, 17, 33, 9, 21, 13, 26, 2, 30]
-    prompts = [prompt_of(i, n) for i, n in enumerate(lengths)]
+    asked = [(prompt_of(i, n), name) for i, (n, name) in enumerate(zip(lengths, names, strict=True))]
     fields: dict[str, Any] = {"target_modules": [*ALL_MODULES, *EMBEDDING_MODULES], **PATHS[path]}
     if path == "preempted":
         fields["kv_cache_memory"] = 72 * KV_TOKEN_BYTES["qwen2"]
     async with make_engine(special, **{"max_cpu_loras": 8, **fields}) as engine:
-        for name, folder in special.adapters.items():
-            engine.register_adapter(name, folder)
+        register(engine, special)
         for _ in range(2):  # the second time through reused slots and, if it is on, the prefix cache
-            outputs = await asyncio.gather(
-                *(
-                    engine.complete(prompt, greedy(16), adapter=name)
-                    for name, prompt in zip(names, prompts, strict=True)
-                )
-            )
-            for name, prompt, output in zip(names, prompts, outputs, strict=True):
-                assert output.token_ids == special.expected(prompt, 16, name), f"adapter {name}"
+            await check_tokens(engine, special, asked, 16)
         stats = engine.stats()
         engine.check_invariants()
     assert stats.slot_loads > len(special.adapters) > len(stats.slots), "slots were reused"
@@ -119,8 +103,7 @@ async def test_embeddings_are_opt_in(special: Tiny, make_engine: MakeEngine) -> 
             with pytest.raises(AdapterInvalid, match=rf"{module}.*LoRAConfig\.target_modules"):
                 await engine.load_adapter(name, special.adapters[name])
         await engine.load_adapter("dora", special.adapters["dora"])
-        output = await engine.complete(prompt_of(0, 9), greedy(16), adapter="dora")
-    assert output.token_ids == special.expected(prompt_of(0, 9), 16, "dora")
+        await check_tokens(engine, special, [(prompt_of(0, 9), "dora")])
 
 
 async def test_adapters_change_the_output(tiny: Tiny) -> None:
@@ -135,16 +118,14 @@ async def test_prefix_cache_hits_give_the_same_tokens(tiny: Tiny, make_engine: M
         engine.register_adapter("rank-3", tiny.adapters["rank-3"])
         for name in (None, "rank-3"):
             for tail, cached in (([], 0), ([7, 8, 9], 24), ([9, 8], 24), ([], 20)):
-                output = await engine.complete(shared + tail, greedy(), adapter=name)
-                assert output.token_ids == tiny.expected(shared + tail, 24, name)
+                [output] = await check_tokens(engine, tiny, [(shared + tail, name)])
                 assert output.cached_tokens == cached
 
 
 @pytest.mark.slow
 async def test_requests_join_and_leave_a_running_batch(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny, max_loras=3) as engine:
-        for name, folder in tiny.adapters.items():
-            engine.register_adapter(name, folder)
+        register(engine, tiny)
         names = [None, *ADAPTERS] * 3
         swaps: list[events.Event] = []
         engine.add_listener(swaps.append)
@@ -152,9 +133,7 @@ async def test_requests_join_and_leave_a_running_batch(tiny: Tiny, make_engine: 
         async def one(i: int) -> None:
             for _ in range(i % 7):
                 await asyncio.sleep(0)
-            prompt, count = prompt_of(i, 3 + i), 24 + i % 5
-            output = await engine.complete(prompt, greedy(count), adapter=names[i])
-            assert output.token_ids == tiny.expected(prompt, count, names[i])
+            await check_tokens(engine, tiny, [(prompt_of(i, 3 + i), names[i])], 24 + i % 5)
 
         await asyncio.gather(*(one(i) for i in range(len(names))))
         placed = [e for e in swaps if isinstance(e, events.AdapterPlaced)]

@@ -6,17 +6,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+from support import steady_device
 from support.steady_device import Steady
 
 from aioengine.adapters.loader import MAX_HANGING_IN_FOLDER, STALL_SECONDS, BaseLoader
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
-from aioengine.core import Core
 from aioengine.core.adapters.name import LONGEST_SECONDS, MAX_REMEMBERED
 from aioengine.errors import AdapterInvalid, AdapterLoadError
 from aioengine.events import Event, RequestEnded
-from aioengine.lab.simulation.clock import VirtualTimeLoop
-from aioengine.request import RequestOptions, SamplingParams
 from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.step import LoadedAdapter, ReadOrder
@@ -32,12 +30,10 @@ class Loader(BaseLoader):
         self.reads: list[str] = []
         self._seconds = seconds
         self._pieces = pieces
-        self.tasks: set[asyncio.Task[None]] = set()
 
     async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
         self.reads.append(order.name)
         task = asyncio.get_running_loop().create_task(self._thread(order.name, progress))
-        self.tasks.add(task)
         await asyncio.wait([task])
         task.result()
         return LoadedAdapter(8, 100, 100, "x")
@@ -74,28 +70,12 @@ class World:
 
     def add(self, name: str) -> None:
         """A request on the adapter of this name, which is its id as well."""
-        core, now = self.stepper.core, asyncio.get_running_loop().time()
-        if name not in core.residency.current:
-            mount = "dead" if name.startswith("hang") else "fine"
-            core.residency.names.of(name).register(f"/{mount}/{name}", now)
-        entry = core.residency.current[name]
-        params = SamplingParams(max_tokens=2)
-        core.add_request(name, [3, 4], params, RequestOptions(), now, adapter=entry)
-        self.stepper.wake()
+        mount = "dead" if name.startswith("hang") else "fine"
+        steady_device.add(self.stepper, name, name, f"/{mount}/{name}")
 
 
 def run(loader: Loader, main: Callable[[World], Awaitable[None]]) -> None:
-    async def whole() -> None:
-        stepper = EngineLoop(Core(LIMITS, FCFS()), Reading(loader))
-        stepper.start()
-        await main(World(stepper))
-        stepper.core.residency.check()
-        await stepper.stop()
-        for task in loader.tasks:
-            task.cancel()
-
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(whole())
+    steady_device.run(FCFS(), lambda stepper: main(World(stepper)), Reading(loader))
 
 
 @pytest.mark.parametrize("hanging", [1, 2, 8, 24])

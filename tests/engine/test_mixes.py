@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, check_tokens, greedy, prompt_of, register
 from support.failure_harness import until
-from support.mixed_adapters import added_model, generated, scaled_model
+from support.mixed_adapters import added_model, generated
 from support.process_harness import NothingLeft
 from support.selection import mostly_slow
 from support.tiny_models import build_adapter
 
+from aioengine import AsyncEngine, RequestOutput
 from aioengine.errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -25,27 +26,23 @@ from aioengine.errors import (
     EngineOverloaded,
     RequestInvalid,
 )
+from aioengine.request import Wanted
 
 PROMPT = prompt_of(0, 9)
 MIXES = [{"rank-3": 0.7, "qv-only": 0.4}, {"rank-3": 0.5}, {"rank-3": -1.0, "rank-4": 1.5}]
 
 
-def expected(tiny: Tiny, mix: dict[str, float], count: int) -> list[int]:
-    """What PEFT generates with the adapters that it has added up, or scaled."""
-    weights = {tiny.adapters[name]: weight for name, weight in mix.items()}
-    return generated(added_model(tiny.model, weights), PROMPT, count)
+async def check(engine: AsyncEngine, tiny: Tiny, *wanted: Wanted) -> list[RequestOutput]:
+    return await check_tokens(engine, tiny, [(PROMPT, adapter) for adapter in wanted], 8)
 
 
 async def test_as_peft_adds_them_up(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny) as engine:
-        for name in ("rank-3", "qv-only", "rank-4"):
-            engine.register_adapter(name, tiny.adapters[name])
-        runs = [engine.complete(PROMPT, greedy(8), adapter=mix) for mix in MIXES]
-        plain = engine.complete(PROMPT, greedy(8), adapter="rank-3")
-        *mixed, alone = await asyncio.gather(*runs, plain)
+        register(engine, tiny, "rank-3", "qv-only", "rank-4")
+        *mixed, alone = await check(engine, tiny, *MIXES, "rank-3")
         for mix, output in zip(MIXES, mixed, strict=True):
-            assert output.token_ids == expected(tiny, mix, 8), mix
-        assert alone.token_ids == tiny.expected(PROMPT, 8, "rank-3")
+            added = added_model(tiny.model, {tiny.adapters[name]: weight for name, weight in mix.items()})
+            assert output.token_ids == generated(added, PROMPT, 8), mix
         one = await engine.complete(PROMPT, greedy(8), adapter={"rank-3": 1.0})
         assert (one.adapter, one.token_ids) == ("rank-3", alone.token_ids)
         assert [info.name for info in engine.adapters()] == ["rank-3", "qv-only", "rank-4"]
@@ -70,24 +67,15 @@ async def test_a_mix_is_made_of_its_parts_in_the_cpu_cache(
             engine.register_adapter(name, folder)
             await engine.complete(PROMPT, greedy(1), adapter=name)
             shutil.rmtree(folder)
-        wanted = [mix, None, "rank-3", {"rank-3": 0.5}, "all-modules", {"rank-3": -0.25}]
-        outputs = await asyncio.gather(
-            *(engine.complete(PROMPT, greedy(8), adapter=one) for one in wanted)  # type: ignore[arg-type]
-        )
+        await check(engine, tiny, mix, None, "rank-3", {"rank-3": 0.5}, "all-modules", {"rank-3": -0.25})
         assert len(engine.resident()) == 3, "a scale needs no load and no slot"
-        for one, output in zip(wanted, outputs, strict=True):
-            plain = tiny.expected(PROMPT, 8, one) if not isinstance(one, dict) else expected(tiny, one, 8)
-            assert output.token_ids == plain, one
         engine.check_invariants()
 
 
 async def test_by_transformers_own_modules(tiny: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(tiny, model_impl="transformers") as engine:
-        for name in ("rank-3", "qv-only", "rank-4"):
-            engine.register_adapter(name, tiny.adapters[name])
-        runs = [engine.complete(PROMPT, greedy(8), adapter=mix) for mix in MIXES]
-        for mix, output in zip(MIXES, await asyncio.gather(*runs), strict=True):
-            assert output.token_ids == expected(tiny, mix, 8), mix
+        register(engine, tiny, "rank-3", "qv-only", "rank-4")
+        await check(engine, tiny, *MIXES)
 
 
 async def test_a_new_version_and_an_unload(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -96,8 +84,8 @@ async def test_a_new_version_and_an_unload(tiny: Tiny, make_engine: MakeEngine) 
         before = await engine.complete(PROMPT, greedy(8), adapter={"x": 0.5})
         await engine.load_adapter("x", tiny.adapters["qv-only"], replace=True)
         after = await engine.complete(PROMPT, greedy(8), adapter={"x": 0.5})
-        assert before.token_ids == expected(tiny, {"rank-3": 0.5}, 8)
-        assert after.token_ids == expected(tiny, {"qv-only": 0.5}, 8)
+        assert before.token_ids == tiny.expected(PROMPT, 8, {"rank-3": 0.5})
+        assert after.token_ids == tiny.expected(PROMPT, 8, {"qv-only": 0.5})
         stream = engine.generate(PROMPT, greedy(30), adapter={"x": 0.5})
         await anext(stream)
         await asyncio.wait_for(engine.unload_adapter("x"), 60)
@@ -115,16 +103,13 @@ async def test_ranks_add_up_beyond_that_of_a_slot(tiny: Tiny, make_engine: MakeE
     """As far as there are slots, and no further."""
     mix = {"all-modules": 0.5, "rank-3": 0.25, "rank-4": -0.75}
     async with make_engine(tiny, max_lora_rank=16, max_loras=2, max_cpu_loras=2) as engine:
-        for name in mix:
-            engine.register_adapter(name, tiny.adapters[name])
+        register(engine, tiny, *mix)
         for _ in range(2):
-            output = await engine.complete(PROMPT, greedy(8), adapter=mix)
-            assert output.token_ids == expected(tiny, mix, 8)
+            await check(engine, tiny, mix)
             await engine.complete(PROMPT, greedy(1), adapter="rank-3")
         engine.check_invariants()
     async with make_engine(tiny, max_lora_rank=16, max_loras=1, max_cpu_loras=4) as engine:
-        for name in mix:
-            engine.register_adapter(name, tiny.adapters[name])
+        register(engine, tiny, *mix)
         with pytest.raises(AdapterTooLarge, match=r"bytes in the slots, which have [\d,]+ in all"):
             await engine.complete(PROMPT, greedy(1), adapter={"all-modules": 0.5, "rank-3": 0.25})
 
@@ -135,8 +120,7 @@ async def test_who_has_too_many_mixes_is_in_nobodys_way(
     monkeypatch.setattr("aioengine.runtime.sources.mixes.MAX_MIXES", 4)
     monkeypatch.setattr("aioengine.runtime.sources.mixes.MAX_KEPT", 10)
     async with make_engine(tiny, max_num_seqs=4) as engine:
-        for name in ("rank-3", "rank-4"):
-            engine.register_adapter(name, tiny.adapters[name])
+        register(engine, tiny, "rank-3", "rank-4")
 
         def mix(weight: float) -> dict[str, float]:
             return {"rank-3": weight, "rank-4": 0.5}
@@ -150,7 +134,7 @@ async def test_who_has_too_many_mixes_is_in_nobodys_way(
         with pytest.raises(EngineOverloaded, match="tenant 'hog' has 4 mixes"):
             await engine.complete(PROMPT, greedy(1), adapter=mix(0.1), tenant="hog")
         output = await engine.complete(PROMPT, greedy(8), adapter=mix(0.25), tenant="b")
-        assert output.token_ids == expected(tiny, mix(0.25), 8)
+        assert output.token_ids == tiny.expected(PROMPT, 8, mix(0.25))
         results = await asyncio.gather(*hogs, return_exceptions=True)
         assert sum(isinstance(found, EngineOverloaded) for found in results) == 4 * 2
         for i in range(12):
@@ -159,14 +143,9 @@ async def test_who_has_too_many_mixes_is_in_nobodys_way(
         engine.check_invariants()
 
 
-async def test_refused(tiny: Tiny, make_engine: MakeEngine, tmp_path: Any) -> None:
-    dora = build_adapter(tiny.model, tmp_path / "dora", use_dora=True)
-    bias = build_adapter(tiny.model, tmp_path / "bias", lora_bias=True, r=8)
-    async with make_engine(tiny) as engine:
-        for name in ("all-modules", "rank-3"):
-            engine.register_adapter(name, tiny.adapters[name])
-        engine.register_adapter("dora", dora)
-        engine.register_adapter("bias", bias)
+async def test_refused(kinds: Tiny, make_engine: MakeEngine) -> None:
+    async with make_engine(kinds) as engine:
+        register(engine, kinds, "dora", "rank-3")
         wrong: list[tuple[Any, type[Exception], str]] = [
             ({}, RequestInvalid, "a mix of 0 adapters"),
             ({f"a{i}": 1.0 for i in range(9)}, RequestInvalid, "a mix of 9 adapters"),
@@ -174,17 +153,12 @@ async def test_refused(tiny: Tiny, make_engine: MakeEngine, tmp_path: Any) -> No
             ({"rank-3": "1"}, RequestInvalid, r"adapter\['rank-3'\]"),
             ({"": 1.0}, RequestInvalid, "adapter"),
             ({"rank-3": 0.5, "nobody": 0.5}, AdapterNotFound, "nobody"),
-            (
-                {"dora": 0.5, "rank-3": 0.5},
-                AdapterInvalid,
-                "'dora' has DoRA's magnitudes.* scaled but not mixed",
-            ),
+            ({"dora": 0.5, "rank-3": 0.5}, AdapterInvalid, "'dora' has DoRA's .* scaled but not mixed"),
         ]
         for mix, kind, words in wrong:
             with pytest.raises(kind, match=words):
                 await engine.complete(PROMPT, greedy(1), adapter=mix)
-        output = await engine.complete(PROMPT, greedy(8), adapter="rank-3")
-        assert output.token_ids == tiny.expected(PROMPT, 8, "rank-3")
+        await check(engine, kinds, "rank-3")
         engine.check_invariants()
 
 
@@ -215,23 +189,15 @@ def kinds(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.mark.slow
 async def test_a_scale_is_peft_s_own(kinds: Tiny, make_engine: MakeEngine, weight: float) -> None:
     async with make_engine(kinds) as engine:
-        for name in KINDS:
-            engine.register_adapter(name, kinds.adapters[name])
-            output = await engine.complete(PROMPT, greedy(8), adapter={name: weight})
-            model = scaled_model(kinds.model, {kinds.adapters[name]: weight})
-            assert output.token_ids == generated(model, PROMPT, 8), name
-        output = await engine.complete(PROMPT, greedy(8), adapter="dora")
-        assert output.token_ids == kinds.expected(PROMPT, 8, "dora")
+        register(engine, kinds, *KINDS)
+        await check(engine, kinds, *({name: weight} for name in KINDS), "dora")
         engine.check_invariants()
 
 
 async def test_biases_are_added_up(kinds: Tiny, make_engine: MakeEngine) -> None:
     async with make_engine(kinds) as engine:
-        for name in ("bias", "rank-3"):
-            engine.register_adapter(name, kinds.adapters[name])
-        output = await engine.complete(PROMPT, greedy(8), adapter={"bias": -0.6, "rank-3": 0.8})
-        model = scaled_model(kinds.model, {kinds.adapters["bias"]: -0.6, kinds.adapters["rank-3"]: 0.8})
-        assert output.token_ids == generated(model, PROMPT, 8)
+        register(engine, kinds, "bias", "rank-3")
+        await check(engine, kinds, {"bias": -0.6, "rank-3": 0.8})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
@@ -245,12 +211,9 @@ async def test_mixes_on_two_ranks(
     async with make_engine(
         kinds, executor="process", tensor_parallel_size=2, fully_sharded_loras=fully
     ) as engine:
-        for name in ("rank-3", "qv-only", "rank-4", *KINDS):
-            engine.register_adapter(name, kinds.adapters[name])
+        register(engine, kinds, "rank-3", "qv-only", "rank-4", *KINDS)
         for mix in (*MIXES, {"rank-3": 0.5, "rslora": 0.25, "bias": 0.6}, {"dora": -0.7}):
-            output = await engine.complete(PROMPT, greedy(8), adapter=mix)
-            weights = {kinds.adapters[name]: weight for name, weight in mix.items()}
-            assert output.token_ids == generated(scaled_model(kinds.model, weights), PROMPT, 8), mix
+            await check(engine, kinds, mix)
         engine.check_invariants()
     await nothing_left.check()
 
@@ -265,7 +228,7 @@ async def test_a_name_with_a_version(tiny: Tiny, make_engine: MakeEngine) -> Non
         output = await engine.complete(PROMPT, greedy(8), adapter="x@2")
         assert output.token_ids == tiny.expected(PROMPT, 8, "qv-only")
         half = await engine.complete(PROMPT, greedy(8), adapter={"x": 0.25, "x@2": 0.25})
-        assert half.token_ids == expected(tiny, {"qv-only": 0.5}, 8)
+        assert half.token_ids == tiny.expected(PROMPT, 8, {"qv-only": 0.5})
         for gone in ("x@1", "x@3", "y@1", "x@"):
             with pytest.raises(AdapterNotFound):
                 await engine.complete(PROMPT, greedy(1), adapter=gone)

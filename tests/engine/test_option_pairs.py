@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,3 @@ def test_every_pair_is_in_the_table_of_the_docs() -> None:
         rows.append(f"| {a} | {' | '.join(cells)} |")
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert "\n".join(rows) in page.read_text(), "the table is:\n" + "\n".join(rows)
-
-
-def test_pairs_of_options_are_all_there() -> None:
-    assert all(excludes(a, b) == excludes(b, a) for a, b in combinations(OPTIONS, 2))

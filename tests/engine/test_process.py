@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, check_tokens, greedy, prompt_of, register
 from support.failure_harness import error_of, last_of, until
 from support.faulty_worker import BAD
 from support.process_harness import NothingLeft, worker_pids
@@ -83,14 +83,11 @@ async def test_tokens_and_errors_are_those_of_the_thread_executor(
     for engine in engines:
         async with engine:
             names = ("rank-3", "qv-only", "rank-4")
-            for name in names:
-                engine.register_adapter(name, tiny.adapters[name])
-            for repeat in range(2):  # adapters take turns in two slots; the prefix cache has prompts then
-                work = [(i, 5 + 6 * i, a) for i, a in enumerate((None, *names))]
-                runs = [engine.complete(prompt_of(i, n), greedy(), adapter=a) for i, n, a in work]
-                for (i, n, adapter), out in zip(work, await asyncio.gather(*runs), strict=True):
-                    assert out.token_ids == tiny.expected(prompt_of(i, n), 24, adapter)
-                    assert (out.cached_tokens > 0) == (repeat > 0)
+            register(engine, tiny, *names)
+            asked = [(prompt_of(i, 5 + 6 * i), name) for i, name in enumerate((None, *names))]
+            for cached in (False, True):  # adapters take turns in two slots, and the prefix cache has prompts
+                outputs = await check_tokens(engine, tiny, asked)
+                assert {output.cached_tokens > 0 for output in outputs} == {cached}
             error = await error_of(engine.complete([5], SamplingParams(constraint=Even(), max_tokens=9)))
             assert isinstance(error, RequestInvalid) and "five are enough" in str(error)
             failed = await load_errors(engine, tiny, tmp_path)
@@ -206,8 +203,7 @@ async def test_two_engines_at_once_and_signals_for_the_terminal(
             os.kill(pid, signal.SIGINT)
             os.kill(pid, signal.SIGTERM)
         await one.stop()
-        out = await two.complete([5, 6], greedy(5))
-        assert out.token_ids == tiny.expected([5, 6], 5)
+        await check_tokens(two, tiny, [([5, 6], None)])
     await nothing_left.check()
 
 

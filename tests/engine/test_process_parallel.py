@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, check_tokens, greedy, prompt_of, register
 from support.failure_harness import error_of, until
 from support.process_harness import NothingLeft, worker_pids
 from support.selection import mostly_slow
@@ -42,12 +42,9 @@ async def test_two_ranks_give_the_tokens_of_one_while_adapters_swap(
         max_loras=3 if fully else 2,
     ) as engine:
         assert len(worker_pids()) == 2
-        for name in names:
-            engine.register_adapter(name, tiny.adapters[name])
-        work = [(i, adapter) for i, adapter in enumerate((None, *names, None, *names))]
-        runs = [engine.complete(prompt_of(i, 7), greedy(12), adapter=a) for i, a in work]
-        for (i, adapter), out in zip(work, await asyncio.gather(*runs), strict=True):
-            assert out.token_ids == tiny.expected(prompt_of(i, 7), 12, adapter)
+        register(engine, tiny, *names)
+        asked = [(prompt_of(i, 7), name) for i, name in enumerate((None, *names, None, *names))]
+        await check_tokens(engine, tiny, asked, 12)
         assert engine.stats().slot_evictions > 0
         info = await engine.load_adapter("again", tiny.adapters["rank-3"], pin=True)
         assert info.location == "slot" and info.bytes > 0
@@ -66,8 +63,7 @@ async def test_a_crowd_changes_no_bit_on_two_ranks(tiny: Tiny, make_engine: Make
         tiny, executor="process", tensor_parallel_size=2, dtype="bfloat16", block_size=16,
         batch_invariant=True, enable_prefix_caching=False, max_num_batched_tokens=32,
     ) as engine:  # fmt: skip
-        for name in names:
-            engine.register_adapter(name, tiny.adapters[name])
+        register(engine, tiny, *names)
 
         async def answer(length: int, name: str | None, kind: SamplingParams) -> Sequence[object]:
             out = await engine.complete(prompt_of(length, length), kind, adapter=name)
@@ -109,8 +105,7 @@ async def test_an_adapter_is_on_all_ranks_or_on_none(
     ) as engine:  # fmt: skip
         info = await engine.load_adapter("dora", dora.adapters["dora"], pin=True)
         assert (info.digest, info.rank) == (expected.digest, expected.rank)
-        out = await engine.complete(prompt_of(1, 7), greedy(12), adapter="dora")
-        assert out.token_ids == dora.expected(prompt_of(1, 7), 12, "dora")
+        await check_tokens(engine, dora, [(prompt_of(1, 7), "dora")])
         error = await error_of(engine.load_adapter("bad", bad))
         assert (type(error), str(error)) == (type(refusal), str(refusal))
         for name, reason in (
@@ -128,8 +123,7 @@ async def test_an_adapter_is_on_all_ranks_or_on_none(
         error = await error_of(engine.complete([5], greedy(3), adapter="place-1"))
         assert isinstance(error, AdapterLoadError) and "was prepared for slots of another model" in str(error)
         assert [slot.state for slot in engine.stats().slots] == ["READY", "FREE"]
-        out = await engine.complete(prompt_of(2, 7), greedy(12), adapter="dora")
-        assert out.token_ids == dora.expected(prompt_of(2, 7), 12, "dora")
+        await check_tokens(engine, dora, [(prompt_of(2, 7), "dora")])
         engine.check_invariants()
     await nothing_left.check()
 
@@ -149,7 +143,6 @@ async def test_a_rank_that_is_killed_or_fails_takes_the_other_along(
         assert isinstance(error, EngineDead) and f"(process {pid}) was killed by SIGKILL" in str(error)
         await until(lambda: pid not in worker_pids() and len(worker_pids()) == 2)
         os.kill(worker_pids()[0], signal.SIGKILL)  # one that is just starting
-        out = await engine.complete([5, 6], greedy(8))
-        assert out.token_ids == tiny.expected([5, 6], 8)
+        await check_tokens(engine, tiny, [([5, 6], None)])
         assert pid not in worker_pids() and len(worker_pids()) == 2
     await nothing_left.check()

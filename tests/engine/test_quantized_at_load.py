@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, check_tokens, prompt_of, register
 from support.fake_cuda import FakeCuda
 from support.quantized_checkpoints import float8, write_quantized
 from support.tiny_models import build_adapter, build_model
@@ -65,13 +64,8 @@ async def test_fp8_in_the_compiled_step_and_without_it(
     asked = [(prompt_of(i, 5 + 9 * i), name) for i, name in enumerate([None, *adapters, None])]
     fields: dict[str, Any] = {"block_size": block_size, "quantization": "fp8", "target_modules": modules}
     async with make_engine(Tiny(model, adapters), **fields) as engine:
-        for name, folder in adapters.items():
-            engine.register_adapter(name, folder)
-        outputs = await asyncio.gather(
-            *(engine.complete(prompt, greedy(8), adapter=name) for prompt, name in asked)
-        )
-    for (prompt, name), output in zip(asked, outputs, strict=True):
-        assert output.token_ids == reference.expected(prompt, 8, name), f"adapter {name}"
+        register(engine, reference)
+        await check_tokens(engine, reference, asked, 8)
 
 
 async def test_a_float8_checkpoint_with_the_same_scales_is_kept(
@@ -90,8 +84,7 @@ async def test_a_float8_checkpoint_with_the_same_scales_is_kept(
             tensors = {name: plain[name] if name != "lm_head.weight" else tensors[name] for name in tensors}
         save_file(tensors, skipped / "model.safetensors", metadata={"format": "pt"})
         async with make_engine(Tiny(pair.packed, {}), block_size=16, quantization="fp8") as engine:
-            found = (await engine.complete(prompt_of(1, 30), greedy(12))).token_ids
-        assert found == Tiny(skipped, {}).expected(prompt_of(1, 30), 12)
+            await check_tokens(engine, Tiny(skipped, {}), [(prompt_of(1, 30), None)], 12)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, check_tokens, greedy, prompt_of, register
 from support.quantized_checkpoints import (
     Pair,
     Quantize,
@@ -20,11 +18,10 @@ from support.quantized_checkpoints import (
     gptq,
     int_quantized,
     pack_quantized,
-    write_blocks,
     write_quantized,
 )
 from support.selection import mostly_slow
-from support.tiny_gguf import tiny_model
+from support.tiny_gguf import tiny_model, write_gguf
 from support.tiny_models import build_adapter
 
 from aioengine import EngineConfig
@@ -78,10 +75,9 @@ def gguf_pair(root: Path, kind: str, **overrides: Any) -> Pair:
     if kind == "mixed" or kind.endswith("_K"):
         sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     model = tiny_model("llama", **{**sizes, "vocab_size": 256, **overrides})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(0.2).add_(1.0 if "norm" in name else 0.0)
-        return write_blocks(root, model, "llama", mixed if kind == "mixed" else lambda name: kind)
+    path = write_gguf(root / "model.gguf", model, "llama", mixed if kind == "mixed" else kind)
+    model.save_pretrained(root / "expanded")
+    return Pair(path, root / "expanded")
 
 
 def pair_of(kind: str, root: Path) -> Pair:
@@ -130,13 +126,8 @@ async def check(
     tiny, reference = Tiny(pair.packed, adapters), Tiny(pair.expanded, adapters)
     asked = [(prompt_of(i, 5 + 9 * i), name) for i, name in enumerate([None, *adapters, None])]
     async with make_engine(tiny, block_size=block_size) as engine:
-        for name, folder in adapters.items():
-            engine.register_adapter(name, folder)
-        outputs = await asyncio.gather(
-            *(engine.complete(prompt, greedy(8), adapter=name) for prompt, name in asked)
-        )
-    for (prompt, name), output in zip(asked, outputs, strict=True):
-        assert output.token_ids == reference.expected(prompt, 8, name), f"adapter {name}"
+        register(engine, tiny)
+        await check_tokens(engine, reference, asked, 8)
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)

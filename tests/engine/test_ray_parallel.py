@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of, refused
+from support.engine_fixtures import MakeEngine, Tiny, check_tokens, greedy, prompt_of, refused, register
 from support.failure_harness import error_of, until
 from support.fleet_process import needs_ray
 from support.ray_nodes import Nodes
@@ -40,12 +40,9 @@ async def test_two_ranks_give_the_tokens_of_one_and_are_replaced_when_one_dies(
     fields = {"executor": "ray", "tensor_parallel_size": 2, "restart": "on-failure", "max_model_len": 500}
     async with make_engine(tiny, **fields) as engine:
         assert len(set(nodes.workers("RankActor").values())) == 2, "one on each node"
-        for name in names:
-            engine.register_adapter(name, tiny.adapters[name])
-        work = [(i, adapter) for i, adapter in enumerate((None, *names, None, *names))]
-        runs = [engine.complete(prompt_of(i, 7), greedy(12), adapter=a) for i, a in work]
-        for (i, adapter), out in zip(work, await asyncio.gather(*runs), strict=True):
-            assert out.token_ids == tiny.expected(prompt_of(i, 7), 12, adapter)
+        register(engine, tiny, *names)
+        asked = [(prompt_of(i, 7), name) for i, name in enumerate((None, *names, None, *names))]
+        await check_tokens(engine, tiny, asked, 12)
         assert engine.stats().slot_evictions > 0
         engine.check_invariants()
 
@@ -57,8 +54,7 @@ async def test_two_ranks_give_the_tokens_of_one_and_are_replaced_when_one_dies(
         os.kill(pid, signal.SIGKILL)
         error = await error_of(running)
         assert isinstance(error, EngineDead) and f"(process {pid}) ended: " in str(error)
-        out = await engine.complete([5, 6], greedy(8))  # by two that were started in their place
-        assert out.token_ids == tiny.expected([5, 6], 8)
+        await check_tokens(engine, tiny, [([5, 6], None)])  # by two that were started in their place
         assert pid not in nodes.workers("RankActor")
     await until(lambda: not nodes.workers("RankActor"))
 

@@ -4,48 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
 
 import pytest
-from support.steady_device import Steady
+from support.steady_device import Steady, add, run
 
 from aioengine.adapters.loader import BaseLoader
 from aioengine.adapters.read_threads import Progress
 from aioengine.config import LoRAConfig
-from aioengine.core import Core
 from aioengine.errors import AdapterLoadError
 from aioengine.events import Event, RequestEnded
-from aioengine.executors.base import Device
-from aioengine.lab.simulation.clock import NothingToWaitFor, VirtualTimeLoop
-from aioengine.request import RequestOptions, SamplingParams
+from aioengine.lab.simulation.clock import NothingToWaitFor
 from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
 from aioengine.schedulers.policies.fcfs import FCFS
 from aioengine.schedulers.policy import Location
 from aioengine.step import LoadedAdapter, ReadOrder
-from aioengine.testing import LIMITS
-
-
-def run(
-    policy: SchedulerPolicy, main: Callable[[EngineLoop], Awaitable[None]], device: Device | None = None
-) -> None:
-    async def whole() -> None:
-        stepper = EngineLoop(Core(LIMITS, policy), device or Steady(), virtual=True)
-        stepper.start()
-        await main(stepper)
-        await stepper.stop()
-
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(whole())
-
-
-def add(stepper: EngineLoop, request_id: str, adapter: str | None = None) -> None:
-    core = stepper.core
-    entry = None if adapter is None else core.residency.current[adapter]
-    now = asyncio.get_running_loop().time()
-    params = SamplingParams(max_tokens=3)
-    core.add_request(request_id, [3, 4], params, RequestOptions(), now, adapter=entry)
-    stepper.wake()
 
 
 class HoldsBack(FCFS):
@@ -67,11 +40,7 @@ def test_a_policy_that_waits_is_asked_again_although_a_read_has_just_ended() -> 
             await asyncio.sleep(0.2)
             return LoadedAdapter(4, 100, 100, "digest", 0.2)
 
-        async def place(self, uid: int, slot: int, offset: int) -> float:
-            return 0.0
-
     async def main(stepper: EngineLoop) -> None:
-        stepper.core.residency.names.of("a").register("/a", 0.0)
         add(stepper, "r", "a")
         await asyncio.sleep(0.99)
         assert stepper.core.residency.current["a"].location is Location.CPU
@@ -98,7 +67,6 @@ def test_retries_wait_in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def main(stepper: EngineLoop) -> None:
         stepper.listeners.add(seen.append, RequestEnded)
-        stepper.core.residency.names.of("a").register("/a", 0.0)
         add(stepper, "r", "a")
         await asyncio.sleep(100 + 200 + 1)
 
@@ -128,13 +96,13 @@ def test_an_idle_engine_asks_at_the_time_that_was_named(after: float) -> None:
         add(stepper, "r")
         await stepper.until(lambda: not stepper.core.requests)
 
-    run(policy, main)
+    run(policy, main, Steady())
     assert policy.asked[:3] == pytest.approx([0.0, after, 2 * after])
 
 
 def test_a_time_counts_also_while_nothing_waits() -> None:
     policy = Asks(0.5)
-    run(policy, lambda stepper: asyncio.sleep(2.1))
+    run(policy, lambda stepper: asyncio.sleep(2.1), Steady())
     assert policy.asked == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0])
 
 
@@ -146,4 +114,4 @@ def test_with_no_time_at_all_nothing_is_waited_for() -> None:
         await stepper.until(lambda: not stepper.core.requests)
 
     with pytest.raises(NothingToWaitFor):
-        run(policy, main)
+        run(policy, main, Steady())

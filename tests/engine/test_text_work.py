@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -11,59 +13,57 @@ from aioengine.errors import EngineStopped
 from aioengine.runtime.text_work import LONG, SHORT, TextWork
 
 
-async def test_short_texts_are_done_at_once_and_long_ones_in_order() -> None:
-    work = TextWork(threads=1)
+@contextlib.asynccontextmanager
+async def held(work: TextWork, done: list[object] | None = None) -> AsyncIterator[asyncio.Task[str]]:
+    """A text that is worked on until the context ends."""
     go, begun = threading.Event(), asyncio.Event()
-    done: list[int] = []
     loop = asyncio.get_running_loop()
 
-    def first() -> None:
+    def first() -> str:
         loop.call_soon_threadsafe(begun.set)
         go.wait(20)
-        done.append(0)
+        if done is not None:
+            done.append("first")
+        return "done"
 
-    running = asyncio.create_task(work.run(SHORT + 1, first))
+    task = asyncio.create_task(work.run(SHORT + 1, first))
     await begun.wait()
-    assert await work.run(SHORT, threading.get_ident) == threading.get_ident()
-    waiting = [
-        asyncio.create_task(work.run(size, lambda i=i: done.append(i + 1)))  # type: ignore[misc]
-        for i, size in enumerate([60_000, 20_000, 40_000])
-    ]
-    await asyncio.sleep(0)
-    waiting[1].cancel()
-    await asyncio.sleep(0)
+    yield task
     go.set()
-    await asyncio.gather(running, *waiting, return_exceptions=True)
-    assert done == [0, 1, 3]
+    await asyncio.wait([task])
+
+
+async def test_short_texts_are_done_at_once_and_long_ones_in_order() -> None:
+    work, done = TextWork(threads=1), list[object]()
+    async with held(work, done):
+        assert await work.run(SHORT, threading.get_ident) == threading.get_ident()
+        waiting = [
+            asyncio.create_task(work.run(size, lambda size=size: done.append(size)))  # type: ignore[misc]
+            for size in (60_000, 20_000, 40_000)
+        ]
+        await asyncio.sleep(0)
+        waiting[1].cancel()
+        await asyncio.sleep(0)
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert done == ["first", 60_000, 40_000]
     assert await work.run(SHORT + 1, lambda: "again") == "again"
     await work.close()
 
 
 async def test_who_is_cancelled_keeps_the_thread_until_it_is_done() -> None:
-    work = TextWork(threads=1)
-    go, begun = threading.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    order: list[str] = []
-
-    def long() -> None:
-        loop.call_soon_threadsafe(begun.set)
-        go.wait(20)
-        order.append("first")
-
-    task = asyncio.create_task(work.run(SHORT + 1, long))
-    await begun.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    second = asyncio.create_task(work.run(SHORT + 1, lambda: order.append("second")))
-    third = asyncio.create_task(work.run(SHORT + 2, lambda: order.append("third")))
-    await asyncio.sleep(0.01)
-    assert not order
-    go.set()
+    work, done = TextWork(threads=1), list[object]()
+    async with held(work, done) as task:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        second = asyncio.create_task(work.run(SHORT + 1, lambda: done.append("second")))
+        third = asyncio.create_task(work.run(SHORT + 2, lambda: done.append("third")))
+        await asyncio.sleep(0.01)
+        assert not done
     await second
     third.cancel()  # it may have been given its turn already
     await asyncio.gather(third, return_exceptions=True)
-    assert order[:2] == ["first", "second"]
+    assert done[:2] == ["first", "second"]
     assert await work.run(SHORT + 1, lambda: "free") == "free"
     await work.close()
 
@@ -72,22 +72,12 @@ async def test_errors_and_the_end() -> None:
     work = TextWork(threads=1)
     with pytest.raises(ZeroDivisionError):
         await work.run(SHORT + 1, lambda: 1 / 0)
-    go, begun = threading.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def long() -> str:
-        loop.call_soon_threadsafe(begun.set)
-        go.wait(20)
-        return "done"
-
-    running = asyncio.create_task(work.run(SHORT + 1, long))
-    await begun.wait()
-    waiting = asyncio.create_task(work.run(SHORT + 1, lambda: "never"))
-    await asyncio.sleep(0)
-    closing = asyncio.create_task(work.close())
-    with pytest.raises(EngineStopped):
-        await waiting
-    go.set()
+    async with held(work) as running:
+        waiting = asyncio.create_task(work.run(SHORT + 1, lambda: "never"))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(work.close())
+        with pytest.raises(EngineStopped):
+            await waiting
     assert await running == "done"
     await closing
     with pytest.raises(EngineStopped):

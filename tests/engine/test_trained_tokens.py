@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
-from support.mixed_adapters import generated, scaled_model
+from support.engine_fixtures import MakeEngine, Tiny, check_tokens, greedy, prompt_of, register
 from support.peft_files import edit_weights
 from support.tiny_models import build_model, reference_logits
 from support.trained_tokens import build_trained
@@ -74,22 +73,15 @@ async def test_ranks_share_them(tmp_path: Path, make_engine: MakeEngine) -> None
 
 async def check(path: str, trained: Tiny, make_engine: MakeEngine) -> None:
     names = [name for name in BOTH if path != "ranks" or not name.startswith("saved")]
-    asked: list[str | None] = [None, *names, None]
     # Every trained token is in some prompt.
     ids = [200, 7, 33, 120, 9, 4, 31, 77, 3, 60, 64, *ROWS]
-    prompts = [[*prompt_of(i, 3 + 3 * i), *ids[i:], *ids[:i]] for i in range(len(asked))]
+    asked = [
+        ([*prompt_of(i, 3 + 3 * i), *ids[i:], *ids[:i]], name) for i, name in enumerate([None, *names, None])
+    ]
     async with make_engine(trained, **PATHS[path]) as engine:
-        for name in names:
-            engine.register_adapter(name, trained.adapters[name])
+        register(engine, trained, *names)
         for _ in range(2):  # then in other slots, and with the prefix cache
-            outputs = await asyncio.gather(
-                *(
-                    engine.complete(prompt, greedy(12), adapter=name)
-                    for name, prompt in zip(asked, prompts, strict=True)
-                )
-            )
-            for name, prompt, output in zip(asked, prompts, outputs, strict=True):
-                assert output.token_ids == trained.expected(prompt, 12, name), name
+            await check_tokens(engine, trained, asked, 12)
         for name in set(BOTH) - set(names):
             with pytest.raises(AdapterInvalid, match="trainable_token_indices instead"):
                 await engine.load_adapter(name, trained.adapters[name])
@@ -164,12 +156,11 @@ async def test_rows_beyond_a_slot_take_two_places(trained: Tiny, make_engine: Ma
     """r=16 in all modules with DoRA leaves no room in a slot."""
     folder = trained.adapters["both"].parent / "full"
     build_trained(trained.model, folder, r=16, use_dora=True, trainable_token_indices={"lm_head": [1, 2, 3]})
-    expected = Tiny(trained.model, {"x": folder}).expected([1, 2, 3], 8, "x")
+    full = Tiny(trained.model, {"full": folder})
     for options in ({"max_loras": 2}, {"max_loras": 1, "max_trained_tokens": 3}):
-        async with make_engine(trained, **options) as engine:
-            await engine.load_adapter("full", folder)
-            output = await engine.complete([1, 2, 3], greedy(8), adapter="full")
-        assert output.token_ids == expected
+        async with make_engine(full, **options) as engine:
+            register(engine, full)
+            await check_tokens(engine, full, [([1, 2, 3], "full")], 8)
     for options in ({"max_loras": 1}, {"slot_memory": "64KiB", "max_loras": 1}):
         async with make_engine(trained, **options) as engine:
             with pytest.raises(AdapterTooLarge, match="slot_memory"):
@@ -180,9 +171,7 @@ async def test_rows_beyond_a_slot_take_two_places(trained: Tiny, make_engine: Ma
 async def test_a_scale_keeps_them_and_a_mix_refuses_them(trained: Tiny, make_engine: MakeEngine) -> None:
     prompt = [*ROWS, 200, 7, 33, 120, 9, 4, 31, 77, 3, 60, 64]
     async with make_engine(trained, max_trained_tokens=12) as engine:
-        for name, folder in trained.adapters.items():
-            engine.register_adapter(name, folder)
-            output = await engine.complete(prompt, greedy(8), adapter={name: 0.5})
-            assert output.token_ids == generated(scaled_model(trained.model, {folder: 0.5}), prompt, 8), name
+        register(engine, trained)
+        await check_tokens(engine, trained, [(prompt, {name: 0.5}) for name in trained.adapters], 8)
         with pytest.raises(AdapterInvalid, match=r"trained tokens"):
             await engine.complete([1, 2], greedy(2), adapter={"both": 0.5, "plain": 0.5})

@@ -221,41 +221,37 @@ async def test_refused(tiny: Tiny, make_engine: MakeEngine, embedder: Trained) -
             SamplingParams(pooling="mean", **fields)
 
 
-def _drop(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["base_model.model.score.weight"]
-
-
-def _wide(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["base_model.model.score.weight"] = torch.zeros(3, 65)
-
-
-def _bias(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["base_model.model.score.bias"] = torch.zeros(2)
-
-
-def _both(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["base_model.model.classifier.weight"] = torch.zeros(3, 64)
+WEIGHT, BIAS = (f"base_model.model.score.{kind}" for kind in ("weight", "bias"))
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("weights", "config", "words"),
     [
-        (lambda folder: edit_weights(folder, _drop), "must have the weight of one of them; it has none"),
-        (lambda folder: edit_weights(folder, _wide), "a head of 1 to 1024 labels over 64 hidden"),
-        (lambda folder: edit_weights(folder, _bias), "different numbers of labels"),
-        (lambda folder: edit_weights(folder, _both), "must have the weight of one of them"),
+        ({WEIGHT: None}, {}, "must have the weight of one of them; it has none"),
+        ({WEIGHT: torch.zeros(3, 65)}, {}, "a head of 1 to 1024 labels over 64 hidden"),
+        ({BIAS: torch.zeros(2)}, {}, "different numbers of labels"),
         (
-            lambda folder: edit_config(folder, modules_to_save=["score", "lm_head"]),
-            "lm_head in modules_to_save, but the file has no weights",
+            {WEIGHT.replace("score", "classifier"): torch.zeros(3, 64)},
+            {},
+            "must have the weight of one of them",
         ),
-        (lambda folder: edit_config(folder, modules_to_save=None), "unknown key"),
+        ({}, {"modules_to_save": ["score", "lm_head"]}, "lm_head in modules_to_save, but the file has no w"),
+        ({}, {"modules_to_save": None}, "unknown key"),
     ],
 )
 async def test_bad_heads(
-    tiny: Tiny, make_engine: MakeEngine, heads: dict[int, Trained], tmp_path: Path, change: Any, words: str
+    tiny: Tiny,
+    make_engine: MakeEngine,
+    heads: dict[int, Trained],
+    tmp_path: Path,
+    weights: dict[str, torch.Tensor | None],
+    config: dict[str, Any],
+    words: str,
 ) -> None:
     heads[3].model.save_pretrained(str(tmp_path))
-    change(tmp_path)
+    for key, weight in weights.items():
+        edit_weights(tmp_path, lambda t: t.pop(key) if weight is None else t.update({key: weight}))  # noqa: B023
+    edit_config(tmp_path, **config)
     async with make_engine(tiny) as engine:
         with pytest.raises(AdapterInvalid, match=words):
             await engine.load_adapter("x", tmp_path)

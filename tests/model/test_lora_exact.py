@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,11 +55,6 @@ NEW = 10
 
 def prompt(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(3, 256), k=length)
-
-
-@functools.cache
-def expected_output(model: Path, tokens: tuple[int, ...], count: int, adapter: Path | None) -> list[int]:
-    return reference_generate(model, tokens, count, adapter)
 
 
 @pytest.fixture(scope="module", params=mostly_slow(["llama", "llama-tied", "qwen2", "qwen3"], "qwen2"))

@@ -126,14 +126,15 @@ def config_of(family: str, **overrides: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **{**FAMILIES.get(family, COMMON), **overrides})
 
 
-def randomize(model: Any, seed: int = 0) -> Any:
-    """Weights from a generator of their own, wide enough that greedy outputs wander with clear margins."""
+def randomize(model: Any, seed: int = 0, norms: int = 1) -> Any:
+    """Weights from a generator of their own, wide enough that greedy outputs wander with clear margins; those
+    of norms are about ``norms``."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             norm = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.2 * noise if norm else 0.2 * noise)
+            parameter.copy_(norms + 0.2 * noise if norm else 0.2 * noise)
     return model.eval()
 
 

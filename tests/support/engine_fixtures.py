@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from support.byte_tokenizer import byte_tokenizer
+from support.greedy import Greedy
+from support.mixed_adapters import generated, scaled_model
 from support.tiny_models import ALL_MODULES, build_adapter, build_model, reference_generate
 
-from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
+from aioengine import AsyncEngine, EngineConfig, LoRAConfig, RequestOutput, SamplingParams
+from aioengine.request import Wanted
 from aioengine.schedulers import SchedulerPolicy
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -39,13 +43,11 @@ class Tiny(NamedTuple):
     model: Path
     adapters: dict[str, Path]
 
-    def expected(self, prompt: list[int], count: int, adapter: str | None = None) -> list[int]:
-        return list(_expected(self.model, tuple(prompt), count, adapter and self.adapters[adapter]))
-
-
-@functools.cache
-def _expected(model: Path, prompt: tuple[int, ...], count: int, adapter: Path | None) -> list[int]:
-    return reference_generate(model, prompt, count, adapter)
+    def expected(self, prompt: list[int], count: int, adapter: Wanted = None) -> Greedy:
+        if isinstance(adapter, Mapping):
+            weights = {self.adapters[name]: weight for name, weight in adapter.items()}
+            return generated(scaled_model(self.model, weights), prompt, count)
+        return reference_generate(self.model, prompt, count, adapter and self.adapters[adapter])
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +123,25 @@ async def refused(engine: AsyncEngine, error: type[Exception], said: str) -> Non
             await engine.start()
     finally:
         await engine.stop()
+
+
+def register(engine: AsyncEngine, tiny: Tiny, *names: str) -> None:
+    """Tell it where these adapters are, or where all are."""
+    for name in names or tiny.adapters:
+        engine.register_adapter(name, tiny.adapters[name])
+
+
+async def check_tokens(
+    engine: AsyncEngine, tiny: Tiny, asked: Iterable[tuple[list[int], Wanted]], count: int = 24
+) -> list[RequestOutput]:
+    """Ask for all of these at once: each gets the tokens that transformers and peft give."""
+    asked = list(asked)
+    outputs = await asyncio.gather(
+        *(engine.complete(prompt, greedy(count), adapter=adapter) for prompt, adapter in asked)
+    )
+    for (prompt, adapter), output in zip(asked, outputs, strict=True):
+        assert output.token_ids == tiny.expected(prompt, count, adapter), f"adapter {adapter}"
+    return outputs
 
 
 def prompt_of(seed: int, length: int) -> list[int]:

@@ -10,6 +10,7 @@ import peft
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
+from support.greedy import Greedy
 
 from aioengine import RequestOutput
 
@@ -52,10 +53,12 @@ def check_mix(model: Any, mix: Mapping[str, float], tokens: list[int], output: R
     torch.testing.assert_close(found, logits.log_softmax(-1).amax(-1), rtol=1e-4, atol=1e-4)
 
 
-def generated(model: Any, prompt: list[int], count: int) -> list[int]:
+def generated(model: Any, prompt: list[int], count: int) -> Greedy:
     """The most likely tokens, one after the other."""
-    tokens = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+
+    @torch.no_grad()
+    def likeliest(tokens: tuple[int, ...]) -> list[int]:
+        found: list[int] = model(torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+        return found
+
+    return Greedy(likeliest, prompt, count)

@@ -14,24 +14,9 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.quick_llama import FAMILIES, QuickLlama
+from support.any_models import randomize
+from support.greedy import Greedy
 from torch import Tensor
-
-CONFIGS: dict[str, type[transformers.PreTrainedConfig]] = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    "granite": transformers.GraniteConfig,
-    "smollm3": transformers.SmolLM3Config,
-    "olmo2": transformers.Olmo2Config,
-    "olmo3": transformers.Olmo3Config,
-    "phi3": transformers.Phi3Config,
-    "gemma": transformers.GemmaConfig,
-    "gemma2": transformers.Gemma2Config,
-    "gemma3_text": transformers.Gemma3TextConfig,
-    "glm4": transformers.Glm4Config,
-}
 
 BASE: dict[str, Any] = {
     "vocab_size": 256,
@@ -80,23 +65,16 @@ def build_model(
     max_shard_size: str = "1GB",
     **overrides: Any,
 ) -> Path:
-    """Saves a random model of ``family`` (a key of :data:`CONFIGS`) in ``out_dir`` and returns it.
+    """Saves a random model of ``family`` (a key of :data:`FAMILY`) in ``out_dir`` and returns it.
 
     ``overrides`` are transformers configuration fields. By default: hidden 64, 3 layers, 4 heads, 2
     KV heads, vocabulary 256, no tokenizer; mistral and qwen2 (its layers 1 and 2) have a sliding
     window of 12, qwen3 a head_dim of 32. ``max_shard_size="50KB"`` gives a sharded checkpoint.
     """
-    config = CONFIGS[family](**{**BASE, **FAMILY[family], **overrides})
-    auto: Any = transformers.AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Wide enough that greedy outputs wander through the vocabulary with clear margins.
-            noise = torch.randn(parameter.shape, generator=generator)
-            mean = 1 if "norm" in name and not family.startswith("gemma") else 0  # Gemma's norms add 1
-            parameter.copy_(mean + 0.2 * noise)
-    model.to(dtype).save_pretrained(out_dir, max_shard_size=max_shard_size)
+    config = transformers.AutoConfig.for_model(family, **{**BASE, **FAMILY[family], **overrides})
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    norms = 0 if family.startswith("gemma") else 1  # Gemma adds 1 to them
+    randomize(model, seed, norms).to(dtype).save_pretrained(out_dir, max_shard_size=max_shard_size)
     return out_dir
 
 
@@ -147,32 +125,18 @@ def reference_logits(model_dir: Path, token_ids: Sequence[int], adapter_dir: Pat
     return logits
 
 
-def reference_generate(
-    model_dir: Path,
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    adapter_dir: Path | None = None,
-) -> list[int]:
-    """The greedy continuation, end-of-sequence tokens ignored. Each token is the reference's: a guess of the
-    rest saves most of its passes, not the check (Leviathan et al., Speculative Decoding, 2023)."""
-    tokens = list(prompt_ids)
-    end, guesses = len(tokens) + max_new_tokens, True
-    while len(tokens) < end:
-        guess = _guess(model_dir, tokens, end - len(tokens) - 1, adapter_dir) if guesses else []
-        greedy = reference_logits(model_dir, tokens + guess, adapter_dir).argmax(-1).tolist()
-        true = greedy[len(tokens) - 1 :]
-        right = next((i for i, token in enumerate(guess) if token != true[i]), len(guess))
-        tokens += true[: right + 1]
-        guesses = right == len(guess)  # or it leaves out what this adapter changes
-    return tokens[len(prompt_ids) :]
-
-
-def _guess(model_dir: Path, tokens: Sequence[int], count: int, adapter_dir: Path | None) -> list[int]:
-    quick = _quick(model_dir, adapter_dir)
-    return [] if quick is None else quick.greedy(tokens, count)
-
-
 @functools.cache
-def _quick(model_dir: Path, adapter_dir: Path | None) -> QuickLlama | None:
-    model = reference_model(model_dir, adapter_dir)
-    return QuickLlama(model) if model.config.model_type in FAMILIES else None
+def reference_likeliest(
+    model_dir: Path, token_ids: tuple[int, ...], adapter_dir: Path | None = None
+) -> list[int]:
+    """The likeliest token after each of these."""
+    found: list[int] = reference_logits(model_dir, token_ids, adapter_dir).argmax(-1).tolist()
+    return found
+
+
+def reference_generate(
+    model_dir: Path, prompt_ids: Sequence[int], max_new_tokens: int, adapter_dir: Path | None = None
+) -> Greedy:
+    """The greedy continuation, end-of-sequence tokens ignored."""
+    model = functools.partial(reference_likeliest, model_dir, adapter_dir=adapter_dir)
+    return Greedy(model, prompt_ids, max_new_tokens)
