@@ -53,10 +53,6 @@ class Target(NamedTuple):
     http: httpx.AsyncClient
     root: Path
 
-    async def complete(self, model: str) -> httpx.Response:
-        body = {"model": model, "prompt": "Hello", "max_tokens": 8, "ignore_eos": True}
-        return await self.http.post("/v1/completions", json=body)
-
     async def metric(self, name: str) -> float:
         """Return the sum of its samples."""
         text = (await self.http.get("/metrics")).text
@@ -126,31 +122,26 @@ class Client:
     def _model(self) -> str:
         return self._random.choice(("tiny", *ADAPTERS))
 
+    async def post(self, path: str, **body: object) -> int:
+        return (await self._target.http.post(path, json=body)).status_code
+
     async def stream(self) -> object:
-        body = {
-            "model": self._model(),
-            "prompt": "Hi",
-            "max_tokens": self._random.randint(1, 24),
-            "stream": True,
-        }
-        async with self._target.http.stream("POST", "/v1/completions", json=body) as answer:
+        body = {"model": self._model(), "prompt": "Hi", "max_tokens": self._random.randint(1, 24)}
+        async with self._target.http.stream(
+            "POST", "/v1/completions", json=body | {"stream": True}
+        ) as answer:
             lines = [line async for line in answer.aiter_lines() if line]
         return answer.status_code if lines[-1] == "data: [DONE]" else "cut off"
 
     async def whole(self) -> object:
-        messages = [{"role": "user", "content": "Hello"}]
-        body = {
-            "model": self._model(),
-            "messages": messages,
-            "max_tokens": 8,
-            "n": self._random.randint(1, 3),
-        }
-        return (await self._target.http.post("/v1/chat/completions", json=body)).status_code
+        messages, n = [{"role": "user", "content": "Hello"}], self._random.randint(1, 3)
+        body = {"model": self._model(), "messages": messages, "max_tokens": 8, "n": n}
+        return await self.post("/v1/chat/completions", **body)
 
     async def guided(self) -> object:
         regex = f"[a-{self._random.choice('cdefg')}]{{4}}"
         body = {"model": self._model(), "prompt": "Hi", "structured_outputs": {"regex": regex}}
-        return (await self._target.http.post("/v1/completions", json=body)).status_code
+        return await self.post("/v1/completions", **body)
 
     async def leaves(self) -> object:
         body = {"model": self._model(), "prompt": "Hi", "max_tokens": 200, "ignore_eos": True, "stream": True}
@@ -160,10 +151,10 @@ class Client:
         return answer.status_code
 
     async def unknown_model(self) -> object:
-        return (await self._target.complete(f"nobody-{self._random.randint(0, 999)}")).status_code
+        return await self.post("/v1/completions", model=f"nobody-{self._random.randint(0, 999)}", prompt="Hi")
 
     async def broken_adapter(self) -> object:
-        return (await self._target.complete("broken")).status_code
+        return await self.post("/v1/completions", model="broken", prompt="Hi")
 
     async def no_json(self) -> object:
         content, headers = self._random.randbytes(200), {"content-type": "application/json"}
@@ -172,8 +163,8 @@ class Client:
 
     async def replaces_an_adapter(self) -> object:
         name = self._random.choice(ADAPTERS)
-        body = {"lora_name": name, "lora_path": str(self._target.root / name), "load_inplace": True}
-        return (await self._target.http.post("/v1/load_lora_adapter", json=body)).status_code
+        path = str(self._target.root / name)
+        return await self.post("/v1/load_lora_adapter", lora_name=name, lora_path=path, load_inplace=True)
 
     async def scrapes(self) -> object:
         return (await self._target.http.get("/metrics")).status_code

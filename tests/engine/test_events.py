@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, greedy
 
 from aioengine.errors import AdapterLoadError, ConfigError
 from aioengine.events import (
@@ -82,16 +82,6 @@ async def test_stats_after_the_stop_are_the_last(tiny: Tiny, make_engine: MakeEn
         last = engine.stats()
     assert engine.stats() == last
     assert last.requests_finished == 1
-
-
-async def test_the_slots_have_what_is_in_them_now(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        engine.register_adapter("rank-3", tiny.adapters["rank-3"])
-        assert {slot.state for slot in engine.stats().slots} == {"FREE"}
-        await engine.complete(prompt_of(0, 5), greedy(3), adapter="rank-3")
-        assert [slot.adapter for slot in engine.stats().slots] == ["rank-3", None]
-        await engine.unload_adapter("rank-3")
-        assert {slot.adapter for slot in engine.stats().slots} == {None}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ import psutil
 import pytest
 from support.engine_fixtures import MakeEngine, Tiny, check_tokens, greedy, prompt_of, register
 from support.failure_harness import error_of, last_of, until
-from support.faulty_worker import BAD
 from support.process_harness import NothingLeft, worker_pids
 
 from aioengine import AsyncEngine, SamplingParams
@@ -118,18 +117,6 @@ async def test_a_worker_that_is_killed_fails_all_at_once_and_leaves_nothing(
         with pytest.raises(EngineDead):
             await engine.complete([5])
         await until(lambda: not worker_pids())
-    await nothing_left.check()
-
-
-@pytest.mark.usefixtures("faulty")
-async def test_a_step_that_raises_is_the_engines_end(
-    tiny: Tiny, make_engine: MakeEngine, nothing_left: NothingLeft
-) -> None:
-    async with make_engine(tiny, executor="process") as engine:
-        error = await error_of(engine.complete(BAD))
-        assert isinstance(error, EngineDead)
-        assert str(error) == "the engine failed: ArithmeticError: this token cannot be computed"
-        await until(lambda: not worker_pids())  # killed, and gone a moment later
     await nothing_left.check()
 
 

@@ -6,12 +6,12 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from support import preloaded
+from support.failure_harness import open_files
 from support.waiting import until
 
 from aioengine.executors.process import spawn
@@ -33,15 +33,7 @@ def worker_pids(of: int | None = None) -> list[int]:
 
 
 def open_sockets() -> set[str]:
-    return {link for link in _links() if link.startswith("socket:")}
-
-
-def _links() -> Iterator[str]:
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            yield os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue
+    return {link for _, link in open_files() if link.startswith("socket:")}
 
 
 def shared_memory() -> set[str]:
