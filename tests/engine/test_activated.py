@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
-from support.mixed_adapters import generated, scaled_model
+from support.engine_fixtures import MakeEngine, Tiny, check_tokens, greedy, prompt_of, register
 from support.peft_files import edit_config
 from support.tiny_models import build_adapter, reference_logits
 
@@ -30,11 +29,6 @@ def activated(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         for seed, (name, more) in enumerate({"check": {}, "judge": {"lora_bias": True}}.items())
     }
     return tiny._replace(adapters={**tiny.adapters, **made})
-
-
-def register(engine: AsyncEngine, tiny: Tiny, *names: str) -> None:
-    for name in names:
-        engine.register_adapter(name, tiny.adapters[name])
 
 
 async def last(engine: AsyncEngine, prompt: list[int], adapter: str | None, **more: Any) -> RequestOutput:
@@ -149,6 +143,4 @@ async def test_it_is_scaled_and_not_mixed(activated: Tiny, make_engine: MakeEngi
         register(engine, activated, "check", "rank-3")
         with pytest.raises(AdapterInvalid, match="invocation tokens"):
             await engine.complete(PROMPTS["twice"], greedy(2), adapter={"check": 0.5, "rank-3": 0.5})
-        scaled = await engine.complete(PROMPTS["twice"], greedy(8), adapter={"check": 0.5})
-        model = scaled_model(activated.model, {activated.adapters["check"]: 0.5})
-        assert scaled.token_ids == generated(model, PROMPTS["twice"], 8)
+        await check_tokens(engine, activated, [(PROMPTS["twice"], {"check": 0.5})], 8)

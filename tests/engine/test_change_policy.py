@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, check_tokens, prompt_of, register
+from support.waiting import until
 
 from aioengine import events
 from aioengine.errors import PolicyError
@@ -18,22 +19,15 @@ async def test_any_policy_after_any_other(tiny: Tiny, make_engine: MakeEngine) -
     names = ("rank-3", "rank-4", "qv-only")
     async with make_engine(tiny, max_loras=2) as engine:
         wrong: list[events.Event] = []
-        engine.add_listener(
-            lambda event: wrong.append(event) if isinstance(event, events.PolicyFailed) else None
-        )
-        for name in names:
-            engine.register_adapter(name, tiny.adapters[name])
+        engine.add_listener(wrong.append, events.PolicyFailed)
+        register(engine, tiny, *names)
+        asked = [(prompt_of(i, 5), names[i % 3]) for i in range(6)]
         for policy in sorted(set(available_policies()) - {"oracle"}):  # they know what is to come
-            running = [
-                asyncio.create_task(engine.complete(prompt_of(i, 5), greedy(8), adapter=names[i % 3]))
-                for i in range(6)
-            ]
-            await asyncio.sleep(0)
+            running = asyncio.create_task(check_tokens(engine, tiny, asked, 8))
+            await until(lambda: engine.stats().running > 0)
             engine.change_settings(policy=policy)
             assert engine.config.policy == policy
-            for i, task in enumerate(running):
-                expected = tiny.expected(prompt_of(i, 5), 8, names[i % 3])
-                assert (await task).token_ids == expected, policy
+            await running
         assert wrong == []
 
 

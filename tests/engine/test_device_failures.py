@@ -43,7 +43,7 @@ async def test_with_processes_only_what_ran_fails(
         served_by(engine) as served,
     ):
         seen: list[EngineRestarted] = []
-        engine.add_listener(lambda e: seen.append(e) if isinstance(e, EngineRestarted) else None)
+        engine.add_listener(seen.append, EngineRestarted)
         assert engine.failure is None
         held.touch()
         monkeypatch.setenv("AIOENGINE_TEST_START", str(held))

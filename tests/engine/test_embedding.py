@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.engine_fixtures import MakeEngine, Tiny, greedy, register
 from support.failure_harness import Held, assert_nothing_left
 
 from aioengine import SamplingParams
@@ -169,8 +169,7 @@ async def test_the_loop_stays_free_while_the_engine_generates(tiny: Tiny, make_e
             late.append(loop.time() - due)
 
     async with make_engine(tiny) as engine:
-        for name, folder in tiny.adapters.items():
-            engine.register_adapter(name, folder)
+        register(engine, tiny)
         ticker = asyncio.create_task(tick())
         names = [None, *tiny.adapters]
         await asyncio.gather(

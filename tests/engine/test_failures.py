@@ -81,7 +81,7 @@ async def test_files(case: str, tiny: Tiny, make_engine: MakeEngine, folder: Pat
     spoil, kind, word = FILES[case]
     async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine, under_load(engine, tiny):
         failures: list[AdapterFailed] = []
-        engine.add_listener(lambda e: failures.append(e) if isinstance(e, AdapterFailed) else None)
+        engine.add_listener(failures.append, AdapterFailed)
         engine.register_adapter("bad", folder)
         spoil(folder)
         requests = [engine.complete([3 + i], greedy(4), adapter="bad") for i in range(3)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of, register
 from support.selection import mostly_slow
 
 from aioengine.errors import ConfigError
@@ -81,8 +81,7 @@ async def tokens_of(tiny: Tiny, make_engine: MakeEngine, options: dict[str, Any]
     }
     names = ["all-modules", "rank-3", "qv-only", "patterns", "regex"]
     async with make_engine(tiny, **{**small, **options}) as engine:
-        for name in names:
-            engine.register_adapter(name, tiny.adapters[name])
+        register(engine, tiny, *names)
         asked = [
             engine.complete(prompt_of(i % 4, 18), greedy(8), adapter=[None, *names][i % 6]) for i in range(12)
         ]

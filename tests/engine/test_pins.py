@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.engine_fixtures import MakeEngine, Tiny, greedy, register
 
 from aioengine import AdapterInfo, AsyncEngine
 from aioengine.errors import (
@@ -27,10 +27,8 @@ def info(engine: AsyncEngine, name: str) -> AdapterInfo:
 async def occupied(engine: AsyncEngine, tiny: Tiny, *names: str) -> AsyncIterator[None]:
     """While requests run on these adapters; they end with the block, or when they are aborted by the
     adapter's name."""
-    streams = []
-    for name in names:
-        engine.register_adapter(name, tiny.adapters[name])
-        streams.append(engine.generate([4, 5], greedy(500), adapter=name, request_id=name))
+    register(engine, tiny, *names)
+    streams = [engine.generate([4, 5], greedy(500), adapter=name, request_id=name) for name in names]
     await asyncio.gather(*(anext(stream) for stream in streams))
     try:
         yield

@@ -44,7 +44,7 @@ async def test_only_what_ran_fails_and_the_adapters_come_back(
         tiny, executor="process", restart="on-failure", max_num_seqs=2, max_model_len=400
     ) as engine:
         seen: list[EngineRestarted] = []
-        engine.add_listener(lambda e: seen.append(e) if isinstance(e, EngineRestarted) else None)
+        engine.add_listener(seen.append, EngineRestarted)
         await engine.load_adapter("rank-3", tiny.adapters["rank-3"], pin=True)
         for name in ("qv-only", "rank-4"):
             engine.register_adapter(name, tiny.adapters[name])
@@ -122,7 +122,7 @@ async def test_an_engine_whose_workers_are_lost_too_often_dies(
     monkeypatch.setattr(device, "MAX_RESTARTS", 1)
     async with make_engine(tiny, executor="process", restart="on-failure", max_num_seqs=1) as engine:
         ended: list[RequestEnded] = []
-        engine.add_listener(lambda e: ended.append(e) if isinstance(e, RequestEnded) else None)
+        engine.add_listener(ended.append, RequestEnded)
         bad = [asyncio.create_task(engine.complete(BAD)) for _ in range(2)]
         last = asyncio.create_task(engine.complete([5]))
         errors = [await error_of(task) for task in (*bad, last)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of
+from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, greedy, prompt_of, register
 from support.tiny_models import ALL_MODULES, build_adapter, reference_logits
 
 from aioengine import AsyncEngine, RequestOutput, SamplingParams
@@ -65,8 +65,7 @@ async def test_values_are_those_of_transformers_and_peft(
     work = [(prompt_of(i, n), name) for i, (n, name) in enumerate(zip(LENGTHS, names, strict=True))]
     both = SamplingParams(max_tokens=20, prompt_logprobs=3, logprobs=2, ignore_eos=True)
     async with make_engine(tiny, **PATHS[path]) as engine:
-        for name, folder in tiny.adapters.items():
-            engine.register_adapter(name, folder)
+        register(engine, tiny)
         for params in (ONLY_PROMPT, both, ONLY_PROMPT):  # the later ones find the prefix cache filled
             runs = [engine.complete(prompt, params, adapter=name) for prompt, name in work]
             plain = engine.complete(prompt_of(0, 29), greedy(12), adapter="rank-3")

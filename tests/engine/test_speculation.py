@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, prompt_of
+from support.engine_fixtures import ADAPTERS, MakeEngine, Tiny, prompt_of, register
 
 from aioengine import AsyncEngine, SamplingParams
 from aioengine.errors import AioEngineError, ConfigError
@@ -61,12 +61,6 @@ async def answer(engine: AsyncEngine, name: str | None, i: int, kind: dict[str, 
     return out.token_ids, out.finish_reason, out.logprobs, out.prompt_logprobs
 
 
-def counted(engine: AsyncEngine) -> list[TokensProposed]:
-    seen: list[TokensProposed] = []
-    engine.add_listener(lambda event: seen.append(event) if isinstance(event, TokensProposed) else None)
-    return seen
-
-
 @needs_compiler
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.slow
@@ -74,17 +68,16 @@ async def test_no_token_changes(quantization: str, tiny: Tiny, make_engine: Make
     """With random arrivals, swaps, preemptions and aborts."""
     fields = {**FIELDS, "quantization": quantization, "kv_cache_dtype": CACHE[quantization]}
     async with make_engine(tiny, **fields) as engine:
-        for name, folder in tiny.adapters.items():
-            engine.register_adapter(name, folder)
+        register(engine, tiny)
         expected = [await answer(engine, *request) for request in REQUESTS]
     for more in (
         {"max_num_seqs": 5},
         {"max_num_batched_tokens": 48, "max_num_seqs": 6, "kv_cache_memory": 14 * 16 * 384},
     ):
         async with make_engine(tiny, **{**fields, **more}, speculation="ngram") as engine:
-            seen = counted(engine)
-            for name, folder in tiny.adapters.items():
-                engine.register_adapter(name, folder)
+            seen: list[TokensProposed] = []
+            engine.add_listener(seen.append, TokensProposed)
+            register(engine, tiny)
             rng = random.Random(len(more))
 
             async def arrive(request: tuple[Any, ...], after: int) -> Sequence[object]:
