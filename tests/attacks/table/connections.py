@@ -35,19 +35,8 @@ async def pipelined(target: Target) -> str:
 
 
 async def bodies_in_flight(target: Target) -> str:
-    async def stop_short() -> str:
-        reader, writer = await asyncio.open_connection(*target.served.address)
-        try:
-            async with asyncio.timeout(4):
-                writer.write(HEAD + b"content-length: 8000000\r\n\r\n{" + b" " * 7_900_000)
-                await writer.drain()
-                return (await reader.readuntil(b"\r\n"))[9:12].decode()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            return "held" if isinstance(error, TimeoutError) else "closed"
-        finally:
-            writer.transport.abort()
-
-    return counted(await asyncio.gather(*(stop_short() for _ in range(150))))
+    body = HEAD + b"content-length: 8000000\r\n\r\n{" + b" " * 7_900_000
+    return statuses(await asyncio.gather(*(status_of(target, body, seconds=4) for _ in range(150))))
 
 
 async def streams_cut_off(target: Target) -> str:
@@ -64,16 +53,9 @@ async def refused_requests(target: Target) -> str:
 
 async def many_connections(target: Target) -> str:
     body = json.dumps({"model": MODEL, "prompt": "Hi", "max_tokens": 2}).encode()
-
-    async def one() -> str:
-        reader, writer = await asyncio.open_connection(*target.served.address)
-        try:
-            writer.write(message(body))
-            return (await reader.readuntil(b"\r\n"))[9:12].decode()
-        finally:
-            writer.transport.abort()
-
-    return counted(await asyncio.gather(*(one() for _ in range(1_500))))
+    found = await asyncio.gather(*(status_of(target, message(body)) for _ in range(1_500)))
+    assert "closed" not in found
+    return statuses(found)
 
 
 async def lists(target: Target) -> str:
@@ -105,17 +87,13 @@ async def long_headers(target: Target) -> str:
         *("POST /v1/completions", "POST /rerank", "POST /v1/upload_lora_adapter?lora_name=x"),
     ]
 
-    async def status(route: str, name: str, part: str) -> str:
+    found = []
+    for route, name, part in itertools.product(routes, names, parts):
         value = (part * (60_000 // len(part) + 1))[:60_000]
         head = f"{route} HTTP/1.1\r\nconnection: close\r\n{name}: {value}\r\ncontent-length: 2\r\n\r\n"
-        reader, writer = await asyncio.open_connection(*target.served.address)
-        writer.write(head.encode("latin-1") + b"{}")
-        answer = await reader.read()
-        writer.close()
-        assert answer.startswith(b"HTTP/1.1 ") and answer[9:10] in b"24", (name, part, answer[:100])
-        return answer[9:12].decode()
-
-    return counted([await status(*one) for one in itertools.product(routes, names, parts)])
+        found.append(await status_of(target, head.encode("latin-1") + b"{}"))
+    assert {status[0] for status in found} <= {"2", "4"}
+    return statuses(found)
 
 
 async def unread_streams(target: Target) -> str:
@@ -136,39 +114,32 @@ async def unread_streams(target: Target) -> str:
 
 async def tiny_chunks(target: Target) -> str:
     """Send 200,000 chunks of a byte in each of ten bodies."""
-
-    async def one() -> str:
-        reader, writer = await asyncio.open_connection(*target.served.address)
-        try:
-            writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n")
-            for _ in range(10):
-                writer.write(b"1\r\n \r\n" * 20_000)
-                await writer.drain()
-            writer.write(b"0\r\n\r\n")
-            return (await reader.readuntil(b"\r\n"))[9:12].decode()
-        except (OSError, asyncio.IncompleteReadError):
-            return "closed"
-        finally:
-            writer.transport.abort()
-
-    return counted(await asyncio.gather(*(one() for _ in range(10))))
+    parts = HEAD + b"transfer-encoding: chunked\r\n\r\n", *[b"1\r\n \r\n" * 20_000] * 10, b"0\r\n\r\n"
+    return statuses(await asyncio.gather(*(status_of(target, *parts) for _ in range(10))))
 
 
 async def asked_before_sent(target: Target) -> str:
     """Open 2,000 connections that ask whether they may send, and then send nothing."""
+    head = HEAD + b"expect: 100-continue\r\ncontent-length: 100\r\n\r\n"
+    return statuses(await asyncio.gather(*(status_of(target, head, stays=1) for _ in range(2_000))))
 
-    async def one() -> str:
-        reader, writer = await asyncio.open_connection(*target.served.address)
-        try:
-            writer.write(HEAD + b"expect: 100-continue\r\ncontent-length: 100\r\n\r\n")
+
+async def status_of(target: Target, *parts: bytes, seconds: float = 60, stays: float = 0) -> str:
+    """Send these on a connection of its own. Returns the status that comes, or what comes instead."""
+    reader, writer = await asyncio.open_connection(*target.served.address)
+    try:
+        async with asyncio.timeout(seconds):
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
             return (await reader.readuntil(b"\r\n"))[9:12].decode()
-        except (OSError, asyncio.IncompleteReadError):
-            return "closed"
-        finally:
-            await asyncio.sleep(1)
-            writer.transport.abort()
-
-    return counted(await asyncio.gather(*(one() for _ in range(2_000))))
+    except TimeoutError:
+        return "held"
+    except (OSError, asyncio.IncompleteReadError):
+        return "closed"
+    finally:
+        await asyncio.sleep(stays)
+        writer.transport.abort()
 
 
 async def again_and_again(target: Target, requests: Sequence[bytes], seconds: float = 1) -> str:
@@ -202,7 +173,7 @@ async def again_and_again(target: Target, requests: Sequence[bytes], seconds: fl
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    return counted(seen)
+    return statuses(sorted(seen))
 
 
 async def begun_and_left(target: Target, body: bytes, *, seconds: float, at_once: int, longest: float) -> str:
@@ -223,11 +194,6 @@ async def begun_and_left(target: Target, body: bytes, *, seconds: float, at_once
 
     await asyncio.gather(*(one() for _ in range(at_once)))
     return f"{count:,} streams"
-
-
-def counted(seen: Sequence[str]) -> str:
-    """Return how often each status was answered."""
-    return ", ".join(f"{status} ({seen.count(status)}x)" for status in sorted(set(seen)))
 
 
 def message(body: bytes) -> bytes:

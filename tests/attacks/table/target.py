@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -111,8 +111,8 @@ def filled(before: str, part: str, after: str, size: int = 8_000_000) -> bytes:
     return f"{before}{','.join([part] * (size // (len(part) + 1)))}{after}".encode()
 
 
-def statuses(answers: list[Any]) -> str:
+def statuses(answers: Sequence[httpx.Response | BaseException | str]) -> str:
     """Return how often each status was answered."""
-    seen = [a.status_code if isinstance(a, httpx.Response) else type(a).__name__ for a in answers]
-    assert 500 not in seen, "a fault of the server"
+    seen = [a if isinstance(a, str) else getattr(a, "status_code", type(a).__name__) for a in answers]
+    assert not {500, "500"} & {*seen}, "a fault of the server"
     return ", ".join(f"{s} ({seen.count(s)}x)" if len(seen) > 1 else str(s) for s in dict.fromkeys(seen))
