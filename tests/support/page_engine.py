@@ -13,10 +13,11 @@ from typing import Any
 import uvicorn
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.exposition import choose_encoder
+from support import metric_script
 from support.adapter_infos import adapter_info
 
 from aioengine import AsyncEngine, EngineConfig, events
-from aioengine.info import AdapterInfo, EngineStats, SlotInfo
+from aioengine.info import AdapterInfo, EngineStats
 from aioengine.metrics.asgi import MetricsApp, metrics_app
 from aioengine.metrics.page.feed import WatchedEngine
 
@@ -45,9 +46,7 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         self.asked += 1
-        slot = SlotInfo(index=0, state="FREE", adapter=None, version=None, running=0, pinned=False)
-        names = [n for n in EngineStats.__struct_fields__ if n not in ("slots", "steps", "waiting_for")]
-        return EngineStats(slots=(slot,), steps=self.steps, **dict.fromkeys(names, 0))
+        return metric_script.stats(metric_script.slot(0, "FREE"), steps=self.steps)
 
     def adapters(self) -> list[AdapterInfo]:
         return list(self.infos.values())
@@ -62,11 +61,10 @@ class FakeEngine:
 
     def add(self, name: str, location: Any = "disk", rank: int = 0) -> None:
         self.infos[name] = adapter_info(name, path=f"/secret/{name}", rank=rank, bytes=0, location=location)
-        self.tell(events.AdapterRegistered(time=0, adapter=name, version=1, path="/x", replaces=None))
+        self.tell(metric_script.registered(name))
 
 
-def loaded(name: str, seconds: float = 0.5) -> events.AdapterLoaded:
-    return events.AdapterLoaded(time=1, adapter=name, version=1, rank=4, nbytes=10, seconds=seconds)
+loaded = metric_script.short(events.AdapterLoaded, "adapter", time=1.0, rank=4, nbytes=10, seconds=0.5)
 
 
 class Told:
