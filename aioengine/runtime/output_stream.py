@@ -35,13 +35,9 @@ class OutputStream:
         self._params = params
         self._decoder = decoder
         self._answer = Answer(logprobs=params.logprobs is not None)
-        self._undecoded: list[int] = []
-        """Tokens that are not in the text yet."""
-        self._decoded = 0
-        """Number of tokens that were given to the text, those above included."""
+        self._taken = 0
+        """Index up to which the answer's tokens are in the text."""
         self._stop_token: int | None = None
-        self._replayed = 0
-        """Number of tokens in the text that are still to be decoded again."""
         self._finish: FinishReason | None = None
         self._error: Exception | None = None
         self._read_at_end = False
@@ -52,21 +48,25 @@ class OutputStream:
 
     def add_given(self, tokens: Sequence[int], ends: Collection[int]) -> None:
         """Add the output that the request comes with, which was delivered before, up to a stop string."""
+        given = self._answer.tokens = list[int]()
         for token in tokens:
-            if self._add(token, is_stop=token in ends):
+            given.append(token)
+            is_stop = token in ends and len(given) == len(tokens)
+            if self.push([token], (), is_stop=is_stop) is not None:
                 break
-        self._decode()
+        self._decode(len(given))
 
     def attach(self, request: Request) -> None:
-        """Begin to take the output of ``request``. It decodes tokens that were added before again if it has
-        not been given them; they are not passed on."""
+        """Begin to take the output of ``request``. If it has not been given the tokens that were added
+        before, it decodes them again; they are not passed on."""
         self.request = request
-        answer, added = self._answer, request.given or self._decoded
+        answer, added = self._answer, request.given or self._taken
         answer.prompt = answer.tokens = request.tokens
         answer.begin = request.prompt_len
-        answer.tokens_seen = request.prompt_len + added
+        self._taken = answer.tokens_seen = request.prompt_len + added
         answer.pieces_seen = len(answer.pieces)
-        answer.logprobs_seen = self._replayed = added - request.given
+        answer.logprobs_seen = added - request.given
+        self._ready.clear()
 
     @property
     def found_stop(self) -> bool:
@@ -76,27 +76,26 @@ class OutputStream:
     # From the engine loop: see aioengine.core.state.Sink
 
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], *, is_stop: bool) -> int | None:
-        again = min(self._replayed, len(tokens))
-        self._replayed -= again
-        stopped = again if again and self.found_stop and not self._replayed else None
-        new = tokens[again:] if again else tokens
-        if new and not self._read_at_end:
+        answer, left = self._answer, None
+        known = len(answer.tokens)
+        if is_stop:
+            self._stop_token = tokens[-1]
+        if known > self._taken and not self._read_at_end:
             self._ready.set()
-        if stopped is None and (is_stop or self._decoder is not None):
-            for count, token in enumerate(new, again + 1):
-                if self._add(token, is_stop=is_stop and count == len(tokens)):
-                    stopped = count
-                    break
-        if self._answer.logprobs is not None:
-            self._answer.logprobs += logprobs[:stopped]
-        return stopped
+        if self._params.stop:
+            left = self._find_stop(known - len(tokens), is_stop=is_stop)
+        elif known - self._taken >= _MOST_WAITING:
+            self._decode(known)
+        if answer.logprobs is not None:
+            answer.logprobs += logprobs[:left]
+        return left
 
     def end(self, reason: EndReason, error: Exception | None) -> None:
         if reason == "error":
             self._error = error
         else:
+            self._decode(len(self._answer.tokens))
             if self._decoder is not None:
-                self._decode()
                 self._answer.add_text(self._decoder.finish())
             self._finish = "stop" if self.found_stop else reason
         self._ready.set()
@@ -106,7 +105,7 @@ class OutputStream:
     async def last(self) -> RequestOutput:
         """Wait for the end without waking up for each token. Raises as :meth:`next` does."""
         self._read_at_end = True
-        self.waits_for_end = self._decoder is None and self._answer.logprobs is None and not self._replayed
+        self.waits_for_end = self._decoder is None and self._answer.logprobs is None
         if self.request.status is not Status.ENDED:
             self._ready.clear()
         return await self.next()
@@ -124,7 +123,7 @@ class OutputStream:
     def so_far(self) -> RequestOutput:
         """Return the output so far, without waiting; its ``_delta`` fields have what is new."""
         request = self.request
-        self._decode()
+        self._decode(len(request.tokens))
         stop = self._decoder.stopped if self._decoder is not None else None
         return RequestOutput(
             request_id=request.id,
@@ -144,24 +143,25 @@ class OutputStream:
 
     # Text
 
-    def _add(self, token: int, *, is_stop: bool) -> bool:
-        """Add one token to the text; returns True if that now contains a stop string. ``is_stop``: the token
-        ends the output and is not part of its text, unless ``include_stop_str_in_output``."""
-        self._decoded += 1
-        if is_stop:
-            self._stop_token = token
-        if self._decoder is None or (is_stop and not self._params.include_stop_str_in_output):
-            return False
-        self._undecoded.append(token)
-        if self._params.stop:
-            early = self._decoded <= self._params.min_tokens
-            self._decode(look=not early and not is_stop)
-        elif len(self._undecoded) == _MOST_WAITING:
-            self._decode()
-        return self.found_stop
+    def _find_stop(self, before: int, *, is_stop: bool) -> int | None:
+        """Add the text of the tokens from index ``before`` on, one at a time, up to a stop string. Returns how
+        many come up to it, if there is one."""
+        known = len(self._answer.tokens)
+        while not self.found_stop and self._taken < known:
+            end = self._taken + 1
+            early = end - self._answer.begin <= self._params.min_tokens
+            self._decode(end, look=not early and not (is_stop and end == known))
+        return self._taken - before if self.found_stop and self._taken <= known else None
 
-    def _decode(self, *, look: bool = False) -> None:
-        """Add the text of all tokens so far, and ``look`` for a stop string in it."""
-        if self._undecoded and self._decoder is not None:
-            self._answer.add_text(self._decoder.push(self._undecoded, look=look).text)
-            self._undecoded.clear()
+    def _decode(self, end: int, *, look: bool = False) -> None:
+        """Add the text of the tokens before index ``end``, and ``look`` for a stop string in it. A token that
+        ends the output is not part of the text, unless ``include_stop_str_in_output``."""
+        new = self._answer.tokens[self._taken : end]
+        if not new:
+            return
+        self._taken = end
+        last = self._stop_token is not None and end == len(self._answer.tokens)
+        if last and not self._params.include_stop_str_in_output:
+            new = new[:-1]
+        if new and self._decoder is not None:
+            self._answer.add_text(self._decoder.push(new, look=look).text)
