@@ -127,19 +127,14 @@ class SlotPlan:
         self.place, self.evict = list[Place](), list[str]()
         self.closed: dict[str, None] = {}  # adapters whose slots admit no requests, so that others get them
         self.ask_again: float | None = inf
-        self.free = 0
+        filled = [(name, slot) for slot in view.slots if (name := slot.adapter) is not None]
+        self.free = len(view.slots) - len(filled)
         self._free_bytes = view.memory.free if view.memory.elastic else None
         self._full, self._cpu_bytes = view.cpu_room <= 0, view.cpu_bytes_room
         self.tight = self._full or self._cpu_bytes is not None  # the CPU cache may lack room
         self._left: Mapping[str | None, int] = {}
-        self._wanted = list[str]()
-        adapters, loading = view.adapters, SlotState.LOADING
-        for slot in view.slots:
-            name = slot.adapter
-            if name is None:
-                self.free += 1
-            elif slot.state is not loading and adapters[name].oldest_arrival is not None:
-                self._wanted.append(name)
+        wanted = [(name, slot) for name, slot in filled if view.adapters[name].oldest_arrival is not None]
+        self._wanted = [name for name, slot in wanted if slot.state is not SlotState.LOADING]
         self.closes = bool(self._wanted) and view.free_seqs > 0
 
     @property

@@ -95,6 +95,8 @@ def find_room(arena: Arena, nbytes: int, order: Sequence[int]) -> list[int] | No
     """
     if arena.fits(nbytes):
         return []
+    if order and arena.regions[order[0]] >= arena.rounded(nbytes):
+        return [order[0]]  # no other can come before the first
     places = {offset: place for place, offset in enumerate(order)}
     parts = sorted([*arena.regions.items(), *arena.holes.items()])
     best: list[int] | None = None
