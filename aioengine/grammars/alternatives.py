@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any, NamedTuple
 
 from aioengine.grammars.budget import required_names
 
 _MAX_COMPARED = 64
 """Bound on the values of an ``enum``, and on the required properties, that are looked at."""
-_MAX_NAMES = 4
-"""Bound on the properties that are compared in two schemas."""
 _TYPES = frozenset({"object", "array", "string", "number", "boolean", "null"})
-
-Constants = set[tuple[bool, Any]]
 
 
 class Traits(NamedTuple):
     """What tells the values of one schema from those of another."""
 
     types: frozenset[str]
-    constants: dict[str | None, Constants]
+    constants: dict[str | None, set[tuple[bool, Any]]]
     """Required property, or None for the value itself -> its only values, where these are known."""
 
     @classmethod
@@ -32,18 +27,17 @@ class Traits(NamedTuple):
         inner = properties if isinstance(properties, dict) else {}
         places = {None: schema} | {name: inner.get(name) for name in required_names(schema)[:_MAX_COMPARED]}
         found = {place: _constants(value) for place, value in places.items()}
-        constants = {place: values for place, values in found.items() if values is not None}
-        return cls(types(schema), constants)
+        return cls(types(schema), {place: values for place, values in found.items() if values is not None})
 
     def excludes(self, other: Traits) -> bool:
         """Whether it is clear that no value satisfies both."""
         common = self.types & other.types
-        places = [place for place in self.constants if place is None or common == {"object"}]
-        both = islice((place for place in places if place in other.constants), 1 + _MAX_NAMES)
+        places = self.constants.keys() if common == {"object"} else self.constants.keys() & {None}
+        both = places & other.constants.keys()
         return not common or any(self.constants[at].isdisjoint(other.constants[at]) for at in both)
 
 
-def _constants(schema: Any) -> Constants | None:
+def _constants(schema: Any) -> set[tuple[bool, Any]] | None:
     """Return the only values that satisfy the schema; None if unknown."""
     if not isinstance(schema, dict):
         return None

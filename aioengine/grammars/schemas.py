@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -49,24 +49,17 @@ _OVERLAP = (
     "its alternatives overlap; tell them apart by type, or by a required property with different const "
     "values, or use anyOf"
 )
-_KEEP_OPEN = frozenset(
-    {"const", "enum", "not", "if", "then", "else", "propertyNames", "unevaluatedProperties"}
-    | {"dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"}
-)
-"""Keywords beside which an object stays open, because closing it could leave no valid value."""
-_MANY_FOR_ONE = frozenset(("patternProperties", "contains"))
+_KEEP_OPEN = frozenset({"const", "enum"})
+"""Keywords beside which an object stays open, because closing it could leave no valid value. The compiler
+refuses the others of this kind (``not``, ``if``, ``propertyNames``, ``dependentRequired``, ...)."""
+_MANY_FOR_ONE = frozenset({"patternProperties", "contains"})
 """Keywords that can describe a value that another keyword describes as well."""
 
 Schema = dict[str, Any]
-
-
-class _All:
-    def __contains__(self, name: object) -> bool:
-        return True
-
-
-# What a schema alone describes of a value that others may describe, too: names of properties, and the items.
-_ALL, _NOTHING, _ITEMS = _All(), frozenset[object](), object()
+Own = frozenset[object] | None
+"""What a schema alone describes of a value that others may describe, too: names of properties, and
+``_ITEMS``. None: everything."""
+_NOTHING, _ITEMS = frozenset[object](), object()
 
 
 class SchemaOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,12 +125,12 @@ def arguments_schema(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
     if given != "object" and not (isinstance(given, list) and "object" in given):
         raise RequestInvalid("a function's parameters must be a schema of type 'object'")
     schema = {**(parameters or {}), "type": "object"}
-    if not (schema.keys() & {"properties", "additionalProperties", *_IN_PLACE, *_MANY_FOR_ONE, *_KEEP_OPEN}):
+    if not schema.keys() & {"properties", "additionalProperties", *_MANY_FOR_ONE, *_IN_PLACE, *_KEEP_OPEN}:
         schema["properties"] = {}
     return schema
 
 
-def _described_once(members: Sequence[Schema]) -> Container[object]:
+def _described_once(members: Sequence[Schema]) -> frozenset[object]:
     """Return what only one of the schemas that apply to a value together describes. A value that two of them
     describe must satisfy both: closing one could forbid names of the other."""
     if any(m.keys() & _MANY_FOR_ONE or isinstance(m.get("additionalProperties"), dict) for m in members):
@@ -164,48 +157,47 @@ class _Writer:
         self.not_enforced: dict[str, None] = {}
 
     def write(self) -> Schema:
-        written = self._write(self._root, 0, _ALL)
+        written = self._write(self._root, 0, None)
         if written is True:
             written = {}
         if not isinstance(written, dict):
             raise RequestInvalid("the schema must be a JSON object")
         definitions: dict[str, Any] = {}
         for reference, closed in self._found:  # more are found meanwhile
-            target = self._write(self._references.target(reference), 0, _ALL if closed else _NOTHING)
+            target = self._write(self._references.target(reference), 0, None if closed else _NOTHING)
             definitions[self._definitions[reference, closed]] = target
         return {**written, "$defs": definitions} if definitions else written
 
-    def _write(self, schema: Any, depth: int, own: Container[object]) -> Any:
-        """Write a schema and those within it; it alone describes ``own`` of a value, and objects that a
-        schema alone describes are closed. Requirements that cannot be enforced are left out."""
+    def _write(self, schema: Any, depth: int, own: Own) -> Any:
+        """Write a schema and those within it. Objects that a schema alone describes are closed, and
+        requirements that cannot be enforced are left out."""
         if not self._begin(schema, depth):
             return schema
         own = _NOTHING if self._options.open_objects else own
         members: list[Schema] = [schema]
-        is_closed = own is _ALL and "properties" in schema
+        is_closed = own is None and "properties" in schema
         keywords = schema.keys() - _ANNOTATIONS - {"type", "nullable"}
         are_several = len(keywords) > 1 or ("allOf" in keywords and len(_list(schema, "allOf")) > 1)
-        if own is _ALL and are_several and not keywords.isdisjoint(_IN_PLACE):
+        if own is None and are_several and not keywords.isdisjoint(_IN_PLACE):
             members = []
             is_closed = self._gather(schema, depth, (), members)
             own = _described_once(members)
         written: Schema = {}
-        is_whole = own is _ALL or own == _NOTHING
         inner_own = _NOTHING if schema.keys() & _MANY_FOR_ONE else own
 
         def write(inner: Any, name: object) -> Any:
-            return self._write(inner, depth + 1, _ALL if name in inner_own else _NOTHING)
+            is_own = inner_own is None or name in inner_own
+            return self._write(inner, depth + 1, None if is_own else _NOTHING)
 
-        for key in schema if is_whole else sorted(schema, key=_LAST.count):
+        for key in sorted(schema, key=_LAST.count) if own else schema:
             value = schema[key]
             if key in _ANNOTATIONS:
                 continue
+            elif key == "$ref" and own:
+                target = self._write(self._references.target(value), depth + 1, own)
+                written["allOf"] = [target, *written.get("allOf", ())]
             elif key == "$ref":
-                if is_whole:
-                    written[key] = self._definition(value, closed=own is _ALL)
-                else:
-                    target = self._write(self._references.target(value), depth + 1, own)
-                    written["allOf"] = [target, *written.get("allOf", ())]
+                written[key] = self._definition(value, closed=own is None)
             elif key in ("properties", "patternProperties"):
                 inner_of = _dict(schema, key)
                 self._budget.take(inner_of)
@@ -221,12 +213,10 @@ class _Writer:
                 if key == "oneOf" and not self._told_apart(_list(schema, key)):
                     self._leave_out("oneOf", _OVERLAP)
                 inners = [self._write(inner, depth + 1, own) for inner in _list(schema, key)]
-                if key == "allOf":
-                    written[key] = [*written.get(key, ()), *inners]
-                elif "anyOf" in written:  # both anyOf and oneOf
-                    written.setdefault("allOf", []).append({"anyOf": inners})
-                else:
+                if key != "allOf" and "anyOf" not in written:
                     written["anyOf"] = inners
+                else:  # the second of anyOf and oneOf is one more schema
+                    written.setdefault("allOf", []).extend(inners if key == "allOf" else [{"anyOf": inners}])
             elif key == "uniqueItems":
                 if value is not False:
                     self._leave_out("uniqueItems")
@@ -244,13 +234,11 @@ class _Writer:
         """Allow only the names that any of the schemas declares that apply to the value together, if each of
         them can be closed."""
         names = dict.fromkeys(itertools.chain.from_iterable(map(_names, members)), True)
-        patterns = itertools.chain.from_iterable(_dict(each, "patternProperties") for each in members)
         if all(_may_close(each, names) for each in members):
             self._budget.take(names)
-            properties = written.setdefault("properties", {})
-            properties.update((name, True) for name in names if name not in properties)
-            if allowed := dict.fromkeys(patterns, True):
-                written["patternProperties"] = allowed | written.get("patternProperties", {})
+            written["properties"] = names | written.get("properties", {})
+            if patterns := {name: True for each in members for name in _dict(each, "patternProperties")}:
+                written["patternProperties"] = patterns | written.get("patternProperties", {})
             written["additionalProperties"] = False
 
     def _gather(self, schema: Any, depth: int, path: tuple[str, ...], members: list[Schema]) -> bool:
@@ -289,10 +277,9 @@ class _Writer:
             return False
         traits = []
         for schema in alternatives:
-            for _ in range(MAX_DEPTH):  # what is behind mere references; any() stops at the first other key
-                if not isinstance(schema, dict) or any(key not in _REFERENCE for key in schema):
-                    break
-                schema = self._references.target(schema["$ref"]) if "$ref" in schema else True
+            for _ in range(MAX_DEPTH):  # what is behind mere references; all() stops at the first other key
+                if isinstance(schema, dict) and "$ref" in schema and all(key in _REFERENCE for key in schema):
+                    schema = self._references.target(schema["$ref"])
             if id(schema) not in self._traits:
                 self._traits[id(schema)] = Traits.by(schema)
             traits.append(self._traits[id(schema)])
