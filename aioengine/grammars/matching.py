@@ -7,11 +7,10 @@ import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import count
 from typing import NamedTuple
 
 from aioengine.grammars.process import WorkerLost, WorkerProcess
-from aioengine.grammars.wire import Ask, Forget, Mask
+from aioengine.grammars.wire import Ask, Drop, Mask, numbers
 from aioengine.step import OutputView
 
 SLOW_SECONDS = 0.005
@@ -45,7 +44,6 @@ class Grammar:
         """Why it can no longer be used."""
         self.ends = 0
         """How often the worker has ended while it computed the text's masks."""
-        self.numbers = count()
 
     def fail(self, why: str) -> None:
         """Mark the grammar as unusable."""
@@ -54,7 +52,7 @@ class Grammar:
     def forget(self, row: int) -> None:
         """Forget a row. The garbage collector calls it, on any thread at any moment."""
         del self.rows[row]
-        self.place.worker.tell(Forget(self.place.number, row))
+        self.place.worker.tell(Drop(self.place.number, row))
 
 
 class GrammarConstraint:
@@ -65,7 +63,7 @@ class GrammarConstraint:
         """Tokens that must follow, after the only one that the last answer allows."""
         self._grammar = grammar
         self._tenant = tenant
-        self._row = next(grammar.numbers)
+        self._row = next(numbers)
         grammar.rows[self._row] = tenant
         weakref.finalize(self, grammar.forget, self._row)
         self._place: Place | None = None
@@ -91,9 +89,8 @@ class GrammarConstraint:
         if goes_on and len(seen) == len(self._known):
             return
         tokens = seen[len(self._known) if goes_on else 0 :]
-        number = next(place.worker.numbers)
         owner, afresh = self._tenant, not goes_on
-        ask = Ask(number, place.number, self._row, owner, tokens, afresh=afresh, slow=self.slow)
+        ask = Ask(next(numbers), place.number, self._row, owner, tokens, afresh=afresh, slow=self.slow)
         self._asked, self._asked_at = place.worker.ask(ask), time.monotonic()
         self._place, self._known = place, seen
 

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from itertools import count
 from multiprocessing import Pipe
 from queue import SimpleQueue
 from typing import Any
@@ -42,8 +41,6 @@ class WorkerProcess:
         self.on_loss: Callable[[int], object] = lambda doing: None
         """Called on a thread when the worker has ended, with the number of the text whose masks it computed
         then, or 0."""
-        self.numbers = count(1)
-        """For questions. No two texts have the same."""
         self._asked: dict[int, Future[Any]] = {}
         self._orders = SimpleQueue[wire.Message | None]()  # as garbage is collected, others may be put
         self._connection, theirs = Pipe()
@@ -74,20 +71,18 @@ class WorkerProcess:
             raise ConfigError(f"guided decoding's process could not be started: {error}") from error
         try:
             async with asyncio.timeout(START_SECONDS):
-                why = (await asyncio.wrap_future(worker.ask(hello))).why
-        except TimeoutError:
-            why = f"its process did not start within {START_SECONDS:g} s"
-        except WorkerLost:
+                await asyncio.wrap_future(worker.ask(hello))
+            return worker
+        except BaseException as error:
+            await worker.close()
+            if not isinstance(error, TimeoutError | WorkerLost):
+                raise
             worker._notes.seek(0)
-            lines = worker._notes.read().decode(errors="replace").strip().splitlines()
-            why = f"its process ended while it started ({lines[-1][-500:] if lines else 'it said nothing'})"
-        except BaseException:
-            await worker.close()
-            raise
-        if why:
-            await worker.close()
-            raise ConfigError(f"guided decoding is not possible with this model: {why}")
-        return worker
+            [*_, last] = ["", *worker._notes.read().decode(errors="replace").strip().splitlines()]
+            raise ConfigError(
+                "guided decoding is not possible with this model: its process has ended, or took more than "
+                f"{START_SECONDS:g} s to start ({last[-500:] or 'it said nothing'})"
+            ) from None
 
     def ask(self, question: wire.Question) -> Future[Any]:
         """Ask; the answer raises :class:`WorkerLost` if the worker has ended."""
@@ -97,7 +92,7 @@ class WorkerProcess:
             self._lose(question.number)
         return answer
 
-    def tell(self, order: wire.Drop | wire.Forget) -> None:
+    def tell(self, order: wire.Drop) -> None:
         """Give an order that has no answer. The garbage collector may call it, on any thread at any
         moment."""
         self._orders.put(order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from aioengine.errors import AioEngineError, EngineOverloaded, EngineStopped, Re
 from aioengine.grammars.limits import GrammarLimits, MiB
 from aioengine.grammars.matching import Grammar, GrammarConstraint, Place
 from aioengine.grammars.process import LOST, WorkerLost, WorkerProcess
-from aioengine.grammars.wire import Compile, Compiled, Drop, Hello
+from aioengine.grammars.wire import Compile, Compiled, Drop, Hello, numbers
 from aioengine.tasks import Background, WorkInTurns, end_tasks
 
 MEMORY_SECONDS = 0.5
@@ -119,15 +120,15 @@ class Grammars:
         grammar = self._kept.get(text)
         if grammar is not None and grammar.ends >= MAX_ENDS:
             raise RequestInvalid(grammar.failure or "")
-        clock = asyncio.get_running_loop().time
-        began = clock()
+        began = time.monotonic()
         worker, done = await self._compile(text)
         if done.outcome == "failed":  # perhaps not because of the grammar
             worker, done = await self._compile(text)
-        self._told(done.outcome, clock() - began)
+        self._told(done.outcome, time.monotonic() - began)
+        if done.outcome == "failed":
+            raise WorkerLost(done.why)
         if done.outcome != "compiled":
-            why = f"the grammar {done.why}"
-            raise WorkerLost(done.why) if done.outcome == "failed" else RequestInvalid(why)
+            raise RequestInvalid(f"the grammar {done.why}")
         grammar = self._kept.get(text)
         if grammar is None or grammar.failure:
             grammar = self._kept[text] = Grammar(text, self.limits.mask_wall_seconds)
@@ -138,7 +139,7 @@ class Grammars:
 
     async def _compile(self, text: str) -> tuple[WorkerProcess, Compiled]:
         worker = await self._live_worker()
-        number = next(worker.numbers)
+        number = next(numbers)
         try:
             return worker, await asyncio.wrap_future(worker.ask(Compile(number, text)))
         except WorkerLost:

@@ -4,13 +4,14 @@ as MessagePack."""
 from __future__ import annotations
 
 import struct
+from itertools import count
 from typing import Literal
 
 import msgspec
 
 from aioengine.grammars.limits import GrammarLimits
 
-TEXT = struct.Struct("=I")
+TEXT = struct.Struct("=Q")
 """Number of the text whose masks the worker computes now, in the file that it shares with the engine; else
 0."""
 
@@ -21,7 +22,7 @@ class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
 
 
 class Hello(Message, tag=0):
-    """The model's tokens, and bounds. Answered as a :class:`Compile` is."""
+    """The model's tokens, and bounds. Answered as a :class:`Compile` that succeeds."""
 
     tokenizer: str
     """The content of a ``tokenizer.json``."""
@@ -35,7 +36,9 @@ class Compile(Message, tag=1):
 
 
 class Drop(Message, tag=2):
-    """Ends a compile, or forgets a text."""
+    """Ends a compile, or forgets a text or one of its rows."""
+
+    row: int | None = None
 
 
 Outcome = Literal["compiled", "limit", "invalid", "failed"]
@@ -62,13 +65,7 @@ class Ask(Message, tag=4):
     """Whether the row's last mask took long; such rows give way to others."""
 
 
-class Forget(Message, tag=5):
-    """Forgets a row of a text, whose number it has."""
-
-    row: int
-
-
-class Mask(Message, tag=6):
+class Mask(Message, tag=5):
     mask: bytes
     forced: list[int]
     """Tokens that must follow the only one that the mask allows."""
@@ -81,9 +78,11 @@ class Mask(Message, tag=6):
 
 
 Question = Hello | Compile | Ask
-Order = Question | Drop | Forget
+Order = Question | Drop
 Answer = Compiled | Mask
 
+numbers = count(1)
+"""For questions, and so for texts, and for rows: no two have the same, of whatever worker."""
 encode = msgspec.msgpack.Encoder().encode
 orders = msgspec.msgpack.Decoder(list[Order])
 answers = msgspec.msgpack.Decoder(list[Answer])

@@ -8,6 +8,7 @@ thread, where llguidance lets go of the interpreter; the main loop computes mask
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import resource
 import signal
@@ -16,17 +17,16 @@ import threading
 import time
 from collections import OrderedDict, deque
 from contextlib import suppress
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from typing import NoReturn
 
 import psutil
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance._tokenizer import TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from aioengine.grammars import wire
 from aioengine.grammars.limits import GrammarLimits, MiB
-from aioengine.grammars.wire import Ask, Compile, Compiled, Drop, Forget, Hello, Mask, Outcome
+from aioengine.grammars.wire import Ask, Compile, Compiled, Drop, Hello, Mask, Outcome
 
 STACK = 64 * MiB
 """Stack size in bytes. The compiler is recursive; a thousand levels of a JSON schema take about 8 MiB."""
@@ -73,12 +73,7 @@ def _serve(connection: Connection) -> None:
     with suppress(OSError, EOFError):
         [hello] = wire.orders.decode(connection.recv_bytes())
         assert isinstance(hello, Hello)
-        try:
-            tokenizer = _load_vocabulary(hello)
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"[:MAX_REASON]
-            connection.send_bytes(wire.encode([Compiled(hello.number, "failed", why)]))
-            return
+        tokenizer = _load_vocabulary(hello)  # if it raises, the engine finds the last line of the traceback
         worker = _Worker(connection, _take_output(), tokenizer, hello.limits)
         connection.send_bytes(wire.encode([Compiled(hello.number, "compiled")]))
         worker.run()
@@ -104,8 +99,8 @@ class _Worker:
         self._limits = limits
         self._texts: dict[int, _Text | None] = {}
         """By number; None while it compiles."""
-        self._trials: dict[int, int] = {}
-        """Process ids of the children that try texts, by the texts' numbers."""
+        self._trials: dict[int, ForkProcess] = {}
+        """The children that try texts, by the texts' numbers."""
         self._asked: tuple[OrderedDict[str | None, deque[Ask]], ...] = (OrderedDict(), OrderedDict())
         """Masks to compute, by owner; those of slow rows are apart, and give way to the others. Whether a row
         is slow does not change while it waits, so its answers keep their order."""
@@ -134,17 +129,17 @@ class _Worker:
         for order in wire.orders.decode(self._connection.recv_bytes()):
             if isinstance(order, Ask):
                 self._asked[order.slow].setdefault(order.owner, deque()).append(order)
-            elif isinstance(order, Forget):
-                if (text := self._texts.get(order.number)) is not None:
-                    text.rows.pop(order.row, None)
             elif isinstance(order, Compile):
                 self._texts[order.number] = None
                 threading.Thread(target=self._compile, args=(order,), daemon=True).start()
+            elif isinstance(order, Drop) and order.row is not None:
+                if (text := self._texts.get(order.number)) is not None:
+                    text.rows.pop(order.row, None)
             elif isinstance(order, Drop):
                 self._texts.pop(order.number, None)
                 with self._computing:
-                    if (pid := self._trials.get(order.number)) is not None:
-                        os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the id is still its own
+                    if (trial := self._trials.get(order.number)) is not None:
+                        trial.kill()
 
     def _tell(self, *answers: wire.Answer) -> None:
         with self._sending:
@@ -171,47 +166,43 @@ class _Worker:
 
     def _tried(self, order: Compile) -> Compiled:
         """Compile the text in a child, which any bound may end."""
-        said: wire.Answer | None = None
-        with self._computing:  # no mask is, whose locks would stay locked in the child
-            try:
-                reading, writing = Pipe(duplex=False)
-                with writing:
-                    pid = os.fork()
-                    if pid == 0:
-                        with suppress(BaseException):
-                            self._connection.close()  # the engine sees at once when this process has ended
-                            writing.send_bytes(wire.encode([self._trial(order)]))
-                        os._exit(0)
-            except OSError as error:
-                return Compiled(order.number, "failed", f"no process could be started: {error}")
-            self._trials[order.number] = pid
+        said: list[wire.Answer] = []
+        reading, writing = multiprocessing.Pipe(duplex=False)
+        trial = ForkProcess(target=self._try, args=(order, writing))
+        with writing, self._computing:  # no mask is, whose locks would stay locked in the child
+            trial.start()
+            self._trials[order.number] = trial
         with reading, suppress(EOFError):
-            [said] = wire.answers.decode(reading.recv_bytes())
+            said = wire.answers.decode(reading.recv_bytes())
         with self._computing:
-            _, status = os.waitpid(self._trials.pop(order.number), 0)
-        if isinstance(said, Compiled):
-            return said
-        return Compiled(order.number, *self._ended_by(os.waitstatus_to_exitcode(status)))
+            self._trials.pop(order.number).join()
+        if said and isinstance(said[0], Compiled):
+            return said[0]
+        return Compiled(order.number, *self._ended_by(trial.exitcode))
 
-    def _trial(self, order: Compile) -> Compiled:
+    def _try(self, order: Compile, answer: Connection) -> None:
+        """Compile the text within its bounds, in a child."""
         _end_with_parent()
+        self._connection.close()  # the engine sees at once when its parent has ended
         _limit_memory(self._limits.memory + OVERHEAD)
         before = _memory()
         signal.setitimer(signal.ITIMER_PROF, self._limits.compile_seconds)
         signal.setitimer(signal.ITIMER_REAL, self._limits.compile_wall_seconds)
         os.nice(NICE)
-        if why := _reason(LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS)):
-            return Compiled(order.number, "invalid", f"cannot be used: {why}")
-        return Compiled(order.number, "compiled", memory=max(0, _memory() - before))
+        why = _reason(LLMatcher(self._tokenizer, order.text, log_level=0, limits=LIMITS))
+        said = Compiled(order.number, "compiled", memory=max(0, _memory() - before))
+        if why:
+            said = Compiled(order.number, "invalid", f"cannot be used: {why}")
+        answer.send_bytes(wire.encode([said]))
 
-    def _ended_by(self, status: int) -> tuple[Outcome, str]:
+    def _ended_by(self, status: int | None) -> tuple[Outcome, str]:
         """Explain the end of a child that has said nothing."""
         limits = self._limits
         if status in (-signal.SIGPROF, -signal.SIGXCPU):
             return "limit", f"takes more than {limits.compile_seconds:g} s of processor time to compile"
         if status == -signal.SIGALRM:
             return "limit", f"takes more than {limits.compile_wall_seconds:g} s to compile (machine busy?)"
-        if status in (0, -signal.SIGABRT):
+        if status in (1, -signal.SIGABRT):
             return "limit", f"takes more than {limits.memory // MiB} MiB to compile"
         if status in (-signal.SIGSEGV, -signal.SIGBUS):
             return "limit", "is nested too deeply to be compiled: its compiler's stack is full"
@@ -321,8 +312,6 @@ class _Literal:
         self.tokens = [own.decode_bytes([token]) for token in tokens]
 
     def __call__(self, text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise TypeError("takes text")  # so that it is not called with bytes
         tokens = self._own.tokenize_str(text)
         return tokens if self._added.isdisjoint(tokens) else self._own.greedy_tokenize(text)
 
