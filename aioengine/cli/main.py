@@ -56,7 +56,6 @@ COMMANDS = {
     "config check": ("config.commands", ["--config server.toml --port 9000"]),
     "demo": ("demo", ["", "--requests 24 --max-tokens 64"]),
     "fleet status": ("fleet.command", [""]),
-    "fleet adapters": ("fleet.command", [""]),
     "fleet drain": ("fleet.command", ["k3x9q2ab", "k3x9q2ab --undo"]),
     "generate": (
         "generate",
@@ -66,7 +65,6 @@ COMMANDS = {
         "serving.keys",
         ["--tenant alice >> keys.toml", "--tenant a --scope adapters --adapter 'a/*'"],
     ),
-    "keys hash": ("serving.keys", ["< key.txt"]),
     "lab run": (
         "lab.run",
         ["--trace azure_code.csv --adapters 200 --out results", "--arrivals gamma:rate=4,cv=4 --limit 2000"],
@@ -90,7 +88,9 @@ examples."""
 REMOVED = {
     "config schema": "aioengine config check names each field that is wrong",
     "config show": "aioengine config check prints the values in effect",
+    "fleet adapters": "aioengine fleet status shows the adapters in each replica's slots",
     "keys check": "aioengine config check --keys FILE checks the file",
+    "keys hash": "aioengine keys new makes a key, and its hash",
     "lab record": "aioengine serve --record FILE does it",
     "lab report": "call write_report(DIR) of aioengine.lab",
     "top": "the server's page (/) shows slots and queues, and GET /debug/requests the open requests",

@@ -270,7 +270,6 @@ class EngineReplica:
             "waiting": stats.waiting,
             "kv_free": stats.kv_blocks_free / max(stats.kv_blocks, 1),
             "slots": [slot.adapter for slot in stats.slots],
-            "adapters": self.engine.adapters(),
         }
 
     async def drain(self, draining: bool = True, to: str | None = None) -> None:

@@ -148,7 +148,7 @@ def test_the_cluster_of_this_machine_is_joined(monkeypatch: pytest.MonkeyPatch) 
     assert joined == ["auto"]
 
 
-@pytest.mark.parametrize("command", [["status"], ["adapters"], ["drain", "r0"]], ids=str)
+@pytest.mark.parametrize("command", [["status"], ["drain", "r0"]], ids=str)
 @pytest.mark.parametrize(
     "error", [KeyError("Deployment(...) does not exist."), TimeoutError(), RuntimeError("dead\nand more")]
 )

@@ -12,7 +12,6 @@ from aioengine.cli.flags import Switch
 from aioengine.cli.tables import print_table
 from aioengine.errors import ConfigError
 from aioengine.fleet.existing import answering, existing_fleet
-from aioengine.info import AdapterInfo
 
 AppName = Annotated[str, Parameter(name="--app-name", help="Name of the Serve application.")]
 
@@ -32,25 +31,6 @@ def status(*, app_name: AppName = "aioengine") -> int:
         for row in _described(app_name)
     ]
     print_table(columns, rows, f"Fleet {app_name}")
-    return 0
-
-
-def adapters(*, app_name: AppName = "aioengine") -> int:
-    """Print the adapters of a fleet, and which replica has each in a slot or in its CPU cache."""
-    rows = _described(app_name)
-    found: dict[str, dict[str, AdapterInfo]] = {}
-    for row in rows:
-        for info in row["adapters"]:
-            found.setdefault(info.name, {})[row["replica"]] = info
-    columns = ("adapter", "rank", "path", "pinned", *(row["replica"] for row in rows))
-    lines = []
-    for name, where in sorted(found.items()):
-        best = max(where.values(), key=lambda info: info.rank)
-        pinned = "yes" if any(info.pinned for info in where.values()) else ""
-        infos = (where.get(row["replica"]) for row in rows)
-        places = ["" if info is None or info.location == "disk" else info.location for info in infos]
-        lines.append((name, str(best.rank or ""), best.path, pinned, *places))
-    print_table(columns, lines, f"Adapters of {app_name}")
     return 0
 
 

@@ -6,7 +6,6 @@ import sys
 
 import msgspec
 
-from aioengine.errors import ConfigError
 from aioengine.server.access import clients, keys
 
 
@@ -31,21 +30,4 @@ def new(*, tenant: str, scope: list[str] | None = None, adapter: list[str] | Non
     keys.parse_keys_file(text.encode(), source="the new entry")
     print(text)
     print(f"the key, which is not shown again: {key}", file=sys.stderr)
-    return 0
-
-
-def hash() -> int:
-    """Read a key from standard input, and print its hash for the keys file."""
-    if sys.stdin.isatty():
-        from getpass import getpass
-
-        key = getpass("key: ")
-    else:
-        key = sys.stdin.readline().rstrip("\r\n")
-    if len(key) < keys.SHORTEST_KEY or not key.isprintable() or " " in key:
-        raise ConfigError(
-            f"a key must have at least {keys.SHORTEST_KEY} random characters, and no spaces: a "
-            "shorter one can be guessed by whoever reads its hash; `aioengine keys new` makes one"
-        )
-    print(clients.hash_key(key))
     return 0

@@ -32,8 +32,6 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 POLL_SECONDS = 1.0
 SLOW_SECONDS = 10.0
 """A read of the file that takes longer is complained about: meanwhile no key can be revoked."""
-SHORTEST_KEY = 22
-"""Characters; 22 random ones out of 64 are 132 bits."""
 
 _UNKNOWN = re.compile("Object contains unknown field `([^`]*)`")
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
@@ -76,7 +74,7 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if _HASH.fullmatch(self.hash) is None:  # not shown: somebody may have written the key itself
             raise ConfigError(
-                "hash: must be 'sha256:' and 64 digits 0-9a-f; `aioengine keys hash` makes it from a key"
+                "hash: must be 'sha256:' and 64 digits 0-9a-f; `aioengine keys new` makes it, with its key"
             )
         if not self.tenant.isprintable():
             raise ConfigError(f"tenant={self.tenant!r}: must be printable text")
