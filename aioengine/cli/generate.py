@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -120,18 +119,9 @@ def _find_adapter(adapter: str, adapters: dict[str, str], config: EngineConfig) 
 async def _print_text(
     config: EngineConfig, adapters: dict[str, str], request: Request, recording: RecordFlags
 ) -> int:
-    def is_other(record: logging.LogRecord) -> bool:
-        """Whether a record is not of a failed load, about which the request's error says the same."""
-        return "reason" not in getattr(record, "data", {})
-
     async with started(config, adapters, record=recording.record) as engine:
-        logger = logging.getLogger("aioengine")
-        logger.addFilter(is_other)
-        try:
-            async for out in engine.generate(request.prompt, request.params, **request.options):
-                print(out.text_delta, end="", flush=True)
-        finally:
-            logger.removeFilter(is_other)
+        async for out in engine.generate(request.prompt, request.params, **request.options):
+            print(out.text_delta, end="", flush=True)
     print()
     return 0
 
