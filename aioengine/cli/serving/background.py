@@ -10,9 +10,10 @@ import os
 import threading
 import time
 from contextlib import suppress
+from queue import Full, Queue
 
-MAX_BYTES = 2**20
-"""Maximum bytes that are kept; lines beyond it are dropped, and counted."""
+MAX_LINES = 4096
+"""Maximum lines that are kept; further ones are dropped, and counted."""
 GATHER_SECONDS = 0.05
 """Time for which lines are collected and then written together. Waking the thread for each line would slow
 down the threads that log."""
@@ -28,31 +29,22 @@ class BackgroundHandler(logging.Handler):
         super().__init__()
         self.dropped = 0
         self._fd = fd
-        self._kept: list[bytes] = []
-        self._size = 0
-        """Bytes that are kept or being written."""
-        self._changed = threading.Condition()
+        self._lines = Queue[bytes](MAX_LINES)
         threading.Thread(target=self._write_out, name="aioengine-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+            self._lines.put_nowait(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+        except Full:
+            self.dropped += 1
         except Exception:
             self.handleError(record)
-            return
-        with self._changed:
-            if self._size + len(line) > MAX_BYTES:
-                self.dropped += 1
-                return
-            self._kept.append(line)
-            self._size += len(line)
-            if len(self._kept) == 1:
-                self._changed.notify_all()
 
     def drain(self, seconds: float) -> bool:
         """Wait until everything is written. False if that takes longer than ``seconds``."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._size, seconds)
+        lines = self._lines
+        with lines.all_tasks_done:
+            return lines.all_tasks_done.wait_for(lambda: not lines.unfinished_tasks, seconds)
 
     def close(self) -> None:
         """Wait for the last lines. If they cannot be written in time, the thread goes on with them."""
@@ -61,17 +53,13 @@ class BackgroundHandler(logging.Handler):
 
     def _write_out(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._kept)
+            first = self._lines.get()
             time.sleep(GATHER_SECONDS)
-            with self._changed:
-                data = b"".join(self._kept)
-                self._kept.clear()
-            written = 0
+            kept = [first, *(self._lines.get() for _ in range(self._lines.qsize()))]
+            data, written = b"".join(kept), 0
             with suppress(OSError):  # a full disk, a reader that has gone
                 while written < len(data):
                     written += os.write(self._fd, data[written:])
-            with self._changed:
-                self._size -= len(data)
-                self.dropped += data.count(b"\n", written)
-                self._changed.notify_all()
+            self.dropped += data.count(b"\n", written)
+            for _ in kept:
+                self._lines.task_done()
