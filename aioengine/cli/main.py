@@ -11,15 +11,7 @@ from contextlib import nullcontext, suppress
 from importlib import import_module
 from typing import Annotated
 
-from cyclopts import (
-    App,
-    CycloptsError,
-    Group,
-    MissingArgumentError,
-    Parameter,
-    UnknownCommandError,
-    UnusedCliTokensError,
-)
+from cyclopts import App, CycloptsError, Group, Parameter
 from cyclopts.config import Env
 
 from aioengine import errors
@@ -239,17 +231,8 @@ def _find_modules_here() -> None:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    command = " ".join(("aioengine", *(getattr(error, "command_chain", None) or ())))
-    if isinstance(error, UnknownCommandError):
-        text += " Flags come after the command." if (error.unused_tokens or [""])[0].startswith("-") else ""
-    elif isinstance(error, UnusedCliTokensError):
-        text = f"{' '.join(error.unused_tokens or ())!r}: {command} takes no such value; see --help"
-    elif isinstance(error, MissingArgumentError) and error.argument is not None:
-        name = error.argument.name
-        if error.argument.field_info.is_positional:
-            name = name.lstrip("-").upper()
-        missing = f"{name} is not given" if error.keyword is None else f"{error.keyword} has no value"
-        text = f"{missing}; see {command} --help"
+    if isinstance(error, CycloptsError):
+        text += f" See {' '.join(('aioengine', *(error.command_chain or ())))} --help."
     if isinstance(error, (errors.AioEngineError, CycloptsError)):
         return in_flags(text)
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"

@@ -79,13 +79,13 @@ def test_mistyped_variables_are_named(
     assert "AIOENGINE_KERNELS" not in said
 
 
-def test_a_variable_that_kubernetes_makes_of_a_service_is_explained_unless_the_flag_is_given(
+def test_a_variable_that_kubernetes_makes_of_a_service_is_named_unless_the_flag_is_given(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AIOENGINE_PORT", "tcp://10.0.0.1:80")
     monkeypatch.setenv("AIOENGINE_PORT_80_TCP_PORT", "80")
     assert main(["serve"]) == 2
-    assert "enableServiceLinks: false" in capsys.readouterr().err
+    assert "Invalid value for AIOENGINE_PORT" in capsys.readouterr().err
     assert shown(capsys, "--port", "2345")["server"]["port"] == 2345
 
 

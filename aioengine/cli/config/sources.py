@@ -25,7 +25,6 @@ _READ_ELSEWHERE = (
 )
 """Variables that no flag of the command has: keys, what every command takes, and how kernels are chosen and
 built."""
-_SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
 Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
 
@@ -51,13 +50,6 @@ def sources(unknown: list[str]) -> tuple[Source, Source]:
                 if name not in known:
                     near = nearest(name, known)
                     unknown.append(f"{name}: no flag has this variable{near}; it has no effect")
-        for token in (token for argument in arguments for token in argument.tokens):
-            if token.keyword == f"{PREFIX}PORT" and token.value.startswith(_SERVICE_LINKS):
-                raise ConfigError(
-                    f"{PREFIX}PORT={token.value!r}: Kubernetes makes this variable of a Service called "
-                    "'aioengine'; set enableServiceLinks: false in the pod, call the Service otherwise, or "
-                    "give --port"
-                )
 
     return variables, _server_table
 
