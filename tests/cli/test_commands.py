@@ -197,12 +197,11 @@ def test_a_deadline_that_passes_is_an_error_of_its_request(
     assert failed["error"]["type"] == "DeadlineExceeded" and "error" not in fine
 
 
-def test_a_prompt_whose_adapter_cannot_be_loaded_is_told_why_once(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_a_prompt_whose_adapter_cannot_be_loaded_is_told_why(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "Hello", "--model", str(model), *SMALL, "--adapter", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("adapter_config.json") == error.count("\n") == 1 and not caplog.records
+    assert "adapter_config.json" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_generate_json_lines(
