@@ -180,7 +180,7 @@ class _Worker:
             return said[0]
         return Compiled(order.number, *self._ended_by(trial.exitcode))
 
-    def _try(self, order: Compile, answer: Connection) -> None:
+    def _try(self, order: Compile, answer: Connection) -> NoReturn:
         """Compile the text within its bounds, in a child."""
         _end_with_parent()
         self._connection.close()  # the engine sees at once when its parent has ended
@@ -194,6 +194,7 @@ class _Worker:
         if why:
             said = Compiled(order.number, "invalid", f"cannot be used: {why}")
         answer.send_bytes(wire.encode([said]))
+        os._exit(0)  # masks wait for its end, and not for a clean-up
 
     def _ended_by(self, status: int | None) -> tuple[Outcome, str]:
         """Explain the end of a child that has said nothing."""
