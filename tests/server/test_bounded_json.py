@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,15 +43,6 @@ def test_as_many_are_allowed_as_is_said(value: Any, containers: int, strings: in
             assert refused.value.status == 400
         else:
             assert module.JsonDecoder(ignores_unknown=False).decode(body, Any) == value
-
-
-@given(st.binary(max_size=60) | st.text(alphabet='"\\[]{},:1a', max_size=60).map(str.encode))
-def test_what_is_no_json_is_refused_as_such(body: bytes) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "MAX_CONTAINERS", 3)
-        patch.setattr(module, "MAX_STRINGS", 3)
-        with contextlib.suppress(ApiError, msgspec.MsgspecError, UnicodeDecodeError):
-            module.JsonDecoder(ignores_unknown=False).decode(body, Any)
 
 
 @given(VALUES, st.integers(0, 12), st.booleans())

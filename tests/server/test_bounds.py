@@ -5,36 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.server import bounds
-from aioengine.server.bounds import CONNECTIONS, Bound, Shares
+from aioengine.server.bounds import Bound, Shares
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "testing.md"
 OWNERS = st.sampled_from("abc")
-
-
-def filled(shares: Shares, owner: str) -> int:
-    """Take as many as there are for it; returns the number."""
-    count = 0
-    while shares.take(owner, 1):
-        count += 1
-    return count
-
-
-def test_one_address_does_not_shut_others_out() -> None:
-    shares = Shares(CONNECTIONS)
-    assert [filled(shares, owner) for owner in "abcd"] == [3072, 768, 192, 48]
-    assert shares.take("bystander", 1)
-    shares.give_back("a", 3072)
-    assert filled(shares, "b") > 0 and shares.take("a", 1)
-
-
-@pytest.mark.parametrize(("most", "one"), [(1, 1), (2, 2), (3, 3), (8, 6)])
-def test_small_bounds(most: int, one: int) -> None:
-    assert filled(Shares(CONNECTIONS._replace(most=most)), "a") == one
 
 
 @given(st.lists(st.tuples(OWNERS, st.integers(1, 1200), st.integers(0, 1200), st.booleans()), max_size=40))

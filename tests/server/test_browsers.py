@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.engine_fixtures import Tiny
 from support.server_fixtures import MODEL, Serve
 
 from aioengine.errors import ConfigError
@@ -45,17 +44,6 @@ async def test_no_route_can_be_used_by_another_site(serve: Serve) -> None:
                     read = await served.http.request(method, path, headers=FOREIGN[2])
                     assert read.status_code != 403
                     assert "access-control-allow-origin" not in read.headers, "the page cannot see it"
-
-
-async def test_a_form_of_another_site_uploads_nothing(serve: Serve, tiny_text: Tiny) -> None:
-    files = [("files", (file.name, file.read_bytes())) for file in tiny_text.adapters["a"].glob("adapter_*")]
-    path = "/v1/upload_lora_adapter?lora_name=a&load_inplace=true"
-    async with serve(settings={"max_upload_bytes": 2**20}) as served:
-        assert (await served.http.post(path, files=files, headers=FOREIGN[2])).status_code == 403
-        [info] = [info for info in served.engine.adapters() if info.name == "a"]
-        assert info.version == 1
-        own = {"origin": served.url, "sec-fetch-site": "same-origin"}
-        assert (await served.http.post(path, files=files, headers=own)).status_code == 200
 
 
 async def test_own_pages_and_programs_are_let_in(serve: Serve) -> None:

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-from support.engine_fixtures import MakeEngine, Tiny, greedy
+from support.engine_fixtures import MakeEngine, Tiny
 from support.server_fixtures import MODEL, Serve, served_by
 
 PROMPT = "Hello"
-
-
-@pytest.mark.parametrize("adapter", [None, "a"])
-async def test_equals_the_engine(adapter: str | None, serve: Serve) -> None:
-    async with serve() as served:
-        expected = await served.engine.complete(PROMPT, greedy(12), adapter=adapter)
-        model = adapter or MODEL
-        answer = await served.client.completions.create(
-            model=model, prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"ignore_eos": True}
-        )
-        assert answer.object == "text_completion"
-        assert answer.model == model
-        [choice] = answer.choices
-        assert choice.text == expected.text
-        assert choice.finish_reason == "length"
-        assert answer.usage is not None
-        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 12)
-        assert answer.usage.total_tokens == 17
 
 
 async def test_prompts_and_choices_come_in_order(serve: Serve) -> None:

@@ -184,14 +184,8 @@ async def test_tokenize_and_back(serve: Serve) -> None:
         assert both["error"]["param"] == "prompt"
 
 
-async def test_probes_and_pages(serve: Serve) -> None:
+async def test_the_description_has_both_forms_of_an_answer(serve: Serve) -> None:
     async with serve() as served:
-        assert (await served.http.get("/health")).json() == {"status": "running"}
-        assert (await served.http.get("/ready")).status_code == 200
-        metrics = await served.http.get("/metrics")
-        assert "aioengine_" in metrics.text
-        page = await served.http.get("/")
-        assert page.headers["content-type"].startswith("text/html")
         schema = (await served.http.get("/docs/openapi.json")).json()
         post = schema["paths"]["/v1/chat/completions"]["post"]
         assert set(post["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
