@@ -84,32 +84,6 @@ def test_what_is_matched_is_what_re_matches(text: str, whole: bool) -> None:
     assert found(pattern.matches, names) == found(compiled.fullmatch if whole else compiled.match, names)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"target_modules": UNSLOTH},
-        {"target_modules": r".*\.(0|1)\..*_proj", "exclude_modules": r".*(mlp|o_proj).*"},
-        {"rank_pattern": {r".*q_proj": 3, "^model.layers.0.*": 2, "v.proj": 5}},
-        {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 3}, "alpha_pattern": {r"[qv]_proj": 9}},
-        {"layers_to_transform": [1], "layers_pattern": "layers"},
-        {"layers_to_transform": [0], "layers_pattern": ["h", "lay.rs"]},
-    ],
-)
-def test_the_same_modules_and_ranks_as_peft(tmp_path: Path, fields: dict[str, Any]) -> None:
-    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], **fields})
-    model = peft.get_peft_model(base_model(), config)
-    expected = {
-        tuple(name.split(".")[i] for i in (4, 6)): (layer.r["default"], layer.scaling["default"])
-        for name, layer in model.named_modules()
-        if hasattr(layer, "get_delta_weight")
-    }
-    make(tmp_path, **{"target_modules": ["q_proj", "v_proj", "up_proj"], **fields})
-    actual = read(tmp_path)
-    assert {(str(layer), module): len(pair[0]) for (layer, module), pair in actual.tensors.items()} == {
-        place: rank for place, (rank, _) in expected.items()
-    }
-
-
 NOT_TAKEN = "(?!.*mlp).*"
 """An expression that PEFT takes, and RE2 does not."""
 
