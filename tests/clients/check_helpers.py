@@ -118,7 +118,7 @@ def openai_fields() -> None:
     assert answer.metadata == {"a": "b"} and answer.output_text
 
 
-@check("openai", "responses: stream() with a schema and with tools, a second turn")
+@check("openai", "responses: stream() and parse() with a schema and with tools")
 def openai_responses() -> None:
     import openai
 
@@ -131,22 +131,9 @@ def openai_responses() -> None:
     assert isinstance(final.output_parsed, City)
     parsed = client.responses.parse(**ask, text_format=Shape)
     assert parsed.status == "incomplete" or isinstance(parsed.output_parsed, Shape)
-    tool = {"type": "function", **WEATHER["function"], "strict": True}  # type: ignore[dict-item]
-    with client.responses.stream(**ask, tools=[tool], tool_choice="required") as stream:
-        done = [event for event in stream if event.type == "response.function_call_arguments.done"]
-        called = stream.get_final_response()
-    [call] = [item for item in called.output if item.type == "function_call"]
-    assert [event.arguments for event in done] == [call.arguments]
     helper = openai.pydantic_function_tool(get_weather)["function"]
     parsed = client.responses.parse(**ask, tools=[{"type": "function", **helper}], tool_choice="required")
     assert [item.type for item in parsed.output] == ["function_call"]
-    turn = [
-        {"role": "user", "content": QUESTION},
-        *called.output,
-        {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
-    ]
-    after = client.responses.create(**{**ask, "input": turn}, instructions="Be brief.", tools=[tool])
-    assert after.output_text
 
 
 # anthropic
@@ -154,29 +141,6 @@ def openai_responses() -> None:
 
 ANTHROPIC: dict[str, Any] = {"model": MODEL, "max_tokens": 120, "messages": USER}
 ANTHROPIC["extra_body"] = {"temperature": 0}
-TOOL = {
-    **{name: WEATHER["function"][name] for name in ("name", "description")},  # type: ignore[index]
-    "input_schema": get_weather.model_json_schema(),
-}
-
-
-@check("anthropic", "stream() with tools, a second turn, counting")
-def anthropic_tools() -> None:
-    import anthropic
-
-    client = anthropic.Anthropic(base_url=URL, api_key=KEY, max_retries=0)
-    fields = {**ANTHROPIC, "tools": [TOOL]}
-    with client.messages.stream(**fields, tool_choice={"type": "any"}) as stream:
-        kinds = [event.type for event in stream]
-        final = stream.get_final_message()
-    assert {"message_start", "input_json", "content_block_stop", "message_stop"} <= set(kinds)
-    [use] = [block for block in final.content if block.type == "tool_use"]
-    assert final.stop_reason == "tool_use" and set(use.input) == {"city"}
-    result = {"type": "tool_result", "tool_use_id": use.id, "content": "sunny", "is_error": False}
-    turns = [*USER, {"role": "assistant", "content": final.content}, {"role": "user", "content": [result]}]
-    after = client.messages.create(**{**fields, "messages": turns}, tool_choice={"type": "none"})
-    assert [block.type for block in after.content] == ["text"]
-    assert client.messages.count_tokens(model=MODEL, messages=turns, tools=[TOOL]).input_tokens > 10
 
 
 @check("anthropic", "parse(), effort, cache_control, models")
