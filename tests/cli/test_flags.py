@@ -20,13 +20,6 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_flags_win_over_the_file(file: Path) -> None:
-    config = EngineFlags(config=file, seed=9, max_lora_rank=32).engine_config()
-    assert (config.model, config.seed) == ("m", 9)
-    assert config.lora is not None
-    assert (config.lora.max_loras, config.lora.max_lora_rank) == (2, 32)
-
-
 def test_a_default_that_depends_on_another_field_sees_the_flag(file: Path) -> None:
     """Nothing says max_cpu_loras: it must follow the max_loras of the flag, not of the file."""
     config = EngineFlags(config=file, max_loras=6).engine_config()
