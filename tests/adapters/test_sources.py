@@ -18,14 +18,21 @@ from support.s3_server import check_keys_after, put, s3, s3_server
 from aioengine import AsyncEngine, EngineConfig, FsspecResolver, LoRAConfig, SamplingParams
 from aioengine.adapters.resolvers.sources import checked_path, fetch_source, source_below
 from aioengine.errors import AdapterInvalid, AdapterLoadError, AdapterNotFound, ConfigError
+from aioengine.kernels import available_backends
 
 __all__ = ["s3", "s3_server"]
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
 
 
+@pytest.fixture(scope="module")
+def kernels() -> None:
+    """They are loaded from the user's own cache, before ``s3`` has another in its place."""
+    available_backends("cpu")
+
+
 @pytest.mark.slow
-async def test_an_engine_serves_an_adapter_from_s3(s3: Any, tiny: Tiny) -> None:
+async def test_an_engine_serves_an_adapter_from_s3(kernels: None, s3: Any, tiny: Tiny) -> None:
     source = tiny.adapters["qv-only"]
     put(s3, "team/sql", {path.name: path.read_bytes() for path in source.iterdir()})
     config = EngineConfig(

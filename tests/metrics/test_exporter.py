@@ -69,7 +69,7 @@ async def test_scrapes_from_threads_while_the_engine_runs(tiny: Tiny, make_engin
         with serve_metrics(engine, 0) as server, ThreadPoolExecutor(3) as pool:
             loop = asyncio.get_running_loop()
             work = asyncio.gather(
-                *(engine.complete([3, i], greedy(20), adapter=names[i % 5]) for i in range(30))
+                *(engine.complete([3, i], greedy(12), adapter=names[i % 5]) for i in range(20))
             )
             texts: list[str] = []
             while not work.done() or len(texts) < 12:
