@@ -115,7 +115,7 @@ async def watched(engine: AsyncEngine) -> AsyncIterator[Held]:
     held = Held()
     yield held
     await assert_nothing_left(engine)
-    await held.settle()
+    await held.check()
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -203,7 +203,7 @@ async def test_a_start_that_is_cancelled_at_any_point(
             out = await engines[-1].complete(PROMPT, greedy(TOKENS))
             assert out.token_ids == tiny.expected(PROMPT, TOKENS)
         await engines[-1].stop()
-        await held.settle()
+        await held.check()
 
     list(tiny.expected(PROMPT, TOKENS))  # so that the reference opens its files before
     assert await cancel_everywhere(start, moment, after) >= 1
@@ -236,7 +236,7 @@ async def test_a_stop_that_is_cancelled_at_any_point(
             await asyncio.wait(others)
         engine.check_invariants()
         others.clear()
-        await held.settle()
+        await held.check()
         await ready()
 
     await ready()

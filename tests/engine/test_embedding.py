@@ -79,7 +79,7 @@ def test_runs_on_any_loop_and_leaves_nothing(
             await asyncio.sleep(0)
         with pytest.raises(EngineStopped):
             await left_running
-        await held.settle()
+        await held.check()
 
     list(tiny.expected([7, 7], 1, "rank-3"))  # so that the reference opens its files before
     for _ in range(2):

@@ -42,7 +42,7 @@ async def under_load(engine: AsyncEngine, tiny: Tiny) -> AsyncIterator[None]:
     for i, (adapter, found) in enumerate(zip(STREAMS, tokens, strict=True)):
         assert found == tiny.expected(prompt_of(i, 5 + i), LENGTH, adapter and adapters[adapter])
     await assert_nothing_left(engine)
-    await before.settle()
+    await before.check()
 
 
 async def last_of(stream: AsyncIterator[object]) -> list[int]:
@@ -71,18 +71,17 @@ class Held:
     """Threads, tasks and open files at one time."""
 
     def __init__(self) -> None:
-        self.threads = set(threading.enumerate())
-        self.tasks = {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
-        self.files = open_files()
+        self._before = self.now()
 
-    async def settle(self) -> None:
+    def now(self) -> set[object]:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        return {*threading.enumerate(), *tasks, *open_files()}
+
+    async def check(self) -> None:
         """What ends by itself is given the time to; then there is nothing more than there was."""
-        await until(lambda: set(threading.enumerate()) <= self.threads)
-        here = asyncio.current_task()
-        await until(lambda: {t for t in asyncio.all_tasks() if t is not here} <= self.tasks)
-        if not open_files() <= self.files:
+        if not self.now() <= self._before:
             gc.collect()  # an error may hold a frame that holds a file
-        assert open_files() <= self.files
+        await until(lambda: self.now() <= self._before)
 
 
 def open_files() -> set[tuple[str, str]]:

@@ -64,7 +64,6 @@ class Program:
 
     def __init__(self, process: Any) -> None:
         self._process = process
-        self._ended: asyncio.Future[None] | None = None
 
     @property
     def pid(self) -> int:
@@ -85,19 +84,9 @@ class Program:
         self._process.kill()
 
     async def wait(self) -> int:
-        loop = asyncio.get_running_loop()
         while (status := self.returncode) is None:
-            if self._ended is None:
-                self._ended = loop.create_future()
-                loop.add_reader(self._process.sentinel, self._has_ended, loop)
-            await asyncio.shield(self._ended)
+            await asyncio.sleep(0.005)
         return status
-
-    def _has_ended(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.remove_reader(self._process.sentinel)
-        if self._ended is not None:
-            self._ended.set_result(None)
-            self._ended = None
 
 
 def start(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import tempfile
@@ -11,8 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support import preloaded
-from support.failure_harness import open_files
-from support.waiting import until
+from support.failure_harness import Held, open_files
 
 from aioengine.executors.process import spawn
 
@@ -43,20 +41,15 @@ def shared_memory() -> set[str]:
     return {name for name, pid in makers.items() if pid == os.getpid() or not psutil.pid_exists(pid)}
 
 
-class NothingLeft:
+class NothingLeft(Held):
     """Processes, sockets, shared memory and folders that were not there before; others may have gone."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._before = self._now()
+        super().__init__()
 
-    def _now(self) -> set[object]:
+    def now(self) -> set[object]:
         return {*open_sockets(), *worker_pids(), *shared_memory(), *self._folder.glob("aioengine-*")}
-
-    async def check(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            await until(lambda: self._now() <= self._before)
-        assert self._now() <= self._before
 
 
 @pytest.fixture
