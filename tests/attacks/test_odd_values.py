@@ -39,7 +39,6 @@ ODD = [
     "9" * 5000,
     *("1e308", "-1e308", "1e400", "5e-324", "-0.0", "0.1", "NaN", "Infinity", "-Infinity", '"NaN"', '"1"'),
     *("true", "[]", "{}", "[null]", "[1e308]", '{"1": 1e400}', '{"-1": 0}', "[" * 2000 + "null" + "]" * 2000),
-    *map(json.dumps, TEXTS),
 ]
 
 
@@ -47,9 +46,10 @@ ODD = [
 @pytest.mark.slow
 async def test_odd_values_are_refused_or_harmless(path: str, serve: Serve, tmp_path: Path) -> None:
     struct, base = REQUESTS[path]
+    values = [*ODD, *map(json.dumps, TEXTS)] if "lora" in path else ODD
     async with serve(adapter_root=str(tmp_path)) as served:
         headers = {"content-type": "application/json"}
-        for field, odd in itertools.product(msgspec.structs.fields(struct), ODD):
+        for field, odd in itertools.product(msgspec.structs.fields(struct), values):
             rest = msgspec.json.encode({k: v for k, v in base.items() if k != field.encode_name}).decode()
             body = f'{rest[:-1]}{"," if len(rest) > 2 else ""}"{field.encode_name}":{odd}}}'
             began = time.thread_time()
