@@ -11,44 +11,10 @@ from typing import Any
 import pytest
 import uvloop
 from support.engine_fixtures import MakeEngine, Tiny, greedy, register
-from support.failure_harness import Held, assert_nothing_left
+from support.failure_harness import Held
 
 from aioengine import SamplingParams
-from aioengine.errors import (
-    DeadlineExceeded,
-    EngineOverloaded,
-    EngineStopped,
-)
-
-
-async def test_streaming_adds_up(tiny_text: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny_text) as engine:
-        text, tokens, outputs = "", [], 0
-        async for out in engine.generate("Hello", greedy(), adapter=None, request_id="mine"):
-            text += out.text_delta
-            tokens += out.token_ids_delta
-            outputs += 1
-            assert (out.text, out.token_ids) == (text, tokens)
-            assert out.request_id == "mine"
-        assert out.finished
-        assert out.finish_reason == "length"
-        assert len(tokens) == 24
-        assert 1 < outputs <= 25
-        assert out.ttft is not None
-        assert out.ttft > 0
-
-
-async def test_a_slow_reader_gets_everything_and_holds_up_nobody(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        slow = engine.generate([9, 8], greedy(40))
-        await anext(slow)
-        quick = await engine.complete([4, 5], greedy(60))
-        assert len(quick.token_ids) == 60
-        tokens = []
-        async for out in slow:
-            tokens += out.token_ids_delta
-        assert out.token_ids == tiny.expected([9, 8], 40)
-        assert out.token_ids[-len(tokens) :] == tokens
+from aioengine.errors import EngineStopped
 
 
 async def test_two_engines_in_one_process(tiny_of: Callable[[str], Tiny], make_engine: MakeEngine) -> None:
@@ -104,18 +70,6 @@ async def test_a_stopped_engine_holds_no_memory(tiny: Tiny, make_engine: MakeEng
         assert engine.stats().waiting == 0  # the engine itself is still there to be asked
     finally:
         gc.enable()
-
-
-async def test_deadlines_and_overload(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny, max_waiting=2) as engine:
-        with pytest.raises(DeadlineExceeded):
-            await engine.complete([1], greedy(120), deadline=0.0001)
-        tasks = [asyncio.create_task(engine.complete([i + 3], greedy())) for i in range(5)]
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        refused = [r for r in results if isinstance(r, EngineOverloaded)]
-        assert 1 <= len(refused) <= 3
-        assert len(refused) + sum(not isinstance(r, BaseException) for r in results) == 5
-        await assert_nothing_left(engine)
 
 
 async def test_before_start_and_after_stop(tiny: Tiny, make_engine: MakeEngine) -> None:
