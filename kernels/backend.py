@@ -52,9 +52,8 @@ class Rotation(NamedTuple):
 class LayerCache(NamedTuple):
     """Keys and values of one layer, each [blocks, block_size, K, d].
 
-    Each backend has its own layout within a block, so it can read only blocks that it has stored itself. A
-    block is contiguous. Both tensors have the same distance from one block to the next; blocks of other
-    layers may lie between.
+    Each backend has its own layout within a block, so it can read only blocks that it has stored itself. Both
+    tensors are contiguous.
     """
 
     keys: Tensor

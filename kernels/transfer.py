@@ -7,6 +7,7 @@ CPU nothing is copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -36,11 +37,11 @@ class HostBuffer:
         begins, size = [], 0
         for shape, dtype in fields:
             begins.append(size)
-            size += -(-_count(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            size += -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
         def views(memory: Tensor) -> list[Tensor]:
             return [
-                memory[begin : begin + _count(shape) * dtype.itemsize].view(dtype).view(*shape)
+                memory[begin : begin + prod(shape) * dtype.itemsize].view(dtype).view(*shape)
                 for begin, (shape, dtype) in zip(begins, fields, strict=True)
             ]
 
@@ -70,10 +71,3 @@ class HostBuffer:
             return
         self._device.copy_(self._host, non_blocking=True)
         self._sent = torch.cuda.current_stream(self._device.device).record_event()
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

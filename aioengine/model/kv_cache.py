@@ -18,8 +18,6 @@ class KVCache:
 
     Position p of a sequence is in block ``block_table[p // block_size]``. How a block is laid out inside is
     up to the kernels: see :class:`aioengine.kernels.Backend`.
-
-    The blocks of each layer are adjacent.
     """
 
     def __init__(
@@ -44,11 +42,6 @@ class KVCache:
         take = Arena(device).take
         tensors = [take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape) for shape in shapes]
         self.k, self.v = tensors[::2], tensors[1::2]
-
-    @property
-    def block_stride_bytes(self) -> int:
-        """Bytes from one block of a layer to the next."""
-        return self.k[0].stride(0) * self.k[0].itemsize
 
     @property
     def nbytes(self) -> int:

@@ -134,7 +134,6 @@ class NativeDecoder(Decoder):
             head_dim=spec.head_dim,
             intermediate=spec.intermediate_size,
             block_size=cache.block_size,
-            block_bytes=cache.block_stride_bytes,
             int8_cache=int(cache.int8),
             rope_half=self.ropes.half,
             rope_neighbours=int(spec.rotary_neighbours),

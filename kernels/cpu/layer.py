@@ -94,7 +94,7 @@ def rope_store(
     load().aio_rope_store(
         *(is_bf16(qkv), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.cells.data_ptr()),
         *(plan.last.data_ptr(), keys.data_ptr(), values.data_ptr()),
-        *(tokens, heads, kv_heads, d, block_size, _block_bytes(keys)),
+        *(tokens, heads, kv_heads, d, block_size),
         *(
             cos.shape[-1],
             neighbours,
@@ -118,7 +118,7 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
     load().aio_attention(
         *(is_bf16(qkv), qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr()),
         *(plan.tables.data_ptr(), plan.tables.shape[1], plan.span_table.data_ptr(), len(plan.spans)),
-        *(out.data_ptr(), heads, kv_heads, d, block_size, _block_bytes(keys), window or 0),
+        *(out.data_ptr(), heads, kv_heads, d, block_size, window or 0),
         *(d**-0.5 if scale is None else scale, soft_cap or 0.0, pointer(sinks), 0, threads()),
     )
     return out
@@ -130,11 +130,6 @@ def head_norms_struct(norms: HeadNorms) -> structs.HeadNorms:
         *(norms.q.data_ptr(), norms.k.data_ptr(), len(norms.q), len(norms.k)),
         *(norms.offset is None, norms.eps, norms.offset or 0.0),
     )
-
-
-def _block_bytes(keys: Tensor) -> int:
-    """Return the bytes from one block of a layer to the next."""
-    return keys.stride(0) * keys.itemsize
 
 
 def _ours(keys: Tensor) -> bool:

@@ -83,13 +83,7 @@ def segment_table(segments: Iterable[Segment]) -> Tensor:
 
 def _bits(weight: float) -> int:
     """Return the bits of a float32 as an int32."""
-    if weight == 1.0:
-        return _ONE
-    (bits,) = struct.unpack("=i", struct.pack("=f", weight))
-    return int(bits)
-
-
-_ONE = 0x3F800000
+    return int.from_bytes(struct.pack("<f", weight), "little", signed=True)
 
 
 def segments_of(batch: LoRABatch) -> Tensor:

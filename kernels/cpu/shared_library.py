@@ -31,12 +31,11 @@ _SIGNATURES = {
     ),
     "aio_attention": (
         *(c_int, c_void_p, c_long, c_void_p, c_void_p, c_void_p, c_long, c_void_p, c_long, c_void_p),
-        *(c_long, c_long, c_long, c_long, c_long, c_long, c_float, c_float, c_void_p, c_int),
-        c_int,
+        *(c_long, c_long, c_long, c_long, c_long, c_float, c_float, c_void_p, c_int, c_int),
     ),
     "aio_rope_store": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-        *(c_long, c_long, c_long, c_long, c_long, c_long, c_long, c_int, c_int, c_void_p, c_int),
+        *(c_long, c_long, c_long, c_long, c_long, c_long, c_int, c_int, c_void_p, c_int),
     ),
     "aio_add_rms_norm": (
         *(c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_float, c_float, c_int),

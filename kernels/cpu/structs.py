@@ -143,7 +143,7 @@ class Layer(Structure):
 class Model(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("bf16", "layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, c_int64) for name in ("intermediate", "block_size", "block_bytes", "int8_cache")),
+        *((name, c_int64) for name in ("intermediate", "block_size", "int8_cache")),
         *((name, c_int64) for name in ("rope_half", "rope_neighbours", "q_norm_size", "k_norm_size")),
         *((name, c_int64) for name in ("activation", "norm_rounded")),
         *((name, c_double) for name in ("eps", "norm_offset", "residual_scale")),

@@ -1,4 +1,4 @@
-"""Cells of a cache whose blocks may have other layers' between them.
+"""Cells of a cache.
 
 A cell is a token's place in a layer's cache [blocks, block_size, K, d]: block * block_size + offset. A cache
 of bytes (uint8) has float8 (e4m3fn) in them.
@@ -14,11 +14,7 @@ LARGEST_FLOAT8 = 448.0
 
 def take(cache: Tensor, cells: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the rows [n, K, d] of ``cells`` [n], those of a float8 cache in ``dtype``."""
-    if cache.is_contiguous():
-        rows = cache.flatten(0, 1).index_select(0, cells)
-    else:
-        size = cache.shape[1]
-        rows = cache[cells // size, cells % size]
+    rows = cache.view(-1, *cache.shape[2:]).index_select(0, cells)
     return rows if dtype is None or rows.dtype != torch.uint8 else rows.view(torch.float8_e4m3fn).to(dtype)
 
 
@@ -26,11 +22,7 @@ def put(cache: Tensor, cells: Tensor, rows: Tensor) -> None:
     """Store ``rows`` [n, K, d] in ``cells`` [n]; in float8 the nearest numbers, and NaN for infinity."""
     if cache.dtype == torch.uint8:
         rows = _narrow(rows).view(torch.uint8)
-    if cache.is_contiguous():
-        cache.flatten(0, 1).index_copy_(0, cells, rows)
-        return
-    size = cache.shape[1]
-    cache[cells // size, cells % size] = rows
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, cells, rows)
 
 
 def as_stored(rows: Tensor, cache: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def lora_shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
     """``h[t, j] = A[slot(t), j] x[t]``; see :class:`Backend`."""
     if not batch.segments:
         return x.new_zeros(len(x), len(pool.modules), batch.width)
-    x, made = _adjoining(x), batch.derive(_shrinks)
+    x, made = x.contiguous(), batch.derive(_shrinks)
     key = id(pool.slots), pool.in_features, len(pool.modules), x.shape, x.stride(0), x.dtype
     found = made.get(key)
     if found is None:
@@ -56,7 +56,7 @@ def lora_expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
     """``y[t, b_offsets[j]:] += B[j][slot(t)] h[t, j]``; see :class:`Backend`."""
     if not batch.segments:
         return
-    h, made = _adjoining(h), batch.derive(_expands)
+    h, made = h.contiguous(), batch.derive(_expands)
     key = id(pool.slots), pool.widths, pool.b_offsets, h.stride(), h.dtype, y.stride()
     found = made.get(key)
     if found is None:
@@ -68,13 +68,13 @@ def lora_expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch) -> None:
 
 def shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch, config: ShrinkConfig) -> Tensor:
     """:func:`lora_shrink` with a configuration of the caller's choice, of a batch with adapters."""
-    x = _adjoining(x)
+    x = x.contiguous()
     return _Shrink(x, pool, batch, config)(x, pool.first)
 
 
 def expand(h: Tensor, pool: LoRAPool, y: Tensor, batch: LoRABatch, config: ExpandConfig) -> None:
     """:func:`lora_expand` with a configuration of the caller's choice."""
-    h = _adjoining(h)
+    h = h.contiguous()
     _Expand(h, pool, y, batch, config)(h, y, pool.first)
 
 
@@ -229,18 +229,6 @@ def _others(batch: LoRABatch, rows: int) -> list[tuple[int, int]]:
     stops = [0, *(segment.stop for segment in batch.segments)]
     starts = [*(segment.start for segment in batch.segments), rows]
     return [(begin, end) for begin, end in zip(stops, starts, strict=True) if begin < end]
-
-
-def _adjoining(tensor: Tensor) -> Tensor:
-    """Return the tensor, or a copy if the elements of a row are not adjacent."""
-    if tensor.is_contiguous():
-        return tensor
-    inner = 1
-    for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1], strict=True):
-        if size != 1 and stride != inner:
-            return tensor.contiguous()
-        inner *= size
-    return tensor
 
 
 def _bits(tensor: Tensor) -> int:

@@ -59,10 +59,10 @@ void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_wei
 void aio_activate(const Gate* gate, const void* gate_up, long rows, long size, int threads);
 void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells, const uint8_t* last,
                     void* keys, void* values, long tokens, long heads, long kv_heads, long head_dim, long block_size,
-                    long block_bytes, long half, int neighbours, int int8, const void* norms, int threads);
+                    long half, int neighbours, int int8, const void* norms, int threads);
 void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values, const int32_t* tables,
                    long table_width, const int32_t* spans, long sequences, void* out, long heads, long kv_heads,
-                   long head_dim, long block_size, long block_bytes, long window, float scale, float soft_cap,
+                   long head_dim, long block_size, long window, float scale, float soft_cap,
                    const void* sinks, int int8, int threads);
 void aio_lora_shrink(int bf16, const void* x, long x_stride, const Slots* slots, long first, void* h, long k, long slices,
                      long width, const int32_t* segments, long count, int threads);
@@ -211,13 +211,12 @@ static void attention(bool bf16, bool int8) {
   std::vector<int64_t> cells(tokens);
   std::vector<uint8_t> last(tokens, 0);
   last[tokens - 1] = 1;
-  const long block_bytes = block * kv_heads * (int8 ? d + 2 : d * (bf16 ? 2 : 4));
   const int32_t tables[] = {1, 0}, span[] = {0, int32_t(tokens), 0};
   for (long t = 0; t < tokens; t++) cells[t] = tables[t / block] * block + t % block;
   aio_rope_store(bf16, qkv.data(), cos.data(), sin.data(), cells.data(), last.data(), keys.data(), values.data(), tokens,
-                 heads, kv_heads, d, block, block_bytes, d / 2, 0, int8, nullptr, 2);
+                 heads, kv_heads, d, block, d / 2, 0, int8, nullptr, 2);
   aio_attention(bf16, qkv.data(), width, keys.data(), values.data(), tables, 2, span, 1, out.data(), heads, kv_heads, d,
-                block, block_bytes, 0, 1.0f, 0.0f, nullptr, int8, 2);
+                block, 0, 1.0f, 0.0f, nullptr, int8, 2);
   for (long t = 0; t < tokens; t++)
     for (long h = 0; h < heads; h++) {
       const long kv = h / (heads / kv_heads);

@@ -50,9 +50,8 @@ class Narrow(Layer):
 
     def __init__(self, case: LayerCase, device: str = "cpu") -> None:
         super().__init__(case, device)
-        both = torch.full((len(self.cache.keys), 2, *self.cache.keys.shape[1:]), 0x7F, dtype=torch.uint8)
-        both = both.to(device)
-        self.cache = LayerCache(both[:, 0], both[:, 1])
+        keys, values = torch.full((2, *self.cache.keys.shape), 0x7F, dtype=torch.uint8, device=device)
+        self.cache = LayerCache(keys, values)
 
 
 HEAD = 256

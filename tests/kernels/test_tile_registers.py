@@ -136,7 +136,7 @@ def test_attention_has_the_same_bits_in_any_chunks(heads: int, kv: int, d: int) 
                     cells[begin:].data_ptr(),
                     last.data_ptr(),
                 ),
-                *(*places, count, heads, kv, d, block, block * kv * d * 2, d // 2, 0, 0, None, THREADS),
+                *(*places, count, heads, kv, d, block, d // 2, 0, 0, None, THREADS),
             )
             span = torch.tensor([[0, count, begin]], dtype=torch.int32)
             library.aio_attention(
@@ -150,7 +150,7 @@ def test_attention_has_the_same_bits_in_any_chunks(heads: int, kv: int, d: int) 
                     span.data_ptr(),
                     1,
                 ),
-                *(out[begin:].data_ptr(), heads, kv, d, block, block * kv * d * 2, 0, d**-0.5, 0.0, None, 0),
+                *(out[begin:].data_ptr(), heads, kv, d, block, 0, d**-0.5, 0.0, None, 0),
                 THREADS,
             )
         return out

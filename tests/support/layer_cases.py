@@ -49,8 +49,8 @@ class Layer:
         random.Random(case.seed).shuffle(blocks)
         self.tables = [[blocks.pop() for _ in range(count)] for count in counts]
         shape = (sum(counts) + 3, case.block_size, case.kv_heads, case.head_dim)
-        both = torch.full((shape[0], 2, *shape[1:]), math.nan, dtype=case.dtype, device=device)
-        self.cache = LayerCache(both[:, 0], both[:, 1])  # what lies between two blocks of keys is not keys
+        keys, values = torch.full((2, *shape), math.nan, dtype=case.dtype, device=device)
+        self.cache = LayerCache(keys, values)
         self.norms = None
         if case.norms:
             counts = (case.heads, case.kv_heads) if case.whole_norms else (1, 1)

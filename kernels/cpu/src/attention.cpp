@@ -41,7 +41,7 @@ struct Attention {
   const int32_t* spans;  // [sequences][row, length, start]
   long sequences;
   void* out;  // [tokens, heads * head_dim]
-  long heads, kv_heads, head_dim, block_size, block_bytes, window;  // from block to block; window 0: all keys
+  long heads, kv_heads, head_dim, block_size, block_bytes, window;  // window 0: all keys
   float scale;
   float soft_cap;  // of the scores: cap * tanh(score / cap); 0: none
   const void* sinks;  // [heads] scores of keys without values; may be null
@@ -478,11 +478,12 @@ void attention(const Attention& a, int threads) {
 
 // out [tokens, heads * head_dim]: each token attends to its sequence's keys up to its own position (and,
 // with a window, the last `window` of them); soft_cap 0: none. head_dim must be a multiple of 16; sinks [heads]: may be null;
-// int8: of the cache. A layer's blocks are block_bytes apart: other layers may lie between them.
+// int8: of the cache.
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
-                              void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,
+                              void* out, long heads, long kv_heads, long head_dim, long block_size,
                               long window, float scale, float soft_cap, const void* sinks, int int8, int threads) {
+  const long block_bytes = aio::block_bytes(bf16, int8, kv_heads, head_dim, block_size);
   const aio::Attention a{q,        q_stride, keys,       values,      tables, table_width, spans,    sequences, out, heads,
                          kv_heads, head_dim, block_size, block_bytes, window, scale,       soft_cap, sinks,       int8 != 0};
   if (soft_cap > 0)

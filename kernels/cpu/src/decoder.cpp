@@ -50,7 +50,7 @@ struct Layer {
 };
 
 struct Model {
-  int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, block_bytes, int8_cache;
+  int64_t bf16, layers, hidden, heads, kv_heads, head_dim, intermediate, block_size, int8_cache;
   int64_t rope_half, rope_neighbours;  // see Rope in elementwise.cpp
   int64_t q_norm_size, k_norm_size;    // a head's, or of all heads together
   int64_t activation, norm_rounded;  // an aio::Activation
@@ -244,12 +244,12 @@ struct Run {
     timed(ROPE, [&] {
       const long rotation = l.rope * s.tokens * m.rope_half;
       aio_rope_store(m.bf16, s.wide, s.cos + rotation, s.sin + rotation, s.cells, s.last, l.keys, l.values, s.tokens,
-                     m.heads, m.kv_heads, m.head_dim, m.block_size, m.block_bytes, m.rope_half, int(m.rope_neighbours),
+                     m.heads, m.kv_heads, m.head_dim, m.block_size, m.rope_half, int(m.rope_neighbours),
                      int(m.int8_cache), l.q_norm != nullptr ? &norms : nullptr, threads);
     });
     timed(ATTENTION, [&] {
       aio_attention(m.bf16, s.wide, qkv_width, l.keys, l.values, s.tables, s.table_width, s.spans, s.sequences,
-                    s.narrow, m.heads, m.kv_heads, m.head_dim, m.block_size, m.block_bytes, l.window,
+                    s.narrow, m.heads, m.kv_heads, m.head_dim, m.block_size, l.window,
                     m.attention_scale, m.attention_cap, l.sinks, int(m.int8_cache), threads);
     });
     linear(O, o, s.lora, s.narrow, s.x, s.tokens, gate_up);

@@ -159,7 +159,7 @@ struct Rope {
   const int64_t* cells;    // [tokens] block * block_size + offset
   const uint8_t* last;     // [tokens] whether nothing of the token's sequence follows it in this step
   void *keys, *values;
-  long tokens, heads, kv_heads, head_dim, block_size, block_bytes;  // from block to block
+  long tokens, heads, kv_heads, head_dim, block_size, block_bytes;
   long half;         // pairs of each head that are rotated, its first 2 * half elements; the others are as they are
   bool neighbours;   // pairs are (2 i, 2 i + 1) instead of (i, i + half)
   bool int8;
@@ -273,8 +273,9 @@ AIO_EXPORT void aio_soft_cap(int bf16, void* x, long count, float cap, int threa
 
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
-                               long head_dim, long block_size, long block_bytes, long half, int neighbours, int int8,
+                               long head_dim, long block_size, long half, int neighbours, int int8,
                                const aio::HeadNorms* norms, int threads) {
+  const long block_bytes = aio::block_bytes(bf16, int8, kv_heads, head_dim, block_size);
   const aio::Rope r{qkv,      cos,      sin,        cells,       last, keys,            values,   tokens, heads,
                     kv_heads, head_dim, block_size, block_bytes, half, neighbours != 0, int8 != 0, norms};
   bf16 ? aio::rope_store<aio::Bf16>(r, threads) : aio::rope_store<aio::F32>(r, threads);

@@ -93,11 +93,11 @@ AIO_EXPORT void aio_gather(int bf16, const void* packed, const int64_t* rows, vo
                            int threads);
 AIO_EXPORT void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values,
                               const int32_t* tables, long table_width, const int32_t* spans, long sequences,
-                              void* out, long heads, long kv_heads, long head_dim, long block_size, long block_bytes,
+                              void* out, long heads, long kv_heads, long head_dim, long block_size,
                               long window, float scale, float soft_cap, const void* sinks, int int8, int threads);
 AIO_EXPORT void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells,
                                const uint8_t* last, void* keys, void* values, long tokens, long heads, long kv_heads,
-                               long head_dim, long block_size, long block_bytes, long half, int neighbours, int int8,
+                               long head_dim, long block_size, long half, int neighbours, int int8,
                                const aio::HeadNorms* norms, int threads);
 AIO_EXPORT void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_weight, const void* weight, void* out,
                                  long rows, long size, float factor, float eps, int rounded, float offset, int threads);

@@ -10,6 +10,11 @@
 
 namespace aio {
 
+// Bytes of a block of keys, or of values.
+inline long block_bytes(bool bf16, bool int8, long kv_heads, long head_dim, long block_size) {
+  return block_size * kv_heads * (int8 ? head_dim + 2 : head_dim * (bf16 ? 2 : 4));
+}
+
 // The elements of one head in one block, and the scales behind them. A lane is two neighbouring dimensions of a key, or
 // one dimension of two neighbouring values.
 struct Int8Head {
