@@ -125,7 +125,7 @@ class AdaptedLinears:
         first, size = batch.segments[0].start, self.group.shard.size
         held = -(-max(segment.rank for segment in batch.segments) // size)
         # Row i of A is row i // size on rank i % size, so that the last axis becomes the rows' order.
-        dealt = self.group.all_gather(h[first:, :, :held, None].contiguous(), dim=-1).flatten(2)
+        dealt = self.group.all_gather(h[first:, :, :held, None].contiguous()).flatten(2)
         whole = h.new_zeros(h.shape)
         columns = min(dealt.shape[2], h.shape[2])  # beyond the largest rank there are only zeros
         whole[first:, :, :columns] = dealt[:, :, :columns]

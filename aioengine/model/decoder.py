@@ -294,4 +294,4 @@ class Decoder(Model):
         vocabulary = self.partition.whole.vocab_size
         if not len(logits):
             return logits.new_empty(0, vocabulary)
-        return self.adapted.group.all_gather(logits, dim=-1)[:, :vocabulary]
+        return self.adapted.group.all_gather(logits)[:, :vocabulary]

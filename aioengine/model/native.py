@@ -30,7 +30,7 @@ from aioengine.model.experts.spec import PLAIN, ROUTER, MixtureSpec
 from aioengine.model.kv_cache import KVCache
 from aioengine.model.linear import Linear
 from aioengine.model.model import LastLayer, StepInputs
-from aioengine.model.parallel.exchange import SUMMED, Scratch, StepExchange, between
+from aioengine.model.parallel.exchange import SUMMED, Scratch, between, exchange
 from aioengine.model.rope import Ropes
 from aioengine.model.spec import ModelSpec, Quantization
 
@@ -230,12 +230,23 @@ class NativeDecoder(Decoder):
         if not self._parallel:
             self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
             return LastLayer(space.hidden, space.scratch.x)
-        head = self.slots.outer.get("lm_head") if self.slots else None
-        exchange = StepExchange(self.adapted, self._pools, head, inputs, space.scratch)
-        step.exchange = structs.ExchangeFunction(exchange)
+        head, scratch = self.slots.outer.get("lm_head") if self.slots else None, space.scratch
+        errors: list[BaseException] = []
+
+        def between_ranks(what: int, number: int) -> int:
+            """An error ends the step, and is raised after it."""
+            try:
+                pool = self._pools[number] if number >= 0 else None
+                batch = sample_lora if pool is not None and pool is head else lora
+                exchange(self.adapted, structs.Exchange(what), pool, batch, scratch)
+            except BaseException as error:
+                errors.append(error)
+            return len(errors)
+
+        step.exchange = structs.ExchangeFunction(between_ranks)
         self._library.aio_step(ctypes.byref(self._model), ctypes.byref(step))
-        if exchange.error is not None:
-            raise exchange.error
+        if errors:
+            raise errors[0]
         return LastLayer(space.hidden, space.scratch.x)
 
     def _make_workspace(self, tokens: int, width: int) -> _Workspace:

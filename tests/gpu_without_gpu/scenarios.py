@@ -120,11 +120,9 @@ def _group(shard: Shard) -> Group:
             self.log.append(f"sum {tuple(tensor.shape)} {tensor.dtype}")
             return tensor
 
-        def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
-            self.log.append(f"gather {tuple(tensor.shape)} {tensor.dtype} {dim}")
-            shape = list(tensor.shape)
-            shape[dim] *= self.shard.size
-            return tensor.new_empty(shape)
+        def all_gather(self, tensor: Tensor) -> Tensor:
+            self.log.append(f"gather {tuple(tensor.shape)} {tensor.dtype}")
+            return tensor.new_empty(*tensor.shape[:-1], tensor.shape[-1] * self.shard.size)
 
     return MetaGroup(shard)
 

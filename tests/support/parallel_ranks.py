@@ -212,10 +212,10 @@ class CountingGroup(DistributedGroup):
         self.nbytes += 2 * (self.shard.size - 1) * x.nbytes // self.shard.size
         return super().all_reduce(x)
 
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         self.all_gathers += 1
         self.nbytes += (self.shard.size - 1) * x.nbytes
-        return super().all_gather(x, dim)
+        return super().all_gather(x)
 
 
 def traffic(group: Group, script: Script) -> tuple[int, int, int, int]:
@@ -273,7 +273,7 @@ class Stage(Driver):
     def share(self, draft: Draft) -> None:
         if squares := draft.squares:  # with processes for ranks, the engine carries them
             mine = torch.frombuffer(bytearray(squares), dtype=torch.float32).to(self.runner.model.device)
-            for theirs in self._group.all_gather(mine[None], dim=0):
+            for theirs in self._group.all_gather(mine[:, None]).unbind(1):
                 draft.add(bytes(theirs.cpu().view(torch.uint8).tolist()))
 
     def sampled(self, result: StepResult) -> list[Sequence[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,7 +11,6 @@ from aioengine.kernels import LoRABatch, LoRAPool, Segment
 from aioengine.kernels.cpu.structs import Exchange
 from aioengine.model.adapted import AdaptedLinears
 from aioengine.model.experts.spec import DOWN, PLAIN, SHARED_DOWN
-from aioengine.model.model import StepInputs
 
 SUMMED = ("o", "down", DOWN, SHARED_DOWN)
 """Fused linears that are split over their inputs."""
@@ -36,52 +34,25 @@ def between(name: str, adapted: AdaptedLinears) -> Exchange:
     return Exchange.SUM if name in SUMMED else Exchange.GATHER
 
 
-class StepExchange:
-    """Exchanges of one step; ``pools`` by their ids in the library, of which ``head`` is for the sampled
-    rows.
-
-    To be given to the library as ``structs.ExchangeFunction``. An error ends the step, and is kept.
-    """
-
-    def __init__(
-        self,
-        adapted: AdaptedLinears,
-        pools: Sequence[LoRAPool],
-        head: LoRAPool | None,
-        inputs: StepInputs,
-        scratch: Scratch,
-    ) -> None:
-        self.error: BaseException | None = None
-        self._adapted = adapted
-        self._pools = pools
-        self._head = head
-        self._inputs = inputs
-        self._scratch = scratch
-
-    def __call__(self, what: int, pool: int) -> int:
-        try:
-            self._exchange(Exchange(what), self._pools[pool] if pool >= 0 else None)
-        except BaseException as error:
-            self.error = error
-            return 1
-        return 0
-
-    def _exchange(self, what: Exchange, pool: LoRAPool | None) -> None:
-        if what == Exchange.TOTAL:
-            self._adapted.total(self._scratch.x, pool, self._inputs.lora)
-            return
-        assert pool is not None
-        batch, memory = self._inputs.sample_lora if pool is self._head else self._inputs.lora, self._scratch.h
-        if pool.slots.is_by_place:
-            assert self._scratch.rows_h is not None
-            memory = self._scratch.rows_h
-            batch = _all_rows(batch, len(memory))
-        shape = batch.num_tokens, len(pool.modules), batch.width
-        h = memory.view(-1)[: math.prod(shape)].view(shape)
-        if what == Exchange.SUM:
-            self._adapted.sum(h, batch)
-        else:
-            h.copy_(self._adapted.gather(h, batch))
+def exchange(
+    adapted: AdaptedLinears, what: Exchange, pool: LoRAPool | None, batch: LoRABatch, scratch: Scratch
+) -> None:
+    """Exchange what a step of the library has left for the linear of ``pool`` and the rows of ``batch``."""
+    if what == Exchange.TOTAL:
+        adapted.total(scratch.x, pool, batch)
+        return
+    assert pool is not None
+    memory = scratch.h
+    if pool.slots.is_by_place:
+        assert scratch.rows_h is not None
+        memory = scratch.rows_h
+        batch = _all_rows(batch, len(memory))
+    shape = batch.num_tokens, len(pool.modules), batch.width
+    h = memory.view(-1)[: math.prod(shape)].view(shape)
+    if what == Exchange.SUM:
+        adapted.sum(h, batch)
+    else:
+        h.copy_(adapted.gather(h, batch))
 
 
 def _all_rows(batch: LoRABatch, rows: int) -> LoRABatch:

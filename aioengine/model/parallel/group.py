@@ -62,8 +62,9 @@ class Group(ABC):
         """Return the sum of all ranks' ``x``, which must be contiguous and is overwritten with it."""
 
     @abstractmethod
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        """Return all ranks' ``x``, of one shape, concatenated along ``dim`` in the order of the ranks."""
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return all ranks' ``x``, of one shape, concatenated along the last dimension in the order of the
+        ranks."""
 
 
 class SoloGroup(Group):
@@ -75,7 +76,7 @@ class SoloGroup(Group):
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         return x
 
 
@@ -92,14 +93,11 @@ class DistributedGroup(Group):
         distributed.all_reduce(x, group=self._process_group)
         return x
 
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         from torch import distributed
 
-        size, dim = self.shard.size, dim % x.dim()
-        gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
+        gathered = x.new_empty(self.shard.size, *x.shape)
         # Since torch 2.13 it goes by a new name, and the old one warns.
         name = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
-        getattr(distributed, name)(gathered, x.contiguous(), group=self._process_group)
-        # [size, ...] -> the axis of ranks directly before ``dim``, and one with it.
-        by_rank = gathered.view(size, *x.shape).movedim(0, dim)
-        return by_rank.reshape(*x.shape[:dim], size * x.shape[dim], *x.shape[dim + 1 :])
+        getattr(distributed, name)(gathered.flatten(0, 1), x.contiguous(), group=self._process_group)
+        return gathered.movedim(0, -2).flatten(-2)
