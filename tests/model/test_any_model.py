@@ -82,11 +82,10 @@ def test_a_model_without_linears_for_adapters_says_so(tmp_path: Path) -> None:
         plan_memory(read_spec(tmp_path, "transformers"), engine, device="cpu")
 
 
-async def test_an_unknown_model_type_of_a_known_class(tmp_path: Path) -> None:
+async def test_a_model_type_that_only_the_native_decoder_takes(tmp_path: Path) -> None:
     model = build_any(tmp_path, "llama")
     edit(model.folder, model_type="unheard-of")
-    async with engine_of(model.folder) as engine:
-        await check(model, engine)
+    await refused(model.folder, "'unheard-of'", "part of transformers")
     async with engine_of(model.folder, model_impl="auto") as engine:
         await check(model, engine)
         assert engine.info.model_impl == "native"

@@ -97,7 +97,7 @@ async def test_they_are_served(choosing: AnyModel, tmp_path: Path) -> None:
         for folder in (choosing.folder, build_any(tmp_path / "plain", "llama").folder)
     )
     assert isinstance(found, GenericSpec) and isinstance(plain, GenericSpec)
-    for field in ("adapted", "shapes", "kv", "layer_ids", "parameters", "flat"):
+    for field in ("adapted", "kv", "layer_ids", "parameters", "flat"):
         assert getattr(found, field) == getattr(plain, field)
     async with engine_of(choosing.folder) as engine:
         await check(choosing, engine)

@@ -160,10 +160,7 @@ class Layout:
     def _parts(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Part]:
         if not any(".experts." in key for key in shapes):
             # Names such as gate_proj mean experts' linears only to libraries in which these are modules.
-            spec = self._spec
-            others = {
-                p: t for p, t in self.targets.items() if spec.kind_of(p[1]) == p[1] or spec.is_bare(p[1])
-            }
+            others = {p: t for p, t in self.targets.items() if not p[1].startswith("experts.")}
             self.targets = others or self.targets
         taken: dict[Part, str] = {}
         for key, shape in shapes.items():

@@ -22,7 +22,6 @@ from aioengine.model.generic.spec import Adaptable, GenericSpec
 from aioengine.model.generic.step import Holder
 from aioengine.model.generic.weights import experts_weight, uses_interface
 from aioengine.model.slots.pool import LoRASlots
-from aioengine.model.spec import NO_LAYER
 
 EXPERTS = "aioengine"
 """Name of the engine's way to compute experts in transformers' registry."""
@@ -158,7 +157,7 @@ class Adapters:
             if slots is None or not held.issuperset(x.names):
                 continue
             self._any = True
-            pool = (slots.outer if x.layer == NO_LAYER else slots.layers[x.layer])[x.module]
+            pool = slots.outer[x.module]
             if x.bare:
                 self._bare.setdefault(x.owner, {})[x.parameter] = Adapted(x, pool)
             else:

@@ -15,6 +15,7 @@ from aioengine.model.files.folder import INDEX, SINGLE, tensors
 from aioengine.model.files.stored import Stored
 from aioengine.model.spec import MAX_LAYERS
 
+_AUTO: Any = transformers.AutoModelForCausalLM
 _OTHER = "Use a model whose class is part of transformers"
 
 
@@ -29,40 +30,20 @@ class TransformersClass:
             raise ConfigError(f"{path}: model_impl='transformers' reads model folders, no GGUF files")
         self.path = path
         raw = read_json(path / "config.json")
-        self.config: Any
-        self._class: Any = transformers.AutoModelForCausalLM
         try:
-            self.config = transformers.AutoConfig.from_pretrained(
+            self.config: Any = transformers.AutoConfig.from_pretrained(
                 str(path), trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # whatever a configuration class makes of odd values
-            self._by_architecture(raw, error)
-        self._refuse(raw)
-
-    def _by_architecture(self, raw: dict[str, Any], error: Exception) -> None:
-        """Find the class by its name, because transformers does not know the model type."""
-        name = (raw.get("architectures") or [None])[0]
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-        unknown = raw.get("model_type") not in transformers.CONFIG_MAPPING
-        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-        if not unknown or not is_model:
-            remote = (
-                " The folder names code of its own (auto_map), which is never run (trust_remote_code)."
-                if raw.get("auto_map")
-                else ""
-            )
+            known, code = raw.get("model_type") in transformers.CONFIG_MAPPING, ""
+            if raw.get("auto_map"):
+                code = " The folder names code of its own (auto_map), which is never run (trust_remote_code)."
             what = f"model_type={raw.get('model_type')!r}, architectures={raw.get('architectures')!r}"
             raise ConfigError(
                 f"{self.path}/config.json: transformers {transformers.__version__} cannot make a model of it "
-                f"({what}): {one_line(error)}.{remote} {_OTHER if unknown else 'Correct config.json'}"
+                f"({what}): {one_line(error)}.{code} {'Correct config.json' if known else _OTHER}"
             ) from error
-        self._class = found
-        values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
-        try:
-            assert found is not None
-            self.config = found.config_class.from_dict(values)
-        except Exception as wrong:
-            raise ConfigError(f"{self.path}/config.json: {one_line(wrong)}") from wrong
+        self._refuse(raw)
 
     def _refuse(self, raw: dict[str, Any]) -> None:
         """Refuse models that can never run here, before any probe."""
@@ -92,16 +73,12 @@ class TransformersClass:
 
     def on_meta(self) -> Any:
         """Return the model without memory for its weights. Raises ConfigError if it cannot be built."""
-        auto: Any = transformers.AutoModelForCausalLM
         layers = getattr(self.text_config, "num_hidden_layers", 0)
         if isinstance(layers, int) and layers > MAX_LAYERS:
             raise ConfigError(f"{self.path}/config.json: num_hidden_layers={layers}: must be <= {MAX_LAYERS}")
         try:
             with torch.device("meta"):
-                if self._class is auto:
-                    model = self._class.from_config(self.config, trust_remote_code=False)
-                else:
-                    model = self._class._from_config(self.config)
+                model = _AUTO.from_config(self.config, trust_remote_code=False)
         except Exception as error:
             raise ConfigError(
                 f"{self.path}: transformers {transformers.__version__} has no causal language model for "
@@ -120,7 +97,7 @@ class TransformersClass:
         logging.disable_progress_bar()
         try:
             with torch.device(device):
-                model, report = self._class.from_pretrained(
+                model, report = _AUTO.from_pretrained(
                     str(self.path),
                     config=self.config,
                     dtype=dtype,

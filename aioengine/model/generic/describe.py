@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,7 +16,7 @@ from aioengine.model.generic.spec import Adaptable, GenericSpec
 from aioengine.model.generic.step import KeepsMore
 from aioengine.model.generic.trace import Trace, has_matrices, is_linear, observe
 from aioengine.model.generic.weights import linear_matrix
-from aioengine.model.spec import DTYPE_BYTES, NO_LAYER, LinearShape, RopeSpec
+from aioengine.model.spec import DTYPE_BYTES, LinearShape, RopeSpec
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 _UNBOUNDED = 2**20
@@ -43,9 +42,6 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
             "numbers and sizes of its heads"
         )
     text = found.text_config
-    placed = _placed(model, trace)
-    shapes: dict[str, LinearShape] = {}
-    adapted = (*_linears(model, trace, placed, shapes), *_stacks(model, trace, placed, shapes))
     head = getattr(model.get_output_embeddings(), "weight", None)
     end = getattr(text, "eos_token_id", None)
     bos, eos = special_tokens(
@@ -60,7 +56,7 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         architecture=type(model).__name__,
         vocab_size=int(text.vocab_size if head is None else head.shape[0]),
         hidden_size=int(text.hidden_size),
-        num_layers=max([int(text.num_hidden_layers), *(x.layer + 1 for x in adapted)]),
+        num_layers=int(text.num_hidden_layers),
         num_heads=int(getattr(text, "num_attention_heads", 1)),
         num_kv_heads=max(shape.key_heads for shape in kept.values()),
         head_dim=max(shape.key_dim for shape in kept.values()),
@@ -72,8 +68,7 @@ def read_spec(path: Path, native_reason: str | None = None) -> GenericSpec:
         dtype=_dtype(found.config, text),
         bos_token_id=bos,
         eos_token_ids=eos,
-        adapted=adapted,
-        shapes=shapes,
+        adapted=(*_linears(model, trace), *_stacks(model, trace)),
         kv=tuple(kept[layer] for layer in sorted(kept)),
         layer_ids=tuple(sorted(kept)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -112,72 +107,31 @@ def _trace(found: TransformersClass, model: Any) -> Trace:
     )
 
 
-def _placed(model: Any, trace: Trace) -> Callable[[str], tuple[int, str]]:
-    """Return what tells a module's layer and its path below that from its name."""
-
-    def parts(name: str) -> re.Match[str] | None:
-        return re.match(r"(.*?)\.(\d+)\.(.+)", name)
-
-    names = [n for n, m in model.named_modules() if is_linear(m) and trace.sees_all(n)]
-    prefixes = Counter(match[1] for match in map(parts, names) if match)
-    main = prefixes.most_common(1)[0][0] if prefixes else None
-
-    def place(name: str) -> tuple[int, str]:
-        match = parts(name)
-        return (int(match[2]), match[3]) if match and match[1] == main else (NO_LAYER, name)
-
-    return place
-
-
-def _linears(
-    model: Any, trace: Trace, placed: Callable[[str], tuple[int, str]], shapes: dict[str, LinearShape]
-) -> Iterator[Adaptable]:
-    """Yield the linears through which each token goes once, as a row. Their shapes are added to
-    ``shapes``."""
+def _linears(model: Any, trace: Trace) -> Iterator[Adaptable]:
+    """Yield the linears through which each token goes once, as a row."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        if not is_linear(module) or not trace.sees_all(name):
-            continue
-        n_out, n_in = linear_matrix(module).shape
-        layer, key = placed(name)
-        if layer == NO_LAYER and module is head:
-            key = "lm_head"
-        key, turned = _known(shapes, key, LinearShape(n_in, n_out)), not isinstance(module, torch.nn.Linear)
-        yield Adaptable(name, layer, key, turned=turned)
+        if is_linear(module) and trace.sees_all(name):
+            n_out, n_in = linear_matrix(module).shape
+            turned = not isinstance(module, torch.nn.Linear)
+            yield Adaptable(
+                name, "lm_head" if module is head else name, LinearShape(n_in, n_out), turned=turned
+            )
 
 
-def _known(shapes: dict[str, LinearShape], key: str, shape: LinearShape) -> str:
-    """Note the shape of a module; return its name, to which sizes are added if another one has others."""
-    if shapes.setdefault(key, shape) != shape:
-        key = f"{key} ({shape.in_features} to {shape.out_features})"
-        shapes[key] = shape
-    return key
-
-
-def _stacks(
-    model: Any, trace: Trace, placed: Callable[[str], tuple[int, str]], shapes: dict[str, LinearShape]
-) -> list[Adaptable]:
+def _stacks(model: Any, trace: Trace) -> list[Adaptable]:
     """Return the parameters of stacked experts [experts, n, m], and of the routers beside them, where each
-    token goes to the module once, as a row. Their shapes are added to ``shapes``."""
+    token goes to the module once, as a row."""
     owners = [(n, m) for n, m in model.named_modules() if has_matrices(m) and trace.sees_all(n)]
     found: list[Adaptable] = []
-    experts_of: dict[str, int] = {}
-
-    def add(owner: str, name: str, count: int, shape: LinearShape, turned: bool) -> None:
-        layer, key = placed(owner)
-        key = _known(shapes, f"{key}.{name}" if count else key, shape)
-        if experts_of.setdefault(key, count) != count:
-            key = f"{key} (of {count})"
-            shapes[key], experts_of[key] = shape, count
-        found.append(Adaptable(owner, layer, key, name, True, count, turned))
-
     beside = set()
     for owner, module in owners:
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and owner in trace.routed:
                 count, n, m = parameter.shape
                 turned = bool(getattr(module, "is_transposed", False))  # as PEFT asks
-                add(owner, name, count, LinearShape(n, m) if turned else LinearShape(m, n), turned)
+                shape = LinearShape(n, m) if turned else LinearShape(m, n)
+                found.append(Adaptable(owner, f"{owner}.{name}", shape, name, True, count, turned))
                 beside.add(owner.rpartition(".")[0])
     stacked = {stack.owner for stack in found}
     for owner, module in owners:
@@ -185,7 +139,7 @@ def _stacks(
         if owner.rpartition(".")[0] not in beside or owner in stacked or weight is None or weight.dim() != 2:
             continue
         if trace.widths[owner] == {weight.shape[1]}:
-            add(owner, "weight", 0, LinearShape(weight.shape[1], weight.shape[0]), False)
+            found.append(Adaptable(owner, owner, LinearShape(*reversed(weight.shape)), bare=True))
     return found
 
 

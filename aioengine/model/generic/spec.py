@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 from aioengine.errors import ConfigError
-from aioengine.model.spec import BareParameter, KVShape, LinearShape, ModelSpec, Quantization
+from aioengine.model.spec import NO_LAYER, BareParameter, KVShape, LinearShape, ModelSpec, Quantization
+
+_TO_LAYER = re.compile(r".*\.\d+\.", re.ASCII)
 
 
 class Adaptable(NamedTuple):
@@ -15,10 +18,10 @@ class Adaptable(NamedTuple):
 
     owner: str
     """Path of the module that has it, as PEFT names it."""
-    layer: int
-    """``NO_LAYER`` outside of the layers."""
     module: str
-    """Path below the layer. All parameters of one ``module`` have one shape."""
+    """Its own name: the path, or "lm_head"."""
+    shape: LinearShape
+    """Of the matrix, or of that of each expert."""
     parameter: str = "weight"
     bare: bool = False
     """Whether the owner is no linear, so that PEFT names the parameter: ``target_parameters``."""
@@ -37,15 +40,13 @@ class Adaptable(NamedTuple):
 
 class GenericSpec(ModelSpec, frozen=True, kw_only=True):
     """A decoder of transformers. It does not use the fields of :class:`ModelSpec` that say how a layer
-    computes, because its modules know that."""
+    computes, because its modules know that. To adapters there are no layers: every module is by itself."""
 
     architecture: str
     """The class that runs it."""
     adapted: tuple[Adaptable, ...]
     """Weights of linears, and then parameters of routers and of all experts of a layer. Those of one owner
     follow each other."""
-    shapes: dict[str, LinearShape]
-    """The shape of each module, or of each of its experts' matrices."""
     kv: tuple[KVShape, ...]
     """Shape of the keys and values of a token, for each layer that attends."""
     layer_ids: tuple[int, ...]
@@ -70,7 +71,11 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
         return f"{self.architecture}, by transformers, {how}{why}"
 
     def linear(self, module: str) -> LinearShape:
-        return self.shapes.get(module) or self.shapes[self.kind_of(module)]
+        return self._shapes[module]
+
+    @cached_property
+    def _shapes(self) -> dict[str, LinearShape]:
+        return {module: x.shape for x in self.adapted for module in x.names}
 
     def targets(self, asked: Sequence[str] | None) -> tuple[str, ...]:
         """Return what :meth:`ModelSpec.targets` does; by default all linears but the head, as PEFT's
@@ -83,16 +88,15 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
         return super().targets(asked)
 
     def known_as(self, kind: str) -> tuple[str, ...]:
-        path, _, last = kind.rpartition(".")
-        return (kind, last, path.rpartition(".")[2]) if kind in self._stacked else (kind, last)
+        return (kind, *kind.split(".")[-2:])
 
     @property
     def outer_modules(self) -> tuple[str, ...]:
-        return ("lm_head",) if "lm_head" in self.shapes else ()
+        return ("lm_head",) if "lm_head" in self._shapes else ()
 
     @property
     def layer_modules(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(m for x in self.adapted if x.module != "lm_head" for m in x.names))
+        return tuple(module for x in self.adapted if x.module != "lm_head" for module in x.names)
 
     @cached_property
     def _stacked(self) -> dict[str, int]:
@@ -101,7 +105,7 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
 
     def kind_of(self, module: str) -> str:
         path = module.rpartition(".")[0]
-        return path if path in self._stacked and module not in self.shapes else module
+        return _TO_LAYER.sub("", path if path in self._stacked else module)
 
     def is_bare(self, module: str) -> bool:
         return module in self._bare
@@ -118,11 +122,11 @@ class GenericSpec(ModelSpec, frozen=True, kw_only=True):
             yield BareParameter(x.owner, x.parameter, tuple((name,) for name in x.names.values()))
 
     def fused(self, layer: int) -> Mapping[str, tuple[str, ...]]:
-        return {x.module: tuple(x.names) for x in self.adapted if x.layer == layer}
+        return {x.module: tuple(x.names) for x in self.adapted} if layer == NO_LAYER else {}
 
     @cached_property
     def _names(self) -> dict[tuple[int, str], str]:
-        return {(x.layer, module): name for x in self.adapted for module, name in x.names.items()}
+        return {(NO_LAYER, module): name for x in self.adapted for module, name in x.names.items()}
 
     def kv_shapes(self) -> tuple[KVShape, ...]:
         return self.kv
