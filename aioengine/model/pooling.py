@@ -23,12 +23,9 @@ POOLING_FILE = "1_Pooling/config.json"
 """File in which sentence-transformers says how a model pools."""
 MAX_POOLING_BYTES = 1 << 16
 _MAX_CONFIG_BYTES = 1 << 20
-_MODES: dict[str, Kind] = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
-    "pooling_mode_cls_token": "cls",
-}
 _NAMES: dict[str, Kind] = {"mean": "mean", "lasttoken": "last", "cls": "cls"}
+_NAMES |= {"mean_tokens": "mean", "cls_token": "cls"}
+"""Names of ``pooling_mode``, and in flags after ``pooling_mode_``."""
 
 
 class Head(NamedTuple):
@@ -60,11 +57,9 @@ def parse_pooling(data: bytes) -> Kind:
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(f"not a JSON object: {error}") from error
     named = fields.get("pooling_mode")
-    modes = [mode for mode, on in fields.items() if mode.startswith("pooling_mode_") and on is True]
-    by_flag = _MODES.get(modes[0]) if len(modes) == 1 else None
-    found = _NAMES.get(named) if isinstance(named, str) else by_flag
-    if found is None:
-        shown = named if isinstance(named, str) else ", ".join(modes) or "none"
+    flags = [mode for mode, on in fields.items() if mode.startswith("pooling_mode_") and on is True]
+    shown = named if isinstance(named, str) else ", ".join(flags) or "none"
+    if (found := _NAMES.get(shown.removeprefix("pooling_mode_"))) is None:
         raise ValueError(f"pooling mode {shown[:200]}: only one of mean, lasttoken and cls is supported")
     return found
 

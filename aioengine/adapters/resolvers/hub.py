@@ -69,7 +69,8 @@ def _why(error: Exception) -> AdapterError:
         if constants.HF_HUB_OFFLINE:
             reason = "it is not in the local cache, and the Hub may not be asked (offline)"
             return AdapterNotFound(reason, name="")
-        return AdapterLoadError(explain(error), name="", transient=True)
+        reason = "it is not in the local cache, and the Hub cannot be reached: check the network"
+        return AdapterLoadError(reason, name="", transient=True)
     missing = errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError
     gone = isinstance(error, missing) and not isinstance(error, errors.GatedRepoError)
     return (AdapterNotFound if gone else AdapterLoadError)(explain(error), name="")
