@@ -19,6 +19,7 @@ from aioengine.model.linear import WeightRows
 from aioengine.model.slots.image import AdapterImage, build_image
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
+from aioengine.model.threads import calling_thread_alone
 from aioengine.step import AdapterSource, MixFiles, MixPart
 
 
@@ -65,7 +66,8 @@ class AdapterStore:
         Raises the adapter errors of :class:`aioengine.adapters.peft.read.AdapterReader`.
         """
         # Beside the steps, operations on the base model's weights included, quantized ones expanded.
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with calling_thread_alone(), stream:
             if isinstance(files, MixFiles):
                 parts = [(part, self._part(part, progress)) for part in files.parts]
                 packed = add_up(self._reader.slot, parts)
@@ -89,6 +91,10 @@ class AdapterStore:
 
     def finish(self, draft: Draft) -> AdapterImage:
         """Finish an adapter after all ranks have added their parts. Blocks. Raises AdapterInvalid."""
+        with calling_thread_alone():
+            return self._image(draft)
+
+    def _image(self, draft: Draft) -> AdapterImage:
         packed, int8 = draft.packed, self._layout.holds.int8
         affine = output_affine(packed, draft.rows(), self._dtype)
         for (_, module), (_, shift) in affine.items():

@@ -27,6 +27,7 @@ from aioengine.model.pooling import Kind, Pooled, pool
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
 from aioengine.model.spec import ModelSpec
+from aioengine.model.threads import calling_thread_alone
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
@@ -104,7 +105,8 @@ class ModelRunner:
         assert self.lora_slots is not None, "a slot was written while LoRA is off"
         start = time.perf_counter()
         try:
-            self.lora_slots.write(slot, image, offset)
+            with calling_thread_alone():
+                self.lora_slots.write(slot, image, offset)
         except Exception as error:
             if (failure := copy_error(error)) is None:
                 raise

@@ -26,7 +26,7 @@ from aioengine.adapters.peft.folder import invalid
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.values import Place, is_finite
 from aioengine.model.linear import WeightRows
-from aioengine.model.slots.image import SERIAL_ELEMENTS, image_shape, tiles
+from aioengine.model.slots.image import image_shape
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.step import LoadedAdapter
 
@@ -34,8 +34,9 @@ BaseWeights = Callable[[int, str], tuple[WeightRows, Tensor | None]]
 """``weights(layer, module)``: the base model's weight [out, in] and bias [out], or the rank's shares of
 these."""
 
-_CUDA_ELEMENTS = 1 << 22
-"""Of a tile on a GPU; counted in :mod:`aioengine.model.cuda.working_memory`."""
+_CPU_ELEMENTS, _CUDA_ELEMENTS = 1 << 18, 1 << 22
+"""Of a tile: what a processor's cache has room for; on a GPU counted in
+:mod:`aioengine.model.cuda.working_memory`."""
 
 
 class Rows(NamedTuple):
@@ -172,8 +173,10 @@ def squares(weight: WeightRows, a: Tensor, b: Tensor) -> Tensor:
         height, width = piece.shape
         row, column = (0, first) if weight.turned else (first, 0)
         inputs, own, rest = a[:, column : column + width], b[row : row + height], total[row : row + height]
-        elements = _CUDA_ELEMENTS if piece.is_cuda else SERIAL_ELEMENTS
-        for rows, columns in tiles(piece, elements):
+        size = max(1, (_CUDA_ELEMENTS if piece.is_cuda else _CPU_ELEMENTS) // weight.weight.k)
+        for begin in range(0, width if weight.turned else height, size):
+            part, whole = slice(begin, begin + size), slice(None)
+            rows, columns = (whole, part) if weight.turned else (part, whole)
             tile = piece[rows, columns].float()
             rest[rows] += 2 * (_products(tile, inputs[:, columns]) * own[rows]).sum(1) + tile.square().sum(1)
     return total.clamp_(min=0)

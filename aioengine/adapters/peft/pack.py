@@ -18,12 +18,10 @@ from aioengine.adapters.peft.values import (
     Place,
     converted,
     is_finite,
-    pieces_of,
     scaled,
 )
 from aioengine.model.parallel.group import take
 from aioengine.model.pooling import Head, Kind
-from aioengine.model.slots.image import SERIAL_ELEMENTS
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.tokens import TrainedTokens
 from aioengine.model.spec import NO_LAYER, ModelSpec
@@ -166,11 +164,7 @@ def _computed(slot: SlotLayout, pairs: Matrices) -> Matrices:
 def _check_base(saved: Tensor, module: str, base: Tensor) -> None:
     """Check that the base weights that PEFT saves with an adapted embedding are those of the served
     model."""
-    same = base.shape == saved.shape and all(
-        torch.equal(ours.to("cpu", saved.dtype), theirs)
-        for ours, theirs in zip(pieces_of(base), pieces_of(saved), strict=True)
-    )
-    if not same:
+    if not torch.equal(base.to("cpu", saved.dtype), saved):
         invalid_weights(
             f"the file carries base-model weights of {module} that differ from the base model's: if {module} "
             "was trained or resized this adapter cannot be served over this base model; if not, save the "
@@ -183,9 +177,7 @@ def _check_tied(tensors: Mapping[Part, Tensor]) -> None:
     for ours, theirs in (("A", "B"), ("B", "A")):
         head = tensors[Part((NO_LAYER, "lm_head"), ours)]
         mirrored = tensors[Part((NO_LAYER, "embed_tokens"), theirs)].t()
-        axis = int(head.shape[1] > head.shape[0])
-        step = max(1, SERIAL_ELEMENTS // head.shape[1 - axis])
-        if not all(map(torch.equal, torch.split(head, step, axis), torch.split(mirrored, step, axis))):
+        if not torch.equal(head, mirrored):
             invalid_weights(
                 "ensure_weight_tying ties the adapter of lm_head to that of embed_tokens, but their weights "
                 "differ"

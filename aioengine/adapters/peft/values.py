@@ -1,8 +1,4 @@
-"""What the tensors of an adapter's file are, and work on their values.
-
-That is done in pieces so small that torch stays in the calling thread. Otherwise each loader thread would
-have an OpenMP team, which competes with the model's step for the cores.
-"""
+"""What the tensors of an adapter's file are, and work on their values."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aioengine.model.slots.image import multiply, serial_pieces
+from aioengine.model.slots.image import multiply
 
 Place = tuple[int, str]
 """(layer, module), embeddings and heads under ``NO_LAYER``."""
@@ -40,20 +36,14 @@ class Part(NamedTuple):
 def is_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity. A sum has one if a value is one, and costs a fraction of
     isfinite; if only the sum is too large, each value is looked at."""
-    pieces = pieces_of(tensor)
-    total = sum(piece.sum().item() for piece in pieces)
-    return math.isfinite(total) or all(bool(piece.isfinite().all()) for piece in pieces)
-
-
-def pieces_of(tensor: Tensor) -> tuple[Tensor, ...]:
-    return serial_pieces(tensor.reshape(-1)) if tensor.numel() else ()
+    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())
 
 
 def converted(source: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
     """Return ``source`` times ``factor``, computed in float32 and rounded once; itself if that changes
     nothing."""
-    if source.dtype == dtype and factor == 1.0:
-        return source
+    if factor == 1.0:
+        return source.to(dtype)
     target = torch.empty(source.shape, dtype=dtype)
     multiply(source, torch.tensor(factor), target)
     return target

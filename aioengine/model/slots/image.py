@@ -7,7 +7,7 @@ scale for each row of a matrix: LLM.int8(), Dettmers et al., 2022, https://arxiv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -18,12 +18,8 @@ from torch import Tensor
 from aioengine.kernels.slots import Column
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.pooling import Head, Kind
-from aioengine.model.slots.layout import Elements, SlotLayout
+from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.tokens import TokenTables, TrainedTokens
-
-SERIAL_ELEMENTS = 32_000
-"""Number of elements up to which torch works in the calling thread (it uses several threads from 32768
-on)."""
 
 Key = tuple[int, str]
 """Layer and module."""
@@ -138,14 +134,6 @@ def image_shape(
     return ImageShape(layout, dtype, end, rows, tokens, begin)
 
 
-def elements_of(dtype: torch.dtype, affine_dtype: torch.dtype | None) -> Elements:
-    """Return what slots of ``dtype`` hold, where gains and shifts are of ``affine_dtype`` if that is int8."""
-    if dtype != torch.int8:
-        return Elements()
-    assert affine_dtype is not None, "int8 slots need the model's dtype for gains and shifts"
-    return Elements(True, affine_dtype.itemsize)
-
-
 def build_image(
     layout: SlotLayout,
     adapter: Adapter,
@@ -156,8 +144,7 @@ def build_image(
     scalings: Mapping[Key, float] = MappingProxyType({}),
     tokens: TrainedTokens | None = None,
 ) -> AdapterImage:
-    """Put an adapter into an image of ``dtype``, or of whole numbers where the slots are int8, in the calling
-    thread alone.
+    """Put an adapter into an image of ``dtype``, or of whole numbers where the slots are int8.
 
     ``affine`` gives gain and shift [2, out] of the modules that have them, ``scalings`` what B is multiplied
     by where that is not 1, and ``tokens`` the trained tokens, if there are any. In int8, a row or a column
@@ -174,7 +161,7 @@ def build_image(
     )
     data = allocate(shape.nbytes).view(shape.dtype)
     if not _exact(layout, adapter):
-        torch._foreach_zero_(serial_pieces(data))
+        data.zero_()
     numbers = data.view(dtype)  # of what is never int8
     factors = {factor: torch.tensor(factor) for factor in set(scalings.values())}
     copies: list[tuple[Tensor, Tensor]] = []
@@ -186,7 +173,7 @@ def build_image(
     def put(begin: int, values: Tensor, width: int, factor: float = 1.0) -> None:
         target = memory(numbers, begin // holds.affine, values, width)
         if factor == 1.0:
-            copies.extend(serial_copies(values, target))
+            copies.append((target, values))
         else:
             multiply(values, factors[factor], target)
 
@@ -215,60 +202,11 @@ def build_image(
     return AdapterImage(shape, data, adapter.rank, adapter.digest, bool(affine))
 
 
-def serial_pieces(flat: Tensor) -> tuple[Tensor, ...]:
-    """Cut a 1-D tensor into views that torch works on in the calling thread."""
-    return torch.split(flat, SERIAL_ELEMENTS)
-
-
-def copy_serially(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy to targets from sources, two tensors of one size without gaps each, in the calling thread alone.
-    Steps that read other slots go on in the other cores.
-
-    A team of OpenMP threads for a copy would fight for the cores with the step's own team. All pieces are
-    handed over in one call, and the GIL is released throughout.
-    """
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
-    for to, source in copies:
-        targets += serial_pieces(to.view(-1))
-        sources += serial_pieces(source.view(-1))
-    torch._foreach_copy_(targets, sources)
-
-
-def serial_copies(values: Tensor, to: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return (target, source) of copies that torch does in the calling thread. ``to`` has the shape of
-    ``values``, which are one row or rows [rows, width]; both may have gaps."""
-    if values.numel() <= SERIAL_ELEMENTS:
-        yield to, values
-        return
-    if values.is_contiguous() and to.is_contiguous():
-        yield from zip(serial_pieces(to.view(-1)), serial_pieces(values.view(-1)), strict=True)
-        return
-    for tile in tiles(values):
-        yield to[tile], values[tile]
-
-
-def tiles(matrix: Tensor, elements: int = SERIAL_ELEMENTS) -> Iterator[tuple[slice, slice]]:
-    """Yield tiles of up to so many ``elements``, by default so few that torch works on them in the calling
-    thread. They cover a matrix in the order of its memory (an embedding comes transposed)."""
-    rows, columns = matrix.shape
-    if matrix.stride(1) == 1:
-        width = min(columns, elements)
-        height = max(1, elements // max(1, width))
-    else:
-        height = min(rows, elements)
-        width = max(1, elements // max(1, height))
-    for row in range(0, rows, height):
-        for column in range(0, columns, width):
-            yield slice(row, row + height), slice(column, column + width)
-
-
 def multiply(values: Tensor, number: Tensor, to: Tensor) -> None:
-    """Write ``values`` times ``number``, in float32, to ``to``, rounded once, in the calling thread."""
+    """Write ``values`` times ``number``, in float32, to ``to``, rounded once."""
     if values.dtype != to.dtype:
         number = number.view(1)  # without a dimension it would leave the product in the dtype of ``values``
-    for target, piece in serial_copies(values, to):
-        torch.mul(piece, number, out=target)
+    torch.mul(values, number, out=to)
 
 
 def _exact(layout: SlotLayout, adapter: Adapter) -> bool:
@@ -283,14 +221,8 @@ _LARGEST = 127
 def _quantize(values: Tensor, out: Tensor, *, over: int) -> Tensor:
     """Write the nearest whole numbers of ``values`` [n, m] times their scales to ``out``, int8, and return
     the scales: one for all that have the same index in the other dimension than ``over``."""
-    largest = torch.zeros(values.shape[1 - over])
-    for rows, columns in tiles(values):
-        kept = largest[rows if over else columns]
-        torch.maximum(kept, values[rows, columns].float().abs().amax(over), out=kept)
-    scale = largest.div_(_LARGEST)
+    wide = values.float()
+    scale = wide.abs().amax(over).div_(_LARGEST)
     scale[~scale.isfinite()] = torch.nan
-    by = scale.where(scale > 0, 1).unsqueeze(over)
-    for rows, columns in tiles(values):
-        whole = values[rows, columns].float().div(by[rows] if over else by[:, columns]).round_()
-        out[rows, columns] = whole.nan_to_num_(0.0)
+    out.copy_(wide.div(scale.where(scale > 0, 1).unsqueeze(over)).round_().nan_to_num_(0.0))
     return scale

@@ -13,8 +13,8 @@ from aioengine.model.buffer import Buffer
 from aioengine.model.parallel.group import SOLO, Shard
 from aioengine.model.pooling import Head, Kind
 from aioengine.model.slots.copy import StreamCopier
-from aioengine.model.slots.image import AdapterImage, copy_serially, elements_of
-from aioengine.model.slots.layout import FusedPlace, SlotLayout
+from aioengine.model.slots.image import AdapterImage
+from aioengine.model.slots.layout import FLOATS, Elements, FusedPlace, SlotLayout
 from aioengine.model.slots.tokens import SlotTokens, ids_of
 from aioengine.model.spec import NO_LAYER, ModelSpec
 
@@ -47,7 +47,10 @@ class LoRASlots:
         max_tokens: int = 0,
         turned: bool = False,
     ) -> None:
-        holds = elements_of(dtype, affine_dtype)
+        holds = FLOATS
+        if dtype == torch.int8:
+            assert affine_dtype is not None, "int8 slots need the model's dtype for gains and shifts"
+            holds = Elements(True, affine_dtype.itemsize)
         self.layout = layout = SlotLayout(spec, max_rank, target_modules, shard, holds, max_tokens)
         self.max_loras = max_loras
         elements = max_loras * layout.elements if nbytes is None else nbytes // dtype.itemsize
@@ -156,7 +159,7 @@ class LoRASlots:
         ids = [] if trained is None else ids_of(trained, columns)
         parts = [] if head is None else [part for part in head if part is not None]
         if self._copier is None:
-            copy_serially(copies)
+            torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
             there = [*ids, *parts]
         else:
             there = self._copier.write(copies, [*ids, *parts])

@@ -16,9 +16,11 @@ from torch import Tensor
 from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, MERGE, PeftLoraConfig, named_by
 from aioengine.adapters.peft.folder import CONFIG_FILE, invalid_config, invalid_weights
 from aioengine.adapters.peft.values import Part, is_finite
-from aioengine.model.slots.image import SERIAL_ELEMENTS, serial_copies
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, ModelSpec
+
+_PIECE = 1 << 20
+"""Numbers that are compared at a time."""
 
 
 class EmbeddingParts:
@@ -99,9 +101,7 @@ class EmbeddingParts:
             rows += [tensor[row] for row in order]
         if not rows:
             return None
-        whole = torch.empty(len(rows), self._spec.hidden_size, dtype=dtype)
-        copies = [pair for row, to in zip(rows, whole, strict=True) for pair in serial_copies(row, to)]
-        torch._foreach_copy_([to for to, _ in copies], [piece for _, piece in copies])
+        whole = torch.stack([row.to(dtype) for row in rows])
         for module, table in tables.items():
             if not is_finite(whole[table.first : table.first + len(table.ids)]):
                 invalid_weights(
@@ -121,7 +121,7 @@ def _differing(module: str, saved: Tensor, base: Tensor) -> list[int]:
             "trainable_token_indices instead"
         )
     ids: list[int] = []
-    step = max(1, SERIAL_ELEMENTS // saved.shape[1])
+    step = max(1, _PIECE // saved.shape[1])
     for begin in range(0, len(saved), step):
         theirs, ours = saved[begin : begin + step], base[begin : begin + step].to("cpu")
         differs = (theirs.to(ours.dtype) != ours).logical_and_(ours.to(theirs.dtype) != theirs)

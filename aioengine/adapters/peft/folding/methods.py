@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from aioengine.adapters.peft.config import PeftLoraConfig
-from aioengine.model.slots.image import SERIAL_ELEMENTS
 
 Parts = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -175,6 +174,4 @@ def _row_products(one: Tensor, two: Tensor, product: Callable[[Tensor, Tensor], 
 
 def scaled(matrix: Tensor, factors: Tensor) -> Tensor:
     """Multiply each row by its factor."""
-    rows = max(1, SERIAL_ELEMENTS // max(1, matrix.shape[1]))
-    pieces = zip(torch.split(matrix, rows), torch.split(factors, rows), strict=True)
-    return torch.cat([piece * factor[:, None] for piece, factor in pieces])
+    return matrix * factors[:, None]
