@@ -18,7 +18,7 @@ from msgspec import Meta
 from aioengine import checks
 from aioengine.checks import Count, FilePath, Seconds, Size, Text, Whole
 from aioengine.errors import ConfigError
-from aioengine.model.spec import KNOWN_MODULES, TARGETABLE_MODULES, ModelImpl, Quantization
+from aioengine.model.spec import TARGETABLE_MODULES, ModelImpl, Quantization
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -108,8 +108,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
         set_(self, "max_cpu_loras", self.cpu_capacity)
         if self.target_modules is not None:
-            known = [module for module in KNOWN_MODULES if module in self.target_modules]
-            set_(self, "target_modules", tuple(dict.fromkeys((*known, *self.target_modules))))
+            set_(self, "target_modules", tuple(dict.fromkeys(self.target_modules)))
 
     @property
     def cpu_capacity(self) -> int:

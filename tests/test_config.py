@@ -49,11 +49,6 @@ def test_bad_lora_fields(fields: dict[str, Any], message: str) -> None:
         LoRAConfig(**fields)
 
 
-def test_targeted_modules_are_in_the_order_of_the_model() -> None:
-    named = LoRAConfig(target_modules=["lm_head", "embed_tokens", "v_proj"])
-    assert named.target_modules == ("v_proj", "embed_tokens", "lm_head")
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -5,7 +5,6 @@ No torch in this module: ``aioengine plan`` and the policy lab use it without lo
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -36,14 +35,9 @@ EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 
 TARGETABLE_MODULES = LORA_MODULES + EMBEDDING_MODULES
 
-KNOWN_MODULES = (*LORA_MODULES, QKV, GATE_UP, *EMBEDDING_MODULES)
-"""Modules that an adapter may target in some native family; :meth:`ModelSpec.targets` has those of a
-model."""
-
 NO_LAYER = -1
 """The layer under which tables by (layer, module) hold :data:`EMBEDDING_MODULES`."""
 
-_IN_LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.(.+)")
 _OUTER = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 _OUTER_LINEARS = {name: (name,) for name in EMBEDDING_MODULES}
 
@@ -335,13 +329,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return self._names[layer, module]
 
     def find_module(self, name: str) -> tuple[int, str] | None:
-        """Return the (layer, module) that :meth:`module_name` gives this name; layers beyond the last have
-        what that has."""
-        found = _IN_LAYER.fullmatch(name)
-        if found is None or int(found[1]) < self.num_layers:
-            return self._places.get(name)
-        last = self._places.get(f"model.layers.{self.num_layers - 1}.{found[2]}")
-        return None if last is None else (int(found[1]), last[1])
+        """Return the (layer, module) that :meth:`module_name` gives this name."""
+        return self._places.get(name)
 
     @cached_property
     def _names(self) -> dict[tuple[int, str], str]:

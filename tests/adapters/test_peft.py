@@ -200,7 +200,11 @@ def test_rank_over_the_bound(adapter: Path) -> None:
         (f"{PREFIX}.lora_magnitude_vector", [32], ["use_dora"]),
         ("base_model.model.lm_head.lora_A.weight", [4, 32], ["lm_head"]),
         ("base_model.model.model.embed_tokens.lora_embedding_A", [4, 64], ["embedding"]),
-        ("base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight", [4, 32], ["0..1"]),
+        (
+            "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight",
+            [4, 32],
+            ["unknown key", "in one of 2 layers"],
+        ),
         ("base_model.model.model.layers.0.mlp.q_proj.lora_A.weight", [4, 32], ["unknown key"]),
         ("base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight", [4, 32], ["k_proj"]),
         ("something.else", [1], ["unknown key"]),

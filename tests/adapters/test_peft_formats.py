@@ -183,7 +183,7 @@ def test_an_adapter_for_another_model(tmp_path: Path) -> None:
     shallow = msgspec.structs.replace(SPEC, num_layers=1)
     with pytest.raises(Exception, match=r"expected shape \[4, 64\].*found \[4, 32\]"):
         read(tmp_path, wider)
-    with pytest.raises(Exception, match=r"layers 0\.\.0; was the adapter trained on another model"):
+    with pytest.raises(Exception, match=r"in one of 1 layers; was the adapter trained on another model"):
         read(tmp_path, shallow)
 
 

@@ -207,11 +207,6 @@ class Layout:
         """Check that the adapter, and a slot, has this part."""
         layer, module = part.place
         setting = _SETTINGS.get(part.kind)
-        if layer >= self._spec.num_layers:
-            invalid_weights(
-                f"{key!r}: the base model has layers 0..{self._spec.num_layers - 1}; was the adapter "
-                "trained on another model?"
-            )
         if module not in self._modules:
             invalid_weights(
                 f"{key!r}: the slots do not hold {module}; they hold {self._kinds(self._modules)}: "
@@ -264,7 +259,8 @@ class Layout:
         reason = next(
             (reason for part, reason in _FOREIGN_KEYS if part in key),
             f"unknown key; expected keys such as 'base_model.model.{next(linears, '<linear>')}.lora_<A|B>."
-            f"weight' with a module of {self._kinds(spec.targets(None))}",
+            f"weight' with a module of {self._kinds(spec.targets(None))} in one of {spec.num_layers} layers; "
+            "was the adapter trained on another model?",
         )
         invalid_weights(f"{key[:200]!r}: {reason}")
 

@@ -39,7 +39,7 @@ def with_packed(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
         if not isinstance(stored, StoredBlocks):
             continue
         place = spec.find_module(module := name.removesuffix(".weight"))
-        if place is not None and place[0] < spec.num_layers and place[1] not in spec.plain_modules:
+        if place is not None and place[1] not in spec.plain_modules:
             packed[module] = stored.packing
     return msgspec.structs.replace(spec, packed=packed)
 
