@@ -60,7 +60,12 @@ def parse_config(config: ConfigFile) -> ModelSpec:
     max_position = config.positive("max_position_embeddings")
     if ropes.rope.type == "longrope":  # its factors for longer sequences are not used
         max_position = min(max_position, ropes.rope.original_max_position)
-    fields = {**family.fields, **_multipliers(config, name, hidden_size)}
+    numbers = {field: key for field, key in family.numbers.items() if config.get(key) is not None}
+    fields = family.fields | {field: config.number(key) for field, key in numbers.items()}
+    if name.startswith("gemma"):
+        fields["embedding_scale"] = hidden_size**0.5
+    if name in ("gemma2", "gemma3_text"):
+        fields["attention_scale"] = config.number("query_pre_attn_scalar") ** -0.5
     if config.flag("qkv_bias"):
         fields["qkv_bias"] = True
     if config.flag("attention_bias"):
@@ -126,30 +131,6 @@ def _check_kind(config: ConfigFile, *, gelu: bool) -> None:
         )
 
 
-def _multipliers(config: ConfigFile, family: str, hidden_size: int) -> dict[str, Any]:
-    """Return factors and soft caps, as fields of ModelSpec."""
-    if family == "granite":  # after muP: Yang et al., 2022, arXiv:2203.03466
-        return {
-            "embedding_scale": config.number("embedding_multiplier", default=1.0),
-            "residual_scale": config.number("residual_multiplier", default=1.0),
-            "attention_scale": config.number("attention_multiplier", default=1.0),
-            "logit_divisor": config.number("logits_scaling", default=1.0),
-        }
-    if not family.startswith("gemma"):
-        return {}
-    fields: dict[str, Any] = {"embedding_scale": hidden_size**0.5}
-    if family != "gemma":
-        fields["attention_scale"] = config.number("query_pre_attn_scalar") ** -0.5
-        fields["logit_cap"] = _cap(config, "final_logit_softcapping")
-    if family == "gemma2":
-        fields["attention_cap"] = _cap(config, "attn_logit_softcapping")
-    return fields
-
-
-def _cap(config: ConfigFile, key: str) -> float | None:
-    return None if config.get(key) is None else config.number(key)
-
-
 def _experts(config: ConfigFile, family: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of :class:`MixtureSpec` that a configuration says. Raises NotNative for layers
     without experts, and for what is not known."""
@@ -170,8 +151,6 @@ def _experts(config: ConfigFile, family: dict[str, Any]) -> dict[str, Any]:
         fields["normalized"] = config.flag("norm_topk_prob")
     if "shared_expert_intermediate_size" in config.defaults:
         fields["shared_size"] = config.positive("shared_expert_intermediate_size")
-    if family.get("interleaved"):
-        fields |= {key: config.number(key) for key in ("swiglu_alpha", "swiglu_limit")}
     return fields
 
 

@@ -19,6 +19,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     """Fields of ModelSpec."""
     absent: dict[str, Any] = {}
     """Values of keys that its checkpoints may leave out, as in its configuration class in transformers."""
+    numbers: dict[str, str] = {}
+    """Fields of ModelSpec and the keys that they are, where the configuration has these."""
     biases: tuple[str, ...] = _BOTH
     """Fields of ModelSpec that ``attention_bias`` is for; none where there is no such key."""
     windows: Literal["never", "always", "asked", "from_layer"] = "never"
@@ -58,7 +60,15 @@ FAMILIES = {
     "mistral": Family(absent={"sliding_window": 4096, **_LLAMA_TOKENS}, biases=(), windows="always"),
     "qwen2": Family(fields={"qkv_bias": True}, biases=(), windows="from_layer"),
     "qwen3": Family(fields={"qk_norm": True}, windows="from_layer"),
-    "granite": Family(absent=_LLAMA_TOKENS),
+    "granite": Family(  # after muP: Yang et al., 2022, arXiv:2203.03466
+        absent={"attention_multiplier": 1.0, **_LLAMA_TOKENS},
+        numbers={
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attention_scale": "attention_multiplier",
+            "logit_divisor": "logits_scaling",
+        },
+    ),
     "smollm3": Family(
         absent={
             "rope_theta": 2e6,
@@ -98,11 +108,13 @@ FAMILIES = {
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
         },
+        numbers={"logit_cap": "final_logit_softcapping", "attention_cap": "attn_logit_softcapping"},
         windows="always",
     ),
     "gemma3_text": Family(  # arXiv:2503.19786
         fields={**_GEMMA, "norms": _GEMMA_NORMS, "qk_norm": True},
         absent={**_GEMMA_ABSENT, "rope_theta": 1e6, "sliding_window": 4096, "sliding_window_pattern": 6},
+        numbers={"logit_cap": "final_logit_softcapping"},
         windows="always",
         local_theta=1e4,
     ),
@@ -147,6 +159,7 @@ FAMILIES = {
             "swiglu_limit": 7.0,
             "torch_dtype": "bfloat16",
         },
+        numbers={"swiglu_alpha": "swiglu_alpha", "swiglu_limit": "swiglu_limit"},
         windows="always",
         experts={
             "names": ExpertNames(router="router"),
