@@ -54,11 +54,6 @@ class HostBuffer:
         self.device = views(self._device)
         """Device tensors, to be read after :meth:`send`."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the device's copy."""
-        return self._device.nbytes
-
     def wait(self) -> None:
         """Wait until the host's memory may be written again. If the last copy's step has ended, so has the
         copy."""

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from aioengine.kernels import Weight
 from aioengine.kernels.cpu.cores import threads
-from aioengine.kernels.cpu.shared_library import load
+from aioengine.kernels.cpu.packed import PackedWeight
+from aioengine.kernels.cpu.quantized import QuantizedWeight
+from aioengine.kernels.cpu.shared_library import has_int8_products
 from aioengine.kernels.cpu.structs import PHASES
 from aioengine.model.spec import LORA_MODULES, ModelSpec
 from benchmarks.kernels.steps import Steps
 from benchmarks.report import Table, median
 
-LANES = 16
+SIDE, ROWS = 512, 2048
+"""Of a weight that is in the cache, and the rows that are multiplied by it."""
 READ_BYTES = 512 * 2**20
 RANK = 16
 
@@ -42,20 +47,24 @@ class Floors(NamedTuple):
 
     read_bytes: float
     products: dict[str, float]
-    """Multiplications and additions, by element type."""
+    """Multiplications and additions that the library makes with weights in the cache, by element type."""
 
 
 def measure_floors() -> Floors:
     """Return the best of short runs, because other work on the machine only slows them down."""
-    library = load()
-    out = torch.zeros(1)
-    memory = torch.ones(READ_BYTES // 4)
-    read = _least(lambda: library.aio_probe_read(memory.data_ptr(), READ_BYTES, threads(), out.data_ptr()))
-    count = 16_000_000
+    memory = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    read = _least(memory.sum)
+    plain = torch.ones(SIDE, SIDE)
+    half, room = plain.bfloat16(), torch.empty(SIDE * SIDE, dtype=torch.uint8)
+    weights: dict[str, Weight] = {
+        "int8": QuantizedWeight.pack(half, room, int8_activations=has_int8_products()),
+        "float32": PackedWeight.pack(plain),
+        "bfloat16": PackedWeight.pack(half.clone()),
+    }
     products = {}
-    for kind, (name, per_lane) in enumerate((("float32", 1), ("bfloat16", 2), ("int8", 4))):
-        seconds = _least(lambda: library.aio_probe_dot(kind, count, threads(), out.data_ptr()))  # noqa: B023
-        products[name] = count * LANES * per_lane * threads() / seconds
+    for name, weight in weights.items():
+        x = torch.ones(ROWS, SIDE, dtype=torch.float32 if name == "float32" else torch.bfloat16)
+        products[name] = ROWS * SIDE * SIDE / _least(partial(weight.linear, x, None))
     return Floors(READ_BYTES / read, products)
 
 

@@ -134,16 +134,12 @@ def _cached(
     command = [compiler, *FLAGS, *flags, *extra_flags]
     if os.environ.get(SANITIZE) == "1":
         command, links = [*command, *_SANITIZERS], [()]
-    sources = sorted(SOURCES.glob("*.cpp"))
     version = _version(compiler)
-    paths = {
-        _cache_folder() / f"cpu-{level}-{_key([*command, *link], version, sources)}.so": link
-        for link in links
-    }
+    paths = {_cache_folder() / _library_name(level, [*command, *link, version]): link for link in links}
     found = next((path for path in paths if path.exists()), None)
     if found is None:
         logger.info("compiling the CPU kernels (%s) with %s, once", level, compiler)
-        found = _compile(command, sources, paths)
+        found = _compile(command, paths)
     return found
 
 
@@ -258,27 +254,22 @@ def _check_target(machine: str) -> None:
 
 
 def _prebuilt_name(level: str, machine: str) -> str:
-    digest = hashlib.sha256("\0".join([*FLAGS, *_levels_of(machine)[level][1]]).encode())
-    _digest_sources(digest, sorted(SOURCES.glob("*.cpp")))
+    return _library_name(level, [*FLAGS, *_levels_of(machine)[level][1]])
+
+
+def _library_name(level: str, made_with: Sequence[str]) -> str:
+    """Return the name of a library's file, which tells what it is made with, and of which sources."""
+    digest = hashlib.sha256("\0".join(made_with).encode())
+    for file in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return f"cpu-{level}-{digest.hexdigest()[:16]}.so"
 
 
-def _digest_sources(digest: hashlib._Hash, sources: Sequence[Path]) -> None:
-    for file in (*sources, *sorted(SOURCES.glob("*.h"))):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-
-
-def _version(compiler: str) -> bytes:
+def _version(compiler: str) -> str:
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     except OSError as error:
         raise Unavailable(f"{compiler} cannot be run: {error}") from error
-
-
-def _key(command: Sequence[str], version: bytes, sources: Sequence[Path]) -> str:
-    digest = hashlib.sha256("\0".join(command).encode() + version)
-    _digest_sources(digest, sources)
-    return digest.hexdigest()[:16]
 
 
 def _cache_folder() -> Path:
@@ -286,9 +277,9 @@ def _cache_folder() -> Path:
     return Path(base) / "aioengine" / "kernels"
 
 
-def _compile(command: list[str], sources: Sequence[Path], paths: Mapping[Path, Sequence[str]]) -> Path:
+def _compile(command: list[str], paths: Mapping[Path, Sequence[str]]) -> Path:
     """Make the first of ``paths`` that the compiler can link with these flags, and return it."""
-    cache = next(iter(paths)).parent
+    cache, sources = next(iter(paths)).parent, sorted(SOURCES.glob("*.cpp"))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:

@@ -57,8 +57,6 @@ _SIGNATURES = {
         *(c_int, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_void_p, c_long, c_int),
     ),
     "aio_step": (c_void_p, c_void_p),
-    "aio_probe_dot": (c_int, c_long, c_int, c_void_p),
-    "aio_probe_read": (c_void_p, c_long, c_int, c_void_p),
 }
 
 

@@ -42,10 +42,6 @@ class DecodeTables:
             self._beginning[-start % block_size].append(place)
 
     @property
-    def sequences(self) -> int:
-        return len(self._starts)
-
-    @property
     def width(self) -> int:
         """Columns of the block tables."""
         return self._width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from aioengine.kernels.backend import LayerCache, Scores
 from aioengine.kernels.plan.attention import AttentionPlan
 from aioengine.kernels.triton.jit.attention import attention_kernel
-from aioengine.kernels.triton.launch import Launcher, Limits, capability, limits, power_of_two
+from aioengine.kernels.triton.launch import Limits, capability, launcher, limits, power_of_two
 from aioengine.kernels.triton.query_tiles import FEW_ROWS, QueryTiles, Tiles, rows_of_prompts
 
 _PROGRAMS = 256
@@ -144,7 +143,8 @@ class _Attention:
             (d**-0.5 if scale is None else scale) * math.log2(math.e),
             (soft_cap or 0.0) * math.log2(math.e),
         )
-        self._launch = _launcher(
+        self._launch = launcher(
+            attention_kernel,
             GROUP=qkv.shape[1] // kv_heads - 2,
             D=d,
             BLOCK_SIZE=block_size,
@@ -168,8 +168,3 @@ class _Attention:
             stats = partials[self._partials :]
         tensors = (*(qkv, *cache, *self._tables, out, partials, stats), qkv if sinks is None else sinks)
         self._launch(self._grid, (*tensors, self._arrivals), self._numbers)
-
-
-@functools.cache
-def _launcher(**constants: int) -> Launcher:
-    return Launcher(attention_kernel, **constants)

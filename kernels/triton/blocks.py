@@ -10,14 +10,13 @@ or half of the bytes of 16-bit weights. The products themselves are of 16 bits, 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from aioengine.kernels.blocks import BlockWeight, StackedWeight
 from aioengine.kernels.triton.jit.blocks import FP8, INT4, INT8, MXFP4, block_linear_kernel
-from aioengine.kernels.triton.launch import Launcher
+from aioengine.kernels.triton.launch import Launcher, launcher
 from aioengine.kernels.weight import PlainWeight, Weight
 
 FORMATS = {"int4": INT4.value, "int8": INT8.value, "fp8": FP8.value, "mxfp4": MXFP4.value}
@@ -41,9 +40,9 @@ class BlockConfig(NamedTuple):
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
     def launcher(self, kernel: Any, **constants: int) -> Launcher:
-        """Make a launcher for products that are cut so."""
+        """Return the launcher for products that are cut so."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return Launcher(kernel, **constants, **self.blocks(), **options)
+        return launcher(kernel, **constants, **self.blocks(), **options)
 
 
 def default_blocks(rows: int, n: int, group: int, bits: int, *, ordered: bool = False) -> BlockConfig:
@@ -111,8 +110,8 @@ def multiply(x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor, con
     groups = weight.scale.shape[1]
     if x.stride(1) != 1:
         x = x.contiguous()
-    kind = FORMATS[weight.format], weight.zero is not None, ordered, bias is not None
-    _launcher(kind, config)(
+    kind = {"FORMAT": FORMATS[weight.format], "ZEROS": weight.zero is not None, "ORDERED": ordered}
+    config.launcher(block_linear_kernel, **kind, BIAS=bias is not None)(
         (-(-len(x) // config.block_m), -(-weight.n // config.block_n), 1),
         (
             *(x, data, weight.scale, data if weight.zero is None else weight.zero),
@@ -123,9 +122,3 @@ def multiply(x: Tensor, weight: BlockWeight, bias: Tensor | None, y: Tensor, con
             *(weight.k if ordered else weight.group or weight.k, groups, weight.middle),
         ),
     )
-
-
-@functools.cache
-def _launcher(kind: tuple[int, bool, bool, bool], config: BlockConfig) -> Launcher:
-    format, zeros, ordered, bias = kind
-    return config.launcher(block_linear_kernel, FORMAT=format, ZEROS=zeros, ORDERED=ordered, BIAS=bias)

@@ -6,8 +6,6 @@ arXiv:2211.15841). The blocks are rules that work everywhere; they have not been
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ from aioengine.kernels.portable import plain
 from aioengine.kernels.triton import blocks
 from aioengine.kernels.triton.jit.blocks import expert_blocks_kernel
 from aioengine.kernels.triton.jit.experts import expert_kernel, tiles_kernel
-from aioengine.kernels.triton.launch import Launcher, power_of_two
+from aioengine.kernels.triton.launch import launcher, power_of_two
 from aioengine.kernels.weight import PlainWeight, Weight
 
 BLOCK_N, BLOCK_K = 64, {16: 64, 32: 32}
@@ -42,7 +40,8 @@ def expert_linear(x: Tensor, weight: Weight, bias: Tensor | None, plan: ExpertPl
     block_m = ROWS[_usual(plan, x) > ROWS[0]]
     tiles = _tiles(plan, block_m)
     tensors = x.contiguous(), weight.data, weight.data if bias is None else bias, y, tiles
-    launch = _launcher(bias is not None, block_m, BLOCK_K[8 * x.element_size()])
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K[8 * x.element_size()]}
+    launch = launcher(expert_kernel, BIAS=bias is not None, **sizes, num_warps=4, num_stages=3)
     launch((-(-out // BLOCK_N), len(tiles), 1), tensors, (weight.k, out))
     return y
 
@@ -57,31 +56,13 @@ def _of_blocks(x: Tensor, weight: StackedWeight, bias: Tensor | None, plan: Expe
         return y
     config = blocks.config_of(first, _usual(plan, x), x)
     tiles = _tiles(plan, config.block_m, count, first.n)
-    _blocks_launcher((blocks.FORMATS[first.format], first.zero is not None, bias is not None), config)(
+    kind = {"FORMAT": blocks.FORMATS[first.format], "ZEROS": first.zero is not None}
+    config.launcher(expert_blocks_kernel, **kind, BIAS=bias is not None)(
         (-(-first.n // config.block_n), len(tiles), 1),
         (x.contiguous(), table, x if bias is None else bias, y, tiles),
         (first.k, out, first.n, first.group, first.scale.shape[1], first.middle),
     )
     return y
-
-
-@functools.cache
-def _launcher(bias: bool, block_m: int, block_k: int) -> Launcher:
-    return Launcher(
-        expert_kernel,
-        BIAS=bias,
-        BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=3,
-    )
-
-
-@functools.cache
-def _blocks_launcher(kind: tuple[int, bool, bool], config: blocks.BlockConfig) -> Launcher:
-    format, zeros, bias = kind
-    return config.launcher(expert_blocks_kernel, FORMAT=format, ZEROS=zeros, BIAS=bias)
 
 
 def _is_covered(weight: StackedWeight) -> bool:
@@ -100,11 +81,6 @@ def _tiles(plan: ExpertPlan, most: int, parts: int = 1, outputs: int = 0) -> Ten
     rows = len(plan.order)
     count = min(rows, rows // most + plan.experts) * parts
     tiles = torch.empty(count, 4, dtype=torch.int32, device=plan.device)
-    launch = _cutter(most, power_of_two(plan.experts))
+    launch = launcher(tiles_kernel, ROWS=most, EXPERTS=power_of_two(plan.experts), BLOCK=TILES)
     launch((-(-count // TILES), 1, 1), (plan.ends, tiles), (count, plan.experts, parts, outputs))
     return tiles
-
-
-@functools.cache
-def _cutter(most: int, experts: int) -> Launcher:
-    return Launcher(tiles_kernel, ROWS=most, EXPERTS=experts, BLOCK=TILES)

@@ -34,6 +34,12 @@ class Launcher:
             self._kernel[grid](*tensors, *numbers, **self._options)
 
 
+@functools.cache
+def launcher(kernel: Any, **constants: int) -> Launcher:
+    """Return the launcher of a kernel with these constants, which is made once."""
+    return Launcher(kernel, **constants)
+
+
 class Limits(NamedTuple):
     """What a GPU has for the programs of a launch."""
 

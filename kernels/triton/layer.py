@@ -14,7 +14,7 @@ from aioengine.kernels.triton.jit.layer import (
     add_rms_norm_kernel,
     rope_store_kernel,
 )
-from aioengine.kernels.triton.launch import Launcher, power_of_two
+from aioengine.kernels.triton.launch import Launcher, launcher, power_of_two
 
 SILU_COLUMNS = 1024
 ROPE_ELEMENTS = 2048
@@ -76,13 +76,9 @@ def _activate(gate_up: Tensor, kind: str, alpha: float = 1.0, limit: float = 0.0
     out = gate_up.new_empty(rows, size)
     if rows:
         grid = rows, -(-size // SILU_COLUMNS), 1
-        _activations(kind)(grid, (gate_up, out), (size, alpha, limit))
+        launch = launcher(activate_kernel, KIND=KINDS.index(kind), BLOCK=SILU_COLUMNS)
+        launch(grid, (gate_up, out), (size, alpha, limit))
     return out
-
-
-@functools.cache
-def _activations(kind: str) -> Launcher:
-    return Launcher(activate_kernel, KIND=KINDS.index(kind), BLOCK=SILU_COLUMNS)
 
 
 def rope_store(

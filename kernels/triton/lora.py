@@ -9,7 +9,7 @@ https://arxiv.org/abs/2311.03285).
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from aioengine.kernels.triton.jit.elementwise import affine_kernel, embed_kernel
 from aioengine.kernels.triton.jit.expand import expand_kernel
 from aioengine.kernels.triton.jit.shrink import shrink_kernel
 from aioengine.kernels.triton.jit.slices import MAX_SLICES
-from aioengine.kernels.triton.launch import Launcher
+from aioengine.kernels.triton.launch import launcher
 from aioengine.kernels.triton.plan import TilePlan
 from aioengine.kernels.triton.table import (
     AFFINE_COLUMNS,
@@ -106,7 +106,7 @@ class _Shrink:
         self._tiles, self._arrivals = tiles, plan.arrivals(outputs)
         self._strides = x.stride(0), slots.device_table.stride(0)
         self._sizes = slots.unit, pool.in_features, n_slices, width
-        self._launch = _launcher(
+        self._launch = launcher(
             shrink_kernel,
             BLOCK_M=config.block_m,
             BLOCK_R=config.block_r,
@@ -145,7 +145,7 @@ class _Expand:
             )
             for first, slices in _launches(pool.widths, pool.b_offsets)
         ]
-        self._launch = _launcher(
+        self._launch = launcher(
             expand_kernel,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
@@ -167,7 +167,7 @@ def lora_affine(y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
     assert y.stride(1) == 1, "columns of y must adjoin"
     tiles, slots = batch.derive(TilePlan).affine_tiles(SHORT), pool.slots
     unit = slots.unit // slots.dtype.itemsize if slots.int8 else slots.unit
-    launch = _launcher(affine_kernel, BLOCK_M=SHORT, BLOCK_N=AFFINE_COLUMNS)
+    launch = launcher(affine_kernel, BLOCK_M=SHORT, BLOCK_N=AFFINE_COLUMNS)
     for first, slices in _launches(pool.affine_widths, pool.offsets):
         launch(
             (slices.blocks(AFFINE_COLUMNS), len(tiles), 1),
@@ -189,17 +189,12 @@ def lora_embed(token_ids: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
         h[begin:end] = 0
     tiles = batch.derive(TilePlan).tiles(SHORT)
     memory = slots.memory, slots.floats(torch.float32), slots.device_table
-    _launcher(embed_kernel, BLOCK_M=SHORT, BLOCK_R=EMBED_RANKS, INT8=slots.int8)(
+    launcher(embed_kernel, BLOCK_M=SHORT, BLOCK_R=EMBED_RANKS, INT8=slots.int8)(
         (-(-width // EMBED_RANKS), len(tiles), 1),
         (token_ids.contiguous(), *memory, h, tiles),
         (slots.device_table.stride(0), pool.first, slots.unit, pool.in_features, width),
     )
     return h.mul_(batch.derive(row_weights)) if batch.is_weighted else h
-
-
-@functools.cache
-def _launcher(kernel: Any, **constants: int) -> Launcher:
-    return Launcher(kernel, **constants)
 
 
 class _Slices(NamedTuple):
