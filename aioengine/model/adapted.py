@@ -49,19 +49,13 @@ class AdaptedLinears:
         self._adapt_inputs(x, y, pool, batch)
         return self.total(y, pool, batch)
 
-    def summand(self, linear: Linear, x: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> Tensor:
-        """Return the rank's summand of the outputs of a linear that is split over its inputs, for sums that
-        are added up over the ranks later: [T, the rank's inputs] -> [T, out]."""
-        y = self._kernels.linear(x, linear.weight, self.own_bias(linear))
-        self.adapt_summand(x, y, pool, batch)
-        return y
-
     def own_bias(self, linear: Linear) -> Tensor | None:
         """Return the bias that the rank adds to its summand; only one rank has one."""
         return linear.bias if self.group.shard.rank == 0 else None
 
     def adapt_summand(self, x: Tensor, y: Tensor, pool: LoRAPool | None, batch: LoRABatch) -> None:
-        """Apply the adapters to ``y``, the rank's summand. One rank alone has their shifts."""
+        """Apply the adapters to ``y``, the rank's summand of outputs that are added up over the ranks later.
+        One rank alone has their shifts."""
         self._adapt_inputs(x, y, pool, batch)
         if pool is not None:
             self._affine(y, pool, batch)

@@ -56,13 +56,8 @@ class DecodeSteps:
     """
 
     def __init__(self, model: Model, vocab_size: int, limits: DecodeLimits, record: Record) -> None:
-        spec, block_size, bits, device = (
-            model.spec,
-            model.cache.block_size,
-            8 * model.dtype.itemsize,
-            model.device,
-        )
-        slots = model.slots
+        spec, slots, device = model.spec, model.slots, model.device
+        block_size, bits = model.cache.block_size, 8 * model.dtype.itemsize
         self._forward, self._slots = model.forward, slots
         self._max_rank = 1 if slots is None else slots.layout.max_rank
         shape = RecordedShape(

@@ -268,7 +268,6 @@ def _first_steps(slots: int, rank: int) -> list[list[Row]]:
         num_blocks=512,
         block_size=BLOCK,
         block_bytes=0,
-        cpu_capacity=slots,
         available_bytes=0,
     )
     batches = [*first_requests(plan), *kernel_shapes(plan, config), largest_step(plan, config)]

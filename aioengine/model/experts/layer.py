@@ -61,7 +61,9 @@ class Mixture:
     def _through_shared(self, x: Tensor, pools: Mapping[str, LoRAPool], lora: LoRABatch) -> Tensor:
         shared = self.linears
         y = self.adapted.split_outputs(shared[SHARED_GATE_UP], x, pools.get(SHARED_GATE_UP), lora)
-        y = self.adapted.summand(shared[SHARED_DOWN], self.activate(y), pools.get(SHARED_DOWN), lora)
+        x_down, down = self.activate(y), shared[SHARED_DOWN]
+        y = self.kernels.linear(x_down, down.weight, self.adapted.own_bias(down))
+        self.adapted.adapt_summand(x_down, y, pools.get(SHARED_DOWN), lora)
         gate = routing.logits(x, shared[SHARED_GATE].weight, None, pools.get(SHARED_GATE), lora)
         return (gate.sigmoid() * y).to(y.dtype)
 

@@ -128,7 +128,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         self.current = _Current()
-        self.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML characters
+        # jinja2's own escapes HTML characters.
+        self.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
