@@ -14,25 +14,11 @@ from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.cores import threads
 from aioengine.kernels.cpu.packed import DTYPES, PANEL, LibraryWeight, PackedWeight, is_bf16, pointer
 from aioengine.kernels.cpu.shared_library import load
-from aioengine.kernels.cpu.structs import FORMATS, Part
+from aioengine.kernels.cpu.structs import Part
+from aioengine.kernels.portable.dequantize import LAYOUTS
 
-_LAYOUT = {
-    "q4_0": (32, 1, 4, 0),
-    "q4_1": (32, 2, 4, 0),
-    "q5_0": (32, 1, 5, 0),
-    "q5_1": (32, 2, 5, 0),
-    "q8_0": (32, 1, 8, 0),
-    "q2_k": (256, 0, 20, 2),
-    "q3_k": (256, 0, 27, 1),
-    "q4_k": (256, 2, 35, 0),
-    "q5_k": (256, 2, 43, 0),
-    "q6_k": (256, 0, 52, 1),
-    "int4": (8, 0, 1, 0),
-    "int8": (4, 0, 1, 0),
-    "fp8": (4, 0, 1, 0),
-    "mxfp4": (8, 0, 1, 0),
-}
-"""Inputs of a block, and its bytes: float16 values, words of four bytes, float16 values."""
+_FORMATS = ("plain", *LAYOUTS)
+"""Formats in which a part of a weight is stored, in the library's order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +36,7 @@ class PackedBlocks(LibraryWeight):
     @staticmethod
     def fits(n: int, k: int, format: str, dtype: torch.dtype) -> bool:
         """Whether a part of this format and shape can be packed."""
-        return dtype in DTYPES and n % PANEL == 0 and k % _LAYOUT[format][0] == 0
+        return dtype in DTYPES and n % PANEL == 0 and k % LAYOUTS[format][0] == 0
 
     @classmethod
     def pack(cls, parts: Sequence[BlockWeight | PackedWeight]) -> PackedBlocks:
@@ -91,7 +77,7 @@ class PackedBlocks(LibraryWeight):
 
 def _turn(weight: BlockWeight) -> BlockWeight:
     """Rearrange ``weight`` into panels; each tensor keeps its shape and its memory."""
-    size, *fields = _LAYOUT[weight.format]
+    size, *fields = LAYOUTS[weight.format]
     assert PackedBlocks.fits(weight.n, weight.k, weight.format, weight.dtype) and weight.data.is_contiguous()
     load().aio_turn_blocks(weight.data.data_ptr(), weight.n, weight.k // size, *fields, threads())
     for beside in (weight.scale, weight.zero):
@@ -105,7 +91,7 @@ def _struct(part: BlockWeight | PackedWeight) -> Part:
     if isinstance(part, PackedWeight):
         return Part(format=0, data=part.data.data_ptr(), panels=part.n // PANEL)
     return Part(
-        format=FORMATS.index(part.format),
+        format=_FORMATS.index(part.format),
         data=part.data.data_ptr(),
         panels=part.n // PANEL,
         scale=pointer(part.scale),

@@ -34,13 +34,6 @@ ExchangeFunction = CFUNCTYPE(c_int, c_int64, c_int64)
 """``exchange(what, id of a pool, or -1)``; other than 0 ends the step."""
 
 
-FORMATS = (
-    *("plain", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
-    *("int4", "int8", "fp8", "mxfp4"),
-)
-"""Formats in which a part of a weight is stored, in the library's order."""
-
-
 class Part(Structure):
     """Rows of a weight that are stored alike, a whole number of panels; see ``src/blocks.h``."""
 

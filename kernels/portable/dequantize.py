@@ -11,9 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GGUF_FORMATS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+LAYOUTS = {
+    "q4_0": (32, 1, 4, 0),
+    "q4_1": (32, 2, 4, 0),
+    "q5_0": (32, 1, 5, 0),
+    "q5_1": (32, 2, 5, 0),
+    "q8_0": (32, 1, 8, 0),
+    "q2_k": (256, 0, 20, 2),
+    "q3_k": (256, 0, 27, 1),
+    "q4_k": (256, 2, 35, 0),
+    "q5_k": (256, 2, 43, 0),
+    "q6_k": (256, 0, 52, 1),
+    "int4": (8, 0, 1, 0),
+    "int8": (4, 0, 1, 0),
+    "fp8": (4, 0, 1, 0),
+    "mxfp4": (8, 0, 1, 0),
+}
+"""Inputs of a block, and its bytes: float16 values, words of four bytes, float16 values. The formats are in
+the order of the compiled library."""
+GGUF_FORMATS = tuple(name for name in LAYOUTS if name.startswith("q"))
 """Formats of blocks that contain their scales."""
-GROUPED_FORMATS = ("int4", "int8", "fp8", "mxfp4")
+GROUPED_FORMATS = tuple(name for name in LAYOUTS if name not in GGUF_FORMATS)
 """Formats of codes [n, k] with separate scales for groups of inputs: unsigned 4 bits, the lower ones first;
 int8; float8 (e4m3fn); and float4 (e2m1), the lower four bits of a byte first, whose scales are powers of two
 (Rouhani et al., 2023, arXiv:2310.10537)."""
@@ -24,8 +42,8 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def dequantize(format: str, data: Tensor) -> Tensor:
     """Blocks ``data`` [n, row bytes] (uint8) of one of :data:`GGUF_FORMATS`, as float32 [n, k]."""
-    size = 256 if format.endswith("_k") else 32
-    blocks = data.reshape(-1, _BYTES[format])
+    size, first, words, last = LAYOUTS[format]
+    blocks = data.reshape(-1, 2 * first + 4 * words + 2 * last)
     return _EXPAND[format](blocks).reshape(len(data), -1, size).flatten(1)
 
 
@@ -141,16 +159,4 @@ _EXPAND = {
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
-}
-_BYTES = {
-    "q4_0": 18,
-    "q4_1": 20,
-    "q5_0": 22,
-    "q5_1": 24,
-    "q8_0": 34,
-    "q2_k": 84,
-    "q3_k": 110,
-    "q4_k": 144,
-    "q5_k": 176,
-    "q6_k": 210,
 }

@@ -10,7 +10,7 @@
 
 namespace aio {
 
-// structs.py names these.
+// dequantize.py names these, but for the first.
 enum Format : int64_t { PLAIN, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, INT4, INT8, FP8, MXFP4 };
 
 // Rows of a weight that are stored alike.
