@@ -14,7 +14,6 @@ from support.tiny_models import build_adapter
 
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig, SamplingParams
 from aioengine.errors import AdapterInvalid, AdapterNotFound, ConfigError
-from aioengine.events import AdapterLoading
 
 
 async def test_register_does_nothing_until_it_is_needed(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -27,50 +26,6 @@ async def test_register_does_nothing_until_it_is_needed(tiny: Tiny, make_engine:
         assert (after.location, after.rank, after.slot) == ("slot", 3, 0)
         assert after.bytes > 0
         assert engine.register_adapter("r", tiny.adapters["rank-3"]) == after, "again: no change"
-
-
-async def test_replace_lets_accepted_requests_end_on_the_old_version(
-    tiny: Tiny, make_engine: MakeEngine
-) -> None:
-    async with make_engine(tiny) as engine:
-        await engine.load_adapter("x", tiny.adapters["rank-3"])
-        prompt = prompt_of(3, 6)
-        stream = engine.generate(prompt, greedy(80), adapter="x")
-        await anext(stream)
-        replaced = await engine.load_adapter("x", tiny.adapters["qv-only"], replace=True)
-        assert replaced.version == 2
-        new = await engine.complete(prompt, greedy(), adapter="x")
-        assert new.token_ids == tiny.expected(prompt, 24, "qv-only")
-        async for out in stream:
-            pass
-        assert out.token_ids == tiny.expected(prompt, 80, "rank-3")
-        await engine.complete([1], greedy(1))
-        stats = engine.stats()
-        assert [s.version for s in stats.slots if s.adapter == "x"] == [2], "the old slot is free"
-        assert stats.cpu_adapters == 1
-        engine.check_invariants()
-
-
-async def test_a_bad_replacement_leaves_the_old_version_in_place(
-    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
-) -> None:
-    async with make_engine(tiny) as engine:
-        await engine.load_adapter("x", tiny.adapters["rank-3"])
-        (tmp_path / "adapter_config.json").write_text("{}")
-        with pytest.raises(AdapterInvalid):
-            await engine.load_adapter("x", tmp_path, replace=True)
-        out = await engine.complete([4, 5], greedy(), adapter="x")
-        assert out.token_ids == tiny.expected([4, 5], 24, "rank-3")
-        assert [a.version for a in engine.adapters()] == [1]
-
-
-async def test_another_path_needs_replace(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        await engine.load_adapter("x", tiny.adapters["rank-3"])
-        with pytest.raises(AdapterInvalid, match="replace=True"):
-            await engine.load_adapter("x", tiny.adapters["qv-only"])
-        with pytest.raises(AdapterInvalid, match="replace=True"):
-            engine.register_adapter("x", tiny.adapters["qv-only"])
 
 
 async def test_unload_waits_for_what_runs_and_frees_everything(tiny: Tiny, make_engine: MakeEngine) -> None:
@@ -106,24 +61,6 @@ async def test_without_lora_adapters_are_refused(tiny: Tiny) -> None:
         with pytest.raises(AdapterNotFound):
             await engine.complete([4, 5], adapter="x")
         assert engine.stats().slots == ()
-
-
-async def test_a_replacement_is_read_once_and_shares_no_blocks(tiny: Tiny, make_engine: MakeEngine) -> None:
-    """The same prompt before and after: the prefix cache has it, but never for the other version."""
-    prompt, reads = prompt_of(5, 30), list[Any]()
-    async with make_engine(tiny) as engine:
-        engine.add_listener(reads.append, AdapterLoading)
-        await engine.load_adapter("x", tiny.adapters["rank-3"])
-        for cached in (0, 28):
-            out = await engine.complete(prompt, greedy(), adapter="x")
-            assert out.token_ids == tiny.expected(prompt, 24, "rank-3")
-            assert out.cached_tokens == cached
-        await engine.load_adapter("x", tiny.adapters["qv-only"], replace=True)
-        for cached in (0, 28):
-            out = await engine.complete(prompt, greedy(), adapter="x")
-            assert out.token_ids == tiny.expected(prompt, 24, "qv-only")
-            assert out.cached_tokens == cached
-    assert [event.version for event in reads] == [1, 2]
 
 
 async def test_a_request_that_is_tokenized_while_its_adapter_is_replaced(tmp_path: Path) -> None:

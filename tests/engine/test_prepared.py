@@ -40,15 +40,6 @@ async def test_discarded_leaves_nothing(tiny: Tiny, make_engine: MakeEngine) -> 
         engine.check_invariants()
 
 
-async def test_unread_is_read_when_it_is_needed(tiny: Tiny, make_engine: MakeEngine) -> None:
-    async with make_engine(tiny) as engine:
-        await engine.prepare_adapter("x", tiny.adapters["rank-3"], read=False)
-        assert engine.resident() == []
-        engine.commit_adapter("x")
-        output = await engine.complete(prompt_of(0, 9), greedy(8), adapter="x")
-        assert output.token_ids == tiny.expected(prompt_of(0, 9), 8, "rank-3")
-
-
 async def test_other_content_than_expected_is_refused(
     tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
 ) -> None:

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from support.steady_device import Steady
 
-from aioengine import AdapterResolver, AsyncEngine, LoRAConfig
+from aioengine import AdapterResolver, AsyncEngine
 from aioengine.core import Core
 from aioengine.core.state import AdapterEntry
 from aioengine.errors import (
     AdapterInvalid,
     AdapterLoadError,
     AdapterNotFound,
-    ConfigError,
     DeadlineExceeded,
     EngineOverloaded,
     EngineStopped,
@@ -275,17 +274,6 @@ async def test_what_a_resolver_found_and_is_gone_is_looked_for_again(
         with pytest.raises(AdapterLoadError):
             await engine.complete([4, 5], greedy(2), adapter="mine")
         assert "mine" in [info.name for info in engine.adapters()]
-
-
-async def test_a_root_that_is_no_folder_is_refused_at_the_start(
-    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
-) -> None:
-    engine = make_engine(tiny, adapter_root=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="adapter_root"):
-        await engine.start()
-    for value in (5, ""):
-        with pytest.raises(ConfigError, match="adapter_root"):
-            LoRAConfig(adapter_root=value)  # type: ignore[arg-type]
 
 
 # Paths on the Hub

@@ -8,11 +8,6 @@ import math
 import pytest
 from support.steady_device import Steady, add, run
 
-from aioengine.adapters.loader import BaseLoader
-from aioengine.adapters.read_threads import Progress
-from aioengine.config import LoRAConfig
-from aioengine.errors import AdapterLoadError
-from aioengine.events import Event, RequestEnded
 from aioengine.lab.simulation.clock import NothingToWaitFor
 from aioengine.runtime.loop import EngineLoop
 from aioengine.schedulers import Decision, SchedulerPolicy, SchedulerView
@@ -48,31 +43,6 @@ def test_a_policy_that_waits_is_asked_again_although_a_read_has_just_ended() -> 
         assert not stepper.core.requests
 
     run(HoldsBack(), main, Reads())
-
-
-def test_retries_wait_in_virtual_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aioengine.adapters.loader.BACKOFF_SECONDS", 100.0)
-
-    class Flaky(BaseLoader, Steady):
-        reads = 0
-
-        async def _read(self, order: ReadOrder, progress: Progress) -> LoadedAdapter:
-            progress.running = False
-            self.reads += 1
-            if self.reads < 3:
-                raise AdapterLoadError("EIO", name="a", path="/a", transient=True)
-            return LoadedAdapter(4, 100, 100, "digest", 1.0)
-
-    seen: list[Event] = []
-
-    async def main(stepper: EngineLoop) -> None:
-        stepper.listeners.add(seen.append, RequestEnded)
-        add(stepper, "r", "a")
-        await asyncio.sleep(100 + 200 + 1)
-
-    run(FCFS(), main, Flaky(LoRAConfig(load_retries=3, load_timeout=None)))
-    (end,) = seen
-    assert isinstance(end, RequestEnded) and end.reason == "length" and end.time > 150
 
 
 class Asks(SchedulerPolicy):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aioengine.errors import EngineOverloaded
-from aioengine.tasks import SharedWork, WorkInTurns, run_to_completion, together
+from aioengine.tasks import SharedWork, run_to_completion, together
 
 
 class Failed(Exception):
@@ -76,20 +75,6 @@ def test_together_leaves_none_behind(turns: list[int], failing: int | None, canc
             assert cancel_after is not None
 
     asyncio.run(run())
-
-
-async def test_owners_take_turns() -> None:
-    turns = WorkInTurns[int, None](3, 2)
-    order: list[str] = []
-
-    async def take(owner: str) -> None:
-        order.append(owner)
-        await asyncio.sleep(0)
-
-    owners = enumerate("aaaaaaaabbc")
-    await asyncio.gather(*(turns.result(owner, n, partial(take, owner)) for n, owner in owners))
-    assert set(order[:4]) == {"a", "b"} and order.index("c") <= 6
-    assert len(order) == 11 and not turns.shared.jobs
 
 
 async def test_what_ignores_its_cancellation_holds_up_nobody() -> None:

@@ -111,13 +111,6 @@ async def test_a_flood_of_one_owner_delays_no_other() -> None:
     assert order.index("b") <= 1
 
 
-async def test_each_owner_has_an_equal_share_of_the_text() -> None:
-    jobs = [(f"a{i}", "a", 400_000) for i in range(10)] + [(f"b{i}", "b", 100_000) for i in range(40)]
-    order = await order_of(jobs, threads=1)
-    half = order[:25]
-    assert sum(name[0] == "a" for name in half) == pytest.approx(5, abs=1)
-
-
 async def test_long_texts_leave_a_thread_to_others() -> None:
     work = TextWork(threads=2)
     go = threading.Event()
