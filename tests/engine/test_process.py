@@ -55,9 +55,12 @@ SAMPLINGS: dict[str, SamplingParams] = {
 }
 
 
-async def sampled(engine: AsyncEngine) -> list[Any]:
+async def sampled(engine: AsyncEngine) -> tuple[list[Any], list[float]]:
+    """Tokens, and log-probabilities, whose last bits depend on the batch."""
     runs = [engine.complete(prompt_of(i, 9), params) for i, params in enumerate(SAMPLINGS.values())]
-    return [(out.token_ids, out.logprobs, out.finish_reason) for out in await asyncio.gather(*runs)]
+    outputs = await asyncio.gather(*runs)
+    logprobs = [entry.logprob for out in outputs for entry in out.logprobs or ()]
+    return [(out.token_ids, out.finish_reason) for out in outputs], logprobs
 
 
 async def load_errors(engine: AsyncEngine, tiny: Tiny, folder: Path) -> list[BaseException]:
@@ -78,7 +81,7 @@ async def test_tokens_and_errors_are_those_of_the_thread_executor(
 ) -> None:
     limits: dict[str, Any] = {"max_num_batched_tokens": 16, "max_lora_rank": 8, "load_retries": 1}
     engines = [make_engine(tiny, executor=name, **limits) for name in ("thread", "process")]
-    seen = []
+    seen, values = [], []
     for engine in engines:
         async with engine:
             names = ("rank-3", "qv-only", "rank-4")
@@ -92,11 +95,13 @@ async def test_tokens_and_errors_are_those_of_the_thread_executor(
             failed = await load_errors(engine, tiny, tmp_path)
             assert [type(e) for e in failed] == [AdapterInvalid, AdapterTooLarge, AdapterLoadError]
             infos = [(a.rank, a.bytes, a.digest) for a in engine.adapters()]
-            seen.append((await sampled(engine), [(str(e), vars(e)) for e in failed], str(error), infos))
+            tokens, logprobs = await sampled(engine)
+            seen.append((tokens, [(str(e), vars(e)) for e in failed], str(error), infos))
+            values.append(logprobs)
             engine.check_invariants()
             assert engine.plan.num_blocks == engine.stats().kv_blocks == engine.stats().kv_blocks_free
     thread, process = seen
-    assert process == thread
+    assert process == thread and values[1] == pytest.approx(values[0], abs=1e-4)
     await nothing_left.check()
 
 
