@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
-import os
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -231,7 +229,7 @@ async def test_whatever_a_step_raises_is_told_to_who_waits(
 
 
 async def test_what_a_failed_read_has_read_is_not_kept(
-    tiny: Tiny, make_engine: MakeEngine, tmp_path: Path
+    tiny: Tiny, make_engine: MakeEngine, folder: Path
 ) -> None:
     """Failures are remembered by name, and with a traceback the file's content would be, too."""
 
@@ -240,28 +238,20 @@ async def test_what_a_failed_read_has_read_is_not_kept(
         found = [item for item in gc.get_objects() if isinstance(item, TracebackType)]
         return [name for item in found if "aioengine" in (name := item.tb_frame.f_code.co_filename)]
 
-    def broken(number: int) -> Path:
-        folder = tmp_path / f"broken-{number}"
-        shutil.copytree(tiny.adapters["qv-only"], folder)
-        os.truncate(folder / WEIGHTS, os.path.getsize(folder / WEIGHTS) - 8)
-        return folder
-
-    async def fail(engine: AsyncEngine, number: int) -> None:
-        folder, name = broken(number), f"broken-{number}"
-        attempts: list[Callable[[], Awaitable[object]]] = [
-            lambda: engine.load_adapter(name, folder),
-            lambda: engine.load_adapter_files(name, *((folder / f).read_bytes() for f in (CONFIG, WEIGHTS))),
-            lambda: engine.complete([1, 2, 3], greedy(1), adapter=name),
-            lambda: asyncio.gather(*(engine.complete([1], greedy(1), adapter=name) for _ in range(3))),
-        ]
-        if number >= 2:
-            engine.register_adapter(name, folder)
-        with contextlib.suppress(AdapterInvalid):
-            await attempts[number]()
-            pytest.fail("it was read")
-
+    truncate(folder)
+    files = [(folder / name).read_bytes() for name in (CONFIG, WEIGHTS)]
     async with make_engine(tiny, max_loras=3, max_cpu_loras=4) as engine:
+        for name in "cd":
+            engine.register_adapter(name, folder)
+        attempts: list[Callable[[], Awaitable[object]]] = [
+            lambda: engine.load_adapter("a", folder),
+            lambda: engine.load_adapter_files("b", *files),
+            lambda: engine.complete([1, 2, 3], greedy(1), adapter="c"),
+            lambda: asyncio.gather(*(engine.complete([1], greedy(1), adapter="d") for _ in range(3))),
+        ]
         before = frames()
-        for number in range(4):
-            await fail(engine, number)
+        for attempt in attempts:
+            with pytest.raises(AdapterInvalid) as caught:
+                await attempt()
+            del caught
             await until(lambda: frames() == before)
