@@ -9,26 +9,21 @@ import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from support import preloaded
 
 SMALL = ["--max-model-len", "500", "--kv-cache-memory", "4MiB", "--max-loras", "2", "--dtype", "float32"]
 
 
-class Log(NamedTuple):
-    """What a process writes to its standard error."""
-
-    lines: asyncio.StreamReader
-    pipe: asyncio.ReadTransport
-
-
 class Serving:
     """``lines`` is its log, read as it comes."""
 
-    def __init__(self, process: preloaded.Program, log: Log, url: str) -> None:
+    def __init__(
+        self, process: preloaded.Program, log: asyncio.StreamReader, pipe: asyncio.ReadTransport, url: str
+    ) -> None:
         self.process = process
-        self._log = log
+        self._log, self._pipe = log, pipe
         self.url = url
         self.lines: list[dict[str, Any]] = []
         self._reading = asyncio.create_task(self._read())
@@ -41,11 +36,11 @@ class Serving:
     @contextlib.contextmanager
     def unread(self) -> Iterator[None]:
         """Nobody reads its log meanwhile."""
-        self._log.pipe.pause_reading()
+        self._pipe.pause_reading()
         try:
             yield
         finally:
-            self._log.pipe.resume_reading()
+            self._pipe.resume_reading()
 
     async def end(self) -> int:
         """Its exit code, once it has ended."""
@@ -53,17 +48,8 @@ class Serving:
         return await asyncio.wait_for(self.process.wait(), 60)
 
     async def _read(self) -> None:
-        async for line in self._log.lines:
+        async for line in self._log:
             self.lines.append(json.loads(line))
-
-
-async def follow(outlet: int) -> Log:
-    """Read a pipe, lines of up to 1 MiB."""
-    lines = asyncio.StreamReader(limit=2**20)
-    pipe = os.fdopen(outlet, "rb", buffering=0)
-    loop = asyncio.get_running_loop()
-    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), pipe)
-    return Log(lines, transport)
 
 
 @contextlib.asynccontextmanager
@@ -80,18 +66,21 @@ async def serving(
     outlet, inlet = os.pipe()
     process = preloaded.start(module, *arguments, environment={**os.environ, **environment}, errors=inlet)
     os.close(inlet)
-    log = await follow(outlet)
+    log = asyncio.StreamReader(limit=2**20)
+    pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(log), os.fdopen(outlet, "rb", buffering=0)
+    )
     try:
         async with asyncio.timeout(120):
             while True:
-                line = (await log.lines.readline()).decode()
+                line = (await log.readline()).decode()
                 assert line, "it ended before it served"
                 found = re.search(r"serving at (https?://\S+)", line)
                 if found:
                     break
-        yield Serving(process, log, found[1])
+        yield Serving(process, log, pipe, found[1])
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-        log.pipe.close()
+        pipe.close()
