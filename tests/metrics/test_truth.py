@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from support.metric_script import Samples, by_label, collected, value
+from support.metric_script import Samples, by_label, samples, value
 from support.metric_truth import Truth
 
 from aioengine import EngineStats
@@ -56,7 +56,7 @@ def random_run(seed: int) -> tuple[Samples, list[e.Event]]:
             counters(event)
             metrics.handle(event)
         taken = len(sim.events)
-        found = collected(metrics)
+        found = samples(metrics)
         assert_occupancy(found, counters.snapshot(sim.core, 0))
         return found
 

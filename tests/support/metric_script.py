@@ -57,15 +57,6 @@ def families(made: EngineMetrics) -> list[Metric]:
 def samples(made: EngineMetrics) -> Samples:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in families(made)
-        for sample in family.samples
-    }
-
-
-def collected(made: EngineMetrics) -> Samples:
-    """The same as :func:`samples`, without the detour over text: for tests that scrape often."""
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
         for family in made.registry.collect()
         for sample in family.samples
     }
