@@ -144,3 +144,15 @@ async def test_without_a_tokenizer_there_is_no_guide(tiny: Tiny, make_engine: Ma
     async with make_engine(tiny) as engine:
         with pytest.raises(ConfigError, match="tokenizer"):
             Guide(engine)
+
+
+async def test_what_compiles_grammars_writes_nothing_to_the_standard_streams(
+    tiny_text: Tiny,
+    make_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PYTHONVERBOSE", "1")
+    async with make_engine(tiny_text) as engine:
+        assert (await Guide(engine).regex("a+")).allowed([])
+    assert "import '" not in capfd.readouterr().err
