@@ -36,7 +36,7 @@ class Part(NamedTuple):
 def is_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity. A sum has one if a value is one, and costs a fraction of
     isfinite; if only the sum is too large, each value is looked at."""
-    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def converted(source: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
