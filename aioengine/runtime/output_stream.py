@@ -144,8 +144,8 @@ class OutputStream:
     # Text
 
     def _find_stop(self, before: int, *, is_stop: bool) -> int | None:
-        """Add the text of the tokens from index ``before`` on, one at a time, up to a stop string. Returns how
-        many come up to it, if there is one."""
+        """Add the text of the tokens from index ``before`` on, one at a time, up to a stop string. Returns
+        how many come up to it, if there is one."""
         known = len(self._answer.tokens)
         while not self.found_stop and self._taken < known:
             end = self._taken + 1

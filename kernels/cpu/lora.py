@@ -19,10 +19,8 @@ from aioengine.kernels.cpu.packed import DTYPES, is_bf16
 from aioengine.kernels.cpu.shared_library import load
 from aioengine.kernels.plan.lora import LoRABatch, Segment
 from aioengine.kernels.portable import grouped
-from aioengine.kernels.portable.grouped import lora_embed
+from aioengine.kernels.portable.grouped import lora_embed as lora_embed
 from aioengine.kernels.slots import Column, LoRAPool, SlotMemory
-
-__all__ = ["lora_affine", "lora_embed", "lora_expand", "lora_shrink"]
 
 
 def lora_shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:

@@ -82,19 +82,6 @@ def paged_attention(qkv: Tensor, cache: LayerCache, plan: AttentionPlan, scores:
     return out
 
 
-def attend(
-    qkv: Tensor,
-    cache: LayerCache,
-    plan: AttentionPlan,
-    scores: Scores,
-    tiles: Tiles,
-    config: AttentionConfig,
-    out: Tensor,
-) -> None:
-    """:func:`paged_attention` of some tiles, with a configuration of the caller's choice."""
-    _Attention(qkv, cache, plan, scores, tiles, config)(qkv, cache, scores.sinks, out)
-
-
 def _launches(plan: AttentionPlan) -> dict[tuple[object, ...], list[_Attention]]:
     """Return what is prepared for a step: nothing yet."""
     return {}
