@@ -193,7 +193,7 @@ class _Writer:
             value = schema[key]
             if key in _ANNOTATIONS:
                 continue
-            elif key == "$ref" and own:
+            elif key == "$ref" and own:  # in place: a definition knows nothing of ``own``
                 target = self._write(self._references.target(value), depth + 1, own)
                 written["allOf"] = [target, *written.get("allOf", ())]
             elif key == "$ref":
