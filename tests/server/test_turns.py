@@ -1,80 +1,60 @@
-"""Turns on the loop: bounded in a pass, and with rests where connections wait on and on."""
+"""Turns on the loop: bounded in a pass, and with rests where connections wait on and on; in virtual time."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
-from collections.abc import Callable
-from typing import Any, cast
 
 import pytest
 
+from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
 from aioengine.server.bounds import PATIENCE, PER_PASS, Turns
 
 COST = 0.0005
 """Seconds that a turn takes, with the answer that it leads to."""
 
 
-class Loop:
-    """Just what Turns asks of a loop, in virtual time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.idle = 0.0
-        self._order = itertools.count()
-        self._due: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-
-    def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
-        self.call_later(0.0, callback, *args)
-
-    def call_later(self, delay: float, callback: Callable[..., None], *args: Any) -> None:
-        heapq.heappush(self._due, (self.now + delay, next(self._order), callback, args))
-
-    def run(self, until: float) -> None:
-        while self._due and self.now < until:
-            due, _, callback, args = heapq.heappop(self._due)
-            self.idle += max(due - self.now, 0.0)
-            self.now = max(due, self.now)
-            callback(*args)
+def turns_of(is_busy: bool) -> tuple[VirtualTimeLoop, Turns]:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    return loop, Turns(lambda: is_busy, loop, loop.time)
 
 
 class Client:
     """Has ``left`` requests to be parsed, one after the other."""
 
-    def __init__(self, loop: Loop, turns: Turns, left: int, owner: str = "a") -> None:
+    def __init__(self, turns: Turns, left: int, owner: str = "a") -> None:
         self.owner = owner
         self.left = left
-        self._loop, self._turns = loop, turns
-
-    def take_turn(self) -> None:
-        self._loop.now += COST
-        self.left -= 1
-        if self.left:
-            self.ask()
+        self._turns = turns
+        self.ask()
 
     def ask(self) -> None:
         self._turns.ask(self.owner, self.take_turn)
 
+    def take_turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        loop.go_to(loop.time() + COST)
+        self.left -= 1
+        if self.left:
+            self.ask()
 
-def turns_on(loop: Loop, is_busy: bool) -> Turns:
-    return Turns(lambda: is_busy, cast(asyncio.AbstractEventLoop, loop), lambda: loop.now)
 
+def taken(is_busy: bool, clients: int, requests: int, seconds: float) -> list[int]:
+    """The numbers of turns that clients have had after so many seconds."""
 
-def flood(is_busy: bool, clients: int, requests: int) -> tuple[Loop, list[Client], Turns]:
-    loop = Loop()
-    turns = turns_on(loop, is_busy)
-    all_of_them = [Client(loop, turns, requests) for _ in range(clients)]
-    for client in all_of_them:
-        client.ask()
-    return loop, all_of_them, turns
+    async def main() -> list[int]:
+        _, turns = turns_of(is_busy)
+        all_of_them = [Client(turns, requests) for _ in range(clients)]
+        await asyncio.sleep(seconds)
+        return [requests - client.left for client in all_of_them]
+
+    return run_in_virtual_time(main())
 
 
 def test_half_of_the_time_is_left_to_the_steps_while_connections_flood() -> None:
-    loop, clients, _ = flood(True, 30, 10_000)
-    loop.run(until=10.0)
-    assert loop.idle > 0.45 * (10.0 - PATIENCE)
-    done = [10_000 - client.left for client in clients]
+    done = taken(True, 30, 10_000, seconds=10.0)
+    assert 10.0 - sum(done) * COST > 0.45 * (10.0 - PATIENCE)
     assert max(done) - min(done) <= 2
     assert sum(done) > 0.4 * 10.0 / COST
 
@@ -83,34 +63,35 @@ def test_half_of_the_time_is_left_to_the_steps_while_connections_flood() -> None
 def test_nobody_rests_in_a_burst_or_while_nothing_is_answered(
     is_busy: bool, clients: int, requests: int
 ) -> None:
-    loop, _, _ = flood(is_busy, clients, requests)
-    loop.run(until=1.0)
-    assert loop.idle == pytest.approx(0.0)
+    seconds = min(clients * requests * COST, 1.0)
+    assert sum(taken(is_busy, clients, requests, seconds)) == pytest.approx(seconds / COST, abs=PER_PASS)
 
 
 def test_one_connection_of_another_owner_waits_for_few_of_a_flood() -> None:
-    loop, flooders, turns = flood(True, 3000, 3)
-    loop.run(until=0.2)
-    other = Client(loop, turns, 1, owner="b")
-    began, before = loop.now, sum(client.left for client in flooders)
-    other.ask()
-    while other.left:
-        loop.run(until=loop.now + COST)
-    assert before - sum(client.left for client in flooders) <= 2 * PER_PASS
-    assert loop.now - began < 0.1
+    async def main() -> None:
+        loop, turns = turns_of(True)
+        flooders = [Client(turns, 3) for _ in range(3000)]
+        await asyncio.sleep(0.2)
+        began, before = loop.time(), sum(client.left for client in flooders)
+        other = Client(turns, 1, owner="b")
+        while other.left:
+            await asyncio.sleep(COST)
+        assert before - sum(client.left for client in flooders) <= 2 * PER_PASS
+        assert loop.time() - began < 0.1
+
+    run_in_virtual_time(main())
 
 
 def test_a_turn_that_fails_keeps_nobody_from_theirs() -> None:
-    class Broken(Client):
-        def take_turn(self) -> None:
-            raise RuntimeError("for this test")
+    async def main() -> None:
+        loop, turns = turns_of(False)
+        loop.set_exception_handler(lambda _, told: failed.append(told["exception"]))
+        failed: list[BaseException] = []
+        turns.ask("a", lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+        for _ in range(2):
+            client = Client(turns, 1)
+            await asyncio.sleep(1.0)
+            assert not client.left
+        assert [type(error) for error in failed] == [ZeroDivisionError]
 
-    loop = Loop()
-    turns = turns_on(loop, False)
-    Broken(loop, turns, 1).ask()
-    with pytest.raises(RuntimeError, match="for this test"):
-        loop.run(until=1.0)
-    before = Client(loop, turns, 1)
-    before.ask()
-    loop.run(until=1.0)
-    assert not before.left
+    run_in_virtual_time(main())
