@@ -120,7 +120,7 @@ def accuracy(
     distribution in nats, and the error of the logits relative to their norm.
     """
     path = resolve_model(model)
-    cut = passages(Tokenizer.from_dir(path), texts)
+    cut = passages(Tokenizer.load(path), texts)
     with tempfile.TemporaryDirectory() as folder:
         adapter = write_random_adapter(Path(folder) / "a", read_spec(path), rank, seed=0, dtype="float32")
         for used, variants in ((None, WITHOUT), (adapter, WITH)):

@@ -279,8 +279,8 @@ def write(folder: Path, **files: object) -> Path:
 
 
 def test_from_dir(tmp_path: Path) -> None:
-    assert Tokenizer.from_dir(tmp_path) is None
-    plain = Tokenizer.from_dir(write(tmp_path))
+    assert Tokenizer.load(tmp_path) is None
+    plain = Tokenizer.load(write(tmp_path))
     assert plain is not None
     assert len(plain.encode("The quick brown fox jumps over the lazy dog")) not in (4, 64)
     with pytest.raises(RequestInvalid, match="no chat template"):
@@ -289,7 +289,7 @@ def test_from_dir(tmp_path: Path) -> None:
 
 def test_chat_template_sources(tmp_path: Path) -> None:
     def rendered(**files: object) -> str:
-        tokenizer = Tokenizer.from_dir(write(tmp_path, **files))
+        tokenizer = Tokenizer.load(write(tmp_path, **files))
         assert tokenizer is not None
         return tokenizer.render_chat([{"role": "user", "content": "x"}])
 
@@ -304,4 +304,4 @@ def test_chat_template_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["tokenizer__json", "tokenizer_config__json"])
 def test_malformed_files_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=name.replace("__", ".")):
-        Tokenizer.from_dir(write(tmp_path, **{name: "{oops"}))
+        Tokenizer.load(write(tmp_path, **{name: "{oops"}))

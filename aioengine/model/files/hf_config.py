@@ -11,9 +11,14 @@ from aioengine.model.files.hf.config_file import ConfigFile, NotNative
 from aioengine.model.files.hf.families import FAMILIES
 from aioengine.model.files.hf.rope import read_ropes
 from aioengine.model.files.quantized import read_folder, with_packed
-from aioengine.model.spec import DTYPE_BYTES, MAX_EXPERTS, MAX_LAYERS, SUPPORTED_ARCHITECTURES, ModelSpec
-
-__all__ = ["NotNative", "parse_config", "read_spec", "special_tokens"]
+from aioengine.model.spec import (
+    DTYPE_BYTES,
+    MAX_EXPERTS,
+    MAX_LAYERS,
+    SUPPORTED_ARCHITECTURES,
+    ModelSpec,
+    RopeSpec,
+)
 
 _COUNTS = ("num_experts", "num_local_experts")
 """Keys for the number of experts; transformers takes either for the other."""
@@ -58,8 +63,9 @@ def parse_config(config: ConfigFile) -> ModelSpec:
     windows = _sliding_windows(config, family.windows, num_layers)
     ropes = read_ropes(config, family, head_dim, windows, num_layers)
     max_position = config.positive("max_position_embeddings")
-    if ropes.rope.type == "longrope":  # its factors for longer sequences are not used
-        max_position = min(max_position, ropes.rope.original_max_position)
+    rope: RopeSpec = ropes["rope"]
+    if rope.type == "longrope":  # its factors for longer sequences are not used
+        max_position = min(max_position, rope.original_max_position)
     numbers = {field: key for field, key in family.numbers.items() if config.get(key) is not None}
     fields = family.fields | {field: config.number(key) for field, key in numbers.items()}
     if name.startswith("gemma"):
@@ -89,16 +95,13 @@ def parse_config(config: ConfigFile) -> ModelSpec:
         intermediate_size=config.positive("intermediate_size"),
         rms_norm_eps=config.number("rms_norm_eps"),
         max_position=max_position,
-        rope=ropes.rope,
-        other_rope=ropes.other,
-        other_rope_layers=ropes.other_layers,
-        rotary_dim=ropes.rotary_dim,
         tie_embeddings=config.flag("tie_word_embeddings"),
         mlp_bias=config.flag("mlp_bias"),
         sliding_windows=windows,
         dtype=_dtype(config),
         bos_token_id=bos,
         eos_token_ids=eos,
+        **ropes,
         **fields,
         **(experts or {}),
     )

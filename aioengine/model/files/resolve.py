@@ -12,6 +12,7 @@ from aioengine.errors import ConfigError
 from aioengine.info import LoadProgress
 from aioengine.model.files import hf_config
 from aioengine.model.files.embedded import EMBEDDED_MODEL, embedded_model_dir
+from aioengine.model.files.hf.config_file import NotNative
 from aioengine.model.files.sources import HubId, download, explain, has_hub, parse_hub_id
 from aioengine.model.spec import ModelImpl, ModelSpec, Quantization
 
@@ -70,7 +71,7 @@ def read_spec(path: Path, impl: ModelImpl = "auto", quantization: Quantization =
     else:
         try:
             spec = hf_config.read_spec(path)
-        except hf_config.NotNative as error:
+        except NotNative as error:
             if impl == "native":
                 raise
             return _generic(path, error)

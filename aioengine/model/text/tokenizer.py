@@ -53,13 +53,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path, chat_template: str | None = None) -> Tokenizer | None:
-        """Read the tokenizer of a model folder or GGUF file; None if it has none. The file ``chat_template``
-        takes the place of the model's own.
+        """Read the tokenizer of a model folder (``tokenizer.json``) or GGUF file; None if it has none. The
+        file ``chat_template`` takes the place of the model's own.
 
-        Raises :class:`~aioengine.errors.ConfigError` if a file is malformed.
+        Raises :class:`~aioengine.errors.ConfigError` if a file is there but malformed.
         """
         if path.suffix != ".gguf":
-            tokenizer = cls.from_dir(path)
+            tokenizer = cls._of_folder(path)
         else:
             from aioengine.model.files.gguf import GGUFFile
             from aioengine.model.text.gguf_tokenizer import build_tokenizer
@@ -72,11 +72,7 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def from_dir(cls, model_dir: Path) -> Tokenizer | None:
-        """Read a model folder; None if it has no ``tokenizer.json``.
-
-        Raises :class:`~aioengine.errors.ConfigError` if a tokenizer file is there but malformed.
-        """
+    def _of_folder(cls, model_dir: Path) -> Tokenizer | None:
         path = model_dir / "tokenizer.json"
         if not path.is_file():
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from aioengine.model.files.hf.config_file import ConfigFile, NotNative
 from aioengine.model.files.hf.families import Family
@@ -16,31 +16,24 @@ _YARN = ("factor", "beta_fast", "beta_slow", "attention_factor")
 """Numbers in a configuration, under the names that :class:`RopeSpec` has for them."""
 
 
-class RopeConfig(NamedTuple):
-    """Rotations as :class:`aioengine.model.spec.ModelSpec` has them."""
-
-    rope: RopeSpec
-    other: RopeSpec | None = None
-    other_layers: tuple[int, ...] = ()
-    rotary_dim: int | None = None
-
-
 def read_ropes(
     config: ConfigFile, family: Family, head_dim: int, windows: Sequence[int | None], num_layers: int
-) -> RopeConfig:
-    """Return the rotations of a model. Raises ConfigError for odd values, and NotNative for what is not
-    known."""
+) -> dict[str, Any]:
+    """Return the rotations of a model, as fields of :class:`aioengine.model.spec.ModelSpec`. Raises
+    ConfigError for odd values, and NotNative for what is not known."""
     if family.local_theta is not None:
         sliding = tuple(layer for layer, window in enumerate(windows) if window is not None)
         full, local = _by_layer_type(config, family.local_theta)
-        return RopeConfig(full, local, sliding) if sliding and local != full else RopeConfig(full)
+        if not sliding or local == full:
+            return {"rope": full}
+        return {"rope": full, "other_rope": local, "other_rope_layers": sliding}
     found = _flat(config, family, head_dim)
     if "no_rope_layer_interval" in family.absent and (without := _layers_without(config, num_layers)):
-        return found._replace(other=RopeSpec(type="none"), other_layers=without)
+        found |= {"other_rope": RopeSpec(type="none"), "other_rope_layers": without}
     return found
 
 
-def _flat(config: ConfigFile, family: Family, head_dim: int) -> RopeConfig:
+def _flat(config: ConfigFile, family: Family, head_dim: int) -> dict[str, Any]:
     """Read one rotation: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling``
     (before)."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -57,7 +50,7 @@ def _flat(config: ConfigFile, family: Family, head_dim: int) -> RopeConfig:
         if not isinstance(share, float) or not 0 < share < 1 or int(head_dim * share) % 2:
             raise config.error("partial_rotary_factor", share, "must give an even part of the head dimension")
         rotary_dim = int(head_dim * share)
-    return RopeConfig(_one(config, rope, rotary_dim or head_dim), rotary_dim=rotary_dim)
+    return {"rope": _one(config, rope, rotary_dim or head_dim), "rotary_dim": rotary_dim}
 
 
 def _by_layer_type(config: ConfigFile, theta: float) -> tuple[RopeSpec, ...]:
