@@ -65,7 +65,8 @@ COMMANDS = {
         "lab.compare",
         ["--policy fcfs,vllm+lru,vtc --trace azure_code.csv --adapters 200 --slots 4,8"],
     ),
-    "lab new": ("lab.study", ["my_study"]),
+    "lab rerun": ("lab.folders", ["results"]),
+    "lab new": ("lab.folders", ["my_study"]),
     "lab size": ("lab.size", ["--workload workload.toml --slo ttft_p99=2.0 itl_p95=0.05"]),
     "lab calibrate": ("lab.live", ["--out this-machine.json"]),
     "lab validate": ("lab.live", ["--calibrate this-machine.json"]),
@@ -83,7 +84,6 @@ REMOVED = {
     "keys check": "aioengine config check --keys FILE checks the file",
     "keys hash": "aioengine keys new makes a key, and its hash",
     "lab record": "aioengine serve --record FILE does it",
-    "lab rerun": "aioengine lab run --experiment DIR/experiment.json --out NEW, and diff -r DIR NEW",
     "lab report": "call write_report(DIR) of aioengine.lab",
     "top": "the server's page (/) shows slots and queues, and GET /debug/requests the open requests",
 }

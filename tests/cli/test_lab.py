@@ -50,15 +50,6 @@ def test_a_run_says_why_requests_were_not_served(tmp_path: Path, capsys: pytest.
     assert "aioengine: not all requests were served: 20 DeadlineExceeded" in capsys.readouterr().err
 
 
-def test_an_experiment_gives_the_same_files_again(tmp_path: Path) -> None:
-    first, again = tmp_path / "first", tmp_path / "again"
-    assert main(["lab", "run", *SMALL, *SYSTEM, "--slots", "2", "--no-report", "--out", str(first)]) == 0
-    file = str(first / "experiment.json")
-    assert main(["lab", "run", "--experiment", file, "--no-report", "--out", str(again)]) == 0
-    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (first, again)]
-    assert files[0] == files[1] and "requests.csv" in files[0]
-
-
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert main(["lab", "run", *SMALL, *SYSTEM, "--slots", "2", "--no-report", "--out", out]) == 0

@@ -1,20 +1,36 @@
-"""Provenance of a run's files: what they depend on beside the experiment."""
+"""Provenance of a run's files, and the check that a second run gives the same ones."""
 
 from __future__ import annotations
 
 import json
 import platform
+import tempfile
+from collections.abc import Callable
 from functools import cache
 from hashlib import file_digest, sha256
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from aioengine.checks import read_json
+from aioengine.errors import ConfigError
 from aioengine.lab.runs.experiment import Experiment
 
+RESULTS = ("requests.csv", "slots.csv", "moves.csv", "samples.csv", "summary.json")
+"""Files of a run that depend on its experiment alone."""
 PACKAGES = ("aioengine", "msgspec", "numpy", "polars", "scipy", "sortedcontainers")
+
+
+class Rerun(NamedTuple):
+    """Result of running an experiment again."""
+
+    differing: dict[str, str]
+    """File -> its first line that differs, before and now."""
+    changed: list[str]
+    """Parts of its provenance that are different now."""
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
@@ -29,6 +45,51 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         "preset_sha256": _hash(None, experiment.preset, ".json"),
         "policy_sha256": _hash(None, name.partition(":")[0], ".py"),
     }
+
+
+def rerun(folder: str | Path, run: Callable[[Experiment, Path], object], out: Path | None = None) -> Rerun:
+    """Run the experiment of a folder again, and compare what comes out with what is there.
+
+    Args:
+        folder: Folder of a ``lab run``, which is not changed.
+        run: Runs an experiment, and writes its files to a folder.
+        out: Folder for the new files; None: they are deleted.
+
+    Raises ConfigError if the folder has no experiment, and what ``run`` raises.
+    """
+    described = Path(folder) / "experiment.json"
+    if not described.is_file():
+        raise ConfigError(f"{folder}: has no experiment.json; 'aioengine lab run' writes one into --out")
+    experiment = Experiment.read(described)
+    with tempfile.TemporaryDirectory() as temporary:
+        new = Path(temporary) / "run" if out is None else out
+        run(experiment, new)
+        pairs = {name: _difference(described.with_name(name), new / name) for name in RESULTS}
+        before, now = read_json(described), read_json(new / "experiment.json")
+    changed = _changed(before.get("provenance"), now.get("provenance"))
+    if before.get("costs") != now.get("costs"):
+        changed.append("costs: is another")
+    return Rerun({name: text for name, text in pairs.items() if text is not None}, changed)
+
+
+def _difference(before: Path, now: Path) -> str | None:
+    """Return the first line that differs; None if the files are the same."""
+    if not before.is_file():
+        return "is not there"
+    lines = (path.read_bytes().decode(errors="surrogateescape").split("\n") for path in (before, now))
+    for number, (old, new) in enumerate(zip_longest(*lines, fillvalue="(no line)"), 1):
+        if old != new:
+            return f"line {number} was {old[:200]!r} and is {new[:200]!r}"
+    return None
+
+
+def _changed(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in before.keys() | now.keys():
+            found += _changed(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        return sorted(found)
+    return [] if before == now else [f"{name}: was {before}, is {now}"]
 
 
 def _hash(data: bytes | None, file: str | None, suffix: str = "") -> str | None:
