@@ -18,8 +18,11 @@ from support.engine_fixtures import MakeEngine, Tiny, greedy, prompt_of
 from aioengine import AsyncEngine, EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.executors.parts import build_parts, plan_parts
+from aioengine.executors.warm_up import first_requests, kernel_shapes, largest_step
 from aioengine.memory_plan import plan_memory, rooms_in_groups
+from aioengine.model.cuda.working_memory import DETAILS, WORKSPACE_BYTES, working_memory
 from aioengine.model.files.resolve import read_spec
+from aioengine.model.spec import ModelSpec, RopeSpec
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,77 @@ async def test_slots_by_bytes_take_what_is_planned(tiny: Tiny, make_engine: Make
 def test_slot_memory_that_cannot_be(tiny: Tiny, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_parts(EngineConfig(model=str(tiny.model), lora=LoRAConfig(**fields)))
+
+
+LLAMA3 = ModelSpec(
+    family="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    rms_norm_eps=1e-5,
+    max_position=131072,
+    rope=RopeSpec(),
+    tie_embeddings=False,
+)
+
+
+def working(config: EngineConfig) -> dict[str, int]:
+    """What the steps of Llama 3 8B take of a GPU's memory."""
+    return dict(working_memory(LLAMA3, LLAMA3, config, dtype_bytes=2, max_model_len=8192))
+
+
+def test_on_a_gpu_graphs_streams_and_ranks_are_counted() -> None:
+    lora = LoRAConfig(max_loras=4)
+    base = working(EngineConfig(model="none", cuda_graphs=False, lora=None))
+    assert base["workspaces"] == WORKSPACE_BYTES and base["graphs"] == base["exchange"] == 0
+    recorded = working(EngineConfig(model="none", lora=lora))
+    assert recorded["workspaces"] == 3 * WORKSPACE_BYTES  # the steps', the recordings', and DoRA's
+    plain = working(EngineConfig(model="none", lora=None))
+    assert recorded["graphs"] > plain["graphs"] > 2 * 64 * LLAMA3.vocab_size * 2
+    two = EngineConfig(model="none", lora=None, executor="process", tensor_parallel_size=2)
+    assert working(two)["exchange"] > 100 * 2**20
+    assert working(two)["graphs"] > plain["graphs"], "exchanges are launches, too"
+
+
+@given(
+    available=st.integers(2**34, 2**37),
+    seqs=st.sampled_from([1, 64, 512]),
+    tokens=st.sampled_from([512, 2048, 16384]),
+)
+def test_on_a_gpu_the_kv_cache_leaves_the_steps_their_room(available: int, seqs: int, tokens: int) -> None:
+    lora = LoRAConfig(max_loras=4)
+    config = EngineConfig(model="none", max_num_seqs=seqs, max_num_batched_tokens=tokens, lora=lora)
+    try:
+        plan = plan_memory(LLAMA3, config, device="cuda", available_bytes=available)
+    except ConfigError:
+        with pytest.raises(ConfigError, match=r"activations .*, KV blocks .*; lower "):
+            plan_memory(LLAMA3, config, device="cuda", available_bytes=available)
+        return
+    steps = tuple(DETAILS)
+    assert plan.total_bytes == plan.bytes_of("base weights", "slot pool", "KV blocks", *steps) <= available
+    assert plan.bytes_of(*steps) == sum(working(config).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("slot_memory", [None, "1MiB"])
+def test_the_first_steps_stay_within_the_plan(tiny: Tiny, slot_memory: str | None) -> None:
+    config = EngineConfig(
+        model=str(tiny.model), device="cuda", dtype="float32", kv_cache_memory="64MiB",
+        lora=LoRAConfig(max_loras=2, slot_memory=slot_memory),
+    )  # fmt: skip
+    planned = plan_parts(config)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    runner = build_parts(config, planned).runner
+    plan = planned.memory
+    for batch in (*first_requests(plan), *kernel_shapes(plan, config), largest_step(plan, config)):
+        runner.execute(batch)
+    assert torch.cuda.max_memory_allocated() - before <= plan.total_bytes
 
 
 class Group(NamedTuple):

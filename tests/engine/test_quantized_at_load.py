@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.engine_fixtures import MakeEngine, Tiny, check_tokens, prompt_of, register
-from support.fake_cuda import FakeCuda
 from support.quantized_checkpoints import float8, write_quantized
 from support.tiny_models import build_adapter, build_model
 
 from aioengine import EngineConfig
-from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.kernels.blocks import BlockWeight
 from aioengine.kernels.portable.quantize import quantize
+from aioengine.memory_plan import plan_memory
 from aioengine.model.files.quantized import packing_of, with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.parallel.group import Shard
@@ -86,28 +85,16 @@ async def test_a_float8_checkpoint_with_the_same_scales_is_kept(
             await check_tokens(engine, Tiny(skipped, {}), [(prompt_of(1, 30), None)], 12)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-@pytest.mark.parametrize("form", FORMS)
-def test_on_cuda_every_form_has_its_planned_bytes(
-    form: Quantization, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing but a part of a weight is there in the checkpoint's dtype meanwhile."""
-    monkeypatch.setenv("AIOENGINE_KERNELS", "torch")
-    monkeypatch.setattr("aioengine.executors.parts.resolve_device", lambda device: device)
-    model = build_model(tmp_path / "model", family, tie_word_embeddings=family == "phi3")
-    config = EngineConfig(
-        model=str(model), device="cuda", dtype="bfloat16", quantization=form, lora=None, cuda_graphs=False,
-        kv_cache_memory="1MiB", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64,
-    )  # fmt: skip
-    with FakeCuda():
-        planned = plan_parts(config)
-        runner = build_parts(config, planned).runner
-    assert planned.memory.device == "cuda"
-    assert runner.model.nbytes == planned.memory.bytes_of("base weights")
-    assert planned.memory.rows()[0][1] == form
-    weights = [one for one in runner.model.parameters().values() if isinstance(one, BlockWeight)]
-    assert {weight.format for weight in weights} == {form}
-    assert len(weights) == len(list(runner.spec.quantized_modules()))
+@pytest.mark.parametrize("form", get_args(Quantization))
+def test_a_plan_for_cuda_counts_them(form: Quantization, tmp_path: Path) -> None:
+    model = build_model(tmp_path / "model", "llama", hidden_size=256, intermediate_size=512)
+    config = EngineConfig(model=str(model), device="cuda", dtype="bfloat16", quantization=form)
+    spec = read_spec(model)
+    found = plan_memory(spec, config, device="cuda", available_bytes=2**33).bytes_of("base weights")
+    elements = sum(n * k for k, n in (spec.stored_shape(module) for _, module in spec.quantized_modules()))
+    bits = 8 * (found - 2 * (spec.num_parameters() - elements)) / elements
+    expected = {"none": 16, "int8": 8 + 32 / 256, "fp8": 8 + 32 / 256, "int4": 4.75}[form]
+    assert expected * 0.98 <= bits <= expected * 1.02
 
 
 @pytest.mark.parametrize("form", FORMS)

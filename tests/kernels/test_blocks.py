@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize as gguf_dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 from support.live_bytes import peak_of
+from support.random_blocks import copy, random_blocks, random_codes
 from torch.nn import functional as F
 
 from aioengine.kernels import ExpertPlan, get_backend
@@ -26,63 +24,6 @@ from aioengine.kernels.weight import PIECE_ELEMENTS
 from aioengine.model.cuda.working_memory import EXPANDED_BYTES
 
 ALL = [*GGUF_FORMATS, *GROUPED_FORMATS]
-BITS = {"int4": 4, "int8": 8, "fp8": 8, "mxfp4": 4}
-
-
-SCALES_AT = {"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "q4_0": (0,), "q5_0": (0,), "q8_0": (0,)}
-"""The bytes at which float16 scales and minima begin; else 0 and 2."""
-
-
-def random_blocks(
-    format: str, n: int, k: int, seed: int = 0, *, dtype: torch.dtype = torch.float32
-) -> BlockWeight:
-    """Any bytes, with finite scales that do not differ too much."""
-    rng = np.random.default_rng(seed)
-    size, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[format.upper()]]
-    raw = rng.integers(0, 256, (n, k // size, nbytes), dtype=np.uint8)
-    for where in SCALES_AT.get(format, (0, 2)):
-        scale = rng.uniform(-0.02, 0.02, (n, k // size, 1)).astype(np.float16)
-        raw[:, :, where : where + 2] = scale.view(np.uint8)
-    return BlockWeight(format, torch.from_numpy(raw.reshape(n, -1)), k, dtype)
-
-
-def random_codes(
-    format: str,
-    n: int,
-    k: int,
-    seed: int = 0,
-    *,
-    group: int = 32,
-    zeros: bool = True,
-    ordered: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> BlockWeight:
-    """Any codes. Those of float8 and float4 have no zero points, and the latter scales of a byte."""
-    rng = np.random.default_rng(seed)
-    data = rng.integers(0, 256, (n, k * BITS[format] // 8), dtype=np.uint8)
-    if format == "fp8":
-        data[data & 127 == 127] = 0  # no NaN
-    groups = -(-k // group)
-    zero = torch.from_numpy(rng.integers(0, 17, (n, groups)).astype(np.int16))
-    scale = torch.from_numpy(rng.uniform(0.001, 0.02, (n, groups)).astype(np.float32))
-    if format == "mxfp4":
-        scale = torch.from_numpy(rng.integers(118, 122, (n, groups), dtype=np.uint8))
-    return BlockWeight(
-        format,
-        torch.from_numpy(data),
-        k,
-        dtype,
-        scale=scale,
-        zero=zero if zeros and format in ("int4", "int8") else None,
-        group_of=torch.from_numpy(rng.permutation(k).astype(np.int32) // group) if ordered else None,
-        group=group,
-        middle=8 if format == "int4" else 0,
-    )
-
-
-def copy(weight: BlockWeight) -> BlockWeight:
-    tensors = {name: tensor.clone() for name, tensor in weight.tensors().items()}
-    return dataclasses.replace(weight, **tensors)
 
 
 @pytest.mark.parametrize("format", GGUF_FORMATS)
@@ -195,9 +136,9 @@ def test_plain_torch_expands_few_rows_of_experts_at_a_time(
         expected[start:stop] = F.linear(x[start:stop], weight.rows(own.start, own.stop), bias[own])
     each = EXPANDED_BYTES // PIECE_ELEMENTS
     monkeypatch.setattr(plain, "PIECE_ELEMENTS", piece)
-    assert peak_of("cpu", lambda: weight.rows(0, out)) > each * piece  # without pieces
+    assert peak_of(lambda: weight.rows(0, out)) > each * piece  # without pieces
     found = []
-    peak = peak_of("cpu", lambda: found.append(plain.expert_linear(x, weight, bias, experts)))
+    peak = peak_of(lambda: found.append(plain.expert_linear(x, weight, bias, experts)))
     assert peak <= each * piece + 2 * expected.nbytes + 8 * k  # and the groups of inputs
     torch.testing.assert_close(found[0], expected, rtol=0, atol=0)
 

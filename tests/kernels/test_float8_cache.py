@@ -17,7 +17,6 @@ from support.tiny_models import build_model
 from torch import Tensor
 
 from aioengine.config import EngineConfig
-from aioengine.errors import ConfigError
 from aioengine.kernels import AttentionPlan, Backend, HeadNorms, LayerCache, Rotation, Span, get_backend
 from aioengine.kernels.portable import plain as reference
 from aioengine.memory_plan import plan_memory
@@ -144,10 +143,3 @@ def test_the_plan_has_half_the_bytes_of_16_bits(tmp_path: Path) -> None:
     )  # fmt: skip
     assert 2 * half.block_bytes == whole.block_bytes
     assert "fp8" in next(detail for label, detail, _ in half.rows() if label == "KV blocks")
-
-
-def test_a_cpu_refuses_it_and_says_what_to_do(tmp_path: Path) -> None:
-    model = build_model(tmp_path / "model", "llama")
-    auto = EngineConfig(model=str(model), kv_cache_dtype="fp8")
-    with pytest.raises(ConfigError, match=r"kv_cache_dtype='fp8': .*'int8'"):
-        plan_memory(read_spec(model), auto, device="cpu", available_bytes=2**33)

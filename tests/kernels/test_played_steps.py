@@ -9,6 +9,7 @@ import functools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from support.triton_here import DEVICE, needs_triton
 from torch import Tensor
 
 from aioengine.model.decode_graphs import CudaGraphs, DecodeLimits, Step
+from aioengine.model.parallel.group import Group, Shard
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 
 pytest.importorskip("triton")
@@ -37,12 +39,20 @@ def model() -> Path:
 class Run(StepRun):
     """Its steps count how often they are played."""
 
-    def __init__(self, *, played: bool, slots: bool = True, mixed: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        played: bool,
+        slots: bool = True,
+        mixed: tuple[int, ...] = (),
+        affine: int = AFFINE,
+        **options: Any,
+    ) -> None:
         self.played: list[int] = []
         super().__init__(
-            *(model(), RANKS if slots else ()), affine=AFFINE, device=DEVICE, num_blocks=BLOCKS, block_size=4,
+            *(model(), RANKS if slots else ()), affine=affine, device=DEVICE, num_blocks=BLOCKS, block_size=4,
             kernels="triton", fixed_decode=DecodeLimits(MOST, 64, mixed) if played else None,
-            record=self._record,
+            record=self._record, **options,
         )  # fmt: skip
         self.fill_caches(float("nan"))
         self.played.clear()
@@ -186,3 +196,39 @@ def test_mixed_steps_of_other_sizes_are_not_played(mixed: tuple[Run, Run]) -> No
         close(played.step(step), eager.step(step))
     played.step([(-1, 0, 3), (0, 0, 3)], unasked=(0, 1))
     assert not played.played
+
+
+class Logged(Group):
+    """A rank that is alone with a part of the model, and notes what it would exchange."""
+
+    def __init__(self, shard: Shard) -> None:
+        super().__init__(shard)
+        self.log: list[tuple[object, ...]] = []
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self.log.append(("sum", x.shape, x.dtype))
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        self.log.append(("gather", x.shape, x.dtype, dim))
+        return torch.cat([x] * self.shard.size, dim)
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True])
+def test_ranks_exchange_the_same_in_the_same_order(fully_sharded: bool) -> None:
+    """Or they would wait for each other for ever. Which adapter scales may differ from rank to rank."""
+    logs = []
+    for rank in range(2):
+        group = Logged(Shard(rank, 2, fully_sharded))
+        run = Run(played=True, mixed=(24,), affine=rank, group=group)
+        for sequences in (
+            [(-1, 0, 9), (0, 0, 30)],
+            [(-1, 9, 1), (0, 30, 1)],
+            [(0, 31, 1), (1, 0, 5)],
+            [(1, 5, 1)],
+        ):
+            group.log.append(("step", len(run.played)))
+            run.step(sequences)
+        assert len(run.played) == 3 and len(group.log) > 20
+        logs.append(group.log)
+    assert logs[0] == logs[1]

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.quantized_checkpoints import Quantize, awq, float8, gptq, write_quantized
+from support.random_blocks import copy, random_codes
 from support.step_runs import StepRun
 from support.tiny_models import build_model
 from support.triton_here import DEVICE, needs_triton
@@ -34,35 +35,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the largest value: that of rounding the result, and of summing in float32."""
 
 
-def weight_of(
-    format: str, n: int, k: int, group: int, dtype: torch.dtype, *, zeros: bool, ordered: bool, seed: int
-) -> BlockWeight:
+def weight_of(format: str, n: int, k: int, group: int, seed: int, **options: Any) -> BlockWeight:
     """Every code may appear; of float8 all that are numbers."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=generator)
-
-    groups = -(-k // group)
-    data = draw(0, 256, n, k // 2 if format in ("int4", "mxfp4") else k).to(torch.uint8)
-    scale = torch.rand(n, groups, generator=generator) + 0.1
-    if format == "mxfp4":
-        scale = draw(120, 130, n, groups).to(torch.uint8)
-    if format == "fp8":
-        data[(data & 127) == 127] = 0
-    middle = 8 if format == "int4" else 0
-    low, high = (0, 17) if format == "int4" else (-128, 128)
-    return BlockWeight(
-        format,
-        data.to(DEVICE),
-        k,
-        dtype,
-        scale=scale.to(DEVICE),
-        zero=draw(low, high, n, groups).to(torch.int16).to(DEVICE) if zeros else None,
-        group_of=draw(0, groups, k).to(torch.int32).to(DEVICE) if ordered else None,
-        group=group,
-        middle=middle,
-    )
+    return copy(random_codes(format, n, k, seed, group=group, **options), DEVICE)
 
 
 def from_byte(begin: int, data: Tensor) -> Tensor:
@@ -93,7 +68,7 @@ def test_products_are_those_of_the_expanded_weight(data: st.DataObject) -> None:
     ordered = zeros and data.draw(st.booleans())
     n, rows = data.draw(st.sampled_from([1, 16, 40, 70])), data.draw(st.sampled_from([1, 5, 17, 66]))
     seed = data.draw(st.integers(0, 1000))
-    weight = weight_of(format, n, k, group, dtype, zeros=zeros, ordered=ordered, seed=seed)
+    weight = weight_of(format, n, k, group, seed, zeros=zeros, ordered=ordered, dtype=dtype)
     assert blocks.covers(weight)
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randn(rows, k + 16, generator=generator).to(dtype).to(DEVICE)
@@ -125,8 +100,7 @@ def test_experts_are_multiplied_by_their_own_weights(
         if format == "plain":
             parts.append(PlainWeight(torch.randn(24, k, generator=generator).to(DEVICE)))
         else:
-            settings = {"zeros": False, "ordered": False, "seed": seed + i}
-            parts.append(weight_of(format, 24, k, 32, torch.float32, **settings))
+            parts.append(weight_of(format, 24, k, 32, seed + i, zeros=False))
     if isinstance(parts[-1], BlockWeight):
         parts[-1] = dataclasses.replace(parts[-1], data=from_byte(begin, parts[-1].data))
         assert StackedWeight(parts).addresses is None or begin % 16 == 0
@@ -147,7 +121,7 @@ def test_experts_are_multiplied_by_their_own_weights(
 
 def test_a_row_does_not_depend_on_those_beside_it() -> None:
     """Not even if they are not finite. Few rows and many are cut in the same way along the inputs."""
-    weight = weight_of("int4", 70, 256, 64, torch.float32, zeros=True, ordered=False, seed=0)
+    weight = weight_of("int4", 70, 256, 64, 0)
     x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     alone = blocks.linear(x[:3], weight, None)
     x[5:] = float("nan")
@@ -158,13 +132,13 @@ def test_a_row_does_not_depend_on_those_beside_it() -> None:
 
 def test_parts_of_a_fused_linear_are_written_beside_each_other() -> None:
     """Also one that no kernel covers, and a plain one."""
-    few = weight_of("int8", 40, 48, 16, torch.float32, zeros=False, ordered=False, seed=0)
+    few = weight_of("int8", 40, 48, 16, 0, zeros=False)
     assert not blocks.covers(few)
     parts = [
-        weight_of("int4", 24, 48, 48, torch.float32, zeros=True, ordered=False, seed=1),
+        weight_of("int4", 24, 48, 48, 1),
         few,
         PlainWeight(torch.randn(8, 48, generator=torch.Generator().manual_seed(2)).to(DEVICE)),
-        weight_of("fp8", 16, 48, 48, torch.float32, zeros=False, ordered=False, seed=3),
+        weight_of("fp8", 16, 48, 48, 3),
     ]
     whole, bias = StackedWeight(parts), torch.arange(88.0, device=DEVICE)
     x = torch.randn(20, 48, generator=torch.Generator().manual_seed(4)).to(DEVICE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,41 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class LiveBytes:
-    """``now`` and ``peak`` of the bytes of noted tensors; a storage counts once."""
+class _Counting(TorchDispatchMode):
+    """Counts every tensor that is made within it; a storage counts once."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.now = self.peak = 0
         self._uses: dict[int, int] = {}
-        self._sizes: dict[int, int] = {}
-
-    def note(self, found: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> None:
-        """Count tensors that an operation has made of ``inputs``, whose storages are not new."""
-        old = {_storage(tensor) for tensor in inputs}
-        for tensor in found:
-            key = _storage(tensor)
-            if key not in self._uses:
-                if key in old:  # a view of something that is not counted
-                    continue
-                self._uses[key], self._sizes[key] = 0, tensor.untyped_storage().nbytes()
-                self.now += self._sizes[key]
-                self.peak = max(self.peak, self.now)
-            self._uses[key] += 1
-            weakref.finalize(tensor, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self._uses[key] -= 1
-        if not self._uses[key]:
-            del self._uses[key]
-            self.now -= self._sizes.pop(key)
-
-
-class Counting(TorchDispatchMode):
-    """Counts in ``live`` every tensor of a device that is made within it."""
-
-    def __init__(self, live: LiveBytes, device: str) -> None:
-        super().__init__()
-        self._live, self._device = live, device
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -56,29 +28,39 @@ class Counting(TorchDispatchMode):
         self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = function(*args, **(kwargs or {}))
-        self._live.note(filter(self._is_there, tensors(out)), tensors((args, kwargs)))
+        old = {_storage(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            key, nbytes = _storage(tensor), tensor.untyped_storage().nbytes()
+            if key in old and key not in self._uses:  # a view of something that is not counted
+                continue
+            if key not in self._uses:
+                self.now += nbytes
+                self.peak = max(self.peak, self.now)
+            self._uses[key] = self._uses.get(key, 0) + 1
+            weakref.finalize(tensor, self._drop, key, nbytes)
         return out
 
-    def _is_there(self, tensor: Tensor) -> bool:
-        return tensor.device.type == self._device
+    def _drop(self, key: int, nbytes: int) -> None:
+        self._uses[key] -= 1
+        if not self._uses[key]:
+            del self._uses[key]
+            self.now -= nbytes
 
 
-def peak_of(device: str, work: Callable[[], object]) -> int:
-    """Return the most bytes on ``device`` that are alive at a time while ``work`` runs, beside those that
-    were before."""
-    live = LiveBytes()
-    with Counting(live, device):
+def peak_of(work: Callable[[], object]) -> int:
+    """Return the most bytes that are alive at a time while ``work`` runs, beside those that were before."""
+    with _Counting() as counting:
         work()
-    return live.peak
+    return counting.peak
 
 
-def tensors(value: object) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     """Return the tensors of a value, or in it."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [t for each in value for t in tensors(each)] if isinstance(value, (list, tuple)) else []
+    return [t for each in value for t in _tensors(each)] if isinstance(value, (list, tuple)) else []
 
 
 def _storage(tensor: Tensor) -> int:
