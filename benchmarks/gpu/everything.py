@@ -22,6 +22,7 @@ from benchmarks.shared.shapes import SHAPES, random_model
 
 ROOT = Path(__file__).parents[2]
 GPU_TESTS = (
+    "tests/kernels/test_lora_ops.py",
     "tests/kernels/test_triton_ops.py",
     "tests/kernels/test_layer_ops.py",
     "tests/kernels/test_triton_order.py",

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.cpu_levels import at_level
 from support.engine_fixtures import make_engine, tiny, tiny_of
 from support.selection import mostly_slow
 
-from aioengine.kernels.cpu import build, shared_library
+from aioengine.kernels.cpu import build
 
 __all__ = ["make_engine", "tiny", "tiny_of"]
 
@@ -24,10 +25,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(params=mostly_slow(LEVELS, next(iter(build.levels()))))
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """The library that everything uses is the one for this instruction set."""
-    flags = build.levels()[request.param]
-    monkeypatch.setattr(build, "levels", lambda: {request.param: flags})
-    shared_library.load.cache_clear()
-    yield request.param
-    shared_library.load.cache_clear()
+    with at_level(request.param):
+        yield request.param

@@ -5,40 +5,14 @@
 #include <cstring>
 #include <vector>
 
-struct Where {
-  int64_t a, a_rank, b, b_rank, affine, scale;
-};
-struct Slots {
-  const void* memory;
-  const Where* table;
-  int64_t places, int8, turned;
-};
+#include "blocks.h"
+#include "matrix.h"
+#include "ops.h"
 
-struct Part {
-  int64_t format;
-  const void* data;
-  int64_t panels;
-  const float* scale;
-  const int16_t* zero;
-  const int32_t* group_of;
-  int64_t group, middle;
-};
-
-struct Matrix {
-  const void *packed, *bias;
-  int64_t n, k, kind, panel_bytes;
-  const float* scale;
-  const int32_t* start;
-  int64_t rotation, group;
-  const Part* part;
-  int64_t parts;
-};
-
-struct Gate {
-  int64_t bf16, activation;
-  double alpha, limit;
-  void* out;
-};
+using aio::Gate;
+using aio::Part;
+using aio::Slots;
+using aio::Where;
 
 extern "C" {
 void aio_turn_blocks(void* data, long n, long count, long first, long words, long last, int threads);
@@ -54,18 +28,6 @@ void aio_quantize_int4(int bf16, const void* weight, void* packed, float* scale,
                        long rotation, int threads);
 void aio_dequantize_int4(int bf16, const void* packed, const float* scale, const int64_t* rows, void* out, long count, long k,
                          long group, long rotation, int threads);
-void aio_add_rms_norm(int bf16, void* hidden, void* delta, const void* delta_weight, const void* weight, void* out, long rows,
-                      long size, float factor, float eps, int rounded, float offset, int threads);
-void aio_activate(const Gate* gate, const void* gate_up, long rows, long size, int threads);
-void aio_rope_store(int bf16, void* qkv, const float* cos, const float* sin, const int64_t* cells, const uint8_t* last,
-                    void* keys, void* values, long tokens, long heads, long kv_heads, long head_dim, long block_size,
-                    long half, int neighbours, int int8, const void* norms, int threads);
-void aio_attention(int bf16, const void* q, long q_stride, const void* keys, const void* values, const int32_t* tables,
-                   long table_width, const int32_t* spans, long sequences, void* out, long heads, long kv_heads,
-                   long head_dim, long block_size, long window, float scale, float soft_cap,
-                   const void* sinks, int int8, int threads);
-void aio_lora_shrink(int bf16, const void* x, long x_stride, const Slots* slots, long first, void* h, long k, long slices,
-                     long width, const int32_t* segments, long count, int threads);
 }
 
 static uint32_t state = 1;

@@ -1,7 +1,11 @@
-"""The LoRA operations: plain torch against the definition, and every other backend against it."""
+"""The LoRA operations: plain torch against the definition, and every other backend against it.
+
+``test_triton.py`` runs this file in Triton's interpreter, too, and on a machine with a GPU it runs there.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -15,10 +19,21 @@ from aioengine.kernels import LoRABatch, available_backends, get_backend
 from aioengine.kernels.portable import plain as reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-BACKENDS = available_backends("cpu")
-
-
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] if INTERPRETED else available_backends("cpu")
+DEVICES = [("cpu", name) for name in BACKENDS]
+if torch.cuda.is_available() and not INTERPRETED:
+    DEVICES += [("cuda", name) for name in available_backends("cuda")]
+every_backend = pytest.mark.parametrize(("device", "name"), DEVICES)
+compiled = pytest.mark.skipif("cpu" not in available_backends("cpu"), reason="needs the CPU library")
 WIDTHS = [(32, 16, 16), (40, 40), (24,), (7, 50, 3)]
+RANKS = [1, 16, 40] if INTERPRETED else [1, 4, 16, 64, 320, 512]
+COUNTS = (
+    st.sampled_from([0, 1, 2, 15, 16, 17, 33])
+    if INTERPRETED
+    else st.one_of(st.integers(0, 4), st.integers(0, 70))
+)
+"""Tokens of a sequence."""
 
 
 @st.composite
@@ -27,11 +42,11 @@ def cases(
     dtype: torch.dtype = torch.float32,
     all_widths: Sequence[tuple[int, ...]] = WIDTHS,
 ) -> Case:
-    max_rank = draw(st.sampled_from([1, 4, 16, 64, 320, 512]))
+    max_rank = draw(st.sampled_from(RANKS))
     slots = draw(st.integers(1, 6))
     ranks = draw(st.lists(st.integers(1, max_rank), min_size=slots, max_size=slots))
-    counts = st.one_of(st.integers(0, 4), st.integers(0, 70))
-    sequences = draw(st.lists(st.tuples(st.integers(-1, slots - 1), counts), min_size=1, max_size=9))
+    most = 5 if INTERPRETED else 9
+    sequences = draw(st.lists(st.tuples(st.integers(-1, slots - 1), COUNTS), min_size=1, max_size=most))
     widths = draw(st.sampled_from(all_widths))
     slot_affine = draw(st.just([]) | st.lists(st.booleans(), min_size=slots, max_size=slots))
     targeted = draw(st.lists(st.sampled_from(range(len(widths))), min_size=1, unique=True).map(sorted))
@@ -40,6 +55,7 @@ def cases(
     return make_case(
         sequences, ranks, max_rank, widths=widths, targeted=targeted, dtype=dtype,
         slot_affine=slot_affine, seed=draw(st.integers(0, 1000)),
+        n_in=draw(st.sampled_from([5, 16, 70])) if INTERPRETED else 24,
         scales=draw(st.just([]) | st.lists(scale, min_size=count, max_size=count)),
     )  # fmt: skip
 
@@ -75,16 +91,19 @@ def check(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
         torch.testing.assert_close(one / scale, other / scale, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@every_backend
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)]
+)
 @pytest.mark.parametrize("int8", [False, True])
 @given(data=st.data())
 @pytest.mark.slow
 def test_backends_equal_the_reference(
-    name: str, dtype: torch.dtype, tolerance: float, int8: bool, data: st.DataObject
+    device: str, name: str, dtype: torch.dtype, tolerance: float, int8: bool, data: st.DataObject
 ) -> None:
     case = data.draw(cases(dtype))
-    check(apply(get_backend("cpu", name), case, int8=int8), apply(reference, case, int8=int8), tolerance)
+    found = apply(get_backend(device, name), case, device, int8=int8)
+    check(found, apply(reference, case, int8=int8), tolerance)
 
 
 @given(cases())
@@ -106,33 +125,37 @@ def test_int8_matrices_are_whole_numbers_times_scales(case: Case) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+MANY = [[(-1, 1), (2, 3000)], [(0, 1), (1, 900), (3, 1100)], [(-1, 2500)], [(s, 40) for s in range(50)]]
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "sequences",
-    [[(-1, 1), (2, 3000)], [(0, 1), (1, 900), (3, 1100)], [(-1, 2500)], [(s, 40) for s in range(50)]],
-)
+@pytest.mark.parametrize("sequences", [[(-1, 1), (0, 2), (1, 18)]] if INTERPRETED else MANY)
 @pytest.mark.slow
-def test_thousands_of_tokens(name: str, dtype: torch.dtype, sequences: list[tuple[int, int]]) -> None:
+def test_large_ranks_and_thousands_of_tokens(
+    device: str, name: str, dtype: torch.dtype, sequences: list[tuple[int, int]]
+) -> None:
+    """The interpreter has the ranks alone."""
     case = make_case(sequences, [320, 16, 100, 1] * 13, 320, dtype=dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    check(apply(get_backend("cpu", name), case), apply(reference, case), tolerance)
+    check(apply(get_backend(device, name), case, device), apply(reference, case), tolerance)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_pool_in_lower_precision_than_the_activations(name: str) -> None:
+@every_backend
+def test_a_pool_in_lower_precision_than_the_activations(device: str, name: str) -> None:
     case = make_case([(-1, 2), (0, 3), (2, 50)], [4, 4, 2], 8, slot_affine=[True, False, True])
     low = case._replace(
         a=case.a.bfloat16(), b=[b.bfloat16() for b in case.b], affine=[w.bfloat16() for w in case.affine]
     )
     wide = low._replace(a=low.a.float(), b=[b.float() for b in low.b], affine=[w.float() for w in low.affine])
-    torch.testing.assert_close(apply(get_backend("cpu", name), low)[1], apply(reference, wide)[1])
+    found, expected = apply(get_backend(device, name), low, device), apply(reference, wide)
+    torch.testing.assert_close(found[1], expected[1])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_tokens_and_columns_without_an_adapter_are_untouched(name: str) -> None:
+@every_backend
+def test_tokens_and_columns_without_an_adapter_are_untouched(device: str, name: str) -> None:
     case = make_case([(-1, 3), (1, 4), (3, 20)], [4] * 4, 8, targeted=(0, 2), slot_affine=[True] * 4)
-    h, y = apply(get_backend("cpu", name), case)
+    h, y = apply(get_backend(device, name), case, device)
     assert torch.equal(y[:3], case.y[:3])
     assert torch.equal(y[:, 32:48], case.y[:, 32:48])
     assert not h[:3].any()
@@ -140,53 +163,65 @@ def test_tokens_and_columns_without_an_adapter_are_untouched(name: str) -> None:
     assert (y[3:, 48:] != case.y[3:, 48:]).all()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_token_that_is_not_finite_stays_alone(name: str) -> None:
+@every_backend
+def test_a_token_that_is_not_finite_stays_alone(device: str, name: str) -> None:
     """A broken sequence shares padded products with others, and must not reach them."""
     case = make_case([(0, 1), (1, 3), (3, 30)], [4, 3, 4, 4], 4, slot_affine=[True, True, False, True])
-    clean = apply(get_backend("cpu", name), case)[1]
+    backend = get_backend(device, name)
+    clean = apply(backend, case, device)[1]
     for token in (0, 2, 9):
         x = case.x.clone()
         x[token] = float("nan")
-        _, y = apply(get_backend("cpu", name), case._replace(x=x))
+        _, y = apply(backend, case._replace(x=x), device)
         others = [t for t in range(len(x)) if t != token]
         assert y[token].isnan().all()
         torch.testing.assert_close(y[others], clean[others])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@every_backend
+@pytest.mark.parametrize("int8", [False, True])
 @given(case=cases(), data=st.data())
 @pytest.mark.slow
-def test_embedding_is_shrink_of_one_hot_tokens(name: str, case: Case, data: st.DataObject) -> None:
+def test_embedding_is_shrink_of_one_hot_tokens(
+    device: str, name: str, int8: bool, case: Case, data: st.DataObject
+) -> None:
     vocabulary = case.a.shape[2]
     token_ids = torch.tensor(
         data.draw(st.lists(st.integers(0, vocabulary - 1), min_size=len(case.x), max_size=len(case.x))),
         dtype=torch.long,
     )
     a = case.a[:, : case.a.shape[1] // len(case.b)].contiguous()
-    pool = case._replace(a=a, b=case.b[:1], affine=case.affine[:1], offsets=case.offsets[:1]).pool
+    case = case._replace(a=a, b=case.b[:1], affine=case.affine[:1], offsets=case.offsets[:1])
     one_hot = torch.nn.functional.one_hot(token_ids, vocabulary).float()
+    pool, there = case.int8_pool if int8 else case.pool, case.on(device)
     expected = reference.lora_shrink(one_hot, pool, case.batch)
-    assert torch.equal(reference.lora_embed(token_ids, pool, case.batch), expected)
-    assert torch.equal(get_backend("cpu", name).lora_embed(token_ids, pool, case.batch), expected)
+    check([reference.lora_embed(token_ids, pool, case.batch)], [expected], 1e-6)
+    there_pool = there.int8_pool if int8 else there.pool
+    found = get_backend(device, name).lora_embed(token_ids.to(device), there_pool, there.batch)
+    check([found.cpu()], [expected], 1e-6)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_modules_of_an_adapter_have_ranks_of_their_own(name: str) -> None:
+@every_backend
+def test_modules_of_an_adapter_have_ranks_of_their_own(device: str, name: str) -> None:
     """And one that is not targeted, or not scaled, has no place: nothing is read where it would be."""
     case = make_case([(-1, 1), (0, 3), (1, 40), (2, 1)], [16, 5, 8], 16, slot_affine=[True, True, False])
-    pool = case.pool
     ranks = {(0, 1): (0, 0), (0, 2): (3, 3), (1, 0): (0, 0), (1, 1): (2, 5), (2, 0): (8, 8)}
-    for (slot, j), (a_rank, b_rank) in ranks.items():
-        where = pool.where(slot, j)._replace(a_rank=a_rank, b_rank=b_rank, affine=-1)
-        pool.slots.table[slot, j] = torch.tensor(where)
     results = []
-    for backend in (get_backend("cpu", name), reference):
-        h, y = backend.lora_shrink(case.x, pool, case.batch), case.y.clone()
+    for backend, here in ((get_backend(device, name), case.on(device)), (reference, case)):
+        pool, y, batch = here.pool, here.y.clone(), here.batch
+        for slot in range(len(case.ranks)):
+            rows = pool.slots.table[slot].clone()
+            for j in range(len(case.b)):
+                if (slot, j) in ranks:
+                    a_rank, b_rank = ranks[slot, j]
+                    where = pool.where(slot, j)._replace(a_rank=a_rank, b_rank=b_rank, affine=-1)
+                    rows[j] = torch.tensor(where)
+            pool.slots.table[slot], pool.slots.device_table[slot] = pool.slots.rows(rows, 0)
+        h = backend.lora_shrink(here.x, pool, batch)
         assert not h[1:4, 1].any() and not h[1:4, 2, 3:].any() and not h[4:44, 0].any()
-        backend.lora_expand(h, pool, y, case.batch)
-        backend.lora_affine(y, pool, case.batch)
-        results.append((h, y))
+        backend.lora_expand(h, pool, y, batch)
+        backend.lora_affine(y, pool, batch)
+        results.append((h.cpu(), y.cpu()))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -228,7 +263,7 @@ def test_the_backend_is_chosen_by_name_then_environment_then_default(
         get_backend("cpu", "none")
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("int8", [False, True])
 @given(data=st.data())
@@ -247,7 +282,7 @@ def test_turned_matrices_give_the_same_bits(dtype: torch.dtype, int8: bool, data
     same(found, expected)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the CPU library")
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(data=st.data())
 @pytest.mark.slow

@@ -44,7 +44,13 @@ def test_it_compiles_for_aarch64_and_computes_there(tmp_path: Path, level: str) 
     assert COMPILER is not None
     core, features = CORES[level]
     flags = [flag for flag in build.FLAGS if flag not in ("-O3", "-shared")]
-    command = [COMPILER, *flags, *build.runnable("aarch64", set(features.split()))[level], "-O0"]
+    command = [
+        COMPILER,
+        *flags,
+        *build.runnable("aarch64", set(features.split()))[level],
+        "-O0",
+        f"-I{build.SOURCES}",
+    ]
     sources = [*sorted(build.SOURCES.glob("*.cpp")), PROGRAM]
     objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
     program = tmp_path / "program"

@@ -15,10 +15,11 @@ from aioengine.kernels.triton.plan import TilePlan, cut, padded
 from aioengine.kernels.triton.table import expand_config, shrink_config
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = [f"tests/kernels/test_triton_{name}.py" for name in ("ops", "order")]
+OPS = [f"tests/kernels/test_{name}.py" for name in ("triton_ops", "triton_order")]
 MORE_OPS = [
     f"tests/{folder}/{name}"
     for folder, name in (
+        ("kernels", "test_lora_ops.py"),
         ("kernels", "test_triton_attention.py"),
         ("kernels", "test_triton_far.py"),
         ("kernels", "test_layer_ops.py"),

@@ -35,9 +35,16 @@ class Case(NamedTuple):
             [s for s, _ in self.sequences],
             [n for _, n in self.sequences],
             self.ranks,
+            self.x.device,
             slot_affine=self.slot_affine,
             scales=self.scales,
         )
+
+    def on(self, device: str) -> Case:
+        """A copy on a device."""
+        x, a, y = (tensor.to(device, copy=True) for tensor in (self.x, self.a, self.y))
+        b, affine = ([tensor.to(device) for tensor in tensors] for tensors in (self.b, self.affine))
+        return self._replace(x=x, a=a, b=b, affine=affine, y=y)
 
     @property
     def pool(self) -> LoRAPool:
@@ -163,11 +170,11 @@ def turned(pool: LoRAPool) -> LoRAPool:
     return pool._replace(slots=slots)
 
 
-def apply(backend: Backend, case: Case, *, int8: bool = False) -> tuple[Tensor, Tensor]:
+def apply(backend: Backend, case: Case, device: str = "cpu", *, int8: bool = False) -> tuple[Tensor, Tensor]:
     """h, and y after all operations."""
-    y = case.y.clone()
+    case = case.on(device)
     batch, pool = case.batch, case.int8_pool if int8 else case.pool
     h = backend.lora_shrink(case.x, pool, batch)
-    backend.lora_expand(h, pool, y, batch)
-    backend.lora_affine(y, pool, batch)
-    return h, y
+    backend.lora_expand(h, pool, case.y, batch)
+    backend.lora_affine(case.y, pool, batch)
+    return h.cpu(), case.y.cpu()
