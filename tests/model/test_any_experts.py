@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.any_models import WITHOUT_EFFECT
-from support.mixed_adapters import check_mix
 from support.moe_adapters import MoeModel
-from support.served_models import check, engine_of, prompt
+from support.served_models import check, engine_of
 
-from aioengine import EngineConfig, LoRAConfig, SamplingParams
+from aioengine import EngineConfig, LoRAConfig
 from aioengine.errors import AdapterInvalid
 from aioengine.memory_plan import plan_memory
 from aioengine.model.build import build_runner
@@ -71,25 +69,6 @@ async def test_a_family(family: str, backend: str, tmp_path: Path, monkeypatch: 
     async with engine_of(model.folder, lora=lora) as engine:
         assert engine.info.model_impl == "transformers"
         await check(model, engine)
-
-
-@pytest.mark.parametrize("family", ["deepseek_v3", "longcat_flash"])
-@pytest.mark.slow
-async def test_mixes(family: str, tmp_path: Path) -> None:
-    """Sums of two adapters on the same experts, beside one of them alone, against peft."""
-    model = build(tmp_path, family)
-    model.add_by_peft("more", 6, target_modules=[], target_parameters=EXPERTS)
-    mix = {"parameters": 0.7, "more": -0.4}
-    tokens, params = prompt(3, 9), SamplingParams(max_tokens=NEW, ignore_eos=True, logprobs=1)
-    async with engine_of(model.folder, lora={"max_loras": 2, "max_cpu_loras": 2}) as engine:
-        for name in mix:
-            engine.register_adapter(name, model.adapters[name])
-        output, *_ = await asyncio.gather(
-            engine.complete(tokens, params, adapter=mix),
-            engine.complete(tokens, params, adapter="more"),
-            engine.complete(prompt(5, 7), params),
-        )
-    check_mix(model, mix, tokens, output)
 
 
 @pytest.mark.parametrize("modules", [None, ["experts"], ["gate", "o_proj"], ["down_proj"]])

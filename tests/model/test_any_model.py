@@ -21,12 +21,10 @@ from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import AdapterInvalid, ConfigError
 from aioengine.memory_plan import plan_memory
 from aioengine.model.build import build_runner
-from aioengine.model.files.quantized import with_quantization
 from aioengine.model.files.resolve import read_spec
 from aioengine.model.generic.model import GenericModel
 
 pytestmark = [
-    pytest.mark.usefixtures("preloaded_workers"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning"),
 ]
@@ -158,22 +156,11 @@ async def test_a_model_whose_tokens_meet_outside_of_attention(tmp_path: Path) ->
     await refused(folder, "MixingForCausalLM", "logits are off")
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"tensor_parallel_size": 2, "executor": "process"},
-        {"batch_invariant": True},
-        {"lora": {"target_modules": ["gate_proj"]}},
-    ],
-)
-@pytest.mark.parametrize("impl", mostly_slow(["transformers", "auto"], "auto"))
-@pytest.mark.slow
-async def test_what_only_the_native_decoder_has(fields: dict[str, Any], impl: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{"batch_invariant": True}, {"lora": {"target_modules": ["gate_proj"]}}])
+async def test_what_only_the_native_decoder_has(fields: dict[str, Any], tmp_path: Path) -> None:
+    """``tests/engine/test_option_pairs.py`` has the others."""
     config_of("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        async with engine_of(tmp_path, model_impl=impl, **fields):
-            raise AssertionError("it started")
-    assert next(iter(fields.get("lora", fields))) in str(caught.value)
+    await refused(tmp_path, next(iter(fields.get("lora", fields))), model_impl="transformers", **fields)
 
 
 async def test_adapters_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
@@ -254,13 +241,6 @@ async def test_embeddings_and_prompt_logprobs(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-async def test_in_a_process_of_its_own(tmp_path: Path) -> None:
-    model = build_any(tmp_path, "gpt2")
-    async with engine_of(model.folder, executor="process") as engine:
-        await check(model, engine)
-
-
 async def test_the_language_model_of_one_that_sees(tmp_path: Path) -> None:
     """Text only; nothing is asked of its images."""
     text = {**FAMILIES["gemma3_text"], "vocab_size": 300}
@@ -309,12 +289,6 @@ async def test_a_weight_that_is_read_beside_its_linear(tmp_path: Path) -> None:
     model = build_any(tmp_path, PeekingConfig.model_type, tie_word_embeddings=True)
     async with engine_of(model.folder) as engine:
         await check(model, engine)
-
-
-def test_quantization_is_refused(tmp_path: Path) -> None:
-    config_of("gpt2").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"quantization='int8'.* transformers runs this one; set quant"):
-        with_quantization(read_spec(tmp_path, "transformers"), "int8", "cpu")
 
 
 def test_its_memory_is_free_when_it_is_gone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Experts: memory, names, and adapters that are refused."""
+"""Experts: names, and adapters that are refused."""
 
 from __future__ import annotations
 
@@ -7,36 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.any_models import config_of
 from support.moe_adapters import PARAMETERS, MoeModel
 from support.served_models import engine_of
 
-from aioengine import EngineConfig, LoRAConfig
 from aioengine.errors import AdapterInvalid, AdapterTooLarge, ConfigError
-from aioengine.memory_plan import plan_memory
-from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.mark.parametrize("modules", [None, ["q_proj", "gate"], ["experts"], ["up_proj", "lm_head"]])
-def test_the_plan_is_exact(modules: list[str] | None, tmp_path: Path) -> None:
-    model = MoeModel(tmp_path, "qwen2_moe")
-    spec = read_spec(model.folder)
-    lora = LoRAConfig(max_loras=2, max_lora_rank=4, target_modules=modules)
-    config = EngineConfig(model=str(model.folder), dtype="float32", kv_cache_memory="1MiB", lora=lora)
-    plan = plan_memory(spec, config, device="cpu")
-    runner = build_runner(
-        *(spec, model.folder), dtype=torch.float32, device="cpu", num_blocks=plan.num_blocks, block_size=16,
-        max_loras=2, max_lora_rank=4, target_modules=spec.targets(modules),
-    )  # fmt: skip
-    assert runner.lora_slots is not None
-    assert plan.bytes_of("base weights") == runner.model.nbytes == spec.num_parameters() * 4
-    assert plan.bytes_of("slot pool") == runner.lora_slots.nbytes
-    rows = [what for what, _, _ in plan.rows()]
-    assert len(rows) < 25, "experts are counted together"
 
 
 async def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from support.moe_adapters import PARAMETERS, MoeModel
 from support.selection import mostly_slow
 from support.served_models import check, engine_of, prompt
 
-from aioengine import EngineConfig, SamplingParams
+from aioengine import EngineConfig, LoRAConfig, SamplingParams
 from aioengine.executors.parts import build_parts, plan_parts
 from aioengine.kernels.cpu.int4 import Int4Weight
 from aioengine.kernels.cpu.quantized import QuantizedWeight
@@ -125,19 +125,24 @@ async def test_quantized_experts(
         await check(model, engine, alone=True)
 
 
+@pytest.mark.parametrize("modules", [None, ["q_proj", "experts", "lm_head"]])
 @pytest.mark.parametrize("quantization", ["none", *FORMS, "fp8"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "qwen2_moe"))
 @pytest.mark.usefixtures("cpu_library")
-@pytest.mark.slow
-def test_the_plan_is_to_the_byte(case: str, quantization: Any, tmp_path: Path) -> None:
+def test_the_plan_is_to_the_byte(case: str, quantization: Any, modules: Any, tmp_path: Path) -> None:
     family, fields = CASES[case]
     folder = MoeModel(tmp_path, family, **fields).folder
+    lora = LoRAConfig(max_loras=2, max_lora_rank=4, target_modules=modules)
     config = EngineConfig(
         model=str(folder), model_impl="native", max_model_len=64, device="cpu", dtype="float32",
-        kv_cache_memory="1MiB", quantization=quantization,
+        kv_cache_memory="1MiB", quantization=quantization, lora=lora,
     )  # fmt: skip
     planned = plan_parts(config)
-    assert build_parts(config, planned).runner.model.nbytes == planned.memory.bytes_of("base weights")
+    plan, runner = planned.memory, build_parts(config, planned).runner
+    assert runner.lora_slots is not None
+    assert runner.model.nbytes == plan.bytes_of("base weights")
+    assert runner.lora_slots.nbytes == plan.bytes_of("slot pool")
+    assert len(list(plan.rows())) < 25, "experts are counted together"
 
 
 async def test_adapters_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

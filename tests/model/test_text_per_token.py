@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any
 
 import pytest
@@ -95,19 +94,6 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(name: str) -> None:
     with pytest.raises(PromptTooLong) as refused:
         tokenizer.encode("a" * 100_000, limit=1000)
     assert refused.value.tokens > 1000 and refused.value.at_least
-
-
-@pytest.mark.slow
-def test_no_character_shrinks_more_than_four_times() -> None:
-    for code in range(0x110000):
-        if 0xD800 <= code < 0xE000:
-            continue
-        size = len(chr(code).encode())
-        for form in ("NFC", "NFD", "NFKC", "NFKD"):
-            assert size <= 4 * len(unicodedata.normalize(form, chr(code)).encode())
-        assert size <= 3 * len(chr(code).lower().encode())
-        decomposed = unicodedata.normalize("NFD", chr(code))
-        assert len(decomposed.encode()) <= 4 * len(unicodedata.normalize("NFC", decomposed).encode())
 
 
 @pytest.mark.parametrize("name", mostly_slow(BOUNDED, *list(BOUNDED)[:4]))
