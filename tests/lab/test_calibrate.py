@@ -15,26 +15,20 @@ from hypothesis import strategies as st
 from support.lab_sim import costs as costs_of
 from support.tiny_models import build_model
 
-from aioengine import events
 from aioengine.config import EngineConfig
 from aioengine.errors import ConfigError
 from aioengine.lab.calibration.calibrate import Design, Served, calibrate, calibrate_async
-from aioengine.lab.calibration.fit import fit_moves, slowdown
+from aioengine.lab.calibration.fit import fit_moves
 from aioengine.lab.calibration.probe import Probe, ProbedEngine, ProbedMove, ProbedStep
 from aioengine.lab.calibration.validate import Measured, validate, validation_experiment
 from aioengine.lab.costs.model import CostModel
 from aioengine.lab.costs.steps import StepCosts, StepShape
 from aioengine.lab.runs.experiment import Experiment
 from aioengine.request import SamplingParams
-from aioengine.step import StepBatch
 
 # From a probe to points
 
 SMALL = StepShape(4, 400, 0, 0, 4)
-
-
-def step(start: float, wall: float, shape: StepShape = SMALL) -> ProbedStep:
-    return ProbedStep(shape, start, start + wall, wall / 2)
 
 
 def test_steps_are_timed_finer_than_uvloop_tells_the_time(model: Path) -> None:
@@ -61,28 +55,6 @@ def test_stages_and_their_slowdowns_are_recovered(disk: float, slot: float) -> N
         found = fit_moves(costs, 0.01, probe, stage)
         assert found.seconds(1000) == pytest.approx(0.05, rel=0.02)
         assert found.slowdown == pytest.approx(slow, rel=1e-3)
-
-
-def test_without_moves_nothing_is_slowed_down() -> None:
-    assert slowdown(StepCosts(step=0.09), 0.01, Probe(), "disk") == 1.0
-
-
-def test_probe_keeps_steps_that_another_follows() -> None:
-    probe, batch = Probe(), StepBatch(0, [], [])
-    probe.begins(1.0)
-    probe.ended(batch, 1.0, 0.4)
-    probe.begins(1.5)
-    probe.ended(batch, 1.5, 0.4)
-    probe.pause()
-    probe.begins(9.0)
-    assert [(s.start, s.until, s.wall, s.seconds) for s in probe.steps] == [(1.0, 1.5, 0.5, 0.4)]
-
-
-def test_probe_keeps_moves_that_succeed() -> None:
-    probe, a = Probe(), {"adapter": "a", "version": 1, "rank": 8, "nbytes": 100}
-    probe.handle(events.AdapterLoaded(time=3.0, seconds=2.0, **a))
-    probe.handle(events.AdapterPlaced(time=4.5, slot=0, seconds=0.5, **a))
-    assert probe.moves == [ProbedMove("disk", 1.0, 3.0, 100), ProbedMove("slot", 4.0, 4.5, 100)]
 
 
 # From end to end

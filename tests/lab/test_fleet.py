@@ -7,57 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.faulty_fleet import Conditions, Fault, FaultyFleet, fleet_config
-from support.lab_sim import Fixed, MemorySink, Played, config, costs, played
+from support.faulty_fleet import Conditions, Fault, play_fleet
+from support.lab_sim import Fixed, played
 
 from aioengine.errors import ConfigError
-from aioengine.lab.fleet.fleet import SimulatedFleet, Watch
+from aioengine.lab.fleet.fleet import SimulatedFleet
 from aioengine.lab.runs.experiment import Experiment
-from aioengine.lab.runs.replay import replay_on_fleet
 from aioengine.lab.runs.simulate import run
-from aioengine.lab.simulation.clock import run_in_virtual_time
-from aioengine.lab.simulation.engine import SimulatedEngine
-from aioengine.lab.workload.requests import AdapterShape, Arrival, Workload
+from aioengine.lab.workload.requests import AdapterShape, Arrival
 from aioengine.lab.workload.spec import WorkloadSpec
-from aioengine.schedulers.routing import available_routers
 
 ADAPTERS = [AdapterShape(name, 8) for name in "abcdef"]
-
-
-def play_fleet(
-    workload: Workload,
-    conditions: Conditions | None = None,
-    *,
-    replicas: int = 3,
-    router: str = "affinity",
-    placement: str = "none",
-    autoscale: str | None = None,
-    silent_seconds: float = 2.75,
-    migration_limit: int = 3,
-    **fields: Any,
-) -> tuple[Played, SimulatedFleet, MemorySink]:
-    kept = MemorySink()
-    told = fleet_config(
-        config(**fields),
-        start_seconds=(conditions or Conditions()).start_seconds,
-        replicas=replicas,
-        router=router,
-        placement=placement,
-        autoscale=autoscale,
-        silent_seconds=silent_seconds,
-        migration_limit=migration_limit,
-    )
-
-    def make_engine() -> SimulatedEngine:
-        return SimulatedEngine(config(**fields), costs())
-
-    def open_fleet(watch: Watch) -> SimulatedFleet:
-        if conditions is None:
-            return SimulatedFleet(told, make_engine, watch=watch)
-        return FaultyFleet(told, make_engine, conditions, watch=watch)
-
-    fleet = run_in_virtual_time(replay_on_fleet(workload, kept, open_fleet=open_fleet))
-    return played(kept), fleet, kept
 
 
 def spread(count: int = 60, *, every: float = 0.05, output: int = 40) -> Fixed:
@@ -67,34 +27,13 @@ def spread(count: int = 60, *, every: float = 0.05, output: int = 40) -> Fixed:
     )
 
 
-@pytest.mark.parametrize("router", sorted(available_routers()))
-@pytest.mark.slow
-def test_every_router_serves_all(router: str) -> None:
-    done, found, kept = play_fleet(spread(), router=router)
-    assert done.finished == len(kept.requests) == 60
-    assert sum(found.by_replica) == 60 and not found.failures
-    assert sum(row.output_tokens for row in kept.requests) == 60 * 40
-
-
-def test_a_killed_replica_loses_nothing() -> None:
-    """What it had goes on elsewhere, after what was delivered, and it comes back with empty caches."""
-    faults = [Fault(1.0, "kill", 0), Fault(2.0, "start", 0), Fault(2.5, "kill", 1)]
-    done, found, kept = play_fleet(spread(every=0.02), Conditions(faults=faults), router="round_robin")
-    assert done.finished == 60 and found.migrations > 5
-    assert sum(found.by_replica) >= 60 + found.migrations, "those that had not begun do not count"
-    assert {row.output_tokens for row in kept.requests} == {40}, "a token is missing, or was made twice"
-    assert all(
-        row.first_token is not None and row.arrival < row.first_token <= row.ended for row in kept.requests
-    )
-
-
 @pytest.mark.slow
 def test_a_partition_is_routed_around_and_heals() -> None:
     faults = [Fault(1.0, "cut", 1), Fault(12.0, "heal", 1)]
-    done, found, kept = play_fleet(
+    found, kept = play_fleet(
         spread(400, every=0.05), Conditions(faults=faults), router="round_robin", silent_seconds=2.0
     )
-    assert done.finished == 400 and found.migrations > 0
+    assert played(kept).finished == 400 and found.migrations > 0
     longest = max(row.ended - row.arrival for row in kept.requests)
     assert longest < 8.0, "it waited for the partition's end"
     assert found.by_replica[1] > 60, "it is used again afterwards"
@@ -102,37 +41,37 @@ def test_a_partition_is_routed_around_and_heals() -> None:
 
 def test_a_short_cut_costs_no_migration() -> None:
     conditions = Conditions(faults=[Fault(1.0, "cut", 1), Fault(1.5, "heal", 1)])
-    done, found, _ = play_fleet(spread(), conditions, router="round_robin")
-    assert done.finished == 60 and found.migrations == 0
+    found, kept = play_fleet(spread(), conditions, router="round_robin")
+    assert played(kept).finished == 60 and found.migrations == 0
 
 
 def test_a_draining_replica_finishes_what_it_has() -> None:
-    done, found, _ = play_fleet(spread(), Conditions(faults=[Fault(1.0, "drain", 2)]), router="round_robin")
-    assert done.finished == 60 and found.migrations == 0
+    found, kept = play_fleet(spread(), Conditions(faults=[Fault(1.0, "drain", 2)]), router="round_robin")
+    assert played(kept).finished == 60 and found.migrations == 0
     assert found.by_replica[2] < 10
 
 
 def test_with_no_replica_left_requests_are_rejected() -> None:
     faults = [Fault(1.0, "kill", index) for index in range(3)]
-    done, found, kept = play_fleet(spread(), Conditions(faults=faults))
+    found, kept = play_fleet(spread(), Conditions(faults=faults))
     rejected = [row for row in kept.requests if row.error == "EngineStopped"]
     assert len(rejected) == found.rejected > 0
-    assert done.finished + len(rejected) == 60
+    assert played(kept).finished + len(rejected) == 60
 
 
 @pytest.mark.parametrize(("limit", "error"), [(2, "EngineDead"), (3, None)])
 def test_a_request_whose_replicas_die_is_given_up_in_the_end(limit: int, error: str | None) -> None:
     faults = [fault for t in (1.0, 2.0, 3.0) for fault in (Fault(t, "kill", 0), Fault(t + 0.01, "start", 0))]
     long = Fixed([Arrival(0.0, None, 20, 1000)])
-    _, found, kept = play_fleet(long, Conditions(faults=faults), replicas=1, migration_limit=limit)
+    found, kept = play_fleet(long, Conditions(faults=faults), replicas=1, migration_limit=limit)
     assert kept.requests[0].error == error and found.migrations == 3
 
 
 @pytest.mark.parametrize("placement", ["none", "hrw"])
 @pytest.mark.slow
 def test_plans_are_carried_out(placement: str) -> None:
-    done, found, _ = play_fleet(spread(220), placement=placement)
-    assert done.finished == 220
+    found, kept = play_fleet(spread(220), placement=placement)
+    assert played(kept).finished == 220
     assert bool(found.moves.get("load")) == (placement != "none")
 
 
@@ -143,8 +82,8 @@ def test_replicas_come_with_a_burst_and_go_after_it() -> None:
     scaling = "waiting_work:least=1,most=4,target=0.5,cool_down=20"
 
     def longest(**fields: Any) -> tuple[SimulatedFleet, float]:
-        done, found, kept = play_fleet(Fixed(burst + quiet), replicas=1, max_num_seqs=8, **fields)
-        assert done.finished == 620 and found.migrations == 0, "nothing is lost as replicas go"
+        found, kept = play_fleet(Fixed(burst + quiet), replicas=1, max_num_seqs=8, **fields)
+        assert played(kept).finished == 620 and found.migrations == 0, "nothing is lost as replicas go"
         return found, max(row.ended - row.arrival for row in kept.requests)
 
     _, alone = longest()
@@ -158,13 +97,13 @@ def test_replicas_come_with_a_burst_and_go_after_it() -> None:
 
 def test_a_fleet_that_sleeps_serves_the_next_request() -> None:
     arrivals = Fixed([Arrival(100.0 * i, "a", 20, 20) for i in range(4)], ADAPTERS)
-    done, found, kept = play_fleet(
+    found, kept = play_fleet(
         arrivals,
         Conditions(start_seconds=7.0),
         replicas=1,
         autoscale="waiting_work:least=0,most=2,cool_down=10",
     )
-    assert done.finished == 4 and found.scaled is not None
+    assert played(kept).finished == 4 and found.scaled is not None
     assert found.scaled.started == 3
     waits = [row.first_token - row.arrival for row in kept.requests if row.first_token is not None]
     assert waits[0] < 2 and all(7 < wait < 10 for wait in waits[1:]), waits

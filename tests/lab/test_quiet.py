@@ -1,25 +1,21 @@
-"""A policy that is not asked while nothing happens decides as one that is asked before every step."""
+"""A policy that says until when it has nothing to add is asked then, or when something happens.
+
+``test_several_steps.py`` compares runs with those of policies that are always asked.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from support.asked_always import AskedAlways, asked_always
+from support.asked_always import AskedAlways
 
 from aioengine import events
 from aioengine.core import CoreLimits
 from aioengine.core.state import Status
-from aioengine.lab import Experiment, WorkloadSpec, run
 from aioengine.schedulers import Decision, Place, SchedulerPolicy, SchedulerView
 from aioengine.testing import LIMITS, Sim
-
-MIXED = "8:.7,16:.2,64:.1"
-FILES = ("requests.csv", "slots.csv", "moves.csv", "samples.csv")
 
 
 class Sleeps(SchedulerPolicy):
@@ -158,60 +154,3 @@ def test_nothing_is_asked_after_an_admission_that_leaves_nothing_to_decide() -> 
     for _ in range(5):
         sim.settle(step_seconds=0.1)
     assert count() == 2
-
-
-scenes = st.fixed_dictionaries(
-    {
-        "policy": st.sampled_from(
-            [
-                "fcfs",
-                "fcfs:max_wait=0.1",
-                "fcfs+gdsf",
-                "fair",
-                "vtc",
-                "vllm+lru",
-                "discard",
-            ]
-        ),
-        "slots": st.integers(1, 4),
-        "max_num_seqs": st.integers(1, 8),
-        "kv_cache_memory": st.sampled_from([None, "300MiB"]),
-        "slot_memory": st.sampled_from([None, None, "600MiB"]),
-        "replicas": st.sampled_from([None, None, 2]),
-    }
-)
-
-
-@pytest.mark.slow
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(scenes, st.integers(0, 3), st.sampled_from([2.0, 20.0, 60.0]), st.sampled_from([0, 0, 2]))
-def test_any_run_is_the_same_if_the_policy_is_always_asked(
-    tmp_path_factory: pytest.TempPathFactory, scene: dict[str, Any], seed: int, rate: float, tenants: int
-) -> None:
-    workload = WorkloadSpec(
-        arrivals=f"gamma:rate={rate},cv=3",
-        limit=60,
-        adapters=9,
-        popularity="zipf:0.8",
-        ranks=MIXED,
-        prompt_tokens="uniform:20..900",
-        output_tokens="uniform:1..80",
-        tenants=tenants,
-    )
-    scene = dict(scene)
-    policy = scene.pop("policy")
-    found = []
-    for says in (True, False):
-        folder = tmp_path_factory.mktemp("run")
-        experiment = Experiment(
-            workload=workload,
-            cpu_loras=5,
-            max_lora_rank=64,
-            max_model_len=1200,
-            seed=seed,
-            policy=asked_always(policy, says=says),
-            **scene,
-        )
-        run(experiment, folder)
-        found.append([(folder / name).read_bytes() for name in FILES])
-    assert found[0] == found[1]

@@ -7,9 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.asked_always import asked_always
 from support.lab_sim import config, costs
 
 from aioengine import SamplingParams, events
@@ -23,6 +25,8 @@ from aioengine.lab.workload.requests import AdapterShape
 POLICIES = [
     "fcfs",
     "fcfs:max_wait=0.2",
+    "fcfs+gdsf",
+    "fair",
     "vllm+lru",
     "discard",
     "lpm",
@@ -84,7 +88,7 @@ def outcome(
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(workloads, systems)
 @example(  # a prompt whose last token is computed alone
     {
@@ -109,6 +113,7 @@ def outcome(
     },
 )
 def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any]) -> None:
+    """Also where the policy is asked before every step, although it said that it had nothing to add."""
     if system["replicas"] is None:
         system = {key: value for key, value in system.items() if key != "router"}
     experiment = Experiment(
@@ -120,6 +125,12 @@ def test_the_same_bytes_come_out(workload: dict[str, Any], system: dict[str, Any
         **system,
     )
     assert outcome(experiment, repeats=True) == outcome(experiment, repeats=False)
+    found = []
+    for says in (True, False):
+        asked = asked_always(system["policy"], says=says)
+        files = outcome(msgspec.structs.replace(experiment, policy=asked), repeats=True)
+        found.append([files[name] for name in ("requests.csv", "slots.csv", "moves.csv", "samples.csv")])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

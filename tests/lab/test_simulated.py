@@ -133,22 +133,6 @@ def on_engine(main: Any, *, model: Any = None, **fields: Any) -> Any:
     return run_in_virtual_time(whole())
 
 
-def test_what_a_cold_request_takes() -> None:
-    async def main(engine: SimulatedEngine) -> tuple[float, float]:
-        engine.lengths["r"] = 5
-        out = await engine.complete([0] * 10, adapter="a", request_id="r")
-        assert out.finish_reason == "stop"
-        assert len(out.token_ids) == 5
-        assert out.first_token is not None
-        assert out.last_token is not None
-        return out.first_token, out.last_token
-
-    first, last = on_engine(main)
-    moves = DISK.seconds(50 * MB) + SLOT.seconds(50 * MB)
-    assert first == pytest.approx(moves + STEP)
-    assert last == pytest.approx(moves + 5 * STEP)
-
-
 def test_what_is_expected_must_be_tokens() -> None:
     async def main(engine: SimulatedEngine) -> None:
         for bad in (0, -3, 2.0, True, "7"):

@@ -9,13 +9,10 @@ import os
 import random
 
 import pytest
-from support.faulty_fleet import Conditions, Fault, FaultyFleet, fleet_config
-from support.lab_sim import MB, Fixed, MemorySink, config, costs
+from support.faulty_fleet import Conditions, Fault, play_fleet
+from support.lab_sim import MB, Fixed, costs
 
 from aioengine.lab.costs.model import Stage
-from aioengine.lab.runs.replay import replay_on_fleet
-from aioengine.lab.simulation.clock import run_in_virtual_time
-from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.requests import AdapterShape, Arrival
 from aioengine.schedulers.registry import available
 
@@ -37,15 +34,15 @@ def test_seed(seed: int) -> None:
         skew={index: rng.choice([0.0, 1e4, -1e4]) for index in range(replicas)},
         faults=_faults(rng, replicas),
     )
-    router = rng.choice(sorted(available("router")))
-    placement = rng.choice(sorted(available("placement")))
+    routers, placements = sorted(available("router")), sorted(available("placement"))
+    router, placement = routers[seed % len(routers)], placements[seed % len(placements)]
     scaling = rng.choice([None, None, "waiting_work:least=0,most=4,target=0.2,cool_down=1,settle=1"])
     conditions = conditions._replace(scale_seconds=0.25, start_seconds=rng.choice([0.0, 0.5, 3.0]))
-    kept = MemorySink()
-
-    told = fleet_config(
-        config(max_num_seqs=4),
-        start_seconds=conditions.start_seconds,
+    found, kept = play_fleet(
+        Fixed(arrivals, [AdapterShape(name, 8) for name in "abcd"]),
+        conditions,
+        model=MODEL,
+        max_num_seqs=4,
         replicas=replicas,
         router=router,
         placement=placement,
@@ -54,15 +51,6 @@ def test_seed(seed: int) -> None:
         migration_limit=rng.choice([0, 3, 100]),
         placement_seconds=rng.choice([0.5, 10.0]),
     )
-    workload = Fixed(arrivals, [AdapterShape(name, 8) for name in "abcd"])
-    playing = replay_on_fleet(
-        workload,
-        kept,
-        open_fleet=lambda watch: FaultyFleet(
-            told, lambda: SimulatedEngine(config(max_num_seqs=4), MODEL), conditions, watch=watch
-        ),
-    )
-    found = run_in_virtual_time(playing)
     assert not found.failures, found.failures
     assert sorted(row.request_id for row in kept.requests) == sorted(f"r{i}" for i in range(len(arrivals)))
     for row in kept.requests:

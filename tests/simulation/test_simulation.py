@@ -15,6 +15,12 @@ SEED = os.environ.get("AIOENGINE_FUZZ_SEED")
 ONE_SEED = pytest.mark.skipif(SEED is not None, reason="AIOENGINE_FUZZ_SEED asks for that scenario alone")
 
 
+@ONE_SEED
+@pytest.mark.parametrize("seed", range(100, 125))
+def test_a_few_seeds(seed: int) -> None:
+    run(seed)
+
+
 @pytest.mark.slow
 def test_faults_by_seed() -> None:
     happened: Counter[type[events.Event]] = Counter()

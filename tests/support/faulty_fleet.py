@@ -7,19 +7,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import aclosing
 from typing import Any, Literal, NamedTuple, Self, cast
 
-from aioengine import EngineConfig
+from support.lab_sim import MemorySink, config, costs
+
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.wire import ChannelName, Frame, decode_frame, encode_frame
+from aioengine.lab.costs.model import CostModel
 from aioengine.lab.fleet.fleet import START_SECONDS, SimulatedFleet
 from aioengine.lab.fleet.replica import SimulatedReplica, Stream
+from aioengine.lab.runs.replay import replay_on_fleet
+from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
+from aioengine.lab.workload.requests import Workload
 from aioengine.tasks import Background
-
-
-def fleet_config(engine: EngineConfig, *, start_seconds: float = 30.0, **fields: Any) -> FleetConfig:
-    """Return the settings that an experiment gives its fleet."""
-    own = {"replay": False, "step_seconds": 1e9, "replica_wait_seconds": 30.0 + start_seconds}
-    return FleetConfig(**{"engine": engine, **own, **fields})
 
 
 class Fault(NamedTuple):
@@ -173,3 +172,29 @@ class FaultyFleet(SimulatedFleet):
             replica.open.set()
         else:
             await replica.drain()
+
+
+def play_fleet(
+    workload: Workload,
+    conditions: Conditions | None = None,
+    *,
+    model: CostModel | None = None,
+    max_num_seqs: int = 64,
+    **fields: Any,
+) -> tuple[SimulatedFleet, MemorySink]:
+    """Replay in virtual time; ``fields`` are the fleet's, with those that an experiment gives it."""
+    kept, conditions = MemorySink(), conditions or Conditions()
+    own = {"replicas": 3, "router": "affinity", "placement": "none", "replay": False, "step_seconds": 1e9}
+    own |= {"silent_seconds": 2.75, "replica_wait_seconds": 30.0 + conditions.start_seconds}
+    engine = config(max_num_seqs=max_num_seqs)
+    told = FleetConfig(**{"engine": engine, **own, **fields})
+
+    def make_engine() -> SimulatedEngine:
+        return SimulatedEngine(engine, model or costs())
+
+    playing = replay_on_fleet(
+        workload,
+        kept,
+        open_fleet=lambda watch: FaultyFleet(told, make_engine, conditions, watch=watch),
+    )
+    return run_in_virtual_time(playing), kept
