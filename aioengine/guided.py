@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,8 @@ class Guide:
     >>> await engine.complete("...", SamplingParams(constraint=constraint))
 
     Grammars are compiled and followed in a process that ends with the engine, within ``limits``; compiled
-    ones are kept, and tenants (``tenant``) take turns. Raises ConfigError if llguidance is not installed, the
-    model has no tokenizer, or the system is Windows. The methods raise RequestInvalid for a grammar that is
+    ones are kept, and tenants (``tenant``) take turns. Raises ConfigError if llguidance is not installed, or
+    the model has no tokenizer. The methods raise RequestInvalid for a grammar that is
     malformed, not supported by llguidance, or beyond ``limits``; EngineOverloaded if too many are waiting or
     in use; EngineStopped.
     """
@@ -41,8 +40,6 @@ class Guide:
             import llguidance
         except ImportError as error:
             raise ConfigError("guided decoding needs llguidance: pip install 'aioengine[guided]'") from error
-        if sys.platform == "win32":
-            raise ConfigError("guided decoding needs processes that can be forked: Linux or macOS")
         if engine.tokenizer is None:
             raise ConfigError(f"guided decoding needs a tokenizer, and {engine.config.model} has none")
         self._from = llguidance.LLMatcher
