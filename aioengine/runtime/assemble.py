@@ -77,12 +77,12 @@ async def build(
     chosen = await run(_choose_resolver, config, resolver)
     path = await run(resolve_model, config.model, progress)
     tokenizer = await run(_load_tokenizer, path, config.chat_template)
-    if config.executor == "thread":
-        here = msgspec.structs.replace(config, model=str(path))  # the Hub is not asked twice
-        return (await run(_build_here, here, progress))._replace(tokenizer=tokenizer, resolver=chosen)
-    spec = await run(read_spec, path, config.model_impl)
-    # Only the engine needs the policy, which a message might not be able to hold.
+    # The Hub is not asked twice; and a message to a process might not be able to hold the policy.
     theirs = msgspec.structs.replace(config, model=str(path.absolute()), policy="fcfs")
+    if config.executor == "thread":
+        spec, plan, device = await run(_build_here, theirs, progress)
+        return Built(spec, plan, tokenizer, device, chosen, path)
+    spec = await run(read_spec, path, config.model_impl)
     kind = RayWorkers if config.executor == "ray" else Workers
     device = ProcessDevice(theirs, kind, vocab=spec.vocab_size)
     return Built(spec, await device.start(), tokenizer, device, chosen, path)
@@ -94,13 +94,12 @@ def _load_tokenizer(path: Path, chat_template: str | None) -> Tokenizer | None:
     return Tokenizer.load(path, chat_template)
 
 
-def _build_here(config: EngineConfig, progress: LoadProgress | None) -> Built:
+def _build_here(config: EngineConfig, progress: LoadProgress | None) -> tuple[ModelSpec, MemoryPlan, Device]:
     """Build what runs the model in this process."""
-    path, spec, plan = planned = plan_parts(config, progress=progress)
+    planned = plan_parts(config, progress=progress)
     with typed_failures():
         runner, store = build_parts(config, planned, progress=progress)
-    device = ThreadDevice(runner, store, config.lora, config.seed)
-    return Built(spec, plan, None, device, None, path)
+    return planned.spec, planned.memory, ThreadDevice(runner, store, config.lora, config.seed)
 
 
 def _choose_resolver(config: EngineConfig, resolver: AdapterResolver | None) -> AdapterResolver | None:
