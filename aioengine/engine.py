@@ -1,14 +1,15 @@
-"""AsyncEngine: the engine as an asyncio application embeds it. ``runtime`` does the work."""
+"""AsyncEngine: the engine as an asyncio application embeds it. Here are its life cycle, settings and state;
+its requests are in ``runtime/submit.py``, its adapters in ``runtime/adapters.py``."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -23,15 +24,12 @@ from aioengine.events import Event
 from aioengine.executors.warm_up import warm_up
 from aioengine.info import EngineInfo, EngineState, EngineStats, LoadProgress
 from aioengine.model.pooling import read_label_names
-from aioengine.request import PoolingKind, Prompt, RequestKeywords, SamplingParams, Wanted
 from aioengine.runtime import assemble
+from aioengine.runtime.adapters import AdapterOps
 from aioengine.runtime.loop import EngineLoop
-from aioengine.runtime.output import Classification, Embedding, RequestOutput, Scores, SoFar
-from aioengine.runtime.requests import vectors
 from aioengine.runtime.sources.mixes import Mixes
 from aioengine.runtime.sources.names import AdapterNames
 from aioengine.runtime.stats import Counters
-from aioengine.runtime.submit import RequestOps
 from aioengine.runtime.text_work import TextWork
 from aioengine.schedulers import SchedulerPolicy
 from aioengine.tasks import run_to_completion
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
     from aioengine.metrics import EngineMetrics
 
 
-class AsyncEngine(RequestOps):
+class AsyncEngine(AdapterOps):
     """One base model with many adapters, on one event loop.
 
     >>> async with AsyncEngine(EngineConfig(model="smollm2-135m")) as engine:
@@ -204,90 +202,7 @@ class AsyncEngine(RequestOps):
                 self._state = "running"
             raise
 
-    # Requests
-
-    async def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        **keywords: Unpack[RequestKeywords],
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Run one request; yields whenever there is new output, and at the end. Closing the iterator or
-        cancelling the task aborts the request. ``keywords`` are the fields of :class:`RequestOptions`.
-
-        Raises RequestInvalid (empty or too long prompt, unknown token, request id in use, ...), what
-        :meth:`load_adapter` raises, EngineOverloaded (a bound on waiting requests is reached, or pinned
-        adapters hold every slot), DeadlineExceeded, EngineStopped or EngineDead.
-        """
-        stream = await self._submit(prompt, params, keywords)
-        try:
-            while True:
-                new = await stream.next()
-                yield new
-                if new.finished:
-                    return
-        finally:
-            self._loop.abort(stream.request)
-
-    async def complete(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        follow: Callable[[SoFar], None] | None = None,
-        **keywords: Unpack[RequestKeywords],
-    ) -> RequestOutput:
-        """Run one request, as :meth:`generate` does, and return all of its output. When it is accepted,
-        ``follow`` is given a function that returns its output so far."""
-        stream = await self._submit(prompt, params, keywords)
-        if follow is not None:
-            follow(stream.so_far)
-        try:
-            return await stream.last()
-        finally:
-            self._loop.abort(stream.request)
-
-    async def embed(
-        self,
-        prompt: Prompt,
-        adapter: Wanted = None,
-        pooling: PoolingKind | None = None,
-        normalize: bool = True,
-        dimensions: int | None = None,
-        **keywords: Any,
-    ) -> Embedding:
-        """Turn a prompt into one vector, its last hidden states, pooled. ``normalize`` brings it to length 1,
-        ``dimensions`` keeps only so many of its first numbers. Otherwise like :meth:`generate`."""
-        output = await self.complete(prompt, vectors.pooling_params(pooling), adapter=adapter, **keywords)
-        return vectors.embedding_of(output, normalize=normalize, dimensions=dimensions)
-
-    async def classify(self, prompt: Prompt, adapter: Wanted = None, **keywords: Any) -> Classification:
-        """Classify a prompt by the trained head of an adapter (PEFT's ``SEQ_CLS``). Raises RequestInvalid if
-        it has none, and what :meth:`generate` raises."""
-        output = await self.complete(prompt, vectors.pooling_params("classify"), adapter=adapter, **keywords)
-        return vectors.classification_of(output, await self.label_names.result())
-
-    async def score(
-        self,
-        query: str | list[int],
-        documents: Sequence[str | list[int]],
-        adapter: Wanted = None,
-        *,
-        tenant: str | None = None,
-        **keywords: Any,
-    ) -> Scores:
-        """Score how well each document fits the query, each as a request of its own. An adapter with a head
-        of one label scores the pair (0 to 1); without a head, it is the cosine of two vectors (-1 to 1).
-        Raises RequestInvalid for a head of several labels, and what :meth:`generate` raises."""
-        return await vectors.score(self, query, documents, adapter, tenant, **keywords)
-
-    async def abort(self, request_id: str) -> bool:
-        """End a request; its reader gets a last output with ``finish_reason="abort"``. Returns False if no
-        such request is waiting or running."""
-        request = self._core.requests.get(request_id)
-        if request is not None:
-            self._loop.abort(request)
-        return request is not None
+    # Settings
 
     def limit_waiting(self, max_waiting: Mapping[str, int]) -> None:
         """Set bounds on waiting requests of single tenants, in place of ``max_waiting_per_tenant``."""

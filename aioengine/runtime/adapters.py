@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 from aioengine.adapters.peft.held import HeldAdapter, HeldAdapters, hold_files, hold_tensors, state_of
 from aioengine.adapters.resolvers.sources import check_same_path, checked_path
-from aioengine.config import EngineConfig
-from aioengine.core import Core
 from aioengine.core.adapters.name import AdapterName, NameTable
 from aioengine.core.adapters.version import Life
 from aioengine.core.state import AdapterEntry
@@ -20,52 +18,28 @@ from aioengine.errors import (
     AdapterInvalid,
     AdapterLoadError,
     AdapterNotFound,
-    ConfigError,
-    EngineStopped,
     frameless,
 )
-from aioengine.info import AdapterInfo, EngineState, is_mix
+from aioengine.info import AdapterInfo, is_mix
 from aioengine.model.files.sources import is_source
-from aioengine.runtime.loop import EngineLoop
-from aioengine.runtime.requests import vectors
-from aioengine.runtime.sources.mixes import Mixes, held_of, parts_of
-from aioengine.runtime.sources.names import AdapterNames
+from aioengine.runtime.sources.mixes import held_of, parts_of
+from aioengine.runtime.submit import RequestOps
 from aioengine.schedulers.policy import Location
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from aioengine.request import Wanted
     from aioengine.step import BytesLike
 
 
-class AdapterOps:
-    """An engine's operations on adapters; those that wait can be cancelled at any point."""
+class AdapterOps(RequestOps):
+    """Adds an engine's operations on adapters; those that wait can be cancelled at any point."""
 
-    config: EngineConfig
-    _state: EngineState
-    _core: Core
-    _loop: EngineLoop
-    _mixes: Mixes
-    _names: AdapterNames
     _held: HeldAdapters
 
     @property
     def _table(self) -> NameTable:
         return self._core.residency.names
-
-    def _check_running(self) -> None:
-        """Raise an error if the engine accepts no requests."""
-        if self._loop.dead is not None:
-            raise self._loop.dead
-        if self._state != "running":
-            raise EngineStopped(f"the engine accepts no new requests: it is {self._state}")
-
-    def _check_lora(self) -> None:
-        """Raise an error if the engine accepts no requests, or has no adapters."""
-        self._check_running()
-        if self.config.lora is None:
-            raise ConfigError("lora=None: this engine was configured without adapters")
 
     # Registering and loading
 
@@ -231,18 +205,6 @@ class AdapterOps:
                 known.retire(entry, self._loop.now())
                 self._loop.wake()
             raise
-
-    async def head_labels(self, adapter: Wanted) -> int:
-        """Return how many labels an adapter's head has; 0 without one, as for a mix. Loads the adapter."""
-        name = vectors.scaled_adapter(adapter)
-        if name is None:
-            return 0
-        self._check_lora()
-        entry = await self._names.acquire(name)
-        while not entry.digest:
-            await self._names.read(entry, now=False)
-            entry = await self._names.acquire(name)  # it may have been replaced meanwhile
-        return entry.labels
 
     # Replacing in two steps, for those who change several engines, or several adapters, all or none
 

@@ -172,10 +172,14 @@ def check_vocabulary(what: str, tokens: Iterable[int], vocab: int) -> None:
 
 
 async def tokenize(
-    prompt: Prompt, owner: str | None, *, limit: int, tokenizer: Tokenizer | None, work: TextWork
+    prompt: Prompt, owner: str | None, *, vocab: int, limit: int, tokenizer: Tokenizer | None, work: TextWork
 ) -> list[int]:
-    """Tokenize a text, or a chat as the model's template renders it, in ``owner``'s share of ``work``. Raises
-    RequestInvalid; PromptTooLong beyond ``limit`` tokens."""
+    """Return the token ids of a prompt, which may be that already, or a text, or a chat, which the model's
+    template renders. These are tokenized in ``owner``'s share of ``work``. Raises RequestInvalid for tokens
+    that are not below ``vocab``; PromptTooLong beyond ``limit`` tokens."""
+    ids = token_ids(prompt, vocab=vocab, limit=limit)
+    if ids is not None:
+        return ids
     if not isinstance(prompt, (str, list)):
         raise RequestInvalid(
             f"prompt must be str, list of token ids or list of messages, not {type(prompt).__name__}"
@@ -189,4 +193,6 @@ async def tokenize(
         messages: Any = prompt
         size = SHORT + size_of_json(messages)  # never on the loop: a template may take any time
         encode = lambda: tokenizer.encode(tokenizer.render_chat(messages), False, limit=limit)  # noqa: E731
-    return await work.run(size, encode, owner)
+    ids = await work.run(size, encode, owner)
+    check_vocabulary("prompt", (min(ids, default=0), max(ids, default=0)), vocab)
+    return ids

@@ -17,14 +17,14 @@ from support.fleet_here import Stream, serve_names
 from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import RequestInvalid
 from aioengine.fleet.config import FleetConfig
-from aioengine.fleet.gateway.call import Call, tokens_of
+from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.outbox import Outbox, Outboxes
 from aioengine.fleet.wire import ChannelName, Delta, Frame, Hello, Status, Submit, decode_orders, encode_frame
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions
-from aioengine.runtime.text_work import TextWork
+from aioengine.runtime.text_work import TextWork, tokenize
 from aioengine.schedulers.routing import Report
 
 TOKENS = 12
@@ -222,4 +222,4 @@ def test_what_cannot_be_sent_harms_no_other_request(
 async def test_ids_that_no_vocabulary_has_are_refused_at_the_gateway(prompt: list[int]) -> None:
     """Prefixes are hashed there, as 64-bit numbers, before a replica sees the prompt."""
     with pytest.raises(RequestInvalid, match=f"{prompt[-1]} is outside the vocabulary"):
-        await tokens_of(prompt, None, limit=1000, tokenizer=None, work=TextWork())
+        await tokenize(prompt, None, vocab=2**31, limit=1000, tokenizer=None, work=TextWork())

@@ -68,11 +68,11 @@ async def test_one_id_is_given_to_one_request(monkeypatch: pytest.MonkeyPatch) -
     client = client_of()
     join(client.members, "r0")
 
-    async def tokens_of(*_: Any, **__: Any) -> list[int]:
+    async def tokenize(*_: Any, **__: Any) -> list[int]:
         await asyncio.sleep(0)
         return [5]
 
-    monkeypatch.setattr(gateway_client, "tokens_of", tokens_of)
+    monkeypatch.setattr(gateway_client, "tokenize", tokenize)
     outputs = [client.generate([5], request_id="same") for _ in range(3)]
     works = [asyncio.ensure_future(anext(output)) for output in outputs]
     await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)

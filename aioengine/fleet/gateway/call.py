@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 from aioengine.errors import AioEngineError
 from aioengine.fleet.wire import Delta, unpack_error
 from aioengine.info import mix_name, without_versions
-from aioengine.request import FinishReason, Prompt, RequestOptions, SamplingParams, TokenLogprob
+from aioengine.request import FinishReason, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import Answer, RequestOutput
-from aioengine.runtime.text_work import TextWork, token_ids, tokenize
 from aioengine.schedulers.routing import RouteRequest
 
 if TYPE_CHECKING:
     from aioengine.metrics.remote_spans import CallSpans
-    from aioengine.model.text.tokenizer import Tokenizer
 
 
 class Call:
@@ -144,14 +142,3 @@ class Call:
         )
         self._answer.note_seen(output)
         return output
-
-
-async def tokens_of(
-    prompt: Prompt, tenant: str | None, *, limit: int, tokenizer: Tokenizer | None, work: TextWork
-) -> list[int]:
-    """Return a prompt's token ids, at most ``limit``; texts are tokenized off the loop, by tenant. Raises
-    RequestInvalid."""
-    ids = token_ids(prompt, vocab=2**31, limit=limit)  # replicas compare with the model's vocabulary
-    if ids is not None:
-        return ids
-    return await tokenize(prompt, tenant, limit=limit, tokenizer=tokenizer, work=work)

@@ -18,7 +18,7 @@ from aioengine.adapters.read_threads import SharedRead
 from aioengine.events import Event
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.adapters import FleetAdapters
-from aioengine.fleet.gateway.call import Call, tokens_of
+from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.grammars import FleetGrammars, SentGrammar
 from aioengine.fleet.gateway.head import Head
@@ -36,7 +36,7 @@ from aioengine.request import (
     SamplingParams,
 )
 from aioengine.runtime.output import RequestOutput, SoFar
-from aioengine.runtime.text_work import TextWork
+from aioengine.runtime.text_work import TextWork, tokenize
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -247,9 +247,10 @@ class FleetClient(FleetAdapters):
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))
         versions = [name for name in options.named if "@" in name]
         contents = {version: await self.content(version) for version in versions}
-        tokens = await tokens_of(
+        tokens = await tokenize(
             prompt,
             options.tenant,
+            vocab=2**31,  # replicas compare with the model's vocabulary
             limit=self.plan.max_model_len,
             tokenizer=self.tokenizer,
             work=self.text_work,

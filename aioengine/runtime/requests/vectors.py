@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from operator import mul
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
 
 from aioengine.checks import check_value
 from aioengine.errors import RequestInvalid
-from aioengine.request import PoolingKind, Prompt, RequestOptions, SamplingParams, Wanted
-from aioengine.runtime.output import Classification, Embedding, RequestOutput, Scores
-from aioengine.runtime.text_work import SHORT
-from aioengine.tasks import together
+from aioengine.request import PoolingKind, RequestOptions, SamplingParams, Wanted
+from aioengine.runtime.output import Classification, Embedding, RequestOutput
 
 if TYPE_CHECKING:
-    from aioengine.runtime.client import EngineClient
+    from aioengine.model.text.tokenizer import Tokenizer
 
 MAX_DOCUMENTS = 1024
 """Maximum documents of one call of ``score``."""
@@ -97,7 +94,7 @@ def scaled_adapter(wanted: Wanted) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _check_documents(query: object, documents: object) -> None:
+def check_documents(query: object, documents: object) -> None:
     """Raise RequestInvalid unless these are texts, or lists of token ids, of a valid number."""
     if not isinstance(documents, Sequence) or isinstance(documents, str) or not documents:
         raise RequestInvalid("documents: expected a list of at least one text, or list of token ids")
@@ -112,49 +109,14 @@ def _check_documents(query: object, documents: object) -> None:
             )
 
 
-async def score(
-    engine: EngineClient,
-    query: str | list[int],
-    documents: Sequence[str | list[int]],
-    adapter: Wanted,
-    tenant: str | None,
-    **keywords: Any,
-) -> Scores:
-    """Score documents against a query; see ``AsyncEngine.score``. With a head of one label, the head scores
-    each pair (a cross-encoder). What takes long is done in the threads of the engine's ``text_work``."""
-    _check_documents(query, documents)
-    labels = await engine.head_labels(adapter)
-    if labels > 1:
-        raise RequestInvalid(
-            f"the adapter's head has {labels} labels, but a score needs a head of one label, or none; use "
-            "classify"
-        )
-
-    def complete(prompt: Prompt, pooling: PoolingKind | None) -> Awaitable[RequestOutput]:
-        return engine.complete(prompt, pooling_params(pooling), adapter=adapter, tenant=tenant, **keywords)
-
-    if labels:
-        pair = partial(_pair_tokens, engine, query)
-        prompts = [
-            await engine.text_work.run(len(query) + len(document), partial(pair, document), tenant)
-            for document in documents
-        ]
-        outputs = await together([complete(prompt, "classify") for prompt in prompts])
-    else:
-        outputs = await together([complete(text, None) for text in (query, *documents)])
-    pairs = [(0, index) for index in range(1, len(outputs))]
-    size = SHORT + sum(len(output.pooled or ()) for output in outputs)
-    scores = await engine.text_work.run(size, lambda: scores_of(outputs, labels, pairs), tenant)
-    tokens = sum(output.prompt_tokens for output in outputs)
-    return Scores(scores=scores, prompt_tokens=tokens, adapter=outputs[0].adapter)
-
-
-def _pair_tokens(engine: EngineClient, query: str | list[int], document: str | list[int]) -> list[int]:
+def pair_tokens(
+    tokenizer: Tokenizer | None, limit: int, query: str | list[int], document: str | list[int]
+) -> list[int]:
     """Tokenize two texts together, or join two lists of tokens. Raises RequestInvalid."""
     if isinstance(query, list) and isinstance(document, list):
         return [*query, *document]
     if isinstance(query, list) or isinstance(document, list):
         raise RequestInvalid("query and documents: give only texts, or only lists of token ids")
-    if engine.tokenizer is None:
+    if tokenizer is None:
         raise RequestInvalid("the model has no tokenizer.json: give lists of token ids")
-    return engine.tokenizer.encode_all([(query, document)], limit=engine.plan.max_model_len)[0]
+    return tokenizer.encode_all([(query, document)], limit=limit)[0]
