@@ -254,7 +254,7 @@ def test_every_room_is_installed() -> None:
 
 
 BUDGETS = {
-    "aioengine/*.py": 2_790,  # aim: 2_400
+    "aioengine/*.py": 2_700,  # aim: 2_400
     "aioengine/adapters": 3_620,
     "aioengine/cli": 3_250,  # aim: 3_200
     "aioengine/core": 4_400,
@@ -263,7 +263,7 @@ BUDGETS = {
     "aioengine/grammars": 1_540,  # aim: 1_100
     "aioengine/lab": 7_645,  # aim: 7_500
     "aioengine/model": 9_805,  # aim: 9_000
-    "aioengine/runtime": 2_590,
+    "aioengine/runtime": 2_670,
     "aioengine/server": 6_380,  # aim: 6_300
     "benchmarks": 3_600,
     "examples, docs, setup": 1_100,
@@ -277,7 +277,7 @@ than its aim, the number is what it has: it only falls. Raising one takes a comm
 elsewhere."""
 HEART = ("*.py", "adapters", "core", "executors", "runtime")
 """The rooms of the package that are the engine; with the schedulers they may have this many together:"""
-HEART_BUDGET = 19_750
+HEART_BUDGET = 19_720
 
 
 def room_of(path: str) -> str:
