@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from math import ceil
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from aioengine.schedulers.routing import load_autoscaler
 
@@ -14,22 +15,9 @@ METRICS_SECONDS = 0.5
 """Seconds between two reports of a replica to Serve's controller."""
 
 
-class Load(NamedTuple):
-    """What a scaling policy reads of a :class:`~aioengine.schedulers.routing.ReplicaView`, from reports."""
-
-    waiting: float = 0
-    running: float = 0
-    max_running: float = 1
-    queue_seconds: float = 0
-    adapters_waiting: float = 0
-    load_seconds: float = 0
-    slot_seconds: float = 0
-    service_seconds: float = 0
-
-
-class Fleet(NamedTuple):
-    now: float
-    accepting: list[Any]
+_NOTHING = dict.fromkeys(("waiting", "running", "queue_seconds", "adapters_waiting"), 0.0)
+_NOTHING |= dict.fromkeys(("load_seconds", "slot_seconds", "service_seconds"), 0.0) | {"max_running": 1.0}
+"""What a scaling policy reads of a ``ReplicaView``, of a replica that has not reported yet."""
 
 
 class ServeAutoscaler:
@@ -50,10 +38,8 @@ class ServeAutoscaler:
         for name, by_replica in (context.aggregated_metrics or {}).items():
             for replica, value in by_replica.items():
                 loads.setdefault(replica, {})[name] = value
-        view: Any = Fleet(
-            self._clock(),
-            [Load(**{k: v for k, v in load.items() if k in Load._fields}) for load in loads.values()],
-        )
+        accepting = [SimpleNamespace(**{**_NOTHING, **load}) for load in loads.values()]
+        view: Any = SimpleNamespace(now=self._clock(), accepting=accepting)
         # Calls that wait at the gateways for a replica: one is enough to start a replica when there is none.
         waiting = 0 if loads else ceil(context.total_queued_requests or 0)
         found = self._policy.replicas(view, context.target_num_replicas, waiting=waiting)

@@ -8,7 +8,8 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any
 
 import msgspec
@@ -46,6 +47,8 @@ ANSWER_SECONDS = 120.0
 on whatever machine, and for its checkpoint."""
 HANGS_SECONDS = 20.0
 """How long the end of Ray may take until its head counts as hung."""
+JOINING: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+"""How Ray is started or joined."""
 OBJECT_STORE_BYTES = 100 * 2**20
 """Memory of Ray's object store, which is hardly used."""
 
@@ -58,14 +61,23 @@ def require_ray() -> None:
         raise ConfigError(f"a fleet needs Ray Serve, which is not installed: {INSTALL}")
 
 
-def check_cpus(replicas: int, cpus_each: int) -> None:
-    """Raise ConfigError if the replicas need more CPUs than this machine has."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if replicas * cpus_each > cpus:
-        raise ConfigError(
-            f"replicas={replicas}: {replicas * cpus_each} CPUs are needed (cpus_per_replica={cpus_each}), "
-            f"but this machine has {cpus}; lower replicas, or join a Ray cluster with RAY_ADDRESS"
-        )
+def check_resources(config: FleetConfig, there: Mapping[str, float] | None = None) -> None:
+    """Raise ConfigError if the replicas need more CPUs or GPUs than a cluster has ``there``; None: more CPUs
+    than this machine has."""
+    where, way_out = "the Ray cluster", "add nodes"
+    if there is None:
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        there, where, way_out = {"CPU": cpus, "GPU": inf}, "this machine", "join a cluster (RAY_ADDRESS)"
+    most, gpus = config.bounds[1], config.gpus_per_replica
+    for kind, each, why, todo in (
+        ("CPU", config.cpus_per_replica, f"cpus_per_replica={config.cpus_per_replica}", ""),
+        ("GPU", gpus, f"{gpus} for each", ", set device='cpu'"),
+    ):
+        if most * each > (found := there.get(kind, 0)):
+            raise ConfigError(
+                f"replicas={most}: {most * each} {kind}s are needed ({why}), but {where} has {found:g}; "
+                f"lower replicas{todo}, or {way_out}"
+            )
 
 
 def current_address() -> str:
@@ -95,13 +107,12 @@ class Cluster:
 
     def _kill_head(self) -> None:
         """Kill a head that hangs, because Ray waits for its answer for ever."""
-        from ray._private import worker
+        import psutil
 
-        node = worker._global_node
-        if self.own and node is not None:
-            logger.warning("Ray's head does not answer, and is killed")
-            for head in node.all_processes.get("gcs_server", ()):
-                head.process.kill()
+        for child in psutil.Process().children() if self.own else ():
+            if child.name() == "gcs_server":
+                logger.warning("Ray's head does not answer, and is killed")
+                child.kill()
 
 
 def connect(cpus: int | None = None, threads: int = 1) -> Cluster:
@@ -123,22 +134,11 @@ def connect(cpus: int | None = None, threads: int = 1) -> Cluster:
         return Cluster(own=False)
     # Half a second of imports, while Ray's processes start.
     threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True).start()
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "namespace": NAMESPACE,
-    }
+    own: dict[str, Any] = {}
+    if where is None:
+        own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        if where is None:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **common,
-            )
-        else:
-            ray.init(address=where, **common)
+        ray.init(address=where or "local", **own, **JOINING)
     except Exception as error:
         ray.shutdown()
         text = first_line(error)
@@ -200,7 +200,7 @@ def open_gateway(config: FleetConfig, application: Callable[[], Any]) -> Gateway
     import ray
     from ray import serve
 
-    _check_cluster(config)
+    check_resources(config, ray.cluster_resources())
     registry = registry_actor(config.name, config.registry)
     wanted = msgspec.json.encode(config)
     told = registry.configure.remote(wanted)
@@ -270,24 +270,6 @@ def _remove(name: str) -> None:
         serve.shutdown()
     else:
         serve.delete(name)
-
-
-def _check_cluster(config: FleetConfig) -> None:
-    """Raise ConfigError if the cluster has too few CPUs or GPUs for the replicas."""
-    import ray
-
-    most, there = config.bounds[1], ray.cluster_resources()
-    gpus = config.gpus_per_replica
-    for kind, each, why, way_out in (
-        ("CPU", config.cpus_per_replica, f"cpus_per_replica={config.cpus_per_replica}", ""),
-        ("GPU", gpus, f"{gpus} for each", ", set device='cpu'"),
-    ):
-        needed, found = most * each, there.get(kind, 0)
-        if found < needed:
-            raise ConfigError(
-                f"replicas={most}: {needed} {kind}s are needed ({why}), but the Ray cluster has {found:g}; "
-                f"lower replicas{way_out}, or add nodes"
-            )
 
 
 def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> str:

@@ -9,15 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from aioengine.errors import AioEngineError, ConfigError, EngineStopped
-from aioengine.fleet.cluster import (
-    TRANSPORT,
-    address,
-    check_address,
-    current_address,
-    first_line,
-    require_ray,
-)
-from aioengine.fleet.registry import NAMESPACE, fleets_of_cluster
+from aioengine.fleet import cluster
+from aioengine.fleet.registry import fleets_of_cluster
 
 _WAITING = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # this process waits for results
@@ -33,28 +26,23 @@ WHERE = (
 def existing_fleet(name: str) -> Any:
     """Return Serve's handle of the replicas of a running fleet. Without ``RAY_ADDRESS``, it is looked for on
     the Ray cluster of this machine. Blocks. Raises ConfigError if the cluster does not have it."""
-    require_ray()
-    os.environ.update({**TRANSPORT, **_WAITING})
-    named = address()
+    cluster.require_ray()
+    os.environ.update({**cluster.TRANSPORT, **_WAITING})
+    named = cluster.address()
     if named is not None:
-        check_address(named)
+        cluster.check_address(named)
     import ray
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     if not ray.is_initialized():
         try:
-            ray.init(
-                address=named or "auto",
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            ray.init(address=named or "auto", **cluster.JOINING)
         except Exception as error:
-            raise ConfigError(f"there is no fleet {name!r} ({first_line(error)}); {WHERE}") from error
+            raise ConfigError(f"there is no fleet {name!r} ({cluster.first_line(error)}); {WHERE}") from error
         there = fleets_of_cluster()
         if name not in there:
-            what = f"the cluster at {current_address()} has {', '.join(there) or 'none'}"
+            what = f"the cluster at {cluster.current_address()} has {', '.join(there) or 'none'}"
             ray.shutdown()
             raise ConfigError(f"there is no fleet {name!r} ({what}); {WHERE}")
     return serve.get_deployment_handle("EngineReplica", name)
@@ -68,7 +56,8 @@ def answering(name: str) -> Iterator[None]:
     except AioEngineError:
         raise
     except Exception as error:
+        what = f"{type(error).__name__}: {cluster.first_line(error)}"
         raise EngineStopped(
-            f"fleet {name!r} does not answer ({type(error).__name__}: {first_line(error)}); if it starts or "
-            "ends now, try again in a moment, else its server's log says why"
+            f"fleet {name!r} does not answer ({what}); if it starts or ends now, try again in a moment, else "
+            "its server's log says why"
         ) from error

@@ -46,7 +46,7 @@ class Speeds:
                 self.token.add(event.seconds / event.steps, event.prefill_tokens + event.decode_tokens)
 
     def demand(self, stats: EngineStats) -> dict[str, float]:
-        """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`, for the scaling policy."""
+        """Return what the scaling policy reads of a replica."""
         seconds_per_token = self.token.seconds_per_token or GUESSED_SECONDS_PER_TOKEN
         slots = {slot.adapter for slot in stats.slots}
         return {

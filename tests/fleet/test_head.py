@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import shutil
+import signal
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,31 +51,28 @@ async def test_the_gateway_ends_when_its_requests_have() -> None:
     await client.stop()
 
 
-async def test_a_head_that_hangs_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("quick")
+async def test_a_head_that_hangs_is_lost() -> None:
     listener = RayHead()
     watched = head.Head(listener.open())
     assert await watched.answers()
     listener.hangs = True
-    with monkeypatch.context() as patch:
-        patch.setattr(head, "WATCH_SECONDS", 0.1)
-        patch.setattr(head, "LOST_SECONDS", 0.5)
-        assert "does not answer" in str(await watched.until_lost())
+    assert "does not answer" in str(await watched.until_lost(lambda: False))
     listener.hangs = False
-    assert await watched.is_back(lambda: True) and watched.failure is None
+    assert await watched.answers()
     await asyncio.to_thread(listener.close)
 
 
-def test_a_head_that_hangs_does_not_keep_ray_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_hangs_does_not_keep_ray_from_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ray = pytest.importorskip("ray")
-    from ray._private import worker
-
-    killed = threading.Event()
-    head_process = SimpleNamespace(process=SimpleNamespace(kill=killed.set))
-    monkeypatch.setattr(worker, "_global_node", SimpleNamespace(all_processes={"gcs_server": [head_process]}))
-    monkeypatch.setattr(cluster, "HANGS_SECONDS", 0.01)
-    monkeypatch.setattr(ray, "shutdown", lambda: killed.wait(SECONDS))
-    cluster.Cluster(own=True).close()
-    assert killed.is_set()
+    program = shutil.copy(str(shutil.which("sleep")), tmp_path / "gcs_server")
+    with subprocess.Popen([program, str(SECONDS)]) as hanging:
+        monkeypatch.setattr(cluster, "HANGS_SECONDS", 0.01)
+        monkeypatch.setattr(ray, "shutdown", hanging.wait)
+        cluster.Cluster(own=True).close()
+    assert hanging.returncode == -signal.SIGKILL
 
 
 @pytest.mark.usefixtures("quick")

@@ -132,7 +132,7 @@ def join(monkeypatch: pytest.MonkeyPatch, fleets: list[str] | None) -> list[str]
         joined.append(address)
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(existing, "current_address", lambda: "here:1")
+    monkeypatch.setattr(cluster, "current_address", lambda: "here:1")
     monkeypatch.setattr(existing, "fleets_of_cluster", lambda: fleets)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)

@@ -43,7 +43,7 @@ async def started_fleet(
     where = cluster.address()
     most = config.bounds[1]
     if where is None:
-        cluster.check_cpus(most, config.cpus_per_replica)
+        cluster.check_resources(config)
     else:
         cluster.check_address(where)
     planned, plan = await asyncio.to_thread(plan_replica, config, share=most if where is None else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -22,7 +21,7 @@ from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.grammars import FleetGrammars, SentGrammar
 from aioengine.fleet.gateway.head import Head
-from aioengine.fleet.gateway.limits import SharedLimits
+from aioengine.fleet.gateway.limits import share_limits
 from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.gateway.metrics import FleetMetrics, fleet_stats
 from aioengine.fleet.registry import registry_actor
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from aioengine.grammars.limits import GrammarLimits
     from aioengine.model.text.tokenizer import Tokenizer
     from aioengine.server.access.gate import Gate
-
-logger = logging.getLogger("aioengine.fleet")
 
 
 class FleetClient(FleetAdapters):
@@ -87,9 +84,8 @@ class FleetClient(FleetAdapters):
             self.members, self._dispatcher, lambda: "degraded" if self.degraded else self.state
         )
         self._dispatcher.digest_of = self.known.digest
-        # Keys, of which [server] may have some, are not stored with the registry.
-        shared = msgspec.json.encode(msgspec.structs.replace(config, server={}))
-        self._limits = SharedLimits(gateway, shared)
+        self._ledger: Gate | None = None
+        """What has limits, if anything has."""
         self._tracer_provider = tracer_provider
         self._keys = count()
         self._seeds = random.Random(config.engine.seed)
@@ -106,7 +102,10 @@ class FleetClient(FleetAdapters):
         self.members.start()
         self.metrics.start()
         registry = registry_actor(self.fleet_config.name, self.fleet_config.registry)
-        self._limits.start(registry)  # so that this gateway does not count as gone while replicas start
+        # Keys, of which [server] may have some, are not stored with the registry.
+        shared = msgspec.json.encode(msgspec.structs.replace(self.fleet_config, server={}))
+        sharing = share_limits(self.members.gateway, shared, registry, lambda: self._ledger)
+        self._background.spawn(sharing)  # so that this gateway does not count as gone while replicas start
         await self.members.complete(within)
         await self.start_adapters(registry)
         self._state = "running"
@@ -120,7 +119,6 @@ class FleetClient(FleetAdapters):
         for call in self._ids.values():
             if not call.ended:  # also one that runs nowhere now
                 call.fail(stopped)
-        await self._limits.stop()
         await self.stop_adapters()
         await self.members.stop(stopped)
         await self.text_work.close()
@@ -161,13 +159,9 @@ class FleetClient(FleetAdapters):
         if self._head is None:
             await asyncio.Event().wait()
         assert self._head is not None
-        while True:
-            lost = await self._head.until_lost()
-            logger.error("%s; accepted requests may finish", lost)
-            if not await self._head.is_back(while_needed=lambda: bool(self._ids)):
-                self._state = "dead"
-                return lost
-            logger.warning("Ray's head answers again")
+        lost = await self._head.until_lost(needed=lambda: bool(self._ids))
+        self._state = "dead"
+        return lost
 
     # Requests
 
@@ -272,7 +266,7 @@ class FleetClient(FleetAdapters):
 
     def share_limits(self, ledger: Gate) -> None:
         """Make the limits of ``ledger`` apply to all gateways of this fleet together."""
-        self._limits.ledger = ledger
+        self._ledger = ledger
 
     def grammars(self, limits: GrammarLimits | None = None) -> FleetGrammars:
         """Compiler that only checks grammars' sizes; the replica that runs the request compiles them."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from aioengine.errors import EngineDead
 from aioengine.executors.ray.address import refusal
+
+logger = logging.getLogger("aioengine.fleet")
 
 _SILENCE = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 """gRPC's words where nothing answers. A head that refuses, such as a token that was changed, lives."""
@@ -24,38 +27,31 @@ class Head:
     def __init__(self, address: str) -> None:
         self._address = address
         self.failure: EngineDead | None = None
-        """Set while it does not answer."""
+        """Set while nothing has answered there for ``LOST_SECONDS``."""
 
-    async def until_lost(self) -> EngineDead:
-        """Watch it until nothing has answered at its address for ``LOST_SECONDS``; then :attr:`failure` is
-        set, and returned."""
+    async def until_lost(self, needed: Callable[[], bool]) -> EngineDead:
+        """Watch it, and return its :attr:`failure` when this gateway is not ``needed()`` any more, or
+        ``FINISH_SECONDS`` after it began. If it answers again before, it is watched on."""
         loop = asyncio.get_running_loop()
         heard = loop.time()
-        while loop.time() - heard < LOST_SECONDS:
+        while True:
             await asyncio.sleep(WATCH_SECONDS)
             if await self.answers():
-                heard = loop.time()
-        self.failure = EngineDead(
-            f"Ray's head at {self._address} does not answer, and without it Ray ends this server; start Ray "
-            "and the server again"
-        )
-        return self.failure
-
-    async def is_back(self, while_needed: Callable[[], bool]) -> bool:
-        """Wait until it answers again, or ``while_needed()`` is false, at most ``FINISH_SECONDS``. Returns
-        whether it answers."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + FINISH_SECONDS
-        while while_needed() and loop.time() < end:
-            if await self.answers():
-                return True
-            await asyncio.sleep(WATCH_SECONDS)
-        return await self.answers()
+                if self.failure is not None:
+                    logger.warning("Ray's head answers again")
+                heard, self.failure = loop.time(), None
+                continue
+            silent = loop.time() - heard
+            if self.failure is not None and (silent >= LOST_SECONDS + FINISH_SECONDS or not needed()):
+                return self.failure
+            if self.failure is None and silent >= LOST_SECONDS:
+                self.failure = EngineDead(
+                    f"Ray's head at {self._address} does not answer, and without it Ray ends this server; "
+                    "start Ray and the server again"
+                )
+                logger.error("%s; accepted requests may finish", self.failure)
 
     async def answers(self) -> bool:
-        """Return whether a server answers at its address; then there is no :attr:`failure` any more."""
+        """Return whether a server answers at its address."""
         why = await asyncio.to_thread(refusal, self._address, WATCH_SECONDS)
-        if why is not None and why.startswith(_SILENCE):
-            return False
-        self.failure = None
-        return True
+        return why is None or not why.startswith(_SILENCE)
