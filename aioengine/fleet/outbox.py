@@ -13,9 +13,7 @@ from aioengine.tasks import end_tasks
 class Outbox:
     """Gathers deltas until the channel takes them, so that all deltas of one step are in one frame."""
 
-    def __init__(self, number: int = 0) -> None:
-        self.number = number
-        """Number of its channel among the gateway's."""
+    def __init__(self) -> None:
         self.replaced = False
         """Whether the gateway has opened a later channel."""
         self.received = 0
@@ -77,40 +75,35 @@ class Outboxes:
     one may come late; its requests run elsewhere then, or were sent again."""
 
     def __init__(self) -> None:
-        self._by_gateway: dict[str, Outbox] = {}
+        self._by_channel: dict[ChannelName, Outbox] = {}
 
     @asynccontextmanager
     async def opened(self, channel: ChannelName) -> AsyncIterator[Outbox]:
         """Give an outbox for a channel that begins, as soon as the requests of the gateway's earlier one have
         ended. Raises LookupError if the gateway has a later one."""
-        gateway, number = channel
-        before = self._by_gateway.get(gateway)
-        if before is not None and before.number > number:
+        others = [other for other in self._by_channel if other.gateway == channel.gateway]
+        if any(other.number > channel.number for other in others):
             raise LookupError(f"{channel}: the gateway has a later one")
-        box = self._by_gateway[gateway] = Outbox(number)
+        before = [self._by_channel.pop(other) for other in others]
+        box = self._by_channel[channel] = Outbox()
         try:
-            if before is not None:
-                before.replaced = True
-                await before.close()
+            for earlier in before:
+                earlier.replaced = True
+                await earlier.close()
             yield box
         finally:
-            if self._by_gateway.get(gateway) is box:
-                del self._by_gateway[gateway]
+            self._by_channel.pop(channel, None)
             await box.close()
 
     def of(self, channel: ChannelName) -> Outbox:
         """Return the outbox of a channel. Raises LookupError if it is not the gateway's latest one."""
-        gateway, number = channel
-        box = self._by_gateway.get(gateway)
-        if box is None or box.number != number:
-            raise LookupError(f"{channel}: the gateway has not opened it, or has a later one")
-        return box
+        return self._by_channel[channel]
 
     def wake(self) -> None:
         """Have each channel send a frame."""
-        for box in self._by_gateway.values():
+        for box in self._by_channel.values():
             box.wake()
 
     async def close(self) -> None:
-        for box in list(self._by_gateway.values()):
+        for box in list(self._by_channel.values()):
             await box.close()

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +18,7 @@ import msgspec
 
 from aioengine.errors import ConfigError
 from aioengine.fleet.usage import SharedUsage
-from aioengine.fleet.versions import SpentVersions
+from aioengine.info import AdapterInfo
 from aioengine.model.files.sources import check_protocol, why_failed, without_credentials
 from aioengine.runtime.client import Usage
 
@@ -35,7 +36,7 @@ _SUFFIX = "-registry"
 """End of the actor's name, after the fleet's."""
 
 
-class Entry(msgspec.Struct, frozen=True):
+class Entry(msgspec.Struct, frozen=True, dict=True):
     """An adapter as the fleet knows it."""
 
     name: str
@@ -53,6 +54,12 @@ class Entry(msgspec.Struct, frozen=True):
     def number(self) -> int:
         """Its version; an adapter of the configuration that was never replaced has the first."""
         return max(self.version, 1)
+
+    @cached_property
+    def info(self) -> AdapterInfo:
+        """What is said of it while no replica holds it."""
+        said = {name: getattr(self, name) for name in ("name", "path", "digest", "pinned")}
+        return AdapterInfo(**said, version=self.number)
 
     def was(self, digest: str) -> bool:
         """Whether this is the content of a version that was replaced."""
@@ -80,8 +87,9 @@ class Changes(NamedTuple):
 
 
 class _Checkpoint(msgspec.Struct):
-    entries: list[Entry]
-    spent: SpentVersions
+    entries: list[Entry] = []
+    unloaded: int = 0
+    """The highest version of all adapters that were unloaded."""
 
 
 class AdapterRegistry:
@@ -101,7 +109,8 @@ class AdapterRegistry:
         self._io = asyncio.Lock()
         """Held while the checkpoint is read, and during a change, which is one once it is written."""
         self._entries: dict[str, Entry] = {}
-        self._spent = SpentVersions()
+        self._unloaded = 0
+        """The highest version of all adapters that were unloaded; what is loaded later has a higher one."""
         self._mark = Mark(uuid.uuid4().hex, 0)
         self._changed = deque[str](maxlen=MAX_CHANGES)
         """Names of the adapters that were changed, in order."""
@@ -153,7 +162,7 @@ class AdapterRegistry:
 
     async def change(self, name: str, before: Entry | None, after: Entry | None) -> tuple[bool, Entry | None]:
         """Put an entry in place of another one, also in the checkpoint if there is one; None: no entry. One
-        in place of none gets a higher version, if the adapter has had its version before.
+        in place of none gets a higher version than any adapter that was unloaded.
 
         Returns whether what was there is ``before``, and what is there now: if it was not, nothing has
         changed. Raises ConfigError, and changes nothing, if the checkpoint fails."""
@@ -165,15 +174,12 @@ class AdapterRegistry:
             entries = {other: entry for other, entry in self._entries.items() if other != name}
             if after is not None:
                 if there is None:
-                    version = max(after.version, self._spent.of(name) + 1)
-                    after = msgspec.structs.replace(after, version=version)
+                    after = msgspec.structs.replace(after, version=max(after.version, self._unloaded + 1))
                 entries[name] = after
             elif there is not None:
-                self._spent.spend(name, there.version)
+                self._unloaded = max(self._unloaded, there.version)
             await self._save(entries)
             self._entries = entries
-            if after is not None:
-                self._spent.entered(name, after.version)
             self._mark = self._mark._replace(number=self._mark.number + 1)
             self._changed.append(name)
         return True, after
@@ -185,12 +191,12 @@ class AdapterRegistry:
             if not self._restored and self._file is not None:
                 found = await self._checkpoint("read", _read, self._file)
                 self._entries = {entry.name: entry for entry in found.entries}
-                self._spent = found.spent
+                self._unloaded = found.unloaded
                 self._restored = True
 
     async def _save(self, entries: Mapping[str, Entry]) -> None:
         if self._file is not None:
-            data = msgspec.json.encode(_Checkpoint(list(entries.values()), self._spent))
+            data = msgspec.json.encode(_Checkpoint(list(entries.values()), self._unloaded))
             await self._checkpoint("written", write_file, self._file, data)
 
     async def _checkpoint(self, done: str, work: Callable[..., T], *arguments: Any) -> T:
@@ -211,10 +217,8 @@ def _read(url: str) -> _Checkpoint:
 
     system, path = fsspec.core.url_to_fs(url)
     if not system.exists(path):
-        return _Checkpoint([], SpentVersions())
-    data: bytes = system.cat_file(path)
-    found = msgspec.json.decode(data, type=list[Entry] | _Checkpoint)
-    return _Checkpoint(found, SpentVersions()) if isinstance(found, list) else found
+        return _Checkpoint()
+    return msgspec.json.decode(system.cat_file(path), type=_Checkpoint)
 
 
 def write_file(url: str, data: bytes, *, part: str = ".new") -> None:

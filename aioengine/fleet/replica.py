@@ -15,11 +15,11 @@ import msgspec
 from aioengine import events
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AdapterNotFound, AioEngineError, EngineDead, EngineStopped
+from aioengine.executors.process.wire import pack_error
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.outbox import Outbox, Outboxes
 from aioengine.fleet.replica_adapters import ReplicaAdapters
 from aioengine.fleet.speeds import Speeds
-from aioengine.fleet.versions import gone
 from aioengine.fleet.wire import (
     Abort,
     ChannelName,
@@ -32,7 +32,7 @@ from aioengine.fleet.wire import (
     Submit,
     decode_orders,
     encode_frame,
-    pack_error,
+    gone,
 )
 from aioengine.grammars.service import Grammars
 from aioengine.info import without_versions
@@ -185,6 +185,7 @@ class EngineReplica:
         except Exception as error:
             if not isinstance(error, AioEngineError):
                 logger.exception("request %s failed unexpectedly", order.request_id)
+                error = AioEngineError(f"the replica failed: {type(error).__name__}: {error}")
             if isinstance(error, AdapterNotFound) and "@" in error.name:
                 error = gone(asked.get(error.name, error.name))  # not by the engine's own number
             box.put(Delta(order.key, error=pack_error(error)))
@@ -287,8 +288,7 @@ class EngineReplica:
             raise EngineDead(f"a step has taken {took:.0f} s: the model hangs")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the fields of :class:`~aioengine.fleet.autoscaling.Load`. Serve calls this for the scaling
-        policy."""
+        """Return what the scaling policy reads of a replica. Serve calls this."""
         return self._speed.demand(self.engine.stats())
 
     async def stop(self) -> None:

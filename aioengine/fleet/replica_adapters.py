@@ -10,7 +10,7 @@ from typing import Any
 from aioengine.engine import AsyncEngine
 from aioengine.errors import AdapterLoadError, AdapterNotFound
 from aioengine.fleet.registry import Entry
-from aioengine.fleet.versions import gone
+from aioengine.fleet.wire import gone
 from aioengine.info import AdapterInfo, scaled_digest, without_versions
 from aioengine.tasks import Background
 
@@ -43,7 +43,7 @@ class ReplicaAdapters:
             "pin": self._engine.pin_adapter,
             "unpin": self._engine.unpin_adapter,
             "prepare": self._prepare,
-            "discard": self._discard,
+            "settle": self._settle,
             "sync": self._sync,
             "forget": self._forget,
         }
@@ -82,7 +82,16 @@ class ReplicaAdapters:
             self._end(name, change)
             raise
 
-    async def _discard(self, name: str, change: ChangeId | None) -> None:
+    async def _settle(self, name: str, change: ChangeId, entry: Entry | None, unpin: bool) -> None:
+        """End a change that has failed, and be as the registry has it: ``entry``, None if it has none."""
+        self._discard(name, change)
+        if unpin:
+            with suppress(AdapterNotFound):
+                await self._engine.unpin_adapter(name)
+        if entry is not None:
+            await self._sync([entry])
+
+    def _discard(self, name: str, change: ChangeId | None) -> None:
         """End the change: drop what it has prepared, or prepares."""
         if self._end(name, change):
             self._engine.discard_adapter(name)
@@ -131,7 +140,7 @@ class ReplicaAdapters:
         for entry in entries:
             name, told = entry.name, self._told.get(entry.name, 0)
             if entry.version < told or 0 < entry.version <= self._left.get(name, 0):
-                await self._discard(name, change)
+                self._discard(name, change)
                 continue  # it comes late
             if entry.version:
                 self._told[name] = entry.version  # at once: it may be unloaded while this waits

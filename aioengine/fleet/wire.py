@@ -6,14 +6,13 @@ gateway, and at least one in each heartbeat.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from aioengine.checks import plain
-from aioengine.errors import AioEngineError
+from aioengine.errors import AdapterNotFound
 from aioengine.info import AdapterInfo, AdapterLocation, SlotInfo
 from aioengine.request import FinishReason, RequestOptions, TokenLogprob
 from aioengine.schedulers.routing import Report, Tiers
@@ -71,7 +70,7 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
     logprobs: list[TokenLogprob] = []
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: bytes = b""
-    """A pickled error, which ends the request."""
+    """The packed error that ends the request."""
     misrouted: bool = False
     """Whether the replica lacks the adapter that the gateway believed it to have."""
     pooled: list[float] | None = None
@@ -145,14 +144,7 @@ def encode_order(order: Order) -> msgspec.Raw:
     return msgspec.Raw(_encode(order))
 
 
-def pack_error(error: Exception) -> bytes:
-    """Pack an error: an error of this package unchanged, another one as its text."""
-    if not isinstance(error, AioEngineError):
-        error = AioEngineError(f"the replica failed: {type(error).__name__}: {error}")
-    return pickle.dumps(error)
-
-
-def unpack_error(data: bytes) -> AioEngineError:
-    error = pickle.loads(data)  # replicas are as trusted as the gateway, which also unpickles Ray's messages
-    assert isinstance(error, AioEngineError)
-    return error
+def gone(adapter: str) -> AdapterNotFound:
+    """Make the error for a version that no request runs on any more."""
+    why = "this version is gone: it was replaced, and its last request has ended"
+    return AdapterNotFound(why, name=adapter)

@@ -14,12 +14,12 @@ from support.small_fleet import join
 
 from aioengine import EngineConfig, SamplingParams
 from aioengine.errors import AdapterChanged, AioEngineError
+from aioengine.executors.process.wire import pack_error
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.members import Members
-from aioengine.fleet.versions import gone
-from aioengine.fleet.wire import Delta, Frame, Residency, Status, Submit, pack_error
+from aioengine.fleet.wire import Delta, Frame, Residency, Status, Submit, gone
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions
 from aioengine.schedulers.routing import Report

@@ -136,7 +136,7 @@ async def test_a_change_that_cannot_be_saved(
         for change in (gateway.adapters.unload_adapter, gateway.adapters.pin_adapter):
             with pytest.raises(AdapterLoadError, match="nothing is changed"):
                 await change("a")
-        assert [action for action, _ in gateway.asked] == ["sync", "pin", "unpin", "sync"]
+        assert [action for action, _ in gateway.asked] == ["settle", "pin", "settle"]
     assert names(gateway) == ["a", "b", "fixed"]
     await gateway.adapters.unload_adapter("a")
     assert await restored("memory://fleet") == ["b"]

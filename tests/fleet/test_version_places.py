@@ -20,6 +20,7 @@ from aioengine.errors import (
     EngineOverloaded,
     EngineStopped,
 )
+from aioengine.executors.process.wire import pack_error
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.gateway.adapters import FleetAdapters
 from aioengine.fleet.gateway.call import Call
@@ -27,8 +28,7 @@ from aioengine.fleet.gateway.dispatcher import Dispatcher
 from aioengine.fleet.gateway.entries import listed
 from aioengine.fleet.gateway.members import Members
 from aioengine.fleet.registry import Entry
-from aioengine.fleet.versions import gone
-from aioengine.fleet.wire import Delta, Residency, pack_error
+from aioengine.fleet.wire import Delta, Residency, gone
 from aioengine.info import AdapterInfo, AdapterLocation
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.request import RequestOptions, Wanted
@@ -125,7 +125,7 @@ def test_a_version_is_waited_for_where_a_replica_has_just_come_back() -> None:
 def test_a_replaced_version_is_not_described_as_the_current_one(newer: AdapterLocation | None) -> None:
     """However much faster the place is that holds it."""
     held = [info(1, "slot")] + ([] if newer is None else [info(2, newer)])
-    [found] = listed([Entry("sql", "sql/2", 2, "digest-2", earlier={1: "digest-1"})], held)
+    [found] = listed({"sql": Entry("sql", "sql/2", 2, "digest-2", earlier={1: "digest-1"})}, held)
     assert (found.version, found.path, found.digest) == (2, "sql/2", "digest-2")
     assert found.labels == (0 if newer is None else 2)
 

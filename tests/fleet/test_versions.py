@@ -18,18 +18,11 @@ from support.small_fleet import Gateway, replica
 
 from aioengine import EngineConfig
 from aioengine.errors import AdapterError, AdapterNotFound
-from aioengine.fleet import registry, versions
+from aioengine.executors.process.wire import unpack_error
+from aioengine.fleet import registry
 from aioengine.fleet.config import FleetConfig
 from aioengine.fleet.registry import AdapterRegistry, Entry
-from aioengine.fleet.versions import SpentVersions
-from aioengine.fleet.wire import (
-    ChannelName,
-    Delta,
-    Submit,
-    decode_frame,
-    encode_orders,
-    unpack_error,
-)
+from aioengine.fleet.wire import ChannelName, Delta, Submit, decode_frame, encode_orders
 from aioengine.request import RequestOptions, Wanted, pack_params
 
 pytest.importorskip("ray.serve", reason="Ray has no wheel for this system or Python")
@@ -192,20 +185,5 @@ def test_a_number_never_names_two_contents(changes: list[tuple[str, int, str]], 
         assert all(len(found) == 1 for found in contents.values()), contents
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(versions, "MAX_NAMES", remembered)
         patch.setattr(registry, "MAX_CHANGES", remembered)
         asyncio.run(main())
-
-
-@given(
-    spent=st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 9))),
-    remembered=st.integers(1, 4),
-)
-def test_what_is_forgotten_counts_as_spent(spent: list[tuple[str, int]], remembered: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(versions, "MAX_NAMES", remembered)
-        known = SpentVersions()
-        for name, number in spent:
-            known.spend(name, number)
-        assert len(known.last) <= remembered
-        assert all(known.of(name) >= number for name, number in spent)

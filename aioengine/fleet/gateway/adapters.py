@@ -14,6 +14,7 @@ import msgspec
 
 from aioengine.adapters.resolvers.sources import check_same_path, checked_path
 from aioengine.errors import (
+    AdapterConflict,
     AdapterError,
     AdapterInvalid,
     AdapterLoadError,
@@ -23,13 +24,12 @@ from aioengine.errors import (
     EngineStopped,
 )
 from aioengine.fleet.config import FleetConfig, is_utf8
+from aioengine.fleet.gateway.changes import Change, by_load, first_of, holds, raise_first
 from aioengine.fleet.gateway.entries import KnownEntries, listed, source_of
 from aioengine.fleet.gateway.members import Member, Members
-from aioengine.fleet.gateway.replicas import Change, Replicas, by_load, first_of, holds
 from aioengine.fleet.registry import Entry, answer_of
 from aioengine.fleet.uploads import Uploads
-from aioengine.fleet.versions import gone
-from aioengine.fleet.wire import Residency
+from aioengine.fleet.wire import Residency, gone
 from aioengine.info import AdapterInfo, is_mix
 from aioengine.request import Wanted
 from aioengine.runtime.requests.vectors import scaled_adapter
@@ -49,6 +49,8 @@ MAX_EARLIER = 16
 """Replaced versions of an adapter that requests may name."""
 MEND_SECONDS = 10.0
 """Between two attempts to have replicas agree on an adapter."""
+UNDO_SECONDS = 5.0
+"""How long a change that has failed waits for the replicas to undo it. They go on with that."""
 SETTLE_SECONDS = 1.0
 """After a change, until all replicas have said what they hold."""
 
@@ -60,7 +62,6 @@ class FleetAdapters:
     def __init__(self, config: FleetConfig, members: Members) -> None:
         self.fleet_config = config
         self.members = members
-        self._replicas = Replicas(members)
         self.known = KnownEntries(config.adapters, members.state)
         self.registry: Any = None
         self._uploads = Uploads(config.registry, self._sources)
@@ -99,13 +100,13 @@ class FleetAdapters:
     def adapters(self) -> list[AdapterInfo]:
         """Return every registered adapter, with the fastest place that holds it."""
         held = (info for member in self.members.members.values() for info in member.residency.adapters)
-        return listed(self.known.by_name.values(), held, self.known.described)
+        return listed(self.known.by_name, held)
 
     def find_adapter(self, name: str) -> AdapterInfo | None:
         """Return one registered adapter; None if there is none of that name."""
         known, members = self.known.by_name.get(name), self.members.members.values()
         held = (info for member in members for info in member.residency.adapters if info.name == name)
-        return next(iter(listed([] if known is None else [known], held)), None)
+        return next(iter(listed({} if known is None else {name: known}, held)), None)
 
     def count_adapters(self) -> int:
         """Return the number of adapters that the fleet knows."""
@@ -138,7 +139,7 @@ class FleetAdapters:
         if content != self.known.digest(name):
             raise gone(wanted)
         for member in by_load(members):
-            found = await self._replicas.ask(member, "load", name=name)
+            found = await self.members.ask(member, "load", name=name)
             if found is not None:
                 return first_of([found]).labels
         raise EngineStopped("no replica of the fleet answers now; try again later")
@@ -183,11 +184,11 @@ class FleetAdapters:
             what = {"name": name, "version": 0 if known is None else known.version}
             try:
                 await run_to_completion(self._store(change, None))
-                answers = await self._replicas.ask_all(change.members, "unload", **what, force=force)
+                answers = await self.members.ask_all(change.members, "unload", **what, force=force)
                 ended = True
             finally:
                 if not ended and change.known is None:
-                    await run_to_completion(self._replicas.ask_all(change.members, "forget", **what))
+                    await run_to_completion(self.members.ask_all(change.members, "forget", **what))
             errors = [answer for answer in answers if isinstance(answer, AioEngineError)]
             others = [error for error in errors if not isinstance(error, AdapterNotFound)]
             if others:
@@ -204,7 +205,7 @@ class FleetAdapters:
     async def unpin_adapter(self, name: str) -> AdapterInfo:
         self._check_lora()
         async with self.changing(name) as change:
-            answers = await self._replicas.ask_all(change.members, "unpin", name=name)
+            answers = await self.members.ask_all(change.members, "unpin", name=name)
             return await self._note(change, first_of(answers), version=change.version or 1, pinned=False)
 
     # Steps
@@ -228,7 +229,7 @@ class FleetAdapters:
         if known is None and not holders and where is not None:
             return await self._replace(change, where)
         first = (holders or change.members)[0]
-        info = first_of([await self._replicas.ask(first, "load", name=name, path=where)])
+        info = first_of([await self.members.ask(first, "load", name=name, path=where)])
         if known is None or self._contents(name) - {info.digest}:
             return await self._replace(change, source_of(where, known, info), first.channel.replica)
         return await self._note(change, info, where, version=change.version)
@@ -238,27 +239,34 @@ class FleetAdapters:
     ) -> AdapterInfo:
         """Have those that hold it, and ``also``, read it, compare what they have read, and all take it, even
         if the call is cancelled meanwhile. ``new``: it gets the next version of the fleet."""
-        # What they have prepared, and what they go on preparing, is dropped if this fails or is cancelled.
-        what = {"name": change.name, "change": change.id}
-        async with self._replicas.or_undone(change.members, "discard", **what):
-            info = await self._replicas.prepare(change, where, also)
-            return await self._note(change, info, where, version=change.version + 1 if new else 0)
+        info = await self._prepare(change, where, also)
+        return await self._note(change, info, where, version=change.version + 1 if new else 0)
+
+    async def _prepare(self, change: Change, where: str | None, also: str | None = None) -> AdapterInfo:
+        """Have those that hold the adapter, and ``also``, read it, and the others know where it is. Returns
+        what was read. Raises an error if one fails, or has read something else than the others."""
+        name, members = change.name, change.members
+        what = {"name": name, "change": change.id, "path": where}
+        holders = [m for m in members if holds(name, m) or m.channel.replica == also] or members[:1]
+        answers = await self.members.ask_all(holders, "prepare", **what)
+        info = first_of(answers)
+        read = [(answer, h) for answer, h in zip(answers, holders, strict=True) if answer is not None]
+        if any(answer.digest != info.digest for answer, _ in read):
+            found = ", ".join(f"{answer.digest[:12]}... on {h.channel.replica}" for answer, h in read)
+            raise AdapterConflict(
+                f"its files are not the same on all nodes (SHA-256 {found}); no replica takes them",
+                name=name,
+                path=where,
+            )
+        others = [member for member in members if member not in holders]
+        raise_first(await self.members.ask_all(others, "prepare", **what, read=False))
+        return info
 
     async def _pin(self, change: Change, force: bool, where: str | None = None) -> AdapterInfo:
         """Pin it on all or on none."""
-        name, pinned = change.name, set[str]()
-        for member in change.members:
-            if any(info.name == name and info.pinned for info in member.residency.adapters):
-                pinned.add(member.channel.replica)
-        fresh = [member for member in change.members if member.channel.replica not in pinned]
-        async with self._replicas.or_undone(fresh, "unpin", name=name):
-            answers = await self._replicas.ask_all(change.members, "pin", name=name, force=force)
-            info = first_of(answers)
-        try:
-            return await self._note(change, info, where, version=change.version or 1, pinned=True)
-        except AdapterLoadError:
-            await self._replicas.ask_all(fresh, "unpin", name=name)
-            raise
+        change.pins = True
+        info = first_of(await self.members.ask_all(change.members, "pin", name=change.name, force=force))
+        return await self._note(change, info, where, version=change.version or 1, pinned=True)
 
     async def _note(
         self,
@@ -297,7 +305,7 @@ class FleetAdapters:
         if entry.version:
             entry = await self._store(change, entry) or entry
             members = list(self.members.members.values())
-        await self._replicas.ask_all(members, "sync", entries=[entry], change=change.id)
+        await self.members.ask_all(members, "sync", entries=[entry], change=change.id)
         return entry
 
     async def _store(self, change: Change, after: Entry | None) -> Entry | None:
@@ -309,12 +317,10 @@ class FleetAdapters:
         if before is None and after is None:
             self.known.remove(name)
         else:
-            change.failed = True
             taken, after = await self._registry(name, self.registry.change.remote(name, before, after))
             if not taken:
                 why = "another gateway has changed it meanwhile; repeat the change"
                 raise AdapterLoadError(why, name=name, transient=True)
-            change.failed = False
             await self.known.refresh_in_time(self.registry)  # others may have changed it again
         change.known = after
         return after
@@ -343,11 +349,18 @@ class FleetAdapters:
             change = Change(self.members.gateway, name, members, self.known.by_name.get(name))
             try:
                 yield change
-            finally:
-                if change.failed:  # replicas may have taken its pin away
-                    await self.known.refresh_in_time(self.registry)
-                    there = [entry for entry in (self.known.by_name.get(name),) if entry is not None]
-                    await self._replicas.ask_all(members, "sync", entries=there)
+            except BaseException:
+                undoing = self.members.background.spawn(self._undo(change))
+                await asyncio.wait([undoing], timeout=UNDO_SECONDS)
+                raise
+
+    async def _undo(self, change: Change) -> None:
+        """Have the replicas drop what they have prepared for a change, and be as the registry has it."""
+        await self.known.refresh_in_time(self.registry)
+        entry = self.known.by_name.get(change.name)
+        unpin = change.pins and not (entry is not None and entry.pinned)
+        what = {"name": change.name, "change": change.id, "entry": entry, "unpin": unpin}
+        await self.members.ask_all(change.members, "settle", **what)
 
     # Replicas that come, and plans
 
@@ -366,13 +379,13 @@ class FleetAdapters:
         self.members.knows_adapters(member)
 
     async def _tell(self, member: Member, entries: list[Entry], whole: bool) -> None:
-        others = await self._replicas.ask(member, "sync", entries=entries, whole=whole)
+        others = await self.members.ask(member, "sync", entries=entries, whole=whole)
         if isinstance(others, Exception):
             logger.warning("replica %s: %s", member.channel.replica, others)
         # What it knows besides was in the registry before, maybe only since this gateway has asked that.
         elif others and await self.known.refresh_in_time(self.registry):
             for name in others.keys() - self.known.by_name:
-                await self._replicas.ask(member, "forget", name=name, version=others[name])
+                await self.members.ask(member, "forget", name=name, version=others[name])
 
     async def _plan(self) -> None:
         loop = asyncio.get_running_loop()
@@ -398,7 +411,7 @@ class FleetAdapters:
         member = self.members.members.get(move.replica)
         if member is None or move.kind == "unload":
             return
-        answer = await self._replicas.ask(member, move.kind, name=move.adapter)
+        answer = await self.members.ask(member, move.kind, name=move.adapter)
         if isinstance(answer, (AdapterError, ConfigError)):
             logger.warning("placement: %s on %s: %s", move.kind, move.replica, answer)
 
@@ -443,11 +456,8 @@ class FleetAdapters:
                     some = [m for m in change.members if holds(name, m) or m.channel.replica == refused]
                     change.members = some
                 logger.warning("adapter %r does not have the same content everywhere; it is read again", name)
-                try:
-                    await self._replace(change, path, refused, new=path is not None)
-                except AioEngineError as error:
-                    logger.error("adapter %r stays different between replicas: %s", name, error)
+                await self._replace(change, path, refused, new=path is not None)
         except EngineStopped:
             pass  # no replica is left
-        except AdapterLoadError as error:
-            logger.error("%s", error)
+        except AioEngineError as error:
+            logger.error("adapter %r stays different between replicas: %s", name, error)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from aioengine.errors import AioEngineError
-from aioengine.fleet.wire import Delta, unpack_error
+from aioengine.fleet.wire import Delta
 from aioengine.info import mix_name, without_versions
 from aioengine.request import FinishReason, RequestOptions, SamplingParams, TokenLogprob
 from aioengine.runtime.output import Answer, RequestOutput
@@ -98,9 +98,7 @@ class Call:
             self._pooled = delta.pooled
         if self._cached_tokens is None:
             self._cached_tokens = delta.cached_tokens
-        if delta.error:
-            self.fail(unpack_error(delta.error))
-        elif delta.finish is not None:
+        if delta.finish is not None:
             self.finish(delta.finish, delta.stop)
         self._ready.set()
 

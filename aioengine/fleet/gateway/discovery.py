@@ -8,7 +8,7 @@ Watcher = Callable[[set[str]], None]
 
 _watchers: dict[str, list[Watcher]] = {}
 """Watchers by application. Serve makes the router in the process that has the handle, and the router can
-reach the gateway only through this table."""
+reach the gateway only through this table, which is not in the module of the router: Serve copies that one."""
 _latest: dict[str, set[str]] = {}
 
 

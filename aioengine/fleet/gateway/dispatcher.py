@@ -12,12 +12,12 @@ import msgspec
 
 from aioengine import errors
 from aioengine.checks import error_text
+from aioengine.executors.process.wire import unpack_error
 from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.gateway.channel import Channel
 from aioengine.fleet.gateway.grammars import SentGrammar
 from aioengine.fleet.gateway.members import Member, Members
-from aioengine.fleet.versions import gone
-from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, pack_error, unpack_error
+from aioengine.fleet.wire import Abort, Delta, LimitWaiting, Submit, gone
 from aioengine.info import without_versions
 from aioengine.request import pack_params
 from aioengine.schedulers.policy import Location
@@ -58,6 +58,8 @@ class Dispatcher:
         """Requests whose replica had lost the adapter that it was chosen for."""
         self.on_route: Callable[[float, Route], None] = lambda seconds, route: None
         """Callback for each routing decision, and its seconds."""
+        self.waiting = 0
+        """Calls that wait, because there is no replica for them."""
         self._max_waiting: dict[str, int] = {}
         members.on_join.append(self._joined)
         members.on_delta = self._take
@@ -105,6 +107,7 @@ class Dispatcher:
                     )
                 raise errors.EngineStopped("no replica of the fleet takes requests now; try again later")
             self._members.wake()
+            self.waiting += 1
             try:
                 async with asyncio.timeout(due - now) as call.wait:
                     await self._members.change()
@@ -112,6 +115,7 @@ class Dispatcher:
                 pass
             finally:
                 call.wait = None
+                self.waiting -= 1
 
     def abandon(self, call: Call) -> None:
         """Give up a call that nobody waits for any more; if it runs, it is aborted. If it is on its way to
@@ -236,13 +240,13 @@ class Dispatcher:
         if delta.misrouted:  # there is nothing else in it
             self.misroutes += 1
             return
-        if delta.error:
-            error = unpack_error(delta.error)
+        error = unpack_error(delta.error) if delta.error else None
+        if error is not None:
+            assert isinstance(error, errors.AioEngineError)
             if isinstance(error, errors.AdapterChanged):
                 self._members.on_changed(channel.replica, error.name)
             if begun and isinstance(error, errors.AdapterNotFound):
                 error = _changed(error.name)
-                delta.error = pack_error(error)
             elsewhere = isinstance(
                 error, (errors.EngineStopped, errors.EngineDead, errors.AdapterChanged)
             ) or (isinstance(error, errors.EngineOverloaded) and not begun and error.bound != "tenant")
@@ -253,6 +257,7 @@ class Dispatcher:
                     call, channel.replica, "dead" if isinstance(error, errors.EngineDead) else "refused"
                 )
                 return
+            call.fail(error)
         call.take(delta, now)
         call.content = delta.content or call.content
         if call.ended:

@@ -32,33 +32,26 @@ class KnownEntries:
 
     def __init__(self, configured: Mapping[str, str], state: FleetState) -> None:
         self.by_name: dict[str, Entry] = {}
-        self.described: dict[str, AdapterInfo] = {}
-        """What is said of each adapter while no replica holds it."""
         self.in_use: Callable[[str], None] = lambda path: None
         """Callback for the path of each adapter that is put."""
         self._configured = {name: Entry(name, path, 0) for name, path in configured.items()}
         self._state = state
         self._mark: Mark | None = None
         self._refreshing = asyncio.Lock()
-        self._looking = asyncio.Lock()
+        self._next_look: asyncio.Task[None] | None = None
+        """It waits for its time; None: nobody has asked for one."""
         self._look_due = 0.0
-        self._looks = 0
-        """Number of looks that have begun."""
-        self._looked = 0
-        """Number of the last one that has ended."""
         for entry in self._configured.values():
             self.put(entry)
 
     def put(self, entry: Entry) -> None:
         self.by_name[entry.name] = entry
-        self.described[entry.name] = _described(entry)
         self._state.add_adapter(entry.name)
         self.in_use(entry.path)
 
     def remove(self, name: str) -> None:
         """Forget an adapter, known or not."""
         self._state.remove_adapter(name)
-        self.described.pop(name, None)
         self.by_name.pop(name, None)
 
     def digest(self, name: str) -> str:
@@ -110,18 +103,15 @@ class KnownEntries:
         """Refresh in time, for a request that names what this gateway does not know. However many ask, the
         registry is asked once each ``LOOK_SECONDS``: who asks meanwhile waits for the next time, because what
         it names may be newer than the last one, and all who wait share the answer."""
-        begun = self._looks
-        async with self._looking:
-            if self._looked > begun:
-                return
-            loop = asyncio.get_running_loop()
-            await asyncio.sleep(self._look_due - loop.time())
-            self._looks += 1
-            try:
-                await self.refresh_in_time(registry)
-                self._looked = self._looks
-            finally:
-                self._look_due = loop.time() + LOOK_SECONDS
+        if self._next_look is None:
+            self._next_look = asyncio.ensure_future(self._look(registry))
+        await asyncio.shield(self._next_look)
+
+    async def _look(self, registry: Any) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._look_due - loop.time())
+        self._next_look, self._look_due = None, loop.time() + LOOK_SECONDS
+        await self.refresh_in_time(registry)
 
     async def refresh_in_time(self, registry: Any) -> bool:
         """Refresh within ``REFRESH_SECONDS``; if that fails, all stays as this gateway knows it. Returns
@@ -140,16 +130,9 @@ class KnownEntries:
 _SPEED = {"slot": 3, "cpu": 2, "loading": 1, "disk": 0}
 
 
-def listed(
-    entries: Iterable[Entry],
-    held: Iterable[AdapterInfo],
-    described: Mapping[str, AdapterInfo] | None = None,
-) -> list[AdapterInfo]:
+def listed(current: Mapping[str, Entry], held: Iterable[AdapterInfo]) -> list[AdapterInfo]:
     """Describe each adapter once, with the fastest of the places that hold its current version; mixes are
-    left out. ``described`` has what is said of ``entries`` that nobody holds, if that is known already."""
-    current = {entry.name: entry for entry in entries}
-    if described is None:
-        described = {name: _described(entry) for name, entry in current.items()}
+    left out."""
     found: dict[str, AdapterInfo] = {}
     for info in held:
         entry = current.get(info.name)
@@ -160,12 +143,7 @@ def listed(
             found[info.name] = info
     for name in found.keys() & current.keys():
         found[name] = msgspec.structs.replace(found[name], version=current[name].number)
-    return list({**described, **found}.values())
-
-
-def _described(entry: Entry) -> AdapterInfo:
-    info = msgspec.convert(entry, AdapterInfo, from_attributes=True)
-    return msgspec.structs.replace(info, version=entry.number)
+    return list({**{name: entry.info for name, entry in current.items()}, **found}.values())
 
 
 def source_of(given: str | None, known: Entry | None, info: AdapterInfo) -> str:

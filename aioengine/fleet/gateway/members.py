@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from aioengine.errors import AioEngineError, EngineStopped
@@ -174,13 +174,26 @@ class Members:
         finally:
             self._waking = False
 
+    # For whoever changes adapters
+
+    async def ask(self, member: Member, action: str, **arguments: Any) -> Any:
+        """Return what ``EngineReplica.adapter`` does, with the replica's own version numbers, or the error
+        that it met; None if the replica is lost: when it is back, it gets what the registry has."""
+        call = self.handle.options(method_name="adapter")
+        try:
+            return await call.remote(action, arguments, to=member.channel.replica)
+        except Exception as error:
+            logger.warning("replica %s did not %s: %s", member.channel.replica, action, type(error).__name__)
+            return None
+
+    async def ask_all(self, members: Iterable[Member], action: str, **arguments: Any) -> list[Any]:
+        return list(await asyncio.gather(*[self.ask(member, action, **arguments) for member in members]))
+
     # What replicas say
 
     def _replicas_are(self, ids: set[str]) -> None:
         new, self._known = ids - self._known, ids
-        for replica in sorted(
-            new - self._channels.keys()
-        ):  # those that were lost are tried again in their time
+        for replica in sorted(new - self._channels.keys()):  # lost ones are tried again in their time
             self._open(replica)
         for replica, channel in list(self._channels.items()):
             # One may come back, for example after Serve has changed its settings.

@@ -91,8 +91,6 @@ class SimulatedFleet:
         self._tell: Callable[[set[str]], None] = lambda ids: None
         self._background = Background()
         self._calls = 0
-        self._waiting = 0
-        """Requests on their way to a replica; they wait only if there is none."""
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -177,12 +175,8 @@ class SimulatedFleet:
         call = Call(self._calls, name, prompt, params, options, self._loop.time())
         placed = False
         try:
-            self._waiting += 1
-            try:
-                await self.dispatcher.place(call)
-                placed = True
-            finally:
-                self._waiting -= 1
+            await self.dispatcher.place(call)
+            placed = True
             while not (output := await call.next()).finished:
                 pass
             return output
@@ -265,7 +259,7 @@ class SimulatedFleet:
             await asyncio.sleep(self.scale_seconds)
             done, now = self.scaled, self._loop.time()
             alive = sum(replica.name not in self._draining for replica in self.living.values())
-            waiting = 0 if alive else self._waiting
+            waiting = 0 if alive else self.dispatcher.waiting
             before, wanted = wanted, policy.replicas(self.state.view, wanted, waiting=waiting).replicas
             # Those that died are replaced, too.
             fewer, more = max(before - wanted, 0), max(wanted - alive - self._adding, 0)
