@@ -129,7 +129,7 @@ async def count_tokens(call: Call, data: CountRequest) -> Counted:
     """Tokens of a prompt."""
     call.wanted_adapter(data)
     chat = to_chat(data, call.context.tokenizer.chat_template)
-    return Counted(len(await encode_messages(call, chat, plan_tools(chat.tools, chat.tool_choice))))
+    return Counted(len(await encode_messages(call, chat, plan_tools(chat.tools, chat.tool_choice).tools)))
 
 
 def to_chat(data: CountRequest, template: str | None) -> api.ChatRequest:

@@ -13,8 +13,8 @@ from aioengine.server.context import Call
 from aioengine.server.errors import invalid, needed, unsupported
 from aioengine.server.formats.calls import THINK
 from aioengine.server.formats.source import AnswerParser
-from aioengine.server.openai.api import ChatRequest, ContentPart, Message, sampling_params
-from aioengine.server.openai.form import ToolPlan, plan_tools, wanted_form
+from aioengine.server.openai.api import ChatRequest, ContentPart, Message, Tool, sampling_params
+from aioengine.server.openai.form import plan_tools, wanted_form
 from aioengine.server.openai.replies import ChatCompletion, ChatReply
 from aioengine.server.prompts import check_prompts, encoded
 from aioengine.server.transport.body import check_counts
@@ -40,10 +40,13 @@ async def start_chat(
     context = call.context
     if data.top_logprobs and not data.logprobs:
         raise invalid("top_logprobs", "needs logprobs to be true")
-    tools = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls)
-    formats = context.formats
-    schemas = context.settings.schemas
-    form = wanted_form(data, schemas, None if tools.is_free else tools.form(schemas, formats))
+    formats, schemas = context.formats, context.settings.schemas
+    has_tools = data.tools or data.tool_choice is not None
+    plan = plan_tools(data.tools, data.tool_choice, data.parallel_tool_calls) if has_tools else None
+    tools = [] if plan is None else plan.tools
+    calls = None if plan is None or plan.is_free else plan.form(schemas, formats)
+    has_form = calls or data.response_format or data.structured_outputs
+    form = wanted_form(data, schemas, calls) if has_form else None
     asked = data.max_tokens if data.max_completion_tokens is None else data.max_completion_tokens
     prompt = await encode_messages(call, data, tools)
     check_prompts(context, [prompt], data.n or 1, max_tokens=asked, field="messages")
@@ -55,8 +58,8 @@ async def start_chat(
         max_tokens=defaults.bounded(room) if asked is None else asked,
         logprobs=(data.top_logprobs or 0) if data.logprobs else None,
     )
-    is_text = not (tools.tools or formats.tools or formats.reasoning)  # with nothing in it to look for
-    if not is_text and formats.needs_special_tokens(bool(tools.tools)):  # parsers look for them
+    is_text = not (tools or formats.tools or formats.reasoning)  # with nothing in it to look for
+    if not is_text and formats.needs_special_tokens(bool(tools)):  # parsers look for them
         params = msgspec.structs.replace(params, skip_special_tokens=False)
     answer = Answer(call, data, [prompt], params, form, prefix=prefix)
     if is_text:
@@ -64,14 +67,15 @@ async def start_chat(
     is_thinking = False
     if form is None and formats.reasoning == "think":
         is_thinking = context.tokenizer.decode(prompt[-16:], False).rstrip().endswith(THINK)
-    names, single = frozenset(tools.names), tools.forced is not None or tools.parallel is False
-    how = {"single": single, "is_held": not tools.is_free, "is_thinking": is_thinking}
+    names = frozenset(tool.function.name for tool in tools)
+    single = plan is not None and (plan.forced is not None or plan.parallel is False)
+    how = {"single": single, "is_held": calls is not None, "is_thinking": is_thinking}
     return answer, [formats.parser(names, **how) for _ in range(len(answer))]
 
 
-async def encode_messages(call: Call, data: ChatRequest, tools: ToolPlan) -> list[int]:
-    """Tokenize the chat's prompt. Raises ApiError for content that is not text, and for arguments of calls
-    that are not JSON or hold too many values in all."""
+async def encode_messages(call: Call, data: ChatRequest, tools: Sequence[Tool]) -> list[int]:
+    """Tokenize the chat's prompt, with the ``tools`` that may be called. Raises ApiError for content that is
+    not text, and for arguments of calls that are not JSON or hold too many values in all."""
     arguments = [call_.function.arguments for message in data.messages for call_ in message.tool_calls or ()]
     check_counts(",".join(arguments).encode(), "messages")
     messages = [_to_template(message, f"messages[{i}]") for i, message in enumerate(data.messages)]
@@ -130,13 +134,13 @@ def text_of_part(part: ContentPart, where: str, kinds: Collection[str] = ("text"
     return needed(part.refusal if part.type == "refusal" else part.text, f"{where}.text")
 
 
-def _variables(call: Call, data: ChatRequest, plan: ToolPlan) -> dict[str, Any]:
+def _variables(call: Call, data: ChatRequest, tools: Sequence[Tool]) -> dict[str, Any]:
     variables = dict(data.chat_template_kwargs or {})
     for name in _OWN_VARIABLES:
         if name in variables:
             raise invalid("chat_template_kwargs", f"{name} is a field of the request; set that", param=name)
-    if plan.tools:
-        variables["tools"] = msgspec.to_builtins(plan.tools)
+    if tools:
+        variables["tools"] = msgspec.to_builtins(tools)
     if data.reasoning_effort not in (None, "none"):
         if "reasoning_effort" not in (call.context.tokenizer.chat_template or ""):
             why = "the chat template has no such variable; set those that it has in chat_template_kwargs"

@@ -67,10 +67,6 @@ class ToolPlan(NamedTuple):
         """Whether the model may answer with text."""
         return self.forced is None and not self.required
 
-    @property
-    def names(self) -> list[str]:
-        return [tool.function.name for tool in self.tools]
-
     def form(self, options: SchemaOptions, formats: AnswerFormats) -> Form:
         """Return the form of an answer that must be calls."""
         [first, *others] = self._callable

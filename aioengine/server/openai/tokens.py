@@ -11,7 +11,6 @@ from aioengine.server.context import Call
 from aioengine.server.errors import invalid
 from aioengine.server.openai.api import MAX_MESSAGES, MAX_TOOLS, ChatRequest, Message, Strict, TokenId, Tool
 from aioengine.server.openai.chat import encode_messages
-from aioengine.server.openai.form import plan_tools
 from aioengine.server.prompts import encode
 
 
@@ -74,7 +73,7 @@ async def tokenize(call: Call, data: TokenizeRequest) -> Tokenized:
         names = ("tools", "chat_template_kwargs", "add_generation_prompt")
         fields = {name: getattr(data, name) for name in names}
         chat = ChatRequest(model="", messages=data.messages or [], **fields)
-        tokens = await encode_messages(call, chat, plan_tools(data.tools))
+        tokens = await encode_messages(call, chat, data.tools or ())
     return Tokenized(count=len(tokens), max_model_len=call.context.max_model_len, tokens=tokens)
 
 
