@@ -33,8 +33,6 @@ async def run_to_completion(work: Awaitable[T]) -> T:
 async def together(works: Sequence[Awaitable[T]]) -> list[T]:
     """Run all and return their results, in order. When one fails, or the call is cancelled, the others are
     cancelled and awaited."""
-    if len(works) == 1:
-        return [await works[0]]
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

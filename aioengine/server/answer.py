@@ -277,10 +277,12 @@ class Answer:
         body.release(self.kept)  # it has become tokens
         if self._is_stream:
             writing = asyncio.Lock()  # one choice at a time; the output of the others is collected meanwhile
-            await together([self._stream(index, send, writing) for index in range(len(self))])
+            streams = [self._stream(index, send, writing) for index in range(len(self))]
+            await (together(streams) if len(streams) > 1 else streams[0])
             await self._send(send, self._streamed.last_events(self.usage), last=True)
             return
-        outputs = await together([self._last_output(index) for index in range(len(self))])
+        works = [self._last_output(index) for index in range(len(self))]
+        outputs = await together(works) if len(works) > 1 else [await works[0]]
         for output in outputs:
             output.text_delta, output.token_ids_delta = output.text, output.token_ids
             output.logprobs_delta = output.logprobs or ()
