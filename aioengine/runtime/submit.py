@@ -28,8 +28,7 @@ from aioengine.memory_plan import MemoryPlan
 from aioengine.model.spec import ModelSpec
 from aioengine.request import PoolingKind, Prompt, RequestKeywords, RequestOptions, SamplingParams, Wanted
 from aioengine.runtime.loop import EngineLoop
-from aioengine.runtime.output import Classification, Embedding, RequestOutput, Scores, SoFar
-from aioengine.runtime.output_stream import OutputStream
+from aioengine.runtime.output import Classification, Embedding, OutputStream, RequestOutput, Scores, SoFar
 from aioengine.runtime.requests import vectors
 from aioengine.runtime.requests.continuation import Replayed
 from aioengine.runtime.sources.mixes import Mixes

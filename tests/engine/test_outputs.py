@@ -13,8 +13,7 @@ from aioengine.fleet.gateway.call import Call
 from aioengine.fleet.wire import Delta
 from aioengine.model.text.detokenizer import TextDelta
 from aioengine.request import RequestOptions, SamplingParams, TokenLogprob
-from aioengine.runtime.output import RequestOutput
-from aioengine.runtime.output_stream import OutputStream
+from aioengine.runtime.output import OutputStream, RequestOutput
 from aioengine.server.answer import Reply
 from aioengine.server.openai.api import ChatRequest, CompletionRequest, StreamOptions
 from aioengine.server.openai.replies import ChatReply, CompletionReply
