@@ -9,8 +9,7 @@ from types import MappingProxyType
 from aioengine.core.adapters.residency import Residency
 from aioengine.core.batcher import Batcher
 from aioengine.core.queues import RequestQueues
-from aioengine.core.record_views import CoreRequestView, RecordView
-from aioengine.core.state import AdapterEntry, ArrivalQueue
+from aioengine.core.state import AdapterEntry, ArrivalQueue, CoreRequestView, RecordView
 from aioengine.schedulers.policy import CostsView, Refusal
 
 _view = attrgetter("view")

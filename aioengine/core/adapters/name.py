@@ -15,8 +15,7 @@ from weakref import WeakValueDictionary
 
 from aioengine import events
 from aioengine.core.guard import PolicyGuard
-from aioengine.core.record_views import CoreAdapterView
-from aioengine.core.state import AdapterEntry, AdapterFiles
+from aioengine.core.state import AdapterEntry, AdapterFiles, CoreAdapterView
 from aioengine.errors import AdapterError, AdapterNotFound, ConfigError
 from aioengine.schedulers.policy import Location
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from aioengine import events
 from aioengine.core.adapters.arena import Arena
@@ -22,8 +23,7 @@ from aioengine.core.adapters.moves import CopyMove, Move
 from aioengine.core.adapters.version import Change, State
 from aioengine.core.guard import PolicyGuard
 from aioengine.core.limits import CoreLimits
-from aioengine.core.record_views import CoreSlotView
-from aioengine.core.state import AdapterEntry
+from aioengine.core.state import AdapterEntry, RecordView
 from aioengine.schedulers.policy import SlotState
 
 
@@ -37,6 +37,19 @@ class _Nothing:
 
 
 _NOTHING = _Nothing()
+
+
+class CoreSlotView(RecordView):
+    """The :class:`~aioengine.schedulers.policy.SlotView` of a slot."""
+
+    __slots__ = ()
+
+    index = property(attrgetter("_of.index"))
+    adapter = property(attrgetter("_of.shown.name"))
+    state = property(attrgetter("_of.shown.slot_state"))
+    last_used = property(attrgetter("_of.last_used"))
+    running = property(attrgetter("_of.shown.running"))
+    pinned = property(attrgetter("_of.shown.pinned"))
 
 
 @dataclass(slots=True, eq=False)
