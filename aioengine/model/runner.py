@@ -71,6 +71,7 @@ class ModelRunner:
         self.variance = variance
         self.decode_steps = decode_steps
         self.kv_cache, self.lora_slots = model.cache, model.slots
+        self._copier = None if model.slots is None else model.slots.copier
         self._plain_sampler = sample is None
         self._sample = sample or functools.partial(default_sample, penalties=Penalties(), argmax=model.argmax)
         self._last: Sequence[SequenceWork] = ()
@@ -123,12 +124,12 @@ class ModelRunner:
                 work.params.constraint is not None for work in batch.sequences
             ):
                 constraints.begin(batch.sequences)
-            if self.lora_slots is not None:
-                self.lora_slots.before_step()
+            if self._copier is not None:
+                self._copier.before_step()
             with torch.inference_mode():
                 logits, asking = self._logits(batch, scored, pooled)
-                if self.lora_slots is not None:
-                    self.lora_slots.after_step()
+                if self._copier is not None:
+                    self._copier.after_step()
                 if asking and self.group.shard.rank == 0:
                     works = [batch.sequences[i] for i in asking]
                     for i, tokens in zip(asking, self._sampled(logits, works), strict=True):
@@ -161,13 +162,13 @@ class ModelRunner:
         tables, plain = self._tables
         steps = rows[0].start - tables.first
         tables.write(steps, [row.tokens[0] for row in rows])
-        if self.lora_slots is not None:
-            self.lora_slots.before_step()
+        if self._copier is not None:
+            self._copier.before_step()
         logits = self.model.decode_again(tables, steps)
         if logits is None:
             return None
-        if self.lora_slots is not None:
-            self.lora_slots.after_step()
+        if self._copier is not None:
+            self._copier.after_step()
         if plain and self._plain_sampler:
             tokens = tables.found.tolist()
             if min(tokens) >= 0:
@@ -192,8 +193,8 @@ class ModelRunner:
             if logits is not None:
                 return logits, [i for i, work in enumerate(batch.sequences) if work.sample]
         inputs, asking = self._prepare(batch)
-        slots = self.lora_slots
-        replaced = slots is not None and slots.replaces_logits(inputs.sample_lora)
+        slots, lora = self.lora_slots, inputs.sample_lora
+        replaced = slots is not None and lora.segments and slots.replaces_logits(lora)
         if not pools and not replaced and not any(work.score for work in batch.sequences):
             return self.model.forward(inputs), asking
         last = self.model.layers_forward(inputs)
@@ -250,7 +251,9 @@ class ModelRunner:
             if work.sample and work.params.pooling is None:
                 asking.append(i)
                 sample_rows += range(end - 1 - len(work.draft), end)
-        ids, rows = send([_tensor(token_ids), _tensor(sample_rows)], self.model.device)
+        ids, rows = _tensor(token_ids), _tensor(sample_rows)
+        if self.model.device.type != "cpu":
+            ids, rows = send([ids, rows], self.model.device)
         tables = [work.block_table for work in batch.sequences]
         lora = sample_lora = self._lora_batch(batch, range(len(spans)), [span.length for span in spans])
         if len(sample_rows) < len(token_ids):

@@ -35,7 +35,7 @@ def test_a_write_is_done_when_it_returns_and_steps_see_it(tmp_path: Path) -> Non
         slots.write(
             1, build_image(slots.layout, adapter, {}, torch.float32, page_locked(torch.device("cuda")))
         )
-        slots.before_step()
+        slots.copier.before_step()
         for pools in slots.layers:
             for pool in pools.values():
                 for j in range(len(pool.modules)):
@@ -57,5 +57,5 @@ def test_a_write_goes_on_beside_work_on_the_steps_stream(tmp_path: Path) -> None
     busy.record()
     slots.write(0, image)
     assert not busy.query(), "the write waited for the step"
-    slots.before_step()
+    slots.copier.before_step()
     assert (slots.layers[0]["qkv"].a(0, 0) == 1).all()

@@ -179,7 +179,8 @@ def _write_random_adapter(model: GenericModel) -> int:
         image = build_image(layout, adapter, {}, model.slots.dtype)
         if image.nbytes <= model.slots.nbytes:
             model.slots.write(0, image)
-            model.slots.before_step()
+            if model.slots.copier is not None:
+                model.slots.copier.before_step()
             return rank
     return 0
 

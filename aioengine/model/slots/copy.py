@@ -50,7 +50,8 @@ class StreamCopier:
         return there
 
     def before_step(self) -> None:
-        """Order a step that is about to be enqueued after all writes that have returned."""
+        """Order a step that is about to be enqueued after all writes that have returned; called on the step's
+        thread and stream, as :meth:`after_step` is."""
         if self._written is not None:
             torch.cuda.current_stream(self._device).wait_event(self._written)
 

@@ -65,8 +65,9 @@ class LoRASlots:
         )
         self._outputs = [place.shape.out_features for place in layout.places.values()]
         """Of the matrices B, by place."""
-        self._copier = StreamCopier(device) if device.type == "cuda" else None
-        """None: slots in CPU memory, of which each is written in the calling thread."""
+        self.copier = StreamCopier(device) if device.type == "cuda" else None
+        """What orders writes and steps; None: slots in CPU memory, of which each is written in the calling
+        thread."""
         self.has_affine = [False] * max_loras
         """Whether each slot's adapter scales or shifts outputs (DoRA, ``lora_bias``)."""
         self.heads: list[Head | None] = [None] * max_loras
@@ -118,16 +119,6 @@ class LoRASlots:
             if (tokens := self.tokens[segment.slot]) is not None:
                 yield slice(segment.start, segment.stop), tokens
 
-    def before_step(self) -> None:
-        """Wait for the copies that a step needs. The thread that is about to enqueue the step calls this."""
-        if self._copier is not None:
-            self._copier.before_step()
-
-    def after_step(self) -> None:
-        """Order writes after a step that has just been enqueued; called on the step's thread and stream."""
-        if self._copier is not None:
-            self._copier.after_step()
-
     def write(self, slot: int, image: AdapterImage, offset: int | None = None) -> None:
         """Put an adapter into a slot; ``offset`` is where it begins in the memory, in bytes; None: where the
         slot would begin if all had the same size.
@@ -158,11 +149,11 @@ class LoRASlots:
         columns = slice(0) if trained is None else self.layout.partition.vocabulary
         ids = [] if trained is None else ids_of(trained, columns)
         parts = [] if head is None else [part for part in head if part is not None]
-        if self._copier is None:
+        if self.copier is None:
             torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
             there = [*ids, *parts]
         else:
-            there = self._copier.write(copies, [*ids, *parts])
+            there = self.copier.write(copies, [*ids, *parts])
         ids, there = there[: len(ids)], there[len(ids) :]
         if memory.turned:
             from aioengine.kernels.cpu.lora import turn
