@@ -8,19 +8,77 @@ from threading import Lock
 
 import torch
 
-from aioengine.adapters.peft.dora import BaseWeights, Draft, output_affine
+from aioengine.adapters.peft.dora import BaseWeights, Rows, output_affine, rows_of
 from aioengine.adapters.peft.folding.mix import add_up
 from aioengine.adapters.peft.pack import PackedAdapter
 from aioengine.adapters.peft.read import AdapterReader
-from aioengine.adapters.peft.values import is_finite
+from aioengine.adapters.peft.values import Place
 from aioengine.adapters.read_threads import Progress
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.linear import WeightRows
-from aioengine.model.slots.image import AdapterImage, build_image
+from aioengine.model.slots.image import AdapterImage, build_image, image_shape, is_finite
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
 from aioengine.model.threads import calling_thread_alone
-from aioengine.step import AdapterSource, MixFiles, MixPart
+from aioengine.step import AdapterSource, LoadedAdapter, MixFiles, MixPart
+
+
+class Draft:
+    """An adapter that has been read, before the tensor-parallel ranks have exchanged their parts of DoRA's
+    norms.
+
+    Where the inputs of a linear are split, a rank has a part of each row of the weight. It offers the sums of
+    squares of its parts, and receives the sums over all ranks. Whatever the ranks, all draft the same rows of
+    one adapter, in the same order.
+    """
+
+    def __init__(
+        self, packed: PackedAdapter, layout: SlotLayout, weights: BaseWeights, dtype: torch.dtype
+    ) -> None:
+        """``layout`` and ``dtype`` are the slots'."""
+        self.packed = packed
+        split, partition = layout.shard.size > 1, layout.partition
+        self._rows = rows_of(packed, weights, sorted(packed.magnitudes)) if packed.magnitudes else {}
+        self._parts = {
+            key: rows for key, rows in self._rows.items() if split and partition.splits_inputs(key[1])
+        }
+        self._sizes = [len(part.squares) for part in self._parts.values()]
+        self._total = torch.zeros(sum(self._sizes))
+        affine = packed.magnitudes.keys() | packed.biases.keys()
+        ranks = {key: (len(a), b.shape[1]) for key, (a, b) in packed.tensors.items()}
+        tokens = None if packed.tokens is None else packed.tokens.tables
+        self.slot_nbytes = image_shape(layout, ranks, affine, dtype, tokens).nbytes
+        """Bytes that the adapter takes in a slot."""
+
+    @property
+    def loaded(self) -> LoadedAdapter:
+        """What the core learns of the adapter. Waits for its digest."""
+        packed, head = self.packed, self.packed.head
+        return LoadedAdapter(
+            packed.rank,
+            self.slot_nbytes + (0 if head is None else head.nbytes),
+            self.slot_nbytes,
+            packed.digest,
+            labels=0 if head is None else len(head.weight),
+            invocation=packed.invocation,
+            scalable=packed.scalable,
+        )
+
+    @property
+    def squares(self) -> bytes:
+        """This rank's sums, which every rank adds, this one included; empty if there is nothing to add."""
+        sums = [part.squares for part in self._parts.values()]
+        return torch.cat(sums).numpy().tobytes() if sums else b""
+
+    def add(self, squares: bytes) -> None:
+        """Add a rank's ``squares``. All ranks add in the same order, so their sums are equal bit for bit."""
+        self._total += torch.frombuffer(bytearray(squares), dtype=torch.float32)
+
+    def rows(self) -> dict[Place, Rows]:
+        """Return the complete rows, once every rank's part has been added."""
+        totals = self._total.split_with_sizes(self._sizes)
+        items = zip(self._parts.items(), totals, strict=True)
+        return self._rows | {key: part._replace(squares=total) for (key, part), total in items}
 
 
 class AdapterStore:
@@ -96,7 +154,7 @@ class AdapterStore:
 
     def _image(self, draft: Draft) -> AdapterImage:
         packed, int8 = draft.packed, self._layout.holds.int8
-        affine = output_affine(packed, draft.rows(), self._dtype)
+        affine = {} if packed.scalable else output_affine(packed, draft.rows(), self._dtype)
         for (_, module), (_, shift) in affine.items():
             if self._layout.shard.rank > 0 and self._layout.partition.adds_up_adapted(module):
                 shift.zero_()  # or the sum over the ranks would have it several times

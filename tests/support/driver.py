@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from support.step_tokens import tokens_of
 
-from aioengine.adapters.peft.dora import Draft
-from aioengine.adapters.store import AdapterStore
+from aioengine.adapters.store import AdapterStore, Draft
 from aioengine.model.runner import ModelRunner
 from aioengine.model.slots.image import AdapterImage
 from aioengine.request import SamplingParams

@@ -20,7 +20,7 @@ from support.preloaded import CONTEXT
 from support.step_tokens import tokens_of
 from torch import Tensor, distributed
 
-from aioengine.adapters.peft.dora import Draft
+from aioengine.adapters.store import Draft
 from aioengine.errors import AdapterError
 from aioengine.model.build import build_runner
 from aioengine.model.files.resolve import read_spec

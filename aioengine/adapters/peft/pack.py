@@ -10,18 +10,10 @@ from torch import Tensor
 
 from aioengine.adapters.peft.folder import invalid_weights
 from aioengine.adapters.peft.targets import Layout
-from aioengine.adapters.peft.values import (
-    HEAD_KINDS,
-    TOKEN_KINDS,
-    Matrices,
-    Part,
-    Place,
-    converted,
-    is_finite,
-    scaled,
-)
+from aioengine.adapters.peft.values import HEAD_KINDS, TOKEN_KINDS, Matrices, Part, Place, converted, scaled
 from aioengine.model.parallel.group import take
 from aioengine.model.pooling import Head, Kind
+from aioengine.model.slots.image import is_finite
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.slots.tokens import TrainedTokens
 from aioengine.model.spec import NO_LAYER, ModelSpec
@@ -139,7 +131,7 @@ def pack(
         biases=biases,
         computed=_computed(slot, pairs) if layout.dora else {},
         head=Head(head[weight], head.get(bias)) if weight in head else None,
-        tokens=layout.embeddings.trained(rows, base_weight, dtype),
+        tokens=None if layout.embeddings is None else layout.embeddings.trained(rows, base_weight, dtype),
         invocation=tuple(layout.config.alora_invocation_tokens or ()),
     )
 

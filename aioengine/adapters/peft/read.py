@@ -25,8 +25,9 @@ from aioengine.adapters.peft.folder import (
     invalid_weights,
     naming,
 )
-from aioengine.adapters.peft.folding.fold import Folded, fold_method, method_of
-from aioengine.adapters.peft.folding.parameters import fold_parameters
+from aioengine.adapters.peft.folding.fold import Fields, Folded, Shapes, fold_method
+from aioengine.adapters.peft.folding.methods import METHODS
+from aioengine.adapters.peft.folding.parameters import TARGETS, fold_parameters
 from aioengine.adapters.peft.pack import PackedAdapter, pack
 from aioengine.adapters.peft.targets import Layout, modules_of
 from aioengine.adapters.peft.weights_file import Entry, SafetensorsHeader, tensors_of
@@ -152,14 +153,20 @@ class AdapterReader:
     def _check_plain(self, text: bytes) -> None:
         """Raise AdapterInvalid for a configuration that no file could go with."""
         fields = fields_of(text)
-        if method_of(fields) is None and next(self.slot.spec.bare_parameters(), None) is None:
+        if self._folding(fields) is None:
             parse_config(fields)
+
+    def _folding(self, fields: Fields) -> Callable[[Fields, Shapes, SlotLayout], Folded] | None:
+        """Return what folds an adapter with these fields; None: it is a pair of A and B as it is."""
+        if fields.get(TARGETS) and next(self.slot.spec.bare_parameters(), None) is not None:
+            return fold_parameters
+        return fold_method if fields.get("peft_type") in tuple(METHODS) else None
 
     def _plan(self, text: bytes, header: SafetensorsHeader, adapter: str) -> Plan:
         fields, entries, slot = fields_of(text), header.entries(), self.slot
         shapes = {entry.key: entry.shape for entry in entries}
-        folded = fold_parameters(fields, shapes, slot) or fold_method(fields, shapes, slot)
-        if folded is not None:
+        if (fold := self._folding(fields)) is not None:
+            folded = fold(fields, shapes, slot)
             if header.data_bytes > MAX_ITEM_BYTES * slot.elements * slot.shard.size:
                 invalid_weights(
                     f"has {header.data_bytes} bytes of data, more than an adapter that fits can have"

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 from aioengine.adapters.peft.config import MERGE, PeftLoraConfig
 from aioengine.adapters.peft.folder import CONFIG_FILE, invalid_config, invalid_weights, too_large
 from aioengine.adapters.peft.folding.embeddings import EmbeddingParts
-from aioengine.adapters.peft.values import HEAD_KINDS, Part, Place
+from aioengine.adapters.peft.values import HEAD_KINDS, WHOLE_KINDS, Part, Place
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, LinearShape
 
@@ -118,7 +118,9 @@ class Layout:
         )
         """Whether PEFT adapts lm_head by the transposed adapter of the embeddings that it is tied to."""
         self.dora = bool(config.use_dora)
-        self.embeddings = EmbeddingParts(config, spec)
+        self.embeddings = EmbeddingParts(config, spec) if config.tokens or config.saved else None
+        """Rows of the embeddings and the head that the file has; None if it has none."""
+        self._rows = {} if self.embeddings is None else self.embeddings.parts
         self.targets: dict[Place, Target] = {}
         """The targets, in the order of a packed adapter's tensors."""
         began = time.thread_time()
@@ -135,7 +137,8 @@ class Layout:
                 "alora_invocation_tokens with embed_tokens as a target: PEFT applies such an "
                 "adapter to all tokens of the embeddings; train it without embed_tokens"
             )
-        self.embeddings.check_targets({module for layer, module in self.targets if layer == NO_LAYER})
+        if self.embeddings is not None:
+            self.embeddings.check_targets({module for layer, module in self.targets if layer == NO_LAYER})
         for target in self.targets.values():
             if target.rank > slot.max_rank:
                 too_large(
@@ -165,7 +168,7 @@ class Layout:
         taken: dict[Part, str] = {}
         for key, shape in shapes.items():
             part = self._named(key)
-            if not part.is_whole:
+            if part.kind not in WHOLE_KINDS:
                 self._check_target(key, part)
             if part in taken:
                 invalid_weights(f"{key!r} and {taken[part]!r} are the same weight")
@@ -196,7 +199,7 @@ class Layout:
             self._refuse(key)
         part = Part(place, kind)
         if (
-            (part.is_whole and part not in self.embeddings.parts)
+            (kind in WHOLE_KINDS and part not in self._rows)
             or (kind == "base" and place[1] not in EMBEDDING_MODULES)
             or (kind in ("A", "B") and ("_embedding_" in end) != (place[1] == "embed_tokens"))
         ):
@@ -225,8 +228,8 @@ class Layout:
             labels = min(max(1, shape[0]), MAX_LABELS) if shape else MAX_LABELS
             of = f"a head of 1 to {MAX_LABELS} labels over {hidden} hidden units"
             return ((labels, hidden) if part.kind == "head" else (labels,)), of
-        if part.is_whole:
-            rows, of = self.embeddings.parts[part]
+        if part in self._rows:
+            rows, of = self._rows[part]
             return (rows, hidden), of
         target = self.targets[part.place]
         linear = target.linear
@@ -265,7 +268,7 @@ class Layout:
         invalid_weights(f"{key[:200]!r}: {reason}")
 
     def _check_complete(self, taken: Mapping[Part, str]) -> None:
-        for part in self.embeddings.parts:
+        for part in self._rows:
             if part not in taken:
                 field = "trainable_token_indices" if part.kind == "tokens" else "modules_to_save"
                 invalid_weights(

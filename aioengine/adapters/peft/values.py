@@ -1,8 +1,7 @@
-"""What the tensors of an adapter's file are, and work on their values."""
+"""What the tensors of an adapter's file are, and their values as a slot has them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,27 +15,18 @@ Place = tuple[int, str]
 HEAD_KINDS = ("head", "head_bias")
 TOKEN_KINDS = ("tokens", "saved")
 """Kinds of tensors: rows of ``trainable_token_indices``, and whole matrices."""
+WHOLE_KINDS = HEAD_KINDS + TOKEN_KINDS
+"""Kinds of tensors that are no part of a target: each rank needs all of them."""
 Matrices = Mapping[Place, tuple[Tensor, Tensor]]
 """A and B of each place."""
 
 
 class Part(NamedTuple):
     """One tensor's role: ``A``, ``B``, ``bias``, ``magnitude``, ``base`` (the unadapted weight), or one of
-    ``HEAD_KINDS`` and ``TOKEN_KINDS``."""
+    ``WHOLE_KINDS``."""
 
     place: Place
     kind: str
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether each rank needs all of it: it is not a part of a target."""
-        return self.kind in HEAD_KINDS or self.kind in TOKEN_KINDS
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity. A sum has one if a value is one, and costs a fraction of
-    isfinite; if only the sum is too large, each value is looked at."""
-    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def converted(source: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:

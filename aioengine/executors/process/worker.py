@@ -35,8 +35,7 @@ from aioengine.model.parallel.group import DistributedGroup, Group, Shard, SoloG
 from aioengine.step import StepResult
 
 if TYPE_CHECKING:
-    from aioengine.adapters.peft.dora import Draft
-    from aioengine.adapters.store import AdapterStore
+    from aioengine.adapters.store import AdapterStore, Draft
     from aioengine.model.runner import ModelRunner
 
 RECEIVE_BYTES = 1 << 20

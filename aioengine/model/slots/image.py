@@ -7,6 +7,7 @@ scale for each row of a matrix: LLM.int8(), Dettmers et al., 2022, https://arxiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -207,6 +208,12 @@ def multiply(values: Tensor, number: Tensor, to: Tensor) -> None:
     if values.dtype != to.dtype:
         number = number.view(1)  # without a dimension it would leave the product in the dtype of ``values``
     torch.mul(values, number, out=to)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity. A sum has one if a value is one, and costs a fraction of
+    isfinite; if only the sum is too large, each value is looked at."""
+    return math.isfinite(tensor.sum()) or bool(tensor.isfinite().all())
 
 
 def _exact(layout: SlotLayout, adapter: Adapter) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from aioengine.adapters.peft.config import MAX_TRAINED_TOKENS, MERGE, PeftLoraConfig, named_by
 from aioengine.adapters.peft.folder import CONFIG_FILE, invalid_config, invalid_weights
-from aioengine.adapters.peft.values import Part, is_finite
+from aioengine.adapters.peft.values import Part
+from aioengine.model.slots.image import is_finite
 from aioengine.model.slots.tokens import TokenTable, TokenTables, TrainedTokens
 from aioengine.model.spec import EMBEDDING_MODULES, NO_LAYER, ModelSpec
 
@@ -29,13 +30,12 @@ class EmbeddingParts:
 
     def __init__(self, config: PeftLoraConfig, spec: ModelSpec) -> None:
         self._spec = spec
-        trained = EMBEDDING_MODULES if config.tokens or config.saved else ()
-        if trained and spec.impl != "native":
+        if spec.impl != "native":
             invalid_config(
                 "trained tokens (trainable_token_indices, modules_to_save) are supported only in models that "
                 f"the native decoder runs: {MERGE}"
             )
-        names = {module: spec.module_name(NO_LAYER, module) for module in trained}
+        names = {module: spec.module_name(NO_LAYER, module) for module in EMBEDDING_MODULES}
         self._ids = {
             module: ids
             for module, name in names.items()

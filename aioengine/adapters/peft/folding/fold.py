@@ -50,19 +50,12 @@ def parse_plain(fields: Fields, what: str) -> PeftLoraConfig:
     return config
 
 
-def method_of(fields: Fields) -> str | None:
-    """Return which of ``METHODS`` an adapter is of."""
-    return next((name for name in METHODS if name == fields.get("peft_type")), None)
-
-
-def fold_method(fields: Fields, shapes: Shapes, slot: SlotLayout) -> Folded | None:
-    """Check an adapter of one of ``METHODS``, and return what it is folded to; None for any other.
+def fold_method(fields: Fields, shapes: Shapes, slot: SlotLayout) -> Folded:
+    """Check an adapter of one of ``METHODS``, and return what it is folded to.
 
     Raises AdapterInvalid, and AdapterTooLarge for a folded rank that no slot has room for.
     """
-    peft_type = method_of(fields)
-    if peft_type is None:
-        return None
+    peft_type: str = fields["peft_type"]
     method = METHODS[peft_type]
     config = _as_lora(fields, peft_type, method.settings)
     shared = {name: f"base_model.{name}" for name in method.shared}

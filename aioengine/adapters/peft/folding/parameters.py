@@ -23,7 +23,7 @@ from aioengine.adapters.peft.targets import WRAPPERS, modules_of
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import LinearShape, ModelSpec
 
-_FIELD = "target_parameters"
+TARGETS = "target_parameters"
 _PREFIX = "base_model.model."
 MAX_PARAMETERS = 2048
 _Names = Annotated[list[str], msgspec.Meta(max_length=MAX_PARAMETERS)]
@@ -43,21 +43,19 @@ class _Parameter(NamedTuple):
     alternating: bool
 
 
-def fold_parameters(fields: Fields, shapes: Shapes, slot: SlotLayout) -> Folded | None:
-    """Check an adapter with ``target_parameters``, and return what it is folded to; None if it has none, or
-    the model takes none. Raises AdapterInvalid, and AdapterTooLarge."""
-    if _FIELD not in fields or next(slot.spec.bare_parameters(), None) is None:
-        return None
+def fold_parameters(fields: Fields, shapes: Shapes, slot: SlotLayout) -> Folded:
+    """Check an adapter with ``target_parameters``, and return what it is folded to.
+
+    Raises AdapterInvalid, and AdapterTooLarge for a rank that no slot has room for.
+    """
     try:
-        wanted = msgspec.convert(fields[_FIELD], _Names | None)
+        wanted = msgspec.convert(fields[TARGETS], _Names)
     except msgspec.ValidationError:
-        invalid_config(f"{_FIELD}: expected a list of at most {MAX_PARAMETERS} strings")
-    if not wanted:
-        return None
-    others = {name: value for name, value in fields.items() if name != _FIELD}
+        invalid_config(f"{TARGETS}: expected a list of at most {MAX_PARAMETERS} strings")
+    others = {name: value for name, value in fields.items() if name != TARGETS}
     if others.get("target_modules") is None:
         others["target_modules"] = []
-    config = parse_plain(others, _FIELD)
+    config = parse_plain(others, TARGETS)
     config = config.on(modules_of(shapes)) if config.unmatched else config
     known = {WRAPPERS.sub("", key): key for key in shapes}
     keys: dict[str, tuple[_Parameter, str]] = {}
@@ -69,7 +67,7 @@ def fold_parameters(fields: Fields, shapes: Shapes, slot: SlotLayout) -> Folded 
             folded[name] = parameter.rank, parameter.scaling
             place = slot.spec.find_module(name)
             if place is not None and not slot.spec.is_bare(place[1]) and config.targets(name):
-                invalid_config(f"{name} is in {_FIELD} and in target_modules")
+                invalid_config(f"{name} is in {TARGETS} and in target_modules")
     return Folded(replace(config, folded=folded), lambda tensors: dict(_tensors(tensors, keys)))
 
 
@@ -113,7 +111,7 @@ def _check_room(parameter: _Parameter, slot: SlotLayout) -> None:
     for name, (module, _) in zip(parameter.experts[0], parameter.linears, strict=False):
         if module not in slot.modules:
             invalid_config(
-                f"{_FIELD} means {name}, and the slots do not hold {slot.spec.kind_of(module)}: add it to "
+                f"{TARGETS} means {name}, and the slots do not hold {slot.spec.kind_of(module)}: add it to "
                 "LoRAConfig.target_modules"
             )
     if parameter.rank > slot.max_rank:
