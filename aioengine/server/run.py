@@ -14,9 +14,9 @@ import uvicorn
 
 from aioengine.errors import ConfigError
 from aioengine.server.app import Entrance, ServerApp
-from aioengine.server.bounds import CONNECTIONS, Shares, Turns
+from aioengine.server.bounds import CONNECTIONS, Shares
 from aioengine.server.settings import ListenSettings as ListenSettings
-from aioengine.server.transport.protocol import BoundedProtocol, Limits
+from aioengine.server.transport.protocol import BoundedProtocol, Limits, Turns
 from aioengine.server.transport.tls import TlsListener
 from aioengine.tasks import end_tasks
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from aioengine.lab.simulation.clock import VirtualTimeLoop, run_in_virtual_time
-from aioengine.server.bounds import PATIENCE, PER_PASS, Turns
+from aioengine.server.transport.protocol import PATIENCE, PER_PASS, Turns
 
 COST = 0.0005
 """Seconds that a turn takes, with the answer that it leads to."""
