@@ -65,10 +65,15 @@ class RequestRecord(msgspec.Struct, kw_only=True, eq=False):
     counted: bool = False
     """Whether it was refused for its key: such requests are counted and logged together."""
 
+    def may_use(self, adapter: str | None) -> bool:
+        """Whether its key may use an adapter of this name; None: the base model."""
+        models = self.identity.models
+        return models is None or models.allow(adapter)
+
     def refused_by(self, error: BaseException, reword: Callable[[str], str] | None) -> ApiError:
         """Note and return the client's error that an exception becomes; ``reword`` rewrites the engine's
         messages."""
-        found = to_api_error(error, self.named_in, may_load=self.identity.may("adapters"))
+        found = to_api_error(error, self.named_in, may_load="adapters" in self.identity.scopes)
         detail = found.detail
         if reword is not None and isinstance(error, AioEngineError):
             detail.message = reword(detail.message)

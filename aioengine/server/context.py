@@ -179,7 +179,7 @@ class Call(NamedTuple):
         name = None if adapter is None else _VERSION.sub("", adapter)
         # Any text, however long, would be logged as the adapter's name.
         known = name is None or NAME_RULE.fullmatch(name) is not None
-        if not known or not self.record.identity.models.allow(name):
+        if not known or not self.record.may_use(name):
             raise model_not_found(model[:300], field)
         return adapter
 

@@ -71,13 +71,13 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 def _cards(call: Call, adapters: Iterable[AdapterInfo]) -> Iterator[ModelCard]:
     """Yield the names of the base model, and those of ``adapters`` that the key may use."""
-    context, identity = call.context, call.record.identity
+    context, record = call.context, call.record
     base, place = context.model_names[0], context.engine.config.model
     found: list[tuple[str, str, str | None]] = []
-    if identity.models.allow(None):
+    if record.may_use(None):
         found += [(name, place, None) for name in context.model_names]
-    found += [(info.name, info.path, base) for info in adapters if identity.models.allow(info.name)]
-    shows_paths, created, most = identity.may("admin"), context.created, context.max_model_len
+    found += [(info.name, info.path, base) for info in adapters if record.may_use(info.name)]
+    shows_paths, created, most = "admin" in record.identity.scopes, context.created, context.max_model_len
     for name, path, parent in found:
         root = path if shows_paths else name
         yield ModelCard(id=name, created=created, root=root, parent=parent, max_model_len=most)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from aioengine.runtime.client import Usage
-from aioengine.server.access.keys import Limits, Scope
+from aioengine.server.access.keys import Limits
 from aioengine.server.errors import ApiError
 
 _WILD = re.compile(r"[*?\[]")
@@ -160,7 +160,8 @@ class Identity(NamedTuple):
     tenant: str | None = None
     """Tenant of the key; None without a known key."""
     scopes: frozenset[str] = frozenset()
-    models: AllowedModels = AllowedModels()
+    models: AllowedModels | None = None
+    """None: all."""
     meters: tuple[Meter, ...] = ()
     """The meters that its requests count on."""
     expires: float | None = None
@@ -170,9 +171,6 @@ class Identity(NamedTuple):
     def is_valid(self) -> bool:
         """Whether its key has not expired."""
         return self.expires is None or time.time() < self.expires
-
-    def may(self, scope: Scope) -> bool:
-        return scope in self.scopes or "admin" in self.scopes
 
 
 def hash_key(key: str | bytes) -> str:

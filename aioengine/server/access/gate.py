@@ -120,9 +120,11 @@ class Gate:
     def identify(self, scope: HttpScope, record: RequestRecord) -> None:
         """Identify the client and write it into ``record``. Raises ApiError without a valid key where one is
         required."""
-        key = presented_key(scope["headers"])
-        found = None if key is None else self._known.get(hash_key(key))
-        found = found if found is not None and found.is_valid else self._anybody
+        found = self._anybody
+        if self._known or found is None:  # else it does not matter who it is
+            key = presented_key(scope["headers"])
+            known = None if key is None else self._known.get(hash_key(key))
+            found = known if known is not None and known.is_valid else found
         if found is None:
             text = "Incorrect API key provided."
             if key is None:
@@ -135,7 +137,7 @@ class Gate:
         """Admit the request to a route. Raises ApiError if its key has none of the ``needed`` scopes, or has
         reached a limit: those of keys and tenants are on requests that need "generate"."""
         identity = record.identity
-        if needed and not any(map(identity.may, needed)):
+        if needed and identity.scopes.isdisjoint(needed):
             names = " or ".join(map(repr, needed))
             if identity.tenant is None:
                 text = f"A key with the scope {names} is needed. Send it as 'Authorization: Bearer KEY'."
@@ -181,7 +183,7 @@ class Gate:
         scopes = frozenset(SCOPES) - ({"admin", "adapters"} if settings.admin_keys else {"admin"})
         self._anybody = None if settings.api_keys else Identity(scopes=scopes)
         # A key that is both is an admin key.
-        for keys, own in ((settings.api_keys, scopes), (settings.admin_keys, frozenset({"admin"}))):
+        for keys, own in ((settings.api_keys, scopes), (settings.admin_keys, frozenset(SCOPES))):
             for key, tenant in keys.items():
                 self._known[hash_key(key)] = Identity(tenant, own)
 
@@ -205,7 +207,7 @@ class Gate:
             shared = meter(f"tenant {tenant}", f"tenant {tenant!r}", limits)
             self._known[entry.hash] = Identity(
                 tenant,
-                frozenset(entry.scopes),
+                frozenset(SCOPES if "admin" in entry.scopes else entry.scopes),
                 AllowedModels(entry.adapters, entry.base_model),
                 meter(f"key {entry.hash}", "this API key", entry.limits) + shared,
                 None if entry.expires is None else entry.expires.timestamp(),

@@ -80,7 +80,7 @@ async def unload(call: Call, data: UnloadRequest) -> str:
     _root(call)
     name = data.lora_name
     try:
-        if not call.record.identity.models.allow(name):
+        if not call.record.may_use(name):
             raise AdapterNotFound("it is not among those that the key may use", name=name)
         await call.context.engine.unload_adapter(name)
     except AdapterNotFound as error:
@@ -138,7 +138,7 @@ async def _place(call: Call, root: str, name: str, path: str) -> str:
         below = place.removeprefix(root.rstrip("/") + "/")
     else:
         below = _relative(path, folders.root)
-    if not call.record.identity.models.allow(below):
+    if not call.record.may_use(below):
         raise _not_allowed(f"from {path[:300]!r}", "lora_path")
     if folders is None or lora is None:
         return place
@@ -157,7 +157,7 @@ def _check_may_load(call: Call, name: str, *, replace: bool) -> None:
     if NAME_RULE.fullmatch(name) is None or name in call.context.model_names:
         text = f"lora_name: {name[:300]!r} is the base model's name, or not {NAME_RULE_TEXT}"
         raise ApiError(400, text, param="lora_name")
-    if not call.record.identity.models.allow(name):
+    if not call.record.may_use(name):
         raise _not_allowed(f"that is called {name!r}", "lora_name")
     is_known = engine.find_adapter(name) is not None
     if is_known and not replace:
