@@ -10,6 +10,7 @@ each rank: the scale of a row of A times that of the matching column of B.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class SlotMemory:
     A place is one module of one layer; those of a fused linear follow each other. ``aligned``: every offset
     is a multiple of ``ALIGNMENT``, which is required if the memory is int8. ``dtype`` is then the dtype of
     gains and shifts (otherwise that of the memory). ``turned``: matrices B are as the CPU library multiplies
-    them, which is for whoever writes them to see to (:func:`aioengine.kernels.cpu.lora.turn`).
+    them, which is for whoever writes them to see to (:meth:`turn`).
     """
 
     def __init__(
@@ -134,6 +135,14 @@ class SlotMemory:
         counted = rows.clone()
         counted[:, OFFSETS] = torch.where(offsets < 0, offsets, offsets // self.unit)
         return rows, counted
+
+    def turn(self, rows: Tensor, outputs: Sequence[int]) -> None:
+        """Turn the matrices B of a slot, whose table is ``rows`` [places, columns], in the calling thread.
+        They have so many ``outputs`` [places]."""
+        from aioengine.kernels.cpu.shared_library import load  # a GPU's machine needs no compiler
+
+        matrices = torch.stack([rows[:, Column.B], torch.tensor(outputs), rows[:, Column.B_RANK]], dim=1)
+        load().aio_turn(self.memory.data_ptr(), self.memory.itemsize, matrices.data_ptr(), len(matrices))
 
 
 class LoRAPool(NamedTuple):

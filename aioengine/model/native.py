@@ -18,11 +18,12 @@ from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.blocks import PackedBlocks
 from aioengine.kernels.cpu.cores import threads
 from aioengine.kernels.cpu.int4 import Int4Weight
-from aioengine.kernels.cpu.lora import segment_table, slots_struct
+from aioengine.kernels.cpu.lora import slots_struct
 from aioengine.kernels.cpu.packed import LibraryWeight, PackedWeight, pointer
 from aioengine.kernels.cpu.quantized import QuantizedWeight
 from aioengine.kernels.cpu.shared_library import has_int8_products, load
 from aioengine.kernels.plan.decodes import DecodeTables
+from aioengine.kernels.plan.lora import segment_table
 from aioengine.model.buffer import Arena
 from aioengine.model.decoder import Decoder
 from aioengine.model.experts.layer import Mixture

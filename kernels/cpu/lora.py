@@ -6,21 +6,18 @@ Plain torch does the rare cases (float16, LoRA on embeddings).
 from __future__ import annotations
 
 import functools
-import struct
-from collections.abc import Iterable, Sequence
 from ctypes import Array, byref
 
-import torch
 from torch import Tensor
 
 from aioengine.kernels.cpu import structs
 from aioengine.kernels.cpu.cores import threads
 from aioengine.kernels.cpu.packed import DTYPES, is_bf16
 from aioengine.kernels.cpu.shared_library import load
-from aioengine.kernels.plan.lora import LoRABatch, Segment
+from aioengine.kernels.plan.lora import LoRABatch, segment_table
 from aioengine.kernels.portable import grouped
 from aioengine.kernels.portable.grouped import lora_embed as lora_embed
-from aioengine.kernels.slots import Column, LoRAPool, SlotMemory
+from aioengine.kernels.slots import LoRAPool, SlotMemory
 
 
 def lora_shrink(x: Tensor, pool: LoRAPool, batch: LoRABatch) -> Tensor:
@@ -74,16 +71,6 @@ def lora_affine(y: Tensor, pool: LoRAPool, batch: LoRABatch) -> None:
     )
 
 
-def segment_table(segments: Iterable[Segment]) -> Tensor:
-    """[count, 5] of int32: slot, begin, end, rank, and the bits of the weight."""
-    return torch.tensor([(*segment[:4], _bits(segment.weight)) for segment in segments], dtype=torch.int32)
-
-
-def _bits(weight: float) -> int:
-    """Return the bits of a float32 as an int32."""
-    return int.from_bytes(struct.pack("<f", weight), "little", signed=True)
-
-
 def segments_of(batch: LoRABatch) -> Tensor:
     """:func:`segment_table` of all segments."""
     return segment_table(batch.segments)
@@ -98,13 +85,6 @@ def slots_struct(slots: SlotMemory) -> structs.Slots:
     """Make the C structure, which points to the memory and does not keep it alive."""
     fields = slots.num_places, slots.int8, slots.turned
     return structs.Slots(slots.memory.data_ptr(), slots.table.data_ptr(), *fields)
-
-
-def turn(memory: Tensor, rows: Tensor, outputs: Sequence[int]) -> None:
-    """Turn the matrices B of a slot, whose table is ``rows`` [places, columns], in the calling thread; they
-    have so many ``outputs`` [places]."""
-    matrices = torch.stack([rows[:, Column.B], torch.tensor(outputs), rows[:, Column.B_RANK]], dim=1)
-    load().aio_turn(memory.data_ptr(), memory.itemsize, matrices.data_ptr(), len(matrices))
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -110,6 +111,16 @@ def _scaled(segments: Sequence[Segment], counts: Sequence[int], scales: Sequence
         else:
             found.append(own._replace(start=start, stop=start + count, weight=scale))
     return found
+
+
+def segment_table(segments: Iterable[Segment]) -> torch.Tensor:
+    """[count, 5] of int32: slot, begin, end, rank, and the bits of the weight."""
+    return torch.tensor([(*segment[:4], _bits(segment.weight)) for segment in segments], dtype=torch.int32)
+
+
+def _bits(weight: float) -> int:
+    """Return the bits of a float32 as an int32."""
+    return int.from_bytes(struct.pack("<f", weight), "little", signed=True)
 
 
 def _width(segments: Sequence[Segment]) -> int:

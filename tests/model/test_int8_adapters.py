@@ -19,7 +19,6 @@ from aioengine.config import EngineConfig, LoRAConfig
 from aioengine.errors import ConfigError
 from aioengine.executors.parts import plan_parts
 from aioengine.kernels import available_backends
-from aioengine.kernels.cpu.lora import turn
 from aioengine.model.files.hf_config import read_spec
 from aioengine.model.slots.image import build_image
 from aioengine.model.slots.layout import SlotLayout
@@ -139,7 +138,7 @@ def test_steps_compute_with_what_the_slots_hold(
                     for target, source in zip(targets, sources, strict=True):
                         target.copy_(source)
                 if turned:
-                    turn(memory.memory, memory.table[slot], outputs)
+                    memory.turn(memory.table[slot], outputs)
             memory.turned = turned
         sequences = [driver.add(range(5, 9 + 3 * slot), slot) for slot in range(-1, len(ADAPTERS))]
         for _ in range(2):

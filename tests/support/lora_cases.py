@@ -161,12 +161,10 @@ def rounded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def turned(pool: LoRAPool) -> LoRAPool:
     """A copy whose matrices B are turned."""
-    from aioengine.kernels.cpu.lora import turn
-
     slots = copy.copy(pool.slots)
     slots.memory, slots.turned = pool.slots.memory.clone(), True
     for rows in slots.table:
-        turn(slots.memory, rows, pool.widths)
+        slots.turn(rows, pool.widths)
     return pool._replace(slots=slots)
 
 

@@ -156,9 +156,7 @@ class LoRASlots:
             there = self.copier.write(copies, [*ids, *parts])
         ids, there = there[: len(ids)], there[len(ids) :]
         if memory.turned:
-            from aioengine.kernels.cpu.lora import turn
-
-            turn(memory.memory, rows, self._outputs)
+            memory.turn(rows, self._outputs)
         memory.table[slot] = rows
         self.has_affine[slot] = image.has_affine
         self.heads[slot] = None if head is None else Head(there[0], there[1] if len(there) > 1 else None)
