@@ -113,25 +113,26 @@ def image_shape(
     for the places ``affine``, and with trained ``tokens``."""
     rows = [[0, 0, 0, 0, -1, -1] for _ in layout.places]
     end, holds = 0, layout.holds
+    rounded = holds.matrix if holds.int8 else int  # floats follow each other without gaps
     for fused in layout.fused:
         held = [(fused.layer, module) for module in fused.modules if (fused.layer, module) in ranks]
         for key in held:
             row, rank = rows[layout.index[key]], ranks[key][0]
             row[Column.A], row[Column.A_RANK] = end, rank
-            end += holds.matrix(rank * layout.places[key].shape.in_features)
+            end += rounded(rank * layout.places[key].shape.in_features)
         for key in held if holds.int8 else ():
             rows[layout.index[key]][Column.SCALE] = end
             end += holds.scales(ranks[key][0])
         for key in held:
             row, rank = rows[layout.index[key]], ranks[key][1]
             row[Column.B], row[Column.B_RANK] = end, rank
-            end += holds.matrix(rank * layout.places[key].shape.out_features)
+            end += rounded(rank * layout.places[key].shape.out_features)
     for key, place in layout.places.items():
         if key in affine:
             rows[layout.index[key]][Column.AFFINE] = end
-            end += holds.values(2 * place.num_outputs)
+            end += rounded(2 * place.num_outputs * holds.affine)
     begin, count = end, 0 if tokens is None else tokens.num_rows
-    end += holds.values(count * layout.spec.hidden_size)
+    end += rounded(count * layout.spec.hidden_size * holds.affine)
     return ImageShape(layout, dtype, end, rows, tokens, begin)
 
 
