@@ -16,10 +16,15 @@ from aioengine.adapters.peft.values import Place
 from aioengine.adapters.read_threads import Progress
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.linear import WeightRows
-from aioengine.model.slots.image import AdapterImage, build_image, image_shape, is_finite
+from aioengine.model.slots.image import (
+    AdapterImage,
+    build_image,
+    calling_thread_alone,
+    image_shape,
+    is_finite,
+)
 from aioengine.model.slots.layout import SlotLayout
 from aioengine.model.spec import NO_LAYER
-from aioengine.model.threads import calling_thread_alone
 from aioengine.step import AdapterSource, LoadedAdapter, MixFiles, MixPart
 
 

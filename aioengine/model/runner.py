@@ -26,14 +26,13 @@ from aioengine.model.penalties import Penalties
 from aioengine.model.pooling import Kind, Pooled, pool
 from aioengine.model.sampler import sample as default_sample
 from aioengine.model.sampler import token_logprobs
+from aioengine.model.slots.image import AdapterImage, calling_thread_alone
 from aioengine.model.spec import ModelSpec
-from aioengine.model.threads import calling_thread_alone
 from aioengine.request import TokenLogprob
 from aioengine.step import Sampled, SequenceWork, StepBatch, StepResult
 
 if TYPE_CHECKING:
     from aioengine.model.decode_graphs import DecodeSteps
-    from aioengine.model.slots.image import AdapterImage
 
 PIECE_BYTES = 2**25
 """Bytes of float32 logits that are computed at a time to score prompts; there are up to three such

@@ -7,8 +7,11 @@ scale for each row of a matrix: LLM.int8(), Dettmers et al., 2022, https://arxiv
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -16,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from aioengine.kernels.cpu.shared_library import openmp_runtimes
 from aioengine.kernels.slots import Column
 from aioengine.model.buffer import Allocate, pageable
 from aioengine.model.pooling import Head, Kind
@@ -209,6 +213,27 @@ def multiply(values: Tensor, number: Tensor, to: Tensor) -> None:
     if values.dtype != to.dtype:
         number = number.view(1)  # without a dimension it would leave the product in the dtype of ``values``
     torch.mul(values, number, out=to)
+
+
+@contextmanager
+def calling_thread_alone() -> Iterator[None]:
+    """Context in which torch computes in the calling thread, and not with a team of OpenMP threads. Images
+    are made and copied beside the steps, with whose team it would compete for the cores. On Linux only:
+    elsewhere nothing changes."""
+    before = torch.get_num_threads()  # torch sets a new thread's number when it is first asked for
+    for runtime in _runtimes():
+        runtime.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        for runtime in _runtimes():
+            runtime.omp_set_num_threads(before)
+
+
+@functools.cache
+def _runtimes() -> list[ctypes.CDLL]:
+    """Return the OpenMP runtimes of this process, where the number of threads is the calling thread's own."""
+    return [ctypes.CDLL(path) for path in openmp_runtimes()]
 
 
 def is_finite(tensor: Tensor) -> bool:
