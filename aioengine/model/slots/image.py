@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -117,7 +117,8 @@ def image_shape(
     for the places ``affine``, and with trained ``tokens``."""
     rows = [[0, 0, 0, 0, -1, -1] for _ in layout.places]
     end, holds = 0, layout.holds
-    rounded = holds.matrix if holds.int8 else int  # floats follow each other without gaps
+    # Floats follow each other without gaps.
+    rounded: Callable[[int], int] = holds.matrix if holds.int8 else int
     for fused in layout.fused:
         held = [(fused.layer, module) for module in fused.modules if (fused.layer, module) in ranks]
         for key in held:
