@@ -8,7 +8,7 @@ settings that exclude each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -19,6 +19,7 @@ from aioengine import checks
 from aioengine.checks import Count, FilePath, Seconds, Size, Text, Whole
 from aioengine.errors import ConfigError
 from aioengine.model.spec import TARGETABLE_MODULES, ModelImpl, Quantization
+from aioengine.schedulers import registry
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -33,8 +34,11 @@ REMOVED = {
     "overlap": "it made nothing faster; leave it out, no token changes",
     "merge": "adapters are no longer merged with the base model's weights. Leave it out; an adapter that all "
     "requests use can be merged with PEFT's merge_and_unload, and served as the model",
+    "slot_memory='shared'": "adapters and the KV cache no longer share one memory. Set slot_memory to a "
+    "number of bytes, such as '256MiB', and lower kv_cache_memory by as much",
     "kv_cache_dir": "prefixes are kept in memory only. Leave it out",
     "kv_cache_dir_bytes": "prefixes are kept in memory only. Leave it out",
+    "speculation='suffix'": "earlier outputs propose no tokens any more. Set speculation='ngram'",
     "allow_nonfinite": "adapters whose weights contain NaN or infinity are always refused. Leave it out, and "
     "train such an adapter again",
     "bind_threads": "threads of steps stay on no core of their own. Leave it out; on a machine with several "
@@ -46,7 +50,7 @@ REMOVED = {
     "max_tenant_labels": "tenants have as many labels as adapters. Set max_adapter_labels",
     "served_model_names": "set served_model_name in [server]",
 }
-"""Fields that earlier versions had: why they went, and what to do instead."""
+"""Fields, and values of fields, that earlier versions had: why they went, and what to do instead."""
 
 Modules = Annotated[
     Sequence[Text],
@@ -54,14 +58,31 @@ Modules = Annotated[
 ]
 
 
-def refuse_removed(names: Iterable[str], source: str) -> None:
-    """Raise ConfigError, which begins with ``source``, for a field that was removed."""
-    for name in names:
-        if name in REMOVED:
-            raise ConfigError(f"{source}{name} was removed: {REMOVED[name]}")
+def refuse_removed(values: Mapping[str, object], source: str = "") -> None:
+    """Raise ConfigError if one of ``values``, by their fields' names, was removed. The error begins with
+    ``source``."""
+    for name, value in values.items():
+        named = value.partition(":")[0] if isinstance(value, str) else value
+        for removed in (name, f"{name}={named!r}"):
+            if removed in REMOVED:
+                raise ConfigError(f"{source}{removed} was removed: {REMOVED[removed]}")
+        if name == "policy" and (gone := registry.removed(value)):
+            raise ConfigError(f"{source}{gone}")
 
 
-class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _ConfigType(msgspec.StructMeta):
+    """The class of structs that refuse removed fields by name."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        refuse_removed(fields)
+        return super().__call__(*args, **fields)
+
+
+class _Config(msgspec.Struct, metaclass=_ConfigType, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A configuration."""
+
+
+class LoRAConfig(_Config, frozen=True):
     """How many adapters the device and the CPU hold, and how large each may be."""
 
     max_loras: Count = 4
@@ -116,7 +137,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EngineConfig(_Config, frozen=True):
     """Everything that an engine needs to know before it starts."""
 
     model: Text

@@ -209,6 +209,14 @@ def load_autoscaler(spec: str) -> WaitingWork:
     return cast("WaitingWork", _load("autoscaler", spec))
 
 
+def removed(spec: object) -> str:
+    """Return what to do instead of a policy or part that was removed, if a text or a table names one."""
+    if isinstance(spec, Mapping):
+        return next(filter(None, map(removed, spec.values())), "")
+    names = [token.partition(":")[0].strip() for token in spec.split("+")] if isinstance(spec, str) else []
+    return next((f"policy={name!r} was removed: {REMOVED[name]}" for name in names if name in REMOVED), "")
+
+
 def _load(kind: str, spec: Any, supply: Supply | None = None) -> Any:
     """Build what a text or a table names."""
     what = f"{kind}={spec!r}" if kind in PARTS else f"{kind} {spec!r}"
@@ -241,8 +249,8 @@ def _classes(what: str, name: str, kinds: Collection[str]) -> dict[str, type[Any
         return {kind: _of_kinds(what, f"{ROOT}.{BUILT_IN[kind, name]}", (kind,))[kind] for kind in built_in}
     group, _ = KINDS[next(iter(kinds))]  # all are of one group
     targets = [name] if ":" in name else [point.value for point in entry_points(group=group, name=name)]
-    if not targets and group == ROOT and name in REMOVED:
-        raise ValueError(f"{what}: policy={name!r} was removed: {REMOVED[name]}")
+    if not targets and group == ROOT and (gone := removed(name)):
+        raise ValueError(f"{what}: {gone}")
     return _of_kinds(what, targets[0], kinds) if targets else {}
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +155,15 @@ def test_a_policy_by_path_and_by_instance() -> None:
 
 @pytest.mark.parametrize("removed", REMOVED)
 def test_what_was_removed_is_refused_with_what_to_do(removed: str) -> None:
-    for values in ({"model": "m", removed: 1}, {"model": "m", "lora": {removed: 1}}):
-        with pytest.raises(ConfigError, match=f"{removed} was removed: "):
+    name, _, text = removed.partition("=")
+    value = ast.literal_eval(text) if text else "anything"
+    tables = [{"model": "m", name: value}, {"model": "m", "lora": {name: value}}]
+    for values in tables:
+        with pytest.raises(ConfigError, match=f"{re.escape(removed)} was removed: "):
             EngineConfig.from_dict(values)
+    for kind in (EngineConfig, LoRAConfig):
+        with pytest.raises(ConfigError, match=f"{re.escape(removed)} was removed: "):
+            kind(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -171,8 +179,8 @@ def test_what_was_removed_is_refused_with_what_to_do(removed: str) -> None:
     ],
 )
 def test_removed_policies_and_parts_are_refused_with_what_to_do(policy: Any, name: str) -> None:
-    with pytest.raises(PolicyError, match=f"policy='{name}' was removed: .* Take '"):
-        AsyncEngine(EngineConfig(model="m", policy=policy))
+    with pytest.raises(ConfigError, match=f"^policy='{name}' was removed: .* Take '"):
+        EngineConfig(model="m", policy=policy)
     with pytest.raises(ValueError, match=f"policy='{name}' was removed: .* Take '"):
         load_policy(policy)
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from importlib import import_module
+from itertools import pairwise
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -213,12 +214,12 @@ def _refuse_removed(tokens: Sequence[str]) -> None:
     for command, instead in REMOVED.items():
         if list(tokens[: command.count(" ") + 1]) == command.split():
             raise errors.ConfigError(f"aioengine {command} was removed: {instead}")
-    for token in tokens:
+    for token, following in pairwise([*tokens, ""]):
         if token == "--":
             return
         if token.startswith("--"):
-            name = token.removeprefix("--").removeprefix("no-").partition("=")[0]
-            refuse_removed([name.replace("-", "_")], f"{token}: ")
+            name, equals, value = token.removeprefix("--").removeprefix("no-").partition("=")
+            refuse_removed({name.replace("-", "_"): value if equals else following}, f"{token}: ")
 
 
 def _find_modules_here() -> None:

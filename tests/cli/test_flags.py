@@ -49,11 +49,16 @@ def test_folders_without_an_adapter_are_refused_at_the_start(given: tuple[str, s
         check_folders({"sql": str(tmp_path / given[0])})
 
 
-@pytest.mark.parametrize("variable", ["OVERLAP", "KV_CACHE_DIR"])
+@pytest.mark.parametrize(
+    ("variable", "value"), [("OVERLAP", "1"), ("KV_CACHE_DIR", "/x"), ("SLOT_MEMORY", "shared")]
+)
 def test_variables_of_removed_flags_say_so(
-    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variable: str,
+    value: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(f"AIOENGINE_{variable}", "1")
+    monkeypatch.setenv(f"AIOENGINE_{variable}", value)
     assert main(["serve"]) == 2
     said = capsys.readouterr().err
     assert f"AIOENGINE_{variable}: " in said and " was removed: " in said

@@ -160,7 +160,8 @@ async def test_slots_by_bytes_take_what_is_planned(tiny: Tiny, make_engine: Make
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"slot_memory": "shared"}, "slot_memory='shared': must be bytes, or text such as '512MiB'"),
+        ({"slot_memory": "sharde"}, "slot_memory='sharde'"),
+        ({"slot_memory": "shared"}, "no longer share one memory. Set slot_memory to a number of bytes"),
         ({"slot_memory": 0}, "slot_memory=0: must be more than zero"),
         ({"slot_memory": "1MiB", "max_cpu_lora_bytes": 1000}, "max_cpu_lora_bytes=1000.*at least 1048576"),
         ({"slot_memory": "900TiB"}, "lower lora.slot_memory"),

@@ -44,9 +44,9 @@ def sources(unknown: list[str]) -> tuple[Source, Source]:
         Env(PREFIX, command=False)(app, commands, arguments)
         flags = (name for argument in arguments if argument.parse for name in argument.names)
         known = sorted(PREFIX + name for name in (*map(_variable, flags), *_READ_ELSEWHERE))
-        for name in sorted(os.environ):
+        for name, value in sorted(os.environ.items()):
             if name.startswith(PREFIX):
-                refuse_removed([name.removeprefix(PREFIX).lower()], f"{name}: ")
+                refuse_removed({name.removeprefix(PREFIX).lower(): value}, f"{name}: ")
                 if name not in known:
                     near = nearest(name, known)
                     unknown.append(f"{name}: no flag has this variable{near}; it has no effect")
