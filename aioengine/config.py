@@ -129,7 +129,8 @@ class LoRAConfig(_Config, frozen=True):
             )
         set_(self, "max_cpu_loras", self.cpu_capacity)
         if self.target_modules is not None:
-            set_(self, "target_modules", tuple(dict.fromkeys(self.target_modules)))
+            known = [module for module in TARGETABLE_MODULES if module in self.target_modules]
+            set_(self, "target_modules", tuple(dict.fromkeys((*known, *self.target_modules))))
 
     @property
     def cpu_capacity(self) -> int:
