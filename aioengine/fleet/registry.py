@@ -27,6 +27,8 @@ logger = logging.getLogger("aioengine.fleet")
 T = TypeVar("T")
 
 NAMESPACE = "aioengine"
+MAX_NAMES = 10_000
+"""Unloaded adapters whose last version is remembered."""
 MAX_CHANGES = 10_000
 """Number of changes that are remembered for gateways that were not told yet."""
 _FILE = "adapters.json"
@@ -88,8 +90,10 @@ class Changes(NamedTuple):
 
 class _Checkpoint(msgspec.Struct):
     entries: list[Entry] = []
-    unloaded: int = 0
-    """The highest version of all adapters that were unloaded."""
+    unloaded: dict[str, int] = {}
+    """Last versions of adapters that were unloaded."""
+    forgotten: int = 0
+    """The highest of those that are not in it any more."""
 
 
 class AdapterRegistry:
@@ -109,8 +113,10 @@ class AdapterRegistry:
         self._io = asyncio.Lock()
         """Held while the checkpoint is read, and during a change, which is one once it is written."""
         self._entries: dict[str, Entry] = {}
-        self._unloaded = 0
-        """The highest version of all adapters that were unloaded; what is loaded later has a higher one."""
+        self._unloaded: dict[str, int] = {}
+        """Last versions of at most ``MAX_NAMES`` unloaded adapters; the one unloaded last is at the end."""
+        self._forgotten = 0
+        """The highest of those that are not in it any more."""
         self._mark = Mark(uuid.uuid4().hex, 0)
         self._changed = deque[str](maxlen=MAX_CHANGES)
         """Names of the adapters that were changed, in order."""
@@ -162,7 +168,7 @@ class AdapterRegistry:
 
     async def change(self, name: str, before: Entry | None, after: Entry | None) -> tuple[bool, Entry | None]:
         """Put an entry in place of another one, also in the checkpoint if there is one; None: no entry. One
-        in place of none gets a higher version than any adapter that was unloaded.
+        in place of none gets a higher version, if the adapter has had its version before.
 
         Returns whether what was there is ``before``, and what is there now: if it was not, nothing has
         changed. Raises ConfigError, and changes nothing, if the checkpoint fails."""
@@ -174,10 +180,15 @@ class AdapterRegistry:
             entries = {other: entry for other, entry in self._entries.items() if other != name}
             if after is not None:
                 if there is None:
-                    after = msgspec.structs.replace(after, version=max(after.version, self._unloaded + 1))
+                    last = self._unloaded.get(name, self._forgotten)
+                    after = msgspec.structs.replace(after, version=max(after.version, last + 1))
                 entries[name] = after
             elif there is not None:
-                self._unloaded = max(self._unloaded, there.version)
+                self._unloaded.pop(name, None)
+                self._unloaded[name] = there.version
+                if len(self._unloaded) > MAX_NAMES:
+                    oldest = self._unloaded.pop(next(iter(self._unloaded)))
+                    self._forgotten = max(self._forgotten, oldest)
             await self._save(entries)
             self._entries = entries
             self._mark = self._mark._replace(number=self._mark.number + 1)
@@ -191,12 +202,12 @@ class AdapterRegistry:
             if not self._restored and self._file is not None:
                 found = await self._checkpoint("read", _read, self._file)
                 self._entries = {entry.name: entry for entry in found.entries}
-                self._unloaded = found.unloaded
+                self._unloaded, self._forgotten = found.unloaded, found.forgotten
                 self._restored = True
 
     async def _save(self, entries: Mapping[str, Entry]) -> None:
         if self._file is not None:
-            data = msgspec.json.encode(_Checkpoint(list(entries.values()), self._unloaded))
+            data = msgspec.json.encode(_Checkpoint(list(entries.values()), self._unloaded, self._forgotten))
             await self._checkpoint("written", write_file, self._file, data)
 
     async def _checkpoint(self, done: str, work: Callable[..., T], *arguments: Any) -> T:

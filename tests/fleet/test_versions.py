@@ -185,5 +185,6 @@ def test_a_number_never_names_two_contents(changes: list[tuple[str, int, str]], 
         assert all(len(found) == 1 for found in contents.values()), contents
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "MAX_NAMES", remembered)
         patch.setattr(registry, "MAX_CHANGES", remembered)
         asyncio.run(main())
