@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +101,12 @@ def test_the_runbook_has_a_section_for_every_alert() -> None:
 
 
 def test_every_alert_leads_to_its_section_of_the_runbook() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    page = f"{project['urls']['Documentation']}/runbook.md"
+    pages = set()
     for alert in ALERTS:  # an anchor is the section's title in small letters
-        assert alert["annotations"]["runbook_url"] == f"{page}#{alert['alert'].lower()}"
+        page, anchor = alert["annotations"]["runbook_url"].split("#")
+        assert anchor == alert["alert"].lower()
+        pages.add(page)
+    assert [page.rpartition("/")[2] for page in pages] == ["runbook.md"], pages
 
 
 def test_the_runbook_speaks_of_metrics_that_there_are() -> None:
