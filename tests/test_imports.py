@@ -270,7 +270,7 @@ BUDGETS = {
     "kernels": 11_500,  # aim: 10_300, and 1_200 for AMX and Arm
     "metrics": 3_600,
     "schedulers": 4_500,
-    "tests": 53_519,  # aim: 52_000
+    "tests": 53_379,  # aim: 52_000
 }
 """The most lines of Python, C++, JavaScript, CSS and HTML that each room may have. Where a room is larger
 than its aim, the number is what it has: it only falls. Raising one takes a commit that says what was cut

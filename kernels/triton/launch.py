@@ -24,14 +24,14 @@ class Launcher:
     then the constants."""
 
     def __init__(self, kernel: Any, **constants: int) -> None:
-        self._kernel = kernel
-        self._options = constants | OPTIONS
+        self.kernel = kernel
+        self.options = constants | OPTIONS
 
     def __call__(self, grid: Grid, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
         """Launch on the device of the first tensor."""
         device = tensors[0].device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self._kernel[grid](*tensors, *numbers, **self._options)
+            self.kernel[grid](*tensors, *numbers, **self.options)
 
 
 @functools.cache

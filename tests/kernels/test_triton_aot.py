@@ -1,6 +1,6 @@
 """The Triton kernels compiled for GPUs that are not here: they fit, spill nothing, and use tensor cores.
 
-A sample; with AIOENGINE_FUZZ_RUNS set, as ``make fuzz`` does, all that the default table can choose.
+What a layer launches; with AIOENGINE_FUZZ_RUNS set, as ``make fuzz`` does, layers of many shapes.
 """
 
 from __future__ import annotations
@@ -9,130 +9,100 @@ import ast
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from support.selection import mostly_slow
 
-from aioengine.kernels.triton.table import SHORT, Key, default_expand, default_shrink
+from aioengine.kernels.triton import launch
+from aioengine.kernels.triton.table import SHORT
 
-aot = pytest.importorskip("support.triton_variants")
+aot = pytest.importorskip("support.triton_launches")
 targets = pytest.importorskip("support.triton_targets")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
 
-
-def sample() -> list[aot.Variant]:
-    """Decoding and prefill at the usual rank, the largest blocks, and each dtype once."""
-    chosen = list(aot.of_elementwise("bf16"))
-    for dtype, bits, rank, longest in (("bf16", 16, 16, 1), ("bf16", 16, 512, 2048), ("fp16", 16, 64, 1)):
-        parts = list(aot.of_shrink(dtype, default_shrink(Key.of("shrink", bits, rank, 4096, longest))))
-        chosen += [parts[0], parts[-1]]
-        chosen.append(aot.of_expand(dtype, default_expand(Key.of("expand", bits, rank, 4096, longest))))
-    chosen += aot.of_attention("bf16", 16, 128, 4)
-    chosen += [v for v in aot.of_attention("bf16", 16, 64, 3) if dict(v.constants)["SINKS"]]
-    chosen += [*aot.of_attention("fp32", 32, 128, 4), *aot.of_rope("bf16", 128), aot.of_norm("bf16", 4096)]
-    chosen += list(aot.of_blocks("bf16", 16))[::4]
-    mxfp4 = aot.FORMATS["mxfp4"]
-    chosen += [v for v in aot.of_blocks("bf16", 16) if dict(v.constants)["FORMAT"] == mxfp4]
-    chosen.append(aot.of_expand("fp32", default_expand(Key.of("expand", 32, 64, 4096, 2048))))
-    return chosen
-
-
+Work = tuple[Callable[..., None], dict[str, Any]]
 ALL = bool(os.environ.get("AIOENGINE_FUZZ_RUNS"))
-VARIANTS = aot.variants() if ALL else sample()
+BF16, OTHERS = torch.bfloat16, (torch.float16, torch.float32)
+WORKS: list[Work] = [(work, {"dtype": BF16, **fields}) for work, fields in aot.everything(few=not ALL)]
+if ALL:
+    WORKS += [(work, {**fields, "dtype": dtype}) for work, fields in WORKS for dtype in OTHERS]
+else:
+    WORKS += [(aot.of_lora, {"dtype": dtype, "rank": 64, "tokens": 40}) for dtype in OTHERS]
+    WORKS += [(aot.of_attention, {"dtype": torch.float32, "head_dim": 128, "group": 4})]
+DATA_CENTERS = ("sm_80", "sm_90")
+LARGEST = [
+    (work, fields) for work, fields in WORKS if {512, 128} & {*fields.values()} and not fields.get("float8")
+]
+"""What takes most of a GPU: large ranks and heads, and products with quantized weights."""
+OTHER_GPUS = [*targets.GPUS] if ALL else ["sm_100", "sm_120", "gfx942"]
+CASES = [(gpu, work) for gpu in DATA_CENTERS for work in WORKS]
+CASES += [
+    (gpu, work) for gpu in OTHER_GPUS if gpu not in DATA_CENTERS for work in (WORKS if ALL else LARGEST)
+]
+QUICK = [("sm_90", work) for work in WORKS[::8]]
 
 
-def test_the_sample_is_of_what_is_used() -> None:
-    assert set(sample()) <= set(aot.variants())
+def name_of(case: tuple[str, Work]) -> str:
+    gpu, (work, fields) = case
+    return f"{gpu} {work.__name__} {' '.join(map(str, fields.values()))}"
 
 
-@pytest.mark.parametrize("capability", mostly_slow([80, 90], 90))
-@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, *VARIANTS[::8]), ids=str)
-def test_variant(variant: aot.Variant, capability: int) -> None:
-    if not aot.compiles(variant, capability):
-        return
-    usage = aot.compile_variant(variant, capability)
-    blocks = dict(variant.constants)
+@pytest.mark.parametrize("case", mostly_slow(CASES, *QUICK), ids=name_of)
+def test_launches(case: tuple[str, Work]) -> None:
+    """GPUs of data centers, such with 99 KiB of shared memory, AMD's with 64, and B200, whose sums lie in a
+    memory of their own."""
+    gpu, (work, fields) = targets.GPUS[case[0]], case[1]
+    launches = aot.launched(lambda: work(**fields), gpu)
+    assert launches
+    for found in launches:
+        usage, blocks = found.compiled(gpu), dict(found.constants)
+        assert usage.shared_bytes <= gpu.limits.shared_bytes, found
+        full = "*fp32" in found.types[:1]
+        products = ("shrink", "expand", "attention", *["block_linear"] * (blocks.get("BLOCK_K", 0) >= 64))
+        if found.name in products:
+            tensor_cores = re.search(r"mma\.sync|wgmma|tcgen05\.mma|v_mfma", usage.text)
+            assert full or tensor_cores, found
+        if case[0] in DATA_CENTERS:
+            check_resources(found, usage, gpu)
+        elif not ALL:  # a shrink for prompts spills 24 bytes on sm_120
+            assert usage.spilled_bytes <= 32, found
+
+
+def check_resources(found: aot.Launch, usage: targets.Usage, gpu: targets.Gpu) -> None:
+    blocks = dict(found.constants)
     # Heads of 256 do not fit into registers in prompts: they spill up to 328 bytes, 532 with a float8 cache.
     # Elsewhere the assembler at times spills a few bytes for the sake of one more block, with registers left.
-    large = variant.kernel == "attention" and blocks["BLOCK_D"] > 128 and blocks["BLOCK_M"] >= 64
+    large = found.name == "attention" and blocks["BLOCK_D"] > 128 and blocks["BLOCK_M"] >= 64
     few = 24 if usage.registers <= 168 else 0
-    assert usage.spilled_bytes <= ((532 if variant.fp8 else 328) if large else few)
+    assert usage.spilled_bytes <= ((532 if "*u8" in found.types else 328) if large else few), found
     assert usage.registers <= targets.REGISTERS
-    shared_bytes = targets.GPUS[f"sm_{capability}"].limits.shared_bytes
-    assert usage.shared_bytes <= shared_bytes
-    if dict(variant.constants).get("BLOCK_M") == SHORT and variant.dtype != "fp32":
+    if blocks.get("BLOCK_M") == SHORT and "*fp32" not in found.types[:1]:
         # Decoding waits for memory: room for two blocks on a multiprocessor, so that one is always asking.
-        assert 2 * usage.shared_bytes <= shared_bytes
-        assert 2 * usage.registers * 32 * variant.num_warps <= targets.FILE_REGISTERS
-
-    wide = variant.kernel == "block_linear" and blocks["BLOCK_K"] >= 64
-    if wide or variant.kernel in ("shrink", "expand", "attention"):
-        tensor_cores = re.search(r"mma\.sync|wgmma\.mma_async", usage.ptx)
-        assert bool(tensor_cores) == (variant.dtype != "fp32")
+        assert 2 * usage.shared_bytes <= gpu.limits.shared_bytes, found
+        assert 2 * usage.registers * 32 * blocks.get("num_warps", 4) <= targets.FILE_REGISTERS, found
     if blocks.get("SPLIT", 0) or blocks.get("SPLITS", 1) > 1:
         # All threads' stores come before the count that announces them, and their loads after it.
-        assert re.search(
-            r"st\.global.*bar\.sync.*atom\.global\.gpu\.acq_rel\.add.*bar\.sync.*ld\.global\.cg",
-            usage.ptx,
-            re.DOTALL,
-        )
-
-
-def largest(gpu: targets.Gpu) -> Iterator[aot.Variant]:
-    """What takes most of a GPU: attention, prompts with adapters of rank 256, and
-    products with quantized weights."""
-    heads = (64, 128, 256) if ALL else (128,)
-    for dtype, bits in (("bf16", 16), ("fp16", 16), ("fp32", 32)) if ALL else (("bf16", 16),):
-        for head_dim in heads:
-            every = list(aot.of_attention(dtype, bits, head_dim, 4, [gpu]))
-            plain = [v for v in every if not v.fp8 and not dict(v.constants)["WINDOWED"]]
-            yield from every if ALL else plain[1:]
-        for rank in (16, 64, 256) if ALL else (256,):
-            for longest in (1, 2048):
-                shrink = default_shrink(Key.of("shrink", bits, rank, 4096, longest))
-                yield from aot.of_shrink(dtype, shrink)
-                yield aot.of_expand(dtype, default_expand(Key.of("expand", bits, rank, 4096, longest)))
-        blocks = list(aot.of_blocks(dtype, bits))
-        yield from blocks if ALL else [max(blocks, key=lambda block: dict(block.constants)["BLOCK_K"])]
-
-
-OTHERS = {"sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942"} if ALL else {"sm_100", "sm_120", "gfx942"}
-
-
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [
-        pytest.param(name, variant, id=f"{name}-{variant}", marks=pytest.mark.slow)
-        for name in sorted(OTHERS)
-        for variant in largest(targets.GPUS[name])
-    ],
-)
-def test_what_is_chosen_fits_on_other_gpus(name: str, variant: aot.Variant) -> None:
-    """GPUs with 99 KiB of shared memory, AMD's with 64, and B200, whose sums lie in a memory of their own."""
-    gpu = targets.GPUS[name]
-    if not aot.compiles(variant, gpu.capability):
-        return
-    usage = aot.compile_variant(variant, name)
-    assert usage.shared_bytes <= gpu.limits.shared_bytes
-    if not ALL:  # a shrink for prompts spills 24 bytes on sm_120
-        assert usage.spilled_bytes <= 32
-    if variant.kernel in ("attention", "expand", "shrink", "block_linear") and variant.dtype != "fp32":
-        assert re.search(r"mma\.sync|wgmma|tcgen05\.mma|v_mfma", usage.ptx), "on tensor cores"
+        order = r"st\.global.*bar\.sync.*atom\.global\.gpu\.acq_rel\.add.*bar\.sync.*ld\.global\.cg"
+        assert re.search(order, usage.text, re.DOTALL), found
 
 
 def test_products_are_added_before_they_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever Triton's default is."""
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
-    assert "fma.rn.f32" in aot.compile_variant(next(aot.of_rope("bf16", 128)), 90).ptx
+    gpu = targets.GPUS["sm_90"]
+    found = aot.launched(lambda: aot.of_attention(BF16, 128, 4), gpu)
+    assert "fma.rn.f32" in next(one for one in found if one.name == "rope_store").compiled(gpu).text
 
 
 def test_kernels_are_in_the_language_of_the_oldest_triton() -> None:
     """Triton 3.2 refuses ``a or b or c``."""
-    folder = Path(inspect.getfile(aot)).parent / "jit"
+    folder = Path(inspect.getfile(launch)).parent / "jit"
     chained = [
         f"{path.name}:{node.lineno}"
         for path in sorted(folder.glob("*.py"))

@@ -49,8 +49,6 @@ GPUS = {
 """By name; shared memory of a block as in the CUDA C++ Programming Guide (technical specifications), and
 AMD's LDS of a workgroup (CDNA 3 ISA)."""
 
-DATA_CENTERS = (GPUS["sm_80"], GPUS["sm_90"])
-
 REGISTERS = 255
 """Registers that a thread may have."""
 
@@ -66,7 +64,7 @@ class Usage(NamedTuple):
     spilled_bytes: int
     """Bytes that a thread stores and loads because its registers did not fit."""
     shared_bytes: int
-    ptx: str
+    text: str
     """NVIDIA's assembler, or AMD's."""
 
 
