@@ -60,6 +60,8 @@ class CompareFlags(WorkloadFlags, SystemFlags):
     """Measure that policies are ranked by."""
     allow_fallback: bool = False
     """Also rank policies that failed, and in whose place another one decided."""
+    strict: bool = False
+    """Exit with 3 if a run is not what was asked: a warning says where."""
 
 
 def compare(*, flags: CompareFlags = CompareFlags()) -> int:
@@ -87,11 +89,13 @@ def compare(*, flags: CompareFlags = CompareFlags()) -> int:
         )
     for failure in found.failures:
         warn(f"run {failure.folder}: {'' if failure.invalid else 'failed: '}{failure.error}")
+    for texts in found.warnings.values():
+        warn(f"{len(texts)} of {total} runs: {texts[0]}")
     if len(found.failures) < found.results.height:
         print_rankings(load_compare(flags.out, flags.rank_by))
         print(f"report: {write_compare_report(flags.out, flags.rank_by)}")
     print(f"files:  {flags.out}")
-    if any(failure.invalid for failure in found.failures):
+    if any(failure.invalid for failure in found.failures) or (flags.strict and found.warnings):
         return EXIT_NOT_VALID
     return EXIT_FAILED if found.failures else 0
 

@@ -37,6 +37,8 @@ class RunFlags(WorkloadFlags, SystemFlags):
     """Draw figures and write report.html."""
     allow_fallback: bool = False
     """Accept a run in which the policy failed and another one decided in its place."""
+    strict: bool = False
+    """Exit with 3 if the run is not what was asked: a warning says where."""
 
 
 def run(*, flags: RunFlags = RunFlags()) -> int:
@@ -63,9 +65,11 @@ def run(*, flags: RunFlags = RunFlags()) -> int:
     if flags.report:
         print(f"report: {write_report(flags.out)}")
     print(f"files:  {flags.out}")
-    policy = result.summary["policy"]
+    policy, warnings = result.summary["policy"], result.summary["warnings"]
+    for text in warnings:
+        warn(text)
     if policy["valid"] or flags.allow_fallback:
-        return 0
+        return EXIT_NOT_VALID if warnings and flags.strict else 0
     warn(f"this run is {invalid_text(policy)}")
     if policy["traceback"] is not None:
         print(policy["traceback"], end="", file=sys.stderr)

@@ -7,13 +7,14 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
 from aioengine.checks import read_json
 from aioengine.lab.analysis.fairness import Client, by_client, jain, max_min, service_gap
 from aioengine.lab.runs.rows import Frames, load_frames
+from aioengine.lab.workload.lengths import Targets, parse_targets
 from aioengine.schedulers.routing import load_autoscaler
 
 DIGITS = 6
@@ -23,31 +24,43 @@ MOST_STARVED = 10
 """Number of adapters that are listed by their worst wait."""
 
 
+class Settings(NamedTuple):
+    """Settings of a run that its figures depend on."""
+
+    slots: int | None = None
+    """Slots on all replicas; None: those that were used."""
+    replicas: int = 1
+    """Engines that took steps; the most of them if their number changes."""
+    warmup: float | None = None
+    """See :attr:`aioengine.lab.runs.experiment.Experiment.warmup`."""
+    targets: Targets | None = None
+
+
 def summarize(folder: str | Path) -> dict[str, Any]:
     """Return the figures of the run whose files are in ``folder``, by groups; docs/lab.md lists them.
 
     Units are in the names; a ``_share`` is between 0 and 1. A figure without measurements is None. Raises
     ConfigError if a file is missing or was not written by a run.
     """
-    found: dict[str, Any] = _rounded(summarize_frames(load_frames(folder), *engines_of(Path(folder))))
+    found: dict[str, Any] = rounded(summarize_frames(load_frames(folder), settings_of(Path(folder))))
     return found
 
 
-def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1) -> dict[str, Any]:
-    """Compute the same figures from data frames, without rounding them.
-
-    Args:
-        slots: Number of slots on all replicas; by default, those that were used.
-        replicas: Number of engines that took steps.
-    """
-
+def summarize_frames(frames: Frames, settings: Settings | None = None) -> dict[str, Any]:
+    """Compute the same figures from data frames, without rounding them."""
+    slots, replicas, warmup, targets = settings or Settings()
+    ended = frames.requests
+    if warmup is not None:
+        frames, ended = measured_part(frames, warmup)
     requests = frames.requests
     done = finished(requests)
     reasons = dict(requests.group_by("reason").len().sort("reason").iter_rows())
     by_error = requests.drop_nulls("error").group_by("error").len().sort("error")
     ends: Any = (requests["ended"].max() or 0.0, requests["arrival"].min() or 0.0)
-    seconds = float(ends[0] - ends[1])
-    output_tokens = int(requests["output_tokens"].sum())
+    measured: Any = frames.samples["time"].max() or 0.0
+    seconds = float(ends[0] - ends[1] if warmup is None else measured)
+    output_tokens = int(ended["output_tokens"].sum())
+    kept = _in_time(ended, targets)
     return {
         "requests_offered": requests.height,
         "requests_finished": done.height,
@@ -57,12 +70,16 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
         "requests_by_reason": reasons,
         "requests_by_error": dict(by_error.iter_rows()),
         "duration_seconds": seconds,
-        "requests_per_second": _ratio(done.height, seconds),
+        "requests_per_second": _ratio(finished(ended).height, seconds),
+        "goodput_requests_per_second": (
+            _ratio(kept["requests_in_time"], seconds) if kept["requests_with_deadline"] else None
+        ),
         "prompt_tokens": int(requests.drop_nulls("admitted")["prompt_tokens"].sum()),
         "output_tokens": output_tokens,
         "output_tokens_per_second": _ratio(output_tokens, seconds),
         **{group: spread(values) for group, values in times_of(requests).items()},
-        "slo": _deadlines(requests),
+        "slo": _in_time(requests, targets),
+        "attainment": _attainment(requests, targets),
         "hits": _hits(requests),
         "swaps": _swaps(frames),
         "slots": _slot_use(frames, slots, seconds, replicas),
@@ -72,6 +89,35 @@ def summarize_frames(frames: Frames, slots: int | None = None, replicas: int = 1
         "preemptions": int(requests["preemptions"].sum()),
         "preempted_requests": int((requests["preemptions"] > 0).sum()),
     }
+
+
+def measured_part(frames: Frames, warmup: float) -> tuple[Frames, pl.DataFrame]:
+    """Return the part of a run from the first sample after ``warmup`` to the last arrival, with times from
+    there: requests that arrived in it, and what happened in it. The second frame is of the requests that
+    ended in it."""
+    last = float(frames.requests["arrival"].max() or 0.0)  # type: ignore[arg-type] # a column of floats
+    times = frames.samples.filter(pl.col("time") >= warmup)["time"]
+    begin = float(times.min() or warmup)  # type: ignore[arg-type] # a column of floats
+    end = max(last, begin)
+
+    def since(frame: pl.DataFrame, *columns: str) -> pl.DataFrame:
+        return frame.with_columns(pl.col(*columns) - begin)
+
+    requests = since(frames.requests, "arrival", "admitted", "first_token", "ended", "deadline")
+    slots = frames.slots.filter(pl.col("end") > begin, pl.col("start") < end)
+    inside = [pl.col(name).clip(begin, end) for name in ("start", "ready", "end")]
+    stay = pl.col("end") - pl.col("start")
+    part = inside[2] - inside[0]
+    slots = slots.with_columns(*inside, busy_steps=pl.col("busy_steps") * (part / stay).fill_nan(1.0))
+    moves = frames.moves.filter(pl.col("start") >= begin, pl.col("start") <= end)
+    samples = frames.samples.filter(pl.col("time") > begin, pl.col("time") <= end)
+    found = Frames(
+        requests.filter(pl.col("arrival") >= 0),
+        since(slots, "start", "ready", "end"),
+        since(moves, "start", "end"),
+        since(samples, "time"),
+    )
+    return found, requests.filter(pl.col("ended") >= 0, pl.col("ended") <= end - begin)
 
 
 def finished(requests: pl.DataFrame) -> pl.DataFrame:
@@ -105,14 +151,36 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole > 0 else None
 
 
-def _deadlines(requests: pl.DataFrame) -> dict[str, Any]:
-    asked = requests.drop_nulls("deadline")
-    done = finished(asked)
-    met = int((done["ended"] <= done["deadline"]).sum())
+def _objectives(targets: Targets | None) -> dict[str, pl.Expr]:
+    """Return whether a finished request kept each of its objectives."""
+    if targets is None:
+        return {"in_time": pl.col("ended") <= pl.col("deadline")}
+    after_first = pl.col("ended") - pl.col("first_token")
+    return {
+        "ttft": pl.col("first_token") - pl.col("arrival") <= targets.ttft,
+        "tpot": after_first <= targets.tpot * (pl.col("output_tokens") - 1) + 10.0**-DIGITS,
+    }
+
+
+def _in_time(requests: pl.DataFrame, targets: Targets | None) -> dict[str, Any]:
+    """Count the requests that kept all of their objectives; those that were not served kept none."""
+    asked = requests.drop_nulls("deadline") if targets is None else requests
+    done, objectives = finished(asked), _objectives(targets)
+    met = done.filter(*objectives.values()).height
     return {
         "requests_with_deadline": asked.height,
         "requests_in_time": met,
         "in_time_share": _ratio(met, asked.height),
+    }
+
+
+def _attainment(requests: pl.DataFrame, targets: Targets | None) -> dict[str, float | None]:
+    """Return the share of the requests that kept each objective, where they are apart."""
+    kept = {} if targets is None else _objectives(targets)
+    done = finished(requests)
+    return {
+        f"{name}_share": _ratio(done.filter(kept[name]).height, requests.height) if kept else None
+        for name in ("ttft", "tpot")
     }
 
 
@@ -237,28 +305,33 @@ def _starvation(requests: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def engines_of(folder: Path) -> tuple[int | None, int]:
-    """Return the slots of all replicas and the number of replicas (the largest if it changes; 1 without a
-    fleet) of the run's experiment; without that file, None and 1."""
+def settings_of(folder: Path) -> Settings:
+    """Return the settings of the run's experiment; without that file, the defaults."""
     path = folder / "experiment.json"
     found = read_json(path) if path.exists() else {}
     experiment = found.get("experiment", found)
     if not isinstance(experiment, Mapping):
-        return None, 1
+        return Settings()
     replicas = int(experiment.get("replicas") or 1)
     if isinstance(autoscale := experiment.get("autoscale"), str):
         replicas = load_autoscaler(autoscale).most
-    slots = experiment.get("slots")
-    return slots * replicas if isinstance(slots, int) else None, replicas
+    slots, slo = experiment.get("slots"), (experiment.get("workload") or {}).get("slo")
+    return Settings(
+        slots * replicas if isinstance(slots, int) else None,
+        replicas,
+        experiment.get("warmup"),
+        None if slo is None else parse_targets("slo", slo),
+    )
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Round all numbers in a summary to :data:`DIGITS`."""
     if isinstance(value, float):
         return round(value, DIGITS) + 0.0  # no "-0.0"
     if isinstance(value, Mapping):
-        return {key: _rounded(inner) for key, inner in value.items()}
+        return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     return value
 
 

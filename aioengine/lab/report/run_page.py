@@ -13,7 +13,7 @@ import polars as pl
 from aioengine.checks import read_json
 from aioengine.lab.analysis.fairness import by_client, service_gap
 from aioengine.lab.analysis.measures import MEASURES, seconds_text, share_text, shorten
-from aioengine.lab.analysis.summary import engines_of, flatten, summarize_frames, times_of
+from aioengine.lab.analysis.summary import flatten, settings_of, summarize_frames, times_of
 from aioengine.lab.report.charts import COLORS, MAX_POINTS, Figure, figure, shares_up_to
 from aioengine.lab.report.page import versions_text, write_report_files
 from aioengine.lab.runs.rows import Frames, load_frames
@@ -171,7 +171,7 @@ PLOTS: Mapping[str, Callable[[Run], Figure]] = {
 def load_run(folder: str | Path) -> Run:
     """Read a run from its folder. Raises ConfigError if the folder has no run."""
     frames = load_frames(folder)
-    return Run(frames, summarize_frames(frames, *engines_of(Path(folder))))
+    return Run(frames, summarize_frames(frames, settings_of(Path(folder))))
 
 
 def write_report(folder: str | Path, *, vector: bool = False) -> Path:

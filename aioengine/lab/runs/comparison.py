@@ -6,6 +6,7 @@ import itertools
 import platform
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -96,6 +97,9 @@ class Compared(NamedTuple):
     results: pl.DataFrame
     """A row for each run: policy, slots, scale, seed, folder, error, and the figures of its summary."""
     failures: list[Failure]
+    warnings: dict[str, list[str]]
+    """Where runs are not what was asked, by kind: a text for each run; see
+    :mod:`aioengine.lab.analysis.asked`."""
 
 
 def compare(
@@ -144,7 +148,7 @@ def compare(
     except OSError as error:
         raise ConfigError(f"cannot write the comparison into {out}: {error.strerror or error}") from error
     outcomes = run_all(tasks, jobs, ended=ended)
-    rows, failures = [], list[Failure]()
+    rows, failures, warnings = [], list[Failure](), defaultdict[str, list[str]](list)
     for task, (summary, fault) in zip(tasks, outcomes, strict=True):
         invalid = summary is not None and not (allow_fallback or summary["policy"]["valid"])
         if invalid and summary is not None:
@@ -152,6 +156,8 @@ def compare(
             summary = None
         if fault is not None:
             failures.append(Failure(task.out.name, fault, invalid))
+        for text in (summary or {}).get("warnings", ()):
+            warnings[text.partition(":")[0]].append(text)
         row = {
             "policy": comparison.label(task.experiment),
             "slots": task.experiment.slots,
@@ -172,7 +178,7 @@ def compare(
     results.write_csv(out / "results.csv")
     results.write_parquet(out / "results.parquet")
     estimates(results).write_csv(out / "estimates.csv")
-    return Compared(results, failures)
+    return Compared(results, failures, warnings)
 
 
 def invalid_text(policy: Mapping[str, Any]) -> str:

@@ -77,6 +77,9 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Seed of the workload: arrivals, adapters, lengths."""
     sample_seconds: AnySeconds = 1.0
     """Simulated seconds between two rows of samples.csv."""
+    warmup: Annotated[float, Meta(ge=0)] | None = None
+    """Seconds at the beginning that figures leave out, with what happens after the last arrival; 0 leaves out
+    that end alone. None: nothing is left out."""
     replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] | None = None
     """Engines behind one gateway; each is as the fields above say. None: one engine and no gateway."""
     router: str = DEFAULT_ROUTER

@@ -20,11 +20,11 @@ from aioengine.lab.runs.experiment import Experiment, Policy, policy_label
 from aioengine.lab.runs.provenance import provenance
 from aioengine.lab.runs.recorder import PolicyWatch
 from aioengine.lab.runs.replay import Progress, Watching, replay, replay_on_fleet
-from aioengine.lab.runs.rows import CsvFiles, Sink
+from aioengine.lab.runs.rows import CsvFiles, Sink, load_frames
 from aioengine.lab.simulation.clock import run_in_virtual_time
 from aioengine.lab.simulation.engine import SimulatedEngine
 from aioengine.lab.workload.extra import needs_extra
-from aioengine.lab.workload.requests import COUNTED, Arrival, TooLong, Workload, count_too_long
+from aioengine.lab.workload.requests import Arrival, Offered, Workload, look_through
 from aioengine.memory_plan import MemoryPlan
 from aioengine.schedulers import SchedulerPolicy, load_policy
 
@@ -62,6 +62,7 @@ def run(
         RunStalled: The policy lets requests wait for ever.
     """
     with needs_extra():  # before the run, and not after it
+        from aioengine.lab.analysis.asked import warnings
         from aioengine.lab.analysis.summary import summarize
 
     # A run that is not possible overwrites no earlier files.
@@ -69,7 +70,7 @@ def run(
     costs = load_costs(experiment.preset)
     plan = costs.plan(experiment.engine_config())
     check_policy(experiment.policy)
-    workload, too_long = fitting(experiment, plan, say)
+    workload, offered = fitting(experiment, plan, say)
     try:
         out.mkdir(parents=True, exist_ok=True)
         description = {
@@ -86,7 +87,13 @@ def run(
     except OSError as error:
         raise ConfigError(f"cannot write the run's files into {out}: {error.strerror or error}") from error
     summary = {**summarize(out), "policy": watch.summary(policy_label(experiment.policy))}
-    summary["too_long"] = {**too_long._asdict(), "on_too_long": experiment.on_too_long}
+    summary["workload"] = {
+        "adapters_asked": experiment.workload.adapters,
+        "adapters_used": len(offered.by_adapter.keys() - {None}),
+        "conversations": len(offered.by_conversation),
+    }
+    summary["warnings"] = [*warnings(experiment, offered, load_frames(out), summary)]
+    summary["too_long"] = {**offered.summary(), "on_too_long": experiment.on_too_long}
     if fleet is not None:
         summary["fleet"] = fleet
     _write_json(out / "summary.json", summary)
@@ -97,16 +104,16 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def fitting(experiment: Experiment, plan: MemoryPlan, say: Say) -> tuple[Workload, TooLong]:
-    """Return the workload as the experiment wants it, and how much of it is longer than the model's context,
-    which is in the ``plan`` of its engine; if anything is, say so.
+def fitting(experiment: Experiment, plan: MemoryPlan, say: Say) -> tuple[Workload, Offered]:
+    """Return the workload as the experiment wants it, and what it offers; if requests are longer than the
+    model's context, which is in the ``plan`` of its engine, say so.
 
-    Raises ConfigError if something is and ``on_too_long`` is "fail", and what
+    Raises ConfigError if they are and ``on_too_long`` is "fail", and what
     :meth:`Experiment.open_workload` raises.
     """
     workload, treatment = experiment.open_workload(), experiment.on_too_long
-    found = count_too_long(workload, plan.max_model_len, None if treatment == "fail" else COUNTED)
-    if not found.requests:
+    found = look_through(workload, plan.max_model_len)
+    if not found.too_long:
         return workload, found
     if treatment == "fail":
         raise ConfigError(f"on_too_long='fail': {found}")

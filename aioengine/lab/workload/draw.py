@@ -10,11 +10,13 @@ from msgspec import UNSET
 from aioengine.checks import check_value
 from aioengine.lab.workload import traces
 from aioengine.lab.workload.arrivals import parse_arrivals
+from aioengine.lab.workload.conversations import Conversation, Conversations
 from aioengine.lab.workload.lengths import (
     draw_shape,
     parse_deadline,
     parse_lengths,
     parse_ranks,
+    parse_targets,
     parse_view,
     shares,
 )
@@ -26,8 +28,6 @@ from aioengine.lab.workload.spec import MAX_PRIORITY, WorkloadSpec
 
 _DEFAULT_LENGTHS = "uniform:8..512"
 _NANO, _MICRO = 1e9, 1e6
-CONVERSATIONS = 2**16
-"""Maximum conversations that are remembered, those with the latest requests."""
 
 
 class OfferedWorkload(Workload):
@@ -42,7 +42,9 @@ class OfferedWorkload(Workload):
         self.spec = spec
         self.seed = seed
         self.concurrency, self.think = spec.concurrency, spec.think
-        self.objective = None if spec.slo is None else parse_deadline("slo", spec.slo)
+        self.objective = None
+        if spec.slo is not None and parse_targets("slo", spec.slo) is None:
+            self.objective = parse_deadline("slo", spec.slo)
         self._longest = longest
         self._lengths = [
             (name, None if text is None else parse_lengths(name, text))
@@ -50,10 +52,12 @@ class OfferedWorkload(Workload):
             for text in [getattr(spec, name) or (_DEFAULT_LENGTHS if spec.trace is None else None)]
         ]
         self._trace: traces.TraceSummary | None = None
+        self._conversations = Conversations()
         if spec.trace is not None:
             seconds = None if spec.seconds is None else spec.seconds * spec.scale
-            self._trace = traces.scan_trace(spec.trace, limit=spec.limit, seconds=seconds)
-        self._names = numbered("adapter", spec.adapters, width=3)
+            note = self._conversations.add
+            self._trace = traces.scan_trace(spec.trace, limit=spec.limit, seconds=seconds, note=note)
+        self._names = adapter_names(spec.adapters)
         ranks = parse_ranks("ranks", spec.ranks)
         names = dict.fromkeys([*self._names, *(self._trace.adapters if self._trace else ())])
         self.adapters = tuple(draw_shape(name, ranks, seed) for name in names)
@@ -67,8 +71,9 @@ class OfferedWorkload(Workload):
         for time, row, turn in islice(self._requests(), spec.limit):
             if spec.seconds is not None and time > spec.seconds:
                 return
+            conversation = self._conversations.of(row.prefix) if row.prefix else None
             if turn is None or turn.first:
-                whose = chosen.draw(time, row)
+                whose = chosen.draw(time, row, conversation)
             adapter, tenant, priority = whose
             prompt = min(row.prompt_tokens, spec.max_prompt or row.prompt_tokens)
             output, most, expected = view.tell(
@@ -96,6 +101,7 @@ class OfferedWorkload(Workload):
                 tenant=tenant,
                 priority=priority,
                 deadline=deadline,
+                conversation=conversation,
             )
 
     def _requests(self) -> Iterator[tuple[float, traces.TraceRow, Arrival | None]]:
@@ -151,19 +157,21 @@ class _Choices:
 
     def __init__(self, spec: WorkloadSpec, seed: int, adapters: list[str]) -> None:
         self._adapters = adapters
-        self._tenants = numbered("tenant", spec.tenants)
+        self._tenants = tenant_names(spec.tenants)
         self._shares = Weighted(spec.tenant_weights()) if spec.tenants else None
         popularity = parse_popularity("popularity", spec.popularity)
         self._choose = popularity.chooser(len(adapters), seed) if adapters else None
         self._base_share = spec.base_share
-        self._conversations: dict[int, str | None] = {}
+        self._kept: dict[Conversation, str | None] = {}
         self._priorities = shares("priority", spec.priority or "0", low=-MAX_PRIORITY, high=MAX_PRIORITY)
         self._base_rng, self._tenant_rng, self._priority_rng = (
             stream(seed, aspect) for aspect in ("base model", "tenants", "priorities")
         )
 
-    def draw(self, time: float, row: traces.TraceRow) -> tuple[str | None, str | None, int]:
-        """Adapter, tenant and priority."""
+    def draw(
+        self, time: float, row: traces.TraceRow, conversation: Conversation | None
+    ) -> tuple[str | None, str | None, int]:
+        """Adapter, tenant and priority. A conversation keeps the adapter of its first request."""
         tenant = row.tenant
         if self._shares is not None:
             drawn = self._tenants[self._shares.draw(self._tenant_rng)]
@@ -173,8 +181,8 @@ class _Choices:
             adapter = self._adapters[self._choose(time)]
             if self._base_rng.random() < self._base_share:
                 adapter = None
-            if row.prefix:  # prompts with the same beginning are one conversation, which keeps its adapter
-                adapter = self._conversation(row.prefix[0], adapter)
+            if conversation is not None:
+                adapter = self._kept.setdefault(conversation, adapter)
         priority = self._priorities(self._priority_rng)
         return (
             adapter if row.adapter is UNSET else row.adapter,
@@ -182,16 +190,12 @@ class _Choices:
             priority if row.priority is None else row.priority,
         )
 
-    def _conversation(self, number: int, adapter: str | None) -> str | None:
-        """Return the adapter of its first request."""
-        known = self._conversations
-        known[number] = adapter = known.pop(number, adapter)
-        if len(known) > CONVERSATIONS:
-            del known[next(iter(known))]
-        return adapter
 
-
-def numbered(prefix: str, count: int, *, width: int = 1) -> list[str]:
+def adapter_names(count: int) -> list[str]:
     """Return "adapter-000", "adapter-001", ..., which sort in this order."""
-    width = max(width, len(str(count - 1)))
-    return [f"{prefix}-{index:0{width}}" for index in range(count)]
+    width = max(3, len(str(count - 1)))
+    return [f"adapter-{index:0{width}}" for index in range(count)]
+
+
+def tenant_names(count: int) -> list[str]:
+    return [f"tenant-{index:0{len(str(count - 1))}}" for index in range(count)]

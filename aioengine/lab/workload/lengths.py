@@ -23,6 +23,13 @@ Deviation = Annotated[float, Meta(ge=0, le=10)]
 """Of a logarithm."""
 
 
+class Targets(Form):
+    """Objectives for a request, in seconds, and apart: to its first token, and for each token after that."""
+
+    ttft: Annotated[float, Meta(gt=0)] = 1e9
+    tpot: Annotated[float, Meta(gt=0)] = 1e9
+
+
 class LogNormal(Form):
     """Lognormal distribution, clipped to ``min`` and ``max``."""
 
@@ -128,3 +135,12 @@ def parse_deadline(field: str, value: float | str) -> Objective:
     if min(first, each) < 0 or first + each <= 0:
         raise ConfigError(f"{field}={text!r}: must be more than 0 seconds")
     return lambda output_tokens: first + each * output_tokens
+
+
+def parse_targets(field: str, value: float | str) -> Targets | None:
+    """Parse "ttft=2,tpot=0.05", or one of the two; None: it is a time for the whole answer, in the form of
+    :func:`parse_deadline`. Raises ConfigError."""
+    if "=" not in str(value):
+        parse_deadline(field, value)
+        return None
+    return parse_form(field, f"targets:{value}", {"targets": Targets})

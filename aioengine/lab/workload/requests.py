@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 PREFIX_BLOCK = 512
@@ -54,6 +55,8 @@ class Arrival(NamedTuple):
     """Whether it is the first request of its session (or without one)."""
     last: bool = True
     """Whether it is the last request of its session (or without one)."""
+    conversation: Hashable = None
+    """Conversation of a trace that it belongs to; None: it is alone, or of a session."""
 
     @property
     def is_alone(self) -> bool:
@@ -79,34 +82,41 @@ class Workload(ABC):
     def __iter__(self) -> Iterator[Arrival]: ...
 
 
-COUNTED = 100_000
-"""Maximum number of requests that are counted before a run, so that a run of millions begins soon."""
+@dataclass
+class Offered:
+    """Facts that one reading of a workload finds out."""
 
-
-class TooLong(NamedTuple):
-    """Number of a workload's requests that do not fit into the context."""
-
-    requests: int
-    of: int
-    """Number of requests that were looked at."""
-    longest: int
-    """Tokens of prompt and output."""
     limit: int
     """The model's context (``max_model_len``)."""
+    requests: int = 0
+    too_long: int = 0
+    """Requests that do not fit into the context."""
+    longest: int = 0
+    """Tokens of prompt and output."""
+    by_adapter: Counter[str | None] = field(default_factory=Counter)
+    by_conversation: Counter[Hashable] = field(default_factory=Counter)
+    """Requests of each conversation, or session; a request that belongs to none is one."""
 
     def __str__(self) -> str:
         return (
-            f"{self.requests:,} of {self.of:,} requests are longer than the model's context of "
+            f"{self.too_long:,} of {self.requests:,} requests are longer than the model's context of "
             f"{self.limit:,} tokens (the longest has {self.longest:,})"
         )
 
+    def summary(self) -> dict[str, int]:
+        """Return the part ``too_long`` of a run's summary."""
+        return {"requests": self.too_long, "of": self.requests, "longest": self.longest, "limit": self.limit}
 
-def count_too_long(workload: Workload, limit: int, first: int | None = COUNTED) -> TooLong:
-    """Read through the workload once, or its ``first`` requests. ``limit``: tokens of prompt and output."""
-    too_long = total = longest = 0
-    for arrival in islice(workload, first):
+
+def look_through(workload: Workload, limit: int) -> Offered:
+    """Read through the workload once. ``limit``: tokens of prompt and output that the model takes."""
+    found, session = Offered(limit), 0
+    for arrival in workload:
         tokens = arrival.prompt_tokens + arrival.output_tokens
-        total += 1
-        too_long += tokens > limit
-        longest = max(longest, tokens)
-    return TooLong(too_long, total, longest, limit)
+        found.requests += 1
+        found.too_long += tokens > limit
+        found.longest = max(found.longest, tokens)
+        found.by_adapter[arrival.adapter] += 1
+        session += arrival.first
+        found.by_conversation[session if arrival.conversation is None else arrival.conversation] += 1
+    return found

@@ -19,6 +19,7 @@ from aioengine.lab.workload.lengths import (
     parse_deadline,
     parse_lengths,
     parse_ranks,
+    parse_targets,
     parse_view,
 )
 from aioengine.lab.workload.popularity import Popularity, Zipf, parse_popularity
@@ -99,7 +100,8 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """When the engine ends a request with an error: seconds from arrival, or "proportional:0.5+0.05": 0.5 s,
     and 0.05 s for each token of output. Policies see it."""
     slo: Due | None = None
-    """When a request should have ended, in the same form. It is measured (``slo`` in the summary) and not
+    """When a request should have ended, in the same form; or "ttft=2,tpot=0.05": its first token within 2 s,
+    and 0.05 s for each token after that, on average. It is measured (``slo`` in the summary) and not
     enforced. None: requests are measured by their ``deadline``."""
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "prompt_tokens": parse_lengths,
             "output_tokens": parse_lengths,
             "deadline": parse_deadline,
-            "slo": parse_deadline,
+            "slo": parse_targets,
         }
         for field, parse in parsers.items():
             if (value := getattr(self, field)) is not None:

@@ -156,8 +156,15 @@ def read_trace(path: str | Path) -> Iterator[TraceRow]:
         raise ConfigError(f"trace {path}: has no rows; it needs lines of JSON, or CSV with {CSV_HEADER}")
 
 
-def scan_trace(path: str | Path, *, limit: int | None = None, seconds: float | None = None) -> TraceSummary:
-    """Read it once, up to ``limit`` rows or the first row ``seconds`` after its start. Raises ConfigError."""
+def scan_trace(
+    path: str | Path,
+    *,
+    limit: int | None = None,
+    seconds: float | None = None,
+    note: Callable[[TraceRow], object] = lambda row: None,
+) -> TraceSummary:
+    """Read it once, up to ``limit`` rows or the first row ``seconds`` after its start; ``note`` is called
+    with each. Raises ConfigError."""
     rows = first = last = 0
     names: set[str] = set()
     for row in read_trace(path):
@@ -166,6 +173,7 @@ def scan_trace(path: str | Path, *, limit: int | None = None, seconds: float | N
             break
         rows += 1
         last = row.time
+        note(row)
         if isinstance(row.adapter, str):
             names.add(row.adapter)
         if rows == limit:
