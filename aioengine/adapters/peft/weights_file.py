@@ -83,7 +83,7 @@ class SafetensorsHeader(NamedTuple):
             invalid_weights("the header has more entries than that of a LoRA adapter")
         key, entries = "", list[Entry]()
         try:
-            described = msgspec.json.decode(self.raw[8:], type=dict[str, msgspec.Raw])
+            described = msgspec.json.decode(self.raw[8:].decode(), type=dict[str, msgspec.Raw])
             described.pop("__metadata__", None)
             if len(described) > _MAX_TENSORS:
                 invalid_weights(f"has {len(described)} tensors; a LoRA adapter has at most {_MAX_TENSORS}")
