@@ -8,6 +8,9 @@ from typing import NamedTuple
 from aioengine.schedulers.checks import at_least
 from aioengine.schedulers.routing.interface import FleetView, ReplicaView
 
+ROOM = 0.7
+"""Share of their places that requests may take on the replicas that stay when one is removed."""
+
 
 class Scaling(NamedTuple):
     """A wanted number of replicas, and the reason."""
@@ -18,7 +21,8 @@ class Scaling(NamedTuple):
 
 class WaitingWork:
     """Adds replicas when the waiting work is more than ``target`` seconds for the fleet. Removes one when the
-    work has been less than ``low`` times that for the remaining ones for ``cool_down`` seconds.
+    work has been less than ``low`` times that for the remaining ones for ``cool_down`` seconds, and all
+    requests, those that run included, would take at most 0.7 of the places there.
 
     Work is seconds of computing that wait (prompt tokens at the measured speed), seconds of loading and of
     waiting for slots for the adapters that wait, and, for requests beyond those that may run at once, the
@@ -76,7 +80,7 @@ class WaitingWork:
         if now == 0:
             return Scaling(1, "requests wait") if waiting else Scaling(0, "nothing to do")
         work = sum(_work(replica) for replica in view.accepting)
-        busy = any(replica.running or replica.waiting for replica in view.accepting)
+        requests = sum(replica.running + replica.waiting for replica in view.accepting)
         need = ceil(work / self._target)
         if need > now:
             self._calm_since = None
@@ -85,7 +89,9 @@ class WaitingWork:
             self._grown = view.now
             return Scaling(min(need, 2 * now), "work waits")
         left = now - 1
-        calm = work < self._low * self._target * left if left else not busy and not waiting
+        places = ROOM * left * max((replica.max_running for replica in view.accepting), default=0)
+        idle = work < self._low * self._target * left and requests <= places
+        calm = idle if left else not requests and not waiting
         if not calm:
             self._calm_since = None
             return Scaling(now, "enough")

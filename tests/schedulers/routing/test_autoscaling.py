@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.fleet_cases import Fleet
 
 from aioengine.schedulers.routing.autoscaling import WaitingWork
@@ -42,6 +44,22 @@ def test_requests_beyond_those_that_may_run_are_work_too() -> None:
     assert policy.replicas(fleet.state.view, 1).replicas == 1, "nobody knows how long requests take"
     fleet.report_all(running=8, waiting=16, waiting_tokens=160, service_seconds=1.5)
     assert policy.replicas(fleet.state.view, 1).replicas == 2
+
+
+@given(replicas=st.integers(2, 6), data=st.data())
+def test_a_replica_goes_only_if_what_runs_fits_on_the_others(replicas: int, data: st.DataObject) -> None:
+    """Full batches with nothing waiting are not idle."""
+    fleet, policy = Fleet(replicas), WaitingWork(cool_down=60.0)
+    running = data.draw(st.lists(st.integers(0, 8), min_size=replicas, max_size=replicas))
+    for index, count in enumerate(running):
+        fleet.report(f"r{index}", running=count)
+    before = policy.replicas(fleet.state.view, replicas)
+    fleet.now += 61.0
+    for index, count in enumerate(running):
+        fleet.report(f"r{index}", running=count)
+    after = policy.replicas(fleet.state.view, replicas).replicas
+    fits = sum(running) <= 0.7 * 8 * (replicas - 1)
+    assert before.replicas == replicas and after == replicas - fits
 
 
 def test_sleeps_and_wakes() -> None:
