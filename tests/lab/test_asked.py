@@ -191,10 +191,13 @@ def test_adapters_of_another_distribution_are_said(calm: Path, wrong: str, count
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_strict_ends_with_status_3(tmp_path: Path, strict: bool, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [["run", "--no-report"], ["compare", "--policy", "fcfs", "--seeds", "1"]])
+def test_strict_ends_with_status_3(
+    tmp_path: Path, command: list[str], strict: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--arrivals", "poisson:rate=5", "--limit", "60", "--adapters", "2", "--slots", "2"]
-    command = ["lab", "run", *flags, "--no-report", "--out", str(tmp_path / "out"), *["--strict"] * strict]
-    assert main(command) == (3 if strict else 0)
+    flags += ["--out", str(tmp_path / "out"), *["--strict"] * strict]
+    assert main(["lab", *command, *flags]) == (3 if strict else 0)
     assert "slots: they were never contended" in capsys.readouterr().err
 
 

@@ -69,7 +69,7 @@ def _adapters(experiment: Experiment, offered: Offered) -> Iterator[str]:
     if len(counts) < min(USED * expected, expected - chance):
         yield (
             f"adapters: {len(counts):,} of {spec.adapters:,} were used, and {expected:,.0f} were to be "
-            f"expected of {sum(counts):,} requests; they are of {len(offered.by_conversation):,} "
+            f"expected of {sum(counts):,} requests; they are of {offered.sizes.total():,} "
             "conversations, each of which keeps its adapter"
         )
     if not isinstance(popularity, Shift):
@@ -82,8 +82,8 @@ def _popularity(shares: list[float], offered: Offered) -> Iterator[str]:
     from scipy.special import chdtrc
 
     counts = {name: count for name, count in offered.by_adapter.items() if name is not None}
-    total, sizes = sum(counts.values()), offered.by_conversation.values()
-    draws = sum(sizes) ** 2 / sum(size * size for size in sizes) * total / sum(sizes)
+    total, sizes = sum(counts.values()), offered.sizes
+    draws = total * offered.requests / sum(size * size * number for size, number in sizes.items())
     groups, wanted, found = [], 0.0, 0.0
     for name, share in zip(adapter_names(len(shares)), shares, strict=True):
         wanted, found = wanted + share * draws, found + counts.pop(name, 0) * draws / total

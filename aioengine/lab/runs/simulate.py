@@ -90,7 +90,7 @@ def run(
     summary["workload"] = {
         "adapters_asked": experiment.workload.adapters,
         "adapters_used": len(offered.by_adapter.keys() - {None}),
-        "conversations": len(offered.by_conversation),
+        "conversations": offered.sizes.total(),
     }
     summary["warnings"] = [*warnings(experiment, offered, load_frames(out), summary)]
     summary["too_long"] = {**offered.summary(), "on_too_long": experiment.on_too_long}

@@ -95,7 +95,14 @@ class Offered:
     """Tokens of prompt and output."""
     by_adapter: Counter[str | None] = field(default_factory=Counter)
     by_conversation: Counter[Hashable] = field(default_factory=Counter)
-    """Requests of each conversation, or session; a request that belongs to none is one."""
+    """Requests of each conversation of a trace."""
+    sessions: Counter[int] = field(default_factory=Counter)
+    """Number of sessions by their requests; a request that belongs to none, nor to a conversation, is one."""
+
+    @property
+    def sizes(self) -> Counter[int]:
+        """Number of conversations and sessions, by their requests."""
+        return self.sessions + Counter(self.by_conversation.values())
 
     def __str__(self) -> str:
         return (
@@ -110,13 +117,20 @@ class Offered:
 
 def look_through(workload: Workload, limit: int) -> Offered:
     """Read through the workload once. ``limit``: tokens of prompt and output that the model takes."""
-    found, session = Offered(limit), 0
+    found, turns = Offered(limit), 0
     for arrival in workload:
         tokens = arrival.prompt_tokens + arrival.output_tokens
         found.requests += 1
         found.too_long += tokens > limit
         found.longest = max(found.longest, tokens)
         found.by_adapter[arrival.adapter] += 1
-        session += arrival.first
-        found.by_conversation[session if arrival.conversation is None else arrival.conversation] += 1
+        if arrival.conversation is not None:
+            found.by_conversation[arrival.conversation] += 1
+            continue
+        if arrival.first and turns:
+            found.sessions[turns] += 1
+            turns = 0
+        turns += 1
+    if turns:
+        found.sessions[turns] += 1
     return found
